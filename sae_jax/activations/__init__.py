@@ -1,0 +1,7 @@
+"""Where data comes from: the store of activations and the stream (order) of batches."""
+
+from sae_jax.activations.from_arrays import write_store
+from sae_jax.activations.store import Store
+from sae_jax.activations.writer import StoreWriter
+
+__all__ = ["Store", "StoreWriter", "write_store"]

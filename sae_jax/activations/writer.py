@@ -1,0 +1,314 @@
+"""Writing a store: shard by shard, by any number of writers, going on where one was killed.
+
+A shard is written once all its arrays and then its notes (STORE/written/NUMBER.npz: sums, masks,
+checksums) are there. `finish` merges the notes, writes what follows from all of them, and turns
+meta.json to complete. Every file appears under its name only when it is whole.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+
+import ml_dtypes
+import numpy as np
+
+from sae_jax.activations import statistics
+from sae_jax.activations.files import Folder
+from sae_jax.activations.store import (
+    DTYPES,
+    FORMAT_VERSION,
+    HIGH_NORM,
+    NONFINITE,
+    SPECIAL_TOKEN,
+    SiteMeta,
+    Store,
+    StoreMeta,
+    checksum,
+    read_meta,
+)
+from sae_jax.config import UserError, choose, difference
+
+CHUNK_BYTES = 3 << 19  # 1.5 MiB: reads fast, and rows of many sequences meet in a window
+SHARD_BYTES = 256 << 20
+MIN_CHUNKS = 256  # of a small store, so that held-out sequences and shuffling are fine-grained
+MIN_SHARDS = 8  # of a small store, so that an interrupted harvest keeps most of its work
+_CHUNK_ROWS = (256, 4096)
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardSpec:
+    index: int
+    sequences: slice
+
+
+class StoreWriter:
+    """Writes one store; made by `StoreWriter.create_or_resume`."""
+
+    def __init__(self, folder: Folder, meta: StoreMeta, tokens: np.ndarray | None):
+        self.folder = folder
+        self.path = folder.path
+        self.meta = meta
+        self._tokens = tokens
+
+    @classmethod
+    def create_or_resume(
+        cls,
+        path,
+        *,
+        sites: dict[str, int],
+        num_sequences: int,
+        context_length: int,
+        dtype: str = "bfloat16",
+        tokens: np.ndarray | None = None,
+        model: str | None = None,
+        tokenizer: str | None = None,
+        special_tokens=(),
+        provenance: dict | None = None,
+    ) -> "StoreWriter":
+        """A writer for a new store, or for an unfinished one of the very same content.
+
+        `sites` maps names to widths, `tokens` is (num_sequences, context_length) int,
+        `special_tokens` are ids whose rows are kept but never trained on. Several processes may
+        call this at once with the same arguments. A finished store with the same content gives a
+        writer with nothing missing; any other existing store is a UserError that says what
+        differs."""
+        _check_sites(sites)
+        choose(dtype, DTYPES, "the dtype of a store")
+        if num_sequences < 1 or context_length < 1:
+            raise UserError(
+                f"a store needs rows; got {num_sequences} sequences of {context_length} tokens"
+            )
+        if tokens is not None:
+            tokens = np.ascontiguousarray(tokens, np.int32)
+            if tokens.shape != (num_sequences, context_length):
+                raise UserError(
+                    f"tokens have shape {tokens.shape}, not ({num_sequences}, {context_length})"
+                )
+        elif special_tokens:
+            raise UserError("special_tokens were given without tokens to find them in")
+        chunk, shard = _layout(max(sites.values()), dtype, num_sequences, context_length)
+        meta = StoreMeta(
+            format_version=FORMAT_VERSION,
+            complete=False,
+            context_length=context_length,
+            num_sequences=num_sequences,
+            chunk_sequences=chunk,
+            shard_sequences=shard,
+            sites={name: SiteMeta(int(width), dtype) for name, width in sites.items()},
+            model=model,
+            tokenizer=tokenizer,
+            tokens_sha256=None if tokens is None else hashlib.sha256(tokens).hexdigest(),
+            excluded_tokens=[int(token) for token in special_tokens],
+            provenance=provenance or {},
+        )
+        folder = Folder(path)
+        existing = read_meta(folder)
+        if existing is not None:
+            _check_same(existing, meta, folder)
+            return cls(folder, existing, tokens)
+        for name in _written_by_shard(meta):
+            meta.arrays()[name].open(folder, create=True)
+        folder.write("meta.json", meta.to_json())
+        return cls(folder, meta, tokens)
+
+    def missing_shards(self) -> list[ShardSpec]:
+        """Shards still to be written, in order. Writers may share them out in any way."""
+        if self.meta.complete:
+            return []
+        written = self.folder.sizes("written")
+        size = self.meta.shard_sequences
+        return [
+            ShardSpec(i, slice(i * size, min((i + 1) * size, self.meta.num_sequences)))
+            for i in range(self.meta.num_shards)
+            if _notes_name(i) not in written
+        ]
+
+    def write_shard(self, index: int, values: dict[str, np.ndarray]) -> None:
+        """`values[site]`: (sequences of the shard * context_length, width), of any float type;
+        stored as the store's dtype. Rows that are not finite then are marked as such."""
+        meta, arrays = self.meta, self._arrays
+        first = index * meta.shard_sequences
+        stop = min(first + meta.shard_sequences, meta.num_sequences)
+        rows = slice(first * meta.context_length, stop * meta.context_length)
+        values = {name: self._as_stored(name, values[name], rows) for name in sorted(meta.sites)}
+        pending = [
+            arrays[f"sites/{name}"].open(self.folder)[rows].write(x) for name, x in values.items()
+        ]
+        excluded = np.zeros((stop - first, meta.context_length), np.uint8)
+        if self._tokens is not None:
+            tokens = self._tokens[first:stop]
+            pending.append(arrays["tokens"].open(self.folder)[first:stop].write(tokens))
+            excluded[np.isin(tokens, meta.excluded_tokens)] |= SPECIAL_TOKEN
+        finite = {name: statistics.finite_rows(x) for name, x in values.items()}
+        excluded[~np.logical_and.reduce(list(finite.values())).reshape(excluded.shape)] |= NONFINITE
+        notes = {"excluded": excluded, "count": (excluded == 0).sum(axis=0)}
+        for name, x in values.items():
+            sums = statistics.site_sums(x, excluded == 0, int((~finite[name]).sum()))
+            notes |= {f"{name}/{key}": value for key, value in vars(sums).items()}
+        starts = range(0, len(excluded) * meta.context_length, meta.chunk_rows)
+        notes["checksums"] = np.array(
+            [[checksum(x[s : s + meta.chunk_rows]) for x in values.values()] for s in starts],
+            np.uint32,
+        )
+        for write in pending:
+            write.result()
+        buffer = io.BytesIO()
+        np.savez(buffer, **notes)
+        self.folder.write(_notes_name(index), buffer.getvalue())
+
+    def finish(self) -> Store:
+        """Merges what the shards' writers noted, marks the store complete and opens it. One
+        process calls this after all shards are written; UserError if some are not."""
+        if self.meta.complete:
+            return Store.open(self.path)
+        if missing := self.missing_shards():
+            raise UserError(
+                f"{self.path} lacks {len(missing)} of {self.meta.num_shards} shards "
+                f"(first: {missing[0].index}); write them before finishing"
+            )
+        count, sums = self._merge()
+        by_site = [statistics.high_norm_positions(site, count) for site in sums.values()]
+        positions = sorted(set(np.concatenate(by_site).tolist()))
+        sites = {}
+        for name, site in self.meta.sites.items():
+            mean, squared, used = statistics.mean_and_squared_norm(sums[name], count, positions)
+            sites[name] = dataclasses.replace(
+                site,
+                mean=mean.tolist(),
+                mean_squared_norm=squared,
+                rows_used=used,
+                nonfinite_rows=int(sums[name].nonfinite_rows),
+            )
+        excluded_rows = self._write_summaries(positions)
+        meta = dataclasses.replace(
+            self.meta,
+            complete=True,
+            sites=sites,
+            excluded_positions=positions,
+            excluded_why=_why(self.meta, positions, excluded_rows),
+        )
+        self.folder.write("meta.json", meta.to_json())
+        self.folder.delete_folder("written")
+        self.meta = meta
+        return Store.open(self.path)
+
+    def set_num_sequences(self, num_sequences: int) -> None:
+        """Shortens a store whose length was not known beforehand (`write_store`)."""
+        for name in _written_by_shard(self.meta):
+            array = self._arrays[name]
+            shape = [num_sequences * array.shape[0] // self.meta.num_sequences, *array.shape[1:]]
+            handle = array.open(self.folder)
+            handle.resize(exclusive_max=shape, resize_metadata_only=True).result()
+        self.meta = dataclasses.replace(self.meta, num_sequences=num_sequences)
+        self.__dict__.pop("_arrays", None)
+
+    @functools.cached_property
+    def _arrays(self):
+        return self.meta.arrays()
+
+    def _as_stored(self, name: str, x: np.ndarray, rows: slice) -> np.ndarray:
+        site, x = self.meta.sites[name], np.asarray(x)
+        if x.shape != (rows.stop - rows.start, site.width):
+            raise UserError(
+                f"site {name} got an array of shape {x.shape} for rows {rows.start} to {rows.stop} "
+                f"of {self.path}, which take ({rows.stop - rows.start}, {site.width})"
+            )
+        with np.errstate(over="ignore"):  # becomes infinity, which is then counted
+            return np.ascontiguousarray(x, dtype=getattr(ml_dtypes, site.dtype, site.dtype))
+
+    def _notes(self):
+        for index in range(self.meta.num_shards):
+            yield index, np.load(io.BytesIO(self.folder.read(_notes_name(index))))
+
+    def _merge(self):
+        """(count (T,), {site: SiteSums}) over all shards, added in order of shards."""
+        count, sums = 0, {}
+        fields = [field.name for field in dataclasses.fields(statistics.SiteSums)]
+        for _, notes in self._notes():
+            count = count + notes["count"]
+            for name in self.meta.sites:
+                shard = statistics.SiteSums(*(notes[f"{name}/{field}"] for field in fields))
+                sums[name] = sums[name] + shard if name in sums else shard
+        return count, sums
+
+    def _write_summaries(self, positions: list[int]) -> dict[int, int]:
+        """Writes excluded, usable_rows and checksums. Returns rows excluded for each reason."""
+        meta = self.meta
+        mask = self._arrays["excluded"].open(self.folder, create=True)
+        usable, checksums = [], []
+        rows_by_reason = dict.fromkeys((SPECIAL_TOKEN, HIGH_NORM, NONFINITE), 0)
+        for index, notes in self._notes():
+            excluded = notes["excluded"]
+            excluded[:, positions] |= HIGH_NORM
+            for reason in rows_by_reason:
+                rows_by_reason[reason] += int((excluded & reason > 0).sum())
+            first = index * meta.shard_sequences * meta.context_length
+            mask[first : first + excluded.size].write(excluded.reshape(-1)).result()
+            for start in range(0, len(excluded), meta.chunk_sequences):
+                chunk = excluded[start : start + meta.chunk_sequences]
+                usable.append([(chunk == 0).sum(), (chunk & NONFINITE == 0).sum()])
+            checksums.append(notes["checksums"])
+        summaries = {"usable_rows": np.array(usable, np.int32)}
+        summaries["checksums"] = np.concatenate(checksums)
+        for name, summary in summaries.items():
+            self._arrays[name].open(self.folder, create=True).write(summary).result()
+        return rows_by_reason
+
+
+def _written_by_shard(meta):
+    return [n for n in meta.arrays() if n == "tokens" or n.startswith("sites/")]
+
+
+def _notes_name(index: int) -> str:
+    return f"written/{index:06d}.npz"
+
+
+def _layout(width: int, dtype: str, num_sequences: int, context_length: int) -> tuple[int, int]:
+    """(sequences of a chunk, sequences of a shard)."""
+    row_bytes = width * np.dtype(getattr(ml_dtypes, dtype, dtype)).itemsize
+    rows = min(max(CHUNK_BYTES // row_bytes, _CHUNK_ROWS[0]), _CHUNK_ROWS[1])
+    chunk = max(1, min(rows // context_length, num_sequences // MIN_CHUNKS))
+    chunks = -(-num_sequences // chunk)
+    chunk_bytes = chunk * context_length * row_bytes
+    return chunk, chunk * max(1, min(SHARD_BYTES // chunk_bytes, -(-chunks // MIN_SHARDS)))
+
+
+def _check_sites(sites: dict[str, int]) -> None:
+    if not sites:
+        raise UserError("a store needs at least one site")
+    for name, width in sites.items():
+        if not name or "/" in name or name.startswith("."):
+            raise UserError(f"{name!r} cannot name a site: it names a directory of the store")
+        if width < 1:
+            raise UserError(f"site {name} has width {width}")
+
+
+def _check_same(existing: StoreMeta, wanted: StoreMeta, folder: Folder) -> None:
+    def content(meta):
+        values = dataclasses.asdict(meta)
+        values["sites"] = {n: {"width": s.width, "dtype": s.dtype} for n, s in meta.sites.items()}
+        for learned in ("complete", "excluded_positions", "excluded_why", "provenance"):
+            del values[learned]
+        return json.loads(json.dumps(values))
+
+    if changes := difference(content(existing), content(wanted)):
+        raise UserError(
+            f"{folder.path} already holds another store ({'; '.join(changes[:3])}); "
+            "choose another directory"
+        )
+
+
+def _why(meta: StoreMeta, positions: list[int], rows: dict[int, int]) -> str:
+    parts = []
+    if rows[SPECIAL_TOKEN]:
+        parts.append(f"{rows[SPECIAL_TOKEN]} rows of special tokens {meta.excluded_tokens}")
+    if positions:
+        parts.append(
+            f"{rows[HIGH_NORM]} rows at positions {positions}, where the mean norm is more than "
+            f"{statistics.HIGH_NORM_RATIO:g} times the median over positions"
+        )
+    if rows[NONFINITE]:
+        parts.append(f"{rows[NONFINITE]} rows with NaN or infinity in some site")
+    return "; ".join(parts) or "nothing is excluded"
