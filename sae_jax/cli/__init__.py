@@ -1,0 +1,109 @@
+"""The `sae-jax` command: picks a command's file, parses its flags, calls its `run`.
+
+A command is one file here with `SUMMARY` (text; its first line is shown by `sae-jax --help`),
+`define(flags)` (absl flags) and `run(args, overrides) -> exit code | None`. `overrides` are the
+`--config.section.field=value` assignments, which only commands that take a config accept.
+
+Exit codes: 0 done; 2 a mistake of the user's (one line says which); 3 stopped at a non-finite
+loss; 75 stopped by SIGTERM after saving, to be started again.
+"""
+
+import importlib
+import logging
+import os
+import sys
+
+from absl import flags
+from absl import logging as absl_logging
+
+from sae_jax.config import UserError
+
+COMMANDS = ("demo", "harvest", "store", "train", "eval", "bench")
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0 if argv else 2
+    name, *rest = argv
+    try:
+        if name not in COMMANDS:
+            raise UserError(_unknown_command(name))
+        return _run(name, rest)
+    except (UserError, flags.Error) as error:
+        print(f"sae-jax {name}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"sae-jax {name}: interrupted; start it again to go on", file=sys.stderr)
+        return 130
+
+
+def _run(name: str, rest: list[str]) -> int:
+    command = importlib.import_module(f"sae_jax.cli.{name}")
+    overrides, others = _split_overrides(rest)
+    values = flags.FlagValues()
+    command.define(values)
+    flags.DEFINE_bool("v", False, "More detail in the log.", flag_values=values)
+    flags.DEFINE_integer(
+        "cpu_devices", None, "Pretend that the CPU is so many devices.", flag_values=values
+    )
+    if "-h" in others or "--help" in others:
+        print(f"sae-jax {name}: {command.SUMMARY.strip()}\n{values.main_module_help()}")
+        return 0
+    positional = values([name, *others])[1:]
+    if positional:
+        raise UserError(f"unexpected argument {positional[0]!r}; flags are --name=value")
+    if overrides and "config" not in values:
+        raise UserError(f"this command takes no config, so --config.{next(iter(overrides))} has no place")
+    _set_up_logging(values.v)
+    _set_up_cpu_devices(values.cpu_devices)
+    return command.run(values, overrides) or 0
+
+
+def _split_overrides(argv: list[str]) -> tuple[dict[str, str], list[str]]:
+    overrides, others = {}, []
+    for argument in argv:
+        if argument.startswith("--config."):
+            path, equals, value = argument.removeprefix("--config.").partition("=")
+            if not equals:
+                raise UserError(f"{argument} has no value; write {argument}=VALUE")
+            overrides[path] = value
+        else:
+            others.append(argument)
+    return overrides, others
+
+
+def _set_up_logging(verbose: bool) -> None:
+    absl_logging.use_absl_handler()
+    absl_logging.set_verbosity(absl_logging.DEBUG if verbose else absl_logging.INFO)
+    for noisy in ("orbax", "jax", "grain"):
+        logging.getLogger(noisy).setLevel(logging.INFO if verbose else logging.ERROR)
+
+
+def _set_up_cpu_devices(count: int | None) -> None:
+    """Takes effect because nothing has imported jax's backends yet. XLA sizes its thread pool
+    by NPROC; with fewer threads than devices its collectives wait for each other for ever."""
+    if count:
+        os.environ.setdefault("NPROC", str(max(16, 2 * count, os.cpu_count() or 1)))
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", count)
+
+
+def _overview() -> str:
+    lines = ["sae-jax COMMAND [--flag=value ...]    (sae-jax COMMAND --help for one command)", ""]
+    for name in COMMANDS:
+        summary = importlib.import_module(f"sae_jax.cli.{name}").SUMMARY.strip()
+        lines.append(f"  {name:9}{summary.splitlines()[0]}")
+    return "\n".join(lines)
+
+
+def _unknown_command(name: str) -> str:
+    from sae_jax.config import choose
+
+    try:
+        return choose(name, COMMANDS, "the command")
+    except UserError as error:
+        return str(error)

@@ -1,0 +1,247 @@
+"""Configuration: frozen dataclasses, Python files, dotted overrides, JSON.
+
+A config says WHAT is trained and on what data; `MeshConfig` alone says WHERE, and is left out of
+a run's identity, so that the same run on other hardware is the same run. Every mistake in a
+config is a `UserError` that names the field, the value and the nearest right one.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import pathlib
+import types
+import typing
+
+
+class UserError(Exception):
+    """A mistake of the user's: one line that says what is wrong and what to do. Exit code 2."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SAEConfig:
+    """The dictionary. Fields left at None take the architecture's default (`sae.resolve`);
+    a field that the architecture does not use must stay None."""
+
+    architecture: str = "topk"
+    d_sae: int = 4096
+    d_in: int | None = None  # width of the activations; None: the store's
+    k: int | None = None  # latents kept for each token
+    aux_k: int | None = None  # dead latents in the auxiliary loss; None: d_in / 2
+    aux_coefficient: float | None = None
+    sparsity_coefficient: float | None = None  # lambda
+    sparsity_warmup_fraction: float | None = None  # of all steps, linear from 0
+    apply_b_dec_to_input: bool | None = None  # encode x - b_dec instead of x
+    unit_norm_decoder: bool | None = None
+    decoder_init_norm: float | None = None
+    b_dec_init: str | None = None  # geometric_median | mean | zero
+    normalize: str = "sqrt_d"  # sqrt_d: one scalar so that E||x||^2 = d_in | none
+    compute_dtype: str = "float32"  # of matmul operands; parameters and sums stay float32
+    dead_after_tokens: int = 10_000_000  # a latent that has not fired for so long is dead
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What is read, in which order. All of it is part of the run's identity."""
+
+    store: str = ""  # directory of the activation store
+    site: str = ""  # "" : the only site of the store
+    batch_size: int = 2048  # tokens, over all devices
+    seed: int = 0
+    epochs: int = 1  # passes over the training rows that may be used
+    holdout_fraction: float = 0.05  # of the sequences, kept for evaluation
+    virtual_shards: int = 64  # of the data order; divides batch_size
+    window_rows: int = 262_144  # rows shuffled together
+    include_excluded: bool = False  # train on BOS and other high-norm positions too
+    drop_nonfinite: bool = False  # leave out rows with NaN or infinity instead of refusing
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Adam with warm-up. `learning_rate` None: the architecture's rule for its d_sae."""
+
+    learning_rate: float | None = None
+    schedule: str = "linear_tail"  # constant | cosine | linear_tail | warmup_stable_decay
+    warmup_fraction: float = 0.02  # of all steps
+    decay_fraction: float = 0.2  # last part of all steps, for linear_tail and w.s.d.
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    clip_norm: float | None = 1.0  # global norm of the gradient
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How long, from which seed, and what is written down."""
+
+    tokens: int = 10_000_000
+    seed: int = 0
+    on_nonfinite: str = "stop"  # stop | skip the step
+    log_every: int = 50  # steps
+    checkpoint_every: int = 1000  # steps
+    keep_checkpoints: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis. `data` shards the batch, `model` shards d_sae.
+    -1 on one axis: whatever devices are left."""
+
+    data: int = -1
+    model: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    sae: SAEConfig = SAEConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+
+
+def to_dict(config) -> dict:
+    return dataclasses.asdict(config)
+
+
+def identity(config: Config) -> dict:
+    """The config without hardware: what must agree for two runs to be the same run."""
+    return {name: section for name, section in to_dict(config).items() if name != "mesh"}
+
+
+def from_dict(values: dict, cls=Config, prefix: str = ""):
+    """The dataclass `cls` from nested plain values. Raises UserError on an unknown field or a
+    value of another type."""
+    if not isinstance(values, dict):
+        raise UserError(f"{prefix.rstrip('.') or 'config'} must be a section, not {values!r}")
+    hints = typing.get_type_hints(cls)
+    out = {}
+    for name, value in values.items():
+        if name not in hints:
+            raise UserError(_unknown_field(prefix + name, [prefix + h for h in hints]))
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            out[name] = from_dict(value, hint, f"{prefix}{name}.")
+        else:
+            out[name] = _typed(value, hint, prefix + name)
+    return cls(**out)
+
+
+def override(config: Config, assignments: dict[str, str]) -> Config:
+    """`config` with dotted fields replaced, each given as text: {"sae.k": "32"}."""
+    values = to_dict(config)
+    for path, text in assignments.items():
+        section, _, name = path.rpartition(".")
+        fields = values.get(section)
+        if not isinstance(fields, dict) or name not in fields:
+            known = [f"{s}.{f}" for s, section in values.items() for f in section]
+            raise UserError(_unknown_field(path, known))
+        hint = typing.get_type_hints(typing.get_type_hints(Config)[section])[name]
+        fields[name] = _parse(text, hint, path)
+    return from_dict(values)
+
+
+def load_file(spec: str) -> Config:
+    """`get_config()` of a Python file, or `get_config(arg)` for "FILE.py:arg"."""
+    path, _, arg = spec.partition(":")
+    module = load_module(path)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"{path} has no get_config(); a config file defines one that returns Config")
+    config = module.get_config(arg) if arg else module.get_config()
+    if not isinstance(config, Config):
+        raise UserError(f"get_config() of {path} returned {type(config).__name__}, not Config")
+    return config
+
+
+def load_module(path: str) -> types.ModuleType:
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise UserError(f"no config file at {path}")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def save_json(values: dict, path: pathlib.Path) -> None:
+    """Writes to a temporary name, then renames: a reader never sees half a file."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(values, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def difference(a: dict, b: dict, prefix: str = "") -> list[str]:
+    """Lines "section.field: a -> b" for every field in which two plain configs differ."""
+    lines = []
+    for name in sorted(a.keys() | b.keys()):
+        left, right = a.get(name), b.get(name)
+        if isinstance(left, dict) and isinstance(right, dict):
+            lines += difference(left, right, f"{prefix}{name}.")
+        elif left != right:
+            lines.append(f"{prefix}{name}: {left!r} -> {right!r}")
+    return lines
+
+
+def choose(value: str, choices, what: str) -> str:
+    """`value` if it is one of `choices`; else a UserError that names the nearest."""
+    if value not in choices:
+        raise UserError(f"{what} is {value!r}; {_nearest(value, choices)}")
+    return value
+
+
+def _unknown_field(path: str, known: list[str]) -> str:
+    return f"unknown field {path!r}; {_nearest(path, known)}"
+
+
+def _nearest(value: str, choices) -> str:
+    choices = list(choices)
+    near = difflib.get_close_matches(value, choices, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"it must be one of: {', '.join(choices)}"
+
+
+def _parse(text: str, hint, path: str):
+    """Text of the command line to a value of type `hint`."""
+    kinds = _kinds(hint)
+    if type(None) in kinds and text.lower() == "none":
+        return None
+    if bool in kinds:
+        if text.lower() not in ("true", "false"):
+            raise UserError(f"{path} must be true or false, not {text!r}")
+        return text.lower() == "true"
+    if int in kinds:
+        try:
+            return int(text.replace("_", ""))
+        except ValueError:
+            pass  # 1e6 and 2M-style floats are tried below, and refused if not whole
+    if int in kinds or float in kinds:
+        try:
+            return _typed(float(text), hint, path)
+        except ValueError:
+            raise UserError(f"{path} must be a number, not {text!r}") from None
+    return text
+
+
+def _typed(value, hint, path: str):
+    kinds = _kinds(hint)
+    if value is None and type(None) in kinds:
+        return None
+    if isinstance(value, bool) != (bool in kinds) or not isinstance(value, (*kinds, int, float)):
+        raise UserError(f"{path} must be {_name(kinds)}, not {value!r}")
+    if int in kinds and isinstance(value, float):
+        if value != int(value):
+            raise UserError(f"{path} must be a whole number, not {value!r}")
+        return int(value)
+    if float in kinds and isinstance(value, int):
+        return float(value)
+    if str in kinds and not isinstance(value, str):
+        raise UserError(f"{path} must be text, not {value!r}")
+    return value
+
+
+def _kinds(hint) -> tuple[type, ...]:
+    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+
+
+def _name(kinds) -> str:
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    return " or ".join("none" if k is type(None) else names[k] for k in kinds)

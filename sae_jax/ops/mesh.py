@@ -1,0 +1,47 @@
+"""Running a per-shard function on the ambient mesh (`jax.set_mesh`), or plainly without one."""
+
+from collections.abc import Callable
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+# Where the two big tensors and the batch live. Axes of size one cost nothing.
+BATCH = P("data", None)  # (B, d)
+CODE = P("data", "model")  # (B, model shards * k): each shard's own slots
+ENCODER = P(None, "model")  # (d_in, d_sae)
+DECODER = P("model", None)  # (d_sae, d_out)
+PER_LATENT = P("model")  # (d_sae,)
+
+
+def per_shard(function: Callable, in_specs, out_specs) -> Callable:
+    """`function` on each device's shards. It names its collectives itself (`psum` below), and
+    is never differentiated through: the operations define their gradients."""
+    if _without_mesh():
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def psum(x: jax.Array, axis: str) -> jax.Array:
+    return x if _without_mesh() else jax.lax.psum(x, axis)
+
+
+def gather_last(x: jax.Array, axis: str) -> jax.Array:
+    """Every shard's (B, c) side by side: (B, shards * c), in the order of the axis."""
+    return x if _without_mesh() else jax.lax.all_gather(x, axis, axis=1, tiled=True)
+
+
+def shard_index(axis: str) -> jax.Array | int:
+    return 0 if _without_mesh() else jax.lax.axis_index(axis)
+
+
+def shard_count(axis: str) -> int:
+    return 1 if _without_mesh() else jax.lax.axis_size(axis)
+
+
+def out_sharding(spec: P):
+    """`spec` for a contraction's `out_sharding=`; None where there is no mesh."""
+    return None if _without_mesh() else spec
+
+
+def _without_mesh() -> bool:
+    return jax.sharding.get_abstract_mesh().empty

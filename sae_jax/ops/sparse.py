@@ -1,0 +1,285 @@
+"""Encoding to k latents a token and decoding from them, without a dense (B, d_sae) gradient.
+
+Every shard of the dictionary has k slots a token; a slot whose latent is not among the global
+top k has value 0.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from sae_jax.ops.mesh import (
+    BATCH,
+    CODE,
+    DECODER,
+    ENCODER,
+    PER_LATENT,
+    gather_last,
+    per_shard,
+    psum,
+    shard_count,
+    shard_index,
+)
+from sae_jax.ops.topk import top_k
+
+_CPU_SLICE_ROWS = 256  # pre-activations of so many tokens stay in cache
+_SLICE_BYTES = 2**30  # elsewhere: at most so many bytes of pre-activations at once
+_UNROLL = 32  # latents whose decoder rows are added in one fused pass
+
+
+class Code(NamedTuple):
+    """What was picked for each token: (B, shards * k) each."""
+
+    values: jax.Array  # float32
+    indices: jax.Array  # int32, within the shard
+
+
+# ---------------------------------------------------------------------------------- encode
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def encode_top_k(x, w_enc, b_enc, dead, k: int, aux_k: int, compute_dtype=jnp.float32):
+    """Top k of `x @ w_enc + b_enc` over the whole dictionary, and top aux_k of dead latents.
+
+    Both from one pass over the pre-activations. Exact and independent of the mesh: ties go to
+    the lower latent.
+
+    Args:
+      x: (B, d_in). w_enc: (d_in, d_sae). b_enc: (d_sae,).
+      dead: (d_sae,) bool, or None for no auxiliary code. Where no latent is dead the auxiliary
+        code is zero and costs nothing.
+      k, aux_k: latents picked for each token. Where fewer are dead, the rest have value 0.
+      compute_dtype: of the matmul's operands; it accumulates in float32.
+
+    Returns:
+      The Code of pre-activations, and the auxiliary Code or None.
+    """
+    return _encode_forward(x, w_enc, b_enc, dead, k, aux_k, compute_dtype)[0]
+
+
+def _encode_forward(x, w_enc, b_enc, dead, k, aux_k, compute_dtype):
+    any_dead = None if dead is None else dead.any()
+
+    def local(x, w_enc, b_enc, dead, any_dead):
+        w = w_enc.astype(compute_dtype)
+
+        def encode_slice(x_slice):
+            pre = jnp.matmul(x_slice.astype(compute_dtype), w, preferred_element_type=jnp.float32)
+            pre = pre + b_enc
+            if dead is None:
+                return _candidates(pre, k), None
+            return _candidates(pre, k), jax.lax.cond(
+                any_dead,
+                lambda: _candidates(jnp.where(dead, pre, -jnp.inf), aux_k),
+                lambda: _no_candidates(x_slice.shape[0], aux_k),
+            )
+
+        main, aux = _over_slices(encode_slice, x, w_enc.shape[1])
+        return _winners(*main), None if aux is None else _winners(*aux)
+
+    specs = (BATCH, ENCODER, PER_LATENT, PER_LATENT, P())
+    codes, kept = _unzip(per_shard(local, specs, CODE)(x, w_enc, b_enc, dead, any_dead))
+    return codes, (x, w_enc, b_enc, any_dead, [code and code.indices for code in codes], kept)
+
+
+def _encode_backward(k, aux_k, compute_dtype, saved, cotangents):
+    x, w_enc, b_enc, any_dead, indices, kept = saved
+    d_values = [code and code.values for code in cotangents]
+
+    def local(x, w_enc, any_dead, indices, kept, d_values):
+        n = w_enc.shape[1]
+
+        def gradients(indices, kept, d_values):
+            d_pre = jnp.where(kept, d_values, 0.0)
+            d_b = jnp.zeros(n, jnp.float32).at[indices].add(d_pre)
+            d_w = _rows_gradient(d_pre, indices, x, n)
+            return _weighted_rows(d_pre, indices, w_enc.T), d_w, d_b
+
+        total = gradients(indices[0], kept[0], d_values[0])
+        if any_dead is not None:
+            total = jax.lax.cond(
+                any_dead,
+                lambda: jax.tree.map(
+                    jnp.add, total, gradients(indices[1], kept[1], d_values[1])
+                ),
+                lambda: total,
+            )
+        d_x, d_w, d_b = total
+        return psum(d_x, "model"), psum(d_w, "data").T, psum(d_b, "data")
+
+    d_x, d_w, d_b = per_shard(
+        local, (BATCH, ENCODER, P(), CODE, CODE, CODE), (BATCH, ENCODER, PER_LATENT)
+    )(x, w_enc, any_dead, indices, kept, d_values)
+    return d_x.astype(x.dtype), d_w.astype(w_enc.dtype), d_b.astype(b_enc.dtype), None
+
+
+encode_top_k.defvjp(_encode_forward, _encode_backward)
+
+
+def _candidates(pre_BxN, k: int):
+    """This shard's k best: values, -inf where it has fewer, and indices."""
+    n = pre_BxN.shape[1]
+    values, indices = top_k(pre_BxN, min(k, n))
+    spare = ((0, 0), (0, max(0, k - n)))
+    return jnp.pad(values, spare, constant_values=-jnp.inf), jnp.pad(indices, spare)
+
+
+def _no_candidates(rows: int, k: int):
+    return jnp.full((rows, k), -jnp.inf), jnp.zeros((rows, k), jnp.int32)
+
+
+def _winners(values_Bxk, indices_Bxk):
+    """This shard's part of the global code, and which of its slots are in it."""
+    kept = _wins_globally(values_Bxk) & (values_Bxk != -jnp.inf)
+    return Code(jnp.where(kept, values_Bxk, 0.0), indices_Bxk), kept
+
+
+def _unzip(pairs):
+    main, aux = pairs
+    if aux is None:
+        return (main[0], None), (main[1], None)
+    return (main[0], aux[0]), (main[1], aux[1])
+
+
+def _over_slices(function, x_Bxd, n: int):
+    """`function` over slices of the batch, so that (B, d_sae) never exists as a whole."""
+    rows = x_Bxd.shape[0]
+    limit = _CPU_SLICE_ROWS if jax.default_backend() == "cpu" else max(1, _SLICE_BYTES // (4 * n))
+    slices = next(s for s in range(max(1, -(-rows // limit)), rows + 1) if rows % s == 0)
+    if slices == 1:
+        return function(x_Bxd)
+    out = jax.lax.map(function, x_Bxd.reshape(slices, rows // slices, -1))
+    return jax.tree.map(lambda a: a.reshape(rows, *a.shape[2:]), out)
+
+
+def _wins_globally(values_Bxk):
+    """Which of this shard's k candidates are among the k largest over all shards (B, k)."""
+    k = values_Bxk.shape[1]
+    everyone = gather_last(values_Bxk, "model")
+    if everyone.shape[1] == k:
+        return jnp.ones(values_Bxk.shape, bool)
+    # Shards are in order of their latents and candidates in order of (value, index), so that
+    # ties again go to the lower latent.
+    _, winners = jax.lax.top_k(everyone, k)
+    mine = winners - shard_index("model") * k
+    slot = jnp.arange(k, dtype=mine.dtype)
+    return (mine[:, :, None] == slot).any(axis=1)
+
+
+# ---------------------------------------------------------------------------------- decode
+
+
+@jax.custom_vjp
+def sparse_decode(values, indices, w_dec):
+    """Sum of the picked decoder rows: (B, d_out) from a code and w_dec (d_sae, d_out).
+
+    One all-reduce over `model`. 2 k d_out FLOPs a token and shard.
+    """
+    return _decode_forward(values, indices, w_dec)[0]
+
+
+def _decode_forward(values, indices, w_dec):
+    def local(values, indices, w_dec):
+        return psum(_weighted_rows(values, indices, w_dec), "model")
+
+    x_hat = per_shard(local, (CODE, CODE, DECODER), BATCH)(values, indices, w_dec)
+    return x_hat, (values, indices, w_dec)
+
+
+def _decode_backward(saved, d_x_hat):
+    values, indices, w_dec = saved
+
+    def local(values, indices, w_dec, d_x_hat):
+        d_values = _picked_products(d_x_hat, indices, w_dec)
+        d_w = psum(_rows_gradient(values, indices, d_x_hat, w_dec.shape[0]), "data")
+        return d_values, d_w
+
+    d_values, d_w = per_shard(local, (CODE, CODE, DECODER, BATCH), (CODE, DECODER))(
+        values, indices, w_dec, d_x_hat
+    )
+    return d_values, None, d_w.astype(w_dec.dtype)
+
+
+sparse_decode.defvjp(_decode_forward, _decode_backward)
+
+
+def fired_latents(values, indices, d_sae: int):
+    """(d_sae,) bool: latents with a positive value anywhere in a code."""
+
+    def local(values, indices):
+        n = d_sae // shard_count("model")
+        fired = jnp.zeros(n, jnp.int32).at[indices].max((values > 0).astype(jnp.int32))
+        return psum(fired, "data") > 0
+
+    return per_shard(local, (CODE, CODE), PER_LATENT)(values, indices)
+
+
+# ------------------------------------------------------------------------- on one device
+
+
+def _weighted_rows(values_Bxk, indices_Bxk, w_Nxd):
+    """Sum over k of values * w[indices]: (B, d). Unrolled, so that XLA fuses gather, product
+    and sum into one pass and never writes (B, k, d)."""
+
+    def add(total, columns):
+        values, indices = columns
+        for j in range(values.shape[1]):
+            total += values[:, j, None] * w_Nxd[indices[:, j]]
+        return total
+
+    total = jnp.zeros((values_Bxk.shape[0], w_Nxd.shape[1]), w_Nxd.dtype)
+    return _over_columns(add, total, values_Bxk, indices_Bxk)
+
+
+def _over_columns(add, total, values_Bxk, indices_Bxk):
+    """Folds `add` over blocks of at most _UNROLL columns."""
+    B, k = values_Bxk.shape
+    whole = k - k % _UNROLL
+    if whole > _UNROLL:
+        blocks = tuple(
+            a[:, :whole].reshape(B, -1, _UNROLL).swapaxes(0, 1) for a in (values_Bxk, indices_Bxk)
+        )
+        total, _ = jax.lax.scan(lambda t, block: (add(t, block), None), total, blocks)
+    elif whole:
+        total = add(total, (values_Bxk[:, :whole], indices_Bxk[:, :whole]))
+    if whole < k:
+        total = add(total, (values_Bxk[:, whole:], indices_Bxk[:, whole:]))
+    return total
+
+
+def _picked_products(g_Bxd, indices_Bxk, w_Nxd):
+    """g . w[index] for each picked latent: (B, k). In blocks of tokens whose gathered rows
+    stay in cache."""
+    B, k = indices_Bxk.shape
+    block = next(b for b in (16, 8, 4, 2, 1) if B % b == 0)
+
+    def products(args):
+        g, indices = args
+        return jnp.einsum("bd,bkd->bk", g, w_Nxd[indices])
+
+    shaped = (g_Bxd.reshape(-1, block, g_Bxd.shape[1]), indices_Bxk.reshape(-1, block, k))
+    return jax.lax.map(products, shaped).reshape(B, k)
+
+
+def _rows_gradient(coefficients_Bxk, indices_Bxk, vectors_Bxd, n: int):
+    """Sum of coefficient * vector of its token into the picked rows: (n, d) float32."""
+    shape = (n, vectors_Bxd.shape[1])
+    vectors_Bxd = vectors_Bxd.astype(jnp.float32)
+
+    def token_by_token(coefficients, indices, vectors):
+        def add(b, total):
+            rows = coefficients[b][:, None] * vectors[b]
+            return total.at[indices[b]].add(rows, mode="promise_in_bounds")
+
+        return jax.lax.fori_loop(0, coefficients.shape[0], add, jnp.zeros(shape, jnp.float32))
+
+    def at_once(coefficients, indices, vectors):
+        rows = coefficients[:, :, None] * vectors[:, None, :]
+        return jnp.zeros(shape, jnp.float32).at[indices].add(rows, mode="promise_in_bounds")
+
+    return jax.lax.platform_dependent(
+        coefficients_Bxk, indices_Bxk, vectors_Bxd, cpu=token_by_token, default=at_once
+    )

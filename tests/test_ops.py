@@ -1,0 +1,113 @@
+"""Every operation equals its plain reference, on every mesh, forwards and backwards."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sae_jax import ops
+from sae_jax.ops.mesh import BATCH, DECODER, ENCODER, PER_LATENT
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 100, 1024, 1000])
+@pytest.mark.parametrize("k", [1, 3, 32])
+@pytest.mark.parametrize("kind", ["normal", "ties", "equal", "few_finite"])
+def test_top_k_is_lax_top_k(n, k, kind):
+    k = min(k, n)
+    x = normal(n + k, 7, n)
+    if kind == "ties":
+        x = np.round(x * 2) / 2
+    elif kind == "equal":
+        x[:] = 0.5
+    elif kind == "few_finite":
+        x[:, 1:] = -np.inf
+    values, indices = ops.top_k(jnp.asarray(x), k)
+    want_values, want_indices = jax.lax.top_k(x, k)
+    finite = np.isfinite(want_values)
+    np.testing.assert_array_equal(values, want_values)
+    np.testing.assert_array_equal(np.where(finite, indices, 0), np.where(finite, want_indices, 0))
+    assert np.all((0 <= indices) & (indices < n))
+
+
+def dense_reference(x, w_enc, b_enc, w_dec, dead, k, aux_k):
+    """Reconstruction and auxiliary reconstruction by dense latents and autodiff."""
+    pre = x @ w_enc + b_enc
+
+    def pick(pre, k):
+        values, indices = jax.lax.top_k(pre, k)
+        values = jnp.where(values > -jnp.inf, values, 0.0)
+        rows = jnp.arange(pre.shape[0])[:, None]
+        return jnp.zeros_like(pre).at[rows, indices].add(values) @ w_dec
+
+    return pick(pre, k), pick(jnp.where(dead, pre, -jnp.inf), aux_k)
+
+
+def sparse(x, w_enc, b_enc, w_dec, dead, k, aux_k):
+    main, aux = ops.encode_top_k(x, w_enc, b_enc, dead, k, aux_k)
+    return ops.sparse_decode(*main, w_dec), ops.sparse_decode(*aux, w_dec)
+
+
+@pytest.mark.parametrize("dead", ["none", "few", "many"])
+@pytest.mark.parametrize("k,aux_k", [(4, 6), (40, 50)])
+def test_sparse_autoencoder_equals_dense(mesh, dead, k, aux_k):
+    B, d, n = 8, 5, 64
+    share = {"none": 0.0, "few": 0.1, "many": 0.7}[dead]
+    is_dead = np.random.default_rng(9).random(n) < share
+    arrays = [normal(0, B, d), normal(1, d, n), normal(2, n), normal(3, n, d)]
+    # Equal columns in different shards: ties must go to the lower latent on every mesh.
+    for array, axis in ((arrays[1], 1), (arrays[2], 0)):
+        first, second = [slice(None)] * axis + [slice(0, 8)], [slice(None)] * axis + [slice(40, 48)]
+        array[tuple(second)] = array[tuple(first)]
+    weights = normal(4, B, d), normal(5, B, d)
+
+    def total(autoencode):
+        def loss(*arrays):
+            main, aux = autoencode(*arrays, is_dead_here, k, aux_k)
+            return (main * weights_here[0]).sum() + (aux * weights_here[1]).sum(), (main, aux)
+
+        return jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True)
+
+    is_dead_here, weights_here = is_dead, weights
+    with jax.set_mesh(jax.make_mesh((), ())):
+        (_, want), want_gradients = total(dense_reference)(*arrays)
+    specs = (BATCH, ENCODER, PER_LATENT, DECODER)
+    is_dead_here = jax.device_put(is_dead, PER_LATENT)
+    weights_here = [jax.device_put(w, BATCH) for w in weights]
+    (_, got), got_gradients = jax.jit(total(sparse))(*map(jax.device_put, arrays, specs))
+    for a, b in zip((*got, *got_gradients), (*want, *want_gradients), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+def test_dense_matmuls(mesh):
+    x, w_enc, w_dec = normal(0, 8, 5), normal(1, 5, 16), normal(2, 16, 5)
+
+    def loss(x, w_enc, w_dec):
+        return (ops.decode_dense(jnp.tanh(ops.encode_dense(x, w_enc)), w_dec) ** 2).sum()
+
+    def reference(x, w_enc, w_dec):
+        return ((jnp.tanh(x @ w_enc) @ w_dec) ** 2).sum()
+
+    placed = map(jax.device_put, (x, w_enc, w_dec), (BATCH, ENCODER, DECODER))
+    got = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*placed)
+    with jax.set_mesh(jax.make_mesh((), ())):
+        want = jax.grad(reference, argnums=(0, 1, 2))(x, w_enc, w_dec)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_fired_latents(mesh):
+    values = np.zeros((8, 4), np.float32)
+    indices = np.arange(32, dtype=np.int32).reshape(8, 4)
+    values[3, 2] = 0.5
+    values[5, 0] = -1.0
+    shards = mesh.shape["model"]
+    # One shard's slots are what it has; the others' hold nothing.
+    values = np.concatenate([values] + [np.zeros_like(values)] * (shards - 1), axis=1)
+    indices = np.concatenate([indices % (64 // shards)] * shards, axis=1)
+    code = (jax.device_put(a, jax.P("data", "model")) for a in (values, indices))
+    fired = np.asarray(ops.fired_latents(*code, 64))
+    assert np.flatnonzero(fired).tolist() == [14 % (64 // shards)]
