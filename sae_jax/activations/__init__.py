@@ -2,6 +2,7 @@
 
 from sae_jax.activations.from_arrays import write_store
 from sae_jax.activations.store import Store
+from sae_jax.activations.stream import Stream
 from sae_jax.activations.writer import StoreWriter
 
-__all__ = ["Store", "StoreWriter", "write_store"]
+__all__ = ["Store", "StoreWriter", "Stream", "write_store"]

@@ -1,0 +1,228 @@
+"""The stream: batches of a site, in an order that is a pure function of (store, seed, step).
+
+The order is `order.Order`; this file reads it fast. A window's chunks are read whole, all in
+flight at once, into one of two buffers while batches are gathered from the other: rows read one
+by one, or chunks permuted one by one, are 10 to 100 times slower.
+"""
+
+import concurrent.futures
+
+import grain
+import numpy as np
+
+from sae_jax.activations.order import Order, split_chunks
+from sae_jax.activations.store import NONFINITE, Store
+from sae_jax.config import UserError, choose
+
+SPLITS = ("train", "heldout")
+
+
+class Stream:
+    """Batches (batch_size, width) of one site's rows, in the dtype of the store.
+
+    Rows with any bit of `Store.excluded` are left out (with `include_excluded`: those that are
+    not finite in some site, only), and so are the sequences of the other split. Step s is the
+    same batch, bit for bit, however many processes read it, each its own rows. Reading holds two
+    windows of about `window_rows` rows in memory, in whole chunks.
+
+    UserError if the batch cannot be cut in `virtual_shards`, the split is smaller than a batch,
+    or the site holds NaN or infinity (unless `drop_nonfinite`).
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        site: str = "",
+        *,
+        batch_size: int,
+        seed: int = 0,
+        split: str = "train",
+        holdout_fraction: float = 0.05,
+        epochs: int = 1,
+        virtual_shards: int = 64,
+        window_rows: int = 262_144,
+        include_excluded: bool = False,
+        drop_nonfinite: bool = False,
+    ):
+        self.store = store
+        self.site = store.resolve_site(site)
+        self.batch_size = batch_size
+        choose(split, SPLITS, "the split of a stream")
+        _check_numbers(batch_size, virtual_shards, window_rows, epochs, seed, holdout_fraction)
+        meta = store.meta.sites[self.site]
+        if meta.nonfinite_rows and not drop_nonfinite:
+            raise UserError(
+                f"{meta.nonfinite_rows} rows of site {self.site} in {store.path} hold NaN or "
+                "infinity; set data.drop_nonfinite=true to leave them out"
+            )
+        self.width = meta.width
+        self.mean = np.asarray(meta.mean)
+        self.mean_squared_norm = meta.mean_squared_norm
+        self._excluding = np.uint8(NONFINITE if include_excluded else 0xFF)
+        chunks = split_chunks(store.meta.num_chunks, holdout_fraction, split)
+        usable = store.usable_rows[chunks, 1 if include_excluded else 0]
+        self.rows_per_epoch = int(usable.sum())
+        if self.rows_per_epoch < batch_size:
+            raise UserError(
+                f"{store.path} has {self.rows_per_epoch} {split} rows to use, fewer than one batch "
+                f"of {batch_size}; make data.batch_size smaller or the store larger"
+            )
+        self.order = Order(
+            chunks,
+            usable,
+            self._usable_mask,
+            batch_size=batch_size,
+            virtual_shards=virtual_shards,
+            window_rows=window_rows,
+            seed=seed,
+        )
+        self.num_steps = epochs * self.order.steps_per_epoch
+
+    def batch_rows(self, step: int) -> np.ndarray:
+        """Store rows (batch_size,) int64 of a step."""
+        if not 0 <= step < self.num_steps:
+            raise UserError(f"step {step} is not one of the stream's {self.num_steps} steps")
+        window, offset = self.order.locate(step)
+        return self.order.rows(window, np.arange(self.batch_size))[offset]
+
+    def read(self, step: int) -> np.ndarray:
+        """The batch (batch_size, width) of a step, row by row: slow, needs no window."""
+        return self.store.site(self.site)[self.batch_rows(step)].read().result()
+
+    def dataset(self, start_step: int = 0, rows=slice(None)) -> grain.IterDataset:
+        """Batches from `start_step` to the last as a grain dataset. `rows`: the slice of the
+        batch, or a list of slices, that this process needs; an element is (their rows, width).
+        Only chunks with these rows are read. The state of its iterator is the step."""
+        return _BatchDataset(self, start_step, rows)
+
+    def batches(self, start_step: int = 0, rows=slice(None), prefetch: int = 2):
+        """Iterator over `dataset(start_step, rows)` with `prefetch` batches ready in advance."""
+        dataset = self.dataset(start_step, rows)
+        return iter(
+            grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=prefetch)
+            if prefetch
+            else dataset
+        )
+
+    def _usable_mask(self, chunks: np.ndarray) -> np.ndarray:
+        return self.store.read_excluded(chunks) & self._excluding == 0
+
+
+class _BatchDataset(grain.IterDataset):
+    def __init__(self, stream: Stream, start_step: int, rows):
+        super().__init__()
+        if not 0 <= start_step <= stream.num_steps:
+            raise UserError(f"step {start_step} is beyond the stream's {stream.num_steps} steps")
+        self._stream = stream
+        self._start_step = start_step
+        slices = [rows] if isinstance(rows, slice) else rows
+        places = np.arange(stream.batch_size)
+        self._columns = np.concatenate([places[s] for s in slices])
+
+    def __iter__(self) -> "_BatchIterator":
+        return _BatchIterator(self._stream, self._start_step, self._columns)
+
+
+class _BatchIterator(grain.DatasetIterator):
+    """Gathers batches from one window while the next one is read."""
+
+    def __init__(self, stream: Stream, step: int, columns: np.ndarray):
+        super().__init__()
+        self._stream = stream
+        self._step = step
+        self._windows = _WindowReader(stream, columns)
+
+    def __next__(self) -> np.ndarray:
+        if self._step >= self._stream.num_steps:
+            raise StopIteration
+        batch = self._windows.batch(self._step)
+        self._step += 1
+        return batch
+
+    def get_state(self) -> dict:
+        return {"step": self._step}
+
+    def set_state(self, state: dict) -> None:
+        self._step = int(state["step"])
+
+
+class _WindowReader:
+    """Two windows: one to gather from, and the next one, read by a thread meanwhile."""
+
+    def __init__(self, stream: Stream, columns: np.ndarray):
+        self._stream = stream
+        self._columns = columns
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "sae-jax-window")
+        self._buffers = [None, None]
+        self._current = None  # (window, first step in it, buffer, places (steps, columns))
+        self._next = None  # (window, Future)
+
+    def batch(self, step: int) -> np.ndarray:
+        """(len(columns), width) of a step."""
+        window, offset = self._stream.order.locate(step)
+        if self._current is None or self._current[0] != window or offset < self._current[1]:
+            self._move_to(window, offset, step)
+        _, first, buffer, places = self._current
+        # Gathered as integers: NumPy's take has no fast path for bfloat16. "clip" spares a copy
+        # that "raise" makes; every place is valid by construction.
+        bits = buffer.view(f"uint{8 * buffer.itemsize}")
+        return np.take(bits, places[offset - first], axis=0, mode="clip").view(buffer.dtype)
+
+    def _move_to(self, window: int, offset: int, step: int) -> None:
+        """Makes `window` current, from step `offset` of it on, and starts reading the next."""
+        ahead, self._next = self._next, None
+        loaded = ahead[1].result() if ahead else None
+        if ahead is None or ahead[0] != window or offset:
+            loaded = self._load(window, offset)
+        self._current = (window, *loaded)
+        stream = self._stream
+        following = step - offset + stream.order.steps(window)
+        if following < stream.num_steps:
+            self._next = (window + 1, self._thread.submit(self._load, window + 1, 0))
+
+    def _load(self, window: int, first: int):
+        """(first, buffer (rows, width), places (steps - first, columns) of the rows in it)."""
+        stream, store = self._stream, self._stream.store
+        rows = stream.order.rows(window, self._columns)[first:]
+        chunk_rows = store.meta.chunk_rows
+        chunk, row = np.divmod(rows, chunk_rows)
+        needed = np.zeros(store.meta.num_chunks, bool)
+        needed[chunk] = True
+        slot_of_chunk = np.cumsum(needed) - 1
+        chunks = np.flatnonzero(needed)
+        buffer = self._buffer(len(chunks))
+        store.read_chunks(stream.site, chunks, buffer)
+        return first, buffer.reshape(-1, stream.width), slot_of_chunk[chunk] * chunk_rows + row
+
+    def _buffer(self, chunks: int) -> np.ndarray:
+        """The buffer that is not in use, (chunks, chunk_rows, width), grown where too small:
+        memory that was touched before is filled several times faster than new pages."""
+        free, in_use = self._buffers
+        if free is None or len(free) < chunks:
+            store = self._stream.store
+            dtype = store.site(self._stream.site).dtype.numpy_dtype
+            free = np.empty((chunks, store.meta.chunk_rows, self._stream.width), dtype)
+        self._buffers = [in_use, free]
+        return free[:chunks]
+
+
+def _check_numbers(batch_size, virtual_shards, window_rows, epochs, seed, holdout_fraction):
+    for name, value in [
+        ("batch_size", batch_size),
+        ("virtual_shards", virtual_shards),
+        ("window_rows", window_rows),
+        ("epochs", epochs),
+    ]:
+        if value < 1:
+            raise UserError(f"data.{name} is {value}; it must be at least 1")
+    if seed < 0:
+        raise UserError(f"data.seed is {seed}; it must not be negative")
+    if not 0 <= holdout_fraction < 1:
+        raise UserError(f"data.holdout_fraction is {holdout_fraction}; it must be in [0, 1)")
+    if batch_size % virtual_shards:
+        below = batch_size // virtual_shards * virtual_shards
+        neighbours = f"{below} or " if below else ""
+        raise UserError(
+            f"data.batch_size is {batch_size}, which data.virtual_shards={virtual_shards} does not "
+            f"divide; use {neighbours}{below + virtual_shards}"
+        )
