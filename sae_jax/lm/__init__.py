@@ -1,6 +1,6 @@
 """Language models: a decoder with taps and edits, its weights, text, and harvest to a store."""
 
-import importlib.resources
+import pathlib
 
 from sae_jax.lm.decoder import (
     SITES,
@@ -11,8 +11,9 @@ from sae_jax.lm.decoder import (
     next_token_loss,
     site_width,
 )
+from sae_jax.lm.harvest import harvest
 from sae_jax.lm.text import PACKING_RULE, Tokenizer, load_tokenizer, pack, read_texts, text_files
-from sae_jax.lm.weights import load_config, load_params, save_model
+from sae_jax.lm.weights import fingerprint, load_config, load_params, save_model
 
-DEMO_MODEL = importlib.resources.files("sae_jax") / "assets" / "one_layer"
+DEMO_MODEL = pathlib.Path(__file__).parents[1] / "assets" / "one_layer"
 """Directory of the shipped one-layer transformer; experiments/one_layer_transformer.py made it."""

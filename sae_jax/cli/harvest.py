@@ -1,0 +1,87 @@
+"""sae-jax harvest: activations of a language model over text, into a store."""
+
+from absl import flags
+
+SUMMARY = """Write a language model's activations over text to a store.
+
+Reads a Hugging Face directory (config.json, model.safetensors, tokenizer.json) and text; packs the
+text into contexts, each starting with BOS; runs the model on this machine's devices; writes the
+activations of the sites you name. Stopped at any moment and started again with the same flags, it
+goes on at the first shard that is missing.
+
+Sites are NAME.LAYER, NAME being resid_pre, attn_out, resid_mid, mlp_in, mlp_act, mlp_out or
+resid_post. For example:
+
+  sae-jax harvest --model=stories260K --text=stories.json --collapse_newlines \\
+      --sites=resid_post.2,mlp_act.1 --context_length=128 --tokens=1000000 --out=stories_store
+"""
+
+
+def define(values: flags.FlagValues) -> None:
+    def string(name, default, text, required=False):
+        flags.DEFINE_string(name, default, text, flag_values=values, required=required)
+
+    def integer(name, default, text):
+        flags.DEFINE_integer(name, default, text, flag_values=values)
+
+    string("model", "demo", "Directory of the model; demo: the one-layer model that ships here.")
+    flags.DEFINE_list(
+        "text",
+        None,
+        "Files (.txt and the like: a document each; .json, .jsonl: a document for each item or "
+        "line; all also .gz), directories, or datasets:NAME[:SPLIT] for a Hugging Face dataset.",
+        flag_values=values,
+        required=True,
+    )
+    string("field", "text", "Where a document's text is in .json, .jsonl and datasets.")
+    flags.DEFINE_bool(
+        "collapse_newlines",
+        False,
+        "Make one newline of several, for models that never saw an empty line.",
+        flag_values=values,
+    )
+    flags.DEFINE_list("sites", None, "What to harvest.", flag_values=values, required=True)
+    string("out", None, "Directory of the store.", required=True)
+    integer("context_length", None, "Tokens of a context, BOS included; the model's own, <= 1024.")
+    integer("tokens", None, "Stop after so many tokens; all the text's.")
+    integer("batch_size", None, "Contexts in a batch; about 16k tokens.")
+    string("dtype", "bfloat16", "Of the store: bfloat16, float16 or float32.")
+    string("model_dtype", "float32", "In which the model computes: float32 or bfloat16.")
+    integer("mesh_data", -1, "Devices that share a batch; -1: all that are left.")
+    integer("mesh_model", 1, "Devices that share the model's heads, MLP and vocabulary.")
+
+
+def run(args, overrides) -> None:
+    del overrides
+    import jax
+
+    from sae_jax import lm
+    from sae_jax.config import UserError, choose
+
+    choose(args.dtype, ("bfloat16", "float16", "float32"), "--dtype")
+    choose(args.model_dtype, ("bfloat16", "float32"), "--model_dtype")
+    devices = jax.local_devices()
+    model = args.mesh_model
+    data = len(devices) // max(model, 1) if args.mesh_data == -1 else args.mesh_data
+    if model < 1 or data < 1 or data * model > len(devices):
+        raise UserError(f"a mesh of {data} x {model} devices does not fit the {len(devices)} here")
+    mesh = jax.make_mesh((data, model), ("data", "model"), devices=devices[: data * model])
+    store = lm.harvest(
+        lm.DEMO_MODEL if args.model == "demo" else args.model,
+        lm.read_texts(args.text, args.field, args.collapse_newlines),
+        args.out,
+        sites=tuple(args.sites),
+        context_length=args.context_length,
+        tokens=args.tokens,
+        batch_size=args.batch_size,
+        dtype=args.dtype,
+        model_dtype=args.model_dtype,
+        mesh=mesh,
+        provenance={"text": args.text, "collapse_newlines": args.collapse_newlines},
+    )
+    meta = store.meta
+    rows = meta.num_sequences * meta.context_length
+    print(f"{args.out}: {rows:,} rows ({meta.num_sequences:,} contexts of {meta.context_length})")
+    for name, site in meta.sites.items():
+        print(f"  {name:16}width {site.width}, {site.dtype}, {site.rows_used:,} rows to train on")
+    print(f"Left out of training: {meta.excluded_why}.")

@@ -1,0 +1,225 @@
+"""Harvest: text -> contexts -> the model on the mesh -> an activation store.
+
+A shard of the store is computed whole, in batches that start where the shard starts, so that a
+harvest that was killed and started again writes the very bytes of one that was not.
+"""
+
+import concurrent.futures
+import pathlib
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from absl import logging
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sae_jax.activations import Store, StoreWriter
+from sae_jax.config import UserError, difference
+from sae_jax.lm.decoder import forward, site_width
+from sae_jax.lm.text import PACKING_RULE, load_tokenizer, pack
+from sae_jax.lm.weights import fingerprint, load_config, load_params
+
+DEFAULT_CONTEXT = 1024  # where the model allows it
+TOKENS_PER_BATCH = 16_384  # on all devices; a guess that fits small models and large devices
+_LOG_EVERY = 10.0  # seconds
+
+
+def harvest(
+    model_dir,
+    texts: Iterable[str],
+    out,
+    *,
+    sites: tuple[str, ...],
+    context_length: int | None = None,
+    tokens: int | None = None,
+    batch_size: int | None = None,
+    dtype: str = "bfloat16",
+    model_dtype: str = "float32",
+    mesh: jax.sharding.Mesh | None = None,
+    provenance: dict | None = None,
+) -> Store:
+    """Writes the activations of `sites` over `texts` to a store at `out`, and opens it.
+
+    context_length: tokens of a context, BOS included (None: the model's own, at most 1024).
+    tokens: at most so many (None: all). batch_size: contexts in a batch, over the mesh's `data`
+    axis. dtype: of the store; model_dtype: in which the model computes. mesh: axes `data` and
+    `model` over this process's devices (None: all of them along `data`). Where jax.distributed
+    runs several processes, each computes every n-th shard; the directory must be one they share.
+
+    Started again on an unfinished store it goes on at the first missing shard; on a finished one
+    it does nothing. UserError before the model runs: an unknown site, text that fills no context,
+    a store made from other text or another model, a disk that cannot hold the result.
+    """
+    config, tokenizer = load_config(model_dir), load_tokenizer(model_dir)
+    if not sites:
+        raise UserError("no sites to harvest; name some, such as resid_post.0")
+    widths = {site: site_width(config, site) for site in sites}
+    context_length = context_length or min(config.max_context, DEFAULT_CONTEXT)
+    if context_length > config.max_context:
+        raise UserError(
+            f"context_length {context_length} is more than the model's {config.max_context}"
+        )
+    mesh = mesh or jax.make_mesh(
+        (jax.local_device_count(), 1), ("data", "model"), devices=jax.local_devices()
+    )
+    batch_size = _batch_size(batch_size, context_length, mesh.shape["data"])
+    tokens_NxT = pack(_with_progress(texts), tokenizer, context_length, tokens)
+    if tokens_NxT.max() >= config.vocab_size:
+        raise UserError(
+            f"the tokenizer of {model_dir} gives token {tokens_NxT.max()}, but the model has "
+            f"{config.vocab_size}; they do not belong together"
+        )
+    function = {"model_fingerprint": fingerprint(model_dir), "model_dtype": model_dtype}
+    _check_disk(out, tokens_NxT.size, sum(widths.values()) * jnp.dtype(dtype).itemsize)
+    writer = StoreWriter.create_or_resume(
+        out,
+        sites=widths,
+        dtype=dtype,
+        context_length=context_length,
+        num_sequences=len(tokens_NxT),
+        tokens=tokens_NxT,
+        model=tokenizer.name,
+        tokenizer=tokenizer.name,
+        special_tokens=tokenizer.special_tokens,
+        provenance={"packing": PACKING_RULE, **(provenance or {}), **function},
+    )
+    begun_with = {name: writer.meta.provenance.get(name) for name in function}
+    if changes := difference(begun_with, function):
+        raise UserError(
+            f"{out} was begun with another model ({'; '.join(changes)}); choose another directory"
+        )
+    mine = [
+        shard
+        for shard in writer.missing_shards()
+        if shard.index % jax.process_count() == jax.process_index()
+    ]
+    if mine:
+        params = load_params(model_dir, jnp.dtype(model_dtype), mesh)
+        run = _runner(params, config, tuple(widths), jnp.dtype(dtype), mesh)
+        _write_shards(writer, mine, tokens_NxT, widths, jnp.dtype(dtype), batch_size, run)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("harvest: all shards are written")
+        if jax.process_index() == 0:
+            writer.finish()
+        multihost_utils.sync_global_devices("harvest: the store is finished")
+        return Store.open(out)
+    return writer.finish()
+
+
+def _runner(params, config, sites, dtype, mesh):
+    """tokens (B, T) on the host -> {site: (B, T, width)} of `dtype` on the devices, not awaited."""
+    sharding = NamedSharding(mesh, P("data", None))
+
+    @jax.jit
+    def run(params, tokens):
+        _, taps = forward(params, tokens, config, taps=sites, logits=False)
+        return {site: taps[site].astype(dtype) for site in sites}
+
+    return lambda tokens: run(params, jax.device_put(tokens, sharding))
+
+
+def _write_shards(writer, shards, tokens_NxT, widths, dtype, batch_size, run):
+    """The device computes a batch while the host copies the one before, and while a thread writes
+    the shard before."""
+    context_length = tokens_NxT.shape[1]
+    total = sum(shard.sequences.stop - shard.sequences.start for shard in shards)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, _Progress(
+        total * context_length
+    ) as progress:  # fmt: skip
+        written = None
+        for shard in shards:
+            sequences = tokens_NxT[shard.sequences]
+            values = {
+                site: np.empty((*sequences.shape, width), dtype) for site, width in widths.items()
+            }
+            for start, batch in _one_ahead(run, sequences, batch_size):
+                for site, array in batch.items():
+                    block = values[site][start : start + batch_size]
+                    block[...] = np.asarray(array)[: len(block)]
+                progress.add(len(block) * context_length)
+            if written:
+                written.result()
+            rows = {site: array.reshape(-1, widths[site]) for site, array in values.items()}
+            written = pool.submit(writer.write_shard, shard.index, rows)
+        written.result()
+
+
+def _one_ahead(run, sequences, batch_size) -> Iterator[tuple[int, dict]]:
+    """(start, activations) of each batch, the next one already dispatched. The last is padded to
+    the batch's size, so that one compiled program serves all."""
+    ahead = None
+    for start in range(0, len(sequences), batch_size):
+        tokens = sequences[start : start + batch_size]
+        missing = batch_size - len(tokens)
+        result = run(np.pad(tokens, ((0, missing), (0, 0)), mode="edge"))
+        if ahead:
+            yield ahead
+        ahead = start, result
+    yield ahead
+
+
+def _batch_size(batch_size: int | None, context_length: int, data: int) -> int:
+    if batch_size is None:
+        return data * max(1, TOKENS_PER_BATCH // (context_length * data))
+    if batch_size < 1 or batch_size % data:
+        raise UserError(f"batch_size {batch_size} is not a multiple of the mesh's data axis, {data}")
+    return batch_size
+
+
+def _check_disk(out, num_tokens: int, row_bytes: int) -> None:
+    """Says what the store will take, and refuses what the disk cannot hold."""
+    needed = num_tokens * (row_bytes + 5)  # a token id and a mask byte to each row
+    logging.info("%s tokens, %.2f GB of activations", f"{num_tokens:,}", needed / 1e9)
+    if "://" in str(out):
+        return
+    out = pathlib.Path(out).absolute()
+    place = next(path for path in (out, *out.parents) if path.is_dir())
+    there = sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) if place == out else 0
+    free = shutil.disk_usage(place).free
+    if needed - there > free:
+        raise UserError(
+            f"the store needs {needed / 1e9:.2f} GB and {place} has {free / 1e9:.2f} GB free; "
+            "ask for fewer tokens or sites, or another place"
+        )
+
+
+def _with_progress(texts: Iterable[str]) -> Iterator[str]:
+    return tqdm.tqdm(
+        texts, desc="tokenising", unit=" documents", delay=2, disable=not sys.stderr.isatty()
+    )
+
+
+class _Progress:
+    """Tokens done, tokens/s and time left: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, total: int):
+        self.total, self.done = total, 0
+        self.started = self.logged = time.monotonic()
+
+    def __enter__(self):
+        self.bar = tqdm.tqdm(
+            total=self.total, desc="harvest", unit="tok", unit_scale=True,
+            disable=not sys.stderr.isatty(),
+        )  # fmt: skip
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+
+    def add(self, tokens: int) -> None:
+        self.done += tokens
+        self.bar.update(tokens)
+        now = time.monotonic()
+        if self.bar.disable and (now - self.logged > _LOG_EVERY or self.done == self.total):
+            rate = self.done / (now - self.started)
+            left = (self.total - self.done) / rate
+            logging.info("%d of %d tokens, %.0f tokens/s, %.0f s left",
+                         self.done, self.total, rate, left)  # fmt: skip
+            self.logged = now

@@ -1,0 +1,145 @@
+"""Model directories: read sharded, round trip, and everything that must be refused."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from sae_jax import lm
+from sae_jax.config import UserError
+
+FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "lm"
+MODEL = FIXTURES / "llama_biases"
+
+
+@pytest.fixture
+def model(tmp_path):
+    return pathlib.Path(shutil.copytree(MODEL, tmp_path / "model"))
+
+
+def set_config(directory, **fields):
+    values = json.loads((directory / "config.json").read_text()) | fields
+    (directory / "config.json").write_text(json.dumps(values))
+
+
+def set_tensors(directory, change):
+    file = directory / "model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    change(tensors)
+    safetensors.numpy.save_file(tensors, file)
+
+
+@pytest.mark.parametrize("name", ["llama_biases", "llama_tied_gqa", "mistral"])
+def test_each_device_reads_its_part_and_no_more(name):
+    """mistral lies in two files."""
+    whole = lm.load_params(FIXTURES / name)
+    mesh = jax.make_mesh((2, 2), ("data", "model"))
+    sharded = lm.load_params(FIXTURES / name, mesh=mesh)
+    jax.tree.map(np.testing.assert_array_equal, sharded, whole)
+    for layer in sharded["layers"]:
+        for key in ("w_q", "w_k", "w_v", "w_o", "w_gate", "w_up", "w_down"):
+            for shard in layer[key].addressable_shards:
+                assert shard.data.size == layer[key].size // 2, key
+    assert sharded["embed"].addressable_shards[0].data.shape == (20, 16)
+
+
+def test_save_and_load_round_trip(tmp_path):
+    config = lm.DecoderConfig(
+        vocab_size=40, d_model=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4, d_mlp=64,
+        max_context=32, activation="relu", gated_mlp=False, qkv_bias=True, attn_out_bias=True,
+        mlp_bias=True,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape), lm.layout(config))
+    lm.save_model(tmp_path, config, params, bos_token_id=3)
+    assert lm.load_config(tmp_path) == config
+    loaded = lm.load_params(tmp_path)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a, b.astype(ml_dtypes.bfloat16)),
+        loaded,
+        params,
+    )
+    assert lm.load_params(tmp_path, jnp.bfloat16)["embed"].dtype == jnp.bfloat16
+    with pytest.raises(FileExistsError):
+        lm.save_model(tmp_path, config, params)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"model_type": "gpt2"}, "model_type .* is 'gpt2'"),
+        ({"hidden_act": "gelu_new"}, "hidden_act .* is 'gelu_new'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_parameters"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"logit_scale": 2.0}, "logit_scale = 2.0 is not known"),
+        ({"sliding_window": 8, "model_type": "mistral"}, "sliding_window = 8"),
+        ({"num_key_value_heads": 3}, "3 key/value heads do not divide 4"),
+        ({"hidden_size": None}, "has no hidden_size"),
+    ],
+)
+def test_what_changes_the_function_is_refused(model, fields, message):
+    set_config(model, **fields)
+    with pytest.raises(UserError, match=message):
+        lm.load_config(model)
+
+
+def test_damaged_directories_are_refused_by_name(model):
+    file = model / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match="model.safetensors is damaged or truncated"):
+        lm.load_params(model)
+    file.write_bytes(b"")
+    with pytest.raises(UserError, match="model.safetensors is damaged or truncated"):
+        lm.load_params(model)
+    file.unlink()
+    with pytest.raises(UserError, match="no model.safetensors in"):
+        lm.load_params(model)
+    (model / "config.json").write_text('{"model_type": ')
+    with pytest.raises(UserError, match="config.json is not valid JSON"):
+        lm.load_config(model)
+    with pytest.raises(UserError, match="no config.json in"):
+        lm.load_config(model / "elsewhere")
+
+
+def test_a_missing_file_of_several_is_named(tmp_path):
+    model = shutil.copytree(FIXTURES / "mistral", tmp_path / "model")
+    (model / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match="no model-00002-of-00002.safetensors"):
+        lm.load_params(model)
+
+
+def test_tensors_that_do_not_fit_the_config_are_named(model):
+    name = "model.layers.1.mlp.up_proj.weight"
+    set_tensors(model, lambda tensors: tensors.update({name: tensors[name][:-1]}))
+    with pytest.raises(UserError, match=rf"{name} has shape \[23, 16\]; .* \[24, 16\]"):
+        lm.load_params(model)
+    set_tensors(model, lambda tensors: tensors.pop(name))
+    with pytest.raises(UserError, match=f"no tensor {name}"):
+        lm.load_params(model)
+
+
+def test_a_tensor_that_the_config_does_not_explain_is_refused(model):
+    norm = "model.layers.0.self_attn.q_norm.weight"
+    set_tensors(model, lambda tensors: tensors.update({norm: np.ones(4, np.float32)}))
+    with pytest.raises(UserError, match=f"a tensor {norm}"):
+        lm.load_params(model)
+
+
+def test_fingerprint_sees_one_changed_weight(model):
+    before = lm.fingerprint(model)
+    assert before == lm.fingerprint(MODEL)
+
+    def change(tensors):
+        tensors["model.norm.weight"][3] += 1e-3
+
+    set_tensors(model, change)
+    assert lm.fingerprint(model) != before
