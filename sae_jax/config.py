@@ -146,7 +146,9 @@ def load_file(spec: str) -> Config:
     path, _, arg = spec.partition(":")
     module = load_module(path)
     if not hasattr(module, "get_config"):
-        raise UserError(f"{path} has no get_config(); a config file defines one that returns Config")
+        raise UserError(
+            f"{path} has no get_config(); a config file defines one that returns Config"
+        )
     config = module.get_config(arg) if arg else module.get_config()
     if not isinstance(config, Config):
         raise UserError(f"get_config() of {path} returned {type(config).__name__}, not Config")

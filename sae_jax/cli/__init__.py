@@ -11,6 +11,7 @@ loss; 75 stopped by SIGTERM after saving, to be started again.
 import importlib
 import logging
 import os
+import pathlib
 import sys
 
 from absl import flags
@@ -55,7 +56,9 @@ def _run(name: str, rest: list[str]) -> int:
     if positional:
         raise UserError(f"unexpected argument {positional[0]!r}; flags are --name=value")
     if overrides and "config" not in values:
-        raise UserError(f"this command takes no config, so --config.{next(iter(overrides))} has no place")
+        raise UserError(
+            f"this command takes no config, so --config.{next(iter(overrides))} has no place"
+        )
     _set_up_logging(values.v)
     _set_up_cpu_devices(values.cpu_devices)
     return command.run(values, overrides) or 0
@@ -75,10 +78,18 @@ def _split_overrides(argv: list[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def _set_up_logging(verbose: bool) -> None:
+    """Our own log lines on standard error; other packages' only if they warn, or with -v."""
+    flags.FLAGS.mark_as_parsed()
     absl_logging.use_absl_handler()
     absl_logging.set_verbosity(absl_logging.DEBUG if verbose else absl_logging.INFO)
-    for noisy in ("orbax", "jax", "grain"):
-        logging.getLogger(noisy).setLevel(logging.INFO if verbose else logging.ERROR)
+    handler = absl_logging.get_absl_handler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    ours = str(pathlib.Path(__file__).parents[1])
+    handler.addFilter(
+        lambda record: (
+            verbose or record.levelno >= logging.WARNING or record.pathname.startswith(ours)
+        )
+    )
 
 
 def _set_up_cpu_devices(count: int | None) -> None:

@@ -102,9 +102,7 @@ def _encode_backward(k, aux_k, compute_dtype, saved, cotangents):
         if any_dead is not None:
             total = jax.lax.cond(
                 any_dead,
-                lambda: jax.tree.map(
-                    jnp.add, total, gradients(indices[1], kept[1], d_values[1])
-                ),
+                lambda: jax.tree.map(jnp.add, total, gradients(indices[1], kept[1], d_values[1])),
                 lambda: total,
             )
         d_x, d_w, d_b = total

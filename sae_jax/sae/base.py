@@ -10,15 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sae_jax.config import SAEConfig, UserError, choose
-from sae_jax.ops.mesh import DECODER, ENCODER, PER_LATENT, out_sharding
-
-# How each parameter lies on the mesh.
-PARTITION = {
-    "w_enc": ENCODER,
-    "w_dec": DECODER,
-    "b_enc": PER_LATENT,
-    "b_dec": jax.sharding.PartitionSpec(None),
-}
+from sae_jax.ops.mesh import DECODER, PER_LATENT, out_sharding
 
 
 class Losses(NamedTuple):
@@ -99,8 +91,10 @@ class SAE(nnx.Module):
     # ------------------------------------------------------------- training
 
     @classmethod
-    def init(cls, key: jax.Array, config: SAEConfig, b_dec: jax.Array, scale: float) -> "SAE":
-        """Fresh parameters, sharded from the start where there is a mesh.
+    def init_parameters(
+        cls, key: jax.Array, config: SAEConfig, b_dec: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Fresh parameters by name, sharded from the start where there is a mesh.
 
         Decoder rows in random directions with norm `decoder_init_norm`; w_enc = w_dec.T;
         b_enc = 0 (Conerly et al. 2024). b_dec (d_in,) is in the SAE's own units.
@@ -108,13 +102,12 @@ class SAE(nnx.Module):
         shape = (config.d_sae, config.d_in)
         w_dec = jax.random.normal(key, shape, out_sharding=out_sharding(DECODER))
         w_dec *= config.decoder_init_norm / jnp.linalg.norm(w_dec, axis=1, keepdims=True)
-        parameters = {
+        return {
             "w_enc": w_dec.T,
             "b_enc": jnp.zeros(config.d_sae, out_sharding=out_sharding(PER_LATENT)),
             "w_dec": w_dec,
             "b_dec": b_dec,
         }
-        return cls(config, parameters, scale)
 
     @abc.abstractmethod
     def loss(self, x: jax.Array, dead: jax.Array, coefficient: jax.Array) -> Losses:

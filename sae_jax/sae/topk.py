@@ -71,12 +71,13 @@ class TopK(SAE):
             lambda error: jnp.zeros(()),
             jax.lax.stop_gradient(x - x_hat),
         )
+        norms = jnp.linalg.norm(w_dec, axis=1, keepdims=True)
         per_token = 1 / x.shape[0]
         return Losses(
             total=mse + config.aux_coefficient * aux,
             mse=mse,
             l0=jnp.sum(values > 0) * per_token,
-            l1=jnp.sum(values) * per_token,  # decoder rows have norm 1
+            l1=jnp.sum(ops.sparse_decode(values, code.indices, norms)) * per_token,
             fired=ops.fired_latents(values, code.indices, config.d_sae),
         )
 
@@ -93,9 +94,7 @@ class TopK(SAE):
     @classmethod
     def check(cls, config: SAEConfig) -> None:
         if not 1 <= config.k <= config.d_sae:
-            raise UserError(
-                f"sae.k is {config.k}, but must be from 1 to sae.d_sae, {config.d_sae}"
-            )
+            raise UserError(f"sae.k is {config.k}, but must be from 1 to sae.d_sae, {config.d_sae}")
         if config.aux_k < 1:
             raise UserError(f"sae.aux_k must be 1 or more, not {config.aux_k}")
         if config.aux_coefficient < 0:

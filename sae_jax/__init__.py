@@ -1,0 +1,33 @@
+"""Sparse autoencoders for language-model activations in JAX.
+
+    import sae_jax
+    sae = sae_jax.load("runs/a")      # a run, or an SAE that another framework saved
+    latents = sae.encode(x)           # x: (..., d_in), in the model's own units
+    x_hat = sae.decode(latents)
+
+The command line is `sae-jax --help`.
+"""
+
+import importlib
+
+_HOME = {
+    "ARCHITECTURES": "sae_jax.sae",
+    "Config": "sae_jax.config",
+    "SAE": "sae_jax.sae",
+    "UserError": "sae_jax.config",
+    "load": "sae_jax.interop",
+    "train": "sae_jax.train",
+    "write_store": "sae_jax.activations",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str):
+    """Imports on first use: the command line must set up devices before JAX is there."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,62 @@
+import json
+
+from absl import flags
+
+from sae_jax import config as configs
+
+SUMMARY = """Train a sparse autoencoder on an activation store; the same command resumes it.
+
+  sae-jax train --workdir=runs/a --config=experiments/openai_topk.py \\
+      --config.data.store=stores/gpt2 --config.sae.d_sae=16384 --config.train.tokens=100e6
+
+Without --config it starts from the defaults. RUN gets config.json, metrics.jsonl, checkpoints/
+and, at the end, result.json. Stopped by SIGTERM or Ctrl-C, or killed, it goes on from its last
+checkpoint. Exit codes: 0 done, 2 a mistake in the input, 3 non-finite loss, 75 stopped by
+SIGTERM after saving.
+"""
+
+
+def define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("workdir", None, "The run's directory, made if absent.", flag_values=values)
+    flags.DEFINE_string("config", None, "FILE.py[:arg] with get_config(arg).", flag_values=values)
+    flags.DEFINE_bool(
+        "distributed",
+        False,
+        "Join the other processes of this run (jax.distributed; on Slurm, TPU and Kubernetes "
+        "nothing else is needed).",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "coordinator", None, "HOST:PORT of process 0, where no scheduler tells.", flag_values=values
+    )
+    flags.DEFINE_integer("process_id", None, "This process, from 0.", flag_values=values)
+    flags.DEFINE_integer("num_processes", None, "How many there are.", flag_values=values)
+
+
+def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
+    if not args.workdir:
+        raise configs.UserError("--workdir=RUN is needed: the directory to train in")
+    config = configs.load_file(args.config) if args.config else configs.Config()
+    config = configs.override(config, overrides)
+    if not config.data.store:
+        raise configs.UserError(
+            "no activations given; add --config.data.store=STORE (make one with: sae-jax harvest)"
+        )
+
+    import jax  # after the mistakes that need no device
+
+    from sae_jax.train import loop, preemption
+
+    if args.distributed or args.coordinator:
+        jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
+    try:
+        result = loop.train(config, args.workdir)
+    except preemption.PreemptedError as stopped:
+        print(f"sae-jax train: {stopped}; start it again to go on")
+        return preemption.EXIT_CODE
+    except loop.NonFiniteError as error:
+        print(f"sae-jax train: error: {error}")
+        return 3
+    if jax.process_index() == 0:
+        print(json.dumps(result, indent=1))
+    return 0

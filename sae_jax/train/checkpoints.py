@@ -1,0 +1,105 @@
+"""Saving and restoring a training state with Orbax: asynchronous, atomic, onto any mesh."""
+
+import dataclasses
+import errno
+import pathlib
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from sae_jax import sae as saes
+from sae_jax.config import UserError
+from sae_jax.train.directory import read_config
+from sae_jax.train.step import TrainState
+
+
+class Checkpoints:
+    """RUN/checkpoints. A checkpoint appears under its step only when it is whole; what a killed
+    process left half-written has another name and is removed here."""
+
+    def __init__(self, run: pathlib.Path, keep: int):
+        self._directory = run / "checkpoints"
+        self._checkpointer = ocp.training.Checkpointer(
+            self._directory.absolute(),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            cleanup_tmp_directories=True,
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        latest = self._checkpointer.latest
+        return None if latest is None else latest.step
+
+    def save(self, state: TrainState, step: int) -> None:
+        """Copies the state and returns; the writing goes on behind the next steps. A failure
+        of the previous writing is raised here."""
+        try:
+            self._checkpointer.save_async(step, _as_dict(state))
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def finish(self) -> None:
+        """Waits for the writing under way."""
+        try:
+            self._checkpointer.wait()
+        except (OSError, ValueError) as error:
+            raise self._failure(error) from error
+
+    def restore(self, like: TrainState) -> TrainState:
+        """The latest checkpoint, on the shardings of `like` (arrays or ShapeDtypeStructs),
+        whatever mesh it was saved from."""
+        try:
+            return _from_dict(self._checkpointer.load(abstract_state=_as_dict(like)), like)
+        except (ValueError, KeyError, OSError) as error:
+            raise UserError(
+                f"checkpoint {self.latest_step} under {self._directory} cannot be read "
+                f"({str(error).splitlines()[0]}); delete that step's folder to go on from the one "
+                "before"
+            ) from error
+
+    def close(self) -> None:
+        self._checkpointer.close()
+
+    def _failure(self, error: Exception) -> UserError:
+        text = str(error)
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text
+        what = "the disk is full" if full else text.splitlines()[0]
+        return UserError(
+            f"could not save a checkpoint under {self._directory}: {what}; the last good one "
+            f"(step {self.latest_step}) is intact; make room and start the run again"
+        )
+
+
+def load_sae(run: pathlib.Path) -> saes.SAE:
+    """The SAE of a run's latest checkpoint, on the default device, without the optimiser."""
+    config = read_config(run)
+    with ocp.training.Checkpointer((run / "checkpoints").absolute()) as checkpointer:
+        if checkpointer.latest is None:
+            raise UserError(f"{run} holds no checkpoint yet; train it first")
+        saved = checkpointer.metadata().metadata
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        wanted = jax.tree.map(lambda _: ocp.PLACEHOLDER, saved) | {
+            name: jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+                saved[name],
+            )
+            for name in ("parameters", "scale")
+        }
+        state = checkpointer.load(abstract_state=wanted)
+    return saes.architecture(config.sae)(config.sae, state["parameters"], float(state["scale"]))
+
+
+def _as_dict(state: TrainState) -> dict:
+    """The state as plain nested dicts, so that a checkpoint's keys read parameters/w_enc."""
+    fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    moments = jax.tree_util.tree_leaves_with_path(state.optimizer)
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in moments]
+    return fields | {"optimizer": dict(zip(names, (leaf for _, leaf in moments), strict=True))}
+
+
+def _from_dict(values: dict, like: TrainState) -> TrainState:
+    names = _as_dict(like)["optimizer"]  # in the order of the leaves
+    leaves = [values["optimizer"][name] for name in names]
+    optimizer = jax.tree.unflatten(jax.tree.structure(like.optimizer), leaves)
+    return TrainState(**(values | {"optimizer": optimizer}))

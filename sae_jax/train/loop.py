@@ -1,0 +1,297 @@
+"""Training one SAE: from a config to a run's directory, resumable at every step."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import pathlib
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from absl import logging
+
+from sae_jax import config as configs
+from sae_jax import sae as saes
+from sae_jax.activations import Store, Stream
+from sae_jax.config import Config, UserError
+from sae_jax.train import optimizer
+from sae_jax.train.checkpoints import Checkpoints
+from sae_jax.train.directory import RunDirectory
+from sae_jax.train.median import geometric_median
+from sae_jax.train.mesh import BatchPlacement, make_mesh
+from sae_jax.train.preemption import PreemptedError, Preemption
+from sae_jax.train.step import Trainer, TrainState
+
+_MEDIAN_ROWS = 32_768  # sample for the geometric median (Gao et al. 2024, A.1)
+_EVAL_ROWS = 65_536
+
+
+class NonFiniteError(Exception):
+    """The loss or the gradient became NaN or infinite."""
+
+
+def train(config: Config, workdir: str | pathlib.Path) -> dict:
+    """Trains `config` in `workdir`, from the last checkpoint there if there is one, and returns
+    the run's result (the content of result.json).
+
+    Raises UserError for a mistake in the config, the store or the directory, before anything
+    is computed; NonFiniteError if the loss became NaN; PreemptedError after SIGTERM.
+    """
+    store = Store.open(config.data.store)
+    config = resolve(config, store)
+    stream = _stream(config, store, "train")
+    steps = _count_steps(config, stream)
+    mesh = make_mesh(config)
+    directory = RunDirectory(pathlib.Path(workdir), config)
+    if directory.result is not None:
+        logging.info("%s is finished; its result stands", workdir)
+        return directory.result
+    with jax.set_mesh(mesh):
+        return _train(config, store, stream, steps, mesh, directory)
+
+
+def resolve(config: Config, store: Store) -> Config:
+    """`config` with everything filled in that the store and the architecture decide, and
+    checked as far as is possible without devices."""
+    site = store.resolve_site(config.data.site)
+    optimizer.check(config.optimizer)
+    sae = saes.resolve(config.sae, store.meta.sites[site].width)
+    adam = config.optimizer
+    if adam.learning_rate is None:
+        rate = saes.architecture(sae).learning_rate(sae.d_sae)
+        adam = dataclasses.replace(adam, learning_rate=rate)
+    configs.choose(config.train.on_nonfinite, ("stop", "skip"), "train.on_nonfinite")
+    for name in ("tokens", "log_every", "checkpoint_every", "keep_checkpoints"):
+        if getattr(config.train, name) < 1:
+            raise UserError(f"train.{name} must be 1 or more, not {getattr(config.train, name)}")
+    data = dataclasses.replace(config.data, site=site)
+    return dataclasses.replace(config, sae=sae, data=data, optimizer=adam)
+
+
+def _train(config, store, stream, steps, mesh, directory) -> dict:
+    variance = stream.mean_squared_norm - float(np.sum(np.square(stream.mean)))
+    trainer = Trainer(config, steps, variance)
+    placement = BatchPlacement(mesh, config.data.batch_size)
+    checkpoints = Checkpoints(directory.path, config.train.keep_checkpoints)
+    try:
+        if checkpoints.latest_step is None:
+            state = trainer.init(_initial_b_dec(config, stream), _input_scale(config, stream))
+            start = 0
+        else:
+            state = checkpoints.restore(trainer.abstract())
+            start = checkpoints.latest_step
+            logging.info("resumed %s at step %d of %d", directory.path, start, steps)
+        directory.start_metrics(start)
+        begin = time.monotonic()
+        state = _run_steps(trainer, state, start, steps, stream, placement, checkpoints, directory)
+        if checkpoints.latest_step != steps:
+            checkpoints.save(state, steps)
+        checkpoints.finish()
+        result = _result(config, trainer, state, steps, store, mesh, time.monotonic() - begin)
+        directory.save_result(result)
+        return result
+    finally:
+        directory.close()
+        checkpoints.close()
+
+
+def _run_steps(trainer, state, start, steps, stream, placement, checkpoints, directory):
+    """Steps `start` to `steps`. Nothing here waits for the device but the metrics of a logged
+    step, and these are read only when the next step has been dispatched."""
+    config = trainer.config
+    batches = placement.place_all(stream.batches(start, placement.rows)) if start < steps else None
+    meter = _Meter(config, start, steps, directory)
+    pending = None  # (step, metrics) still on the device
+    with Preemption() as preemption, meter:
+        for step in range(start + 1, steps + 1):
+            state, metrics = trainer.step(state, next(batches))
+            if pending:
+                meter.log(*pending)
+                pending = None
+            save = step % config.train.checkpoint_every == 0 or step == steps
+            stop = preemption.reached(step)
+            if step % config.train.log_every == 0 or save or stop:
+                pending = (step, metrics)
+            if save or stop:
+                meter.log(*pending)  # raises if the state is not one to save
+                pending = None
+                checkpoints.save(state, step)
+            if stop:
+                checkpoints.finish()
+                raise PreemptedError(step)
+            meter.advance()
+    return state
+
+
+class _Meter:
+    """Progress for the user and metrics.jsonl, from a logged step's metrics."""
+
+    def __init__(self, config: Config, start: int, steps: int, directory: RunDirectory):
+        self._config = config
+        self._directory = directory
+        self._steps = steps
+        self._last = (start, time.monotonic())
+        on_terminal = sys.stderr.isatty() and jax.process_index() == 0
+        self._bar = tqdm.tqdm(
+            total=steps, initial=start, unit="step", desc="train", disable=not on_terminal
+        )
+        self._next_line = 0.0
+
+    def __enter__(self) -> "_Meter":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.close()
+
+    def advance(self) -> None:
+        self._bar.update()
+
+    def log(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        bad_step = values.pop("nonfinite_step")
+        if bad_step >= 0:
+            self._report_nonfinite(bad_step)
+        last_step, last_time = self._last
+        now = time.monotonic()
+        batch = self._config.data.batch_size
+        seconds = max(now - last_time, 1e-9)
+        self._last = (step, now)
+        tokens = step * batch
+        line = {
+            "step": step,
+            "tokens": tokens,
+            **flops(self._config, tokens),
+            **{name: v if math.isfinite(v) else None for name, v in values.items()},
+            "tokens_per_second": (step - last_step) * batch / seconds,
+        }
+        self._directory.log(line)
+        shown = {name: f"{values[name]:.4g}" for name in ("loss", "fvu", "l0", "dead_fraction")}
+        self._bar.set_postfix(shown, refresh=False)
+        if self._bar.disable and (now > self._next_line or step == self._steps):
+            self._next_line = now + 10
+            text = " ".join(f"{name} {value}" for name, value in shown.items())
+            rate = line["tokens_per_second"]
+            logging.info("step %d/%d %s %.0f tokens/s", step, self._steps, text, rate)
+
+    def _report_nonfinite(self, step: int) -> None:
+        if self._config.train.on_nonfinite == "skip":
+            logging.log_first_n(
+                logging.WARNING, "step %d gave a non-finite loss and was skipped", 1, step + 1
+            )
+            return
+        raise NonFiniteError(
+            f"the loss or its gradient became NaN or infinite at step {step + 1}; the last "
+            f"checkpoint in {self._directory.path} is intact. Lower optimizer.learning_rate, or "
+            "set train.on_nonfinite=skip to leave out such steps, in a new --workdir"
+        )
+
+
+def flops(config: Config, tokens: int) -> dict[str, int]:
+    """Both accountings of a run's compute: `flops` 12 n d a token, the field's axis for every
+    architecture, and `flops_executed`, what the step really does (recipes of Gao et al.)."""
+    executed = saes.architecture(config.sae).flops_per_token(config.sae)
+    return {
+        "flops": 12 * config.sae.d_sae * config.sae.d_in * tokens,
+        "flops_executed": executed * tokens,
+    }
+
+
+def run_id(config: Config) -> str:
+    """Hash of the resolved config without hardware."""
+    text = json.dumps(configs.identity(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _result(config, trainer, state: TrainState, steps, store, mesh, seconds) -> dict:
+    tokens = steps * config.data.batch_size
+    dead = state.idle_tokens >= config.sae.dead_after_tokens
+    return {
+        "run_id": run_id(config),
+        "architecture": config.sae.architecture,
+        "d_in": config.sae.d_in,
+        "d_sae": config.sae.d_sae,
+        "k": config.sae.k,
+        "sparsity_coefficient": config.sae.sparsity_coefficient,
+        "seed": config.train.seed,
+        "lr": config.optimizer.learning_rate,
+        "tokens": tokens,
+        **flops(config, tokens),
+        **_evaluate(config, trainer, state, store, mesh),
+        "dead_fraction": float(jnp.mean(dead.astype(jnp.float32))),
+        "wall_seconds": seconds,
+        "devices": mesh.size,
+    }
+
+
+def _evaluate(config, trainer, state: TrainState, store, mesh) -> dict[str, float | None]:
+    """Means over up to 65,536 held-out rows."""
+    names = ("eval_loss", "eval_fvu", "eval_l0")
+    if config.data.holdout_fraction == 0:
+        return dict.fromkeys(names)
+    unit = math.lcm(config.data.virtual_shards, mesh.shape["data"])
+    smallest = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=unit))
+    rows = _stream(smallest, store, "heldout").rows_per_epoch
+    batch = min(config.data.batch_size, rows // unit * unit)
+    data = dataclasses.replace(config.data, batch_size=batch)
+    stream = _stream(dataclasses.replace(config, data=data), store, "heldout")
+    placement = BatchPlacement(mesh, batch)
+    count = max(1, min(stream.order.steps_per_epoch, _EVAL_ROWS // batch))
+    batches = placement.place_all(stream.batches(0, placement.rows))
+    means = [trainer.evaluate(state, next(batches)) for _ in range(count)]
+    return {name: float(np.mean([float(m[name]) for m in means])) for name in names}
+
+
+def _stream(config: Config, store: Store, split: str) -> Stream:
+    data = config.data
+    return Stream(
+        store,
+        data.site,
+        batch_size=data.batch_size,
+        seed=data.seed,
+        split=split,
+        holdout_fraction=data.holdout_fraction,
+        epochs=data.epochs,
+        virtual_shards=data.virtual_shards,
+        window_rows=data.window_rows,
+        include_excluded=data.include_excluded,
+        drop_nonfinite=data.drop_nonfinite,
+    )
+
+
+def _count_steps(config: Config, stream: Stream) -> int:
+    batch, tokens = config.data.batch_size, config.train.tokens
+    if tokens < batch:
+        raise UserError(f"train.tokens {tokens} is less than one batch of {batch}")
+    steps = tokens // batch
+    if steps > stream.num_steps:
+        need = -(-steps // stream.order.steps_per_epoch)
+        raise UserError(
+            f"train.tokens {tokens} is more than the {stream.num_steps * batch} training tokens "
+            f"that {config.data.store} gives in data.epochs={config.data.epochs}; harvest more, "
+            f"lower train.tokens, or set data.epochs={need} to see them again"
+        )
+    return steps
+
+
+def _input_scale(config: Config, stream: Stream) -> float:
+    """The scalar that activations are multiplied by, from the store's statistics."""
+    if config.sae.normalize == "none":
+        return 1.0
+    return math.sqrt(stream.width / stream.mean_squared_norm)
+
+
+def _initial_b_dec(config: Config, stream: Stream) -> np.ndarray:
+    if config.sae.b_dec_init == "zero":
+        return np.zeros(stream.width, np.float32)
+    if config.sae.b_dec_init == "mean":
+        return stream.mean.astype(np.float32)
+    rows: list[np.ndarray] = []
+    for batch in stream.batches(prefetch=0):
+        rows.extend(batch.astype(np.float32))
+        if len(rows) >= _MEDIAN_ROWS:
+            break
+    return geometric_median(np.stack(rows[:_MEDIAN_ROWS]))

@@ -1,0 +1,84 @@
+"""The device mesh, and getting a batch onto it."""
+
+import math
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from sae_jax.config import Config, UserError
+from sae_jax.ops.mesh import BATCH
+
+
+def make_mesh(config: Config) -> jax.sharding.Mesh:
+    """A mesh with the axes (run, data, model) over this program's devices.
+
+    Raises UserError if the axes ask for other devices than there are, or do not divide the
+    batch or the dictionary."""
+    devices = jax.devices()
+    data, model = _axis_sizes(config.mesh.data, config.mesh.model, len(devices))
+    if config.data.batch_size % data:
+        raise UserError(
+            f"data.batch_size {config.data.batch_size} is not divisible by the {data} devices of "
+            "the mesh's data axis; change it or set mesh.data"
+        )
+    if config.sae.d_sae % model:
+        raise UserError(
+            f"sae.d_sae {config.sae.d_sae} is not divisible by the {model} devices of the mesh's "
+            "model axis; change it or set mesh.model"
+        )
+    return jax.make_mesh(
+        (1, data, model), ("run", "data", "model"), devices=devices[: data * model]
+    )
+
+
+def _axis_sizes(data: int, model: int, count: int) -> tuple[int, int]:
+    sizes = [data, model]
+    if any(size != -1 and size < 1 for size in sizes) or sizes.count(-1) > 1:
+        raise UserError(
+            f"mesh.data={data} mesh.model={model}: give sizes of 1 or more, and -1 (whatever is "
+            "left) at most once"
+        )
+    if -1 in sizes:
+        known = math.prod(size for size in sizes if size != -1)
+        if count % known:
+            raise UserError(
+                f"mesh.data={data} mesh.model={model} does not divide the {count} devices at hand"
+            )
+        sizes[sizes.index(-1)] = count // known
+    used = math.prod(sizes)
+    if used > count or (used < count and jax.process_count() > 1):
+        raise UserError(
+            f"mesh.data={data} mesh.model={model} takes {used} devices, but there are {count}"
+        )
+    return sizes[0], sizes[1]
+
+
+class BatchPlacement:
+    """Which rows of a (batch_size, width) batch this process reads, and their way to its
+    devices. Both follow from the array's sharding, never from the process's index: along the
+    `model` axis several processes hold the same rows."""
+
+    def __init__(self, mesh: jax.sharding.Mesh, batch_size: int):
+        self._sharding = NamedSharding(mesh, BATCH)
+        self._batch_size = batch_size
+        indices = self._sharding.addressable_devices_indices_map((batch_size, 1))
+        self._range_of_device = {
+            d: index[0].indices(batch_size)[:2] for d, index in indices.items()
+        }
+        self.rows = [slice(*r) for r in sorted(set(self._range_of_device.values()))]
+
+    def place(self, rows_Rxd: np.ndarray) -> jax.Array:
+        """The global batch from this process's rows, in the order of `self.rows`."""
+        starts = np.cumsum([0] + [s.stop - s.start for s in self.rows])
+        offset = {s.start: int(start) for s, start in zip(self.rows, starts, strict=False)}
+        shards = [
+            jax.device_put(rows_Rxd[offset[low] : offset[low] + high - low], device)
+            for device, (low, high) in self._range_of_device.items()
+        ]
+        shape = (self._batch_size, rows_Rxd.shape[1])
+        return jax.make_array_from_single_device_arrays(shape, self._sharding, shards)
+
+    def place_all(self, batches: Iterator[np.ndarray]) -> Iterator[jax.Array]:
+        return map(self.place, batches)

@@ -1,0 +1,100 @@
+"""Adam, its schedules, and the decoder kept at unit norm, as optax transformations."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sae_jax.config import OptimizerConfig, UserError, choose
+
+SCHEDULES = ("constant", "cosine", "linear_tail", "warmup_stable_decay")
+
+
+def check(config: OptimizerConfig) -> None:
+    choose(config.schedule, SCHEDULES, "optimizer.schedule")
+    positive = {
+        "learning_rate": config.learning_rate,
+        "eps": config.eps,
+        "clip_norm": config.clip_norm,
+    }
+    for name, value in positive.items():
+        if value is not None and not value > 0:
+            raise UserError(f"optimizer.{name} must be above 0, not {value}")
+    for name in ("b1", "b2"):
+        if not 0 <= getattr(config, name) < 1:
+            raise UserError(
+                f"optimizer.{name} must be from 0 to below 1, not {getattr(config, name)}"
+            )
+    if config.warmup_fraction < 0 or config.decay_fraction < 0:
+        raise UserError("optimizer.warmup_fraction and decay_fraction must be 0 or more")
+    if config.warmup_fraction + config.decay_fraction > 1:
+        raise UserError(
+            f"optimizer.warmup_fraction {config.warmup_fraction} and decay_fraction "
+            f"{config.decay_fraction} are together more than the whole run"
+        )
+
+
+def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """The learning rate by step: linear warm-up to the peak, then
+
+    constant             the peak
+    cosine               half a cosine to 0
+    linear_tail          the peak, and linear to 0 over the last decay_fraction
+    warmup_stable_decay  the peak, and 1 - sqrt to 0 over the last decay_fraction
+                         (Hagele et al. 2024, "Scaling laws and compute-optimal training")
+    """
+    peak = config.learning_rate
+    warmup = round(config.warmup_fraction * steps)
+    decay = max(1, round(config.decay_fraction * steps))
+
+    def rate(step):
+        up = jnp.minimum(1.0, (step + 1) / max(1, warmup))
+        left = jnp.clip((steps - step) / decay, 0.0, 1.0)  # 1 until the tail begins
+        if config.schedule == "cosine":
+            done = jnp.clip((step - warmup) / max(1, steps - warmup), 0.0, 1.0)
+            down = 0.5 * (1 + jnp.cos(jnp.pi * done))
+        elif config.schedule == "linear_tail":
+            down = left
+        elif config.schedule == "warmup_stable_decay":
+            down = 1 - jnp.sqrt(1 - left)
+        else:
+            down = 1.0
+        return peak * up * down
+
+    return rate
+
+
+def make(
+    config: OptimizerConfig, steps: int, unit_norm_decoder: bool
+) -> optax.GradientTransformation:
+    """For parameters {name: array}; the decoder is `w_dec`, one latent a row."""
+    parts = [optax.scale_by_adam(config.b1, config.b2, config.eps)]
+    if config.clip_norm is not None:
+        parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
+    parts.append(optax.scale_by_learning_rate(schedule(config, steps)))
+    if unit_norm_decoder:
+        parts = [remove_parallel_gradient(), *parts, renormalise_decoder()]
+    return optax.chain(*parts)
+
+
+def remove_parallel_gradient() -> optax.GradientTransformation:
+    """Takes from the gradient of each row of `w_dec` its component along the row, which
+    renormalising would undo after Adam's moments had taken it in (Bricken et al. 2023)."""
+
+    def update(gradients, parameters):
+        rows, gradient = parameters["w_dec"], gradients["w_dec"]
+        along = jnp.sum(gradient * rows, axis=1, keepdims=True)
+        along /= jnp.sum(jnp.square(rows), axis=1, keepdims=True)
+        return gradients | {"w_dec": gradient - along * rows}
+
+    return optax.stateless(update)
+
+
+def renormalise_decoder() -> optax.GradientTransformation:
+    """Makes the update end on rows of norm 1. Last in a chain."""
+
+    def update(updates, parameters):
+        moved: jax.Array = parameters["w_dec"] + updates["w_dec"]
+        unit = moved / jnp.linalg.norm(moved, axis=1, keepdims=True)
+        return updates | {"w_dec": unit - parameters["w_dec"]}
+
+    return optax.stateless(update)

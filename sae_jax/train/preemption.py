@@ -1,0 +1,44 @@
+"""SIGTERM: every process learns of it at the same step, saves, and exits."""
+
+import signal
+import threading
+
+import jax
+from jax.experimental import multihost_utils
+
+EXIT_CODE = 75  # EX_TEMPFAIL: start the same command again
+
+
+class PreemptedError(Exception):
+    """The run was told to stop; its state is saved at `step`."""
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped by SIGTERM; saved at step {step}")
+        self.step = step
+
+
+class Preemption:
+    """Whether to stop at this step. A single process listens to the signal itself; under
+    `jax.distributed` the signal may reach one process only, and its preemption service makes
+    all agree on one step."""
+
+    def __init__(self):
+        self._told = False
+        self._distributed = jax.distributed.is_initialized()
+
+    def __enter__(self) -> "Preemption":
+        if not self._distributed and threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGTERM, self._hear)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if hasattr(self, "_previous"):
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def reached(self, step: int) -> bool:
+        if self._distributed:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._told
+
+    def _hear(self, *_) -> None:
+        self._told = True
