@@ -1,0 +1,161 @@
+"""Figures: training curves, how often latents fire, and how strongly against how often.
+
+Each function returns a matplotlib Figure; `save` writes a PNG, `inline_svg` gives the text of an
+SVG whose ink is the page's text colour, for light and dark pages alike.
+"""
+
+import io
+import json
+import pathlib
+import re
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+from sae_jax.config import UserError
+
+_INK = "#1a1a1b"  # stands for the page's text colour in inline_svg
+_BLUE, _ORANGE = "#3b7dd8", "#e07b39"
+_STYLE = {
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "axes.linewidth": 0.7,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlecolor": _INK,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "axes.labelsize": 9,
+    "font.family": "sans-serif",
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "legend.labelcolor": _INK,
+    "svg.fonttype": "none",
+    "text.color": _INK,
+    "xtick.color": _INK,
+    "xtick.labelsize": 8,
+    "ytick.color": _INK,
+    "ytick.labelsize": 8,
+}
+
+
+def training_curves(metrics_file) -> Figure:
+    """FVU, L0, dead latents and learning rate against tokens, from a run's metrics.jsonl."""
+    steps = read_metrics(metrics_file)
+    tokens = np.array([step["tokens"] for step in steps], float)
+    unit, name = (1e6, "million") if tokens[-1] >= 1e6 else (1e3, "thousand")
+    panels = [
+        ("fvu", "Fraction of variance unexplained", "log"),
+        ("l0", "Latents active a token (L0)", "linear"),
+        ("dead_fraction", "Dead latents, % of all", "linear"),
+        ("lr", "Learning rate", "linear"),
+    ]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+        for axes, (field, title, scale) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+            values = [step[field] for step in steps]
+            values = np.array([np.nan if v is None else v for v in values], float)
+            if field == "dead_fraction":
+                values = 100 * values
+            axes.plot(tokens / unit, values, color=_BLUE, linewidth=1.4)
+            axes.set_title(title)
+            axes.set_xlabel(f"tokens, {name}")
+            if scale == "log":
+                _log_scale(axes)
+            else:
+                low, high = np.nanmin(values), np.nanmax(values)
+                margin = 0.08 * (high - low) or max(abs(high), 1) * 0.1
+                axes.set_ylim(low - margin, high + margin)
+        return figure
+
+
+def density_histogram(density: np.ndarray, rows: int) -> Figure:
+    """How many latents fire how often. density (d_sae,): part of `rows` rows."""
+    alive = density[density > 0]
+    never = len(density) - len(alive)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(3.5, 2.6), layout="constrained")
+        axes = figure.subplots()
+        lowest = np.floor(np.log10(1 / rows) * 4) / 4
+        bins = np.arange(lowest, 0.251, 0.25)
+        axes.hist(np.log10(alive), bins=bins, color=_BLUE, edgecolor="white", linewidth=0.3)
+        axes.set_xlabel("density (part of tokens)")
+        axes.set_ylabel("latents")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+        _log10_ticks(axes, lowest)
+        title = f"{len(alive):,} of {len(density):,} latents fire"
+        axes.set_title(title + (f"; {never:,} never do" if never else ""))
+        return figure
+
+
+def density_against_activation(density: np.ndarray, mean_activation: np.ndarray) -> Figure:
+    """One point for each latent that fires; the mean is over the tokens on which it fires."""
+    fires = density > 0
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(3.5, 2.6), layout="constrained")
+        axes = figure.subplots()
+        x, y = np.log10(density[fires]), mean_activation[fires]
+        axes.scatter(
+            x, y, s=5, color=_ORANGE, alpha=min(1.0, 0.15 + 150 / max(fires.sum(), 1)),
+            linewidths=0, rasterized=True,
+        )  # fmt: skip
+        _log_scale(axes)
+        axes.set_xlabel("density (part of tokens)")
+        axes.set_ylabel("mean activation where it fires")
+        if len(x):
+            _log10_ticks(axes, np.floor(x.min()))
+        axes.set_title("Strength against density")
+        return figure
+
+
+def read_metrics(file) -> list[dict]:
+    """The lines of a metrics.jsonl; a last line that was cut by a kill is left out."""
+    file = pathlib.Path(file)
+    if not file.is_file():
+        raise UserError(f"no {file.name} in {file.parent}; it is not a run's directory")
+    steps = []
+    for line in file.read_text().splitlines():
+        try:
+            steps.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    if not steps:
+        raise UserError(f"{file} holds no step yet")
+    return steps
+
+
+def save(figure: Figure, path) -> None:
+    """A PNG at `path`, written under a temporary name first."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(f"tmp.{path.name}")
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(temporary, dpi=200)
+    temporary.replace(path)
+
+
+def inline_svg(figure: Figure, label: str) -> str:
+    """An <svg> element for an HTML page: no fixed size, `label` for screen readers."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": label}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None}, dpi=200)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    attributes = f'<svg role="img" aria-label="{label}"'
+    svg = re.sub(r'<svg([^>]*?) width="[^"]*"', r"<svg\1", svg, count=1)
+    svg = re.sub(r'<svg([^>]*?) height="[^"]*"', r"<svg\1", svg, count=1)
+    return svg.replace("<svg", attributes, 1)
+
+
+def _log_scale(axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _log10_ticks(axes, lowest: float) -> None:
+    ticks = np.arange(np.ceil(lowest), 0.5)
+    axes.set_xticks(ticks, [f"$10^{{{int(t)}}}$" if t else "1" for t in ticks])

@@ -1,0 +1,150 @@
+"""What an SAE keeps of its inputs, and how sparsely: sums over rows, no mean of ratios of batches.
+
+One jitted step gives a batch's sums in float32; they are added up on the host in float64. With
+rows x, reconstructions x_hat, N rows in all and every norm over the d dimensions:
+
+    mse                           1/N sum ||x - x_hat||^2, summed over d, in the units of x
+    fvu                           sum ||x - x_hat||^2 / sum ||x - mean||^2, the mean over all N rows
+    explained_variance            1 - fvu
+    cosine_similarity             1/N sum x . x_hat / (||x|| ||x_hat||)
+    norm_in, norm_out             1/N sum ||x||, 1/N sum ||x_hat||
+    norm_ratio (shrinkage)        1/N sum ||x_hat|| / ||x||
+    relative_reconstruction_bias  sum ||x_hat||^2 / sum x . x_hat; below 1: shrunk
+                                  (Rajamanoharan et al. 2024, arXiv:2404.16014, eq. 10)
+    l0                            1/N sum of latents above zero
+    l1                            1/N sum over latents of activation
+    dead_fraction                 latents that fired on none of the N rows
+
+An activation here is the length of what its latent adds to x_hat, in the units of x: latent *
+norm of its decoder row / the SAE's input scale. So it does not depend on how the SAE splits
+length between encoder, decoder and normalisation.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sae_jax.config import UserError
+from sae_jax.sae import SAE
+
+_TINY = 1e-12  # norms below count as zero: such a row has cosine similarity and ratio 0
+
+
+@dataclasses.dataclass(frozen=True)
+class RowMetrics:
+    """`scalars` by the names above; arrays over latents (d_sae,): `density` (part of the rows on
+    which the latent fires), `mean_activation` (where it fires), `max_activation`; `mean` (d,) of
+    the rows."""
+
+    rows: int
+    scalars: dict[str, float]
+    density: np.ndarray
+    mean_activation: np.ndarray
+    max_activation: np.ndarray
+    mean: np.ndarray
+
+
+def measure_rows(sae: SAE, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> RowMetrics:
+    """Metrics over the rows of `batches`: pairs x (B, d) of any float type and used (B,) bool,
+    the rows that count. Batches of one size compile once. UserError if no row counts."""
+    batches = iter(batches)
+    first = next((batch for batch in batches if batch[1].any()), None)
+    if first is None:
+        raise UserError("there are no rows to evaluate on: all of them are excluded")
+    # Of the first batch, so that the variance is not the difference of two large sums.
+    shift = np.asarray(first[0], np.float32)[first[1]].mean(axis=0)
+    totals = add_up(
+        batch_sums(sae, jnp.asarray(x), jnp.asarray(used), jnp.asarray(shift))
+        for x, used in itertools.chain([first], batches)
+    )
+    return _finish(totals, shift.astype(np.float64))
+
+
+def add_up(steps: Iterable[dict[str, jax.Array]]) -> dict[str, np.ndarray]:
+    """Sums by name over steps, in float64 on the host; of `max_*` the maximum. Reads a step's
+    sums after the next one was dispatched."""
+    totals: dict[str, np.ndarray] = {}
+
+    def add(sums):
+        for name, value in jax.device_get(sums).items():
+            combine = np.maximum if name.startswith("max_") else np.add
+            value = np.asarray(value, np.float64)
+            totals[name] = combine(totals[name], value) if name in totals else value
+
+    pending = None
+    for sums in steps:
+        if pending is not None:
+            add(pending)
+        pending = sums
+    if pending is not None:
+        add(pending)
+    return totals
+
+
+@jax.jit
+def batch_sums(sae: SAE, x_BxD, used_B, shift_D) -> dict[str, jax.Array]:
+    """Sums over the used rows of one batch, by name; per latent (d_sae,) for `fired`,
+    `activation` and `max_activation`."""
+    x = jnp.where(used_B[:, None], x_BxD.astype(jnp.float32), 0.0)
+    latents = sae.encode(x)
+    x_hat = sae.decode(latents)
+    activations = jnp.where(used_B[:, None], latents * activation_scale(sae), 0.0)
+    norm, norm_hat = jnp.linalg.norm(x, axis=1), jnp.linalg.norm(x_hat, axis=1)
+    dot = jnp.sum(x * x_hat, axis=1)
+    centred = x - shift_D
+    fired = activations > 0
+
+    def total(per_row_B):
+        return jnp.sum(per_row_B, where=used_B)
+
+    return {
+        "rows": jnp.sum(used_B),
+        "centred": jnp.sum(centred, axis=0, where=used_B[:, None]),
+        "centred_squared": total(jnp.sum(centred**2, axis=1)),
+        "error": total(jnp.sum((x - x_hat) ** 2, axis=1)),
+        "cosine": total(dot / jnp.maximum(norm * norm_hat, _TINY)),
+        "dot": total(dot),
+        "norm": total(norm),
+        "norm_hat": total(norm_hat),
+        "squared_norm_hat": total(norm_hat**2),
+        "norm_ratio": total(norm_hat / jnp.maximum(norm, _TINY) * (norm > _TINY)),
+        "fired": jnp.sum(fired, axis=0),
+        "activation": jnp.sum(activations, axis=0),
+        "max_activation": jnp.max(activations, axis=0),
+    }
+
+
+def activation_scale(sae: SAE) -> jax.Array:
+    """(d_sae,): what a latent is multiplied by to give the length that it adds to x_hat."""
+    return jnp.linalg.norm(sae.w_dec[...], axis=1) / sae.scale
+
+
+def _finish(t: dict, shift: np.ndarray) -> RowMetrics:
+    n = t["rows"]
+    variance = t["centred_squared"] - (t["centred"] ** 2).sum() / n
+    fvu = t["error"] / variance if variance > 0 else np.nan
+    scalars = {
+        "fvu": fvu,
+        "explained_variance": 1 - fvu,
+        "mse": t["error"] / n,
+        "cosine_similarity": t["cosine"] / n,
+        "norm_in": t["norm"] / n,
+        "norm_out": t["norm_hat"] / n,
+        "norm_ratio": t["norm_ratio"] / n,
+        "relative_reconstruction_bias": t["squared_norm_hat"] / t["dot"] if t["dot"] else np.nan,
+        "l0": t["fired"].sum() / n,
+        "l1": t["activation"].sum() / n,
+        "dead_fraction": np.mean(t["fired"] == 0),
+    }
+    return RowMetrics(
+        rows=int(n),
+        scalars={name: float(value) for name, value in scalars.items()},
+        density=t["fired"] / n,
+        mean_activation=t["activation"] / np.maximum(t["fired"], 1),
+        max_activation=t["max_activation"],
+        mean=shift + t["centred"] / n,
+    )

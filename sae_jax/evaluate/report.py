@@ -1,0 +1,158 @@
+"""An evaluation as a whole: run it, print it, keep it."""
+
+import dataclasses
+import json
+import math
+import pathlib
+
+import numpy as np
+
+from sae_jax.config import UserError, difference, save_json
+from sae_jax.evaluate.metrics import RowMetrics, measure_rows
+from sae_jax.evaluate.progress import progress
+from sae_jax.evaluate.sources import HeldOutRows, LanguageModel, ModelRows
+from sae_jax.evaluate.spliced import measure_spliced
+from sae_jax.sae import SAE
+
+_LATENTS = 2**25  # elements of one batch's dense latents
+_HISTOGRAM = np.linspace(-6.0, 0.0, 25)  # of log10 density
+
+_ROWS = {  # name: (label, unit)
+    "fvu": ("fraction of variance unexplained", ""),
+    "explained_variance": ("explained variance", ""),
+    "mse": ("mean squared error, summed over d", "units of x squared"),
+    "cosine_similarity": ("cosine similarity of x and x_hat", ""),
+    "norm_in": ("mean norm of x", "units of x"),
+    "norm_out": ("mean norm of x_hat", "units of x"),
+    "norm_ratio": ("shrinkage, mean ||x_hat|| / ||x||", ""),
+    "relative_reconstruction_bias": ("relative reconstruction bias", ""),
+    "l0": ("L0, latents active", "a token"),
+    "l1": ("L1, latents times decoder norm", "units of x"),
+    "dead_fraction": ("latents that never fired", ""),
+}
+_SPLICED = {
+    "ce_clean": ("cross-entropy, model untouched", "nats"),
+    "ce_spliced": ("cross-entropy, SAE spliced in", "nats"),
+    "ce_zero": ("cross-entropy, zero ablation", "nats"),
+    "ce_mean": ("cross-entropy, mean ablation", "nats"),
+    "ce_recovered_zero": ("CE recovered against zero ablation", ""),
+    "ce_recovered_mean": ("CE recovered against mean ablation", ""),
+    "kl_spliced": ("KL(model || SAE spliced in)", "nats"),
+    "kl_zero": ("KL(model || zero ablation)", "nats"),
+    "kl_mean": ("KL(model || mean ablation)", "nats"),
+}
+_SPARSITY = ("l0", "l1", "dead_fraction")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """settings: what was evaluated on what, in words and numbers; rows: metrics of the SAE
+    alone; spliced: metrics inside the language model, or None."""
+
+    settings: dict
+    rows: RowMetrics
+    spliced: dict[str, float] | None
+
+    def to_dict(self) -> dict:
+        scalars = self.rows.scalars
+        log_density = np.log10(np.maximum(self.rows.density, 1e-30))
+        alive = log_density[self.rows.density > 0]
+        return {
+            "settings": self.settings,
+            "rows": self.rows.rows,
+            "reconstruction": _finite({n: v for n, v in scalars.items() if n not in _SPARSITY}),
+            "sparsity": {
+                **{n: scalars[n] for n in _SPARSITY},
+                "d_sae": len(self.rows.density),
+                "density_histogram": {
+                    "log10_edges": _HISTOGRAM.tolist(),
+                    "latents": np.histogram(alive.clip(-6, 0), _HISTOGRAM)[0].tolist(),
+                    "never_fired": int((self.rows.density == 0).sum()),
+                },
+            },
+            "language_model": self.spliced and _finite(self.spliced),
+        }
+
+    def table(self) -> str:
+        what, positions = self.settings["rows"], self.settings["positions"]
+        lines = [f"On {self.rows.rows:,} rows: {what}; positions: {positions}"]
+        lines += _lines(_ROWS, self.rows.scalars)
+        if self.spliced:
+            lines.append(f"In the language model, {self.spliced['replaced']:,} positions replaced")
+            lines += _lines(_SPLICED, self.spliced)
+        return "\n".join(lines)
+
+
+def evaluate(
+    sae: SAE,
+    source: HeldOutRows | ModelRows,
+    model: LanguageModel | None = None,
+    spliced_tokens: int = 262_144,
+    settings: dict | None = None,
+) -> Evaluation:
+    """Metrics of `sae` on the source's rows and, given its model, inside the model on about
+    `spliced_tokens` of the source's tokens. Mean ablation uses the mean of the evaluated rows."""
+    size = max(128, _LATENTS // sae.config.d_sae)
+    size = min(size, 8192)
+    batches = source.batches(size)
+    rows = measure_rows(sae, progress(batches, f"evaluating on {source.num_rows:,} rows"))
+    spliced = None
+    if model is not None:
+        sequences = source.sequences(spliced_tokens)
+        if sequences is None:
+            raise UserError("the store has no tokens to run a language model on; leave out --model")
+        spliced = measure_spliced(sae, model, source.site, *sequences, rows.mean)
+    settings = {**(settings or {}), "site": source.site, **source.settings}
+    if model is not None:
+        settings["spliced_tokens"] = spliced_tokens
+    return Evaluation(settings, rows, spliced)
+
+
+def save(evaluation: Evaluation, out) -> None:
+    """Writes the JSON to `out` and the arrays over latents beside it (`latents_file`). UserError
+    where `out` holds an evaluation with other settings, which stays as it is."""
+    out = pathlib.Path(out)
+    check_out(out, evaluation.settings)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    file = latents_file(out)
+    temporary = file.with_name("tmp." + file.name)
+    np.savez(
+        temporary,
+        density=evaluation.rows.density.astype(np.float32),
+        mean_activation=evaluation.rows.mean_activation.astype(np.float32),
+        max_activation=evaluation.rows.max_activation.astype(np.float32),
+    )
+    temporary.replace(file)
+    save_json(evaluation.to_dict(), out)
+
+
+def check_out(out: pathlib.Path, settings: dict) -> None:
+    """UserError if `out` holds anything but an evaluation with these settings."""
+    if not out.exists():
+        return
+    try:
+        found = json.loads(out.read_text())["settings"]
+        changes = difference(found, settings)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{out} exists and is no evaluation; choose another --out") from None
+    if changes:
+        raise UserError(f"{out} holds another evaluation ({changes[0]}); choose another --out")
+
+
+def latents_file(out) -> pathlib.Path:
+    """Where the arrays over latents of the evaluation `out` are: density, mean_activation and
+    max_activation, each (d_sae,) float32."""
+    out = pathlib.Path(out)
+    return out.with_name(f"{out.stem}_latents.npz")
+
+
+def _finite(values: dict[str, float]) -> dict:
+    """A ratio over nothing is null in JSON, which has no NaN."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def _lines(rows: dict, values: dict) -> list[str]:
+    return [
+        f"  {label:38}{values[name]:>12.5g}  {unit}".rstrip()
+        for name, (label, unit) in rows.items()
+    ]
