@@ -13,10 +13,10 @@ command above with no other flag.
 """
 
 import hashlib
-import os
 import pathlib
 import sys
 import sysconfig
+import tempfile
 import time
 
 import jax
@@ -33,7 +33,9 @@ from sae_jax.config import UserError, save_json
 _OUT = flags.DEFINE_string("out", None, "Directory of the model, made here.", required=True)
 _TEXT = flags.DEFINE_list("text", [], "Files or directories; none: Python's standard library.")
 _VOCAB_SIZE = flags.DEFINE_integer("vocab_size", 4096, "Of the byte-level BPE trained here.")
-_D_MODEL = flags.DEFINE_integer("d_model", 128, "Width of the residual stream; the MLP has 4 times.")
+_D_MODEL = flags.DEFINE_integer(
+    "d_model", 128, "Width of the residual stream; the MLP has 4 times."
+)
 _HEADS = flags.DEFINE_integer("heads", 4, "Attention heads, d_model / heads wide.")
 _CONTEXT = flags.DEFINE_integer("context_length", 256, "Tokens of a context, BOS included.")
 _BATCH = flags.DEFINE_integer("batch_size", 8, "Contexts in a step.")
@@ -57,12 +59,22 @@ def main(argv):
     train_texts, heldout_texts = read_corpus(_TEXT.value)
     logging.info("%d documents to train on, %d held out", len(train_texts), len(heldout_texts))
 
-    # Finished or not there at all: everything is written here, then renamed.
-    partial = out.with_name(out.name + f".partial-{os.getpid()}")
-    partial.mkdir(parents=True)
-    train_tokenizer(train_texts, _VOCAB_SIZE.value).save(str(partial / "tokenizer.json"))
-    save_json({"bos_token": BOS, "eos_token": BOS}, partial / "tokenizer_config.json")
-    tokenizer = lm.load_tokenizer(partial)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+        report = make_model(pathlib.Path(scratch) / "model", train_texts, heldout_texts)
+        report["wall_seconds"] = round(time.time() - started)
+        save_json(report, pathlib.Path(scratch) / "model" / "training.json")
+        (pathlib.Path(scratch) / "model").rename(out)  # finished, or not there at all
+    for name in ("heldout_loss_unigram", "heldout_loss_bigram", "heldout_loss"):
+        print(f"{name:22}{report[name]:.4f} nats/token")
+
+
+def make_model(directory: pathlib.Path, train_texts: list[str], heldout_texts: list[str]) -> dict:
+    """Writes tokenizer and model; returns what goes into training.json."""
+    directory.mkdir()
+    train_tokenizer(train_texts, _VOCAB_SIZE.value).save(str(directory / "tokenizer.json"))
+    save_json({"bos_token": BOS, "eos_token": BOS}, directory / "tokenizer_config.json")
+    tokenizer = lm.load_tokenizer(directory)
     train_tokens = lm.pack(train_texts, tokenizer, _CONTEXT.value)
     heldout_tokens = lm.pack(heldout_texts, tokenizer, _CONTEXT.value)
 
@@ -80,11 +92,11 @@ def main(argv):
     )
     params = fit(config, train_tokens)
     special = {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos}
-    lm.save_model(partial, config, params, jnp.bfloat16, **special)
+    lm.save_model(directory, config, params, jnp.bfloat16, **special)
 
-    shipped = lm.load_params(partial)  # what a user gets: rounded to bfloat16 in the file
+    shipped = lm.load_params(directory)  # what a user gets: rounded to bfloat16 in the file
     unigram, bigram = ngram_losses(train_tokens, heldout_tokens, config.vocab_size)
-    report = {
+    return {
         "heldout_loss": heldout_loss(config, shipped, heldout_tokens),
         "heldout_loss_unigram": unigram,
         "heldout_loss_bigram": bigram,
@@ -93,7 +105,6 @@ def main(argv):
         "heldout_tokens": heldout_tokens.size,
         "heldout_bytes_per_token": bytes_per_token(tokenizer, heldout_texts),
         "epochs": _STEPS.value * _BATCH.value / len(train_tokens),
-        "wall_seconds": round(time.time() - started),
         "text": _TEXT.value or f"standard library of Python {sys.version.split()[0]}",
         "flags": {
             flag.name: flag.value
@@ -101,10 +112,6 @@ def main(argv):
             + (_LEARNING_RATE, _SEED)
         },
     }
-    save_json(report, partial / "training.json")
-    partial.rename(out)
-    for name in ("heldout_loss_unigram", "heldout_loss_bigram", "heldout_loss"):
-        print(f"{name:22}{report[name]:.4f} nats/token")
 
 
 def read_corpus(sources: list[str]) -> tuple[list[str], list[str]]:
@@ -210,7 +217,8 @@ def ngram_losses(train_NxT: np.ndarray, heldout_NxT: np.ndarray, vocab_size: int
     p_unigram = np.bincount(after, minlength=vocab_size) + 1.0
     p_unigram /= p_unigram.sum()
     pairs, counts = np.unique(before.astype(np.int64) * vocab_size + after, return_counts=True)
-    discount = (counts == 1).sum() / ((counts == 1).sum() + 2 * (counts == 2).sum())
+    once, twice = (counts == 1).sum(), (counts == 2).sum()
+    discount = (once + 1) / (once + 2 * twice + 2)  # one more of each: neither 0 / 0 nor 0
     followers = np.bincount(before, minlength=vocab_size)
     types = np.bincount(pairs // vocab_size, minlength=vocab_size)
 

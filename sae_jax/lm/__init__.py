@@ -15,5 +15,27 @@ from sae_jax.lm.harvest import harvest
 from sae_jax.lm.text import PACKING_RULE, Tokenizer, load_tokenizer, pack, read_texts, text_files
 from sae_jax.lm.weights import fingerprint, load_config, load_params, save_model
 
+__all__ = [
+    "DEMO_MODEL",
+    "PACKING_RULE",
+    "SITES",
+    "DecoderConfig",
+    "Tokenizer",
+    "fingerprint",
+    "forward",
+    "harvest",
+    "init",
+    "layout",
+    "load_config",
+    "load_params",
+    "load_tokenizer",
+    "next_token_loss",
+    "pack",
+    "read_texts",
+    "save_model",
+    "site_width",
+    "text_files",
+]
+
 DEMO_MODEL = pathlib.Path(__file__).parents[1] / "assets" / "one_layer"
 """Directory of the shipped one-layer transformer; experiments/one_layer_transformer.py made it."""

@@ -145,10 +145,21 @@ def _write_shards(writer, shards, tokens_NxT, widths, dtype, batch_size, run):
                     block[...] = np.asarray(array)[: len(block)]
                 progress.add(len(block) * context_length)
             if written:
-                written.result()
+                _await(written)
             rows = {site: array.reshape(-1, widths[site]) for site, array in values.items()}
             written = pool.submit(writer.write_shard, shard.index, rows)
+        _await(written)
+
+
+def _await(written: concurrent.futures.Future) -> None:
+    try:
         written.result()
+    except Exception as error:  # TensorStore has no class of its own for it
+        if "No space left on device" in str(error):
+            raise UserError(
+                "the disk is full; the shards written so far are kept: make room and start again"
+            ) from None
+        raise
 
 
 def _one_ahead(run, sequences, batch_size) -> Iterator[tuple[int, dict]]:
@@ -169,7 +180,9 @@ def _batch_size(batch_size: int | None, context_length: int, data: int) -> int:
     if batch_size is None:
         return data * max(1, TOKENS_PER_BATCH // (context_length * data))
     if batch_size < 1 or batch_size % data:
-        raise UserError(f"batch_size {batch_size} is not a multiple of the mesh's data axis, {data}")
+        raise UserError(
+            f"batch_size {batch_size} is not a multiple of the mesh's data axis, {data}"
+        )
     return batch_size
 
 

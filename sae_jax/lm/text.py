@@ -62,7 +62,9 @@ def load_tokenizer(directory) -> Tokenizer:
     directory = pathlib.Path(directory)
     file = directory / "tokenizer.json"
     if not file.is_file():
-        raise UserError(f"no tokenizer.json in {directory}; save the tokenizer there in that format")
+        raise UserError(
+            f"no tokenizer.json in {directory}; save the tokenizer there in that format"
+        )
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the package raises plain Exception
@@ -72,7 +74,9 @@ def load_tokenizer(directory) -> Tokenizer:
     ids = {kind: _special_id(directory, backend, kind) for kind in ("bos", "eos", "pad")}
     bos = ids["eos"] if ids["bos"] is None else ids["bos"]
     if bos is None:
-        raise UserError(f"{directory} names no BOS or EOS token; add bos_token_id to its config.json")
+        raise UserError(
+            f"{directory} names no BOS or EOS token; add bos_token_id to its config.json"
+        )
     return Tokenizer(backend, bos, ids["eos"], ids["pad"], directory.resolve().name)
 
 
@@ -193,7 +197,9 @@ def pack(
     tokens, BOS counted. Reads no more texts than it needs. UserError where they do not fill one
     context."""
     if context_length < 2:
-        raise UserError(f"context_length is {context_length}; a context is BOS and one token or more")
+        raise UserError(
+            f"context_length is {context_length}; a context is BOS and one token or more"
+        )
     limit = None if max_tokens is None else max_tokens // context_length
     if limit == 0:
         raise UserError(f"{max_tokens} tokens are less than one context of {context_length}")

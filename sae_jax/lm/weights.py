@@ -106,7 +106,9 @@ def load_config(directory) -> DecoderConfig:
     )
     if values:
         name, value = next(iter(values.items()))
-        raise UserError(f"{file}: the field {name} = {value!r} is not known, and may change the model")
+        raise UserError(
+            f"{file}: the field {name} = {value!r} is not known, and may change the model"
+        )
     if config.num_heads % config.num_kv_heads:
         raise UserError(f"{file}: {config.num_kv_heads} key/value heads do not divide {num_heads}")
     return config
@@ -117,7 +119,9 @@ def _rope_theta(take, file) -> float:
     rope = dict(take("rope_parameters", {}))  # where transformers 5 writes it
     theta = rope.pop("rope_theta", theta)
     if rope.pop("rope_type", "default") != "default" or rope:
-        raise UserError(f"{file}: rope_parameters other than rope_theta are not implemented: {rope}")
+        raise UserError(
+            f"{file}: rope_parameters other than rope_theta are not implemented: {rope}"
+        )
     return float(theta)
 
 
@@ -148,7 +152,9 @@ def load_params(directory, dtype=jnp.float32, mesh: jax.sharding.Mesh | None = N
         )
 
 
-def save_model(directory, config: DecoderConfig, params: dict, dtype=jnp.bfloat16, **fields) -> None:
+def save_model(
+    directory, config: DecoderConfig, params: dict, dtype=jnp.bfloat16, **fields
+) -> None:
     """Writes config.json and model.safetensors into an existing directory; `fields` (such as
     bos_token_id) are added to config.json. Raises FileExistsError rather than overwrite."""
     if config.qkv_bias != config.attn_out_bias:
@@ -215,7 +221,7 @@ def _tensor_name(path) -> str:
 
 
 def _stored_shape(name: str, leaf: Leaf) -> list[int]:
-    """Matrices are (outputs, inputs) in files, the embedding (vocabulary, d_model), vectors flat."""
+    """In files matrices are (outputs, inputs), the embedding (vocabulary, d_model), the rest flat."""
     if name == _TENSORS["embed"]:
         return list(leaf.shape)
     outputs = math.prod(leaf.shape[leaf.inputs :])
@@ -263,7 +269,8 @@ def _read(tensor, leaf: Leaf, dtype, mesh, path) -> jax.Array:
         part = slice(start * per_index, stop * per_index)
         shard = tensor[:, part] if in_columns else tensor[part]
         shard = shard.T if leaf.inputs else shard
-        return shard.reshape(*leaf.shape[:axis], stop - start, *leaf.shape[axis + 1 :]).astype(dtype)
+        shape = (*leaf.shape[:axis], stop - start, *leaf.shape[axis + 1 :])
+        return shard.reshape(shape).astype(dtype)
 
     if mesh is None:
         return jnp.asarray(read((slice(None),) * len(leaf.shape)))

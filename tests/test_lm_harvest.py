@@ -1,0 +1,200 @@
+"""Harvest end to end: real files, real processes, kills."""
+
+import filecmp
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+
+from sae_jax import lm
+from sae_jax.cli import main
+from sae_jax.config import UserError
+
+CONTEXT = 16
+SITES = ("resid_post.0", "mlp_act.1")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """(model directory, text file): two random layers and a tokenizer of single letters."""
+    root = tmp_path_factory.mktemp("world")
+    model = root / "model"
+    model.mkdir()
+    letters = "abcdefghijklmnopqrstuvwxyz \n"
+    vocab = {"<s>": 0} | {letter: i + 1 for i, letter in enumerate(letters)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<s>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    backend.save(str(model / "tokenizer.json"))
+    config = lm.DecoderConfig(
+        vocab_size=len(vocab), d_model=16, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4,
+        d_mlp=24, max_context=32,
+    )  # fmt: skip
+    save_random(model, config, seed=0)
+    rng = np.random.default_rng(0)
+    text = "".join(rng.choice(list(letters), 20_000))
+    (root / "text.txt").write_text(text)
+    return model, root / "text.txt"
+
+
+def save_random(directory, config, seed):
+    rng = np.random.default_rng(seed)
+    params = jax.tree.map(lambda leaf: 0.3 * rng.normal(size=leaf.shape), lm.layout(config))
+    lm.save_model(directory, config, params, bos_token_id=0)
+
+
+def harvest(world, out, **options):
+    model, text = world
+    options = {"sites": SITES, "context_length": CONTEXT, "tokens": 3000} | options
+    return lm.harvest(model, lm.read_texts(text), out, **options)
+
+
+def command(world, out, *more):
+    model, text = world
+    return [f"--model={model}", f"--text={text}", f"--out={out}", f"--sites={','.join(SITES)}",
+            f"--context_length={CONTEXT}", *more]  # fmt: skip
+
+
+def same_files(a, b):
+    names = [p.relative_to(a) for p in sorted(pathlib.Path(a).rglob("*")) if p.is_file()]
+    others = [p.relative_to(b) for p in sorted(pathlib.Path(b).rglob("*")) if p.is_file()]
+    assert names == others and len(names) > 5
+    _, differing, errors = filecmp.cmpfiles(a, b, names, shallow=False)
+    return not differing and not errors
+
+
+def test_rows_are_the_models_activations(world, tmp_path):
+    """A batch of 8 contexts does not divide the shards: the padding must leave no trace."""
+    store = harvest(world, tmp_path / "store", batch_size=8, dtype="float32")
+    tokens = lm.pack(lm.read_texts(world[1]), lm.load_tokenizer(world[0]), CONTEXT, 3000)
+    assert store.meta.num_sequences == len(tokens) == 187
+    np.testing.assert_array_equal(store.tokens().read().result(), tokens)
+    config, params = lm.load_config(world[0]), lm.load_params(world[0])
+    _, taps = lm.forward(params, tokens, config, SITES)
+    rows = slice(0, tokens.size)
+    for site in SITES:
+        want = np.asarray(taps[site]).reshape(tokens.size, -1)
+        np.testing.assert_allclose(store.read(site, rows), want, atol=1e-5)
+    excluded = np.asarray(store.excluded.read().result())
+    assert (excluded[::CONTEXT] > 0).all() and (excluded > 0).sum() >= len(tokens)
+    assert store.meta.provenance["packing"] == lm.PACKING_RULE
+
+
+def test_mesh_gives_the_same_rows(world, tmp_path):
+    mesh = jax.make_mesh((2, 2), ("data", "model"))
+    a = harvest(world, tmp_path / "a", dtype="float32", mesh=mesh)
+    one = jax.make_mesh((1, 1), ("data", "model"), devices=jax.devices()[:1])
+    b = harvest(world, tmp_path / "b", dtype="float32", mesh=one)
+    rows = slice(0, a.meta.num_sequences * CONTEXT)
+    for site in SITES:
+        np.testing.assert_allclose(a.read(site, rows), b.read(site, rows), atol=1e-5)
+
+
+def test_started_again_it_does_nothing_and_another_content_is_refused(world, tmp_path):
+    out = tmp_path / "store"
+    harvest(world, out)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    harvest(world, out)
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    with pytest.raises(UserError, match="sites"):
+        harvest(world, out, sites=("resid_post.1",))
+    with pytest.raises(UserError, match="num_sequences: 187 -> 125"):
+        harvest(world, out, tokens=2000)
+    other_text = tmp_path / "other.txt"
+    other_text.write_text("z" + world[1].read_text())
+    with pytest.raises(UserError, match="tokens"):
+        harvest((world[0], other_text), out)
+    with pytest.raises(UserError, match="another model .model_dtype: 'float32' -> 'bfloat16'"):
+        harvest(world, out, model_dtype="bfloat16")
+    other_model = tmp_path / "model"
+    shutil.copytree(world[0], other_model)
+    config = lm.load_config(other_model)
+    (other_model / "model.safetensors").unlink()
+    save_random(other_model, config, seed=1)
+    with pytest.raises(UserError, match="another model .model_fingerprint"):
+        harvest((other_model, world[1]), out)
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+
+
+def test_mistakes_are_refused_before_anything_is_written(world, tmp_path, monkeypatch):
+    out = tmp_path / "store"
+    for options, message in (
+        ({"sites": ("resid_post.2",)}, "unknown site 'resid_post.2'"),
+        ({"sites": ()}, "no sites"),
+        ({"context_length": 64}, "context_length 64 is more than the model's 32"),
+        ({"batch_size": 6}, "batch_size 6 is not a multiple"),
+        ({"tokens": 3}, "3 tokens are less than one context"),
+    ):
+        with pytest.raises(UserError, match=message):
+            harvest(world, out, **options)
+    usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(UserError, match=r"needs 0.00 GB .* fewer tokens or sites"):
+        harvest(world, out)
+    assert not out.exists()
+
+
+def test_command_line(world, tmp_path, capsys):
+    out = tmp_path / "store"
+    assert main(["harvest", *command(world, out, "--tokens=2000", "--mesh_model=2")]) == 0
+    printed = capsys.readouterr().out
+    assert "2,000 rows (125 contexts of 16)" in printed
+    assert "Left out of training: 125 rows of special tokens [0]" in printed
+    assert main(["harvest", *command(world, out, "--mesh_model=3", "--mesh_data=2")]) == 2
+    assert "a mesh of 2 x 3 devices does not fit the 4 here" in capsys.readouterr().err
+    assert main(["harvest", *command((tmp_path, world[1]), tmp_path / "b")]) == 2
+    assert "no config.json in" in capsys.readouterr().err
+
+
+def start(arguments, **environment):
+    variables = os.environ | {"NPROC": "16", "JAX_PLATFORMS": "cpu"} | environment
+    return subprocess.Popen([sys.executable, *arguments], env=variables)
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_it_writes_the_same_bytes(world, tmp_path):
+    run = ["-m", "sae_jax", "harvest"]
+    options = ["--tokens=18000", "--batch_size=1"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert start(run + command(world, whole, *options)).wait(120) == 0
+    kills = 0
+    for shard in range(1, 8, 3):
+        process = start(run + command(world, killed, *options))
+        while not (killed / "written" / f"{shard:06d}.npz").exists() and process.poll() is None:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+    assert kills == 3
+    assert start(run + command(world, killed, *options)).wait(120) == 0
+    assert same_files(whole, killed)
+
+
+TWO_PROCESSES = """
+import sys, jax
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+from sae_jax import lm
+store = lm.harvest(sys.argv[3], lm.read_texts(sys.argv[4]), sys.argv[5],
+                   sites=("resid_post.0", "mlp_act.1"), context_length=16, tokens=3000)
+assert store.meta.complete
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_does(world, tmp_path):
+    one = jax.make_mesh((1, 1), ("data", "model"), devices=jax.devices()[:1])
+    harvest(world, tmp_path / "one", mesh=one)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    arguments = [str(world[0]), str(world[1]), str(tmp_path / "two")]
+    processes = [start(["-c", TWO_PROCESSES, address, str(i), *arguments]) for i in range(2)]
+    assert [process.wait(120) for process in processes] == [0, 0]
+    assert same_files(tmp_path / "one", tmp_path / "two")
