@@ -1,8 +1,14 @@
 """How good an SAE is: alone on activations, and inside its language model."""
 
 from sae_jax.evaluate.metrics import RowMetrics, activation_scale, measure_rows
-from sae_jax.evaluate.report import Evaluation, check_out, evaluate, latents_file, save
-from sae_jax.evaluate.sources import HeldOutRows, LanguageModel, ModelRows, read_tokens
+from sae_jax.evaluate.report import Evaluation, evaluate, latents_file, save
+from sae_jax.evaluate.sources import (
+    HeldOutRows,
+    LanguageModel,
+    ModelRows,
+    check_model,
+    read_tokens,
+)
 from sae_jax.evaluate.spliced import measure_spliced
 
 __all__ = [
@@ -12,7 +18,7 @@ __all__ = [
     "ModelRows",
     "RowMetrics",
     "activation_scale",
-    "check_out",
+    "check_model",
     "evaluate",
     "latents_file",
     "measure_rows",

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from sae_jax.config import UserError
+from sae_jax.evaluate.report import Evaluation
 
 _INK = "#1a1a1b"  # stands for the page's text colour in inline_svg
 _BLUE, _ORANGE = "#3b7dd8", "#e07b39"
@@ -39,6 +40,23 @@ _STYLE = {
     "ytick.color": _INK,
     "ytick.labelsize": 8,
 }
+
+
+def save_all(evaluation: Evaluation, out, metrics_file=None) -> list[pathlib.Path]:
+    """Writes the figures of an evaluation beside its JSON `out`: STEM_density.png,
+    STEM_strength.png and, given a run's metrics.jsonl, STEM_training.png."""
+    rows = evaluation.rows
+    drawn = {
+        "density": density_histogram(rows.density, rows.rows),
+        "strength": density_against_activation(rows.density, rows.mean_activation),
+    }
+    if metrics_file is not None:
+        drawn["training"] = training_curves(metrics_file)
+    out, files = pathlib.Path(out), []
+    for name, figure in drawn.items():
+        files.append(out.with_name(f"{out.stem}_{name}.png"))
+        save(figure, files[-1])
+    return files
 
 
 def training_curves(metrics_file) -> Figure:

@@ -73,14 +73,21 @@ class Evaluation:
             "language_model": self.spliced and _finite(self.spliced),
         }
 
-    def table(self) -> str:
-        what, positions = self.settings["rows"], self.settings["positions"]
-        lines = [f"On {self.rows.rows:,} rows: {what}; positions: {positions}"]
-        lines += _lines(_ROWS, self.rows.scalars)
+    def sections(self) -> list[tuple[str, list[tuple[str, float, str]]]]:
+        """(what, [(label, value, unit)]) for people."""
+        what = f"On {self.rows.rows:,} rows: {self.settings['rows']}"
+        sections = [(what, _labelled(_ROWS, self.rows.scalars))]
         if self.spliced:
-            lines.append(f"In the language model, {self.spliced['replaced']:,} positions replaced")
-            lines += _lines(_SPLICED, self.spliced)
-        return "\n".join(lines)
+            what = f"In the language model, {self.spliced['replaced']:,} positions replaced"
+            sections.append((what, _labelled(_SPLICED, self.spliced)))
+        return sections
+
+    def table(self) -> str:
+        lines = []
+        for what, values in self.sections():
+            lines.append(what)
+            lines += [f"  {name:38}{value:>12.5g}  {unit}".rstrip() for name, value, unit in values]
+        return "\n".join([*lines, f"Positions: {self.settings['positions']}"])
 
 
 def evaluate(
@@ -92,10 +99,10 @@ def evaluate(
 ) -> Evaluation:
     """Metrics of `sae` on the source's rows and, given its model, inside the model on about
     `spliced_tokens` of the source's tokens. Mean ablation uses the mean of the evaluated rows."""
-    size = max(128, _LATENTS // sae.config.d_sae)
-    size = min(size, 8192)
+    size = min(max(128, _LATENTS // sae.config.d_sae), 8192)
     batches = source.batches(size)
-    rows = measure_rows(sae, progress(batches, f"evaluating on {source.num_rows:,} rows"))
+    what = f"evaluating on {source.num_rows:,} rows"
+    rows = measure_rows(sae, progress(batches, what, source.num_batches(size)))
     spliced = None
     if model is not None:
         sequences = source.sequences(spliced_tokens)
@@ -112,7 +119,7 @@ def save(evaluation: Evaluation, out) -> None:
     """Writes the JSON to `out` and the arrays over latents beside it (`latents_file`). UserError
     where `out` holds an evaluation with other settings, which stays as it is."""
     out = pathlib.Path(out)
-    check_out(out, evaluation.settings)
+    _check_out(out, evaluation.settings)
     out.parent.mkdir(parents=True, exist_ok=True)
     file = latents_file(out)
     temporary = file.with_name("tmp." + file.name)
@@ -126,7 +133,7 @@ def save(evaluation: Evaluation, out) -> None:
     save_json(evaluation.to_dict(), out)
 
 
-def check_out(out: pathlib.Path, settings: dict) -> None:
+def _check_out(out: pathlib.Path, settings: dict) -> None:
     """UserError if `out` holds anything but an evaluation with these settings."""
     if not out.exists():
         return
@@ -151,8 +158,5 @@ def _finite(values: dict[str, float]) -> dict:
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
-def _lines(rows: dict, values: dict) -> list[str]:
-    return [
-        f"  {label:38}{values[name]:>12.5g}  {unit}".rstrip()
-        for name, (label, unit) in rows.items()
-    ]
+def _labelled(labels: dict, values: dict) -> list[tuple[str, float, str]]:
+    return [(label, values[name], unit) for name, (label, unit) in labels.items()]

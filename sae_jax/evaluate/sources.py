@@ -1,9 +1,10 @@
 """What an SAE is evaluated on: held-out rows of a store, or a language model's activations on
 given tokens.
 
-Both sources have `batches(rows)`, pairs of activations (rows, d) and the mask (rows,) of those
-that count; `sequences(limit)`, tokens (n, T) with the mask (n, T) of positions that count, or
-None where there are no tokens; and `settings`, which say in plain words what it is.
+Both sources have `batches(rows)`, pairs of activations (B, d), B at most about `rows`, and the mask
+(B,) of rows that count; `num_batches(rows)`; `sequences(limit)`, tokens (n, T) with the mask (n, T)
+of positions that count, or None where there are no tokens; and `settings`, which say in plain words
+what it is.
 """
 
 import dataclasses
@@ -61,7 +62,7 @@ class HeldOutRows:
                 f"{store.path} has no held-out sequences at holdout_fraction {holdout_fraction}; "
                 "evaluate on other tokens with --tokens_file or --text"
             )
-        self._chunks = _spread(chunks, -(-tokens // meta.chunk_rows))
+        self._chunks = spread(chunks, -(-tokens // meta.chunk_rows))
         self._excluding = np.uint8(NONFINITE if include_excluded else 0xFF)
         self.num_rows = len(self._chunks) * meta.chunk_rows
         self.settings = {
@@ -72,18 +73,25 @@ class HeldOutRows:
             "positions": "all" if include_excluded else f"all but {meta.excluded_why}",
         }
 
+    def num_batches(self, rows: int) -> int:
+        chunks, parts = self._layout(rows)
+        return -(-len(self._chunks) // chunks) * parts
+
     def batches(self, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         meta = self.store.meta
         dtype = self.store.site(self.site).dtype.numpy_dtype
-        shape = (1, meta.chunk_rows, meta.sites[self.site].width)
-        rows = min(rows, meta.chunk_rows)
-        for number in self._chunks:
-            chunk = np.zeros(shape, dtype)  # a new one: JAX may read the last one still
-            self.store.read_chunks(self.site, [number], chunk)
-            used = self._used([number])[0]
-            for start in range(0, meta.chunk_rows, rows):
-                part = slice(start, start + rows)
-                yield pad_rows(chunk[0, part], rows), pad_rows(used[part], rows)
+        width = meta.sites[self.site].width
+        chunks, parts = self._layout(rows)
+        size = -(-chunks * meta.chunk_rows // parts)
+        for start in range(0, len(self._chunks), chunks):
+            numbers = self._chunks[start : start + chunks]
+            # A new buffer each time: JAX may still be reading the last one.
+            x = np.zeros((chunks, meta.chunk_rows, width), dtype)
+            self.store.read_chunks(self.site, numbers, x[: len(numbers)])
+            x, used = x.reshape(-1, width), pad_rows(self._used(numbers), chunks).reshape(-1)
+            for first in range(0, len(x), size):
+                part = slice(first, first + size)
+                yield pad_rows(x[part], size), pad_rows(used[part], size)
 
     def sequences(self, limit: int) -> tuple[np.ndarray, np.ndarray] | None:
         meta, tokens = self.store.meta, self.store.tokens()
@@ -91,10 +99,15 @@ class HeldOutRows:
             return None
         numbers = self._chunks[:, None] * meta.chunk_sequences + np.arange(meta.chunk_sequences)
         numbers = numbers.reshape(-1)
-        numbers = _spread(numbers[numbers < meta.num_sequences], -(-limit // meta.context_length))
+        numbers = spread(numbers[numbers < meta.num_sequences], -(-limit // meta.context_length))
         chunks, place = np.unique(numbers // meta.chunk_sequences, return_inverse=True)
         used = self._used(chunks).reshape(len(chunks), meta.chunk_sequences, meta.context_length)
         return tokens[numbers].read().result(), used[place, numbers % meta.chunk_sequences]
+
+    def _layout(self, rows: int) -> tuple[int, int]:
+        """(chunks read at once, batches that they make) for batches of at most `rows` rows."""
+        chunk_rows = self.store.meta.chunk_rows
+        return max(1, rows // chunk_rows), max(1, -(-chunk_rows // rows))
 
     def _used(self, chunks) -> np.ndarray:
         return self.store.read_excluded(chunks) & self._excluding == 0
@@ -115,7 +128,7 @@ class ModelRows:
         excluded_tokens=(),
         excluded_positions=(),
         sequences: slice = slice(None),
-        spliced_sequences: slice | None = None,
+        spliced_sequences: slice = slice(None),
     ):
         lm.site_width(model.config, site)
         if tokens.max() >= model.config.vocab_size or tokens.min() < 0:
@@ -127,7 +140,6 @@ class ModelRows:
         used = ~np.isin(tokens, excluded_tokens)
         used[:, [p for p in excluded_positions if p < tokens.shape[1]]] = False
         self._rows = (tokens[sequences], used[sequences])
-        spliced_sequences = sequences if spliced_sequences is None else spliced_sequences
         self._spliced = (tokens[spliced_sequences], used[spliced_sequences])
         for part in (self._rows, self._spliced):
             if not len(part[0]):
@@ -143,9 +155,12 @@ class ModelRows:
             ),
         }  # fmt: skip
 
+    def num_batches(self, rows: int) -> int:
+        return -(-len(self._rows[0]) // self._sequences_at_once(rows))
+
     def batches(self, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         tokens, used = self._rows
-        size = max(1, min(rows // tokens.shape[1], len(tokens)))
+        size = self._sequences_at_once(rows)
         for start in range(0, len(tokens), size):
             batch = jnp.asarray(pad_rows(tokens[start : start + size], size))
             x_BxTxD = _tap(self.model.params, batch, config=self.model.config, site=self.site)
@@ -156,6 +171,20 @@ class ModelRows:
         tokens, used = self._spliced
         count = -(-limit // tokens.shape[1])
         return tokens[:count], used[:count]
+
+    def _sequences_at_once(self, rows: int) -> int:
+        tokens = self._rows[0]
+        return max(1, min(rows // tokens.shape[1], len(tokens)))
+
+
+def check_model(store: Store, directory) -> None:
+    """UserError if the store says that its activations are another model's."""
+    made_by = store.meta.provenance.get("model_fingerprint")
+    if made_by is not None and made_by != lm.fingerprint(directory):
+        raise UserError(
+            f"{directory} is not the model that {store.path} was harvested from "
+            f"({store.meta.model}); give that model's directory"
+        )
 
 
 def read_tokens(path) -> np.ndarray:
@@ -192,7 +221,7 @@ def _tap(params, tokens_BxT, *, config, site):
     return lm.forward(params, tokens_BxT, config, taps=(site,), logits=False)[1][site]
 
 
-def _spread(items: np.ndarray, count: int) -> np.ndarray:
+def spread(items: np.ndarray, count: int) -> np.ndarray:
     """`count` of the items, evenly spaced; all where there are no more."""
     if count >= len(items):
         return items

@@ -1,0 +1,169 @@
+"""sae-jax eval: how good an SAE is, alone and inside its language model."""
+
+from absl import flags
+
+SUMMARY = """Evaluate an SAE, alone and inside its language model.
+
+On a run, the store, site and held-out rows are the run's own:
+
+  sae-jax eval --run=runs/a --model=stories260K
+
+writes runs/a/eval.json, eval_latents.npz (density, mean and maximal activation of every latent) and
+figures, and prints a table. Without --model (which the shipped model does not need) there is no
+cross-entropy. Any SAE that sae_jax reads, on tokens of your own:
+
+  sae-jax eval --sae=saelens_folder --model=stories260K --tokens_file=tokens.npz --out=eval.json
+
+Excluded positions (BOS and other high-norm ones) are neither counted nor replaced, unless you give
+--include_excluded. What each number is: `python -m pydoc sae_jax.evaluate.metrics`.
+"""
+
+
+def define(values: flags.FlagValues) -> None:
+    def string(name, text):
+        flags.DEFINE_string(name, None, text, flag_values=values)
+
+    def integer(name, default, text):
+        flags.DEFINE_integer(name, default, text, flag_values=values)
+
+    string("run", "Directory of a run.")
+    string("sae", "Any SAE instead: a run, or a folder of SAELens'.")
+    string("store", "Evaluate on this store's held-out rows; the run's.")
+    string("site", "Site of the store or of the model; the run's, or what the SAE's file says.")
+    string("model", "Directory of the language model; demo: the one that ships here.")
+    integer("tokens", 1_000_000, "Evaluate on at most about so many tokens.")
+    integer("lm_tokens", 262_144, "Run the language model on at most about so many tokens.")
+    string("tokens_file", "An .npy or .npz of token ids (sequences, length), instead of a store.")
+    flags.DEFINE_list(
+        "text", None, "Text files instead of a store, as for harvest.", flag_values=values
+    )
+    integer("context_length", None, "With --text: tokens of a context; the model's own, <= 1024.")
+    flags.DEFINE_bool(
+        "collapse_newlines", False, "With --text: make one of several newlines.", flag_values=values
+    )
+    flags.DEFINE_bool(
+        "include_excluded",
+        None,
+        "Count and replace all positions, BOS too; as the run was trained.",
+        flag_values=values,
+    )
+    flags.DEFINE_float(
+        "holdout_fraction", None, "Of the store's sequences; the run's.", flag_values=values
+    )
+    string("sequences", "START:STOP of --tokens_file or --text for the SAE alone; all.")
+    string("lm_sequences", "START:STOP for the language model's part; as --sequences.")
+    string("out", "Where the JSON goes; RUN/eval.json, and nowhere for --sae.")
+
+
+def run(args, overrides) -> None:
+    del overrides
+    import dataclasses
+    import pathlib
+
+    from sae_jax import interop, lm
+    from sae_jax.activations import Store
+    from sae_jax.config import DataConfig, UserError
+    from sae_jax.evaluate import LanguageModel, check_model, evaluate, figures, save
+    from sae_jax.train import read_config
+
+    if (args.run is None) == (args.sae is None):
+        raise UserError("give either --run=RUN or --sae=PATH")
+    path = pathlib.Path(args.run or args.sae)
+    sae = interop.load(path)
+    is_run = (path / "config.json").is_file()
+    data = read_config(path).data if is_run else DataConfig()
+    chosen = {
+        name: getattr(args, name)
+        for name in ("store", "site", "holdout_fraction", "include_excluded")
+        if getattr(args, name) is not None
+    }
+    data = dataclasses.replace(data, **chosen)
+    if not data.site and not is_run:
+        data = dataclasses.replace(data, site=interop.saelens_site(path) or "")
+    store = Store.open(data.store) if data.store else None
+    directory = lm.DEMO_MODEL if args.model == "demo" else args.model
+    if directory is None and store is not None and _is_from(store, lm.DEMO_MODEL):
+        directory = lm.DEMO_MODEL
+    model = None
+    if directory is not None:
+        if store is not None and not (args.tokens_file or args.text):
+            check_model(store, directory)
+        model = LanguageModel.load(directory)
+    source = _source(args, data, store, model, directory)
+    settings = {"sae": str(path.absolute()), "model": directory and str(directory)}
+    out = args.out or (path / "eval.json" if args.run else None)
+    evaluation = evaluate(sae, source, model, args.lm_tokens, settings)
+    print(evaluation.table())
+    if model is None:
+        print("No cross-entropy: it needs --model=DIR, the language model's directory.")
+    if out is None:
+        print("Nothing was written; --out=FILE.json keeps it.")
+        return
+    save(evaluation, out)
+    files = figures.save_all(evaluation, out, path / "metrics.jsonl" if is_run else None)
+    print(f"Written: {', '.join(map(str, [out, *files]))}")
+
+
+def _source(args, data, store, model, directory):
+    """What to evaluate on: the user's tokens or text if given, else the store."""
+    from sae_jax import lm
+    from sae_jax.config import UserError
+    from sae_jax.evaluate import HeldOutRows, ModelRows, read_tokens
+
+    if args.tokens_file and args.text:
+        raise UserError("give either --tokens_file or --text")
+    if not (args.tokens_file or args.text):
+        if store is None:
+            raise UserError("nothing to evaluate on: give --store, --tokens_file or --text")
+        return HeldOutRows(
+            store,
+            data.site,
+            tokens=args.tokens,
+            holdout_fraction=data.holdout_fraction,
+            include_excluded=data.include_excluded,
+        )
+    if model is None:
+        raise UserError("activations on your tokens need the language model: give --model=DIR")
+    if not data.site:
+        raise UserError("which activations? give --site, such as --site=resid_post.2")
+    if args.tokens_file:
+        tokens, what = read_tokens(args.tokens_file), args.tokens_file
+    else:
+        texts = lm.read_texts(args.text, collapse_newlines=args.collapse_newlines)
+        length = args.context_length or min(model.config.max_context, 1024)
+        tokens = lm.pack(texts, lm.load_tokenizer(directory), length, args.tokens)
+        what = ", ".join(args.text)
+    excluded = {}
+    if not data.include_excluded:
+        if store is not None:
+            names = ("excluded_tokens", "excluded_positions")
+            excluded = {name: getattr(store.meta, name) for name in names}
+        else:
+            excluded = {"excluded_tokens": lm.load_tokenizer(directory).special_tokens}
+    return ModelRows(
+        model,
+        data.site,
+        tokens[: max(1, args.tokens // tokens.shape[1])],
+        what=what,
+        sequences=_slice(args.sequences, "--sequences"),
+        spliced_sequences=_slice(args.lm_sequences or args.sequences, "--lm_sequences"),
+        **excluded,
+    )
+
+
+def _slice(text: str | None, flag: str) -> slice:
+    from sae_jax.config import UserError
+
+    if text is None:
+        return slice(None)
+    start, colon, stop = text.partition(":")
+    if not (colon and start.isdecimal() and stop.isdecimal() and int(start) < int(stop)):
+        raise UserError(f"{flag} is START:STOP, such as 0:64, not {text!r}")
+    return slice(int(start), int(stop))
+
+
+def _is_from(store, model_directory) -> bool:
+    from sae_jax import lm
+
+    made_by = store.meta.provenance.get("model_fingerprint")
+    return made_by is not None and made_by == lm.fingerprint(model_directory)

@@ -1,0 +1,52 @@
+"""What a latent does to the model's output: the tokens that its decoder row speaks for.
+
+The direct path alone: the row as part of the residual stream, through the last norm's weights and
+the unembedding, without the layers between. The norm's scale, which differs by token, is left
+out, and so is what is common to all tokens: the softmax does not see it.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sae_jax import lm
+from sae_jax.evaluate import LanguageModel
+from sae_jax.sae import SAE
+
+_INTO_RESIDUAL = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputTokens:
+    """Token ids (L, n) that each latent promotes and suppresses most, strongest first."""
+
+    promoted: np.ndarray
+    suppressed: np.ndarray
+
+
+def output_tokens(
+    sae: SAE, model: LanguageModel, site: str, latents: np.ndarray, count: int = 8
+) -> OutputTokens | None:
+    """For `latents` (L,); None where what is written at `site` does not go to the residual
+    stream by a linear map (mlp_in)."""
+    name, _, layer = site.partition(".")
+    rows_LxW = sae.w_dec[...][jnp.asarray(latents)]
+    if name == "mlp_act":
+        rows_LxD = rows_LxW @ model.params["layers"][int(layer)]["w_down"].astype(jnp.float32)
+    elif name in _INTO_RESIDUAL:
+        rows_LxD = rows_LxW
+    else:
+        return None
+    logits_LxV = _unembed(model.params, rows_LxD, model.config)
+    _, promoted = jax.lax.top_k(logits_LxV, count)
+    _, suppressed = jax.lax.top_k(-logits_LxV, count)
+    return OutputTokens(np.asarray(promoted), np.asarray(suppressed))
+
+
+def _unembed(params, rows_LxD, config: lm.DecoderConfig):
+    scaled = rows_LxD * params["final_norm"].astype(jnp.float32)
+    unembed = params["embed"].T if config.tie_embeddings else params["unembed"]
+    logits = scaled @ unembed.astype(jnp.float32)
+    return logits - logits.mean(axis=1, keepdims=True)

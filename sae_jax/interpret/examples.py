@@ -1,0 +1,158 @@
+"""Texts on which latents are most active, and texts from below their maximum.
+
+One pass over a store in the order of its sequences. Only a running best of `count` sequences for
+each latent and group is kept, on the device. A sequence stands in a group by its peak, the
+largest activation of the latent in it, so that the examples come from distinct sequences.
+
+Group 0 holds the sequences with the highest peaks. Groups 1 to `intervals` cut the range from 0
+to the latent's maximum into equal parts, the highest first, and hold sequences drawn at random
+from those whose peak lies in the part: what a latent means at half its strength is often not
+what it means at its maximum (Bricken et al. 2023, "Towards Monosemanticity").
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sae_jax.activations import Store
+from sae_jax.config import UserError
+from sae_jax.evaluate import activation_scale
+from sae_jax.evaluate.progress import progress
+from sae_jax.evaluate.sources import spread
+from sae_jax.sae import SAE
+
+_LATENTS = 2**25  # elements of one batch's dense latents
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A window of a sequence: `tokens` (W,) ids and the latent's `activations` (W,), in the units
+    of `evaluate.metrics`; the window's place `peak` has the highest of the whole sequence.
+    `preceding`: the tokens of the sequence before the window."""
+
+    sequence: int
+    preceding: np.ndarray
+    tokens: np.ndarray
+    activations: np.ndarray
+    peak: int
+
+
+def find_examples(
+    sae: SAE,
+    store: Store,
+    site: str,
+    latents: np.ndarray,
+    max_activation: np.ndarray,
+    *,
+    tokens: int = 1_000_000,
+    count: int = 8,
+    intervals: int = 4,
+    per_interval: int = 2,
+    before: int = 28,
+    after: int = 14,
+    seed: int = 0,
+) -> list[list[list[Example]]]:
+    """Examples [latent][group][example] for `latents` (L,), at most `count` in group 0 and
+    `per_interval` (<= count) in the others; see above for the groups. A latent that does not
+    fire has empty ones.
+
+    max_activation: (L,), of which the intervals are parts. tokens: about how many of the store's
+    to look at, spread evenly over it. Excluded rows do not count. before, after: tokens of the
+    window on both sides of the peak. UserError if the store has no tokens.
+    """
+    ids = store.tokens()
+    if ids is None:
+        raise UserError(f"{store.path} has no tokens, so there is no text to show")
+    site = store.resolve_site(site)
+    latents = np.asarray(latents, np.int32)
+    edges = np.linspace(1.0, 0.0, intervals + 1)[:, None] * np.asarray(max_activation)[None]
+    best = _search(sae, store, site, latents, edges, tokens, count, seed)
+    best["score"][1:, :, per_interval:] = 0.0
+    return _windows(sae, store, site, latents, best, ids, before, after)
+
+
+def _search(sae, store, site, latents, edges, tokens, count, seed) -> dict[str, np.ndarray]:
+    meta = store.meta
+    chunks = spread(np.arange(meta.num_chunks), -(-tokens // meta.chunk_rows))
+    width, length = meta.sites[site].width, meta.context_length
+    dtype = store.site(site).dtype.numpy_dtype
+    parts = min(meta.chunk_sequences, -(-meta.chunk_rows * sae.config.d_sae // _LATENTS))
+    size = -(-meta.chunk_sequences // parts)
+    shape = (len(edges), len(latents), count)
+    best = {
+        "score": jnp.zeros(shape),
+        "sequence": jnp.zeros(shape, jnp.int32),
+        "position": jnp.zeros(shape, jnp.int32),
+    }
+    key = jax.random.key(seed)
+    edges, latents = jnp.asarray(edges, jnp.float32), jnp.asarray(latents)
+    for chunk in progress(chunks, "looking for the texts that activate latents"):
+        x = np.zeros((1, meta.chunk_rows, width), dtype)
+        store.read_chunks(site, [chunk], x)
+        x = x.reshape(meta.chunk_sequences, length, width)
+        used = (store.read_excluded([chunk]) == 0).reshape(x.shape[:2])
+        for first in range(0, len(x), size):
+            part = slice(first, first + size)
+            start = chunk * meta.chunk_sequences + first
+            best = _merge(best, sae, x[part], used[part], latents, edges, start, key)
+    return {name: np.array(value) for name, value in best.items()}
+
+
+@jax.jit
+def _merge(best, sae, x_SxTxD, used_SxT, latents_L, edges_GxL, start, key) -> dict:
+    """The running best with the sequences start, start + 1, ... taken in."""
+    acts_SxTxL = _activations(sae, x_SxTxD, latents_L) * used_SxT[:, :, None]
+    peak_LxS = acts_SxTxL.max(axis=1).T
+    position_LxS = acts_SxTxL.argmax(axis=1).T
+    sequence_S = start + jnp.arange(len(x_SxTxD))
+    draw_S = jax.vmap(lambda s: jax.random.uniform(jax.random.fold_in(key, s), minval=1e-6))(
+        sequence_S
+    )
+    upper, lower = edges_GxL[:-1, :, None], edges_GxL[1:, :, None]
+    inside_GxLxS = (peak_LxS > lower) & (peak_LxS <= upper)
+    scores = jnp.concatenate([peak_LxS[None], jnp.where(inside_GxLxS, draw_S, 0.0)])
+    new = {
+        "score": scores,
+        "sequence": jnp.broadcast_to(sequence_S, scores.shape),
+        "position": jnp.broadcast_to(position_LxS, scores.shape),
+    }
+    both = jax.tree.map(lambda old, new: jnp.concatenate([old, new], axis=-1), best, new)
+    _, kept = jax.lax.top_k(both["score"], best["score"].shape[-1])
+    return jax.tree.map(lambda a: jnp.take_along_axis(a, kept, axis=-1), both)
+
+
+def _activations(sae: SAE, x_SxTxD, latents_L):
+    """Activations (S, T, L) of the chosen latents."""
+    latents = sae.encode(x_SxTxD.astype(jnp.float32))
+    return latents[..., latents_L] * activation_scale(sae)[latents_L]
+
+
+_activations_jit = jax.jit(_activations)
+
+
+def _windows(sae, store, site, latents, best, ids, before, after) -> list[list[list[Example]]]:
+    """Reads the chosen sequences again, now for the activation at every token."""
+    length = store.meta.context_length
+    found = best["score"] > 0  # (groups, latents, count)
+    groups, num_latents, _ = found.shape
+    examples = [[[] for _ in range(groups)] for _ in range(num_latents)]
+    wanted: dict[int, list] = {}
+    for group, latent, place in np.argwhere(found):
+        sequence = int(best["sequence"][group, latent, place])
+        position = int(best["position"][group, latent, place])
+        wanted.setdefault(sequence, []).append((latent, group, place, position))
+    latents = jnp.asarray(latents)
+    for sequence in progress(sorted(wanted), "reading the texts found"):
+        x_TxD = store.read(site, slice(sequence * length, (sequence + 1) * length))
+        acts_TxL = np.asarray(_activations_jit(sae, jnp.asarray(x_TxD)[None], latents)[0])
+        tokens = ids[sequence].read().result()
+        for latent, group, place, position in wanted[sequence]:
+            start = max(0, position - before)
+            window = slice(start, position + after + 1)
+            example = Example(
+                sequence, tokens[:start], tokens[window], acts_TxL[window, latent], position - start
+            )
+            examples[latent][group].append((place, example))
+    return [[[e for _, e in sorted(g, key=lambda p: p[0])] for g in latent] for latent in examples]

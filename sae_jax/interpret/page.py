@@ -1,0 +1,167 @@
+"""One self-contained HTML page about an SAE: metrics, figures, and what some latents respond to."""
+
+import dataclasses
+import pathlib
+
+import jinja2
+import numpy as np
+
+from sae_jax import lm
+from sae_jax.activations import Store
+from sae_jax.evaluate import Evaluation, LanguageModel, figures
+from sae_jax.interpret.effects import output_tokens
+from sae_jax.interpret.examples import Example, find_examples
+from sae_jax.interpret.text import pieces, token_text
+from sae_jax.sae import SAE
+
+HOW_CHOSEN = (
+    "latents that fire, sorted by density; {count} of them at equal steps from the rarest to the "
+    "most frequent"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """A piece of text as the page shows it: `strength` 0 to 1 of the latent's maximum."""
+
+    text: str
+    activation: float
+    strength: float
+    peak: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentView:
+    index: int
+    density: float
+    mean_activation: float
+    max_activation: float
+    promoted: list[str]
+    suppressed: list[str]
+    top: list[list[Span]]
+    intervals: list[tuple[str, list[list[Span]]]]  # (which part of the range, examples)
+
+
+def choose_latents(density: np.ndarray, count: int) -> np.ndarray:
+    """Latents across the range of densities, by the rule that `HOW_CHOSEN` states."""
+    alive = np.flatnonzero(density > 0)
+    alive = alive[np.argsort(density[alive], kind="stable")]
+    places = np.linspace(0, len(alive) - 1, min(count, len(alive))).round().astype(int)
+    return alive[places]
+
+
+def write_page(
+    out,
+    sae: SAE,
+    evaluation: Evaluation,
+    store: Store,
+    tokenizer: lm.Tokenizer,
+    model: LanguageModel | None = None,
+    *,
+    metrics_file=None,
+    count: int = 30,
+    tokens: int = 1_000_000,
+    title: str = "Sparse autoencoder",
+) -> None:
+    """Writes the page to `out`, under a temporary name first.
+
+    Shows `count` latents with their strongest texts among about `tokens` tokens of the store.
+    Without `model` there are no output tokens; without `metrics_file` no training curves.
+    """
+    rows, site = evaluation.rows, evaluation.settings["site"]
+    latents = choose_latents(rows.density, count)
+    examples = find_examples(
+        sae, store, site, latents, rows.max_activation[latents], tokens=tokens
+    )
+    effects = None if model is None else output_tokens(sae, model, site, latents)
+    views = []
+    for place, latent in enumerate(latents):
+        found = examples[place]
+        top = found[0][0].activations.max() if found[0] else 1.0
+        shown = [[_spans(tokenizer, e, top) for e in group] for group in found]
+        promoted, suppressed = (
+            [token_text(tokenizer, t) for t in part[place]] if effects else []
+            for part in (effects and effects.promoted, effects and effects.suppressed)
+        )
+        views.append(
+            LatentView(
+                int(latent),
+                float(rows.density[latent]),
+                float(rows.mean_activation[latent]),
+                float(max(rows.max_activation[latent], top)),
+                promoted,
+                suppressed,
+                shown[0],
+                _named_intervals(shown[1:]),
+            )
+        )
+    html = render(
+        title=title,
+        sae=sae,
+        evaluation=evaluation,
+        store=store,
+        figures=_figures(evaluation, metrics_file),
+        latents=views,
+        tokens=min(tokens, store.num_rows),
+    )
+    out = pathlib.Path(out)
+    temporary = out.with_name(f"tmp.{out.name}")
+    temporary.write_text(html, encoding="utf-8")
+    temporary.replace(out)
+
+
+def render(*, title, sae, evaluation, store, figures, latents, tokens) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("page.html").render(
+        title=title,
+        config=sae.config,
+        settings=evaluation.settings,
+        rows=evaluation.rows,
+        metrics=evaluation.rows.scalars,
+        spliced=evaluation.spliced,
+        sections=evaluation.sections(),
+        meta=store.meta,
+        figures=figures,
+        latents=latents,
+        tokens=tokens,
+        how_chosen=HOW_CHOSEN.format(count=len(latents)),
+    )
+
+
+def _figures(evaluation: Evaluation, metrics_file) -> list[tuple[str, str]]:
+    """(kind, svg) in the order of the page."""
+    rows = evaluation.rows
+    drawn = []
+    if metrics_file is not None:
+        svg = figures.inline_svg(figures.training_curves(metrics_file), "Training curves")
+        drawn.append(("wide", svg))
+    histogram = figures.density_histogram(rows.density, rows.rows)
+    strength = figures.density_against_activation(rows.density, rows.mean_activation)
+    drawn.append(("half", figures.inline_svg(histogram, "Histogram of latent density")))
+    drawn.append(("half", figures.inline_svg(strength, "Mean activation against density")))
+    return drawn
+
+
+def _spans(tokenizer, example: Example, top: float) -> list[Span]:
+    spans = []
+    for piece in pieces(tokenizer, example.tokens, example.preceding):
+        activation = float(example.activations[piece.start : piece.stop].max())
+        peak = piece.start <= example.peak < piece.stop
+        spans.append(Span(piece.text, activation, min(activation / top, 1.0), peak))
+    return spans
+
+
+def _named_intervals(groups) -> list[tuple[str, list[list[Span]]]]:
+    n = len(groups)
+    percent = [(100 * (n - i - 1) // n, 100 * (n - i) // n) for i in range(n)]
+    return [
+        (f"{low}–{high}% of the maximum", group)
+        for (low, high), group in zip(percent, groups, strict=True)
+        if group
+    ]
