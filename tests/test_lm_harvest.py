@@ -129,7 +129,8 @@ def test_mistakes_are_refused_before_anything_is_written(world, tmp_path, monkey
     for options, message in (
         ({"sites": ("resid_post.2",)}, "unknown site 'resid_post.2'"),
         ({"sites": ()}, "no sites"),
-        ({"context_length": 64}, "context_length 64 is more than the model's 32"),
+        ({"context_length": 64}, "context_length 64 is not between 2 and the model's 32"),
+        ({"context_length": 0}, "context_length 0 is not between 2"),
         ({"batch_size": 6}, "batch_size 6 is not a multiple"),
         ({"tokens": 3}, "3 tokens are less than one context"),
     ):
@@ -140,6 +141,8 @@ def test_mistakes_are_refused_before_anything_is_written(world, tmp_path, monkey
     with pytest.raises(UserError, match=r"needs 0.00 GB .* fewer tokens or sites"):
         harvest(world, out)
     assert not out.exists()
+    with pytest.raises(UserError, match="text.txt is a file"):
+        harvest(world, world[1])
 
 
 def test_command_line(world, tmp_path, capsys):

@@ -95,6 +95,7 @@ def test_packing_reads_no_more_than_it_needs(tokenizer):
         ([], 8, None, "fewer tokens than one context of 8"),
         (["", "abc"], 8, None, "fewer tokens than one context of 8"),
         (["abc"], 1, None, "context_length is 1"),
+        (["abc"], 8, -5, "-5 tokens are less"),
         (["abc"], 8, 7, "7 tokens are less than one context of 8"),
     ],
 )

@@ -61,10 +61,11 @@ def harvest(
     if not sites:
         raise UserError("no sites to harvest; name some, such as resid_post.0")
     widths = {site: site_width(config, site) for site in sites}
-    context_length = context_length or min(config.max_context, DEFAULT_CONTEXT)
-    if context_length > config.max_context:
+    if context_length is None:
+        context_length = min(config.max_context, DEFAULT_CONTEXT)
+    if not 2 <= context_length <= config.max_context:
         raise UserError(
-            f"context_length {context_length} is more than the model's {config.max_context}"
+            f"context_length {context_length} is not between 2 and the model's {config.max_context}"
         )
     mesh = mesh or jax.make_mesh(
         (jax.local_device_count(), 1), ("data", "model"), devices=jax.local_devices()
@@ -193,6 +194,8 @@ def _check_disk(out, num_tokens: int, row_bytes: int) -> None:
     if "://" in str(out):
         return
     out = pathlib.Path(out).absolute()
+    if out.is_file():
+        raise UserError(f"{out} is a file; give a directory for the store")
     place = next(path for path in (out, *out.parents) if path.is_dir())
     there = sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) if place == out else 0
     free = shutil.disk_usage(place).free

@@ -201,7 +201,7 @@ def pack(
             f"context_length is {context_length}; a context is BOS and one token or more"
         )
     limit = None if max_tokens is None else max_tokens // context_length
-    if limit == 0:
+    if limit is not None and limit < 1:
         raise UserError(f"{max_tokens} tokens are less than one context of {context_length}")
     pieces = itertools.islice(_pieces(texts, tokenizer, context_length - 1), limit)
     body = np.fromiter(

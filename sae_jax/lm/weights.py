@@ -221,7 +221,7 @@ def _tensor_name(path) -> str:
 
 
 def _stored_shape(name: str, leaf: Leaf) -> list[int]:
-    """In files matrices are (outputs, inputs), the embedding (vocabulary, d_model), the rest flat."""
+    """In files: matrices (outputs, inputs), the embedding (vocabulary, d_model), the rest flat."""
     if name == _TENSORS["embed"]:
         return list(leaf.shape)
     outputs = math.prod(leaf.shape[leaf.inputs :])
