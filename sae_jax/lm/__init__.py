@@ -2,6 +2,7 @@
 
 import pathlib
 
+from sae_jax.lm.corpus import standard_library
 from sae_jax.lm.decoder import (
     SITES,
     DecoderConfig,
@@ -34,6 +35,7 @@ __all__ = [
     "read_texts",
     "save_model",
     "site_width",
+    "standard_library",
     "text_files",
 ]
 

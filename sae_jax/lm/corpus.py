@@ -1,0 +1,25 @@
+"""Text that every machine with Python has: the sources of the standard library."""
+
+import hashlib
+import pathlib
+import sysconfig
+
+from sae_jax.lm.text import text_files
+
+# Tests and tables of character sets are most of the library's bytes and little of its language.
+_LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "encodings"}
+
+
+def standard_library() -> list[pathlib.Path]:
+    """Its Python files, in an order that mixes subjects (by a hash of the path below the
+    library) and so is the same wherever the library is. Read them with `read_texts`."""
+    root = pathlib.Path(sysconfig.get_path("stdlib"))
+    files = {path.relative_to(root): path for path in text_files(root) if path.suffix == ".py"}
+    kept = [
+        name
+        for name in files
+        if not _LEFT_OUT & set(name.parts)
+        and not name.name.startswith("_sysconfigdata")  # paths of one machine's build
+    ]
+    kept.sort(key=lambda name: hashlib.sha256(name.as_posix().encode()).digest())
+    return [files[name] for name in kept]
