@@ -5,10 +5,12 @@ a run's identity, so that the same run on other hardware is the same run. Every 
 config is a `UserError` that names the field, the value and the nearest right one.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
 import json
+import math
 import pathlib
 import types
 import typing
@@ -149,7 +151,8 @@ def load_file(spec: str) -> Config:
         raise UserError(
             f"{path} has no get_config(); a config file defines one that returns Config"
         )
-    config = module.get_config(arg) if arg else module.get_config()
+    with _mistakes_in(path):
+        config = module.get_config(arg) if arg else module.get_config()
     if not isinstance(config, Config):
         raise UserError(f"get_config() of {path} returned {type(config).__name__}, not Config")
     return config
@@ -161,8 +164,20 @@ def load_module(path: str) -> types.ModuleType:
         raise UserError(f"no config file at {path}")
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with _mistakes_in(path):
+        spec.loader.exec_module(module)
     return module
+
+
+@contextlib.contextmanager
+def _mistakes_in(path: str):
+    """Whatever the user's own file raises is a mistake in that file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"config file {path} fails: {type(error).__name__}: {error}") from error
 
 
 def save_json(values: dict, path: pathlib.Path) -> None:
@@ -229,6 +244,8 @@ def _typed(value, hint, path: str):
         return None
     if isinstance(value, bool) != (bool in kinds) or not isinstance(value, (*kinds, int, float)):
         raise UserError(f"{path} must be {_name(kinds)}, not {value!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{path} must be a finite number, not {value!r}")
     if int in kinds and isinstance(value, float):
         if value != int(value):
             raise UserError(f"{path} must be a whole number, not {value!r}")

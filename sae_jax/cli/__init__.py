@@ -17,7 +17,7 @@ import sys
 from absl import flags
 from absl import logging as absl_logging
 
-from sae_jax.config import UserError
+from sae_jax.config import Config, UserError, choose, to_dict
 
 COMMANDS = ("demo", "harvest", "store", "train", "eval", "bench")
 
@@ -35,6 +35,10 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, flags.Error) as error:
         print(f"sae-jax {name}: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # no permission, no such place, disk full
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"sae-jax {name}: error: {error.strerror or error}{where}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"sae-jax {name}: interrupted; start it again to go on", file=sys.stderr)
         return 130
@@ -50,7 +54,7 @@ def _run(name: str, rest: list[str]) -> int:
         "cpu_devices", None, "Pretend that the CPU is so many devices.", flag_values=values
     )
     if "-h" in others or "--help" in others:
-        print(f"sae-jax {name}: {command.SUMMARY.strip()}\n{values.main_module_help()}")
+        print(_help(name, command, values))
         return 0
     positional = values([name, *others])[1:]
     if positional:
@@ -111,9 +115,18 @@ def _overview() -> str:
     return "\n".join(lines)
 
 
-def _unknown_command(name: str) -> str:
-    from sae_jax.config import choose
+def _help(name: str, command, values: flags.FlagValues) -> str:
+    lines = [f"sae-jax {name}: {command.SUMMARY.strip()}", "", "Flags:"]
+    for module in (command.__name__, __name__):
+        lines.append(values.module_help(module).partition(":\n")[2])
+    if "config" in values:
+        lines += ["", "Fields of the config, with their defaults:"]
+        for section, fields in to_dict(Config()).items():
+            lines += [f"  --config.{section}.{field}={value}" for field, value in fields.items()]
+    return "\n".join(lines)
 
+
+def _unknown_command(name: str) -> str:
     try:
         return choose(name, COMMANDS, "the command")
     except UserError as error:

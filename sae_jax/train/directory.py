@@ -23,6 +23,8 @@ class RunDirectory:
         self._file = None
         if (path / "config.json").exists():
             _check_same(path, config)
+        elif path.exists() and not path.is_dir():
+            raise UserError(f"--workdir {path} is a file; give a new or empty directory")
         elif path.exists() and any(path.iterdir()):
             raise UserError(
                 f"{path} is not empty and holds no run (no config.json); give --workdir a new or "
