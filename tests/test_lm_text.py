@@ -128,6 +128,14 @@ def test_every_kind_of_source(tmp_path):
     assert list(lm.read_texts([str(tmp_path)])) == in_order
 
 
+def test_a_large_text_file_is_cut_at_line_ends(tmp_path):
+    line = "x" * 999_999 + "\n"
+    (tmp_path / "large.txt").write_text(9 * line)
+    documents = list(lm.read_texts(tmp_path / "large.txt"))
+    assert len(documents) > 1 and "".join(documents) == 9 * line
+    assert all(document.endswith("\n") and len(document) <= 5 << 20 for document in documents)
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [

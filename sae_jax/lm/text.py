@@ -1,10 +1,10 @@
 """Text: reading documents, the tokenizer, packing into contexts.
 
-The rules, which a store's provenance names: a document is a whole text file, one string of a
-.json list, or one line of a .jsonl; every document is tokenised without special tokens; documents
-are joined with one BOS between them; the stream is cut every context_length - 1 tokens and each
-piece is preceded by BOS, so that every context starts with exactly one. A last piece that is too
-short is dropped.
+The rules, which a store's provenance names: a document is a text file (one of more than 4 million
+characters is cut into several at line ends), one string of a .json list, or one line of a .jsonl;
+every document is tokenised without special tokens; documents are joined with one BOS between them;
+the stream is cut every context_length - 1 tokens and each piece is preceded by BOS, so that every
+context starts with exactly one. A last piece that is too short is dropped.
 """
 
 import dataclasses
@@ -22,6 +22,7 @@ from sae_jax.config import UserError
 
 PACKING_RULE = "documents joined by BOS, cut every context_length - 1 tokens, each cut after a BOS"
 _DATASET_PREFIX = "datasets:"
+_DOCUMENT_CHARACTERS = 4 << 20  # a larger text file is several documents: tokens take memory
 _DOCUMENTS_PER_BATCH = 256  # tokenised together, by the tokenizer's own threads
 
 
@@ -162,7 +163,8 @@ def _file(path: pathlib.Path, field: str) -> Iterator[str]:
                 for number, item in enumerate(items):
                     yield _text_of(item, field, f"{path}, item {number}")
             else:
-                yield file.read()
+                while lines := file.readlines(_DOCUMENT_CHARACTERS):
+                    yield "".join(lines)
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     except (OSError, EOFError) as error:
