@@ -82,7 +82,9 @@ def test_save_and_load_round_trip(tmp_path):
         ({"logit_scale": 2.0}, "logit_scale = 2.0 is not known"),
         ({"sliding_window": 8, "model_type": "mistral"}, "sliding_window = 8"),
         ({"num_key_value_heads": 3}, "3 key/value heads do not divide 4"),
-        ({"hidden_size": None}, "has no hidden_size"),
+        ({"hidden_size": None}, "hidden_size must be a whole number, not None"),
+        ({"hidden_size": "16"}, "hidden_size must be a whole number, not '16'"),
+        ({"model_type": None}, "model_type .* is 'None'; it must be one of: llama"),
     ],
 )
 def test_what_changes_the_function_is_refused(model, fields, message):

@@ -68,7 +68,7 @@ def load_config(directory) -> DecoderConfig:
     naming it and its value."""
     file = pathlib.Path(directory) / "config.json"
     values = read_json(file)
-    family = choose(values.get("model_type"), FAMILIES, f"model_type in {file}")
+    family = choose(str(values.get("model_type")), FAMILIES, f"model_type in {file}")
     values = {name: v for name, v in values.items() if name not in _WITHOUT_EFFECT}
     for name, is_implemented in _IMPLEMENTED.items():
         if not is_implemented(value := values.pop(name, None)):
@@ -76,14 +76,16 @@ def load_config(directory) -> DecoderConfig:
 
     def take(name, *default):
         value = values.pop(name, None)
-        if value is None and not default:
-            raise UserError(f"{file} has no {name}")
-        return default[0] if value is None else value
+        if value is None and default:
+            return default[0]
+        if not default and not isinstance(value, int):
+            raise UserError(f"{file}: {name} must be a whole number, not {value!r}")
+        return value
 
     num_heads, d_model = take("num_attention_heads"), take("hidden_size")
     max_context = take("max_position_embeddings", 2048)
     window = take("sliding_window", None)
-    if family == "mistral" and window is not None and window < max_context:
+    if family != "qwen2" and window is not None and window < max_context:  # there a switch rules
         raise UserError(f"{file}: sliding_window = {window} is not implemented")
     attention_bias = take("attention_bias", False)
     config = DecoderConfig(
