@@ -77,15 +77,18 @@ class Order:
         begin = self._first_step[window] * self.batch_size + parts * part_rows
         first = np.searchsorted(starts, begin, side="right") - 1  # chunk with the part's first row
         stop = np.searchsorted(starts, begin + part_rows, side="left")
-        needed = np.unique(np.concatenate([np.arange(*ends) for ends in zip(first, stop, strict=True)]))
+        needed = np.unique(
+            np.concatenate([np.arange(*ends) for ends in zip(first, stop, strict=True)])
+        )
         mask = self._usable_mask(chunks[needed])
         out = np.empty((steps, len(parts), self.shard_batch), np.int64)
         for i, part in enumerate(parts):
             low, high = np.searchsorted(needed, [first[i], stop[i]])
             usable = np.flatnonzero(mask[low:high])[begin[i] - starts[first[i]] :][:part_rows]
             usable = usable[permutation(part_rows, _ROWS, epoch, window, int(part), self._seed)]
-            chunk, row = np.divmod(usable, mask.shape[1])
-            out[:, i] = (chunks[needed[low + chunk]] * mask.shape[1] + row).reshape(steps, -1)
+            slot = usable // mask.shape[1]
+            moved = (chunks[needed[low:high]] - np.arange(high - low)) * mask.shape[1]
+            out[:, i] = (usable + moved[slot]).reshape(steps, -1)
         return out[:, part_of_column, columns % self.shard_batch]
 
     def _order_of_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:

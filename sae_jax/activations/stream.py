@@ -184,15 +184,14 @@ class _WindowReader:
         """(first, buffer (rows, width), places (steps - first, columns) of the rows in it)."""
         stream, store = self._stream, self._stream.store
         rows = stream.order.rows(window, self._columns)[first:]
-        chunk_rows = store.meta.chunk_rows
-        chunk, row = np.divmod(rows, chunk_rows)
+        chunk = rows // store.meta.chunk_rows
         needed = np.zeros(store.meta.num_chunks, bool)
         needed[chunk] = True
-        slot_of_chunk = np.cumsum(needed) - 1
         chunks = np.flatnonzero(needed)
         buffer = self._buffer(len(chunks))
         store.read_chunks(stream.site, chunks, buffer)
-        return first, buffer.reshape(-1, stream.width), slot_of_chunk[chunk] * chunk_rows + row
+        moved = (np.cumsum(needed) - 1 - np.arange(len(needed))) * store.meta.chunk_rows
+        return first, buffer.reshape(-1, stream.width), rows + moved[chunk]
 
     def _buffer(self, chunks: int) -> np.ndarray:
         """The buffer that is not in use, (chunks, chunk_rows, width), grown where too small:
