@@ -1,7 +1,7 @@
 """How good an SAE is: alone on activations, and inside its language model."""
 
 from sae_jax.evaluate.metrics import RowMetrics, activation_scale, measure_rows
-from sae_jax.evaluate.report import Evaluation, evaluate, latents_file, save
+from sae_jax.evaluate.report import Evaluation, evaluate, latents_file, load, save
 from sae_jax.evaluate.sources import (
     HeldOutRows,
     LanguageModel,
@@ -21,6 +21,7 @@ __all__ = [
     "check_model",
     "evaluate",
     "latents_file",
+    "load",
     "measure_rows",
     "measure_spliced",
     "read_tokens",

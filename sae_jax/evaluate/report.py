@@ -41,6 +41,7 @@ _SPLICED = {
     "kl_zero": ("KL(model || zero ablation)", "nats"),
     "kl_mean": ("KL(model || mean ablation)", "nats"),
 }
+_ARRAYS = ("density", "mean_activation", "max_activation", "mean")
 _SPARSITY = ("l0", "l1", "dead_fraction")
 
 
@@ -123,14 +124,25 @@ def save(evaluation: Evaluation, out) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     file = latents_file(out)
     temporary = file.with_name("tmp." + file.name)
-    np.savez(
-        temporary,
-        density=evaluation.rows.density.astype(np.float32),
-        mean_activation=evaluation.rows.mean_activation.astype(np.float32),
-        max_activation=evaluation.rows.max_activation.astype(np.float32),
-    )
+    rows = evaluation.rows
+    np.savez(temporary, **{name: getattr(rows, name).astype(np.float32) for name in _ARRAYS})
     temporary.replace(file)
     save_json(evaluation.to_dict(), out)
+
+
+def load(file) -> Evaluation:
+    """What `save` wrote to `file`. UserError where it is missing or damaged."""
+    file = pathlib.Path(file)
+    try:
+        values = json.loads(file.read_text())
+        with np.load(latents_file(file)) as arrays:
+            arrays = {name: arrays[name] for name in _ARRAYS}
+        scalars = {name: (values["reconstruction"] | values["sparsity"])[name] for name in _ROWS}
+        rows = RowMetrics(values["rows"], _with_nan(scalars), **arrays)
+        spliced = values["language_model"]
+        return Evaluation(values["settings"], rows, spliced and _with_nan(spliced))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is no evaluation, or a damaged one: {error}") from None
 
 
 def _check_out(out: pathlib.Path, settings: dict) -> None:
@@ -147,8 +159,8 @@ def _check_out(out: pathlib.Path, settings: dict) -> None:
 
 
 def latents_file(out) -> pathlib.Path:
-    """Where the arrays over latents of the evaluation `out` are: density, mean_activation and
-    max_activation, each (d_sae,) float32."""
+    """Where the arrays of the evaluation `out` are: density, mean_activation and max_activation,
+    each (d_sae,) float32, and the mean (d_in,) of the rows."""
     out = pathlib.Path(out)
     return out.with_name(f"{out.stem}_latents.npz")
 
@@ -156,6 +168,10 @@ def latents_file(out) -> pathlib.Path:
 def _finite(values: dict[str, float]) -> dict:
     """A ratio over nothing is null in JSON, which has no NaN."""
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def _with_nan(values: dict) -> dict:
+    return {name: math.nan if value is None else value for name, value in values.items()}
 
 
 def _labelled(labels: dict, values: dict) -> list[tuple[str, float, str]]:

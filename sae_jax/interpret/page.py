@@ -14,9 +14,10 @@ from sae_jax.interpret.examples import Example, find_examples
 from sae_jax.interpret.text import pieces, token_text
 from sae_jax.sae import SAE
 
+_MIN_ROWS = 10  # fewer say little about what a latent responds to
 HOW_CHOSEN = (
-    "latents that fire, sorted by density; {count} of them at equal steps from the rarest to the "
-    "most frequent"
+    f"of the latents that fired on {_MIN_ROWS} tokens or more, sorted by density, {{count}} at "
+    "equal steps from the rarest to the most frequent"
 )
 
 
@@ -42,9 +43,12 @@ class LatentView:
     intervals: list[tuple[str, list[list[Span]]]]  # (which part of the range, examples)
 
 
-def choose_latents(density: np.ndarray, count: int) -> np.ndarray:
-    """Latents across the range of densities, by the rule that `HOW_CHOSEN` states."""
-    alive = np.flatnonzero(density > 0)
+def choose_latents(density: np.ndarray, rows: int, count: int) -> np.ndarray:
+    """Latents across the range of densities (d_sae,), by the rule that `HOW_CHOSEN` states. If too
+    few fired that often, of all that fired."""
+    alive = np.flatnonzero(density * rows > _MIN_ROWS - 0.5)
+    if len(alive) < count:
+        alive = np.flatnonzero(density > 0)
     alive = alive[np.argsort(density[alive], kind="stable")]
     places = np.linspace(0, len(alive) - 1, min(count, len(alive))).round().astype(int)
     return alive[places]
@@ -69,10 +73,9 @@ def write_page(
     Without `model` there are no output tokens; without `metrics_file` no training curves.
     """
     rows, site = evaluation.rows, evaluation.settings["site"]
-    latents = choose_latents(rows.density, count)
-    examples = find_examples(
-        sae, store, site, latents, rows.max_activation[latents], tokens=tokens
-    )
+    latents = choose_latents(rows.density, rows.rows, count)
+    maxima = rows.max_activation[latents]
+    examples = find_examples(sae, store, site, latents, maxima, tokens=tokens)
     effects = None if model is None else output_tokens(sae, model, site, latents)
     views = []
     for place, latent in enumerate(latents):

@@ -6,8 +6,8 @@ import numpy as np
 
 from sae_jax import lm
 
-_ANCHOR = 8  # tokens decoded before a window, so that a character that it cuts is whole
-_MAX_BYTES = 4  # of a UTF-8 character: tokens that may have to be decoded together
+_ANCHOR = 64  # tokens decoded before a window, so that a character that it cuts is whole
+_MAX_TOKENS = 4  # of one character: UTF-8 has at most so many bytes
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 _CONTROL_PICTURES = {i: 0x2400 + i for i in range(32)} | {127: 0x2421}
 _VISIBLE = _CONTROL_PICTURES | {ord("\n"): "↵", ord("\t"): "⇥"}
@@ -15,7 +15,8 @@ _VISIBLE = _CONTROL_PICTURES | {ord("\n"): "↵", ord("\t"): "⇥"}
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Tokens start to stop (exclusive) of a window: one, or several that share a character."""
+    """Tokens start to stop (exclusive) of a window: one, or several of which only the last ends a
+    character. A character belongs to the token that ends it."""
 
     start: int
     stop: int
@@ -23,32 +24,36 @@ class Piece:
 
 
 def pieces(tokenizer: lm.Tokenizer, tokens: np.ndarray, before: np.ndarray = ()) -> list[Piece]:
-    """The text of `tokens` in pieces that begin and end between characters. `before`: tokens
-    that precede them, of which the last few help with a character that the start cuts."""
+    """The text of `tokens`, cut between characters and as finely as tokens are. `before`: tokens
+    that precede them, of which the last help with a character that the start cuts."""
     ids = [*map(int, before[-_ANCHOR:]), *map(int, tokens)]
     offset = len(ids) - len(tokens)
     out, start = [], 0
-    while start < len(ids):
-        stop = start + 1
-        text = _text(tokenizer, ids, start, stop)
-        while _BROKEN in text and stop < min(start + _MAX_BYTES, len(ids)):
-            stop += 1
-            text = _text(tokenizer, ids, start, stop)
-        if _BROKEN in text:  # not the bytes of a character: one token at a time
-            stop = start + 1
-            text = tokenizer.backend.id_to_token(ids[start]) or _BROKEN
+    anchor = shown = 0  # ids[anchor:start] hold so many whole characters and the start of another
+    for stop in range(1, len(ids) + 1):
+        text = _text(tokenizer, ids, anchor, stop)
+        whole = text.rstrip(_BROKEN)
+        is_inside = whole != text and len(whole) <= shown
+        if is_inside and stop - start < _MAX_TOKENS and stop < len(ids):
+            continue
+        piece = whole[shown:].replace(_BROKEN, "")
+        piece = piece.translate(_VISIBLE) or _names(tokenizer, ids[start:stop])
         if stop > offset:
-            out.append(Piece(max(start - offset, 0), stop - offset, text.translate(_VISIBLE)))
+            out.append(Piece(max(start - offset, 0), stop - offset, piece))
         start = stop
+        anchor, shown = (stop, 0) if whole == text or is_inside else (anchor, len(whole))
     return out
 
 
 def token_text(tokenizer: lm.Tokenizer, token: int) -> str:
     """One token by itself; the tokenizer's own name for it where it is part of a character."""
     text = _text(tokenizer, [tokenizer.bos, int(token)], 1, 2)
-    if _BROKEN in text or not text:
-        text = tokenizer.backend.id_to_token(int(token)) or str(token)
-    return text.translate(_VISIBLE)
+    return _names(tokenizer, [int(token)]) if _BROKEN in text else text.translate(_VISIBLE)
+
+
+def _names(tokenizer: lm.Tokenizer, ids: list[int]) -> str:
+    """Bytes that are no character, as the tokenizer calls them."""
+    return "".join(tokenizer.backend.id_to_token(i) or "" for i in ids)
 
 
 def _text(tokenizer: lm.Tokenizer, ids: list[int], start: int, stop: int) -> str:

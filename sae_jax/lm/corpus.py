@@ -6,8 +6,8 @@ import sysconfig
 
 from sae_jax.lm.text import text_files
 
-# Tests and tables of character sets are most of the library's bytes and little of its language.
-_LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "encodings"}
+# Tests, tables of character sets and quoted manuals are most of the library's bytes and little of its language.
+_LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 
 
 def standard_library() -> list[pathlib.Path]:

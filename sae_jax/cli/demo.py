@@ -1,0 +1,130 @@
+"""sae-jax demo: from text to a page about an SAE, in a few minutes and with no download."""
+
+import pathlib
+
+from absl import flags
+
+SUMMARY = """From text to a page about a sparse autoencoder, in minutes, with no download.
+
+Harvests what the MLP of the one-layer transformer that ships here computes over the sources of
+Python's standard library, trains a TopK SAE on it, evaluates the SAE alone and inside its model,
+and writes one HTML page with what it found. Stopped and started again, it goes on where it was.
+"""
+
+SITE = "mlp_act.0"  # what Towards Monosemanticity decomposes
+LEARNING_RATE = 1e-3  # above the architecture's own, which is for runs a hundred times as long
+LM_TOKENS = 32_768  # for the evaluation inside the model
+EXAMPLE_TOKENS = 400_000  # among which the page looks for texts
+
+
+def define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("out", "sae_demo", "Directory of all results.", flag_values=values)
+    flags.DEFINE_integer("tokens", 600_000, "Tokens of text to harvest.", flag_values=values)
+    flags.DEFINE_integer("d_sae", 2048, "Latents.", flag_values=values)
+    flags.DEFINE_integer("epochs", 3, "Passes over the activations.", flag_values=values)
+
+
+def run(args, overrides) -> None:
+    del overrides
+    from sae_jax import lm
+
+    demo(
+        pathlib.Path(args.out),
+        model_directory=lm.DEMO_MODEL,
+        texts=lm.standard_library(),
+        site=SITE,
+        tokens=args.tokens,
+        d_sae=args.d_sae,
+        epochs=args.epochs,
+    )
+
+
+def demo(
+    out: pathlib.Path,
+    *,
+    model_directory,
+    texts,
+    site: str,
+    tokens: int,
+    d_sae: int,
+    epochs: int,
+    k: int = 32,
+    batch_size: int = 2048,
+) -> pathlib.Path:
+    """Harvest, train, evaluate and draw into `out`, each unless its result is there; returns the
+    page. UserError where `out` holds a demo with other settings."""
+    from sae_jax import evaluate, interop, interpret, lm, train
+    from sae_jax.evaluate import figures
+
+    run_directory, page = out / "run", out / "index.html"
+    evaluation_file, metrics_file = run_directory / "eval.json", run_directory / "metrics.jsonl"
+
+    _say(1, f"harvesting {site} of the model over {tokens:,} tokens")
+    store = lm.harvest(
+        model_directory, lm.read_texts(texts), out / "activations", sites=(site,), tokens=tokens
+    )
+    _say(2, f"training {d_sae:,} latents")
+    config = training_config(store, out / "activations", d_sae, epochs, k, batch_size)
+    train.train(config, run_directory)
+
+    sae = interop.load(run_directory)
+    model = evaluate.LanguageModel.load(model_directory)
+    if not evaluation_file.is_file():
+        _say(3, "evaluating, alone and inside the model")
+        source = evaluate.HeldOutRows(
+            store, site, tokens=tokens, holdout_fraction=config.data.holdout_fraction
+        )
+        settings = {"sae": str(run_directory), "model": str(model_directory)}
+        evaluation = evaluate.evaluate(sae, source, model, LM_TOKENS, settings)
+        figures.save_all(evaluation, evaluation_file, metrics_file)
+        evaluate.save(evaluation, evaluation_file)
+    evaluation = evaluate.load(evaluation_file)
+    if not page.is_file():
+        _say(4, "writing the page")
+        interpret.write_page(
+            page,
+            sae,
+            evaluation,
+            store,
+            lm.load_tokenizer(model_directory),
+            model,
+            metrics_file=metrics_file,
+            tokens=EXAMPLE_TOKENS,
+            title="What a one-layer transformer knows about Python",
+        )
+    print(evaluation.table())
+    print(_farewell(out, page))
+    return page
+
+
+def training_config(store, path, d_sae: int, epochs: int, k: int, batch_size: int):
+    """TopK over all the training rows of the store's only site, `epochs` times."""
+    from sae_jax.activations import Stream
+    from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig
+
+    data = DataConfig(store=str(path), batch_size=batch_size, epochs=epochs)
+    stream = Stream(
+        store, batch_size=batch_size, epochs=epochs, holdout_fraction=data.holdout_fraction
+    )
+    tokens = stream.num_steps * batch_size
+    return Config(
+        # So short a run would never call a latent dead by the default of 10M tokens.
+        sae=SAEConfig(architecture="topk", d_sae=d_sae, k=k, dead_after_tokens=tokens // 8),
+        data=data,
+        optimizer=OptimizerConfig(learning_rate=LEARNING_RATE),
+        train=TrainConfig(tokens=tokens, log_every=10, checkpoint_every=200),
+    )
+
+
+def _say(step: int, what: str) -> None:
+    print(f"[{step}/4] {what}", flush=True)
+
+
+def _farewell(out: pathlib.Path, page: pathlib.Path) -> str:
+    return f"""
+Open {page.absolute()}
+
+Next:
+  sae-jax harvest --model=YOUR_MODEL --text=YOUR_TEXT --sites=resid_post.6 --out=stores/mine
+  sae-jax train --workdir=runs/mine --config.data.store=stores/mine --config.sae.d_sae=16384
+  sae-jax eval --run=runs/mine --model=YOUR_MODEL"""

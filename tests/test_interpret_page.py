@@ -1,0 +1,129 @@
+"""The page: whole characters, nothing from outside, nothing of the texts taken as HTML."""
+
+import html
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import world
+
+from sae_jax import interpret, lm
+from sae_jax.config import SAEConfig
+from sae_jax.evaluate import HeldOutRows, LanguageModel, evaluate
+from sae_jax.interpret.text import pieces, token_text
+from sae_jax.sae import TopK, resolve
+
+SITE = "mlp_act.0"
+
+
+@pytest.fixture(scope="module")
+def model_directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("page") / "model"
+    world.make_model(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_directory):
+    return lm.load_tokenizer(model_directory)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory, model_directory, tokenizer):
+    root = tmp_path_factory.mktemp("page_store")
+    texts = world.TEXTS * 40
+    store = lm.harvest(model_directory, texts, root / "store", sites=(SITE,), context_length=32)
+    rng = np.random.default_rng(0)
+    width, d_sae = 64, 96
+    w_dec = rng.normal(size=(d_sae, width))
+    w_dec /= np.linalg.norm(w_dec, axis=1, keepdims=True)
+    parameters = {
+        "w_enc": w_dec.T, "w_dec": w_dec, "b_enc": np.zeros(d_sae), "b_dec": np.zeros(width)
+    }  # fmt: skip
+    config = resolve(SAEConfig(architecture="topk", d_sae=d_sae, k=8), width)
+    sae = TopK(config, {name: jnp.asarray(v, jnp.float32) for name, v in parameters.items()})
+    model = LanguageModel.load(model_directory)
+    source = HeldOutRows(store, SITE, tokens=2000, holdout_fraction=0.2)
+    evaluation = evaluate(sae, source, model, spliced_tokens=500)
+    interpret.write_page(root / "index.html", sae, evaluation, store, tokenizer, model)
+    return (root / "index.html").read_text(encoding="utf-8")
+
+
+def cards(page):
+    return re.findall(r"<article.*?</article>", page, flags=re.DOTALL)
+
+
+def test_thirty_latents_across_the_densities_each_with_text_and_its_token_marked(page):
+    found = cards(page)
+    assert len(found) == 30
+    densities = [float(re.search(r'data-density="([^"]+)"', card)[1]) for card in found]
+    assert densities == sorted(densities) and densities[0] < densities[-1]
+    for card in found:
+        examples = re.findall(r'<p class="example" dir="auto">.*?</p>', card, flags=re.DOTALL)
+        assert examples and all(example.count("<mark ") == 1 for example in examples)
+        assert "speaks for" in card
+
+
+def test_opens_with_metrics_and_figures(page):
+    head = page[: page.index("<article")]
+    assert "of the variance explained" in head and "against zero ablation" in head
+    assert head.count("<svg") == 2
+
+
+def test_needs_nothing_from_outside(page):
+    without_names = re.sub(r'xmlns(:\w+)?="[^"]*"', "", page)  # names of XML, never fetched
+    assert not re.findall(r"https?://|(?:src|href)=.(?!data:|#)|@import|url\((?!#)", without_names)
+
+
+def test_texts_are_escaped_and_their_characters_whole(page):
+    examples = "".join(re.findall(r'<p class="example".*?</p>', page, flags=re.DOTALL))
+    assert set(re.findall(r"</?(\w+)", examples)) == {"p", "span", "mark"}
+    shown = html.unescape(re.sub(r"</?(?:p|span|mark)[^>]*>", "", examples))
+    assert "\N{REPLACEMENT CHARACTER}" not in shown
+    for part in ("<b>", "& the", "שלום", "日本語", "🙂", "Straße", "↵⇥"):
+        assert part in shown, part
+
+
+@pytest.mark.parametrize("text", world.TEXTS)
+def test_pieces_give_back_the_text_and_cover_the_tokens(tokenizer, text):
+    ids = np.array(tokenizer.encode(text))
+    found = pieces(tokenizer, ids)
+    assert "".join(p.text for p in found) == text.replace("\n", "↵").replace("\t", "⇥")
+    assert [p.start for p in found] == [0] + [p.stop for p in found[:-1]]
+    assert found[-1].stop == len(ids)
+
+
+def test_a_window_that_starts_inside_a_character_shows_it_whole(tokenizer):
+    ids = np.array(tokenizer.encode("a🙂b"))
+    inside = next(p for p in pieces(tokenizer, ids) if p.text == "🙂")
+    assert inside.stop - inside.start > 1, "the test needs a character of several tokens"
+    cut = inside.start + 1
+    assert [p.text for p in pieces(tokenizer, ids[cut:], ids[:cut])] == ["🙂", "b"]
+
+
+def test_a_token_that_is_part_of_a_character_goes_by_its_name(tokenizer):
+    (first, *_) = tokenizer.encode("🙂")
+    assert token_text(tokenizer, first) == tokenizer.backend.id_to_token(first)
+    (word,) = tokenizer.encode(" the")[:1]
+    assert token_text(tokenizer, word).startswith(" ")
+
+
+def test_output_tokens_are_those_of_the_decoder_row_through_the_model(model_directory):
+    """The direct path: for the one-layer model, the change of the logits when the row is added to
+    what the last norm reads, up to the norm's scale and a constant."""
+    model = LanguageModel.load(model_directory)
+    rng = np.random.default_rng(0)
+    w_dec = rng.normal(size=(10, 64)).astype(np.float32)
+    parameters = {
+        "w_enc": w_dec.T, "w_dec": w_dec, "b_enc": np.zeros(10), "b_dec": np.zeros(64)
+    }  # fmt: skip
+    config = resolve(SAEConfig(architecture="topk", d_sae=10, k=2), 64)
+    sae = TopK(config, {name: jnp.asarray(v, jnp.float32) for name, v in parameters.items()})
+    found = interpret.output_tokens(sae, model, SITE, np.array([4]), count=5)
+    p = {name: np.asarray(model.params[name], np.float64) for name in ("final_norm", "unembed")}
+    w_down = np.asarray(model.params["layers"][0]["w_down"], np.float64)
+    logits = (w_dec[4] @ w_down * p["final_norm"]) @ p["unembed"]
+    assert found.promoted[0].tolist() == np.argsort(-logits)[:5].tolist()
+    assert found.suppressed[0].tolist() == np.argsort(logits)[:5].tolist()
+    assert interpret.output_tokens(sae, model, "mlp_in.0", np.array([4])) is None
