@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from sae_jax import sae as saes
 from sae_jax.config import Config
@@ -53,13 +53,13 @@ class Trainer:
     def abstract(self) -> TrainState:
         """The shapes, types and shardings of a state, without its arrays."""
         mesh = jax.sharding.get_mesh()
+
+        def placed(a):
+            spec = a.sharding.spec if a.sharding else PartitionSpec()  # a scalar has none
+            return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec))
+
         floats = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((self.config.sae.d_in,), ())]
-        return jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(
-                a.shape, a.dtype, sharding=NamedSharding(mesh, a.sharding.spec)
-            ),
-            jax.eval_shape(self._init, *floats),
-        )
+        return jax.tree.map(placed, jax.eval_shape(self._init, *floats))
 
     def _init(self, b_dec, scale):
         key = jax.random.key(self.config.train.seed)
@@ -99,7 +99,7 @@ class Trainer:
             return losses.total, losses
 
         (_, losses), gradients = jax.value_and_grad(total, has_aux=True)(state.parameters)
-        gradient_norm = optax.global_norm(gradients)
+        gradient_norm = optax.tree.norm(gradients)
         updates, optimizer_state = self._optimizer.update(
             gradients, state.optimizer, state.parameters
         )

@@ -1,0 +1,149 @@
+"""One run is the same run on every mesh."""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+from training import BATCH, assert_same_arrays, make_config, make_store, metrics, saved_arrays
+
+from sae_jax import sae as saes
+from sae_jax.activations import Store
+from sae_jax.ops.mesh import BATCH as BATCH_SPEC
+from sae_jax.train import loop
+from sae_jax.train.mesh import BatchPlacement, make_mesh
+from sae_jax.train.preemption import PreemptedError, Preemption
+from sae_jax.train.step import Trainer
+
+MESHES = [(1, 1), (4, 1), (1, 4), (2, 2)]
+
+
+def on(mesh, **kwargs):
+    return make_config(**kwargs, mesh={"data": mesh[0], "model": mesh[1]})
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("store") / "store")
+
+
+@pytest.fixture(scope="module")
+def runs(store, tmp_path_factory):
+    """Directories of 50 steps on each mesh, by architecture."""
+    folder = tmp_path_factory.mktemp("runs")
+    out = {}
+    for architecture in ("relu", "topk"):
+        for mesh in MESHES:
+            path = folder / f"{architecture}-{mesh[0]}x{mesh[1]}"
+            config = on(mesh, store=store, architecture=architecture)
+            out[architecture, mesh] = path, loop.train(config, path)
+    return out
+
+
+@pytest.mark.parametrize("architecture", ["relu", "topk"])
+@pytest.mark.parametrize("mesh", MESHES[1:], ids=str)
+def test_losses_do_not_depend_on_the_mesh(runs, architecture, mesh):
+    (path, result), (path_1, result_1) = runs[architecture, mesh], runs[architecture, (1, 1)]
+    got, want = metrics(path), metrics(path_1)
+    assert [line["step"] for line in got] == list(range(1, 51))
+    for name in ("loss", "mse", "fvu", "l1", "grad_norm", "lr", "sparsity_coefficient"):
+        np.testing.assert_allclose(
+            [line[name] for line in got], [line[name] for line in want], rtol=1e-5, err_msg=name
+        )
+    assert [line["dead_fraction"] for line in got] == [line["dead_fraction"] for line in want]
+    if architecture == "topk":
+        assert want[20]["dead_fraction"] > 0, "no latent is dead, so AuxK is not tried"
+    assert result["run_id"] == result_1["run_id"]
+    for name in ("eval_loss", "eval_fvu", "eval_l0"):
+        assert result[name] == pytest.approx(result_1[name], rel=1e-5)
+
+
+@pytest.mark.parametrize("source", MESHES, ids=str)
+@pytest.mark.parametrize("target", MESHES, ids=str)
+def test_checkpoint_restores_on_every_mesh(runs, store, source, target):
+    path, _ = runs["topk", source]
+    config = loop.resolve(on(target, store=store), Store.open(store))
+    with jax.set_mesh(make_mesh(config)):
+        checkpoints = loop.Checkpoints(path, keep=2)
+        like = Trainer(config, 50, 1.0).abstract()
+        state = checkpoints.restore(like)
+        checkpoints.close()
+        assert int(state.step) == 50
+        wanted = jax.tree.map(lambda a: a.sharding, like)
+        assert jax.tree.map(lambda a: a.sharding, state) == wanted
+        saved = saved_arrays(path)
+        for name, array in state.parameters.items():
+            np.testing.assert_array_equal(array, saved[f"['parameters']['{name}']"])
+
+
+def test_run_that_moves_from_mesh_to_mesh(runs, store, tmp_path, monkeypatch):
+    stops = iter([17, 33])
+    for mesh in [(2, 2), (1, 4), (4, 1)]:
+        stop = next(stops, None)
+        monkeypatch.setattr(Preemption, "reached", lambda self, step, stop=stop: step == stop)
+        if stop:
+            with pytest.raises(PreemptedError):
+                loop.train(on(mesh, store=store), tmp_path / "run")
+        else:
+            loop.train(on(mesh, store=store), tmp_path / "run")
+    path, _ = runs["topk", (1, 1)]
+    got, want = metrics(tmp_path / "run"), metrics(path)
+    assert [line["step"] for line in got] == list(range(1, 51))
+    np.testing.assert_allclose([m["loss"] for m in got], [m["loss"] for m in want], rtol=1e-5)
+
+
+def test_stop_and_resume_on_one_mesh_is_exact(runs, store, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Preemption, "reached", lambda self, step: step == 23)
+        with pytest.raises(PreemptedError, match="step 23"):
+            loop.train(on((2, 2), store=store), tmp_path / "run")
+    loop.train(on((2, 2), store=store), tmp_path / "run")
+    assert_same_arrays(saved_arrays(tmp_path / "run"), saved_arrays(runs["topk", (2, 2)][0]))
+
+
+def test_batches_do_not_depend_on_the_mesh(store):
+    stream = loop._stream(on((1, 1), store=store), Store.open(store), "train")
+    want = [stream.read(step) for step in range(3)]
+    for mesh in MESHES:
+        placement = BatchPlacement(make_mesh(on(mesh, store=store)), BATCH)
+        batches = placement.place_all(stream.batches(0, placement.rows))
+        for step in range(3):
+            np.testing.assert_array_equal(next(batches), want[step])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 4)], ids=str)
+def test_step_holds_nothing_whole_and_needs_no_host(store, shape):
+    """512 tokens 32 wide, 4,096 latents: what the compiled step of one device holds."""
+    config = on(
+        shape,
+        store=store,
+        sae={"d_sae": 4096, "k": 8, "aux_k": 16},
+        optimizer={"learning_rate": 1e-3},
+        data={"batch_size": 512},
+    )
+    config = dataclasses.replace(config, sae=saes.resolve(config.sae, 32))
+    trainer = Trainer(config, 50, 1.0)
+    shards = shape[1]
+    with jax.set_mesh(make_mesh(config)):
+        x = np.random.default_rng(0).normal(size=(512, 32)).astype(np.float32)
+        x = jax.device_put(x, BATCH_SPEC)
+        state = trainer.init(np.zeros(32, np.float32), 1.0)
+        compiled = trainer.step.lower(state, x).compile()
+        found = re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", compiled.as_text())
+        shapes = {tuple(map(int, dimensions.split(","))) for dimensions in found}
+        assert {(512, 32), (32, 4096 // shards), (256, 4096 // shards)} <= shapes
+        # The encoder runs over slices of 256 tokens: not even pre-activations are whole.
+        big = {s for s in shapes if np.prod(s) >= 512 * 4096 // shards}
+        assert not big, "arrays of batch x d_sae"
+        if shards > 1:
+            assert not {(32, 4096), (4096, 32)} & shapes, "a whole parameter on one device"
+
+        with jax.transfer_guard("disallow"):
+            for _ in range(3):
+                state, values = trainer.step(state, x)
+        assert np.isfinite(values["loss"])
+        for array in [*jax.tree.leaves(state), *jax.live_arrays()]:
+            if array.size >= 4096 and array.ndim and 4096 in array.shape:
+                sizes = {shard.data.size for shard in array.addressable_shards}
+                assert sizes == {array.size // shards}, array.shape
