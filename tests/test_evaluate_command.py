@@ -1,0 +1,203 @@
+"""sae-jax eval: SAELens' own figures, runs, what it writes and what it refuses."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import world
+
+from sae_jax import evaluate, interop, lm, train
+from sae_jax.activations import write_store
+from sae_jax.cli import main
+from sae_jax.config import Config, DataConfig, SAEConfig, TrainConfig, UserError
+
+SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
+SAELENS = SHARED / "saes" / "saelens_6.54.12_topk_stories260K_L2"
+STORIES = SHARED / "models" / "stories260K"
+SITE = "mlp_act.0"
+
+
+@pytest.mark.skipif(not SAELENS.is_dir(), reason="no shared data: ../shared/data/saes")
+def test_saelens_figures_of_saelens_sae(tmp_path, capsys):
+    """SAELens took the first 64 sequences for cross-entropy and KL, the last 64 for the rest."""
+    arguments = [
+        "eval", f"--sae={SAELENS}", f"--model={STORIES}",
+        f"--tokens_file={SAELENS / 'eval_tokens.npz'}", "--include_excluded",
+        "--sequences=64:128", "--lm_sequences=0:64", f"--out={tmp_path / 'eval.json'}",
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    assert "0.86275" in capsys.readouterr().out
+    found = json.loads((tmp_path / "eval.json").read_text())
+    theirs = json.loads((SAELENS / "saelens_evals.json").read_text())
+    ours = {
+        "explained_variance": found["reconstruction"]["explained_variance"],
+        "mse": found["reconstruction"]["mse"],
+        "cossim": found["reconstruction"]["cosine_similarity"],
+        "l2_norm_in": found["reconstruction"]["norm_in"],
+        "l2_norm_out": found["reconstruction"]["norm_out"],
+        "l2_ratio": found["reconstruction"]["norm_ratio"],
+        "relative_reconstruction_bias": found["reconstruction"]["relative_reconstruction_bias"],
+        "l0": found["sparsity"]["l0"],
+        "l1": found["sparsity"]["l1"],
+        "ce_loss_without_sae": found["language_model"]["ce_clean"],
+        "ce_loss_with_sae": found["language_model"]["ce_spliced"],
+        "ce_loss_with_ablation": found["language_model"]["ce_zero"],
+        "ce_loss_score": found["language_model"]["ce_recovered_zero"],
+        "kl_div_with_sae": found["language_model"]["kl_spliced"],
+        "kl_div_with_ablation": found["language_model"]["kl_zero"],
+    }
+    theirs = {name: value for section in theirs.values() for name, value in section.items()}
+    assert ours == pytest.approx({name: theirs[name] for name in ours}, rel=1e-4)
+    assert found["settings"]["positions"] == "all"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """(model directory, store, run): a run of a few steps on a tiny random model."""
+    root = tmp_path_factory.mktemp("eval")
+    world.make_model(root / "model")
+    store = lm.harvest(
+        root / "model", world.TEXTS * 60, root / "store", sites=(SITE, "resid_post.0"),
+        context_length=16,
+    )  # fmt: skip
+    config = Config(
+        sae=SAEConfig(architecture="topk", d_sae=128, k=8),
+        data=DataConfig(
+            store=str(root / "store"), site=SITE, batch_size=256, epochs=9, holdout_fraction=0.1
+        ),
+        train=TrainConfig(tokens=256 * 20, log_every=5),
+    )
+    train.train(config, root / "run")
+    return root / "model", store, root / "run"
+
+
+def test_a_run_is_evaluated_on_what_it_did_not_train_on(demo, capsys):
+    model, store, run = demo
+    assert main(["eval", f"--run={run}", f"--model={model}"]) == 0
+    out = capsys.readouterr().out
+    found = json.loads((run / "eval.json").read_text())
+    heldout = evaluate.HeldOutRows(store, SITE, tokens=10**6, holdout_fraction=0.1)
+    used = np.concatenate([mask for _, mask in heldout.batches(4096)])
+    assert found["rows"] == used.sum() and 0 < used.sum() < 0.2 * store.num_rows
+    # The trainer measures the same held-out rows with its own code, batch by batch.
+    result = json.loads((run / "result.json").read_text())
+    assert found["reconstruction"]["fvu"] == pytest.approx(result["eval_fvu"], rel=0.05)
+    assert found["language_model"]["replaced"] == used.sum()
+    assert f"{found['reconstruction']['fvu']:.5g}" in out
+    for name in ("eval_density.png", "eval_strength.png", "eval_training.png"):
+        assert (run / name).read_bytes().startswith(b"\x89PNG")
+        assert name in out
+
+
+def test_an_evaluation_reads_back(demo):
+    model, _, run = demo
+    assert main(["eval", f"--run={run}", f"--model={model}"]) == 0
+    found = evaluate.load(run / "eval.json")
+    assert found.to_dict() == json.loads((run / "eval.json").read_text())
+    assert found.rows.density.shape == (128,) and found.rows.mean.shape == (64,)
+    np.testing.assert_allclose(found.rows.density.sum(), found.rows.scalars["l0"], rtol=1e-5)
+
+
+def test_another_evaluation_is_not_overwritten_and_the_same_one_may_be(demo, tmp_path, capsys):
+    out = tmp_path / "eval.json"
+    command = ["eval", f"--run={demo[2]}", f"--out={out}"]
+    assert main(command) == 0 and main(command) == 0
+    before = out.read_bytes()
+    assert main([*command, "--include_excluded"]) == 2
+    assert "holds another evaluation (positions:" in capsys.readouterr().err
+    assert out.read_bytes() == before
+
+
+def test_on_tokens_and_on_text_of_the_users(demo, tmp_path, capsys):
+    model, store, run = demo
+    np.save(tmp_path / "tokens.npy", store.tokens()[:6].read().result().reshape(2, 3, 16))
+    on_tokens = ["eval", f"--run={run}", f"--model={model}"]
+    out = tmp_path / "tokens.json"
+    assert main([*on_tokens, f"--tokens_file={tmp_path / 'tokens.npy'}", f"--out={out}"]) == 0
+    found = json.loads(out.read_text())
+    excluded = (store.excluded[: 6 * 16].read().result() != 0).sum()
+    assert found["rows"] == 6 * 16 - excluded == found["language_model"]["replaced"]
+    (tmp_path / "text.txt").write_text(world.TEXTS[0] * 10)
+    out = tmp_path / "text.json"
+    on_text = [*on_tokens, f"--text={tmp_path / 'text.txt'}", "--context_length=8"]
+    assert main([*on_text, f"--out={out}"]) == 0
+    assert json.loads(out.read_text())["rows"] > 100
+
+
+def test_rows_of_the_model_are_rows_of_the_store(demo):
+    """The same sequences, read from the store and computed again, give the same metrics."""
+    model, store, run = demo
+    sae = interop.load(run)
+    heldout = evaluate.HeldOutRows(store, SITE, tokens=10**6, holdout_fraction=0.1)
+    tokens, used = heldout.sequences(10**6)
+    rows = evaluate.ModelRows(
+        evaluate.LanguageModel.load(model), SITE, tokens, what="t",
+        excluded_tokens=store.meta.excluded_tokens,
+        excluded_positions=store.meta.excluded_positions,
+    )  # fmt: skip
+    assert (rows.sequences(10**6)[1] == used).all()
+    read = evaluate.measure_rows(sae, heldout.batches(500)).scalars
+    computed = evaluate.measure_rows(sae, rows.batches(500)).scalars
+    assert computed == pytest.approx(read, rel=0.02)  # the store is bfloat16
+
+
+@pytest.mark.parametrize(
+    "arguments, complaint",
+    [
+        ([], "give either --run=RUN or --sae=PATH"),
+        (["--run={run}", "--sae={run}"], "give either --run=RUN or --sae=PATH"),
+        (["--run={model}/nowhere"], "no SAE at"),
+        (["--run={run}", "--store={model}"], "no activation store at"),
+        (["--run={run}", "--site=mlp_act.9"], "mlp_act.9"),
+        (["--run={run}", "--site=resid_post.0"], "width 16 given to an SAE with d_in 64"),
+        (["--run={run}", "--model={other}"], "is not the model that"),
+        (["--run={run}", "--tokens_file=x.npy"], "give --model=DIR"),
+        (["--run={run}", "--model={model}", "--tokens_file=x.npy"], "no tokens file at x.npy"),
+        (["--run={run}", "--model={model}", "--tokens_file={notes}"], "is not an .npy or .npz"),
+        (["--run={run}", "--model={model}", "--tokens_file={floats}"], "token ids are whole"),
+        (["--run={run}", "--model={model}", "--tokens_file={large}"], "do not belong together"),
+        (
+            ["--run={run}", "--model={model}", "--tokens_file={ids}", "--sequences=3"],
+            "--sequences is START:STOP",
+        ),
+        (
+            ["--run={run}", "--model={model}", "--tokens_file={ids}", "--sequences=9:12"],
+            "none of those asked for",
+        ),
+    ],
+    ids=lambda p: p if isinstance(p, str) else "",
+)
+def test_mistakes_are_one_line_and_exit_code_2(demo, tmp_path, capsys, arguments, complaint):
+    model, _, run = demo
+    paths = {name: tmp_path / f"{name}.npy" for name in ("floats", "large", "ids")}
+    np.save(paths["floats"], np.ones((3, 4)))
+    np.save(paths["large"], np.full((3, 4), 10**6))
+    np.save(paths["ids"], np.ones((3, 4), int))
+    (tmp_path / "notes.txt").write_text("no array")
+    paths |= {"run": run, "model": model, "notes": tmp_path / "notes.txt"}
+    if "--model={other}" in arguments:
+        world.make_model(tmp_path / "other", seed=1)
+        paths["other"] = tmp_path / "other"
+    assert main(["eval", *(a.format(**paths) for a in arguments)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert complaint in error and error.count("\n") == 0
+
+
+def test_a_store_with_nothing_held_out_is_a_mistake(tmp_path):
+    store = write_store(tmp_path / "store", np.ones((4, 3), np.float32))
+    with pytest.raises(UserError, match="no held-out sequences"):
+        evaluate.HeldOutRows(store, "", tokens=10, holdout_fraction=0.0)
+
+
+def test_nan_rows_of_a_store_never_count(tmp_path):
+    x = np.random.default_rng(0).normal(size=(4000, 3)).astype(np.float32)
+    x[::2] = np.nan
+    store = write_store(tmp_path / "store", x)
+    for include in (False, True):
+        rows = evaluate.HeldOutRows(
+            store, "", tokens=10**6, holdout_fraction=0.5, include_excluded=include
+        )
+        for batch, used in rows.batches(256):
+            assert np.isfinite(np.asarray(batch, np.float32)[used]).all()
+            assert used.any() and used.sum() <= (len(used) + 1) // 2
