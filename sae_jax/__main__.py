@@ -1,5 +1,5 @@
 import sys
 
-from sae_jax.cli import main
+from sae_jax.cli import entry
 
-sys.exit(main())
+sys.exit(entry())

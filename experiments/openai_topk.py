@@ -1,0 +1,28 @@
+"""TopK SAEs as in "Scaling and evaluating sparse autoencoders" (Gao et al. 2024).
+
+  sae-jax train --config=experiments/openai_topk.py --workdir=runs/topk \\
+      --config.data.store=stores/gpt2_resid_8
+
+By default the paper's setting for GPT-2 small: batches of 131,072 tokens, constant learning rate,
+Adam's eps 6.25e-10, AuxK with alpha 1/32 (section 2 and appendix A). `:tiny` is the same recipe
+on a laptop, for the store that `sae-jax demo` leaves in sae_demo/store.
+"""
+
+from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig
+
+
+def get_config(size: str = "paper") -> Config:
+    adam = {"schedule": "constant", "eps": 6.25e-10}
+    if size == "tiny":
+        return Config(
+            sae=SAEConfig(architecture="topk", d_sae=2048, k=16, dead_after_tokens=200_000),
+            data=DataConfig(store="sae_demo/store", batch_size=1024),
+            optimizer=OptimizerConfig(**adam),
+            train=TrainConfig(tokens=500_000, log_every=20),
+        )
+    return Config(
+        sae=SAEConfig(architecture="topk", d_sae=2**15, k=32),
+        data=DataConfig(batch_size=131_072, window_rows=2**21),
+        optimizer=OptimizerConfig(**adam),
+        train=TrainConfig(tokens=1_300_000_000),
+    )

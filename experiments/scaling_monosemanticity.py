@@ -1,0 +1,31 @@
+"""ReLU SAEs as in "Scaling Monosemanticity" (Templeton et al. 2024), by the recipe of April 2024.
+
+  sae-jax train --config=experiments/scaling_monosemanticity.py --workdir=runs/relu \\
+      --config.data.store=stores/residual --config.mesh.model=8
+
+L1 weighted by decoder norms, lambda 5 with E||x||^2 = d, reached linearly over the first 5% of
+steps; gradient clipped to norm 1; 200,000 steps of 4,096 tokens, the learning rate linear to 0
+over the last 20%. By default 131,072 latents, the April update's; `:1m`, `:4m` and `:34m` are the
+paper's dictionaries; `:tiny` is the recipe on a laptop, for the store of `sae-jax demo`.
+"""
+
+from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig, choose
+
+SIZES = {"": 131_072, "1m": 2**20, "4m": 2**22, "34m": 2**25}
+
+
+def get_config(size: str = "") -> Config:
+    if size == "tiny":
+        return Config(
+            sae=SAEConfig(architecture="relu", d_sae=2048, dead_after_tokens=200_000),
+            data=DataConfig(store="sae_demo/store", batch_size=1024),
+            optimizer=OptimizerConfig(learning_rate=1e-3),
+            train=TrainConfig(tokens=500_000, log_every=20),
+        )
+    d_sae = SIZES[choose(size, SIZES, "the size of scaling_monosemanticity")]
+    return Config(
+        sae=SAEConfig(architecture="relu", d_sae=d_sae),
+        data=DataConfig(batch_size=4096),
+        optimizer=OptimizerConfig(learning_rate=5e-5, schedule="linear_tail", warmup_fraction=0.0),
+        train=TrainConfig(tokens=200_000 * 4096),
+    )

@@ -1,0 +1,115 @@
+"""The training step: tokens/s, beside the machine's own matmul rate and the peers."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sae_jax import sae as saes
+from sae_jax.bench import peers
+from sae_jax.config import Config
+from sae_jax.train.mesh import BatchPlacement, make_mesh
+from sae_jax.train.step import Trainer
+
+_BATCHES = 4  # distinct ones in memory, taken in turn
+
+
+def measure_step(config: Config, rounds: int, with_peers: bool) -> dict:
+    """Times `rounds` rounds; each runs one step of every contestant in turn, so that a drift of
+    the machine meets all alike. Random normal activations in memory.
+
+    Returns medians in seconds and tokens/s by contestant; for each peer the ratio of our speed
+    to its, the median over rounds; `matmul_flops_per_second` of the encoder's product (batch x
+    d_in by d_in x d_sae) in the same rounds; and the fraction of the floor: the seconds that
+    the step's floating-point operations take at that rate, over ours. The floor of a dense step
+    is 12 n d a token, of a top-k step 2 n d, the encoder's forward pass.
+    """
+    batch, d_in, d_sae = config.data.batch_size, config.sae.d_in, config.sae.d_sae
+    batches = np.random.default_rng(0).normal(size=(_BATCHES, batch, d_in)).astype(np.float32)
+    contestants = {"sae_jax": _our_step(config), "matmul": _matmul(batch, d_in, d_sae, config)}
+    if with_peers:
+        k = config.sae.k or 0
+        contestants |= peers.make_steps(config.sae.architecture, batch, d_in, d_sae, k)
+
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for i in range(rounds + 2):  # the first two compile and touch the memory
+        for name, step in contestants.items():
+            begin = time.perf_counter()
+            step(batches[i % _BATCHES])
+            if i >= 2:
+                seconds[name].append(time.perf_counter() - begin)
+
+    median = {name: float(np.median(times)) for name, times in seconds.items()}
+    rate = 2 * batch * d_in * d_sae / median["matmul"]
+    per_token = 2 if config.sae.architecture == "topk" else 12
+    ours = np.array(seconds["sae_jax"])
+    return {
+        "architecture": config.sae.architecture,
+        "shape": {"batch": batch, "d_in": d_in, "d_sae": d_sae, "k": config.sae.k},
+        "compute_dtype": config.sae.compute_dtype,
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "rounds": rounds,
+        "seconds": median,
+        "tokens_per_second": {n: batch / s for n, s in median.items() if n != "matmul"},
+        "matmul_flops_per_second": rate,
+        "fraction_of_floor": per_token * batch * d_in * d_sae / rate / median["sae_jax"],
+        "times_faster_than": {
+            name: float(np.median(np.array(times) / ours))
+            for name, times in seconds.items()
+            if name not in ("sae_jax", "matmul")
+        },
+    }
+
+
+def bench_config(
+    architecture: str, batch: int, d_in: int, d_sae: int, k: int, compute_dtype: str, model: int
+) -> Config:
+    """A resolved config of this shape, without a store."""
+    config = Config()
+    sae = dataclasses.replace(
+        config.sae,
+        architecture=architecture,
+        d_sae=d_sae,
+        k=k if architecture == "topk" else None,
+        compute_dtype=compute_dtype,
+    )
+    return dataclasses.replace(
+        config,
+        sae=saes.resolve(sae, d_in),
+        data=dataclasses.replace(config.data, batch_size=batch),
+        optimizer=dataclasses.replace(config.optimizer, learning_rate=1e-4),
+        mesh=dataclasses.replace(config.mesh, model=model),
+    )
+
+
+def _our_step(config: Config) -> Callable[[np.ndarray], None]:
+    mesh = make_mesh(config)
+    trainer = Trainer(config, steps=10**6, variance=float(config.sae.d_in))
+    placement = BatchPlacement(mesh, config.data.batch_size)
+    with jax.set_mesh(mesh):
+        state = trainer.init(np.zeros(config.sae.d_in, np.float32), 1.0)
+
+    def step(x):
+        nonlocal state
+        with jax.set_mesh(mesh):
+            state, metrics = trainer.step(state, placement.place(x))
+            jax.block_until_ready((state, metrics))
+
+    return step
+
+
+def _matmul(batch: int, d_in: int, d_sae: int, config: Config) -> Callable[[np.ndarray], None]:
+    """The encoder's product by XLA, with the step's operand type, reduced so that writing the
+    result costs nothing."""
+    dtype = jnp.dtype(config.sae.compute_dtype)
+    w = jax.random.normal(jax.random.key(0), (d_in, d_sae), dtype)
+
+    @jax.jit
+    def product(x, w):
+        return jnp.matmul(x.astype(dtype), w, preferred_element_type=jnp.float32)
+
+    return lambda x: product(x, w).block_until_ready()
