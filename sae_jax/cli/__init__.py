@@ -94,7 +94,8 @@ def _split_overrides(argv: list[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def _set_up_logging(verbose: bool) -> None:
-    """Our own log lines on standard error; other packages' only if they warn, or with -v."""
+    """Our own log lines on standard error; other packages' only if they warn, or with -v. Their
+    traces of an exception are left out: whoever handles it says what it means to the user."""
     flags.FLAGS.mark_as_parsed()
     absl_logging.use_absl_handler()
     absl_logging.set_verbosity(absl_logging.DEBUG if verbose else absl_logging.INFO)
@@ -103,7 +104,9 @@ def _set_up_logging(verbose: bool) -> None:
     ours = str(pathlib.Path(__file__).parents[1])
     handler.addFilter(
         lambda record: (
-            verbose or record.levelno >= logging.WARNING or record.pathname.startswith(ours)
+            verbose
+            or record.pathname.startswith(ours)
+            or (record.levelno >= logging.WARNING and not record.exc_info)
         )
     )
 

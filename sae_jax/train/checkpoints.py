@@ -1,7 +1,7 @@
 """Saving and restoring a training state with Orbax: asynchronous, atomic, onto any mesh."""
 
+import contextlib
 import dataclasses
-import errno
 import pathlib
 
 import jax
@@ -34,17 +34,13 @@ class Checkpoints:
     def save(self, state: TrainState, step: int) -> None:
         """Copies the state and returns; the writing goes on behind the next steps. A failure
         of the previous writing is raised here."""
-        try:
+        with self._failures_named():
             self._checkpointer.save_async(step, _as_dict(state))
-        except OSError as error:
-            raise self._failure(error) from error
 
     def finish(self) -> None:
         """Waits for the writing under way."""
-        try:
+        with self._failures_named():
             self._checkpointer.wait()
-        except (OSError, ValueError) as error:
-            raise self._failure(error) from error
 
     def restore(self, like: TrainState) -> TrainState:
         """The latest checkpoint, on the shardings of `like` (arrays or ShapeDtypeStructs),
@@ -59,16 +55,20 @@ class Checkpoints:
             ) from error
 
     def close(self) -> None:
-        self._checkpointer.close()
+        with self._failures_named():
+            self._checkpointer.close()
 
-    def _failure(self, error: Exception) -> UserError:
-        text = str(error)
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text
-        what = "the disk is full" if full else text.splitlines()[0]
-        return UserError(
-            f"could not save a checkpoint under {self._directory}: {what}; the last good one "
-            f"(step {self.latest_step}) is intact; make room and start the run again"
-        )
+    @contextlib.contextmanager
+    def _failures_named(self):
+        try:
+            yield
+        except (OSError, ValueError) as error:  # TensorStore's failures are ValueErrors
+            full = "No space left" in str(error)
+            what = "the disk is full" if full else str(error).splitlines()[0]
+            raise UserError(
+                f"could not save a checkpoint under {self._directory}: {what}; the last good one "
+                f"(step {self.latest_step}) is intact; make room and start the run again"
+            ) from error
 
 
 def load_sae(run: pathlib.Path) -> saes.SAE:

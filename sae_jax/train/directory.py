@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 
 import jax
+from jax.experimental import multihost_utils
 
 from sae_jax import config as configs
 from sae_jax.config import Config, UserError
@@ -21,16 +22,19 @@ class RunDirectory:
         self.path = path
         self._metrics = path / "metrics.jsonl"
         self._file = None
-        if (path / "config.json").exists():
+        new = not (path / "config.json").exists()
+        if not new:
             _check_same(path, config)
         elif path.exists() and not path.is_dir():
             raise UserError(f"--workdir {path} is a file; give a new or empty directory")
-        elif path.exists() and any(path.iterdir()):
+        elif path.exists() and {entry.name for entry in path.iterdir()} - {"config.json.tmp"}:
             raise UserError(
                 f"{path} is not empty and holds no run (no config.json); give --workdir a new or "
                 "empty directory"
             )
-        elif is_writer():
+        # No process may find what the writer is about to make, and take it for another's.
+        multihost_utils.sync_global_devices(f"looked at {path}")
+        if new and is_writer():
             path.mkdir(parents=True, exist_ok=True)
             configs.save_json(
                 configs.to_dict(config) | {"environment": _environment()}, path / "config.json"
@@ -63,13 +67,21 @@ class RunDirectory:
         self._file = self._metrics.open("a")
 
     def log(self, metrics: dict) -> None:
-        if self._file:
+        if not self._file:
+            return
+        try:
             self._file.write(json.dumps(metrics) + "\n")
             self._file.flush()
+        except OSError as error:
+            raise UserError(
+                f"could not write {self._metrics}: {error.strerror}; the last checkpoint is "
+                "intact; make room and start the run again"
+            ) from error
 
     def close(self) -> None:
         if self._file:
-            self._file.close()
+            with contextlib.suppress(OSError):  # a line that `log` could not write either
+                self._file.close()
 
 
 def read_config(path: pathlib.Path) -> Config:

@@ -1,5 +1,6 @@
 """Training one SAE: from a config to a run's directory, resumable at every step."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -77,7 +78,7 @@ def _train(config, store, stream, steps, mesh, directory) -> dict:
     trainer = Trainer(config, steps, variance)
     placement = BatchPlacement(mesh, config.data.batch_size)
     checkpoints = Checkpoints(directory.path, config.train.keep_checkpoints)
-    try:
+    with contextlib.closing(checkpoints), contextlib.closing(directory):
         if checkpoints.latest_step is None:
             state = trainer.init(_initial_b_dec(config, stream), _input_scale(config, stream))
             start = 0
@@ -94,9 +95,6 @@ def _train(config, store, stream, steps, mesh, directory) -> dict:
         result = _result(config, trainer, state, steps, store, mesh, time.monotonic() - begin)
         directory.save_result(result)
         return result
-    finally:
-        directory.close()
-        checkpoints.close()
 
 
 def _run_steps(trainer, state, start, steps, stream, placement, checkpoints, directory):

@@ -1,0 +1,227 @@
+"""Real processes of `sae-jax train`: killed, told to stop, several at once, out of disk."""
+
+import os
+import pathlib
+import random
+import signal
+import socket
+import subprocess
+import time
+
+import numpy as np
+import pytest
+from training import (
+    assert_same_arrays,
+    make_config,
+    make_store,
+    metrics,
+    run_to_end,
+    saved_arrays,
+    start,
+)
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("store") / "store")
+
+
+@pytest.fixture(scope="module")
+def long_store(tmp_path_factory):
+    from training import sparse_rows
+
+    return make_store(tmp_path_factory.mktemp("store") / "long", sparse_rows(1 << 17))
+
+
+def wait_until(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+    """Until `condition()` or the process has ended."""
+    end = time.monotonic() + seconds
+    while not condition() and process.poll() is None:
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.002)
+
+
+def logged_step(run: pathlib.Path) -> int:
+    """The last step in metrics.jsonl, 0 before there is one."""
+    try:
+        lines = (run / "metrics.jsonl").read_bytes().rpartition(b"\n")[0].splitlines()
+    except FileNotFoundError:
+        return 0
+    return int(lines[-1].split(b",")[0].split(b":")[1]) if lines else 0
+
+
+def assert_each_step_once(run: pathlib.Path, steps: int, every: int) -> None:
+    """Regular lines; a step at which the run was stopped may have one besides."""
+    got = [line["step"] for line in metrics(run)]
+    assert got == sorted(set(got))
+    assert set(range(every, steps + 1, every)) <= set(got)
+
+
+def long_run(store: str):
+    return make_config(
+        store, steps=1800, train={"log_every": 5, "checkpoint_every": 20, "keep_checkpoints": 2}
+    )
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(long_store, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    code, _, err = run_to_end(run, long_run(long_store))
+    assert code == 0, err
+    return run
+
+
+def test_sigkill_at_ten_random_moments(long_store, uninterrupted, tmp_path):
+    run, config = tmp_path / "run", long_run(long_store)
+    seed = random.SystemRandom().randrange(2**32)
+    print("seed", seed)  # shown when the test fails
+    moments = random.Random(seed)
+    kills = saving = 0
+    for target in sorted(moments.sample(range(1, 1700), 10)):
+        process = start(run, config)
+        wait_until(lambda target=target: logged_step(run) >= target, process)
+        if kills % 2:  # while a checkpoint is being written
+            wait_until(lambda: unfinished(run), process)
+        else:
+            time.sleep(moments.uniform(0, 0.05))
+        saving += bool(unfinished(run))
+        process.kill()
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+    print("killed", kills, "times, of which while saving:", saving)
+    assert kills >= 9 and saving >= 2
+    code, _, err = run_to_end(run, config)
+    assert code == 0, err
+    assert_same_arrays(saved_arrays(run), saved_arrays(uninterrupted))
+    assert_each_step_once(run, 1800, 5)
+    assert not unfinished(run)
+    want = {line["step"]: line["loss"] for line in metrics(uninterrupted)}
+    assert {line["step"]: line["loss"] for line in metrics(run)} == want
+
+
+def unfinished(run: pathlib.Path) -> list[str]:
+    """Checkpoints that have no final name yet."""
+    try:
+        return [name for name in os.listdir(run / "checkpoints") if not name.isdigit()]
+    except FileNotFoundError:
+        return []
+
+
+@pytest.mark.parametrize("sign,code", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_stopped_by_a_signal(long_store, uninterrupted, tmp_path, sign, code):
+    run, config = tmp_path / "run", long_run(long_store)
+    process = start(run, config)
+    wait_until(lambda: logged_step(run) >= 333, process)
+    process.send_signal(sign)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert "Traceback" not in err
+    step = int(saved_arrays(run)["step of the folder"])
+    if sign == signal.SIGTERM:
+        assert metrics(run)[-1]["step"] == step, "saved at another step than it stopped at"
+        assert f"saved at step {step}" in out
+    else:
+        assert err.splitlines()[-1] == "sae-jax train: interrupted; start it again to go on"
+    done, _, err = run_to_end(run, config)
+    assert done == 0, err
+    assert_same_arrays(saved_arrays(run), saved_arrays(uninterrupted))
+    assert_each_step_once(run, 1800, 5)
+
+
+def start_two(run: pathlib.Path, config) -> list[subprocess.Popen]:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    return [
+        start(
+            run,
+            config,
+            f"--coordinator=localhost:{port}",
+            "--num_processes=2",
+            f"--process_id={i}",
+            "--cpu_devices=2",
+        )
+        for i in range(2)
+    ]
+
+
+def finish_both(processes) -> list[tuple[int, str, str]]:
+    out = [process.communicate(timeout=180) for process in processes]
+    return [(p.returncode, *texts) for p, texts in zip(processes, out, strict=True)]
+
+
+@pytest.mark.parametrize("mesh", [(2, 2), (4, 1), (1, 4)], ids=str)
+def test_two_processes_equal_one(store, tmp_path, mesh):
+    shape = {"data": mesh[0], "model": mesh[1]}
+    config = make_config(store, mesh=shape)
+    ends = finish_both(start_two(tmp_path / "two", config))
+    assert [end[0] for end in ends] == [0, 0], ends
+    assert ends[0][1].startswith("{") and ends[1][1] == ""
+    code, _, err = run_to_end(tmp_path / "one", make_config(store))
+    assert code == 0, err
+    got, want = metrics(tmp_path / "two"), metrics(tmp_path / "one")
+    assert [line["step"] for line in got] == list(range(1, 51))
+    np.testing.assert_allclose([m["loss"] for m in got], [m["loss"] for m in want], rtol=1e-5)
+
+
+def test_sigterm_to_one_of_two_processes(long_store, tmp_path):
+    config = make_config(
+        long_store,
+        steps=600,
+        mesh={"data": 2, "model": 2},
+        train={"log_every": 5, "checkpoint_every": 1000},
+    )
+    ends = finish_both(start_two(tmp_path / "whole", config))
+    assert [end[0] for end in ends] == [0, 0], ends
+    run = tmp_path / "run"
+    processes = start_two(run, config)
+    wait_until(lambda: logged_step(run) >= 100, processes[0])
+    processes[1].send_signal(signal.SIGTERM)
+    ends = finish_both(processes)
+    assert [end[0] for end in ends] == [75, 75], ends
+    step = int(saved_arrays(run)["step of the folder"])
+    assert 100 <= step < 600
+    assert all(f"saved at step {step}" in end[1] for end in ends)
+    ends = finish_both(start_two(run, config))
+    assert [end[0] for end in ends] == [0, 0], ends
+    assert_same_arrays(saved_arrays(run), saved_arrays(tmp_path / "whole"))
+    assert_each_step_once(run, 600, 5)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 4 MB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(place)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("needs to mount a small tmpfs, as root")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_full_disk(long_store, uninterrupted, small_disk):
+    run, config = small_disk / "run", long_run(long_store)
+    process = start(run, config)
+    wait_until(lambda: logged_step(run) >= 200, process)
+    filler = (small_disk / "filler").open("wb", buffering=0)
+    try:
+        while True:
+            filler.write(bytes(4096))
+    except OSError:
+        filler.close()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2, err
+    assert "Traceback" not in err
+    errors = [line for line in err.splitlines() if line.startswith("sae-jax train: error:")]
+    assert len(errors) == 1 and err.splitlines()[-1] == errors[0]
+    assert "full" in errors[0] or "No space left" in errors[0]
+    step = int(saved_arrays(run)["step of the folder"])
+    assert step >= 100
+    (small_disk / "filler").unlink()
+    code, _, err = run_to_end(run, config)
+    assert code == 0, err
+    assert_same_arrays(saved_arrays(run), saved_arrays(uninterrupted))
+    assert_each_step_once(run, 1800, 5)
