@@ -3,8 +3,8 @@
 Everything else in this room names files relative to the store and leaves paths to this module.
 """
 
-import os
 import pathlib
+import shutil
 
 import tensorstore as ts
 
@@ -37,9 +37,10 @@ class Folder:
         self._store.write(name, data).result()
 
     def delete_folder(self, name: str) -> None:
-        self._store.delete_range(ts.KvStore.KeyRange(f"{name}/", f"{name}0")).result()
-        if not self.remote and os.path.isdir(f"{self.path}/{name}"):
-            os.rmdir(f"{self.path}/{name}")
+        if self.remote:
+            self._store.delete_range(ts.KvStore.KeyRange(f"{name}/", f"{name}0")).result()
+        else:
+            shutil.rmtree(f"{self.path}/{name}")  # with the locks that a killed writer left
 
     def sizes(self, folder: str) -> dict[str, int | None]:
         """Size in bytes of every file under `folder`. Remote sizes are None: an object there is

@@ -26,14 +26,15 @@ def measure_reading(
     batch_size: int = 2048,
     rounds: int = 5,
 ) -> dict:
-    """Median GB/s over `rounds` of one epoch of shuffled batches and of a plain sequential read
-    of the site's files, taken in turn, with the files in the page cache ("warm") and not
-    ("cold"; only where this process may drop the system's caches, which slows others down).
+    """Median GB/s over `rounds` of a pass of shuffled batches and of a plain sequential read of
+    the site's files, taken in turn, with the files in the page cache ("warm") and not ("cold";
+    only where this process may drop the system's caches, which slows others down for a while).
     Without `store_path` it makes a bfloat16 store (rows, width) in a temporary directory.
 
-    A stream is timed from its first batch on: its buffers are touched then and its first window
-    is read, as in all but the first second of training. Of the last window only the part that
-    is delivered counts. Ratios are medians of the rounds' own ratios."""
+    A cold pass is one epoch that starts with nothing read, so that its first window is read
+    before the first batch comes; a warm pass is four epochs. The window buffers were touched
+    before, as they are in all but the first second of training. "stream_over_plain" is the
+    median of the rounds' own ratios."""
     with contextlib.ExitStack() as stack:
         if store_path is None:
             directory = stack.enter_context(tempfile.TemporaryDirectory())
@@ -42,31 +43,40 @@ def measure_reading(
             store = Store.open(store_path)
         if store.folder.remote:
             raise UserError(f"{store.path} is not local; measure a store on this machine's disk")
-        stream = Stream(store, site, batch_size=batch_size, holdout_fraction=0.0, epochs=rounds + 2)
+        itemsize = store.site(site).dtype.numpy_dtype.itemsize
         figures = {
-            "bytes": stream.width * store.num_rows * store.site(site).dtype.numpy_dtype.itemsize,
+            "bytes": store.num_rows * store.site(site).shape[1] * itemsize,
             "chunk_rows": store.meta.chunk_rows,
             "batch_size": batch_size,
             "rounds": rounds,
         }
-        for state, drop in (("warm", lambda: None), ("cold", _drop_caches)):
+        for state, epochs in (("warm", 4), ("cold", 1)):
             if state == "warm" or os.access(_DROP_CACHES, os.W_OK):
-                figures[state] = _measure(store, stream, rounds, drop)
+                stream = Stream(
+                    store,
+                    site,
+                    batch_size=batch_size,
+                    holdout_fraction=0.0,
+                    epochs=epochs,
+                    window_rows=min(262_144, store.num_rows // 3),
+                )
+                figures[state] = _measure(stream, rounds, cold=state == "cold")
         return figures
 
 
-def _measure(store: Store, stream: Stream, rounds: int, drop) -> dict:
+def _measure(stream: Stream, rounds: int, cold: bool) -> dict:
     plain_rates, stream_rates = [], []
-    steps = stream.order.steps_per_epoch
-    files = sorted(pathlib.Path(store.path, "sites", stream.site).glob("c/*/*"))
+    files = sorted(pathlib.Path(stream.store.path, "sites", stream.site).glob("c/*/*"))
     batches = stream.batches()
-    for _ in range(steps):  # touches the buffers, and the files
-        next(batches)
-    for _ in range(rounds):
-        drop()
+    for timed in [False] + [True] * rounds:
+        if cold and timed:
+            _drop_caches()
         plain_rates.append(_rate(_read_plainly(files)))
-        drop()
-        stream_rates.append(_rate(next(batches).nbytes for _ in range(steps)))
+        batches.set_state({"step": 0})
+        if cold and timed:
+            _drop_caches()
+        stream_rates.append(_rate(batch.nbytes for batch in batches))
+    plain_rates, stream_rates = plain_rates[1:], stream_rates[1:]
     ratios = [a / b for a, b in zip(stream_rates, plain_rates, strict=True)]
     return {
         "plain_gb_per_second": statistics.median(plain_rates),
