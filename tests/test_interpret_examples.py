@@ -60,14 +60,12 @@ def test_the_strongest_sequences_in_order_with_their_peaks(sae, world):
         assert [e.sequence for e in groups[0]] == expected.tolist()
         for example in groups[0]:
             row = acts[example.sequence, :, latent]
-            position = int(row.argmax())
-            window = slice(max(0, position - 4), position + 4)
-            assert example.peak == position - window.start
-            np.testing.assert_array_equal(example.tokens, tokens[example.sequence, window])
-            np.testing.assert_array_equal(
-                example.preceding, tokens[example.sequence, : window.start]
-            )
-            usable = example.tokens != BOS
+            assert example.peak == row.argmax()
+            assert example.start == max(0, example.peak - 4)
+            assert example.stop == min(T, example.peak + 4)
+            np.testing.assert_array_equal(example.ids, tokens[example.sequence])
+            window = slice(example.start, example.stop)
+            usable = example.ids[window] != BOS
             np.testing.assert_allclose(
                 example.activations[usable], row[window][usable], rtol=1e-4, atol=1e-5
             )

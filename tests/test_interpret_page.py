@@ -6,6 +6,7 @@ import re
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 import world
 
 from sae_jax import interpret, lm
@@ -94,12 +95,31 @@ def test_pieces_give_back_the_text_and_cover_the_tokens(tokenizer, text):
     assert found[-1].stop == len(ids)
 
 
-def test_a_window_that_starts_inside_a_character_shows_it_whole(tokenizer):
+def test_a_character_that_a_window_cuts_is_shown_whole(tokenizer):
     ids = np.array(tokenizer.encode("a🙂b"))
     inside = next(p for p in pieces(tokenizer, ids) if p.text == "🙂")
     assert inside.stop - inside.start > 1, "the test needs a character of several tokens"
     cut = inside.start + 1
-    assert [p.text for p in pieces(tokenizer, ids[cut:], ids[:cut])] == ["🙂", "b"]
+    assert [p.text for p in pieces(tokenizer, ids, cut, len(ids))] == ["🙂", "b"]
+    assert [p.text for p in pieces(tokenizer, ids, 0, cut)] == ["a", "🙂"]
+
+
+def test_bytes_of_no_character_do_not_spoil_those_that_follow(tokenizer):
+    ids = np.array(tokenizer.encode("🙂ab日本語"))[1:]
+    assert "".join(p.text for p in pieces(tokenizer, ids)).endswith("ab日本語")
+
+
+def test_a_tokenizer_that_falls_back_to_bytes():
+    """Llama's: one token a byte, and a run of bytes is broken as a whole or not at all."""
+    vocab = {"<s>": 0, "▁a": 1} | {f"<0x{i:02X}>": i + 2 for i in range(256)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<s>"))
+    decoders = tokenizers.decoders
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
+    fallback = lm.Tokenizer(backend, 0, None, None, "fallback")
+    ids = np.array([0, 1, *(byte + 2 for byte in "世界人🙂".encode()), 1])
+    assert [p.text for p in pieces(fallback, ids)] == ["<s>", " a", *"世界人🙂", " a"]
+    assert "".join(p.text for p in pieces(fallback, ids[3:])).endswith("界人🙂 a")
 
 
 def test_a_token_that_is_part_of_a_character_goes_by_its_name(tokenizer):

@@ -28,15 +28,16 @@ _LATENTS = 2**25  # elements of one batch's dense latents
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A window of a sequence: `tokens` (W,) ids and the latent's `activations` (W,), in the units
-    of `evaluate.metrics`; the window's place `peak` has the highest of the whole sequence.
-    `preceding`: the tokens of the sequence before the window."""
+    """A window of a sequence: tokens start to stop of its `ids` (T,), with the latent's
+    `activations` (stop - start,) in the units of `evaluate.metrics`. The token at `peak`, counted
+    like start, has the highest of the whole sequence."""
 
     sequence: int
-    preceding: np.ndarray
-    tokens: np.ndarray
-    activations: np.ndarray
+    ids: np.ndarray
+    start: int
+    stop: int
     peak: int
+    activations: np.ndarray
 
 
 def find_examples(
@@ -141,18 +142,16 @@ def _windows(sae, store, site, latents, best, ids, before, after) -> list[list[l
     wanted: dict[int, list] = {}
     for group, latent, place in np.argwhere(found):
         sequence = int(best["sequence"][group, latent, place])
-        position = int(best["position"][group, latent, place])
-        wanted.setdefault(sequence, []).append((latent, group, place, position))
+        peak = int(best["position"][group, latent, place])
+        wanted.setdefault(sequence, []).append((latent, group, place, peak))
     latents = jnp.asarray(latents)
     for sequence in progress(sorted(wanted), "reading the texts found"):
         x_TxD = store.read(site, slice(sequence * length, (sequence + 1) * length))
         acts_TxL = np.asarray(_activations_jit(sae, jnp.asarray(x_TxD)[None], latents)[0])
         tokens = ids[sequence].read().result()
-        for latent, group, place, position in wanted[sequence]:
-            start = max(0, position - before)
-            window = slice(start, position + after + 1)
-            example = Example(
-                sequence, tokens[:start], tokens[window], acts_TxL[window, latent], position - start
-            )
+        for latent, group, place, peak in wanted[sequence]:
+            start, stop = max(0, peak - before), min(length, peak + after + 1)
+            activations = acts_TxL[start:stop, latent]
+            example = Example(sequence, tokens, start, stop, peak, activations)
             examples[latent][group].append((place, example))
     return [[[e for _, e in sorted(g, key=lambda p: p[0])] for g in latent] for latent in examples]

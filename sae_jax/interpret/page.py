@@ -153,8 +153,9 @@ def _figures(evaluation: Evaluation, metrics_file) -> list[tuple[str, str]]:
 
 def _spans(tokenizer, example: Example, top: float) -> list[Span]:
     spans = []
-    for piece in pieces(tokenizer, example.tokens, example.preceding):
-        activation = float(example.activations[piece.start : piece.stop].max())
+    for piece in pieces(tokenizer, example.ids, example.start, example.stop):
+        part = slice(piece.start - example.start, piece.stop - example.start)
+        activation = float(example.activations[part].max())
         peak = piece.start <= example.peak < piece.stop
         spans.append(Span(piece.text, activation, min(activation / top, 1.0), peak))
     return spans

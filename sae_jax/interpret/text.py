@@ -6,7 +6,7 @@ import numpy as np
 
 from sae_jax import lm
 
-_ANCHOR = 64  # tokens decoded before a window, so that a character that it cuts is whole
+_MARGIN = 64  # tokens decoded around a window, so that a character that it cuts is whole
 _MAX_TOKENS = 4  # of one character: UTF-8 has at most so many bytes
 _BROKEN = "\N{REPLACEMENT CHARACTER}"
 _CONTROL_PICTURES = {i: 0x2400 + i for i in range(32)} | {127: 0x2421}
@@ -15,52 +15,56 @@ _VISIBLE = _CONTROL_PICTURES | {ord("\n"): "↵", ord("\t"): "⇥"}
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Tokens start to stop (exclusive) of a window: one, or several of which only the last ends a
-    character. A character belongs to the token that ends it."""
+    """Tokens start to stop (exclusive): one, or several of which only the last ends a character.
+    A character belongs to the token that ends it."""
 
     start: int
     stop: int
     text: str
 
 
-def pieces(tokenizer: lm.Tokenizer, tokens: np.ndarray, before: np.ndarray = ()) -> list[Piece]:
-    """The text of `tokens`, cut between characters and as finely as tokens are. `before`: tokens
-    that precede them, of which the last help with a character that the start cuts."""
-    ids = [*map(int, before[-_ANCHOR:]), *map(int, tokens)]
-    offset = len(ids) - len(tokens)
-    out, start = [], 0
-    anchor = shown = 0  # ids[anchor:start] hold so many whole characters and the start of another
-    for stop in range(1, len(ids) + 1):
-        text = _text(tokenizer, ids, anchor, stop)
+def pieces(
+    tokenizer: lm.Tokenizer, ids: np.ndarray, start: int = 0, stop: int | None = None
+) -> list[Piece]:
+    """Pieces of ids[start:stop], cut between characters and as finely as tokens are. The tokens
+    around the window help with characters that its ends cut."""
+    stop = len(ids) if stop is None else stop
+    low = max(0, start - _MARGIN)
+    ids = [int(i) for i in ids[low : stop + _MAX_TOKENS]]
+    found = []
+    first, end = 0, 1
+    anchor = shown = 0  # ids[anchor:first] hold `shown` whole characters and the start of another
+    while end <= len(ids):
+        text = _text(tokenizer, ids[anchor:end])
         whole = text.rstrip(_BROKEN)
-        is_inside = whole != text and len(whole) <= shown
-        if is_inside and stop - start < _MAX_TOKENS and stop < len(ids):
-            continue
-        piece = whole[shown:].replace(_BROKEN, "")
-        piece = piece.translate(_VISIBLE) or _names(tokenizer, ids[start:stop])
-        if stop > offset:
-            out.append(Piece(max(start - offset, 0), stop - offset, piece))
-        start = stop
-        anchor, shown = (stop, 0) if whole == text or is_inside else (anchor, len(whole))
-    return out
+        if whole != text and len(whole) <= shown:  # inside a character
+            if end - first < _MAX_TOKENS and end < len(ids):
+                end += 1
+                continue
+            end = first + 1  # bytes of no character: the first token by itself
+            piece, anchor, shown = _name(tokenizer, ids[first]), end, 0
+        else:
+            piece = whole[shown:].replace(_BROKEN, "").translate(_VISIBLE)
+            piece = piece or "".join(_name(tokenizer, i) for i in ids[first:end])
+            anchor, shown = (end, 0) if whole == text else (anchor, len(whole))
+        found.append(Piece(low + first, low + end, piece))
+        first, end = end, end + 1
+    inside = (p for p in found if p.stop > start and p.start < stop)
+    return [Piece(max(p.start, start), min(p.stop, stop), p.text) for p in inside]
 
 
 def token_text(tokenizer: lm.Tokenizer, token: int) -> str:
     """One token by itself; the tokenizer's own name for it where it is part of a character."""
-    text = _text(tokenizer, [tokenizer.bos, int(token)], 1, 2)
-    return _names(tokenizer, [int(token)]) if _BROKEN in text else text.translate(_VISIBLE)
+    text = _text(tokenizer, [int(token)])
+    return _name(tokenizer, int(token)) if _BROKEN in text else text.translate(_VISIBLE)
 
 
-def _names(tokenizer: lm.Tokenizer, ids: list[int]) -> str:
-    """Bytes that are no character, as the tokenizer calls them."""
-    return "".join(tokenizer.backend.id_to_token(i) or "" for i in ids)
+def _name(tokenizer: lm.Tokenizer, token: int) -> str:
+    return tokenizer.backend.id_to_token(token) or f"token {token}"
 
 
-def _text(tokenizer: lm.Tokenizer, ids: list[int], start: int, stop: int) -> str:
-    """The text of ids[start:stop] as it is after ids[:start]: many decoders drop the space that
-    a first token begins with, so that a token is decoded with the one before it."""
-    if start == 0:
-        return tokenizer.decode(ids[:stop])
-    context = tokenizer.decode(ids[start - 1 : start])
-    both = tokenizer.decode(ids[start - 1 : stop])
-    return both[len(context) :] if both.startswith(context) else tokenizer.decode(ids[start:stop])
+def _text(tokenizer: lm.Tokenizer, ids: list[int]) -> str:
+    """The text of ids in the midst of others. Decoded after BOS: many decoders drop the space
+    that the very first token begins with."""
+    bos = tokenizer.decode([tokenizer.bos])
+    return tokenizer.decode([tokenizer.bos, *ids]).removeprefix(bos)
