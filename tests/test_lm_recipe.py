@@ -1,4 +1,5 @@
-"""The recipe of the one-layer transformer: its baselines, its data, and a short real run."""
+"""The recipe of the one-layer transformer: its baselines, its data, a short real run, and the
+model it made, which ships in the package."""
 
 import json
 import os
@@ -6,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -60,6 +62,41 @@ def test_files_stay_on_their_side_of_the_split(recipe, tmp_path):
         (tmp_path / f"{i}.txt").unlink()
     train_left, heldout_left = recipe.read_corpus([str(tmp_path)])
     assert set(train_left) < set(train) and set(heldout_left) < set(heldout)
+
+
+def test_the_shipped_model_is_small_and_what_the_paper_decomposes():
+    assert sum(file.stat().st_size for file in lm.DEMO_MODEL.iterdir()) < 6_000_000
+    config = lm.load_config(lm.DEMO_MODEL)
+    assert config.num_layers == 1 and not config.gated_mlp and config.activation == "relu"
+    assert lm.site_width(config, "mlp_act.0") == 4 * config.d_model
+
+
+def test_the_shipped_model_beats_both_baselines_here_too(recipe):
+    """On files held out of this machine's own standard library, as training.json says of another.
+    If this fails on a new Python only, its library may have changed: loosen the bound, not the
+    claim in training.json."""
+    report = json.loads((lm.DEMO_MODEL / "training.json").read_text())
+    assert report["heldout_loss"] < report["heldout_loss_bigram"] - 0.8
+    assert report["heldout_loss_bigram"] < report["heldout_loss_unigram"]
+    config, params = lm.load_config(lm.DEMO_MODEL), lm.load_params(lm.DEMO_MODEL)
+    tokenizer = lm.load_tokenizer(lm.DEMO_MODEL)
+    _, heldout = recipe.read_corpus([])
+    tokens = lm.pack(heldout, tokenizer, config.max_context, 64 * config.max_context)
+    assert tokens.shape == (64, config.max_context)
+
+    @jax.jit
+    def mean_loss(params, tokens):
+        return lm.next_token_loss(lm.forward(params, tokens, config)[0], tokens).mean()
+
+    losses = [mean_loss(params, tokens[i : i + 16]) for i in range(0, 64, 16)]
+    assert np.mean(losses) < report["heldout_loss_bigram"] - 0.5
+
+
+def test_text_comes_back_from_the_shipped_tokenizer():
+    tokenizer = lm.load_tokenizer(lm.DEMO_MODEL)
+    text = "def f(x):\n    return {'a': x ** 2}  # naïve — 数学\n"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.special_tokens == (tokenizer.bos,)
 
 
 @pytest.mark.slow
