@@ -33,9 +33,9 @@ def test_top_k_is_lax_top_k(n, k, kind):
     assert np.all((0 <= indices) & (indices < n))
 
 
-def dense_reference(x, w_enc, b_enc, w_dec, dead, k, aux_k):
+def dense_reference(x, shift, w_enc, b_enc, w_dec, dead, k, aux_k):
     """Reconstruction and auxiliary reconstruction by dense latents and autodiff."""
-    pre = x @ w_enc + b_enc
+    pre = (x - shift) @ w_enc + b_enc
 
     def pick(pre, k):
         values, indices = jax.lax.top_k(pre, k)
@@ -46,20 +46,19 @@ def dense_reference(x, w_enc, b_enc, w_dec, dead, k, aux_k):
     return pick(pre, k), pick(jnp.where(dead, pre, -jnp.inf), aux_k)
 
 
-def sparse(x, w_enc, b_enc, w_dec, dead, k, aux_k):
-    main, aux = ops.encode_top_k(x, w_enc, b_enc, dead, k, aux_k)
+def sparse(x, shift, w_enc, b_enc, w_dec, dead, k, aux_k):
+    main, aux = ops.encode_top_k(x, shift, w_enc, b_enc, dead, k, aux_k)
     return ops.sparse_decode(*main, w_dec), ops.sparse_decode(*aux, w_dec)
 
 
-@pytest.mark.parametrize("dead", ["none", "few", "many"])
-@pytest.mark.parametrize("k,aux_k", [(4, 6), (40, 50)])
+@pytest.mark.parametrize("dead,k,aux_k", [("none", 4, 6), ("few", 4, 6), ("many", 40, 50)])
 def test_sparse_autoencoder_equals_dense(mesh, dead, k, aux_k):
     B, d, n = 8, 5, 64
     share = {"none": 0.0, "few": 0.1, "many": 0.7}[dead]
     is_dead = np.random.default_rng(9).random(n) < share
-    arrays = [normal(0, B, d), normal(1, d, n), normal(2, n), normal(3, n, d)]
+    arrays = [normal(0, B, d), normal(6, d), normal(1, d, n), normal(2, n), normal(3, n, d)]
     # Equal columns in different shards: ties must go to the lower latent on every mesh.
-    for array, axis in ((arrays[1], 1), (arrays[2], 0)):
+    for array, axis in ((arrays[2], 1), (arrays[3], 0)):
         first, second = [slice(None)] * axis + [slice(0, 8)], [slice(None)] * axis + [slice(40, 48)]
         array[tuple(second)] = array[tuple(first)]
     weights = normal(4, B, d), normal(5, B, d)
@@ -69,12 +68,12 @@ def test_sparse_autoencoder_equals_dense(mesh, dead, k, aux_k):
             main, aux = autoencode(*arrays, is_dead_here, k, aux_k)
             return (main * weights_here[0]).sum() + (aux * weights_here[1]).sum(), (main, aux)
 
-        return jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True)
+        return jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True)
 
     is_dead_here, weights_here = is_dead, weights
     with jax.set_mesh(jax.make_mesh((), ())):
         (_, want), want_gradients = total(dense_reference)(*arrays)
-    specs = (BATCH, ENCODER, PER_LATENT, DECODER)
+    specs = (BATCH, jax.P(None), ENCODER, PER_LATENT, DECODER)
     is_dead_here = jax.device_put(is_dead, PER_LATENT)
     weights_here = [jax.device_put(w, BATCH) for w in weights]
     (_, got), got_gradients = jax.jit(total(sparse))(*map(jax.device_put, arrays, specs))

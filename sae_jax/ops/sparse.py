@@ -18,6 +18,7 @@ from sae_jax.ops.mesh import (
     ENCODER,
     PER_LATENT,
     gather_last,
+    out_sharding,
     per_shard,
     psum,
     shard_count,
@@ -40,15 +41,18 @@ class Code(NamedTuple):
 # ---------------------------------------------------------------------------------- encode
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def encode_top_k(x, w_enc, b_enc, dead, k: int, aux_k: int, compute_dtype=jnp.float32):
-    """Top k of `x @ w_enc + b_enc` over the whole dictionary, and top aux_k of dead latents.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def encode_top_k(x, shift, w_enc, b_enc, dead, k: int, aux_k: int, compute_dtype=jnp.float32):
+    """Top k of `(x - shift) @ w_enc + b_enc` over the whole dictionary, and top aux_k of dead
+    latents.
 
     Both from one pass over the pre-activations. Exact and independent of the mesh: ties go to
     the lower latent.
 
     Args:
       x: (B, d_in). w_enc: (d_in, d_sae). b_enc: (d_sae,).
+      shift: (d_in,), or None for zero. Its gradient comes from the summed gradient of the
+        pre-activations, one product with w_enc, instead of from x's, one for every token.
       dead: (d_sae,) bool, or None for no auxiliary code. Where no latent is dead the auxiliary
         code is zero and costs nothing.
       k, aux_k: latents picked for each token. Where fewer are dead, the rest have value 0.
@@ -57,11 +61,12 @@ def encode_top_k(x, w_enc, b_enc, dead, k: int, aux_k: int, compute_dtype=jnp.fl
     Returns:
       The Code of pre-activations, and the auxiliary Code or None.
     """
-    return _encode_forward(x, w_enc, b_enc, dead, k, aux_k, compute_dtype)[0]
+    return _encode_forward(x, shift, w_enc, b_enc, dead, k, aux_k, compute_dtype)[0]
 
 
-def _encode_forward(x, w_enc, b_enc, dead, k, aux_k, compute_dtype):
+def _encode_forward(x, shift, w_enc, b_enc, dead, k, aux_k, compute_dtype):
     any_dead = None if dead is None else dead.any()
+    centred = x if shift is None else x - shift
 
     def local(x, w_enc, b_enc, dead, any_dead):
         w = w_enc.astype(compute_dtype)
@@ -81,37 +86,54 @@ def _encode_forward(x, w_enc, b_enc, dead, k, aux_k, compute_dtype):
         return _winners(*main), None if aux is None else _winners(*aux)
 
     specs = (BATCH, ENCODER, PER_LATENT, PER_LATENT, P())
-    codes, kept = _unzip(per_shard(local, specs, CODE)(x, w_enc, b_enc, dead, any_dead))
-    return codes, (x, w_enc, b_enc, any_dead, [code and code.indices for code in codes], kept)
+    codes, kept = _unzip(per_shard(local, specs, CODE)(centred, w_enc, b_enc, dead, any_dead))
+    indices = [code and code.indices for code in codes]
+    return codes, (centred, shift, w_enc, b_enc, any_dead, indices, kept)
 
 
 def _encode_backward(k, aux_k, compute_dtype, saved, cotangents):
-    x, w_enc, b_enc, any_dead, indices, kept = saved
-    d_values = [code and code.values for code in cotangents]
+    centred, shift, w_enc, b_enc, any_dead, indices, kept = saved
+    d_pre = [
+        code and jnp.where(mask, code.values, 0.0)
+        for code, mask in zip(cotangents, kept, strict=True)
+    ]
 
-    def local(x, w_enc, any_dead, indices, kept, d_values):
-        n = w_enc.shape[1]
+    def with_aux(gradient, any_dead, indices, d_pre):
+        """The main code's gradient, plus the auxiliary code's where there is one."""
+        main = gradient(indices[0], d_pre[0])
+        if any_dead is None:
+            return main
+        return jax.lax.cond(
+            any_dead,
+            lambda: jax.tree.map(jnp.add, main, gradient(indices[1], d_pre[1])),
+            lambda: main,
+        )
 
-        def gradients(indices, kept, d_values):
-            d_pre = jnp.where(kept, d_values, 0.0)
+    def weights(centred, w_enc, any_dead, indices, d_pre):
+        def gradient(indices, d_pre):
+            n = w_enc.shape[1]
             d_b = jnp.zeros(n, jnp.float32).at[indices].add(d_pre)
-            d_w = _rows_gradient(d_pre, indices, x, n)
-            return _weighted_rows(d_pre, indices, w_enc.T), d_w, d_b
+            return _rows_gradient(d_pre, indices, centred, n), d_b
 
-        total = gradients(indices[0], kept[0], d_values[0])
-        if any_dead is not None:
-            total = jax.lax.cond(
-                any_dead,
-                lambda: jax.tree.map(jnp.add, total, gradients(indices[1], kept[1], d_values[1])),
-                lambda: total,
-            )
-        d_x, d_w, d_b = total
-        return psum(d_x, "model"), psum(d_w, "data").T, psum(d_b, "data")
+        d_w, d_b = with_aux(gradient, any_dead, indices, d_pre)
+        return psum(d_w, "data").T, psum(d_b, "data")
 
-    d_x, d_w, d_b = per_shard(
-        local, (BATCH, ENCODER, P(), CODE, CODE, CODE), (BATCH, ENCODER, PER_LATENT)
-    )(x, w_enc, any_dead, indices, kept, d_values)
-    return d_x.astype(x.dtype), d_w.astype(w_enc.dtype), d_b.astype(b_enc.dtype), None
+    def inputs(w_enc, any_dead, indices, d_pre):
+        def gradient(indices, d_pre):
+            return _weighted_rows(d_pre, indices, w_enc.T)
+
+        return psum(with_aux(gradient, any_dead, indices, d_pre), "model")
+
+    code_specs = (P(), CODE, CODE)
+    d_w, d_b = per_shard(weights, (BATCH, ENCODER, *code_specs), (ENCODER, PER_LATENT))(
+        centred, w_enc, any_dead, indices, d_pre
+    )
+    # XLA drops this where x is data and nobody asks.
+    d_x = per_shard(inputs, (ENCODER, *code_specs), BATCH)(w_enc, any_dead, indices, d_pre)
+    d_shift = None
+    if shift is not None:
+        d_shift = -jnp.matmul(w_enc, d_b, out_sharding=out_sharding(P(None))).astype(shift.dtype)
+    return d_x.astype(centred.dtype), d_shift, d_w.astype(w_enc.dtype), d_b.astype(b_enc.dtype), None
 
 
 encode_top_k.defvjp(_encode_forward, _encode_backward)
@@ -146,11 +168,14 @@ def _over_slices(function, x_Bxd, n: int):
     """`function` over slices of the batch, so that (B, d_sae) never exists as a whole."""
     rows = x_Bxd.shape[0]
     limit = _CPU_SLICE_ROWS if jax.default_backend() == "cpu" else max(1, _SLICE_BYTES // (4 * n))
-    slices = next(s for s in range(max(1, -(-rows // limit)), rows + 1) if rows % s == 0)
-    if slices == 1:
+    if rows <= limit:
         return function(x_Bxd)
-    out = jax.lax.map(function, x_Bxd.reshape(slices, rows // slices, -1))
-    return jax.tree.map(lambda a: a.reshape(rows, *a.shape[2:]), out)
+    whole = rows - rows % limit
+    parts = [jax.lax.map(function, x_Bxd[:whole].reshape(-1, limit, x_Bxd.shape[1]))]
+    parts[0] = jax.tree.map(lambda a: a.reshape(whole, *a.shape[2:]), parts[0])
+    if whole < rows:
+        parts.append(function(x_Bxd[whole:]))
+    return jax.tree.map(lambda *slices: jnp.concatenate(slices), *parts)
 
 
 def _wins_globally(values_Bxk):

@@ -57,16 +57,20 @@ class SAE(nnx.Module):
         return self.decode(self.encode(x))
 
     def preactivations(self, x: jax.Array) -> jax.Array:
-        return self.centred(x * self.scale) @ self.w_enc[...] + self.b_enc[...]
+        x = self._scaled(x)
+        shift = self._input_shift()
+        return (x if shift is None else x - shift) @ self.w_enc[...] + self.b_enc[...]
 
-    def centred(self, scaled_x: jax.Array) -> jax.Array:
-        """What the encoder's matmul reads."""
-        if scaled_x.shape[-1] != self.config.d_in:
+    def _scaled(self, x: jax.Array) -> jax.Array:
+        if x.shape[-1] != self.config.d_in:
             raise UserError(
-                f"activations of width {scaled_x.shape[-1]} given to an SAE with d_in "
-                f"{self.config.d_in}"
+                f"activations of width {x.shape[-1]} given to an SAE with d_in {self.config.d_in}"
             )
-        return scaled_x - self.b_dec[...] if self.config.apply_b_dec_to_input else scaled_x
+        return x * self.scale
+
+    def _input_shift(self) -> jax.Array | None:
+        """What is subtracted from scaled activations before the encoder's product."""
+        return self.b_dec[...] if self.config.apply_b_dec_to_input else None
 
     @abc.abstractmethod
     def activate(self, preactivations: jax.Array) -> jax.Array:

@@ -41,8 +41,8 @@ class TopK(SAE):
     def encode_sparse(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The k latents of each row of x (B, d_in), without the dense (B, d_sae) latents:
         values (B, k), largest first, and int32 indices (B, k). On one device."""
-        x = self.centred(x * self.scale)
-        code, _ = ops.encode_top_k(x, self.w_enc[...], self.b_enc[...], None, self.config.k, 0)
+        encoder = (self._input_shift(), self.w_enc[...], self.b_enc[...])
+        code, _ = ops.encode_top_k(self._scaled(x), *encoder, None, self.config.k, 0)
         return jax.nn.relu(code.values), code.indices
 
     def fold(self) -> "TopK":
@@ -58,9 +58,8 @@ class TopK(SAE):
         config = self.config
         dtype = jnp.dtype(config.compute_dtype)
         w_dec = self.w_dec[...]
-        code, aux_code = ops.encode_top_k(
-            self.centred(x), self.w_enc[...], self.b_enc[...], dead, config.k, config.aux_k, dtype
-        )
+        encoder = (self._input_shift(), self.w_enc[...], self.b_enc[...])
+        code, aux_code = ops.encode_top_k(x, *encoder, dead, config.k, config.aux_k, dtype)
         values = jax.nn.relu(code.values)
         x_hat = ops.sparse_decode(values, code.indices, w_dec) + self.b_dec[...]
         mse = squared_error(x, x_hat)
