@@ -121,7 +121,7 @@ def test_stopped_by_a_signal(long_store, uninterrupted, tmp_path, sign, code):
     step = int(saved_arrays(run)["step of the folder"])
     if sign == signal.SIGTERM:
         assert metrics(run)[-1]["step"] == step, "saved at another step than it stopped at"
-        assert f"saved at step {step}" in out
+        assert f"saved at step {step}" in err
     else:
         assert err.splitlines()[-1] == "sae-jax train: interrupted; start it again to go on"
     done, _, err = run_to_end(run, config)
@@ -158,7 +158,8 @@ def test_two_processes_equal_one(store, tmp_path, mesh):
     config = make_config(store, mesh=shape)
     ends = finish_both(start_two(tmp_path / "two", config))
     assert [end[0] for end in ends] == [0, 0], ends
-    assert ends[0][1].startswith("{") and ends[1][1] == ""
+    assert "run_id" in ends[0][1] and "run_id" not in ends[1][1]  # one tells the result
+    assert "step 50/50" in ends[0][2] and "step 50/50" not in ends[1][2]
     code, _, err = run_to_end(tmp_path / "one", make_config(store))
     assert code == 0, err
     got, want = metrics(tmp_path / "two"), metrics(tmp_path / "one")
@@ -183,7 +184,7 @@ def test_sigterm_to_one_of_two_processes(long_store, tmp_path):
     assert [end[0] for end in ends] == [75, 75], ends
     step = int(saved_arrays(run)["step of the folder"])
     assert 100 <= step < 600
-    assert all(f"saved at step {step}" in end[1] for end in ends)
+    assert all(f"saved at step {step}" in end[2] for end in ends)
     ends = finish_both(start_two(run, config))
     assert [end[0] for end in ends] == [0, 0], ends
     assert_same_arrays(saved_arrays(run), saved_arrays(tmp_path / "whole"))

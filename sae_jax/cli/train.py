@@ -1,4 +1,5 @@
 import json
+import sys
 
 from absl import flags
 
@@ -52,10 +53,10 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
     try:
         result = loop.train(config, args.workdir)
     except preemption.PreemptedError as stopped:
-        print(f"sae-jax train: {stopped}; start it again to go on")
+        print(f"sae-jax train: {stopped}; start it again to go on", file=sys.stderr)
         return preemption.EXIT_CODE
     except loop.NonFiniteError as error:
-        print(f"sae-jax train: error: {error}")
+        print(f"sae-jax train: error: {error}", file=sys.stderr)
         return 3
     if jax.process_index() == 0:
         print(json.dumps(result, indent=1))

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import pathlib
+import textwrap
 
 import jax
 from orbax.checkpoint import v1 as ocp
@@ -50,8 +51,8 @@ class Checkpoints:
         except (ValueError, KeyError, OSError) as error:
             raise UserError(
                 f"checkpoint {self.latest_step} under {self._directory} cannot be read "
-                f"({str(error).splitlines()[0]}); delete that step's folder to go on from the one "
-                "before"
+                f"({textwrap.shorten(str(error), 200)}); delete that step's folder to go on from "
+                "the one before"
             ) from error
 
     def close(self) -> None:
@@ -64,7 +65,7 @@ class Checkpoints:
             yield
         except (OSError, ValueError) as error:  # TensorStore's failures are ValueErrors
             full = "No space left" in str(error)
-            what = "the disk is full" if full else str(error).splitlines()[0]
+            what = "the disk is full" if full else textwrap.shorten(str(error), 200)
             raise UserError(
                 f"could not save a checkpoint under {self._directory}: {what}; the last good one "
                 f"(step {self.latest_step}) is intact; make room and start the run again"

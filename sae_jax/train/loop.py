@@ -21,7 +21,7 @@ from sae_jax.activations import Store, Stream
 from sae_jax.config import Config, UserError
 from sae_jax.train import optimizer
 from sae_jax.train.checkpoints import Checkpoints
-from sae_jax.train.directory import RunDirectory
+from sae_jax.train.directory import RunDirectory, is_writer
 from sae_jax.train.median import geometric_median
 from sae_jax.train.mesh import BatchPlacement, make_mesh
 from sae_jax.train.preemption import PreemptedError, Preemption
@@ -169,7 +169,8 @@ class _Meter:
         self._directory.log(line)
         shown = {name: f"{values[name]:.4g}" for name in ("loss", "fvu", "l0", "dead_fraction")}
         self._bar.set_postfix(shown, refresh=False)
-        if self._bar.disable and (now > self._next_line or step == self._steps):
+        due = now > self._next_line or step == self._steps
+        if due and self._bar.disable and is_writer():
             self._next_line = now + 10
             text = " ".join(f"{name} {value}" for name, value in shown.items())
             rate = line["tokens_per_second"]
