@@ -81,21 +81,29 @@ def test_sparse_autoencoder_equals_dense(mesh, dead, k, aux_k):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
 
 
-def test_dense_matmuls(mesh):
-    x, w_enc, w_dec = normal(0, 8, 5), normal(1, 5, 16), normal(2, 16, 5)
+@pytest.mark.parametrize("n", [64, 4096 * 4])  # one block a device, and several
+def test_relu_autoencoder_equals_dense(mesh, n):
+    arrays = [normal(0, 8, 5), normal(1, 5, n), normal(2, n), normal(3, n, 5)]
+    weights = normal(4, 8, 5), normal(5, n)
 
-    def loss(x, w_enc, w_dec):
-        return (ops.decode_dense(jnp.tanh(ops.encode_dense(x, w_enc)), w_dec) ** 2).sum()
+    def reference(x, w_enc, b_enc, w_dec):
+        latents = jax.nn.relu(x @ w_enc + b_enc)
+        return latents @ w_dec, latents.sum(axis=0), (latents > 0).sum(axis=0)
 
-    def reference(x, w_enc, w_dec):
-        return ((jnp.tanh(x @ w_enc) @ w_dec) ** 2).sum()
+    def total(autoencode, weights):
+        def loss(x, *parameters):
+            out = autoencode(x, *parameters)
+            return (out[0] * weights[0]).sum() + (out[1] * weights[1]).sum(), out
 
-    placed = map(jax.device_put, (x, w_enc, w_dec), (BATCH, ENCODER, DECODER))
-    got = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*placed)
+        return jax.value_and_grad(loss, argnums=(1, 2, 3), has_aux=True)
+
     with jax.set_mesh(jax.make_mesh((), ())):
-        want = jax.grad(reference, argnums=(0, 1, 2))(x, w_enc, w_dec)
-    for a, b in zip(got, want, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+        (_, want), want_gradients = total(reference, weights)(*arrays)
+    placed = map(jax.device_put, arrays, (BATCH, ENCODER, PER_LATENT, DECODER))
+    weights = [jax.device_put(w, s) for w, s in zip(weights, (BATCH, PER_LATENT), strict=True)]
+    (_, got), got_gradients = jax.jit(total(ops.relu_autoencode, weights))(*placed)
+    for a, b in zip((*got, *got_gradients), (*want, *want_gradients), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=3e-4)
 
 
 def test_fired_latents(mesh):

@@ -4,15 +4,14 @@ Every operation takes global arrays, says its own collectives, and equals its pl
 (tests/test_ops.py) on any mesh with the axes `data` (batch) and `model` (dictionary).
 """
 
-from sae_jax.ops.dense import decode_dense, encode_dense
+from sae_jax.ops.dense import relu_autoencode
 from sae_jax.ops.sparse import encode_top_k, fired_latents, sparse_decode
 from sae_jax.ops.topk import top_k
 
 __all__ = [
-    "decode_dense",
-    "encode_dense",
     "encode_top_k",
     "fired_latents",
+    "relu_autoencode",
     "sparse_decode",
     "top_k",
 ]

@@ -30,14 +30,13 @@ class ReLU(SAE):
 
     def loss(self, x: jax.Array, dead: jax.Array, coefficient: jax.Array) -> Losses:
         dtype = jnp.dtype(self.config.compute_dtype)
-        latents = jax.nn.relu(ops.encode_dense(x, self.w_enc[...], dtype) + self.b_enc[...])
-        x_hat = ops.decode_dense(latents, self.w_dec[...], dtype) + self.b_dec[...]
+        weights = (self.w_enc[...], self.b_enc[...], self.w_dec[...])
+        decoded, sums, fired_on = ops.relu_autoencode(x, *weights, dtype)
+        mse = squared_error(x, decoded + self.b_dec[...])
         norms = jnp.linalg.norm(self.w_dec[...], axis=1)
-        mse = squared_error(x, x_hat)
-        # The mean over tokens first: one pass over the latents for it and for the firing rate.
-        l1 = jnp.sum(jnp.mean(latents, axis=0) * norms)
-        rate = jnp.mean((latents > 0).astype(jnp.float32), axis=0)
-        return Losses(mse + coefficient * l1, mse, l0=rate.sum(), l1=l1, fired=rate > 0)
+        l1 = jnp.sum(sums * norms) / x.shape[0]
+        l0 = jnp.sum(fired_on) / x.shape[0]
+        return Losses(mse + coefficient * l1, mse, l0, l1, fired=fired_on > 0)
 
     @classmethod
     def learning_rate(cls, d_sae: int) -> float:
