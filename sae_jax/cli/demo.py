@@ -12,7 +12,7 @@ and writes one HTML page with what it found. Stopped and started again, it goes 
 """
 
 SITE = "mlp_act.0"  # what Towards Monosemanticity decomposes
-LEARNING_RATE = 1e-3  # above the architecture's own, which is for runs a hundred times as long
+LEARNING_RATE = 3e-3  # above the architecture's own, which is for runs a hundred times as long
 LM_TOKENS = 32_768  # for the evaluation inside the model
 EXAMPLE_TOKENS = 400_000  # among which the page looks for texts
 

@@ -84,8 +84,8 @@ def training_curves(metrics_file) -> Figure:
                 _log_scale(axes)
             else:
                 low, high = np.nanmin(values), np.nanmax(values)
-                margin = 0.08 * (high - low) or max(abs(high), 1) * 0.1
-                axes.set_ylim(low - margin, high + margin)
+                margin = 0.08 * (high - low) or 0.1 * high or 1.0
+                axes.set_ylim(max(low - margin, 0), high + margin)
         return figure
 
 
@@ -103,6 +103,7 @@ def density_histogram(density: np.ndarray, rows: int) -> Figure:
         axes.set_ylabel("latents")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
         _log10_ticks(axes, lowest)
+        axes.set_xlim(bins[0], max(np.log10(alive.max()) + 0.25, bins[1]) if len(alive) else 0)
         title = f"{len(alive):,} of {len(density):,} latents fire"
         axes.set_title(title + (f"; {never:,} never do" if never else ""))
         return figure
@@ -123,7 +124,8 @@ def density_against_activation(density: np.ndarray, mean_activation: np.ndarray)
         axes.set_xlabel("density (part of tokens)")
         axes.set_ylabel("mean activation where it fires")
         if len(x):
-            _log10_ticks(axes, np.floor(x.min()))
+            _log10_ticks(axes, x.min())
+            axes.set_xlim(x.min() - 0.2, x.max() + 0.2)
         axes.set_title("Strength against density")
         return figure
 
