@@ -54,7 +54,7 @@ class Order:
         windows = min(-(-self.steps_per_epoch * batch_size // window_rows), self.steps_per_epoch)
         self.windows_per_epoch = windows
         self._epoch = functools.lru_cache(maxsize=2)(self._order_of_epoch)
-        self._first_step = np.arange(windows + 1) * self.steps_per_epoch // max(windows, 1)
+        self._first_step = np.arange(windows + 1) * self.steps_per_epoch // windows
 
     def locate(self, step: int) -> tuple[int, int]:
         """(window counted over all epochs, step within it)."""

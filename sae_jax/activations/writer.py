@@ -107,10 +107,12 @@ class StoreWriter:
         existing = read_meta(folder)
         if existing is not None:
             _check_same(existing, meta, folder)
-            return cls(folder, existing, tokens)
-        for name in _written_by_shard(meta):
-            meta.arrays()[name].open(folder, create=True)
-        folder.write("meta.json", meta.to_json())
+            meta = existing
+        else:
+            folder.write("meta.json", meta.to_json())
+        if not meta.complete:
+            for name in _written_by_shard(meta):
+                meta.arrays()[name].open(folder, create=True)
         return cls(folder, meta, tokens)
 
     def missing_shards(self) -> list[ShardSpec]:
