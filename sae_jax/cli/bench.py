@@ -1,8 +1,8 @@
-import json
 import pathlib
-import sys
 
 from absl import flags
+
+from sae_jax.config import save_json
 
 SUMMARY = """Measure a training step, or the reading of batches, on this machine.
 
@@ -22,11 +22,16 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("d_in", 768, "Width of the activations.", flag_values=values)
     flags.DEFINE_integer("d_sae", 24_576, "Dictionary size.", flag_values=values)
     flags.DEFINE_integer("k", 32, "Latents a token, for topk.", flag_values=values)
-    flags.DEFINE_string("dtype", "float32", "Of matmul operands: float32, bfloat16.", flag_values=values)
+    flags.DEFINE_string(
+        "dtype", "float32", "Of matmul operands: float32 or bfloat16.", flag_values=values
+    )
     flags.DEFINE_integer("mesh_model", 1, "Devices that share the dictionary.", flag_values=values)
     flags.DEFINE_integer("rounds", 7, "Timed steps of each contestant.", flag_values=values)
     flags.DEFINE_bool("peers", False, "Time the installed peers too.", flag_values=values)
     flags.DEFINE_bool("reading", False, "Measure the stream instead.", flag_values=values)
+    flags.DEFINE_string(
+        "store", None, "With --reading: this store, not a temporary one.", flag_values=values
+    )
     flags.DEFINE_string("out", None, "Write the figures there as JSON.", flag_values=values)
 
 
@@ -34,17 +39,17 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
     if args.reading:
         from sae_jax.bench.reading import measure_reading
 
-        figures = measure_reading()
+        figures = measure_reading(args.store)
+        _print_reading(figures)
     else:
         from sae_jax.bench.step import bench_config, measure_step
 
-        config = bench_config(
-            args.architecture, args.batch, args.d_in, args.d_sae, args.k, args.dtype, args.mesh_model
-        )
+        shape = (args.batch, args.d_in, args.d_sae, args.k)
+        config = bench_config(args.architecture, *shape, args.dtype, args.mesh_model)
         figures = measure_step(config, args.rounds, args.peers)
         _print_step(figures)
     if args.out:
-        pathlib.Path(args.out).write_text(json.dumps(figures, indent=1) + "\n")
+        save_json(figures, pathlib.Path(args.out))
     return 0
 
 
@@ -59,6 +64,18 @@ def _print_step(figures: dict) -> None:
     rate = figures["matmul_flops_per_second"] / 1e9
     print(
         f"matmul of the encoder in the same run: {rate:.0f} GFLOP/s; "
-        f"the step is at {figures['fraction_of_floor']:.0%} of that floor"
+        f"the step is at {figures['fraction_of_floor']:.0%} of the floor"
     )
-    sys.stdout.flush()
+
+
+def _print_reading(figures: dict) -> None:
+    size = figures["bytes"] / 1e9
+    print(f"{size:.2f} GB in chunks of {figures['chunk_rows']} rows; GB/s, medians")
+    print(f"{'':12}{'plain read':>12}{'stream':>10}{'ratio':>8}")
+    for state in ("warm", "cold"):
+        if state not in figures:
+            print(f"{state:12}only as root, who may drop the page cache")
+            continue
+        f = figures[state]
+        plain, stream = f["plain_gb_per_second"], f["stream_gb_per_second"]
+        print(f"{state:12}{plain:12.2f}{stream:10.2f}{f['stream_over_plain']:7.0%}")
