@@ -89,8 +89,6 @@ def _train(config, store, stream, steps, mesh, directory) -> dict:
         directory.start_metrics(start)
         begin = time.monotonic()
         state = _run_steps(trainer, state, start, steps, stream, placement, checkpoints, directory)
-        if checkpoints.latest_step != steps:
-            checkpoints.save(state, steps)
         checkpoints.finish()
         result = _result(config, trainer, state, steps, store, mesh, time.monotonic() - begin)
         directory.save_result(result)
@@ -98,30 +96,27 @@ def _train(config, store, stream, steps, mesh, directory) -> dict:
 
 
 def _run_steps(trainer, state, start, steps, stream, placement, checkpoints, directory):
-    """Steps `start` to `steps`. Nothing here waits for the device but the metrics of a logged
-    step, and these are read only when the next step has been dispatched."""
+    """Steps `start` to `steps`. The host waits for a step only when the next one has been
+    dispatched: the device never idles, and never holds more than two batches."""
     config = trainer.config
     batches = placement.place_all(stream.batches(start, placement.rows)) if start < steps else None
     meter = _Meter(config, start, steps, directory)
-    pending = None  # (step, metrics) still on the device
+    before = None  # (step, its metrics, whether to log them): dispatched, not waited for
     with Preemption() as preemption, meter:
         for step in range(start + 1, steps + 1):
             state, metrics = trainer.step(state, next(batches))
-            if pending:
-                meter.log(*pending)
-                pending = None
-            save = step % config.train.checkpoint_every == 0 or step == steps
+            if before:
+                meter.done(*before)
             stop = preemption.reached(step)
-            if step % config.train.log_every == 0 or save or stop:
-                pending = (step, metrics)
-            if save or stop:
-                meter.log(*pending)  # raises if the state is not one to save
-                pending = None
+            save = stop or step == steps or step % config.train.checkpoint_every == 0
+            before = (step, metrics, save or step % config.train.log_every == 0)
+            if save:
+                meter.done(*before)  # raises if the state is not one to save
+                before = None
                 checkpoints.save(state, step)
             if stop:
                 checkpoints.finish()
                 raise PreemptedError(step)
-            meter.advance()
     return state
 
 
@@ -132,7 +127,7 @@ class _Meter:
         self._config = config
         self._directory = directory
         self._steps = steps
-        self._last = (start, time.monotonic())
+        self._last = None  # (step, time) of the last log line
         on_terminal = sys.stderr.isatty() and jax.process_index() == 0
         self._bar = tqdm.tqdm(
             total=steps, initial=start, unit="step", desc="train", disable=not on_terminal
@@ -145,10 +140,16 @@ class _Meter:
     def __exit__(self, *_) -> None:
         self._bar.close()
 
-    def advance(self) -> None:
+    def done(self, step: int, metrics: dict[str, jax.Array], log: bool) -> None:
+        """Waits for a step, counts it, and logs it if asked to."""
+        jax.block_until_ready(metrics)
         self._bar.update()
+        if self._last is None:  # the first step compiled; the rate is of the others
+            self._last = (step, time.monotonic())
+        if log:
+            self._log(step, metrics)
 
-    def log(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    def _log(self, step: int, metrics: dict[str, jax.Array]) -> None:
         values = {name: value.item() for name, value in jax.device_get(metrics).items()}
         bad_step = values.pop("nonfinite_step")
         if bad_step >= 0:
@@ -164,7 +165,7 @@ class _Meter:
             "tokens": tokens,
             **flops(self._config, tokens),
             **{name: v if math.isfinite(v) else None for name, v in values.items()},
-            "tokens_per_second": (step - last_step) * batch / seconds,
+            "tokens_per_second": (step - last_step) * batch / seconds if step > last_step else None,
         }
         self._directory.log(line)
         shown = {name: f"{values[name]:.4g}" for name in ("loss", "fvu", "l0", "dead_fraction")}
@@ -173,7 +174,7 @@ class _Meter:
         if due and self._bar.disable and is_writer():
             self._next_line = now + 10
             text = " ".join(f"{name} {value}" for name, value in shown.items())
-            rate = line["tokens_per_second"]
+            rate = line["tokens_per_second"] or 0
             logging.info("step %d/%d %s %.0f tokens/s", step, self._steps, text, rate)
 
     def _report_nonfinite(self, step: int) -> None:
