@@ -44,7 +44,7 @@ def define(values: flags.FlagValues) -> None:
     string("out", None, "Directory of the store.", required=True)
     integer("context_length", None, "Tokens of a context, BOS included; the model's own, <= 1024.")
     integer("tokens", None, "Stop after so many tokens; all the text's.")
-    integer("batch_size", None, "Contexts in a batch; about 16k tokens.")
+    integer("batch_size", None, "Contexts in a batch; 2k tokens per CPU, 8k per other device.")
     string("dtype", "bfloat16", "Of the store: bfloat16, float16 or float32.")
     string("model_dtype", "float32", "In which the model computes: float32 or bfloat16.")
     integer("mesh_data", -1, "Devices that share a batch; -1: all that are left.")

@@ -27,7 +27,8 @@ from sae_jax.lm.text import PACKING_RULE, load_tokenizer, pack
 from sae_jax.lm.weights import fingerprint, load_config, load_params
 
 DEFAULT_CONTEXT = 1024  # where the model allows it
-TOKENS_PER_BATCH = 16_384  # on all devices; a guess that fits small models and large devices
+TOKENS_PER_DEVICE = 8192  # of a batch along `data`
+TOKENS_PER_CPU = 2048  # 2 to 3 times faster there than 16k: the attention scores stay in cache
 _LOG_EVERY = 10.0  # seconds
 
 
@@ -70,7 +71,7 @@ def harvest(
     mesh = mesh or jax.make_mesh(
         (jax.local_device_count(), 1), ("data", "model"), devices=jax.local_devices()
     )
-    batch_size = _batch_size(batch_size, context_length, mesh.shape["data"])
+    batch_size = _batch_size(batch_size, context_length, mesh)
     tokens_NxT = pack(_with_progress(texts), tokenizer, context_length, tokens)
     if tokens_NxT.max() >= config.vocab_size:
         raise UserError(
@@ -177,9 +178,11 @@ def _one_ahead(run, sequences, batch_size) -> Iterator[tuple[int, dict]]:
     yield ahead
 
 
-def _batch_size(batch_size: int | None, context_length: int, data: int) -> int:
+def _batch_size(batch_size: int | None, context_length: int, mesh: jax.sharding.Mesh) -> int:
+    data = mesh.shape["data"]
     if batch_size is None:
-        return data * max(1, TOKENS_PER_BATCH // (context_length * data))
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        return data * max(1, (TOKENS_PER_CPU if on_cpu else TOKENS_PER_DEVICE) // context_length)
     if batch_size < 1 or batch_size % data:
         raise UserError(
             f"batch_size {batch_size} is not a multiple of the mesh's data axis, {data}"
