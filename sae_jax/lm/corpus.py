@@ -6,7 +6,7 @@ import sysconfig
 
 from sae_jax.lm.text import text_files
 
-# Tests, tables of character sets and quoted manuals are most of the library's bytes and little of its language.
+# Tests, tables of character sets and quoted manuals: most of its bytes, little of its language.
 _LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
 
 
