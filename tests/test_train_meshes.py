@@ -97,9 +97,9 @@ def test_stop_and_resume_on_one_mesh_is_exact(runs, store, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(Preemption, "reached", lambda self, step: step == 23)
         with pytest.raises(PreemptedError, match="step 23"):
-            loop.train(on((2, 2), store=store), tmp_path / "run")
-    loop.train(on((2, 2), store=store), tmp_path / "run")
-    assert_same_arrays(saved_arrays(tmp_path / "run"), saved_arrays(runs["topk", (2, 2)][0]))
+            loop.train(on((1, 1), store=store), tmp_path / "run")
+    loop.train(on((1, 1), store=store), tmp_path / "run")
+    assert_same_arrays(saved_arrays(tmp_path / "run"), saved_arrays(runs["topk", (1, 1)][0]))
 
 
 def test_batches_do_not_depend_on_the_mesh(store):
