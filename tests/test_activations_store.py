@@ -145,6 +145,16 @@ def test_nonfinite_rows_are_counted_marked_and_left_out(tmp_path):
     store.check()  # marked as such, so not damage
 
 
+def test_chunk_of_nothing_but_nan_is_data(tmp_path):
+    """Equal to what an unwritten chunk reads as, it must be stored all the same."""
+    x = np.ones((2000, 4), np.float32)
+    x[500:900] = np.nan
+    store = write_store(tmp_path / "s", x)
+    assert (store.usable_rows[:, 1] == 0).any()
+    np.testing.assert_array_equal(store.read("", slice(None)), x)
+    assert store.meta.sites["activations"].nonfinite_rows == 400
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_write_store_round_trip(tmp_path, dtype):
     x = np.random.default_rng(0).normal(size=(5003, 7)).astype(np.float32)

@@ -85,6 +85,7 @@ class Array:
             "driver": "zarr3",
             "kvstore": folder.kvstore(f"{self.name}/"),
             "recheck_cached_data": "open",
+            "store_data_equal_to_fill_value": True,  # so that a file's size is known
             "metadata": {
                 "shape": list(self.shape),
                 "data_type": self.dtype,
