@@ -33,8 +33,7 @@ def measure_reading(
 
     A cold pass is one epoch that starts with nothing read, so that its first window is read
     before the first batch comes; a warm pass is four epochs. The window buffers were touched
-    before, as they are in all but the first second of training. "stream_over_plain" is the
-    median of the rounds' own ratios."""
+    before, as they are in all but the first second of training."""
     with contextlib.ExitStack() as stack:
         if store_path is None:
             directory = stack.enter_context(tempfile.TemporaryDirectory())
@@ -65,23 +64,26 @@ def measure_reading(
 
 
 def _measure(stream: Stream, rounds: int, cold: bool) -> dict:
-    plain_rates, stream_rates = [], []
     files = sorted(pathlib.Path(stream.store.path, "sites", stream.site).glob("c/*/*"))
     batches = stream.batches()
-    for timed in [False] + [True] * rounds:
-        if cold and timed:
-            _drop_caches()
-        plain_rates.append(_rate(_read_plainly(files)))
-        batches.set_state({"step": 0})
-        if cold and timed:
-            _drop_caches()
-        stream_rates.append(_rate(batch.nbytes for batch in batches))
-    plain_rates, stream_rates = plain_rates[1:], stream_rates[1:]
-    ratios = [a / b for a, b in zip(stream_rates, plain_rates, strict=True)]
+    passes = {
+        "stream": lambda: (batch.nbytes for batch in batches),
+        "plain": lambda: _read_plainly(files),
+    }
+    rates = {name: [] for name in passes}
+    for i in range(rounds + 1):  # the first round touches the buffers, and is not counted
+        # Each goes first in turn: what the one left behind, in caches or queues, helps or harms
+        # the other.
+        for name in sorted(passes, reverse=i % 2 == 1):
+            batches.set_state({"step": 0})
+            if cold:
+                _drop_caches()
+            rates[name].append(_rate(passes[name]()))
+    plain, stream_rate = (statistics.median(rates[name][1:]) for name in ("plain", "stream"))
     return {
-        "plain_gb_per_second": statistics.median(plain_rates),
-        "stream_gb_per_second": statistics.median(stream_rates),
-        "stream_over_plain": statistics.median(ratios),
+        "plain_gb_per_second": plain,
+        "stream_gb_per_second": stream_rate,
+        "stream_over_plain": stream_rate / plain,
     }
 
 
