@@ -255,6 +255,15 @@ def test_exit_code_of_a_nonfinite_loss(monkeypatch, capsys, tmp_path):
     assert capsys.readouterr().err == "sae-jax train: error: the loss became NaN\n"
 
 
+def test_too_few_held_out_rows_are_refused_before_training(tmp_path):
+    store = make_store(tmp_path / "small", sparse_rows(2048))
+    config = make_config(store, steps=5, data={"virtual_shards": 64, "holdout_fraction": 0.01})
+    message = refused(config, tmp_path / "run")
+    assert "held out" in message and "data.holdout_fraction" in message
+    config = override(config, {"data.holdout_fraction": "0"})
+    assert loop.train(config, tmp_path / "run")["eval_fvu"] is None
+
+
 def test_two_sites_need_a_choice(tmp_path):
     sites = {"a": sparse_rows(4096), "b": sparse_rows(4096, width=8)}
     write_store(tmp_path / "two", [sites], context_length=8)

@@ -17,6 +17,7 @@ from training import (
     metrics,
     run_to_end,
     saved_arrays,
+    sparse_rows,
     start,
 )
 
@@ -30,8 +31,6 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def long_store(tmp_path_factory):
-    from training import sparse_rows
-
     return make_store(tmp_path_factory.mktemp("store") / "long", sparse_rows(1 << 17))
 
 
@@ -167,28 +166,48 @@ def test_two_processes_equal_one(store, tmp_path, mesh):
     np.testing.assert_allclose([m["loss"] for m in got], [m["loss"] for m in want], rtol=1e-5)
 
 
-def test_sigterm_to_one_of_two_processes(long_store, tmp_path):
+@pytest.fixture(scope="module")
+def by_two(long_store, tmp_path_factory):
+    """A run of 600 steps by two processes: its config and directory."""
     config = make_config(
         long_store,
         steps=600,
         mesh={"data": 2, "model": 2},
-        train={"log_every": 5, "checkpoint_every": 1000},
+        train={"log_every": 5, "checkpoint_every": 50},
     )
-    ends = finish_both(start_two(tmp_path / "whole", config))
+    run = tmp_path_factory.mktemp("runs") / "by_two"
+    ends = finish_both(start_two(run, config))
     assert [end[0] for end in ends] == [0, 0], ends
+    return config, run
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
+def test_signal_to_one_of_two_processes(by_two, tmp_path, sign):
+    config, whole = by_two
     run = tmp_path / "run"
     processes = start_two(run, config)
     wait_until(lambda: logged_step(run) >= 100, processes[0])
-    processes[1].send_signal(signal.SIGTERM)
+    processes[1].send_signal(sign)
     ends = finish_both(processes)
-    assert [end[0] for end in ends] == [75, 75], ends
     step = int(saved_arrays(run)["step of the folder"])
-    assert 100 <= step < 600
-    assert all(f"saved at step {step}" in end[2] for end in ends)
+    assert 50 <= step < 600
+    if sign == signal.SIGTERM:
+        assert [end[0] for end in ends] == [75, 75], ends
+        assert all(f"saved at step {step}" in end[2] for end in ends)
+        assert metrics(run)[-1]["step"] == step
+    else:
+        assert ends[0][0] not in (0, 75), "the survivor must end, for both to be started again"
     ends = finish_both(start_two(run, config))
     assert [end[0] for end in ends] == [0, 0], ends
-    assert_same_arrays(saved_arrays(run), saved_arrays(tmp_path / "whole"))
+    assert_same_arrays(saved_arrays(run), saved_arrays(whole))
     assert_each_step_once(run, 600, 5)
+
+
+@pytest.mark.parametrize("flags", [["--distributed"], ["--coordinator=localhost:1"]])
+def test_processes_that_cannot_find_each_other(store, tmp_path, flags):
+    code, _, err = run_to_end(tmp_path / "run", make_config(store), *flags)
+    assert code == 2
+    assert err.count("\n") == 1 and "--coordinator=HOST:PORT" in err
 
 
 @pytest.fixture

@@ -16,6 +16,8 @@ checkpoint. Exit codes: 0 done, 2 a mistake in the input, 3 non-finite loss, 75 
 SIGTERM after saving.
 """
 
+_HEARTBEAT_SECONDS = 30  # until the others end too when one process of a run has died
+
 
 def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, "The run's directory, made if absent.", flag_values=values)
@@ -49,7 +51,19 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
     from sae_jax.train import loop, preemption
 
     if args.distributed or args.coordinator:
-        jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
+        try:
+            jax.distributed.initialize(
+                args.coordinator,
+                args.num_processes,
+                args.process_id,
+                heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+            )
+        except (ValueError, RuntimeError) as error:
+            raise configs.UserError(
+                f"the processes of this run do not find each other ({str(error).splitlines()[0]}); "
+                "outside of Slurm, TPU and Kubernetes give each one --coordinator=HOST:PORT, "
+                "--num_processes and its --process_id"
+            ) from error
     try:
         result = loop.train(config, args.workdir)
     except preemption.PreemptedError as stopped:

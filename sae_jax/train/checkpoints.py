@@ -66,9 +66,10 @@ class Checkpoints:
         except (OSError, ValueError) as error:  # TensorStore's failures are ValueErrors
             full = "No space left" in str(error)
             what = "the disk is full" if full else textwrap.shorten(str(error), 200)
+            then = "make room and start the run again" if full else "start the run again"
             raise UserError(
                 f"could not save a checkpoint under {self._directory}: {what}; the last good one "
-                f"(step {self.latest_step}) is intact; make room and start the run again"
+                f"(step {self.latest_step}) is intact; {then}"
             ) from error
 
 

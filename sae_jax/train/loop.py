@@ -47,12 +47,13 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict:
     stream = _stream(config, store, "train")
     steps = _count_steps(config, stream)
     mesh = make_mesh(config)
+    heldout = _heldout_stream(config, store, mesh)
     directory = RunDirectory(pathlib.Path(workdir), config)
     if directory.result is not None:
         logging.info("%s is finished; its result stands", workdir)
         return directory.result
     with jax.set_mesh(mesh):
-        return _train(config, store, stream, steps, mesh, directory)
+        return _train(config, stream, heldout, steps, mesh, directory)
 
 
 def resolve(config: Config, store: Store) -> Config:
@@ -73,7 +74,7 @@ def resolve(config: Config, store: Store) -> Config:
     return dataclasses.replace(config, sae=sae, data=data, optimizer=adam)
 
 
-def _train(config, store, stream, steps, mesh, directory) -> dict:
+def _train(config, stream, heldout, steps, mesh, directory) -> dict:
     variance = stream.mean_squared_norm - float(np.sum(np.square(stream.mean)))
     trainer = Trainer(config, steps, variance)
     placement = BatchPlacement(mesh, config.data.batch_size)
@@ -90,7 +91,7 @@ def _train(config, store, stream, steps, mesh, directory) -> dict:
         begin = time.monotonic()
         state = _run_steps(trainer, state, start, steps, stream, placement, checkpoints, directory)
         checkpoints.finish()
-        result = _result(config, trainer, state, steps, store, mesh, time.monotonic() - begin)
+        result = _result(config, trainer, state, steps, heldout, mesh, time.monotonic() - begin)
         directory.save_result(result)
         return result
 
@@ -206,7 +207,7 @@ def run_id(config: Config) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _result(config, trainer, state: TrainState, steps, store, mesh, seconds) -> dict:
+def _result(config, trainer, state: TrainState, steps, heldout, mesh, seconds) -> dict:
     tokens = steps * config.data.batch_size
     dead = state.idle_tokens >= config.sae.dead_after_tokens
     return {
@@ -220,29 +221,42 @@ def _result(config, trainer, state: TrainState, steps, store, mesh, seconds) -> 
         "lr": config.optimizer.learning_rate,
         "tokens": tokens,
         **flops(config, tokens),
-        **_evaluate(config, trainer, state, store, mesh),
+        **_evaluate(trainer, state, heldout, mesh),
         "dead_fraction": float(jnp.mean(dead.astype(jnp.float32))),
         "wall_seconds": seconds,
         "devices": mesh.size,
     }
 
 
-def _evaluate(config, trainer, state: TrainState, store, mesh) -> dict[str, float | None]:
+def _evaluate(trainer, state: TrainState, heldout, mesh) -> dict[str, float | None]:
     """Means over up to 65,536 held-out rows."""
     names = ("eval_loss", "eval_fvu", "eval_l0")
-    if config.data.holdout_fraction == 0:
+    if heldout is None:
         return dict.fromkeys(names)
-    unit = math.lcm(config.data.virtual_shards, mesh.shape["data"])
-    smallest = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=unit))
-    rows = _stream(smallest, store, "heldout").rows_per_epoch
-    batch = min(config.data.batch_size, rows // unit * unit)
-    data = dataclasses.replace(config.data, batch_size=batch)
-    stream = _stream(dataclasses.replace(config, data=data), store, "heldout")
+    batch = heldout.batch_size
     placement = BatchPlacement(mesh, batch)
-    count = max(1, min(stream.order.steps_per_epoch, _EVAL_ROWS // batch))
-    batches = placement.place_all(stream.batches(0, placement.rows))
+    count = max(1, min(heldout.order.steps_per_epoch, _EVAL_ROWS // batch))
+    batches = placement.place_all(heldout.batches(0, placement.rows))
     means = [trainer.evaluate(state, next(batches)) for _ in range(count)]
     return {name: float(np.mean([float(m[name]) for m in means])) for name in names}
+
+
+def _heldout_stream(config: Config, store: Store, mesh) -> Stream | None:
+    """Held-out rows in batches of the training's size, or of what there is."""
+    if config.data.holdout_fraction == 0:
+        return None
+    unit = math.lcm(config.data.virtual_shards, mesh.shape["data"])
+    smallest = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=unit))
+    try:
+        rows = _stream(smallest, store, "heldout").rows_per_epoch
+    except UserError as error:
+        raise UserError(
+            f"too few rows are held out to evaluate on ({error}); set data.holdout_fraction "
+            f"higher, now {config.data.holdout_fraction}, or to 0 for no evaluation"
+        ) from error
+    batch = min(config.data.batch_size, rows // unit * unit)
+    data = dataclasses.replace(config.data, batch_size=batch)
+    return _stream(dataclasses.replace(config, data=data), store, "heldout")
 
 
 def _stream(config: Config, store: Store, split: str) -> Stream:
