@@ -43,7 +43,10 @@ def _sae_lens(architecture, batch, d_in, d_sae, k) -> Step:
             sae_lens.StandardTrainingSAEConfig(**sizes, l1_coefficient=5.0)
         )
     config = SAETrainerConfig(
-        total_training_samples=batch * 10**6, train_batch_size_samples=batch, device=device, lr_end=3e-5
+        total_training_samples=batch * 10**6,
+        train_batch_size_samples=batch,
+        lr_end=3e-5,
+        device=device,
     )
     trainer = SAETrainer(config, sae, data_provider=iter(()))
 

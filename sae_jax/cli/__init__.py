@@ -76,7 +76,7 @@ def _run(name: str, rest: list[str]) -> int:
             f"this command takes no config, so --config.{next(iter(overrides))} has no place"
         )
     _set_up_logging(values.v)
-    _set_up_cpu_devices(values.cpu_devices)
+    _set_up_jax(values.cpu_devices)
     return command.run(values, overrides) or 0
 
 
@@ -111,15 +111,18 @@ def _set_up_logging(verbose: bool) -> None:
     )
 
 
-def _set_up_cpu_devices(count: int | None) -> None:
-    """Takes effect because nothing has imported jax's backends yet. XLA sizes its thread pool
-    by NPROC; with fewer threads than devices its collectives wait for each other for ever."""
-    if count:
-        os.environ.setdefault("NPROC", str(max(16, 2 * count, os.cpu_count() or 1)))
-        import jax
+def _set_up_jax(cpu_devices: int | None) -> None:
+    """Takes effect because nothing has started JAX yet. XLA sizes its thread pool by NPROC; with
+    fewer threads than devices its collectives wait for each other for ever."""
+    if cpu_devices:
+        os.environ.setdefault("NPROC", str(max(16, 2 * cpu_devices, os.cpu_count() or 1)))
+    import jax
 
+    # Float32 means float32 on accelerators too; bfloat16 is there for who wants its speed.
+    jax.config.update("jax_default_matmul_precision", "highest")
+    if cpu_devices:
         jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", count)
+        jax.config.update("jax_num_cpu_devices", cpu_devices)
 
 
 def _overview() -> str:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from sae_jax.ops.mesh import BATCH, DECODER, ENCODER, PER_LATENT, per_shard, psum
+from sae_jax.ops.mesh import BATCH, DECODER, ENCODER, PER_LATENT, per_shard, product, psum
 
 _CPU_BLOCK = 2048  # latents; a block of them for 2,048 tokens is 16 MiB
 _BLOCK = 16_384  # elsewhere, where the matmuls must be large
@@ -44,12 +44,12 @@ def _forward(x, w_enc, b_enc, w_dec, compute_dtype):
         x = x.astype(compute_dtype)
 
         def add_block(x_hat, start):
-            pre = _product(x, _slice(w_enc, start, size, axis=1).astype(compute_dtype))
+            pre = product(x, _slice(w_enc, start, size, axis=1).astype(compute_dtype))
             latents = jax.nn.relu(pre + _slice(b_enc, start, size))
             sums = latents.sum(axis=0)
             counts = (latents > 0).astype(jnp.float32).sum(axis=0)
             latents = latents.astype(compute_dtype)
-            x_hat += _product(latents, _slice(w_dec, start, size).astype(compute_dtype))
+            x_hat += product(latents, _slice(w_dec, start, size).astype(compute_dtype))
             return x_hat, (latents, sums, counts)
 
         x_hat = jnp.zeros((x.shape[0], w_dec.shape[1]), jnp.float32)
@@ -76,12 +76,12 @@ def _backward(compute_dtype, saved, cotangents):
             d_w_enc, d_b_enc, d_w_dec = gradients
             start = i * size
             w_block = _slice(w_dec, start, size).astype(compute_dtype)
-            d_latents = _product(d_x_hat, w_block.T) + _slice(d_sums, start, size)
+            d_latents = product(d_x_hat, w_block.T) + _slice(d_sums, start, size)
             d_pre = jnp.where(latents[i] > 0, d_latents, 0.0)
             parts = (
-                _product(x_t, d_pre.astype(compute_dtype)),
+                product(x_t, d_pre.astype(compute_dtype)),
                 d_pre.sum(axis=0),
-                _product(latents[i].T, d_x_hat),
+                product(latents[i].T, d_x_hat),
             )
             return (
                 jax.lax.dynamic_update_slice_in_dim(d_w_enc, parts[0], start, axis=1),
@@ -113,7 +113,3 @@ def _block_size(n: int) -> int:
 
 def _slice(array, start, size: int, axis: int = 0):
     return jax.lax.dynamic_slice_in_dim(array, start, size, axis)
-
-
-def _product(a, b):
-    return jnp.matmul(a, b, preferred_element_type=jnp.float32)

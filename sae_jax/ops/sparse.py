@@ -18,8 +18,8 @@ from sae_jax.ops.mesh import (
     ENCODER,
     PER_LATENT,
     gather_last,
-    out_sharding,
     per_shard,
+    product,
     psum,
     shard_count,
     shard_index,
@@ -72,8 +72,7 @@ def _encode_forward(x, shift, w_enc, b_enc, dead, k, aux_k, compute_dtype):
         w = w_enc.astype(compute_dtype)
 
         def encode_slice(x_slice):
-            pre = jnp.matmul(x_slice.astype(compute_dtype), w, preferred_element_type=jnp.float32)
-            pre = pre + b_enc
+            pre = product(x_slice.astype(compute_dtype), w) + b_enc
             if dead is None:
                 return _candidates(pre, k), None
             return _candidates(pre, k), jax.lax.cond(
@@ -132,8 +131,9 @@ def _encode_backward(k, aux_k, compute_dtype, saved, cotangents):
     d_x = per_shard(inputs, (ENCODER, *code_specs), BATCH)(w_enc, any_dead, indices, d_pre)
     d_shift = None
     if shift is not None:
-        d_shift = -jnp.matmul(w_enc, d_b, out_sharding=out_sharding(P(None))).astype(shift.dtype)
-    return d_x.astype(centred.dtype), d_shift, d_w.astype(w_enc.dtype), d_b.astype(b_enc.dtype), None
+        d_shift = -product(w_enc, d_b, P(None)).astype(shift.dtype)
+    d_x = d_x.astype(centred.dtype)
+    return d_x, d_shift, d_w.astype(w_enc.dtype), d_b.astype(b_enc.dtype), None
 
 
 encode_top_k.defvjp(_encode_forward, _encode_backward)
@@ -281,7 +281,7 @@ def _picked_products(g_Bxd, indices_Bxk, w_Nxd):
 
     def products(args):
         g, indices = args
-        return jnp.einsum("bd,bkd->bk", g, w_Nxd[indices])
+        return jnp.einsum("bd,bkd->bk", g, w_Nxd[indices], precision="highest")
 
     shaped = (g_Bxd.reshape(-1, block, g_Bxd.shape[1]), indices_Bxk.reshape(-1, block, k))
     return jax.lax.map(products, shaped).reshape(B, k)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sae_jax.config import SAEConfig, UserError, choose
-from sae_jax.ops.mesh import DECODER, PER_LATENT, out_sharding
+from sae_jax.ops.mesh import DECODER, PER_LATENT, out_sharding, product
 
 
 class Losses(NamedTuple):
@@ -51,7 +51,7 @@ class SAE(nnx.Module):
 
     def decode(self, latents: jax.Array) -> jax.Array:
         """Reconstruction (..., d_in), in the model's own units, of latents (..., d_sae)."""
-        return (latents @ self.w_dec[...] + self.b_dec[...]) / self.scale
+        return (product(latents, self.w_dec[...]) + self.b_dec[...]) / self.scale
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.decode(self.encode(x))
@@ -59,7 +59,8 @@ class SAE(nnx.Module):
     def preactivations(self, x: jax.Array) -> jax.Array:
         x = self._scaled(x)
         shift = self._input_shift()
-        return (x if shift is None else x - shift) @ self.w_enc[...] + self.b_enc[...]
+        x = x if shift is None else x - shift
+        return product(x, self.w_enc[...]) + self.b_enc[...]
 
     def _scaled(self, x: jax.Array) -> jax.Array:
         if x.shape[-1] != self.config.d_in:
