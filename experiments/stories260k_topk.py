@@ -1,4 +1,4 @@
-"""TopK, 512 latents, k 16, on the residual stream after layer 2 of stories260K: seconds on a laptop.
+"""TopK, 512 latents, k 16, on the residual stream after layer 2 of stories260K: in a minute.
 
     sae-jax harvest --model=stories260K --text=tinystories_1000.json --collapse_newlines \\
         --sites=resid_post.2 --context_length=128 --out=stores/stories

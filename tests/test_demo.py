@@ -28,7 +28,7 @@ def results(out: pathlib.Path) -> dict[str, int]:
 @pytest.mark.slow
 def test_killed_again_and_again_it_goes_on_and_ends_with_the_page(tmp_path):
     out, run = tmp_path / "demo", tmp_path / "demo" / "run"
-    moments = [out / "activations" / "written", run / "metrics.jsonl", run / "result.json"]
+    moments = [out / "store" / "written", run / "metrics.jsonl", run / "result.json"]
     for moment in moments:
         process = start(out, *SMALL)
         deadline = time.monotonic() + 300

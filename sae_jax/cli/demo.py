@@ -61,10 +61,10 @@ def demo(
 
     _say(1, f"harvesting {site} of the model over {tokens:,} tokens")
     store = lm.harvest(
-        model_directory, lm.read_texts(texts), out / "activations", sites=(site,), tokens=tokens
+        model_directory, lm.read_texts(texts), out / "store", sites=(site,), tokens=tokens
     )
     _say(2, f"training {d_sae:,} latents")
-    config = training_config(store, out / "activations", d_sae, epochs, k, batch_size)
+    config = training_config(store, out / "store", d_sae, epochs, k, batch_size)
     train.train(config, run_directory)
 
     sae = interop.load(run_directory)
@@ -123,6 +123,7 @@ def _say(step: int, what: str) -> None:
 def _farewell(out: pathlib.Path, page: pathlib.Path) -> str:
     return f"""
 Open {page.absolute()}
+Numbers and figures: {out / "run"}/eval.json, eval_*.png
 
 Next:
   sae-jax harvest --model=YOUR_MODEL --text=YOUR_TEXT --sites=resid_post.6 --out=stores/mine
