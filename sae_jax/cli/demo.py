@@ -1,6 +1,7 @@
 """sae-jax demo: from text to a page about an SAE, in a few minutes and with no download."""
 
 import pathlib
+import sys
 
 from absl import flags
 
@@ -24,19 +25,25 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("epochs", 3, "Passes over the activations.", flag_values=values)
 
 
-def run(args, overrides) -> None:
+def run(args, overrides) -> int:
     del overrides
     from sae_jax import lm
+    from sae_jax.train import preemption
 
-    demo(
-        pathlib.Path(args.out),
-        model_directory=lm.DEMO_MODEL,
-        texts=lm.standard_library(),
-        site=SITE,
-        tokens=args.tokens,
-        d_sae=args.d_sae,
-        epochs=args.epochs,
-    )
+    try:
+        demo(
+            pathlib.Path(args.out),
+            model_directory=lm.DEMO_MODEL,
+            texts=lm.standard_library(),
+            site=SITE,
+            tokens=args.tokens,
+            d_sae=args.d_sae,
+            epochs=args.epochs,
+        )
+    except preemption.PreemptedError as stopped:
+        print(f"sae-jax demo: {stopped}; start it again to go on", file=sys.stderr)
+        return preemption.EXIT_CODE
+    return 0
 
 
 def demo(
