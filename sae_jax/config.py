@@ -35,7 +35,7 @@ class SAEConfig:
     sparsity_warmup_fraction: float | None = None  # of all steps, linear from 0
     apply_b_dec_to_input: bool | None = None  # encode x - b_dec instead of x
     unit_norm_decoder: bool | None = None
-    decoder_init_norm: float | None = None
+    decoder_init_norm: float | None = None  # of decoder rows that are not kept at norm 1
     b_dec_init: str | None = None  # geometric_median | mean | zero
     normalize: str = "sqrt_d"  # sqrt_d: one scalar so that E||x||^2 = d_in | none
     compute_dtype: str = "float32"  # of matmul operands; parameters and sums stay float32

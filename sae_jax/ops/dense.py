@@ -94,9 +94,7 @@ def _backward(compute_dtype, saved, cotangents):
         return psum(jax.lax.fori_loop(0, len(latents), add_block, gradients), "data")
 
     in_specs = (BATCH, ENCODER, DECODER, _BLOCKS, BATCH, PER_LATENT)
-    gradients = per_shard(local, in_specs, (ENCODER, PER_LATENT, DECODER))(
-        *saved, d_x_hat, d_sums
-    )
+    gradients = per_shard(local, in_specs, (ENCODER, PER_LATENT, DECODER))(*saved, d_x_hat, d_sums)
     return None, *gradients
 
 

@@ -23,12 +23,12 @@ def per_shard(function: Callable, in_specs, out_specs) -> Callable:
 
 
 def psum(x: jax.Array, axis: str) -> jax.Array:
-    return x if _without_mesh() else jax.lax.psum(x, axis)
+    return x if shard_count(axis) == 1 else jax.lax.psum(x, axis)
 
 
 def gather_last(x: jax.Array, axis: str) -> jax.Array:
     """Every shard's (B, c) side by side: (B, shards * c), in the order of the axis."""
-    return x if _without_mesh() else jax.lax.all_gather(x, axis, axis=1, tiled=True)
+    return x if shard_count(axis) == 1 else jax.lax.all_gather(x, axis, axis=1, tiled=True)
 
 
 def shard_index(axis: str) -> jax.Array | int:

@@ -72,12 +72,13 @@ def _encode_forward(x, shift, w_enc, b_enc, dead, k, aux_k, compute_dtype):
         w = w_enc.astype(compute_dtype)
 
         def encode_slice(x_slice):
-            pre = product(x_slice.astype(compute_dtype), w) + b_enc
+            product_BxN = product(x_slice.astype(compute_dtype), w)
+            main = _candidates(product_BxN, b_enc, k)
             if dead is None:
-                return _candidates(pre, k), None
-            return _candidates(pre, k), jax.lax.cond(
+                return main, None
+            return main, jax.lax.cond(
                 any_dead,
-                lambda: _candidates(jnp.where(dead, pre, -jnp.inf), aux_k),
+                lambda: _candidates(product_BxN, jnp.where(dead, b_enc, -jnp.inf), aux_k),
                 lambda: _no_candidates(x_slice.shape[0], aux_k),
             )
 
@@ -97,31 +98,15 @@ def _encode_backward(k, aux_k, compute_dtype, saved, cotangents):
         for code, mask in zip(cotangents, kept, strict=True)
     ]
 
-    def with_aux(gradient, any_dead, indices, d_pre):
-        """The main code's gradient, plus the auxiliary code's where there is one."""
-        main = gradient(indices[0], d_pre[0])
-        if any_dead is None:
-            return main
-        return jax.lax.cond(
-            any_dead,
-            lambda: jax.tree.map(jnp.add, main, gradient(indices[1], d_pre[1])),
-            lambda: main,
-        )
-
     def weights(centred, w_enc, any_dead, indices, d_pre):
-        def gradient(indices, d_pre):
-            n = w_enc.shape[1]
-            d_b = jnp.zeros(n, jnp.float32).at[indices].add(d_pre)
-            return _rows_gradient(d_pre, indices, centred, n), d_b
-
-        d_w, d_b = with_aux(gradient, any_dead, indices, d_pre)
-        return psum(d_w, "data").T, psum(d_b, "data")
+        n = w_enc.shape[1]
+        codes = _wanted_codes(d_pre, indices, any_dead)
+        d_b = sum(jnp.zeros(n, jnp.float32).at[i].add(d) for d, i, _ in codes)
+        return psum(_rows_gradient(codes, centred, n), "data").T, psum(d_b, "data")
 
     def inputs(w_enc, any_dead, indices, d_pre):
-        def gradient(indices, d_pre):
-            return _weighted_rows(d_pre, indices, w_enc.T)
-
-        return psum(with_aux(gradient, any_dead, indices, d_pre), "model")
+        codes = _wanted_codes(d_pre, indices, any_dead)
+        return psum(sum(_weighted_rows(d, i, w_enc.T) for d, i, _ in codes), "model")
 
     code_specs = (P(), CODE, CODE)
     d_w, d_b = per_shard(weights, (BATCH, ENCODER, *code_specs), (ENCODER, PER_LATENT))(
@@ -139,10 +124,16 @@ def _encode_backward(k, aux_k, compute_dtype, saved, cotangents):
 encode_top_k.defvjp(_encode_forward, _encode_backward)
 
 
-def _candidates(pre_BxN, k: int):
+def _wanted_codes(values, indices, any_dead):
+    """(values, indices, whether they matter) of the main code, and of the auxiliary if any."""
+    main = (values[0], indices[0], True)
+    return [main] if any_dead is None else [main, (values[1], indices[1], any_dead)]
+
+
+def _candidates(product_BxN, bias_N, k: int):
     """This shard's k best: values, -inf where it has fewer, and indices."""
-    n = pre_BxN.shape[1]
-    values, indices = top_k(pre_BxN, min(k, n))
+    n = len(bias_N)
+    values, indices = top_k(product_BxN, min(k, n), bias_N)
     spare = ((0, 0), (0, max(0, k - n)))
     return jnp.pad(values, spare, constant_values=-jnp.inf), jnp.pad(indices, spare)
 
@@ -217,7 +208,8 @@ def _decode_backward(saved, d_x_hat):
 
     def local(values, indices, w_dec, d_x_hat):
         d_values = _picked_products(d_x_hat, indices, w_dec)
-        d_w = psum(_rows_gradient(values, indices, d_x_hat, w_dec.shape[0]), "data")
+        codes = [(values, indices, True)]
+        d_w = psum(_rows_gradient(codes, d_x_hat, w_dec.shape[0]), "data")
         return d_values, d_w
 
     d_values, d_w = per_shard(local, (CODE, CODE, DECODER, BATCH), (CODE, DECODER))(
@@ -287,22 +279,32 @@ def _picked_products(g_Bxd, indices_Bxk, w_Nxd):
     return jax.lax.map(products, shaped).reshape(B, k)
 
 
-def _rows_gradient(coefficients_Bxk, indices_Bxk, vectors_Bxd, n: int):
-    """Sum of coefficient * vector of its token into the picked rows: (n, d) float32."""
-    shape = (n, vectors_Bxd.shape[1])
+def _rows_gradient(codes, vectors_Bxd, n: int):
+    """Sum of coefficient * vector of its token into the picked rows: (n, d) float32. `codes`:
+    (coefficients (B, k), indices (B, k), whether they matter, a scalar)."""
     vectors_Bxd = vectors_Bxd.astype(jnp.float32)
+    total = jnp.zeros((n, vectors_Bxd.shape[1]), jnp.float32)
 
-    def token_by_token(coefficients, indices, vectors):
-        def add(b, total):
-            rows = coefficients[b][:, None] * vectors[b]
-            return total.at[indices[b]].add(rows, mode="promise_in_bounds")
+    def token_by_token(total, codes, vectors):
+        for coefficients, indices, wanted in codes:
 
-        return jax.lax.fori_loop(0, coefficients.shape[0], add, jnp.zeros(shape, jnp.float32))
+            def add(b, total, coefficients=coefficients, indices=indices):
+                rows = coefficients[b][:, None] * vectors[b]
+                return total.at[indices[b]].add(rows, mode="promise_in_bounds")
 
-    def at_once(coefficients, indices, vectors):
-        rows = coefficients[:, :, None] * vectors[:, None, :]
-        return jnp.zeros(shape, jnp.float32).at[indices].add(rows, mode="promise_in_bounds")
+            total = jax.lax.fori_loop(0, jnp.where(wanted, len(vectors), 0), add, total)
+        return total
+
+    def at_once(total, codes, vectors):
+        for coefficients, indices, wanted in codes:
+
+            def add(total, coefficients=coefficients, indices=indices):
+                rows = coefficients[:, :, None] * vectors[:, None, :]
+                return total.at[indices].add(rows, mode="promise_in_bounds")
+
+            total = jax.lax.cond(wanted, add, lambda total: total, total)
+        return total
 
     return jax.lax.platform_dependent(
-        coefficients_Bxk, indices_Bxk, vectors_Bxd, cpu=token_by_token, default=at_once
+        total, codes, vectors_Bxd, cpu=token_by_token, default=at_once
     )

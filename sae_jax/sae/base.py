@@ -101,12 +101,13 @@ class SAE(nnx.Module):
     ) -> dict[str, jax.Array]:
         """Fresh parameters by name, sharded from the start where there is a mesh.
 
-        Decoder rows in random directions with norm `decoder_init_norm`; w_enc = w_dec.T;
+        Decoder rows in random directions, of norm 1 or `decoder_init_norm`; w_enc = w_dec.T;
         b_enc = 0 (Conerly et al. 2024). b_dec (d_in,) is in the SAE's own units.
         """
         shape = (config.d_sae, config.d_in)
         w_dec = jax.random.normal(key, shape, out_sharding=out_sharding(DECODER))
-        w_dec *= config.decoder_init_norm / jnp.linalg.norm(w_dec, axis=1, keepdims=True)
+        norm = 1.0 if config.unit_norm_decoder else config.decoder_init_norm
+        w_dec *= norm / jnp.linalg.norm(w_dec, axis=1, keepdims=True)
         return {
             "w_enc": w_dec.T,
             "b_enc": jnp.zeros(config.d_sae, out_sharding=out_sharding(PER_LATENT)),

@@ -77,13 +77,12 @@ def make(
 
 
 def remove_parallel_gradient() -> optax.GradientTransformation:
-    """Takes from the gradient of each row of `w_dec` its component along the row, which
+    """Takes from the gradient of each row of `w_dec`, of norm 1, its component along the row, which
     renormalising would undo after Adam's moments had taken it in (Bricken et al. 2023)."""
 
     def update(gradients, parameters):
         rows, gradient = parameters["w_dec"], gradients["w_dec"]
         along = jnp.sum(gradient * rows, axis=1, keepdims=True)
-        along /= jnp.sum(jnp.square(rows), axis=1, keepdims=True)
         return gradients | {"w_dec": gradient - along * rows}
 
     return optax.stateless(update)

@@ -88,9 +88,9 @@ class Trainer:
         return config.sparsity_coefficient * jnp.minimum(1.0, (step + 1) / warmup)
 
     def _step(self, state: TrainState, x: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One update from a batch x (B, d_in). A step whose loss or gradient is not finite
-        changes no parameter; unless such steps are to be skipped, neither does any later one,
-        so that the state stays the last good one until the host has seen it."""
+        """One update from a batch x (B, d_in). A step whose loss or gradient is not finite is
+        undone where such steps are to be skipped; otherwise the run ends at the next look at the
+        metrics, and its state with it."""
         dead = state.idle_tokens >= self.config.sae.dead_after_tokens
         coefficient = self._coefficient(state.step)
 
@@ -103,26 +103,21 @@ class Trainer:
         updates, optimizer_state = self._optimizer.update(
             gradients, state.optimizer, state.parameters
         )
-        parameters = optax.apply_updates(state.parameters, updates)
-
+        idle = jnp.where(losses.fired, 0, jnp.minimum(state.idle_tokens, 2**30) + x.shape[0])
         finite = jnp.isfinite(losses.total) & jnp.isfinite(gradient_norm)
         first_time = ~finite & (state.nonfinite_step == _NEVER)
-        nonfinite_step = jnp.where(first_time, state.step, state.nonfinite_step)
-        stopped = self.config.train.on_nonfinite == "stop"
-        good = (nonfinite_step == _NEVER) if stopped else finite
-        idle = jnp.where(losses.fired, 0, jnp.minimum(state.idle_tokens, 2**30) + x.shape[0])
-
-        def keep(new, old):
-            return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
-
         new = TrainState(
-            parameters=keep(parameters, state.parameters),
-            optimizer=keep(optimizer_state, state.optimizer),
-            idle_tokens=keep(idle, state.idle_tokens),
+            parameters=optax.apply_updates(state.parameters, updates),
+            optimizer=optimizer_state,
+            idle_tokens=idle,
             scale=state.scale,
             step=state.step + 1,
-            nonfinite_step=nonfinite_step,
+            nonfinite_step=jnp.where(first_time, state.step, state.nonfinite_step),
         )
+        if self.config.train.on_nonfinite == "skip":
+            counters = {"step": new.step, "nonfinite_step": new.nonfinite_step}
+            unchanged = dataclasses.replace(state, **counters)
+            new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, unchanged)
         mse = losses.mse / state.scale**2
         metrics = {
             "loss": losses.total,
@@ -134,7 +129,7 @@ class Trainer:
             "grad_norm": gradient_norm,
             "lr": self._learning_rate(state.step),
             "sparsity_coefficient": coefficient,
-            "nonfinite_step": nonfinite_step,
+            "nonfinite_step": new.nonfinite_step,
         }
         return new, metrics
 
