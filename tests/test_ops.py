@@ -48,7 +48,7 @@ def dense_reference(x, shift, w_enc, b_enc, w_dec, dead, k, aux_k):
 
 def sparse(x, shift, w_enc, b_enc, w_dec, dead, k, aux_k):
     main, aux = ops.encode_top_k(x, shift, w_enc, b_enc, dead, k, aux_k)
-    return ops.sparse_decode(*main, w_dec), ops.sparse_decode(*aux, w_dec)
+    return ops.sparse_decode(main, aux, dead.any(), w_dec)
 
 
 @pytest.mark.parametrize("dead,k,aux_k", [("none", 4, 6), ("few", 4, 6), ("many", 40, 50)])
@@ -115,6 +115,6 @@ def test_fired_latents(mesh):
     # One shard's slots are what it has; the others' hold nothing.
     values = np.concatenate([values] + [np.zeros_like(values)] * (shards - 1), axis=1)
     indices = np.concatenate([indices % (64 // shards)] * shards, axis=1)
-    code = (jax.device_put(a, jax.P("data", "model")) for a in (values, indices))
-    fired = np.asarray(ops.fired_latents(*code, 64))
+    code = ops.Code(*(jax.device_put(a, jax.P("data", "model")) for a in (values, indices)))
+    fired = np.asarray(ops.fired_latents(code, 64))
     assert np.flatnonzero(fired).tolist() == [14 % (64 // shards)]

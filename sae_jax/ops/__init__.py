@@ -5,10 +5,11 @@ Every operation takes global arrays, says its own collectives, and equals its pl
 """
 
 from sae_jax.ops.dense import relu_autoencode
-from sae_jax.ops.sparse import encode_top_k, fired_latents, sparse_decode
+from sae_jax.ops.sparse import Code, encode_top_k, fired_latents, sparse_decode
 from sae_jax.ops.topk import top_k
 
 __all__ = [
+    "Code",
     "encode_top_k",
     "fired_latents",
     "relu_autoencode",

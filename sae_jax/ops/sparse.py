@@ -102,7 +102,8 @@ def _encode_backward(k, aux_k, compute_dtype, saved, cotangents):
         n = w_enc.shape[1]
         codes = _wanted_codes(d_pre, indices, any_dead)
         d_b = sum(jnp.zeros(n, jnp.float32).at[i].add(d) for d, i, _ in codes)
-        return psum(_rows_gradient(codes, centred, n), "data").T, psum(d_b, "data")
+        terms = [(d, i, centred, wanted) for d, i, wanted in codes]
+        return psum(_rows_gradient(terms, n), "data").T, psum(d_b, "data")
 
     def inputs(w_enc, any_dead, indices, d_pre):
         codes = _wanted_codes(d_pre, indices, any_dead)
@@ -187,49 +188,63 @@ def _wins_globally(values_Bxk):
 
 
 @jax.custom_vjp
-def sparse_decode(values, indices, w_dec):
-    """Sum of the picked decoder rows: (B, d_out) from a code and w_dec (d_sae, d_out).
+def sparse_decode(code: Code, aux: Code | None, any_dead, w_dec):
+    """Sums of the picked decoder rows, w_dec (d_sae, d_out): (B, d_out) for the code, and for
+    the auxiliary code, zero unless `any_dead` (a scalar bool; then it costs nothing), or None.
 
-    One all-reduce over `model`. 2 k d_out FLOPs a token and shard.
+    One all-reduce of each over `model`; 2 k d_out FLOPs a token and shard.
     """
-    return _decode_forward(values, indices, w_dec)[0]
+    return _decode_forward(code, aux, any_dead, w_dec)[0]
 
 
-def _decode_forward(values, indices, w_dec):
-    def local(values, indices, w_dec):
-        return psum(_weighted_rows(values, indices, w_dec), "model")
+def _decode_forward(code, aux, any_dead, w_dec):
+    def local(code, aux, any_dead, w_dec):
+        x_hat = _weighted_rows(*code, w_dec)
+        if aux is None:
+            return psum(x_hat, "model"), None
+        aux_hat = jax.lax.cond(
+            any_dead, lambda: _weighted_rows(*aux, w_dec), lambda: jnp.zeros_like(x_hat)
+        )
+        return psum(x_hat, "model"), psum(aux_hat, "model")
 
-    x_hat = per_shard(local, (CODE, CODE, DECODER), BATCH)(values, indices, w_dec)
-    return x_hat, (values, indices, w_dec)
+    decoded = per_shard(local, (CODE, CODE, P(), DECODER), BATCH)(code, aux, any_dead, w_dec)
+    return decoded, (code, aux, any_dead, w_dec)
 
 
-def _decode_backward(saved, d_x_hat):
-    values, indices, w_dec = saved
+def _decode_backward(saved, cotangents):
+    code, aux, any_dead, w_dec = saved
 
-    def local(values, indices, w_dec, d_x_hat):
-        d_values = _picked_products(d_x_hat, indices, w_dec)
-        codes = [(values, indices, True)]
-        d_w = psum(_rows_gradient(codes, d_x_hat, w_dec.shape[0]), "data")
-        return d_values, d_w
+    def local(code, aux, any_dead, w_dec, d_x_hat, d_aux_hat):
+        n = w_dec.shape[0]
+        d_code = Code(_picked_products(d_x_hat, code.indices, w_dec), None)
+        terms = [(*code, d_x_hat, True)]
+        if aux is None:
+            return d_code, None, psum(_rows_gradient(terms, n), "data")
+        d_aux_values = jax.lax.cond(
+            any_dead,
+            lambda: _picked_products(d_aux_hat, aux.indices, w_dec),
+            lambda: jnp.zeros_like(aux.values),
+        )
+        terms.append((*aux, d_aux_hat, any_dead))
+        return d_code, Code(d_aux_values, None), psum(_rows_gradient(terms, n), "data")
 
-    d_values, d_w = per_shard(local, (CODE, CODE, DECODER, BATCH), (CODE, DECODER))(
-        values, indices, w_dec, d_x_hat
-    )
-    return d_values, None, d_w.astype(w_dec.dtype)
+    specs = (CODE, CODE, P(), DECODER, BATCH, BATCH)
+    d_code, d_aux, d_w = per_shard(local, specs, (CODE, CODE, DECODER))(*saved, *cotangents)
+    return d_code, d_aux, None, d_w.astype(w_dec.dtype)
 
 
 sparse_decode.defvjp(_decode_forward, _decode_backward)
 
 
-def fired_latents(values, indices, d_sae: int):
+def fired_latents(code: Code, d_sae: int):
     """(d_sae,) bool: latents with a positive value anywhere in a code."""
 
-    def local(values, indices):
+    def local(code):
         n = d_sae // shard_count("model")
-        fired = jnp.zeros(n, jnp.int32).at[indices].max((values > 0).astype(jnp.int32))
+        fired = jnp.zeros(n, jnp.int32).at[code.indices].max((code.values > 0).astype(jnp.int32))
         return psum(fired, "data") > 0
 
-    return per_shard(local, (CODE, CODE), PER_LATENT)(values, indices)
+    return per_shard(local, (CODE,), PER_LATENT)(code)
 
 
 # ------------------------------------------------------------------------- on one device
@@ -279,32 +294,29 @@ def _picked_products(g_Bxd, indices_Bxk, w_Nxd):
     return jax.lax.map(products, shaped).reshape(B, k)
 
 
-def _rows_gradient(codes, vectors_Bxd, n: int):
-    """Sum of coefficient * vector of its token into the picked rows: (n, d) float32. `codes`:
-    (coefficients (B, k), indices (B, k), whether they matter, a scalar)."""
-    vectors_Bxd = vectors_Bxd.astype(jnp.float32)
-    total = jnp.zeros((n, vectors_Bxd.shape[1]), jnp.float32)
+def _rows_gradient(terms, n: int):
+    """Sum of coefficient * vector of its token into the picked rows: (n, d) float32. `terms`:
+    (coefficients (B, k), indices (B, k), vectors (B, d), whether the term counts, a scalar)."""
+    total = jnp.zeros((n, terms[0][2].shape[1]), jnp.float32)
 
-    def token_by_token(total, codes, vectors):
-        for coefficients, indices, wanted in codes:
+    def token_by_token(total, terms):
+        for coefficients, indices, vectors, counts in terms:
 
-            def add(b, total, coefficients=coefficients, indices=indices):
-                rows = coefficients[b][:, None] * vectors[b]
+            def add(b, total, coefficients=coefficients, indices=indices, vectors=vectors):
+                rows = coefficients[b][:, None] * vectors[b].astype(jnp.float32)
                 return total.at[indices[b]].add(rows, mode="promise_in_bounds")
 
-            total = jax.lax.fori_loop(0, jnp.where(wanted, len(vectors), 0), add, total)
+            total = jax.lax.fori_loop(0, jnp.where(counts, len(vectors), 0), add, total)
         return total
 
-    def at_once(total, codes, vectors):
-        for coefficients, indices, wanted in codes:
+    def at_once(total, terms):
+        for coefficients, indices, vectors, counts in terms:
 
-            def add(total, coefficients=coefficients, indices=indices):
-                rows = coefficients[:, :, None] * vectors[:, None, :]
+            def add(total, coefficients=coefficients, indices=indices, vectors=vectors):
+                rows = coefficients[:, :, None] * vectors[:, None, :].astype(jnp.float32)
                 return total.at[indices].add(rows, mode="promise_in_bounds")
 
-            total = jax.lax.cond(wanted, add, lambda total: total, total)
+            total = jax.lax.cond(counts, add, lambda total: total, total)
         return total
 
-    return jax.lax.platform_dependent(
-        total, codes, vectors_Bxd, cpu=token_by_token, default=at_once
-    )
+    return jax.lax.platform_dependent(total, terms, cpu=token_by_token, default=at_once)

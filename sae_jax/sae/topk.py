@@ -60,24 +60,22 @@ class TopK(SAE):
         w_dec = self.w_dec[...]
         encoder = (self._input_shift(), self.w_enc[...], self.b_enc[...])
         code, aux_code = ops.encode_top_k(x, *encoder, dead, config.k, config.aux_k, dtype)
-        values = jax.nn.relu(code.values)
-        x_hat = ops.sparse_decode(values, code.indices, w_dec) + self.b_dec[...]
+        code = code._replace(values=jax.nn.relu(code.values))
+        any_dead = dead.any()
+        decoded, error_hat = ops.sparse_decode(code, aux_code, any_dead, w_dec)
+        x_hat = decoded + self.b_dec[...]
         mse = squared_error(x, x_hat)
-        # Nothing is spent on the auxiliary loss while no latent is dead.
-        aux = jax.lax.cond(
-            dead.any(),
-            lambda error: squared_error(error, ops.sparse_decode(*aux_code, w_dec)),
-            lambda error: jnp.zeros(()),
-            jax.lax.stop_gradient(x - x_hat),
-        )
+        error = jax.lax.stop_gradient(x - x_hat)
+        aux = jnp.where(any_dead, squared_error(error, error_hat), 0.0)
+
         norms = jnp.linalg.norm(w_dec, axis=1, keepdims=True)
-        per_token = 1 / x.shape[0]
+        l1, _ = ops.sparse_decode(code, None, None, norms)
         return Losses(
             total=mse + config.aux_coefficient * aux,
             mse=mse,
-            l0=jnp.sum(values > 0) * per_token,
-            l1=jnp.sum(ops.sparse_decode(values, code.indices, norms)) * per_token,
-            fired=ops.fired_latents(values, code.indices, config.d_sae),
+            l0=jnp.sum(code.values > 0) / x.shape[0],
+            l1=jnp.sum(l1) / x.shape[0],
+            fired=ops.fired_latents(code, config.d_sae),
         )
 
     @classmethod
