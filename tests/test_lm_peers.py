@@ -12,7 +12,7 @@ pytestmark = pytest.mark.peers
 @pytest.mark.filterwarnings("ignore")
 def test_random_models_agree_with_transformers(tmp_path, seed):
     pytest.importorskip("transformers")
-    from tests.fixtures.make_lm_fixtures import random_model, reference
+    from fixtures.make_lm_fixtures import random_model, reference
 
     rng = np.random.default_rng(seed)
     family = str(rng.choice(["llama", "mistral", "qwen2"]))
