@@ -69,6 +69,16 @@ def test_loaded_sae_is_the_trained_one(done):
     assert sae.scale == pytest.approx(4 / np.sqrt(np.mean(np.sum(rows**2, axis=1))), rel=0.1)
 
 
+def test_one_checkpoint_of_a_run_loads(done):
+    run, _, _ = done
+    last = sae_jax.load(run).parameters()
+    for step, same in (("30", True), ("20", False)):
+        there = sae_jax.load(run / "checkpoints" / step).parameters()
+        assert np.array_equal(there["w_enc"], last["w_enc"]) == same
+    with pytest.raises(UserError, match=r"no checkpoint of step 25, only of \[20, 30\]"):
+        sae_jax.load(run / "checkpoints" / "25")
+
+
 def test_finished_run_is_not_trained_again(done, monkeypatch):
     run, config, result = done
     monkeypatch.setattr(Trainer, "__init__", None)

@@ -9,13 +9,15 @@ from sae_jax.train import load_sae
 
 
 def load(path) -> SAE:
-    """The SAE at `path`: a run of ours (its last checkpoint), or a folder of SAELens'. UserError
-    where it is neither."""
+    """The SAE at `path`: a run of ours (its last checkpoint), one of its checkpoints
+    (RUN/checkpoints/STEP), or a folder of SAELens'. UserError where it is none of them."""
     path = pathlib.Path(path)
     if is_saelens(path):
         return read_saelens(path)
     if (path / "config.json").is_file():
         return load_sae(path)
+    if path.parent.name == "checkpoints" and path.name.isdecimal():
+        return load_sae(path.parents[1], int(path.name))
     raise UserError(
         f"no SAE at {path}: neither a run (config.json, checkpoints/) nor a SAELens folder "
         "(cfg.json, sae_weights.safetensors)"

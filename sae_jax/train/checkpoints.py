@@ -73,13 +73,18 @@ class Checkpoints:
             ) from error
 
 
-def load_sae(run: pathlib.Path) -> saes.SAE:
-    """The SAE of a run's latest checkpoint, on the default device, without the optimiser."""
+def load_sae(run: pathlib.Path, step: int | None = None) -> saes.SAE:
+    """The SAE of a run's checkpoint at `step`, by default its latest, on the default device and
+    without the optimiser."""
     config = read_config(run)
     with ocp.training.Checkpointer((run / "checkpoints").absolute()) as checkpointer:
-        if checkpointer.latest is None:
+        steps = [checkpoint.step for checkpoint in checkpointer.checkpoints]
+        if not steps:
             raise UserError(f"{run} holds no checkpoint yet; train it first")
-        saved = checkpointer.metadata().metadata
+        step = max(steps) if step is None else step
+        if step not in steps:
+            raise UserError(f"{run} holds no checkpoint of step {step}, only of {steps}")
+        saved = checkpointer.metadata(step).metadata
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         wanted = jax.tree.map(lambda _: ocp.PLACEHOLDER, saved) | {
             name: jax.tree.map(
@@ -88,7 +93,7 @@ def load_sae(run: pathlib.Path) -> saes.SAE:
             )
             for name in ("parameters", "scale")
         }
-        state = checkpointer.load(abstract_state=wanted)
+        state = checkpointer.load(step, abstract_state=wanted)
     return saes.architecture(config.sae)(config.sae, state["parameters"], float(state["scale"]))
 
 
