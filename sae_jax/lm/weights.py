@@ -158,8 +158,8 @@ def save_model(
     directory, config: DecoderConfig, params: dict, dtype=jnp.bfloat16, **fields
 ) -> None:
     """Writes config.json and model.safetensors into an existing directory; `fields` (such as
-    bos_token_id) are added to config.json. Raises FileExistsError rather than
-    overwrite, ValueError for biases of attention that config.json cannot say."""
+    bos_token_id) are added to config.json. Raises FileExistsError rather than overwrite, and
+    ValueError for biases of attention that config.json cannot say."""
     if config.qkv_bias != config.attn_out_bias:
         raise ValueError("qkv_bias and attn_out_bias differ; config.json has one field for both")
     directory = pathlib.Path(directory)
