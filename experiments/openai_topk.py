@@ -8,10 +8,11 @@ Adam's eps 6.25e-10, AuxK with alpha 1/32 (section 2 and appendix A). `:tiny` is
 on a laptop, for the store that `sae-jax demo` leaves in sae_demo/store.
 """
 
-from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig
+from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig, choose
 
 
 def get_config(size: str = "paper") -> Config:
+    choose(size, ("paper", "tiny"), "the size of openai_topk")
     adam = {"schedule": "constant", "eps": 6.25e-10}
     if size == "tiny":
         return Config(

@@ -11,10 +11,11 @@ paper's dictionaries; `:tiny` is the recipe on a laptop, for the store of `sae-j
 
 from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig, choose
 
-SIZES = {"": 131_072, "1m": 2**20, "4m": 2**22, "34m": 2**25}
+SIZES = {"131k": 131_072, "1m": 2**20, "4m": 2**22, "34m": 2**25}
 
 
-def get_config(size: str = "") -> Config:
+def get_config(size: str = "131k") -> Config:
+    choose(size, (*SIZES, "tiny"), "the size of scaling_monosemanticity")
     if size == "tiny":
         return Config(
             sae=SAEConfig(architecture="relu", d_sae=2048, dead_after_tokens=200_000),
@@ -22,9 +23,8 @@ def get_config(size: str = "") -> Config:
             optimizer=OptimizerConfig(learning_rate=1e-3),
             train=TrainConfig(tokens=500_000, log_every=20),
         )
-    d_sae = SIZES[choose(size, SIZES, "the size of scaling_monosemanticity")]
     return Config(
-        sae=SAEConfig(architecture="relu", d_sae=d_sae),
+        sae=SAEConfig(architecture="relu", d_sae=SIZES[size]),
         data=DataConfig(batch_size=4096),
         optimizer=OptimizerConfig(learning_rate=5e-5, schedule="linear_tail", warmup_fraction=0.0),
         train=TrainConfig(tokens=200_000 * 4096),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -186,3 +187,11 @@ def test_mistakes_need_no_device(monkeypatch, capsys):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "sae-jax train: error: sae.k must be a number, not 'x'\n"
+
+
+@pytest.mark.parametrize("name", ["openai_topk", "scaling_monosemanticity"])
+def test_recipe_refuses_a_size_it_does_not_have(name):
+    recipe = f"{pathlib.Path(__file__).parents[1]}/experiments/{name}.py"
+    assert load_file(f"{recipe}:tiny").sae.d_sae < load_file(recipe).sae.d_sae
+    with pytest.raises(UserError, match="did you mean 'tiny'"):
+        load_file(f"{recipe}:tny")
