@@ -227,7 +227,7 @@ def test_nonfinite_rows_are_refused_or_dropped(tmp_path):
         ({"batch_size": 4}, "batch_size is 4, which .* does not divide; use 8"),
         ({"batch_size": 16_000}, "10000 train rows to use, fewer than one batch of 16000"),
         ({"split": "test"}, "split of a stream is 'test'"),
-        ({"site": "mlp"}, "the site of .* is 'mlp'; it must be one of: activations"),
+        ({"sites": "mlp"}, "the site of .* is 'mlp'; it must be one of: activations"),
         ({"seed": -1}, "seed is -1"),
         ({"epochs": 0}, "epochs is 0"),
         ({"holdout_fraction": 1.0}, "holdout_fraction is 1.0"),

@@ -1,4 +1,4 @@
-"""The stream: batches of a site, in an order that is a pure function of (store, seed, step).
+"""The stream: batches of rows, in an order that is a pure function of (store, seed, step).
 
 The order is `order.Order`; this file reads it fast. A window's chunks are read whole, all in
 flight at once, into one of two buffers while batches are gathered from the other: rows read one
@@ -6,11 +6,13 @@ by one, or chunks permuted one by one, are 10 to 100 times slower.
 """
 
 import concurrent.futures
+from collections.abc import Sequence
 
 import grain
 import numpy as np
 
 from sae_jax.activations.order import Order, split_chunks
+from sae_jax.activations.sites import Sites
 from sae_jax.activations.store import NONFINITE, Store
 from sae_jax.config import UserError, choose
 
@@ -18,7 +20,9 @@ SPLITS = ("train", "heldout")
 
 
 class Stream:
-    """Batches (batch_size, width) of one site's rows, in the dtype of the store.
+    """Batches (batch_size, width) of rows, in the dtype of the store. Of several sites ("a,b", or
+    a sequence of names) they are the columns of each, in this order; the rows, and their order,
+    are the same whatever the sites.
 
     Rows with any bit of `Store.excluded` are left out (with `include_excluded`: those that are
     not finite in some site, only), and so are the sequences of the other split. Step s is the
@@ -26,13 +30,13 @@ class Stream:
     windows of about `window_rows` rows in memory, in whole chunks.
 
     UserError if the batch cannot be cut in `virtual_shards`, the split is smaller than a batch,
-    or the site holds NaN or infinity (unless `drop_nonfinite`).
+    a site is unknown, named twice, or holds NaN or infinity (unless `drop_nonfinite`).
     """
 
     def __init__(
         self,
         store: Store,
-        site: str = "",
+        sites: str | Sequence[str] = "",
         *,
         batch_size: int,
         seed: int = 0,
@@ -45,19 +49,23 @@ class Stream:
         drop_nonfinite: bool = False,
     ):
         self.store = store
-        self.site = store.resolve_site(site)
+        self.sites = Sites(store, sites)
         self.batch_size = batch_size
         choose(split, SPLITS, "the split of a stream")
         _check_numbers(batch_size, virtual_shards, window_rows, epochs, seed, holdout_fraction)
-        meta = store.meta.sites[self.site]
-        if meta.nonfinite_rows and not drop_nonfinite:
-            raise UserError(
-                f"{meta.nonfinite_rows} rows of site {self.site} in {store.path} hold NaN or "
-                "infinity; set data.drop_nonfinite=true to leave them out"
-            )
-        self.width = meta.width
-        self.mean = np.asarray(meta.mean)
-        self.mean_squared_norm = meta.mean_squared_norm
+        for name in self.sites.names:
+            nonfinite = store.meta.sites[name].nonfinite_rows
+            if nonfinite and not drop_nonfinite:
+                raise UserError(
+                    f"{nonfinite} rows of site {name} in {store.path} hold NaN or infinity; "
+                    "set data.drop_nonfinite=true to leave them out"
+                )
+        self.site_names = self.sites.names
+        self.site_widths = self.sites.widths
+        self.site_mean_squared_norms = self.sites.mean_squared_norms
+        self.mean_squared_norm = sum(self.site_mean_squared_norms)
+        self.width = self.sites.width
+        self.mean = self.sites.mean
         self._excluding = np.uint8(NONFINITE if include_excluded else 0xFF)
         chunks = split_chunks(store.meta.num_chunks, holdout_fraction, split)
         usable = store.usable_rows[chunks, 1 if include_excluded else 0]
@@ -76,7 +84,8 @@ class Stream:
             window_rows=window_rows,
             seed=seed,
         )
-        self.num_steps = epochs * self.order.steps_per_epoch
+        self.steps_per_epoch = self.order.steps_per_epoch
+        self.num_steps = epochs * self.steps_per_epoch
 
     def batch_rows(self, step: int) -> np.ndarray:
         """Store rows (batch_size,) int64 of a step."""
@@ -87,7 +96,11 @@ class Stream:
 
     def read(self, step: int) -> np.ndarray:
         """The batch (batch_size, width) of a step, row by row: slow, needs no window."""
-        return self.store.site(self.site)[self.batch_rows(step)].read().result()
+        return self.read_rows(self.batch_rows(step))
+
+    def read_rows(self, ids) -> np.ndarray:
+        """Rows (n, width) of store rows `ids` (n,), as `batch_rows` gives them, in any order."""
+        return self.sites.read_rows(ids)
 
     def dataset(self, start_step: int = 0, rows=slice(None)) -> grain.IterDataset:
         """Batches from `start_step` to the last as a grain dataset. `rows`: the slice of the
@@ -189,7 +202,7 @@ class _WindowReader:
         needed[chunk] = True
         chunks = np.flatnonzero(needed)
         buffer = self._buffer(len(chunks))
-        store.read_chunks(stream.site, chunks, buffer)
+        stream.sites.read_chunks(chunks, buffer)
         moved = (np.cumsum(needed) - 1 - np.arange(len(needed))) * store.meta.chunk_rows
         return first, buffer.reshape(-1, stream.width), rows + moved[chunk]
 
@@ -198,9 +211,9 @@ class _WindowReader:
         memory that was touched before is filled several times faster than new pages."""
         free, in_use = self._buffers
         if free is None or len(free) < chunks:
-            store = self._stream.store
-            dtype = store.site(self._stream.site).dtype.numpy_dtype
-            free = np.empty((chunks, store.meta.chunk_rows, self._stream.width), dtype)
+            stream = self._stream
+            shape = (chunks, stream.store.meta.chunk_rows, stream.width)
+            free = np.empty(shape, stream.sites.dtype)
         self._buffers = [in_use, free]
         return free[:chunks]
 

@@ -281,8 +281,11 @@ def _check_sites(sites: dict[str, int]) -> None:
     if not sites:
         raise UserError("a store needs at least one site")
     for name, width in sites.items():
-        if not name or "/" in name or name.startswith("."):
-            raise UserError(f"{name!r} cannot name a site: it names a directory of the store")
+        if not name or "/" in name or "," in name or name.startswith("."):
+            raise UserError(
+                f"{name!r} cannot name a site: it names a directory of the store, and commas "
+                "separate sites"
+            )
         if width < 1:
             raise UserError(f"site {name} has width {width}")
 

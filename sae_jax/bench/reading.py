@@ -64,7 +64,7 @@ def measure_reading(
 
 
 def _measure(stream: Stream, rounds: int, cold: bool) -> dict:
-    files = sorted(pathlib.Path(stream.store.path, "sites", stream.site).glob("c/*/*"))
+    files = sorted(pathlib.Path(stream.store.path, "sites", *stream.site_names).glob("c/*/*"))
     batches = stream.batches()
     passes = {
         "stream": lambda: (batch.nbytes for batch in batches),

@@ -1,0 +1,52 @@
+"""Some sites of a store side by side: the columns of the first, then those of the second, ..."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from sae_jax.activations.store import Store
+from sae_jax.config import UserError
+
+
+class Sites:
+    """Sites of a store, read as one matrix of `width` columns.
+
+    names: "a", or "a,b" for several in this order, or a sequence of names; "" stands for the
+    store's only site. Several sites of different dtypes are read as float32. UserError for a site
+    that the store does not have, or that is named twice.
+    """
+
+    def __init__(self, store: Store, names: str | Sequence[str] = ""):
+        names = names.split(",") if isinstance(names, str) else names
+        self.store = store
+        self.names = tuple(store.resolve_site(name.strip()) for name in names)
+        for name in self.names:
+            if self.names.count(name) > 1:
+                raise UserError(
+                    f"site {name} of {store.path} is named twice in {','.join(self.names)}; "
+                    "name each site once"
+                )
+        metas = [store.meta.sites[name] for name in self.names]
+        self.widths = tuple(meta.width for meta in metas)
+        self.width = sum(self.widths)
+        dtypes = {store.site(name).dtype.numpy_dtype for name in self.names}
+        self.dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+        self.mean = np.concatenate([np.asarray(meta.mean) for meta in metas])  # (width,)
+        self.mean_squared_norms = tuple(meta.mean_squared_norm for meta in metas)
+
+    def read_chunks(self, chunks, out: np.ndarray) -> None:
+        """Reads whole chunks into out[i] (chunk_rows, width), each site straight into its own
+        columns. Rows of `out` beyond the store's end are left as they are."""
+        for name, columns in zip(self.names, self._columns(), strict=True):
+            self.store.read_chunks(name, chunks, out[..., columns])
+
+    def read_rows(self, ids) -> np.ndarray:
+        """Store rows `ids` (n,), in any order: (n, width). A slow path for a few rows."""
+        out = np.empty((len(ids), self.width), self.dtype)
+        for name, columns in zip(self.names, self._columns(), strict=True):
+            out[:, columns] = self.store.site(name)[ids].read().result()
+        return out
+
+    def _columns(self) -> list[slice]:
+        stops = np.cumsum(self.widths)
+        return [slice(stop - width, stop) for stop, width in zip(stops, self.widths, strict=True)]
