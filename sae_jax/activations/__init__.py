@@ -1,9 +1,22 @@
-"""Where data comes from: the store of activations and the stream (order) of batches."""
+"""Where data comes from: stores of activations, synthetic worlds, and their streams of batches."""
 
 from sae_jax.activations.from_arrays import write_store
+from sae_jax.activations.opening import is_world, open_stream, open_world
 from sae_jax.activations.sites import Sites
 from sae_jax.activations.store import Store
 from sae_jax.activations.stream import Stream
+from sae_jax.activations.synthetic import World, WorldStream
 from sae_jax.activations.writer import StoreWriter
 
-__all__ = ["Sites", "Store", "StoreWriter", "Stream", "write_store"]
+__all__ = [
+    "Sites",
+    "Store",
+    "StoreWriter",
+    "Stream",
+    "World",
+    "WorldStream",
+    "is_world",
+    "open_stream",
+    "open_world",
+    "write_store",
+]

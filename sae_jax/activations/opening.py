@@ -1,0 +1,53 @@
+"""One door to every kind of data: a config's stream, of a store or of a synthetic world."""
+
+import functools
+
+from sae_jax.activations.store import Store
+from sae_jax.activations.stream import Stream
+from sae_jax.activations.synthetic import PREFIX, World, WorldStream
+from sae_jax.config import DataConfig, UserError
+
+
+def open_stream(
+    data: DataConfig, split: str = "train", batch_size: int | None = None
+) -> Stream | WorldStream:
+    """The batches that `data` describes, of its site or sites and then its target site. split:
+    "train" or "heldout"; batch_size: another than data.batch_size. UserError for a store, site or
+    setting that does not fit.
+
+    Of a world the data's seed, sites and batch size matter: it has no chunks to hold out or to
+    shuffle, and never ends."""
+    batch_size = batch_size or data.batch_size
+    sites = f"{data.site},{data.target_site}" if data.target_site else data.site
+    if is_world(data.store):
+        if data.epochs != 1:
+            raise UserError(
+                f"data.epochs is {data.epochs}, but a world's rows never end or come again; "
+                "leave it at 1"
+            )
+        world = open_world(data.store)
+        return WorldStream(world, sites, batch_size=batch_size, seed=data.seed, split=split)
+    return Stream(
+        Store.open(data.store),
+        sites,
+        batch_size=batch_size,
+        seed=data.seed,
+        split=split,
+        holdout_fraction=data.holdout_fraction,
+        epochs=data.epochs,
+        virtual_shards=data.virtual_shards,
+        window_rows=data.window_rows,
+        include_excluded=data.include_excluded,
+        drop_nonfinite=data.drop_nonfinite,
+    )
+
+
+def is_world(store: str) -> bool:
+    """Whether `store`, as in a config, names a synthetic world and no directory."""
+    return store.startswith(PREFIX)
+
+
+@functools.lru_cache(maxsize=4)
+def open_world(spec: str) -> World:
+    """`World(spec)`, made once: every stream of a process shares it."""
+    return World(spec)

@@ -1,0 +1,101 @@
+"""Random numbers, directions and firings of synthetic worlds.
+
+Everything comes from the words of Philox, keyed by the world and counted by the block of rows, so
+that any process makes any block alone. Of NumPy's random numbers only these words are fixed for
+ever (`order.permutation`), so uniforms and normals are made of them here.
+"""
+
+import numpy as np
+import scipy.special
+
+_VERSION = 1  # raise it when the same seed would give another world
+DICTIONARY, OFFSET, MAGNITUDES, LOADINGS, ROWS = range(5)  # what random numbers are for
+
+
+class Numbers:
+    """The random numbers of (world's seed, purpose, index), drawn in order."""
+
+    def __init__(self, seed: int, purpose: int, index: int):
+        key = np.array([seed, _VERSION], np.uint64)
+        counter = np.array([0, 0, purpose, index], np.uint64)
+        self._philox = np.random.Philox(key=key, counter=counter)
+
+    def uniform(self, count: int) -> np.ndarray:
+        """(count,) float64, above 0 and below 1."""
+        words = self._philox.random_raw(count)
+        return ((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+
+    def normal(self, count: int) -> np.ndarray:
+        """(count,) float64, by Box and Muller."""
+        half = (count + 1) // 2
+        radius = np.sqrt(-2 * np.log(self.uniform(half)))
+        angle = 2 * np.pi * self.uniform(half)
+        return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
+
+
+def bernoulli(numbers: Numbers, rates: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """(row, feature) of every firing when feature i fires on each of `rows` rows independently
+    with probability rates[i], 0 < rate <= 1. Draws the gaps between firings, which are
+    geometric, so that the work is that of the firings and not of rows times features."""
+    expected = rows * rates
+    draws = np.ceil(expected + 4 * np.sqrt(expected) + 2).astype(np.int64)  # rarely too few
+    with np.errstate(divide="ignore"):
+        log_silent = np.log1p(-rates)
+    found_rows, found_features = [], []
+    features, last = np.arange(len(rates)), np.full(len(rates), -1)
+    while len(features):
+        count = draws[features]
+        feature = np.repeat(features, count)
+        gap = np.log(numbers.uniform(len(feature))) / log_silent[feature]
+        row = np.cumsum(1 + np.minimum(gap, rows).astype(np.int64))
+        ends = np.cumsum(count)
+        before = np.concatenate([[0], row[ends[:-1] - 1]])  # the sum over features before
+        row += np.repeat(last - before, count)
+        inside = row < rows
+        found_rows.append(row[inside])
+        found_features.append(feature[inside])
+        unfinished = inside[ends - 1]
+        features, last = features[unfinished], row[ends - 1][unfinished]
+    return np.concatenate(found_rows), np.concatenate(found_features)
+
+
+def unit_rows(numbers: Numbers, rows: int, width: int) -> np.ndarray:
+    """(rows, width) float64 of norm 1, in directions uniform over the sphere."""
+    x = numbers.normal(rows * width).reshape(rows, width)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def nearly_orthogonal(numbers: Numbers, rows: int, width: int, iterations: int) -> np.ndarray:
+    """(rows, width) float64 of norm 1 with the least sum of squared cosines between rows: what
+    SynthSAEBench's orthogonalisation (arXiv:2602.14687) descends to by gradient. The least sum is
+    that of orthonormal rows, or of a tight frame where rows > width; each iteration goes to the
+    nearest such matrix and back to rows of norm 1 (Tropp et al. 2005, "Designing structured tight
+    frames via an alternating projection method"). With `iterations` 0 the rows are random."""
+    x = unit_rows(numbers, rows, width)
+    for _ in range(iterations):
+        if rows > width:
+            values, vectors = np.linalg.eigh(x.T @ x)
+            x = x @ (vectors / np.sqrt(values)) @ vectors.T
+        else:
+            values, vectors = np.linalg.eigh(x @ x.T)
+            x = (vectors / np.sqrt(values)) @ (vectors.T @ x)
+        x /= np.linalg.norm(x, axis=1, keepdims=True)
+    return x
+
+
+def correlated_bernoulli(
+    numbers: Numbers, rates: np.ndarray, loadings: np.ndarray, rows: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `bernoulli`, but feature i fires on a row where loadings[i] . factors + noise is below
+    its quantile of rates[i], factors (rank,) standard normal and shared by the row's features,
+    the noise such that the sum is standard normal (a Gaussian copula of low rank). Firings are
+    proposed at each feature's highest rate over the rows, then thinned to the row's rate."""
+    factors = numbers.normal(rows * loadings.shape[1]).reshape(rows, -1)
+    noise = np.sqrt(1 - np.sum(loadings**2, axis=1))
+    quantile = scipy.special.ndtri(rates) / noise
+    shifts = (factors @ (loadings / noise[:, None]).T).astype(np.float32)  # (rows, features)
+    highest = scipy.special.ndtr(quantile - shifts.min(axis=0))
+    row, feature = bernoulli(numbers, highest, rows)
+    rate = scipy.special.ndtr(quantile[feature] - shifts[row, feature])
+    kept = numbers.uniform(len(row)) * highest[feature] < rate
+    return row[kept], feature[kept]

@@ -1,0 +1,85 @@
+"""The stream of a world's rows: the same interface as a store's, without an end."""
+
+import grain
+import numpy as np
+
+from sae_jax.activations.stream import SPLITS
+from sae_jax.activations.synthetic.world import World
+from sae_jax.config import UserError, choose
+
+_ROWS = 2**36  # rows of the held-out split, and of the training split for each seed
+_SEEDS = 2**26 - 1
+
+
+class WorldStream:
+    """Batches (batch_size, width) float32 of a world's sites, "a" or "a,b" side by side.
+
+    Row ids: the held-out rows are the first 2^36, the same for every seed; those to train on with
+    a seed are 2^36 of its own. Step s takes the next batch_size of them. UserError for a site that
+    the world does not have, and for a seed of 2^26 or more.
+    """
+
+    def __init__(
+        self, world: World, sites: str = "", *, batch_size: int, seed: int = 0, split: str = "train"
+    ):
+        choose(split, SPLITS, "the split of a stream")
+        if batch_size < 1:
+            raise UserError(f"data.batch_size is {batch_size}; it must be at least 1")
+        if not 0 <= seed < _SEEDS:
+            raise UserError(f"data.seed is {seed}; for a world it must be from 0 to {_SEEDS - 1}")
+        self.world = world
+        self.batch_size = batch_size
+        self.site_names = _choose_sites(world, sites)
+        self._sites = [world.site_names.index(name) for name in self.site_names]
+        self.site_widths = tuple(world.site_widths[site] for site in self._sites)
+        self.width = sum(self.site_widths)
+        means = [world.mean(site) for site in self._sites]
+        self.mean = np.concatenate(means)
+        self.site_mean_squared_norms = tuple(
+            world.variances[site] + float(np.sum(mean**2))
+            for site, mean in zip(self._sites, means, strict=True)
+        )
+        self.features = np.concatenate([world.features[site] for site in self._sites], axis=1)
+        self._first_row = _ROWS * (seed + 1) if split == "train" else 0
+        self.num_steps = self.steps_per_epoch = _ROWS // batch_size
+        self.rows_per_epoch = self.num_steps * batch_size
+
+    def batch_rows(self, step: int) -> np.ndarray:
+        """Ids (batch_size,) int64 of the rows of a step."""
+        if not 0 <= step < self.num_steps:
+            raise UserError(f"step {step} is not one of the stream's {self.num_steps} steps")
+        return self._first_row + step * self.batch_size + np.arange(self.batch_size)
+
+    def read(self, step: int) -> np.ndarray:
+        """The batch (batch_size, width) of a step."""
+        return self.read_rows(self.batch_rows(step))
+
+    def read_rows(self, ids) -> np.ndarray:
+        """Rows (n, width) of `ids` (n,), in any order."""
+        return self.world.render(self.world.activations(ids), self._sites)
+
+    def dataset(self, start_step: int = 0, rows=slice(None)) -> grain.MapDataset:
+        """Batches from `start_step` on as a grain dataset; `rows`: the slice of the batch, or a
+        list of slices, that this process needs."""
+        slices = [rows] if isinstance(rows, slice) else rows
+        places = np.concatenate([np.arange(self.batch_size)[part] for part in slices])
+        steps = grain.MapDataset.range(start_step, self.num_steps)
+        return steps.map(lambda step: self.read_rows(self.batch_rows(step)[places]))
+
+    def batches(self, start_step: int = 0, rows=slice(None), prefetch: int = 2):
+        """Iterator over `dataset(start_step, rows)` with `prefetch` batches ready in advance."""
+        options = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
+        return iter(self.dataset(start_step, rows).to_iter_dataset(options))
+
+
+def _choose_sites(world: World, sites: str) -> tuple[str, ...]:
+    if not sites and len(world.site_names) > 1:
+        raise UserError(
+            f"{world.spec} has the sites {', '.join(world.site_names)}; choose with data.site"
+        )
+    names = tuple(name.strip() for name in sites.split(",")) if sites else world.site_names
+    for name in names:
+        choose(name, world.site_names, f"the site of {world.spec}")
+        if names.count(name) > 1:
+            raise UserError(f"data.site names {name} twice; name each site once")
+    return names
