@@ -103,6 +103,10 @@ def test_directions():
     many = World("world:superposition,width=20,features=90").features[0]
     least = 90**2 / 20  # of the sum of squared cosines (Benedetto and Fickus 2003)
     assert np.sum((many @ many.T) ** 2) == pytest.approx(least, rel=1e-3)
+    curved = World("world:manifolds,width=10,features=12,dims=3").features[0].reshape(12, 3, 10)
+    np.testing.assert_allclose(
+        curved @ curved.swapaxes(1, 2), np.tile(np.eye(3), (12, 1, 1)), atol=1e-6
+    )
     random = World("world:superposition,width=20,features=90,orthogonalise=0").features[0]
     assert np.sum((random @ random.T) ** 2) > 1.1 * least
 
@@ -242,6 +246,7 @@ def test_open_stream_opens_worlds_and_stores(tmp_path):
         ("world:superposition,roots=9,depth=3", "765 features in its trees"),
         ("world:superposition,correlation_rank=100", "leaves features no variance"),
         ("world:manifolds,dims=1", "dims of 2 or more"),
+        ("world:manifolds,dims=65", "dims=65 needs a width of as many, not width=64"),
     ],
 )
 def test_a_bad_spec_is_refused_by_name(spec, complaint):

@@ -156,7 +156,8 @@ class Manifolds:
     """Features that are circles (dims=2) or spheres in subspaces of their own: a feature that
     fires puts a point uniform over its sphere of `radius`; p_i = rate * i^-(1 + alpha) (Michaud,
     Gorton and McGrath 2025, the toy of "scaling laws of SAEs and feature manifolds"). The
-    subspaces are orthogonal where features * dims <= width, else nearly so."""
+    subspaces are orthogonal where features * dims <= width, else nearly so; the directions of one
+    feature always are."""
 
     width: int = 64
     features: int = 32
@@ -175,12 +176,19 @@ class Manifolds:
                 f"a world of manifolds needs dims of 2 or more, not dims={self.dims}; for "
                 "features along one direction use world:orthonormal or world:superposition"
             )
+        if self.dims > self.width:
+            raise UserError(
+                f"a world of manifolds with dims={self.dims} needs a width of as many, not "
+                f"width={self.width}"
+            )
         radius = np.full(self.features, self.radius)
         return Features(_power_law(self), radius, np.zeros(self.features), self.dims)
 
     def directions(self, numbers: sampling.Numbers) -> np.ndarray:
         count = self.features * self.dims
-        return sampling.nearly_orthogonal(numbers, count, self.width, self.orthogonalise)
+        near = sampling.nearly_orthogonal(numbers, count, self.width, self.orthogonalise)
+        spans = near.reshape(self.features, self.dims, self.width).swapaxes(1, 2)
+        return np.linalg.qr(spans)[0].swapaxes(1, 2).reshape(count, self.width)
 
 
 KINDS = {"orthonormal": Orthonormal, "superposition": Superposition, "manifolds": Manifolds}

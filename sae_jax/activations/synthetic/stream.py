@@ -40,7 +40,7 @@ class WorldStream:
             for site, mean in zip(self._sites, means, strict=True)
         )
         self.features = np.concatenate([world.features[site] for site in self._sites], axis=1)
-        self._first_row = _ROWS * (seed + 1) if split == "train" else 0
+        self.first_row = _ROWS * (seed + 1) if split == "train" else 0
         self.num_steps = self.steps_per_epoch = _ROWS // batch_size
         self.rows_per_epoch = self.num_steps * batch_size
 
@@ -48,7 +48,7 @@ class WorldStream:
         """Ids (batch_size,) int64 of the rows of a step."""
         if not 0 <= step < self.num_steps:
             raise UserError(f"step {step} is not one of the stream's {self.num_steps} steps")
-        return self._first_row + step * self.batch_size + np.arange(self.batch_size)
+        return self.first_row + step * self.batch_size + np.arange(self.batch_size)
 
     def read(self, step: int) -> np.ndarray:
         """The batch (batch_size, width) of a step."""

@@ -102,6 +102,10 @@ class World:
                 totals[site] += np.sum((self.render(activations, [site]) - mean) ** 2)
         return tuple((totals / _MOMENT_ROWS).tolist())
 
+    @property
+    def has_optimum(self) -> bool:
+        return isinstance(self.settings, kinds.Orthonormal)
+
     def optimal_mse(self, n: int, rows: scipy.sparse.csr_array | None = None) -> float:
         """The least E||x - x_hat||^2 of any decoder of n latents, for one site of a world of
         orthonormal features: whatever the latents, x_hat lies in an affine space of dimension n,
@@ -112,7 +116,7 @@ class World:
         leaves, sum_i (z_i a_i - E z_i a_i)^2 over the features that it has no latent for: rare
         features make a sample's figure differ from the population's by several percent. UserError
         for a world without closed form."""
-        if not isinstance(self.settings, kinds.Orthonormal):
+        if not self.has_optimum:
             raise UserError(
                 f"the best error is known for world:orthonormal, not for {self.spec!r}: with more "
                 "features than dimensions, or curved ones, there is no closed form"

@@ -1,0 +1,248 @@
+"""How much of a world's true features an SAE has found.
+
+With G features, N latents, cos(i, j) between feature i and decoder row j (both of all sites where
+there are several), "fires" for above zero, and every mean over all rows:
+
+    mmcs          mean over features of max_j cos(i, j) (Sharkey et al. 2022, "Taking features out
+                  of superposition with sparse autoencoders")
+    mcc           mean of |cos| over pairs of the one-to-one matching, of min(G, N) pairs, that
+                  makes it largest (Hungarian; Song et al. 2025, arXiv:2505.20254)
+    matched_correlation
+                  mean, over pairs of the matching that makes it largest, of Pearson's correlation
+                  between the magnitude of a feature and the activation of a latent; 0 where one of
+                  them is constant
+    uniqueness    how many features are the best (largest |cos|) of some latent, over N
+    precision     mean over latents of: part of the rows with the latent on which have its best
+                  feature on; 0 for a dead latent
+    recall        mean over latents of: part of the rows with its best feature on which have the
+                  latent on
+    f1            mean over latents of the harmonic mean of its precision and recall
+    shrinkage     mean of activation / magnitude over (row, latent) with the latent and its best
+                  feature on; below 1: shrunk
+    dead_fraction latents that never fire
+
+mcc, uniqueness, precision, recall and f1 are SynthSAEBench's (arXiv:2602.14687), whose code also
+takes |cos|; its shrinkage is another, the ratio of norms that `metrics` has. An activation is the
+length that its latent adds to the reconstruction, as in `metrics`. Where a feature spans several
+directions (a manifold), cos is the length of the unit decoder row's projection on their span.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.optimize
+import scipy.sparse
+
+from sae_jax.evaluate.progress import progress
+from sae_jax.evaluate.sources import pad_rows
+from sae_jax.evaluate.worlds import WorldRows
+from sae_jax.sae import SAE
+
+_LATENTS = 2**24  # elements of one batch's dense latents
+_NONE = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Recovery:
+    """scalars by the names above; `features` and `latents` hold arrays (G,) and (N,) by name.
+
+    features: `rate` (part of the rows with it on), `cosine` (max_j cos), `match` (its latent in
+    mcc's matching, -1 for none), and with that latent `f1`, `magnitude` and `activation` (means
+    over the rows with both on; NaN without)
+    latents: `best` (feature of the largest |cos|), `cosine` (that |cos|), `precision`, `recall`,
+    `f1`, `density`
+    """
+
+    rows: int
+    scalars: dict[str, float]
+    features: dict[str, np.ndarray]
+    latents: dict[str, np.ndarray]
+
+
+def measure_recovery(sae: SAE, source: WorldRows) -> Recovery:
+    """Recovery of the world's features at the sites that `sae` reconstructs, on the source's
+    rows. Takes 16 bytes for each pair of feature and latent."""
+    features = np.asarray(sae.split(source.stream.features)[1])
+    decoder = np.asarray(sae.w_dec[...] / sae.target_scale)
+    meter = RecoveryMeter(features, decoder, source.world.dims)
+    norms = jnp.linalg.norm(decoder, axis=1)
+    size = min(max(128, _LATENTS // len(decoder)), 8192)
+    what = f"looking for {source.world.num_features:,} features in {len(decoder):,} latents"
+    for ids in progress(source.ids(size), what, source.num_batches(size)):
+        activations = source.world.activations(ids)
+        rows = pad_rows(source.stream.read_rows(ids), size)
+        latents = np.asarray(_activations(sae, rows, norms))[: len(ids)]
+        meter.add(source.world.magnitudes(activations), latents)
+    return meter.finish()
+
+
+@jax.jit
+def _activations(sae: SAE, rows: jax.Array, norms: jax.Array) -> jax.Array:
+    return sae.encode(sae.split(rows)[0]) * norms
+
+
+class RecoveryMeter:
+    """Recovery from batches, of any SAE given as arrays.
+
+    features_GxD: true directions, `dims` orthonormal rows for each feature. decoder_NxD: decoder
+    rows in the same columns. `add` batches, then `finish`."""
+
+    def __init__(self, features_GxD: np.ndarray, decoder_NxD: np.ndarray, dims: int = 1):
+        norms = np.linalg.norm(features_GxD, axis=1)
+        self._norms = norms[::dims]  # sqrt(sites) where several sites show a feature
+        self._cosines = _cosines(features_GxD / norms[:, None], decoder_NxD, dims)
+        size = np.abs(self._cosines)
+        self._best = size.argmax(axis=0)
+        self._best_cosine = size.max(axis=0)
+        self._match = _assign(size)
+        G, N = size.shape
+        self._rows = 0
+        self._sums = _Sums.zeros(G), _Sums.zeros(N)  # of features, of latents
+        self._cross = np.zeros((G, N), np.float32)  # sum of magnitude * activation
+        self._by_latent = _Pairs.zeros(N)  # with its best feature
+        self._by_feature = _Pairs.zeros(G)  # with its matched latent
+
+    def add(self, magnitudes, latents) -> None:
+        """magnitudes (B, G): of each feature on each row, 0 where it is off; latents (B, N), times
+        the norm of their decoder rows. Sparse or dense."""
+        true = scipy.sparse.csr_array(magnitudes) * self._norms
+        found = scipy.sparse.csr_array(latents)
+        self._rows += true.shape[0]
+        for sums, x in zip(self._sums, (true, found), strict=True):
+            sums.add(x)
+        cross = (true.T @ found).tocoo()
+        self._cross[cross.coords] += cross.data
+        self._by_latent.add(true[:, self._best], found)
+        matched = self._match != _NONE
+        latent = np.where(matched, self._match, 0)
+        self._by_feature.add(true, found[:, latent])
+
+    def finish(self) -> Recovery:
+        true, found = self._sums
+        correlation = self._correlation()
+        partner = _assign(correlation)
+        paired = np.flatnonzero(partner != _NONE)
+        matched = np.flatnonzero(self._match != _NONE)
+        precision, recall, f1 = self._by_latent.scores(true.on[self._best], found.on)
+        on_both = self._by_latent.both
+        scalars = {
+            "mmcs": self._cosines.max(axis=1).mean(),
+            "mcc": np.abs(self._cosines[matched, self._match[matched]]).mean(),
+            "matched_correlation": correlation[paired, partner[paired]].mean(),
+            "uniqueness": len(np.unique(self._best)) / len(self._best),
+            "precision": precision.mean(),
+            "recall": recall.mean(),
+            "f1": f1.mean(),
+            "shrinkage": _ratio(self._by_latent.ratio.sum(), on_both.sum(), np.nan),
+            "dead_fraction": np.mean(found.on == 0),
+        }
+        without = self._match == _NONE
+        pairs = self._by_feature
+        matched_f1 = pairs.scores(true.on, found.on[self._match])[2]
+        return Recovery(
+            rows=self._rows,
+            scalars={name: float(value) for name, value in scalars.items()},
+            features={
+                "rate": true.on / self._rows,
+                "cosine": self._cosines.max(axis=1),
+                "match": self._match,
+                "f1": np.where(without, np.nan, matched_f1),
+                "magnitude": np.where(without, np.nan, _ratio(pairs.true, pairs.both, np.nan)),
+                "activation": np.where(without, np.nan, _ratio(pairs.found, pairs.both, np.nan)),
+            },
+            latents={
+                "best": self._best,
+                "cosine": self._best_cosine,
+                "precision": precision,
+                "recall": recall,
+                "f1": f1,
+                "density": found.on / self._rows,
+            },
+        )
+
+    def _correlation(self) -> np.ndarray:
+        """(G, N) float32: Pearson's, 0 where one side is constant."""
+        n = self._rows
+        deviations = [
+            np.sqrt(np.maximum(s.squared / n - (s.total / n) ** 2, 0)) for s in self._sums
+        ]
+        means = [(s.total / n).astype(np.float32) for s in self._sums]
+        inverse = [_ratio(1.0, d, 0.0).astype(np.float32) for d in deviations]
+        covariance = self._cross / np.float32(n)
+        covariance -= means[0][:, None] * means[1]
+        covariance *= inverse[0][:, None]
+        covariance *= inverse[1]
+        return covariance
+
+
+@dataclasses.dataclass
+class _Sums:
+    """Over rows, for each column: rows where it is on, sum, sum of squares."""
+
+    on: np.ndarray
+    total: np.ndarray
+    squared: np.ndarray
+
+    @classmethod
+    def zeros(cls, n: int) -> "_Sums":
+        return cls(*np.zeros((3, n)))
+
+    def add(self, x: scipy.sparse.csr_array) -> None:
+        self.on += (x > 0).sum(axis=0)
+        self.total += x.sum(axis=0, dtype=np.float64)
+        self.squared += x.multiply(x).sum(axis=0, dtype=np.float64)
+
+
+@dataclasses.dataclass
+class _Pairs:
+    """Over rows where both of a pair are on: their number, the sums of the true magnitude, of the
+    activation, and of activation / magnitude."""
+
+    both: np.ndarray
+    true: np.ndarray
+    found: np.ndarray
+    ratio: np.ndarray
+
+    @classmethod
+    def zeros(cls, n: int) -> "_Pairs":
+        return cls(*np.zeros((4, n)))
+
+    def add(self, true: scipy.sparse.csr_array, found: scipy.sparse.csr_array) -> None:
+        true_on, found_on = true > 0, found > 0
+        inverse = true.copy()
+        inverse.data = 1 / inverse.data
+        self.both += true_on.multiply(found_on).sum(axis=0)
+        self.true += true.multiply(found_on).sum(axis=0, dtype=np.float64)
+        self.found += found.multiply(true_on).sum(axis=0, dtype=np.float64)
+        self.ratio += found.multiply(inverse).sum(axis=0, dtype=np.float64)
+
+    def scores(self, true_on: np.ndarray, found_on: np.ndarray):
+        """(precision, recall, f1) of each pair, 0 where undefined."""
+        precision = _ratio(self.both, found_on, 0.0)
+        recall = _ratio(self.both, true_on, 0.0)
+        return precision, recall, _ratio(2 * precision * recall, precision + recall, 0.0)
+
+
+def _cosines(features_GxD: np.ndarray, decoder_NxD: np.ndarray, dims: int) -> np.ndarray:
+    """(G / dims, N) float32; 0 for a decoder row of norm 0."""
+    norms = np.linalg.norm(decoder_NxD, axis=1, keepdims=True)
+    decoder = decoder_NxD / np.where(norms > 0, norms, 1)
+    cosines = features_GxD.astype(np.float32) @ decoder.astype(np.float32).T
+    if dims == 1:
+        return cosines
+    return np.linalg.norm(cosines.reshape(-1, dims, len(decoder)), axis=1)
+
+
+def _assign(score_GxN: np.ndarray) -> np.ndarray:
+    """(G,): the latent of each feature in the one-to-one matching of the largest sum; -1: none."""
+    match = np.full(len(score_GxN), _NONE)
+    rows, columns = scipy.optimize.linear_sum_assignment(score_GxN, maximize=True)
+    match[rows] = columns
+    return match
+
+
+def _ratio(a, b, otherwise: float):
+    """a / b, and `otherwise` where b is 0."""
+    return np.where(b == 0, otherwise, a / np.where(b == 0, 1, b))
