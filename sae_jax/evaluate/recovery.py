@@ -60,6 +60,20 @@ class Recovery:
     features: dict[str, np.ndarray]
     latents: dict[str, np.ndarray]
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """ "features/NAME" and "latents/NAME"."""
+        both = {"features": self.features, "latents": self.latents}
+        return {f"{part}/{name}": a for part, arrays in both.items() for name, a in arrays.items()}
+
+    @classmethod
+    def of(cls, rows: int, scalars: dict[str, float], arrays) -> "Recovery":
+        """The inverse of `arrays`, a mapping by these names."""
+        parts = {"features": {}, "latents": {}}
+        for key in arrays:
+            part, name = key.split("/")
+            parts[part][name] = arrays[key]
+        return cls(rows, scalars, **parts)
+
 
 def measure_recovery(sae: SAE, source: WorldRows) -> Recovery:
     """Recovery of the world's features at the sites that `sae` reconstructs, on the source's
