@@ -1,5 +1,6 @@
 """Held-out rows of a synthetic world as something to evaluate on, and the best error there is."""
 
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,7 +17,7 @@ class WorldRows:
     as those in `sources`, with the world's answers besides."""
 
     def __init__(self, data: DataConfig, *, tokens: int):
-        self.stream = open_stream(data, "heldout")
+        self.stream = open_stream(dataclasses.replace(data, epochs=1), "heldout")
         self.world = self.stream.world
         self.site_names, self.site_widths = self.stream.site_names, self.stream.site_widths
         self.num_rows = tokens
