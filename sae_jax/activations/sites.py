@@ -17,15 +17,9 @@ class Sites:
     """
 
     def __init__(self, store: Store, names: str | Sequence[str] = ""):
-        names = names.split(",") if isinstance(names, str) else names
         self.store = store
-        self.names = tuple(store.resolve_site(name.strip()) for name in names)
-        for name in self.names:
-            if self.names.count(name) > 1:
-                raise UserError(
-                    f"site {name} of {store.path} is named twice in {','.join(self.names)}; "
-                    "name each site once"
-                )
+        self.names = tuple(store.resolve_site(name) for name in split_names(names))
+        check_distinct(self.names, store.path)
         metas = [store.meta.sites[name] for name in self.names]
         self.widths = tuple(meta.width for meta in metas)
         self.width = sum(self.widths)
@@ -50,3 +44,16 @@ class Sites:
     def _columns(self) -> list[slice]:
         stops = np.cumsum(self.widths)
         return [slice(stop - width, stop) for stop, width in zip(stops, self.widths, strict=True)]
+
+
+def split_names(names: str | Sequence[str]) -> list[str]:
+    """["a", "b"] from "a,b", or from a sequence."""
+    return [name.strip() for name in (names.split(",") if isinstance(names, str) else names)]
+
+
+def check_distinct(names: Sequence[str], origin: str) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(
+                f"site {name} of {origin} is named twice in {','.join(names)}; name each site once"
+            )
