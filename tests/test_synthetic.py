@@ -258,9 +258,9 @@ def test_a_bad_spec_is_refused_by_name(spec, complaint):
 @pytest.mark.parametrize(
     "changes, complaint",
     [
-        ({"store": "world:orthonormal,sites=2"}, "has the sites site.0, site.1; choose"),
+        ({"store": "world:orthonormal,sites=2"}, "has several sites, choose one: site.0, site.1"),
         ({"site": "site.1"}, "must be one of: site.0|did you mean 'site.0'"),
-        ({"site": "site.0,site.0"}, "names site.0 twice"),
+        ({"site": "site.0,site.0"}, "site.0 of world:orthonormal is named twice"),
         ({"epochs": 2}, "data.epochs is 2"),
         ({"seed": 2**26}, "data.seed is 67108864"),
     ],

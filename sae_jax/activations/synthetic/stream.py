@@ -3,6 +3,7 @@
 import grain
 import numpy as np
 
+from sae_jax.activations.sites import check_distinct, split_names
 from sae_jax.activations.stream import SPLITS
 from sae_jax.activations.synthetic.world import World
 from sae_jax.config import UserError, choose
@@ -75,11 +76,10 @@ class WorldStream:
 def _choose_sites(world: World, sites: str) -> tuple[str, ...]:
     if not sites and len(world.site_names) > 1:
         raise UserError(
-            f"{world.spec} has the sites {', '.join(world.site_names)}; choose with data.site"
+            f"{world.spec} has several sites, choose one: {', '.join(world.site_names)}"
         )
-    names = tuple(name.strip() for name in sites.split(",")) if sites else world.site_names
+    names = tuple(split_names(sites)) if sites else world.site_names
     for name in names:
         choose(name, world.site_names, f"the site of {world.spec}")
-        if names.count(name) > 1:
-            raise UserError(f"data.site names {name} twice; name each site once")
+    check_distinct(names, world.spec)
     return names
