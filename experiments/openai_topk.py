@@ -16,8 +16,8 @@ def get_config(size: str = "paper") -> Config:
     adam = {"schedule": "constant", "eps": 6.25e-10}
     if size == "tiny":
         return Config(
-            sae=SAEConfig(architecture="topk", d_sae=2048, k=16, dead_after_tokens=200_000),
-            data=DataConfig(store="sae_demo/store", batch_size=1024),
+            sae=SAEConfig(architecture="topk", d_sae=1024, k=16, dead_after_tokens=200_000),
+            data=DataConfig(store="sae_demo/store", site="mlp_act.0", batch_size=1024),
             optimizer=OptimizerConfig(**adam),
             train=TrainConfig(tokens=500_000, log_every=20),
         )

@@ -18,8 +18,8 @@ def get_config(size: str = "131k") -> Config:
     choose(size, (*SIZES, "tiny"), "the size of scaling_monosemanticity")
     if size == "tiny":
         return Config(
-            sae=SAEConfig(architecture="relu", d_sae=2048, dead_after_tokens=200_000),
-            data=DataConfig(store="sae_demo/store", batch_size=1024),
+            sae=SAEConfig(architecture="relu", d_sae=1024, dead_after_tokens=200_000),
+            data=DataConfig(store="sae_demo/store", site="mlp_act.0", batch_size=1024),
             optimizer=OptimizerConfig(learning_rate=1e-3),
             train=TrainConfig(tokens=500_000, log_every=20),
         )

@@ -57,6 +57,6 @@ def test_the_way_from_text_to_an_evaluated_sae(tmp_path):
 
     check = "import numpy, sys; x = numpy.ones((3, 512), 'float32'); "
     check += "batches = [numpy.ones((2000, 8), 'float32')]\n" + "".join(blocks("python"))
-    check += "assert latents.shape == (3, 2048) and x_hat.shape == (3, 512)\n"
+    check += "assert latents.shape == (3, 1024) and x_hat.shape == (3, 512)\n"
     run_python(tmp_path, "-c", check)
     assert (tmp_path / "my_store" / "meta.json").exists()

@@ -13,6 +13,7 @@ and writes one HTML page with what it found. Stopped and started again, it goes 
 """
 
 SITE = "mlp_act.0"  # what Towards Monosemanticity decomposes
+MORE_SITES = ("mlp_in.0", "mlp_out.0", "resid_pre.0", "resid_mid.0", "resid_post.0")
 LEARNING_RATE = 3e-3  # above the architecture's own, which is for runs a hundred times as long
 LM_TOKENS = 32_768  # for the evaluation inside the model
 EXAMPLE_TOKENS = 400_000  # among which the page looks for texts
@@ -36,6 +37,7 @@ def run(args, overrides) -> int:
             model_directory=lm.DEMO_MODEL,
             texts=lm.standard_library(),
             site=SITE,
+            more_sites=MORE_SITES,  # what the recipes of experiments/ train on with `:tiny`
             tokens=args.tokens,
             d_sae=args.d_sae,
             epochs=args.epochs,
@@ -52,6 +54,7 @@ def demo(
     model_directory,
     texts,
     site: str,
+    more_sites: tuple[str, ...] = (),
     tokens: int,
     d_sae: int,
     epochs: int,
@@ -59,7 +62,7 @@ def demo(
     batch_size: int = 2048,
 ) -> pathlib.Path:
     """Harvest, train, evaluate and draw into `out`, each unless its result is there; returns the
-    page. UserError where `out` holds a demo with other settings."""
+    page. more_sites: harvested too. UserError where `out` holds a demo with other settings."""
     from sae_jax import evaluate, interop, interpret, lm, train
     from sae_jax.evaluate import figures
 
@@ -67,11 +70,12 @@ def demo(
     evaluation_file, metrics_file = run_directory / "eval.json", run_directory / "metrics.jsonl"
 
     _say(1, f"harvesting {site} of the model over {tokens:,} tokens")
+    sites = (site, *more_sites)
     store = lm.harvest(
-        model_directory, lm.read_texts(texts), out / "store", sites=(site,), tokens=tokens
+        model_directory, lm.read_texts(texts), out / "store", sites=sites, tokens=tokens
     )
     _say(2, f"training {d_sae:,} latents")
-    config = training_config(store, out / "store", d_sae, epochs, k, batch_size)
+    config = training_config(store, out / "store", site, d_sae, epochs, k, batch_size)
     train.train(config, run_directory)
 
     sae = interop.load(run_directory)
@@ -104,14 +108,14 @@ def demo(
     return page
 
 
-def training_config(store, path, d_sae: int, epochs: int, k: int, batch_size: int):
-    """TopK over all the training rows of the store's only site, `epochs` times."""
+def training_config(store, path, site: str, d_sae: int, epochs: int, k: int, batch_size: int):
+    """TopK over all the training rows of a site of the store, `epochs` times."""
     from sae_jax.activations import Stream
     from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig
 
-    data = DataConfig(store=str(path), batch_size=batch_size, epochs=epochs)
+    data = DataConfig(store=str(path), site=site, batch_size=batch_size, epochs=epochs)
     stream = Stream(
-        store, batch_size=batch_size, epochs=epochs, holdout_fraction=data.holdout_fraction
+        store, site, batch_size=batch_size, epochs=epochs, holdout_fraction=data.holdout_fraction
     )
     tokens = stream.num_steps * batch_size
     return Config(
