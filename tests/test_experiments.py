@@ -1,16 +1,12 @@
 """The recipes in experiments/: every size is a config that could start, and `:tiny` runs."""
 
 import dataclasses
-import json
 import pathlib
 import re
-import subprocess
-import sys
 import types
 
 import pytest
 
-from sae_jax import lm
 from sae_jax.cli import demo
 from sae_jax.config import UserError, load_file
 from sae_jax.train.loop import resolve
