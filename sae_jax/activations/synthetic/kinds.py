@@ -86,7 +86,7 @@ class Superposition:
     last_magnitude: float = 4.0
     magnitude_std: float = 0.5
     std_spread: float = 0.5
-    orthogonalise: int = 20  # iterations; 0: random directions
+    orthogonalise: bool = True  # else directions are random
     roots: int = 0
     branching: int = 4
     depth: int = 3
@@ -121,7 +121,8 @@ class Superposition:
         )
 
     def directions(self, numbers: sampling.Numbers) -> np.ndarray:
-        return sampling.nearly_orthogonal(numbers, self.features, self.width, self.orthogonalise)
+        draw = sampling.nearly_orthogonal if self.orthogonalise else sampling.unit_rows
+        return draw(numbers, self.features, self.width)
 
     def _children(self) -> np.ndarray:
         levels = [self.roots * self.branching**level for level in range(self.depth + 1)]
@@ -165,7 +166,6 @@ class Manifolds:
     rate: float = 0.3
     alpha: float = 0.5
     radius: float = 1.0
-    orthogonalise: int = 20
     offset: float = 0.0
     sites: int = 1
     seed: int = 0
@@ -186,7 +186,7 @@ class Manifolds:
 
     def directions(self, numbers: sampling.Numbers) -> np.ndarray:
         count = self.features * self.dims
-        near = sampling.nearly_orthogonal(numbers, count, self.width, self.orthogonalise)
+        near = sampling.nearly_orthogonal(numbers, count, self.width)
         spans = near.reshape(self.features, self.dims, self.width).swapaxes(1, 2)
         return np.linalg.qr(spans)[0].swapaxes(1, 2).reshape(count, self.width)
 
@@ -220,7 +220,7 @@ def parse(spec: str) -> Kind:
 # A seed is a word of Philox's key.
 _LEAST = {
     "width": 1, "features": 1, "sites": 1, "seed": 0, "branching": 1, "depth": 1, "roots": 0,
-    "correlation_rank": 0, "correlation_scale": 0, "orthogonalise": 0, "magnitude_std": 0,
+    "correlation_rank": 0, "correlation_scale": 0, "magnitude_std": 0,
     "std_spread": 0, "offset": 0, "exponent": 0, "alpha": -1, "radius": 0, "magnitude": 0,
     "last_magnitude": 0,
 }  # fmt: skip
