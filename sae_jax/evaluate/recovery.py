@@ -61,7 +61,7 @@ class Recovery:
     latents: dict[str, np.ndarray]
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """ "features/NAME" and "latents/NAME"."""
+        """By the names "features/NAME" and "latents/NAME"."""
         both = {"features": self.features, "latents": self.latents}
         return {f"{part}/{name}": a for part, arrays in both.items() for name, a in arrays.items()}
 
@@ -110,13 +110,13 @@ class RecoveryMeter:
         size = np.abs(self._cosines)
         self._best = size.argmax(axis=0)
         self._best_cosine = size.max(axis=0)
-        self._match = _assign(size)
+        self._matched, self._match = _assign(size)  # features, and the latent of each
         G, N = size.shape
         self._rows = 0
         self._sums = _Sums.zeros(G), _Sums.zeros(N)  # of features, of latents
         self._cross = np.zeros((G, N), np.float32)  # sum of magnitude * activation
         self._by_latent = _Pairs.zeros(N)  # with its best feature
-        self._by_feature = _Pairs.zeros(G)  # with its matched latent
+        self._by_feature = _Pairs.zeros(len(self._matched))  # with its matched latent
 
     def add(self, magnitudes, latents) -> None:
         """magnitudes (B, G): of each feature on each row, 0 where it is off; latents (B, N), times
@@ -129,52 +129,44 @@ class RecoveryMeter:
         cross = (true.T @ found).tocoo()
         self._cross[cross.coords] += cross.data
         self._by_latent.add(true[:, self._best], found)
-        matched = self._match != _NONE
-        latent = np.where(matched, self._match, 0)
-        self._by_feature.add(true, found[:, latent])
+        self._by_feature.add(true[:, self._matched], found[:, self._match])
 
     def finish(self) -> Recovery:
         true, found = self._sums
         correlation = self._correlation()
-        partner = _assign(correlation)
-        paired = np.flatnonzero(partner != _NONE)
-        matched = np.flatnonzero(self._match != _NONE)
         precision, recall, f1 = self._by_latent.scores(true.on[self._best], found.on)
-        on_both = self._by_latent.both
         scalars = {
             "mmcs": self._cosines.max(axis=1).mean(),
-            "mcc": np.abs(self._cosines[matched, self._match[matched]]).mean(),
-            "matched_correlation": correlation[paired, partner[paired]].mean(),
+            "mcc": np.abs(self._cosines[self._matched, self._match]).mean(),
+            "matched_correlation": correlation[_assign(correlation)].mean(),
             "uniqueness": len(np.unique(self._best)) / len(self._best),
             "precision": precision.mean(),
             "recall": recall.mean(),
             "f1": f1.mean(),
-            "shrinkage": _ratio(self._by_latent.ratio.sum(), on_both.sum(), np.nan),
+            "shrinkage": _ratio(self._by_latent.ratio.sum(), self._by_latent.both.sum(), np.nan),
             "dead_fraction": np.mean(found.on == 0),
         }
-        without = self._match == _NONE
         pairs = self._by_feature
-        matched_f1 = pairs.scores(true.on, found.on[self._match])[2]
-        return Recovery(
-            rows=self._rows,
-            scalars={name: float(value) for name, value in scalars.items()},
-            features={
-                "rate": true.on / self._rows,
-                "cosine": self._cosines.max(axis=1),
-                "match": self._match,
-                "f1": np.where(without, np.nan, matched_f1),
-                "magnitude": np.where(without, np.nan, _ratio(pairs.true, pairs.both, np.nan)),
-                "activation": np.where(without, np.nan, _ratio(pairs.found, pairs.both, np.nan)),
-            },
-            latents={
-                "best": self._best,
-                "cosine": self._best_cosine,
-                "precision": precision,
-                "recall": recall,
-                "f1": f1,
-                "density": found.on / self._rows,
-            },
-        )
+        of_pairs = {
+            "match": self._match,
+            "f1": pairs.scores(true.on[self._matched], found.on[self._match])[2],
+            "magnitude": _ratio(pairs.true, pairs.both, np.nan),
+            "activation": _ratio(pairs.found, pairs.both, np.nan),
+        }
+        features = {"rate": true.on / self._rows, "cosine": self._cosines.max(axis=1)}
+        for name, values in of_pairs.items():
+            features[name] = np.full(len(true.on), _NONE if name == "match" else np.nan)
+            features[name][self._matched] = values
+        latents = {
+            "best": self._best,
+            "cosine": self._best_cosine,
+            "precision": precision,
+            "recall": recall,
+            "f1": f1,
+            "density": found.on / self._rows,
+        }
+        scalars = {name: float(value) for name, value in scalars.items()}
+        return Recovery(self._rows, scalars, features, latents)
 
     def _correlation(self) -> np.ndarray:
         """(G, N) float32: Pearson's, 0 where one side is constant."""
@@ -249,12 +241,9 @@ def _cosines(features_GxD: np.ndarray, decoder_NxD: np.ndarray, dims: int) -> np
     return np.linalg.norm(cosines.reshape(-1, dims, len(decoder)), axis=1)
 
 
-def _assign(score_GxN: np.ndarray) -> np.ndarray:
-    """(G,): the latent of each feature in the one-to-one matching of the largest sum; -1: none."""
-    match = np.full(len(score_GxN), _NONE)
-    rows, columns = scipy.optimize.linear_sum_assignment(score_GxN, maximize=True)
-    match[rows] = columns
-    return match
+def _assign(score_GxN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(features, latents) of the one-to-one matching of the largest sum."""
+    return scipy.optimize.linear_sum_assignment(score_GxN, maximize=True)
 
 
 def _ratio(a, b, otherwise: float):
