@@ -121,7 +121,7 @@ class RecoveryMeter:
     def add(self, magnitudes, latents) -> None:
         """magnitudes (B, G): of each feature on each row, 0 where it is off; latents (B, N), times
         the norm of their decoder rows. Sparse or dense."""
-        true = scipy.sparse.csr_array(magnitudes) * self._norms
+        true = (scipy.sparse.csr_array(magnitudes) * self._norms).tocsr()
         found = scipy.sparse.csr_array(latents)
         self._rows += true.shape[0]
         for sums, x in zip(self._sums, (true, found), strict=True):
