@@ -26,18 +26,43 @@ class SAEConfig:
     a field that the architecture does not use must stay None."""
 
     architecture: str = "topk"
+    kind: str = "autoencoder"  # or transcoder, skip_transcoder, crosscoder: what x and y are
     d_sae: int = 4096
-    d_in: int | None = None  # width of the activations; None: the store's
-    k: int | None = None  # latents kept for each token
-    aux_k: int | None = None  # dead latents in the auxiliary loss; None: d_in / 2
-    aux_coefficient: float | None = None
+    d_in: int | None = None  # width of the inputs; None: the store's
+    d_out: int | None = None  # width of the targets; None: the store's
+    site_widths: tuple[int, ...] | None = None  # of a crosscoder's sites; None: the store's
+
+    # topk, batchtopk, matryoshka
+    k: int | None = None  # latents kept for each token; on average over the batch
+    k_start: int | None = None  # k at the first step, linear to k; None: k all along
+    k_anneal_fraction: float | None = None  # of all steps, until k is reached
+    multi_topk: bool | None = None  # topk: add L(4k) / 8, for codes of any k
+    prefix_widths: tuple[int, ...] | None = None  # matryoshka: growing, the last is d_sae
+
+    # relu, relu_l1_unit, jumprelu, gated
     sparsity_coefficient: float | None = None  # lambda
     sparsity_warmup_fraction: float | None = None  # of all steps, linear from 0
+    target_l0: float | None = None  # adapt lambda until L0 is this; jumprelu's quadratic loss
+    p_end: float | None = None  # L1 family: anneal the penalty's exponent from 1 to this
+    p_anneal_start: float | None = None  # part of all steps after which the annealing starts
+    sparsity_loss: str | None = None  # jumprelu: l0 | tanh | quadratic
+    initial_threshold: float | None = None  # jumprelu
+    bandwidth: float | None = None  # jumprelu: of the kernel of its straight-through gradient
+    gradient_to: str | None = None  # jumprelu's straight-through gradient: threshold | all
+    tanh_scale: float | None = None  # jumprelu: c of tanh(c * latent * decoder norm)
+    preactivation_coefficient: float | None = None  # jumprelu: lambda_P
+
+    # dead latents, in any architecture
+    aux_k: int | None = None  # dead latents in the auxiliary loss; None: d_in / 2
+    aux_coefficient: float | None = None  # 0: no auxiliary loss
+    resample_every_tokens: int | None = None  # 0: dead latents are not resampled
+    resample_times: int | None = None
+
     apply_b_dec_to_input: bool | None = None  # encode x - b_dec instead of x
     unit_norm_decoder: bool | None = None
     decoder_init_norm: float | None = None  # of decoder rows that are not kept at norm 1
     b_dec_init: str | None = None  # geometric_median | mean | zero
-    normalize: str = "sqrt_d"  # sqrt_d: one scalar so that E||x||^2 = d_in | none
+    normalize: str = "sqrt_d"  # one scalar a site, so that E||x||^2 is: sqrt_d d | unit 1; | none
     compute_dtype: str = "float32"  # of matmul operands; parameters and sums stay float32
     dead_after_tokens: int = 10_000_000  # a latent that has not fired for so long is dead
 
@@ -47,7 +72,8 @@ class DataConfig:
     """What is read, in which order. All of it is part of the run's identity."""
 
     store: str = ""  # directory of the activation store
-    site: str = ""  # "" : the only site of the store
+    site: str = ""  # "": the only site of the store; a crosscoder's sites: "a,b,c"
+    target_site: str = ""  # what a transcoder predicts
     batch_size: int = 2048  # tokens, over all devices
     seed: int = 0
     epochs: int = 1  # passes over the training rows that may be used
@@ -221,6 +247,8 @@ def _parse(text: str, hint, path: str):
     kinds = _kinds(hint)
     if type(None) in kinds and text.lower() == "none":
         return None
+    if tuple in kinds:
+        return tuple(_parse(part, int, path) for part in text.strip("()[] ").split(",") if part)
     if bool in kinds:
         if text.lower() not in ("true", "false"):
             raise UserError(f"{path} must be true or false, not {text!r}")
@@ -242,6 +270,10 @@ def _typed(value, hint, path: str):
     kinds = _kinds(hint)
     if value is None and type(None) in kinds:
         return None
+    if tuple in kinds:
+        if not isinstance(value, tuple | list):
+            raise UserError(f"{path} must be whole numbers, such as 256,512,1024, not {value!r}")
+        return tuple(_typed(part, int, path) for part in value)
     if isinstance(value, bool) != (bool in kinds) or not isinstance(value, (*kinds, int, float)):
         raise UserError(f"{path} must be {_name(kinds)}, not {value!r}")
     if isinstance(value, float) and not math.isfinite(value):
@@ -258,7 +290,8 @@ def _typed(value, hint, path: str):
 
 
 def _kinds(hint) -> tuple[type, ...]:
-    return typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return tuple(typing.get_origin(kind) or kind for kind in kinds)  # tuple[int, ...]: tuple
 
 
 def _name(kinds) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sae_jax import ops
-from sae_jax.ops.mesh import BATCH, DECODER, ENCODER, PER_LATENT
+from sae_jax.ops.mesh import BATCH, DECODER, ENCODER, PER_LATENT, PER_TOKEN
 
 
 def normal(seed, *shape):
@@ -33,9 +33,9 @@ def test_top_k_is_lax_top_k(n, k, kind):
     assert np.all((0 <= indices) & (indices < n))
 
 
-def dense_reference(x, shift, w_enc, b_enc, w_dec, dead, k, aux_k):
+def dense_reference(x, w_enc, b_enc, w_dec, dead, k, aux_k):
     """Reconstruction and auxiliary reconstruction by dense latents and autodiff."""
-    pre = (x - shift) @ w_enc + b_enc
+    pre = x @ w_enc + b_enc
 
     def pick(pre, k):
         values, indices = jax.lax.top_k(pre, k)
@@ -46,8 +46,8 @@ def dense_reference(x, shift, w_enc, b_enc, w_dec, dead, k, aux_k):
     return pick(pre, k), pick(jnp.where(dead, pre, -jnp.inf), aux_k)
 
 
-def sparse(x, shift, w_enc, b_enc, w_dec, dead, k, aux_k):
-    main, aux = ops.encode_top_k(x, shift, w_enc, b_enc, dead, k, aux_k)
+def sparse(x, w_enc, b_enc, w_dec, dead, k, aux_k):
+    main, aux = ops.encode_top_k(x, w_enc, b_enc, dead, k, aux_k)
     return ops.sparse_decode(main, aux, dead.any(), w_dec)
 
 
@@ -56,9 +56,9 @@ def test_sparse_autoencoder_equals_dense(mesh, dead, k, aux_k):
     B, d, n = 8, 5, 64
     share = {"none": 0.0, "few": 0.1, "many": 0.7}[dead]
     is_dead = np.random.default_rng(9).random(n) < share
-    arrays = [normal(0, B, d), normal(6, d), normal(1, d, n), normal(2, n), normal(3, n, d)]
+    arrays = [normal(0, B, d), normal(1, d, n), normal(2, n), normal(3, n, d)]
     # Equal columns in different shards: ties must go to the lower latent on every mesh.
-    for array, axis in ((arrays[2], 1), (arrays[3], 0)):
+    for array, axis in ((arrays[1], 1), (arrays[2], 0)):
         first, second = [slice(None)] * axis + [slice(0, 8)], [slice(None)] * axis + [slice(40, 48)]
         array[tuple(second)] = array[tuple(first)]
     weights = normal(4, B, d), normal(5, B, d)
@@ -68,12 +68,12 @@ def test_sparse_autoencoder_equals_dense(mesh, dead, k, aux_k):
             main, aux = autoencode(*arrays, is_dead_here, k, aux_k)
             return (main * weights_here[0]).sum() + (aux * weights_here[1]).sum(), (main, aux)
 
-        return jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True)
+        return jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True)
 
     is_dead_here, weights_here = is_dead, weights
     with jax.set_mesh(jax.make_mesh((), ())):
         (_, want), want_gradients = total(dense_reference)(*arrays)
-    specs = (BATCH, jax.P(None), ENCODER, PER_LATENT, DECODER)
+    specs = (BATCH, ENCODER, PER_LATENT, DECODER)
     is_dead_here = jax.device_put(is_dead, PER_LATENT)
     weights_here = [jax.device_put(w, BATCH) for w in weights]
     (_, got), got_gradients = jax.jit(total(sparse))(*map(jax.device_put, arrays, specs))
@@ -81,29 +81,126 @@ def test_sparse_autoencoder_equals_dense(mesh, dead, k, aux_k):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("n", [64, 4096 * 4])  # one block a device, and several
-def test_relu_autoencoder_equals_dense(mesh, n):
-    arrays = [normal(0, 8, 5), normal(1, 5, n), normal(2, n), normal(3, n, 5)]
-    weights = normal(4, 8, 5), normal(5, n)
+def two_codes(product, per_latent):
+    """An activation with everything that an architecture may ask for."""
+    first = jax.nn.relu(product + per_latent["bias"])
+    second = jnp.where(product > 0, product * per_latent["gain"], 0.0)
+    sums = {"first": first.sum(axis=0), "squares": (second**2).sum(axis=0)}
+    return ops.Activated((first, second), sums, {"tokens": jnp.tanh(first).sum(axis=1)})
 
-    def reference(x, w_enc, b_enc, w_dec):
-        latents = jax.nn.relu(x @ w_enc + b_enc)
-        return latents @ w_dec, latents.sum(axis=0), (latents > 0).sum(axis=0)
+
+@pytest.mark.parametrize("n", [64, 4096 * 4])  # one block a device, and several
+def test_dense_autoencoder_equals_dense(mesh, n):
+    B, d = 8, 5
+    bias, gain = normal(2, n), normal(6, n)
+    arrays = [normal(0, B, d), normal(1, d, n), {"bias": bias, "gain": gain}, normal(3, n, d)]
+
+    def reference(x, w_enc, per_latent, w_dec):
+        out = two_codes(x @ w_enc, per_latent)
+        frozen = jax.lax.stop_gradient(w_dec)
+        decoded = out.latents[0] @ w_dec, out.latents[1] @ frozen
+        return decoded, out.latent_sums, out.token_sums
+
+    def ours(x, *parameters):
+        return tuple(ops.autoencode(two_codes, x, *parameters))
 
     def total(autoencode, weights):
         def loss(x, *parameters):
             out = autoencode(x, *parameters)
-            return (out[0] * weights[0]).sum() + (out[1] * weights[1]).sum(), out
+            return jax.tree.reduce(
+                jnp.add, jax.tree.map(lambda a, w: (a * w).sum(), out, weights)
+            ), out
 
         return jax.value_and_grad(loss, argnums=(1, 2, 3), has_aux=True)
 
+    weights = (
+        (normal(4, B, d), normal(5, B, d)),
+        {"first": normal(7, n), "squares": normal(8, n)},
+        {"tokens": normal(9, B)},
+    )
     with jax.set_mesh(jax.make_mesh((), ())):
         (_, want), want_gradients = total(reference, weights)(*arrays)
-    placed = map(jax.device_put, arrays, (BATCH, ENCODER, PER_LATENT, DECODER))
-    weights = [jax.device_put(w, s) for w, s in zip(weights, (BATCH, PER_LATENT), strict=True)]
-    (_, got), got_gradients = jax.jit(total(ops.relu_autoencode, weights))(*placed)
-    for a, b in zip((*got, *got_gradients), (*want, *want_gradients), strict=True):
+    placed = jax.tree.map(
+        jax.device_put,
+        tuple(arrays),
+        (BATCH, ENCODER, dict.fromkeys(("bias", "gain"), PER_LATENT), DECODER),
+    )
+    specs = ((BATCH, BATCH), dict.fromkeys(weights[1], PER_LATENT), {"tokens": PER_TOKEN})
+    weights = jax.tree.map(jax.device_put, weights, specs)
+    (_, got), got_gradients = jax.jit(total(ours, weights))(*placed)
+    for a, b in zip(
+        jax.tree.leaves((got, got_gradients)), jax.tree.leaves((want, want_gradients)), strict=True
+    ):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=3e-4)
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "few", "none"])
+@pytest.mark.parametrize("count", [1, 37, 8 * 64])
+def test_over_batch_is_a_sort(mesh, kind, count):
+    """Exactly the count largest above 0 in a stable sort, on every mesh."""
+    values = np.maximum(normal(3, 8, 64), 0)
+    if kind == "ties":
+        values = np.round(values)
+    elif kind == "few":
+        values[np.arange(8 * 64).reshape(8, 64) % 50 > 0] = 0
+    elif kind == "none":
+        values[:] = 0
+    flat = values.reshape(-1)
+    order = np.argsort(-flat, kind="stable")[:count]
+    order = order[flat[order] > 0]
+    want = np.zeros(flat.shape, bool)
+    want[order] = True
+    placed = jax.device_put(values, jax.P("data", "model"))
+    picked, smallest = jax.jit(ops.over_batch)(placed, count)
+    np.testing.assert_array_equal(picked, want.reshape(values.shape))
+    assert float(smallest) == (flat[order].min() if len(order) else np.inf)
+
+
+@pytest.mark.parametrize("ends", [(64,), (2, 6, 14, 64), (16, 32, 64), (5, 64), (63, 64)], ids=str)
+def test_decode_groups_is_dense_decoding(mesh, ends):
+    latents, w_dec, weights = normal(0, 8, 64), normal(1, 64, 5), normal(2, len(ends), 8, 5)
+
+    def reference(latents, w_dec):
+        starts = (0, *ends[:-1])
+        parts = [latents[:, a:b] @ w_dec[a:b] for a, b in zip(starts, ends, strict=True)]
+        return jnp.stack(parts)
+
+    def total(decode, weights):
+        def loss(*arrays):
+            out = decode(*arrays)
+            return (out * weights).sum(), out
+
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+
+    with jax.set_mesh(jax.make_mesh((), ())):
+        (_, want), want_gradients = total(reference, weights)(latents, w_dec)
+    latents = jax.device_put(latents, jax.P("data", "model"))
+    placed = latents, jax.device_put(w_dec, DECODER)
+    weights = jax.device_put(weights, jax.P(None, "data", None))
+    ours = total(lambda latents, w_dec: ops.decode_groups(latents, w_dec, ends), weights)
+    (_, got), got_gradients = jax.jit(ours)(*placed)
+    for a, b in zip((got, *got_gradients), (want, *want_gradients), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_strongest_keeps_the_k_largest_of_each_token(mesh, k):
+    x, w_enc, b_enc = normal(0, 8, 5), normal(1, 5, 64), normal(2, 64)
+    w_enc[:, 40:48], b_enc[40:48] = w_enc[:, :8], b_enc[:8]  # ties
+    arrays = (x, w_enc, b_enc, np.eye(64, dtype=np.float32))
+    placed = map(jax.device_put, arrays, (BATCH, ENCODER, PER_LATENT, DECODER))
+
+    @jax.jit
+    def decoded(x, w_enc, b_enc, identity, k):
+        code, _ = ops.encode_top_k(x, w_enc, b_enc, None, 8, 0)
+        code = ops.strongest(code._replace(values=jax.nn.relu(code.values)), k, 8)
+        return ops.sparse_decode(code, None, None, identity)[0]
+
+    pre = x @ w_enc + b_enc
+    want = np.zeros_like(pre)
+    order = np.argsort(-pre, axis=1, kind="stable")[:, :k]
+    np.put_along_axis(want, order, np.maximum(np.take_along_axis(pre, order, axis=1), 0), axis=1)
+    np.testing.assert_allclose(decoded(*placed, k), want, rtol=1e-5, atol=1e-6)
 
 
 def test_fired_latents(mesh):

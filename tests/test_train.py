@@ -11,7 +11,7 @@ from training import BATCH, make_config, make_store, metrics, saved_arrays, spar
 
 import sae_jax
 from sae_jax import cli
-from sae_jax.activations import write_store
+from sae_jax.activations import open_stream, write_store
 from sae_jax.config import UserError, override
 from sae_jax.train import NonFiniteError, loop, read_config
 from sae_jax.train.median import geometric_median
@@ -87,11 +87,15 @@ def test_finished_run_is_not_trained_again(done, monkeypatch):
 
 def test_scalar_normalisation_gives_norm_d(store):
     config = make_config(store)
-    opened = loop.Store.open(store)
-    stream = loop._stream(loop.resolve(config, opened), opened, "train")
+    stream = open_stream(config.data)
     rows = np.concatenate([stream.read(step) for step in range(stream.num_steps)])
-    scaled = rows * loop._input_scale(config, stream)
-    assert np.mean(np.sum(scaled**2, axis=1)) == pytest.approx(16, rel=0.02)
+    for normalize, norm in (("sqrt_d", 16), ("unit", 1)):
+        config = override(config, {"sae.normalize": normalize})
+        scale, target_scale, variance = loop.normalisation(config, stream)
+        assert scale == target_scale
+        scaled = rows * scale
+        assert np.mean(np.sum(scaled**2, axis=1)) == pytest.approx(norm, rel=0.02)
+        assert np.sum(np.var(scaled, axis=0)) == pytest.approx(variance, rel=0.02)
 
 
 def test_geometric_median_ignores_outliers():
@@ -132,7 +136,7 @@ def test_another_config_in_the_same_directory(done):
         ({"mesh.data": "-1", "mesh.model": "3"}, ["4 devices"]),
         ({"mesh.data": "0"}, ["mesh.data=0"]),
         ({"sae.d_in": "17"}, ["sae.d_in is 17", "16 wide"]),
-        ({"sae.k": "129"}, ["sae.k is 129", "128"]),
+        ({"sae.k": "129"}, ["sae.k must be", "128", "129"]),
         ({"data.site": "resid"}, ["resid", "activations"]),
         ({"data.holdout_fraction": "1"}, ["data.holdout_fraction"]),
         ({"train.on_nonfinite": "ignore"}, ["train.on_nonfinite", "stop"]),
@@ -151,10 +155,9 @@ def test_epochs_named_in_the_message_are_enough(store, tmp_path):
     config = make_config(store, steps=300)
     message = refused(config, tmp_path / "run")
     epochs = int(message.split("data.epochs=")[2].split()[0])
-    opened = loop.Store.open(store)
     enough = dataclasses.replace(config.data, epochs=epochs)
     config = dataclasses.replace(config, data=enough)
-    stream = loop._stream(config, opened, "train")
+    stream = open_stream(config.data)
     assert loop._count_steps(config, stream) == 300
     assert epochs == 3
 
@@ -210,8 +213,7 @@ def huge_store(tmp_path_factory):
 
 
 def bad_step(store, config) -> int:
-    opened = loop.Store.open(store)
-    stream = loop._stream(loop.resolve(config, opened), opened, "train")
+    stream = open_stream(config.data)
     steps = [step for step in range(stream.num_steps) if 4000 in stream.batch_rows(step)]
     return steps[0] + 1
 
@@ -280,14 +282,13 @@ def test_two_sites_need_a_choice(tmp_path):
     message = refused(make_config(str(tmp_path / "two")), tmp_path / "run")
     assert "a" in message and "b" in message
     config = override(make_config(str(tmp_path / "two")), {"data.site": "b"})
-    assert loop.resolve(config, loop.Store.open(tmp_path / "two")).sae.d_in == 8
+    assert loop.resolve(config, open_stream(config.data)).sae.d_in == 8
 
 
 def test_run_id_is_the_config_without_the_mesh(store):
-    opened = loop.Store.open(store)
-
     def run_id(**changes):
-        return loop.run_id(loop.resolve(override(make_config(store), changes), opened))
+        config = override(make_config(store), changes)
+        return loop.run_id(loop.resolve(config, open_stream(config.data)))
 
     assert run_id() == run_id(**{"mesh.model": "4"}) == run_id(**{"sae.aux_k": "8"})
     assert run_id() != run_id(**{"train.seed": "1"})

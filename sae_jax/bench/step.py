@@ -74,7 +74,7 @@ def bench_config(
         config.sae,
         architecture=architecture,
         d_sae=d_sae,
-        k=k if architecture == "topk" else None,
+        k=k if "k" in saes.ARCHITECTURES[architecture].DEFAULTS else None,
         compute_dtype=compute_dtype,
     )
     return dataclasses.replace(

@@ -1,113 +1,175 @@
 """The dense autoencoder: all latents of every token, in blocks of the dictionary.
 
-The (B, d_sae) latents are by far the largest array of a dense step. A block of them is encoded,
-activated, decoded and counted while it is in cache, and used up in one go in the backward pass;
-in between it lies in memory once, in the operands' type.
+The (B, d_sae) arrays are by far the largest of a dense step. A block of them is encoded,
+activated, decoded and summed up while it is in cache, and used up in one go in the backward
+pass; in between only the encoder's products lie in memory, once.
 """
 
 import functools
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from sae_jax.ops.mesh import BATCH, DECODER, ENCODER, PER_LATENT, per_shard, product, psum
+from sae_jax.ops.mesh import (
+    BATCH,
+    DECODER,
+    ENCODER,
+    PER_LATENT,
+    PER_TOKEN,
+    per_shard,
+    product,
+    psum,
+)
 
 _CPU_BLOCK = 2048  # latents; a block of them for 2,048 tokens is 16 MiB
 _BLOCK = 16_384  # elsewhere, where the matmuls must be large
 _BLOCKS = P(None, "data", "model")  # (blocks, B, block): each device's own latents
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def relu_autoencode(x, w_enc, b_enc, w_dec, compute_dtype=jnp.float32):
-    """latents = ReLU(x @ w_enc + b_enc), and latents @ w_dec.
+class Activated(NamedTuple):
+    """What an architecture makes of a block of the dictionary, (B, M) encoder products."""
+
+    latents: tuple[jax.Array, ...]  # (B, M) each; each will be decoded
+    latent_sums: dict[str, jax.Array]  # (M,) each: sums over the block's tokens
+    token_sums: dict[str, jax.Array]  # (B,) each: sums over the block's latents
+
+
+class Autoencoded(NamedTuple):
+    decoded: tuple[jax.Array, ...]  # latents @ w_dec (B, d_out), for each of the latents
+    latent_sums: dict[str, jax.Array]  # (d_sae,) each: sums over the batch
+    token_sums: dict[str, jax.Array]  # (B,) each: sums over the dictionary
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5, 6))
+def autoencode(
+    activation: Callable[[jax.Array, dict], Activated],
+    x: jax.Array,
+    w_enc: jax.Array,
+    per_latent: dict[str, jax.Array],
+    w_dec: jax.Array,
+    compute_dtype=jnp.float32,
+    kept_dtype=jnp.float32,
+) -> Autoencoded:
+    """Encoder product, `activation`, decoder product, block by block.
 
     Args:
-      x: (B, d_in), data: it gets no gradient. w_enc: (d_in, d_sae). b_enc: (d_sae,).
-      w_dec: (d_sae, d_out).
+      activation: of products (B, M) and `per_latent` cut to the block's M latents. It works on
+        each latent by itself and is differentiated by JAX.
+      x: (B, d_in), data: it gets no gradient. w_enc: (d_in, d_sae). w_dec: (d_sae, d_out).
+      per_latent: (d_sae,) arrays by name: biases, thresholds, weights of penalties.
       compute_dtype: of the matmuls' operands; they accumulate in float32.
+      kept_dtype: of the products (B, d_sae) that are kept for the backward pass.
 
-    Returns:
-      latents @ w_dec (B, d_out); the sum of each latent over the batch (d_sae,); and on how many
-      tokens it fired (d_sae,), which has no gradient.
+    Only the first of several latents sends a gradient to w_dec; the others are decoded by it as
+    it is (the gated SAE's auxiliary reconstruction).
 
-    One all-reduce of the reconstruction over `model`; of the sums, and in the backward pass of
-    the gradients, over `data`.
+    One all-reduce of decoded and token_sums over `model`; of latent_sums, and in the backward
+    pass of the gradients, over `data`.
     """
-    return _forward(x, w_enc, b_enc, w_dec, compute_dtype)[0]
+    return _forward(activation, x, w_enc, per_latent, w_dec, compute_dtype, kept_dtype)[0]
 
 
-def _forward(x, w_enc, b_enc, w_dec, compute_dtype):
-    def local(x, w_enc, b_enc, w_dec):
-        n = len(b_enc)
+def _forward(activation, x, w_enc, per_latent, w_dec, compute_dtype, kept_dtype):
+    def local(x, w_enc, per_latent, w_dec):
+        n = w_enc.shape[1]
         size = _block_size(n)
         x = x.astype(compute_dtype)
 
-        def add_block(x_hat, start):
+        def run_block(totals, start):
             pre = product(x, _slice(w_enc, start, size, axis=1).astype(compute_dtype))
-            latents = jax.nn.relu(pre + _slice(b_enc, start, size))
-            sums = latents.sum(axis=0)
-            counts = (latents > 0).astype(jnp.float32).sum(axis=0)
-            latents = latents.astype(compute_dtype)
-            x_hat += product(latents, _slice(w_dec, start, size).astype(compute_dtype))
-            return x_hat, (latents, sums, counts)
+            w_block = _slice(w_dec, start, size).astype(compute_dtype)
+            out = activation(pre, _slices(per_latent, start, size))
+            decoded = tuple(product(f.astype(compute_dtype), w_block) for f in out.latents)
+            totals = jax.tree.map(jnp.add, totals, (decoded, out.token_sums))
+            return totals, (pre.astype(kept_dtype), out.latent_sums)
 
-        x_hat = jnp.zeros((x.shape[0], w_dec.shape[1]), jnp.float32)
-        x_hat, (latents, sums, counts) = jax.lax.scan(add_block, x_hat, jnp.arange(0, n, size))
-        totals = psum((sums.reshape(n), counts.reshape(n)), "data")
-        return (psum(x_hat, "model"), *totals), latents
+        totals = _empty_totals(activation, x, per_latent, w_dec, size)
+        totals, (kept, sums) = jax.lax.scan(run_block, totals, jnp.arange(0, n, size))
+        decoded, token_sums = psum(totals, "model")
+        sums = psum(jax.tree.map(lambda a: a.reshape(n), sums), "data")
+        return Autoencoded(decoded, sums, token_sums), kept
 
-    out_specs = ((BATCH, PER_LATENT, PER_LATENT), _BLOCKS)
-    out, latents = per_shard(local, (BATCH, ENCODER, PER_LATENT, DECODER), out_specs)(
-        x, w_enc, b_enc, w_dec
+    out_specs = (Autoencoded(BATCH, PER_LATENT, PER_TOKEN), _BLOCKS)
+    out, kept = per_shard(local, (BATCH, ENCODER, PER_LATENT, DECODER), out_specs)(
+        x, w_enc, per_latent, w_dec
     )
-    return out, (x, w_enc, w_dec, latents)
+    return out, (x, per_latent, w_dec, kept)
 
 
-def _backward(compute_dtype, saved, cotangents):
-    d_x_hat, d_sums, _ = cotangents
+def _empty_totals(activation, x, per_latent, w_dec, size: int):
+    """Zeros (decoded, token_sums) to add up blocks in."""
+    pre = jax.ShapeDtypeStruct((x.shape[0], size), jnp.float32)
+    out = jax.eval_shape(lambda pre: activation(pre, _slices(per_latent, 0, size)), pre)
+    decoded = tuple(jnp.zeros((x.shape[0], w_dec.shape[1]), jnp.float32) for _ in out.latents)
+    return decoded, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), out.token_sums)
 
-    def local(x, w_enc, w_dec, latents, d_x_hat, d_sums):
-        size = latents.shape[2]
-        x_t = x.astype(compute_dtype).T
-        d_x_hat = d_x_hat.astype(compute_dtype)
+
+def _backward(activation, compute_dtype, kept_dtype, saved, cotangents):
+    def local(x, per_latent, w_dec, kept, d_decoded, d_latent_sums, d_token_sums):
+        size = kept.shape[2]
+        n = kept.shape[0] * size
+        # A single block is no loop to XLA, whose CPU backend (jax 0.10 to 0.12) lacks some products
+        # of transposed bfloat16 operands outside of loops.
+        dtype = jnp.float32 if len(kept) == 1 and _on_cpu() else compute_dtype
+        x_t = x.astype(dtype).T
+        d_decoded = tuple(d.astype(dtype) for d in d_decoded)
 
         def add_block(i, gradients):
-            d_w_enc, d_b_enc, d_w_dec = gradients
             start = i * size
-            w_block = _slice(w_dec, start, size).astype(compute_dtype)
-            d_latents = product(d_x_hat, w_block.T) + _slice(d_sums, start, size)
-            d_pre = jnp.where(latents[i] > 0, d_latents, 0.0)
-            parts = (
-                product(x_t, d_pre.astype(compute_dtype)),
-                d_pre.sum(axis=0),
-                product(latents[i].T, d_x_hat),
+            out, pull = jax.vjp(
+                activation, kept[i].astype(jnp.float32), _slices(per_latent, start, size)
             )
+            w_block = _slice(w_dec, start, size).astype(dtype)
+            d_latents = tuple(product(d, w_block.T) for d in d_decoded)
+            d_pre, d_per_latent = pull(
+                Activated(d_latents, _slices(d_latent_sums, start, size), d_token_sums)
+            )
+            d_w_enc, d_all_per_latent, d_w_dec = gradients
+            w_enc_part = product(x_t, d_pre.astype(dtype))
+            w_dec_part = product(out.latents[0].astype(dtype).T, d_decoded[0])
             return (
-                jax.lax.dynamic_update_slice_in_dim(d_w_enc, parts[0], start, axis=1),
-                jax.lax.dynamic_update_slice_in_dim(d_b_enc, parts[1], start, axis=0),
-                jax.lax.dynamic_update_slice_in_dim(d_w_dec, parts[2], start, axis=0),
+                jax.lax.dynamic_update_slice_in_dim(d_w_enc, w_enc_part, start, axis=1),
+                jax.tree.map(
+                    lambda total, part: jax.lax.dynamic_update_slice_in_dim(total, part, start, 0),
+                    d_all_per_latent,
+                    d_per_latent,
+                ),
+                jax.lax.dynamic_update_slice_in_dim(d_w_dec, w_dec_part, start, axis=0),
             )
 
-        empty = (w_enc.shape, w_enc.shape[1:], w_dec.shape)
-        gradients = tuple(jnp.zeros(shape, jnp.float32) for shape in empty)
-        return psum(jax.lax.fori_loop(0, len(latents), add_block, gradients), "data")
+        gradients = (
+            jnp.zeros((x.shape[1], n), jnp.float32),
+            jax.tree.map(jnp.zeros_like, per_latent),
+            jnp.zeros(w_dec.shape, jnp.float32),
+        )
+        return psum(jax.lax.fori_loop(0, len(kept), add_block, gradients), "data")
 
-    in_specs = (BATCH, ENCODER, DECODER, _BLOCKS, BATCH, PER_LATENT)
-    gradients = per_shard(local, in_specs, (ENCODER, PER_LATENT, DECODER))(*saved, d_x_hat, d_sums)
+    in_specs = (BATCH, PER_LATENT, DECODER, _BLOCKS, BATCH, PER_LATENT, PER_TOKEN)
+    gradients = per_shard(local, in_specs, (ENCODER, PER_LATENT, DECODER))(*saved, *cotangents)
     return None, *gradients
 
 
-relu_autoencode.defvjp(_forward, _backward)
+autoencode.defvjp(_forward, _backward)
 
 
 def _block_size(n: int) -> int:
     """The largest divisor of n that is not above the device's block; n itself where only small
     ones are left."""
-    limit = _CPU_BLOCK if jax.default_backend() == "cpu" else _BLOCK
+    limit = _CPU_BLOCK if _on_cpu() else _BLOCK
     size = next(size for size in range(min(limit, n), 0, -1) if n % size == 0)
     return size if size >= limit // 8 else n
 
 
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
+
+
 def _slice(array, start, size: int, axis: int = 0):
     return jax.lax.dynamic_slice_in_dim(array, start, size, axis)
+
+
+def _slices(arrays, start, size: int):
+    return jax.tree.map(lambda array: _slice(array, start, size), arrays)

@@ -12,6 +12,7 @@ CODE = P("data", "model")  # (B, model shards * k): each shard's own slots
 ENCODER = P(None, "model")  # (d_in, d_sae)
 DECODER = P("model", None)  # (d_sae, d_out)
 PER_LATENT = P("model")  # (d_sae,)
+PER_TOKEN = P("data")  # (B,)
 
 
 def per_shard(function: Callable, in_specs, out_specs) -> Callable:

@@ -41,18 +41,15 @@ class Code(NamedTuple):
 # ---------------------------------------------------------------------------------- encode
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def encode_top_k(x, shift, w_enc, b_enc, dead, k: int, aux_k: int, compute_dtype=jnp.float32):
-    """Top k of `(x - shift) @ w_enc + b_enc` over the whole dictionary, and top aux_k of dead
-    latents.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def encode_top_k(x, w_enc, b_enc, dead, k: int, aux_k: int, compute_dtype=jnp.float32):
+    """Top k of `x @ w_enc + b_enc` over the whole dictionary, and top aux_k of dead latents.
 
     Both from one pass over the pre-activations. Exact and independent of the mesh: ties go to
     the lower latent.
 
     Args:
       x: (B, d_in). w_enc: (d_in, d_sae). b_enc: (d_sae,).
-      shift: (d_in,), or None for zero. Its gradient comes from the summed gradient of the
-        pre-activations, one product with w_enc, instead of from x's, one for every token.
       dead: (d_sae,) bool, or None for no auxiliary code. Where no latent is dead the auxiliary
         code is zero and costs nothing.
       k, aux_k: latents picked for each token. Where fewer are dead, the rest have value 0.
@@ -61,12 +58,11 @@ def encode_top_k(x, shift, w_enc, b_enc, dead, k: int, aux_k: int, compute_dtype
     Returns:
       The Code of pre-activations, and the auxiliary Code or None.
     """
-    return _encode_forward(x, shift, w_enc, b_enc, dead, k, aux_k, compute_dtype)[0]
+    return _encode_forward(x, w_enc, b_enc, dead, k, aux_k, compute_dtype)[0]
 
 
-def _encode_forward(x, shift, w_enc, b_enc, dead, k, aux_k, compute_dtype):
+def _encode_forward(x, w_enc, b_enc, dead, k, aux_k, compute_dtype):
     any_dead = None if dead is None else dead.any()
-    centred = x if shift is None else x - shift
 
     def local(x, w_enc, b_enc, dead, any_dead):
         w = w_enc.astype(compute_dtype)
@@ -86,23 +82,23 @@ def _encode_forward(x, shift, w_enc, b_enc, dead, k, aux_k, compute_dtype):
         return _winners(*main), None if aux is None else _winners(*aux)
 
     specs = (BATCH, ENCODER, PER_LATENT, PER_LATENT, P())
-    codes, kept = _unzip(per_shard(local, specs, CODE)(centred, w_enc, b_enc, dead, any_dead))
+    codes, kept = _unzip(per_shard(local, specs, CODE)(x, w_enc, b_enc, dead, any_dead))
     indices = [code and code.indices for code in codes]
-    return codes, (centred, shift, w_enc, b_enc, any_dead, indices, kept)
+    return codes, (x, w_enc, b_enc, any_dead, indices, kept)
 
 
 def _encode_backward(k, aux_k, compute_dtype, saved, cotangents):
-    centred, shift, w_enc, b_enc, any_dead, indices, kept = saved
+    x, w_enc, b_enc, any_dead, indices, kept = saved
     d_pre = [
         code and jnp.where(mask, code.values, 0.0)
         for code, mask in zip(cotangents, kept, strict=True)
     ]
 
-    def weights(centred, w_enc, any_dead, indices, d_pre):
+    def weights(x, w_enc, any_dead, indices, d_pre):
         n = w_enc.shape[1]
         codes = _wanted_codes(d_pre, indices, any_dead)
         d_b = sum(jnp.zeros(n, jnp.float32).at[i].add(d) for d, i, _ in codes)
-        terms = [(d, i, centred, wanted) for d, i, wanted in codes]
+        terms = [(d, i, x, wanted) for d, i, wanted in codes]
         return psum(_rows_gradient(terms, n), "data").T, psum(d_b, "data")
 
     def inputs(w_enc, any_dead, indices, d_pre):
@@ -111,15 +107,11 @@ def _encode_backward(k, aux_k, compute_dtype, saved, cotangents):
 
     code_specs = (P(), CODE, CODE)
     d_w, d_b = per_shard(weights, (BATCH, ENCODER, *code_specs), (ENCODER, PER_LATENT))(
-        centred, w_enc, any_dead, indices, d_pre
+        x, w_enc, any_dead, indices, d_pre
     )
     # XLA drops this where x is data and nobody asks.
     d_x = per_shard(inputs, (ENCODER, *code_specs), BATCH)(w_enc, any_dead, indices, d_pre)
-    d_shift = None
-    if shift is not None:
-        d_shift = -product(w_enc, d_b, P(None)).astype(shift.dtype)
-    d_x = d_x.astype(centred.dtype)
-    return d_x, d_shift, d_w.astype(w_enc.dtype), d_b.astype(b_enc.dtype), None
+    return d_x.astype(x.dtype), d_w.astype(w_enc.dtype), d_b.astype(b_enc.dtype), None
 
 
 encode_top_k.defvjp(_encode_forward, _encode_backward)
@@ -182,6 +174,22 @@ def _wins_globally(values_Bxk):
     mine = winners - shard_index("model") * k
     slot = jnp.arange(k, dtype=mine.dtype)
     return (mine[:, :, None] == slot).any(axis=1)
+
+
+def strongest(code: Code, k, slots: int) -> Code:
+    """The k largest values of each token in a code with `slots` slots a shard; k may be a traced
+    number. The others become 0. For codes without values below 0; ties as in `encode_top_k`."""
+
+    def local(values, k):
+        _, order = jax.lax.top_k(gather_last(values, "model"), slots)
+        mine = order - shard_index("model") * slots
+        winning = jnp.arange(slots) < k
+        slot = jnp.arange(slots, dtype=mine.dtype)
+        kept = ((mine[:, :, None] == slot) & winning[:, None]).any(axis=1)
+        return jnp.where(kept, values, 0.0)
+
+    kept = per_shard(local, (CODE, P()), CODE)(jax.lax.stop_gradient(code.values), jnp.asarray(k))
+    return code._replace(values=jnp.where(kept > 0, code.values, 0.0))
 
 
 # ---------------------------------------------------------------------------------- decode

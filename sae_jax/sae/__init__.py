@@ -1,28 +1,54 @@
 """Architectures by name. To add one: a file with a subclass of SAE, and its line here."""
 
-from sae_jax.config import SAEConfig, UserError, choose
-from sae_jax.sae.base import SAE, resolve_fields
+from sae_jax.config import SAEConfig, choose
+from sae_jax.sae.base import SAE, Controls, Losses
+from sae_jax.sae.batchtopk import BatchTopK
+from sae_jax.sae.gated import Gated
+from sae_jax.sae.jumprelu import JumpReLU
+from sae_jax.sae.matryoshka import Matryoshka
 from sae_jax.sae.relu import ReLU
+from sae_jax.sae.relu_l1_unit import ReLUL1Unit
+from sae_jax.sae.resolve import resolve_fields
 from sae_jax.sae.topk import TopK
 
-ARCHITECTURES: dict[str, type[SAE]] = {"relu": ReLU, "topk": TopK}
+ARCHITECTURES: dict[str, type[SAE]] = {
+    "relu": ReLU,
+    "relu_l1_unit": ReLUL1Unit,
+    "topk": TopK,
+    "batchtopk": BatchTopK,
+    "matryoshka": Matryoshka,
+    "jumprelu": JumpReLU,
+    "gated": Gated,
+}
 
 
 def architecture(config: SAEConfig) -> type[SAE]:
     return ARCHITECTURES[choose(config.architecture, ARCHITECTURES, "sae.architecture")]
 
 
-def resolve(config: SAEConfig, d_in: int) -> SAEConfig:
-    """`config` with d_in and the architecture's defaults filled in, and checked.
+def resolve(
+    config: SAEConfig, d_in: int | tuple[int, ...], target_width: int | None = None
+) -> SAEConfig:
+    """`config` with the widths and the architecture's defaults filled in, and checked.
 
-    Raises UserError for a width other than `d_in`, a field that the architecture does not
-    use, and values that contradict each other."""
-    if config.d_in not in (None, d_in):
-        raise UserError(
-            f"sae.d_in is {config.d_in}, but the activations are {d_in} wide; leave it out, or "
-            "choose another store or site"
-        )
-    return resolve_fields(architecture(config), config, d_in)
+    d_in: the width of the input site, or of each of a crosscoder's sites. target_width: of a
+    transcoder's target. Raises UserError as `resolve_fields` says."""
+    widths = d_in if isinstance(d_in, tuple) else (d_in,)
+    return resolve_fields(architecture(config), config, widths, target_width)
 
 
-__all__ = ["ARCHITECTURES", "SAE", "ReLU", "TopK", "architecture", "resolve"]
+__all__ = [
+    "ARCHITECTURES",
+    "SAE",
+    "BatchTopK",
+    "Controls",
+    "Gated",
+    "JumpReLU",
+    "Losses",
+    "Matryoshka",
+    "ReLU",
+    "ReLUL1Unit",
+    "TopK",
+    "architecture",
+    "resolve",
+]

@@ -1,25 +1,36 @@
 """ReLU with the L1 penalty weighted by decoder norms (Conerly et al., April 2024)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from sae_jax import ops
 from sae_jax.config import SAEConfig, UserError
-from sae_jax.sae.base import SAE, Losses, squared_error
+from sae_jax.sae.base import SAE, Controls, Losses, squared_error
+
+_SMALL = 1e-3  # added to latents before a power below 1, whose slope at 0 is infinite
 
 
 class ReLU(SAE):
     """f = ReLU(x W_enc + b_enc), no pre-encoder bias, decoder norms free;
-    L = E[ ||x - x_hat||^2 + lambda sum_i f_i ||W_dec,i|| ].
+    L = E[ ||y - y_hat||^2 + lambda sum_i f_i ||W_dec,i|| ].
 
     Source: "Update on how we train SAEs" (Circuits Updates, April 2024), the recipe of
     Scaling Monosemanticity (Templeton et al. 2024): lambda 5 with E||x||^2 = d, linear from 0
     over the first 5% of steps; gradient clipped to norm 1; lr linear to 0 over the last 20%.
+
+    With p_end below 1 the penalty is sum_i (f_i ||W_dec,i||)^p, p annealed linearly from 1 to
+    p_end, and lambda changes with p so that lambda times the penalty does not jump (Karvonen et
+    al. 2024, "Measuring progress in dictionary learning", section 4.2).
     """
 
     DEFAULTS = {
         "sparsity_coefficient": 5.0,
         "sparsity_warmup_fraction": 0.05,
+        "target_l0": None,
+        "p_end": 1.0,
+        "p_anneal_start": 0.2,
         "unit_norm_decoder": False,
         "decoder_init_norm": 0.1,
         "b_dec_init": "zero",
@@ -28,34 +39,58 @@ class ReLU(SAE):
     def activate(self, preactivations: jax.Array) -> jax.Array:
         return jax.nn.relu(preactivations)
 
-    def loss(self, x: jax.Array, dead: jax.Array, coefficient: jax.Array) -> Losses:
-        dtype = jnp.dtype(self.config.compute_dtype)
-        weights = (self.w_enc[...], self.b_enc[...], self.w_dec[...])
-        decoded, sums, fired_on = ops.relu_autoencode(x, *weights, dtype)
-        mse = squared_error(x, decoded + self.b_dec[...])
-        norms = jnp.linalg.norm(self.w_dec[...], axis=1)
-        l1 = jnp.sum(sums * norms) / x.shape[0]
-        l0 = jnp.sum(fired_on) / x.shape[0]
-        return Losses(mse + coefficient * l1, mse, l0, l1, fired=fired_on > 0)
+    def loss(self, x: jax.Array, y: jax.Array, controls: Controls) -> Losses:
+        x_in, bias = self.encoder_input(x)
+        anneals = self.config.p_end < 1
+        per_latent = {"b_enc": bias, "norm": self.decoder_norms()}
+        if anneals:  # scalars that blocks of the dictionary share
+            ones = jnp.ones_like(bias)
+            per_latent |= {"p": controls.p * ones, "next_p": controls.next_p * ones}
+        out = ops.autoencode(
+            functools.partial(_activate, anneals=anneals),
+            x_in,
+            self.w_enc[...],
+            per_latent,
+            self.w_dec[...],
+            self.dtype,
+            self.dtype,
+        )
+        y_hat = self.output(out.decoded[0], x)
+        mse = squared_error(y, y_hat)
+        means = {name: jnp.sum(sums) / x.shape[0] for name, sums in out.latent_sums.items()}
+        penalty, change = means["l1"], 0.0
+        if anneals:
+            penalty = means["penalty"]
+            change = jax.lax.stop_gradient(jnp.log(penalty) - jnp.log(means["next_penalty"]))
+            change = jnp.where(jnp.isfinite(change), change, 0.0)  # nothing fires: nothing to do
+        auxiliary = self.auxiliary_loss(x_in, bias, y - y_hat, controls.dead)
+        return Losses(
+            total=mse + controls.coefficient * penalty + auxiliary,
+            mse=mse,
+            l0=means["fired"],
+            l1=means["l1"],
+            fired=out.latent_sums["fired"] > 0,
+            log_coefficient=change,
+        )
 
     @classmethod
     def learning_rate(cls, d_sae: int) -> float:
         return 5e-5
 
     @classmethod
-    def flops_per_token(cls, config: SAEConfig) -> int:
-        # Encoder forward and weight gradient; decoder forward and both gradients. The inputs
-        # are data, so the encoder has no input gradient.
-        return 10 * config.d_in * config.d_sae
-
-    @classmethod
     def check(cls, config: SAEConfig) -> None:
-        if config.sparsity_coefficient < 0:
-            raise UserError(
-                f"sae.sparsity_coefficient must be 0 or more, not {config.sparsity_coefficient}"
-            )
-        if not 0 <= config.sparsity_warmup_fraction <= 1:
-            raise UserError(
-                "sae.sparsity_warmup_fraction is a part of all steps, from 0 to 1, not "
-                f"{config.sparsity_warmup_fraction}"
-            )
+        if config.p_end > 1:
+            raise UserError(f"sae.p_end must be above 0 and at most 1, not {config.p_end}")
+
+
+def _activate(product, per_latent, anneals: bool) -> ops.Activated:
+    latents = jax.nn.relu(product + per_latent["b_enc"])
+    fired = (latents > 0).astype(jnp.float32)
+    sums = {"l1": latents.sum(axis=0) * per_latent["norm"], "fired": fired.sum(axis=0)}
+    if anneals:
+        lengths = latents * per_latent["norm"]
+        for name, p in (("penalty", "p"), ("next_penalty", "next_p")):
+            exponent = per_latent[p]
+            powers = (lengths + _SMALL) ** exponent - _SMALL**exponent
+            sums[name] = powers.sum(axis=0)
+    return ops.Activated((latents,), sums, {})

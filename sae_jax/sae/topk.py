@@ -4,25 +4,25 @@ import jax
 import jax.numpy as jnp
 
 from sae_jax import ops
-from sae_jax.config import SAEConfig, UserError
-from sae_jax.sae.base import SAE, Losses, squared_error
+from sae_jax.config import SAEConfig
+from sae_jax.sae.base import SAE, Controls, Losses, squared_error
 
 
 class TopK(SAE):
     """f = ReLU(TopK((x - b_dec) W_enc + b_enc)), unit-norm decoder;
-    L = E[ ||x - x_hat||^2 + alpha ||e - e_hat||^2 ], e = x - x_hat held fixed, and e_hat the
-    decoding of the aux_k largest pre-activations among dead latents.
+    L = E[ ||y - y_hat||^2 + alpha ||e - e_hat||^2 ], the second term `auxiliary_loss`; with
+    `multi_topk` also ||y - y_hat||^2 / 8 at 4k, so that codes of other k can be used.
 
-    Source: "Scaling and evaluating sparse autoencoders" (Gao et al. 2024), sections 2.3, 2.4
-    and A.2: alpha 1/32, aux_k about d/2, dead after 10M tokens, lr proportional to
-    1/sqrt(d_sae). As in the formula, the auxiliary pick has no ReLU, so that dead latents
-    whose pre-activations are negative learn too, and e_hat no bias: it would stand on both
-    sides of e - e_hat.
+    Source: "Scaling and evaluating sparse autoencoders" (Gao et al. 2024), sections 2.3, 2.4,
+    5.3.1 and A.2: alpha 1/32, aux_k about d/2, dead after 10M tokens, lr proportional to
+    1/sqrt(d_sae).
     """
 
     DEFAULTS = {
         "k": 32,
-        "aux_k": lambda d_in: max(1, d_in // 2),
+        "k_start": None,
+        "k_anneal_fraction": 0.0,
+        "multi_topk": False,
         "aux_coefficient": 1 / 32,
         "apply_b_dec_to_input": True,
         "unit_norm_decoder": True,
@@ -41,37 +41,47 @@ class TopK(SAE):
     def encode_sparse(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The k latents of each row of x (B, d_in), without the dense (B, d_sae) latents:
         values (B, k), largest first, and int32 indices (B, k). On one device."""
-        encoder = (self._input_shift(), self.w_enc[...], self.b_enc[...])
-        code, _ = ops.encode_top_k(self._scaled(x), *encoder, None, self.config.k, 0)
+        x, bias = self.encoder_input(self._scaled(x))
+        code, _ = ops.encode_top_k(x, self.w_enc[...], bias, None, self.config.k, 0)
         return jax.nn.relu(code.values), code.indices
 
     def fold(self) -> "TopK":
-        norms = jnp.linalg.norm(self.w_dec[...], axis=1)
-        if self.config.unit_norm_decoder and bool(jnp.all(jnp.abs(norms - 1) < 1e-5)):
-            return super().fold()
-        raise UserError(
-            "this TopK SAE's decoder rows are not of norm 1, and scaling them would change which "
-            "latents are largest; train with sae.unit_norm_decoder=true"
-        )
+        """The same function with scales 1. Latents get unit decoder rows only where one factor
+        does for all: another would change which are largest."""
+        norms = jnp.linalg.norm(self.w_dec[...] / self.target_scale, axis=1)
+        equal = bool(jnp.all(jnp.abs(norms - norms[0]) < 1e-5 * norms[0]))
+        return self._rescaled(norms if equal else 1.0)
 
-    def loss(self, x: jax.Array, dead: jax.Array, coefficient: jax.Array) -> Losses:
+    def loss(self, x: jax.Array, y: jax.Array, controls: Controls) -> Losses:
         config = self.config
-        dtype = jnp.dtype(config.compute_dtype)
+        k = config.k if controls.k is None else controls.k
+        most = max(config.k, config.k_start or 0)
+        slots = min(4 * most if config.multi_topk else most, config.d_sae)
         w_dec = self.w_dec[...]
-        encoder = (self._input_shift(), self.w_enc[...], self.b_enc[...])
-        code, aux_code = ops.encode_top_k(x, *encoder, dead, config.k, config.aux_k, dtype)
-        code = code._replace(values=jax.nn.relu(code.values))
-        any_dead = dead.any()
-        decoded, error_hat = ops.sparse_decode(code, aux_code, any_dead, w_dec)
-        x_hat = decoded + self.b_dec[...]
-        mse = squared_error(x, x_hat)
-        error = jax.lax.stop_gradient(x - x_hat)
-        aux = jnp.where(any_dead, squared_error(error, error_hat), 0.0)
+        x_in, bias = self.encoder_input(x)
+        dead = controls.dead if config.aux_coefficient else None
+        code, aux = ops.encode_top_k(
+            x_in, self.w_enc[...], bias, dead, slots, config.aux_k, self.dtype
+        )
+        wide = code._replace(values=jax.nn.relu(code.values))
+        code = wide if controls.k is None and slots == k else ops.strongest(wide, k, slots)
+        any_dead = None if dead is None else dead.any()
+        decoded, error_hat = ops.sparse_decode(code, aux, any_dead, w_dec)
+        y_hat = self.output(decoded, x)
+        mse = total = squared_error(y, y_hat)
+        if dead is not None:
+            error = jax.lax.stop_gradient(y - y_hat)
+            total += config.aux_coefficient * jnp.where(
+                any_dead, squared_error(error, error_hat), 0.0
+            )
+        if config.multi_topk:
+            wide = ops.strongest(wide, 4 * k, slots)
+            decoded, _ = ops.sparse_decode(wide, None, None, w_dec)
+            total += squared_error(y, self.output(decoded, x)) / 8
 
-        norms = jnp.linalg.norm(w_dec, axis=1, keepdims=True)
-        l1, _ = ops.sparse_decode(code, None, None, norms)
+        l1, _ = ops.sparse_decode(code, None, None, self.decoder_norms()[:, None])
         return Losses(
-            total=mse + config.aux_coefficient * aux,
+            total=total,
             mse=mse,
             l0=jnp.sum(code.values > 0) / x.shape[0],
             l1=jnp.sum(l1) / x.shape[0],
@@ -85,14 +95,6 @@ class TopK(SAE):
     @classmethod
     def flops_per_token(cls, config: SAEConfig) -> int:
         # Dense only in the encoder's forward pass; decoder forward, both its gradients and
-        # the encoder's weight gradient touch k latents. The auxiliary loss is not counted.
-        return 2 * config.d_in * config.d_sae + 8 * config.k * config.d_in
-
-    @classmethod
-    def check(cls, config: SAEConfig) -> None:
-        if not 1 <= config.k <= config.d_sae:
-            raise UserError(f"sae.k is {config.k}, but must be from 1 to sae.d_sae, {config.d_sae}")
-        if config.aux_k < 1:
-            raise UserError(f"sae.aux_k must be 1 or more, not {config.aux_k}")
-        if config.aux_coefficient < 0:
-            raise UserError(f"sae.aux_coefficient must be 0 or more, not {config.aux_coefficient}")
+        # the encoder's weight gradient touch k latents, with multi-TopK 4k more.
+        picked = 5 * config.k if config.multi_topk else config.k
+        return 2 * config.d_in * config.d_sae + picked * (2 * config.d_in + 6 * config.d_out)

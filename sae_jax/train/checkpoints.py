@@ -91,10 +91,13 @@ def load_sae(run: pathlib.Path, step: int | None = None) -> saes.SAE:
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
                 saved[name],
             )
-            for name in ("parameters", "scale")
+            for name in ("parameters", "scale", "target_scale")
         }
         state = checkpointer.load(step, abstract_state=wanted)
-    return saes.architecture(config.sae)(config.sae, state["parameters"], float(state["scale"]))
+    scales = [
+        value if value.ndim else float(value) for value in (state["scale"], state["target_scale"])
+    ]
+    return saes.architecture(config.sae)(config.sae, state["parameters"], *scales)
 
 
 def _as_dict(state: TrainState) -> dict:

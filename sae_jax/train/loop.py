@@ -17,9 +17,9 @@ from absl import logging
 
 from sae_jax import config as configs
 from sae_jax import sae as saes
-from sae_jax.activations import Store, Stream
+from sae_jax.activations import Stream, WorldStream, open_stream
 from sae_jax.config import Config, UserError
-from sae_jax.train import optimizer
+from sae_jax.train import optimizer, resample
 from sae_jax.train.checkpoints import Checkpoints
 from sae_jax.train.directory import RunDirectory, is_writer
 from sae_jax.train.median import geometric_median
@@ -42,12 +42,11 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict:
     Raises UserError for a mistake in the config, the store or the directory, before anything
     is computed; NonFiniteError if the loss became NaN; PreemptedError after SIGTERM.
     """
-    store = Store.open(config.data.store)
-    config = resolve(config, store)
-    stream = _stream(config, store, "train")
+    stream = open_stream(config.data)
+    config = resolve(config, stream)
     steps = _count_steps(config, stream)
     mesh = make_mesh(config)
-    heldout = _heldout_stream(config, store, mesh)
+    heldout = _heldout_stream(config, mesh)
     directory = RunDirectory(pathlib.Path(workdir), config)
     if directory.result is not None:
         logging.info("%s is finished; its result stands", workdir)
@@ -56,12 +55,17 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict:
         return _train(config, stream, heldout, steps, mesh, directory)
 
 
-def resolve(config: Config, store: Store) -> Config:
-    """`config` with everything filled in that the store and the architecture decide, and
-    checked as far as is possible without devices."""
-    site = store.resolve_site(config.data.site)
+def resolve(config: Config, stream: Stream | WorldStream) -> Config:
+    """`config` with everything filled in that the data and the architecture decide, and checked
+    as far as is possible without devices."""
     optimizer.check(config.optimizer)
-    sae = saes.resolve(config.sae, store.meta.sites[site].width)
+    names, widths, target = stream.site_names, stream.site_widths, None
+    data = dataclasses.replace(config.data, site=",".join(names))
+    if config.data.target_site:
+        *inputs, target_name = names
+        data = dataclasses.replace(data, site=",".join(inputs), target_site=target_name)
+        *widths, target = widths
+    sae = saes.resolve(config.sae, tuple(widths), target)
     adam = config.optimizer
     if adam.learning_rate is None:
         rate = saes.architecture(sae).learning_rate(sae.d_sae)
@@ -70,18 +74,17 @@ def resolve(config: Config, store: Store) -> Config:
     for name in ("tokens", "log_every", "checkpoint_every", "keep_checkpoints"):
         if getattr(config.train, name) < 1:
             raise UserError(f"train.{name} must be 1 or more, not {getattr(config.train, name)}")
-    data = dataclasses.replace(config.data, site=site)
     return dataclasses.replace(config, sae=sae, data=data, optimizer=adam)
 
 
 def _train(config, stream, heldout, steps, mesh, directory) -> dict:
-    variance = stream.mean_squared_norm - float(np.sum(np.square(stream.mean)))
+    scale, target_scale, variance = normalisation(config, stream)
     trainer = Trainer(config, steps, variance)
     placement = BatchPlacement(mesh, config.data.batch_size)
     checkpoints = Checkpoints(directory.path, config.train.keep_checkpoints)
     with contextlib.closing(checkpoints), contextlib.closing(directory):
         if checkpoints.latest_step is None:
-            state = trainer.init(_initial_b_dec(config, stream), _input_scale(config, stream))
+            state = trainer.init(_initial_b_dec(config, stream), scale, target_scale)
             start = 0
         else:
             state = checkpoints.restore(trainer.abstract())
@@ -101,11 +104,14 @@ def _run_steps(trainer, state, start, steps, stream, placement, checkpoints, dir
     dispatched: the device never idles, and never holds more than two batches."""
     config = trainer.config
     batches = placement.place_all(stream.batches(start, placement.rows)) if start < steps else None
+    resampling = resample.steps(config)
     meter = _Meter(config, start, steps, directory)
     before = None  # (step, its metrics, whether to log them): dispatched, not waited for
     with Preemption() as preemption, meter:
         for step in range(start + 1, steps + 1):
             state, metrics = trainer.step(state, next(batches))
+            if step in resampling:
+                state = resample.resample(trainer, state, step, stream, placement)
             if before:
                 meter.done(*before)
             stop = preemption.reached(step)
@@ -192,11 +198,12 @@ class _Meter:
 
 
 def flops(config: Config, tokens: int) -> dict[str, int]:
-    """Both accountings of a run's compute: `flops` 12 n d a token, the field's axis for every
-    architecture, and `flops_executed`, what the step really does (recipes of Gao et al.)."""
+    """Both accountings of a run's compute: `flops` 12 n d a token (6 n (d_in + d_out)), the
+    field's axis for every architecture, and `flops_executed`, what the step really does (recipes
+    of Gao et al.)."""
     executed = saes.architecture(config.sae).flops_per_token(config.sae)
     return {
-        "flops": 12 * config.sae.d_sae * config.sae.d_in * tokens,
+        "flops": 6 * config.sae.d_sae * (config.sae.d_in + config.sae.d_out) * tokens,
         "flops_executed": executed * tokens,
     }
 
@@ -209,14 +216,15 @@ def run_id(config: Config) -> str:
 
 def _result(config, trainer, state: TrainState, steps, heldout, mesh, seconds) -> dict:
     tokens = steps * config.data.batch_size
-    dead = state.idle_tokens >= config.sae.dead_after_tokens
+    dead = trainer.dead(state)
     return {
         "run_id": run_id(config),
         "architecture": config.sae.architecture,
+        "kind": config.sae.kind,
         "d_in": config.sae.d_in,
         "d_sae": config.sae.d_sae,
         "k": config.sae.k,
-        "sparsity_coefficient": config.sae.sparsity_coefficient,
+        "sparsity_coefficient": _last_coefficient(config, state),
         "seed": config.train.seed,
         "lr": config.optimizer.learning_rate,
         "tokens": tokens,
@@ -228,6 +236,12 @@ def _result(config, trainer, state: TrainState, steps, heldout, mesh, seconds) -
     }
 
 
+def _last_coefficient(config: Config, state: TrainState) -> float | None:
+    """The configured sparsity coefficient, or what it was adapted to."""
+    coefficient = config.sae.sparsity_coefficient
+    return coefficient and coefficient * math.exp(float(state.log_coefficient))
+
+
 def _evaluate(trainer, state: TrainState, heldout, mesh) -> dict[str, float | None]:
     """Means over up to 65,536 held-out rows."""
     names = ("eval_loss", "eval_fvu", "eval_l0")
@@ -235,45 +249,26 @@ def _evaluate(trainer, state: TrainState, heldout, mesh) -> dict[str, float | No
         return dict.fromkeys(names)
     batch = heldout.batch_size
     placement = BatchPlacement(mesh, batch)
-    count = max(1, min(heldout.order.steps_per_epoch, _EVAL_ROWS // batch))
+    count = max(1, min(heldout.steps_per_epoch, _EVAL_ROWS // batch))
     batches = placement.place_all(heldout.batches(0, placement.rows))
     means = [trainer.evaluate(state, next(batches)) for _ in range(count)]
     return {name: float(np.mean([float(m[name]) for m in means])) for name in names}
 
 
-def _heldout_stream(config: Config, store: Store, mesh) -> Stream | None:
+def _heldout_stream(config: Config, mesh) -> Stream | WorldStream | None:
     """Held-out rows in batches of the training's size, or of what there is."""
     if config.data.holdout_fraction == 0:
         return None
     unit = math.lcm(config.data.virtual_shards, mesh.shape["data"])
-    smallest = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=unit))
+    once = dataclasses.replace(config.data, epochs=1)
     try:
-        rows = _stream(smallest, store, "heldout").rows_per_epoch
+        rows = open_stream(once, "heldout", unit).rows_per_epoch
     except UserError as error:
         raise UserError(
             f"too few rows are held out to evaluate on ({error}); set data.holdout_fraction "
             f"higher, now {config.data.holdout_fraction}, or to 0 for no evaluation"
         ) from error
-    batch = min(config.data.batch_size, rows // unit * unit)
-    data = dataclasses.replace(config.data, batch_size=batch)
-    return _stream(dataclasses.replace(config, data=data), store, "heldout")
-
-
-def _stream(config: Config, store: Store, split: str) -> Stream:
-    data = config.data
-    return Stream(
-        store,
-        data.site,
-        batch_size=data.batch_size,
-        seed=data.seed,
-        split=split,
-        holdout_fraction=data.holdout_fraction,
-        epochs=data.epochs,
-        virtual_shards=data.virtual_shards,
-        window_rows=data.window_rows,
-        include_excluded=data.include_excluded,
-        drop_nonfinite=data.drop_nonfinite,
-    )
+    return open_stream(once, "heldout", min(config.data.batch_size, rows // unit * unit))
 
 
 def _count_steps(config: Config, stream: Stream) -> int:
@@ -282,7 +277,7 @@ def _count_steps(config: Config, stream: Stream) -> int:
         raise UserError(f"train.tokens {tokens} is less than one batch of {batch}")
     steps = tokens // batch
     if steps > stream.num_steps:
-        need = -(-steps // stream.order.steps_per_epoch)
+        need = -(-steps // stream.steps_per_epoch)
         raise UserError(
             f"train.tokens {tokens} is more than the {stream.num_steps * batch} training tokens "
             f"that {config.data.store} gives in data.epochs={config.data.epochs}; harvest more, "
@@ -291,21 +286,33 @@ def _count_steps(config: Config, stream: Stream) -> int:
     return steps
 
 
-def _input_scale(config: Config, stream: Stream) -> float:
-    """The scalar that activations are multiplied by, from the store's statistics."""
-    if config.sae.normalize == "none":
-        return 1.0
-    return math.sqrt(stream.width / stream.mean_squared_norm)
+def normalisation(config: Config, stream: Stream | WorldStream) -> tuple:
+    """What inputs and targets are multiplied by, from the data's statistics: one number for each
+    site, for a crosscoder's sites side by side (d_in,); and the variance of the targets after
+    that, summed over d_out."""
+    norms = np.asarray(stream.site_mean_squared_norms)
+    widths = np.asarray(stream.site_widths)
+    wanted = {"sqrt_d": widths, "unit": np.ones(len(widths)), "none": norms}
+    scales = np.sqrt(wanted[config.sae.normalize] / norms)
+    ends = np.cumsum(widths)[:-1]
+    means = np.array([np.sum(np.square(mean)) for mean in np.split(stream.mean, ends)])
+    variances = scales**2 * (norms - means)
+    if config.sae.kind == "crosscoder":
+        columns = np.repeat(scales, widths).astype(np.float32)
+        return columns, columns, float(variances.sum())
+    return float(scales[0]), float(scales[-1]), float(variances[-1])
 
 
-def _initial_b_dec(config: Config, stream: Stream) -> np.ndarray:
+def _initial_b_dec(config: Config, stream: Stream | WorldStream) -> np.ndarray:
+    """(d_out,) in the units of the targets."""
+    targets = slice(stream.width - config.sae.d_out, None)
     if config.sae.b_dec_init == "zero":
-        return np.zeros(stream.width, np.float32)
+        return np.zeros(config.sae.d_out, np.float32)
     if config.sae.b_dec_init == "mean":
-        return stream.mean.astype(np.float32)
+        return stream.mean[targets].astype(np.float32)
     rows: list[np.ndarray] = []
     for batch in stream.batches(prefetch=0):
-        rows.extend(batch.astype(np.float32))
+        rows.extend(batch[:, targets].astype(np.float32))
         if len(rows) >= _MEDIAN_ROWS:
             break
     return geometric_median(np.stack(rows[:_MEDIAN_ROWS]))

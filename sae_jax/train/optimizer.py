@@ -71,6 +71,7 @@ def make(
     if config.clip_norm is not None:
         parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
     parts.append(optax.scale_by_learning_rate(schedule(config, steps)))
+    parts.append(keep_thresholds())
     if unit_norm_decoder:
         parts = [remove_parallel_gradient(), *parts, renormalise_decoder()]
     return optax.chain(*parts)
@@ -95,5 +96,17 @@ def renormalise_decoder() -> optax.GradientTransformation:
         moved: jax.Array = parameters["w_dec"] + updates["w_dec"]
         unit = moved / jnp.linalg.norm(moved, axis=1, keepdims=True)
         return updates | {"w_dec": unit - parameters["w_dec"]}
+
+    return optax.stateless(update)
+
+
+def keep_thresholds() -> optax.GradientTransformation:
+    """Makes the update of `threshold`, where there is one, end at 0 or above: below it, latents
+    would be negative."""
+
+    def update(updates, parameters):
+        if "threshold" not in parameters:
+            return updates
+        return updates | {"threshold": jnp.maximum(updates["threshold"], -parameters["threshold"])}
 
     return optax.stateless(update)

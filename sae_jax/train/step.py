@@ -12,8 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from sae_jax import sae as saes
 from sae_jax.config import Config
 from sae_jax.ops.mesh import PER_LATENT, out_sharding
-from sae_jax.sae.base import Losses
-from sae_jax.train import optimizer
+from sae_jax.sae import SAE, Losses
+from sae_jax.train import controls, optimizer
 
 _NEVER = -1
 
@@ -26,14 +26,16 @@ class TrainState:
     parameters: dict[str, jax.Array]  # float32
     optimizer: optax.OptState
     idle_tokens: jax.Array  # (d_sae,) int32: tokens since the latent last fired
-    scale: jax.Array  # float32: the inputs' normalisation
+    scale: jax.Array  # float32: the inputs' normalisation; a crosscoder's (d_in,)
+    target_scale: jax.Array  # float32: the targets'
+    log_coefficient: jax.Array  # float32: ln of what multiplies the sparsity coefficient
     step: jax.Array  # int32: steps done
     nonfinite_step: jax.Array  # int32: the first step whose loss or gradient was not finite, or -1
 
 
 class Trainer:
     """What a step needs beyond state and batch: the resolved config, the number of steps, and
-    the variance of the activations, summed over d, that FVU is measured against."""
+    the variance of the scaled targets, summed over d_out, that FVU is measured against."""
 
     def __init__(self, config: Config, steps: int, variance: float):
         self.config = config
@@ -44,11 +46,13 @@ class Trainer:
         self._optimizer = optimizer.make(config.optimizer, steps, config.sae.unit_norm_decoder)
         self.step: Callable = jax.jit(self._step, donate_argnums=0)
         self.evaluate: Callable = jax.jit(self._evaluate)
+        self.row_losses: Callable = jax.jit(self._row_losses)
 
-    def init(self, b_dec: jax.Array, scale: float) -> TrainState:
+    def init(self, b_dec: jax.Array, scale, target_scale=None) -> TrainState:
         """A fresh state under the ambient mesh, every array created in its sharding. b_dec
-        (d_in,) in the units of the activations."""
-        return jax.jit(self._init)(b_dec, jnp.float32(scale))
+        (d_out,) in the units of the targets; the scales: numbers, or (d_in,) for a crosscoder."""
+        target_scale = scale if target_scale is None else target_scale
+        return jax.jit(self._init)(b_dec, jnp.float32(scale), jnp.float32(target_scale))
 
     def abstract(self) -> TrainState:
         """The shapes, types and shardings of a state, without its arrays."""
@@ -58,12 +62,14 @@ class Trainer:
             spec = a.sharding.spec if a.sharding else PartitionSpec()  # a scalar has none
             return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec))
 
-        floats = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((self.config.sae.d_in,), ())]
+        sae = self.config.sae
+        scale = (sae.d_in,) if sae.kind == "crosscoder" else ()
+        floats = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((sae.d_out,), scale, scale)]
         return jax.tree.map(placed, jax.eval_shape(self._init, *floats))
 
-    def _init(self, b_dec, scale):
+    def _init(self, b_dec, scale, target_scale):
         key = jax.random.key(self.config.train.seed)
-        parameters = self._architecture.init_parameters(key, self.config.sae, b_dec * scale)
+        parameters = self._architecture.init_parameters(key, self.config.sae, b_dec * target_scale)
         return TrainState(
             parameters=parameters,
             optimizer=self._optimizer.init(parameters),
@@ -71,31 +77,32 @@ class Trainer:
                 self.config.sae.d_sae, jnp.int32, out_sharding=out_sharding(PER_LATENT)
             ),
             scale=scale,
+            target_scale=target_scale,
+            log_coefficient=jnp.zeros(()),
             step=jnp.zeros((), jnp.int32),
             nonfinite_step=jnp.full((), _NEVER, jnp.int32),
         )
 
-    def _losses(self, parameters, scale, x, dead, coefficient) -> Losses:
-        sae = self._architecture(self.config.sae, parameters)
-        return sae.loss(x.astype(jnp.float32) * scale, dead, coefficient)
+    def scaled(self, state: TrainState, rows) -> tuple[SAE, jax.Array, jax.Array]:
+        """The SAE in its own units, and inputs and targets of rows (B, width) in them."""
+        sae = self._architecture(self.config.sae, state.parameters)
+        x, y = sae.split(rows.astype(jnp.float32))
+        return sae, x * state.scale, y * state.target_scale
 
-    def _coefficient(self, step):
-        """The sparsity coefficient of a step: linear from 0 over the warm-up."""
-        config = self.config.sae
-        if config.sparsity_coefficient is None:
-            return jnp.zeros(())
-        warmup = max(1, round(config.sparsity_warmup_fraction * self._steps))
-        return config.sparsity_coefficient * jnp.minimum(1.0, (step + 1) / warmup)
+    def dead(self, state: TrainState) -> jax.Array:
+        """(d_sae,) bool."""
+        return state.idle_tokens >= self.config.sae.dead_after_tokens
 
-    def _step(self, state: TrainState, x: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One update from a batch x (B, d_in). A step whose loss or gradient is not finite is
+    def _step(self, state: TrainState, rows: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One update from a batch (B, width). A step whose loss or gradient is not finite is
         undone where such steps are to be skipped; otherwise the run ends at the next look at the
         metrics, and its state with it."""
-        dead = state.idle_tokens >= self.config.sae.dead_after_tokens
-        coefficient = self._coefficient(state.step)
+        sae, x, y = self.scaled(state, rows)
+        dead = self.dead(state)
+        now = controls.at(self.config.sae, state.step, self._steps, state.log_coefficient, dead)
 
         def total(parameters):
-            losses = self._losses(parameters, state.scale, x, dead, coefficient)
+            losses = self._architecture(self.config.sae, parameters).loss(x, y, now)
             return losses.total, losses
 
         (_, losses), gradients = jax.value_and_grad(total, has_aux=True)(state.parameters)
@@ -103,14 +110,22 @@ class Trainer:
         updates, optimizer_state = self._optimizer.update(
             gradients, state.optimizer, state.parameters
         )
-        idle = jnp.where(losses.fired, 0, jnp.minimum(state.idle_tokens, 2**30) + x.shape[0])
+        parameters = optax.apply_updates(state.parameters, updates)
+        weight = controls.running_mean_weight(state.step, self._steps)
+        for name, value in losses.running.items():
+            before = state.parameters[name]
+            parameters[name] = before + weight * (value - before)
         finite = jnp.isfinite(losses.total) & jnp.isfinite(gradient_norm)
         first_time = ~finite & (state.nonfinite_step == _NEVER)
-        new = TrainState(
-            parameters=optax.apply_updates(state.parameters, updates),
+        idle = jnp.minimum(state.idle_tokens, 2**30) + rows.shape[0]
+        new = dataclasses.replace(
+            state,
+            parameters=parameters,
             optimizer=optimizer_state,
-            idle_tokens=idle,
-            scale=state.scale,
+            idle_tokens=jnp.where(losses.fired, 0, idle),
+            log_coefficient=controls.next_log_coefficient(
+                self.config.sae, state.step, self._steps, state.log_coefficient, losses
+            ),
             step=state.step + 1,
             nonfinite_step=jnp.where(first_time, state.step, state.nonfinite_step),
         )
@@ -118,28 +133,46 @@ class Trainer:
             counters = {"step": new.step, "nonfinite_step": new.nonfinite_step}
             unchanged = dataclasses.replace(state, **counters)
             new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, unchanged)
-        mse = losses.mse / state.scale**2
         metrics = {
             "loss": losses.total,
-            "mse": mse,
-            "fvu": mse / self._variance,
+            **self._in_data_units(state, losses),
             "l0": losses.l0,
-            "l1": losses.l1 / state.scale,
             "dead_fraction": jnp.mean(dead.astype(jnp.float32)),
             "grad_norm": gradient_norm,
             "lr": self._learning_rate(state.step),
-            "sparsity_coefficient": coefficient,
+            "sparsity_coefficient": now.coefficient,
             "nonfinite_step": new.nonfinite_step,
         }
         return new, metrics
 
-    def _evaluate(self, state: TrainState, x: jax.Array) -> dict[str, jax.Array]:
-        """Means over a batch of held-out rows, at the full sparsity coefficient."""
+    def _in_data_units(self, state: TrainState, losses: Losses) -> dict[str, jax.Array]:
+        """mse and l1 in the units of the targets; of a crosscoder, whose sites have one each, in
+        the SAE's own."""
+        unit = jnp.ones(()) if state.target_scale.ndim else state.target_scale
+        return {
+            "mse": losses.mse / unit**2,
+            "fvu": losses.mse / self._variance,
+            "l1": losses.l1 / unit,
+        }
+
+    def _evaluate(self, state: TrainState, rows: jax.Array) -> dict[str, jax.Array]:
+        """Means over a batch of held-out rows, as the SAE is used after training, at the last
+        step's sparsity coefficient."""
+        sae, x, y = self.scaled(state, rows)
         nothing_dead = jnp.zeros(self.config.sae.d_sae, bool, out_sharding=out_sharding(PER_LATENT))
-        coefficient = jnp.asarray(self.config.sae.sparsity_coefficient or 0.0)
-        losses = self._losses(state.parameters, state.scale, x, nothing_dead, coefficient)
+        last = controls.at(
+            self.config.sae, self._steps, self._steps, state.log_coefficient, nothing_dead
+        )
+        losses = sae.loss(x, y, dataclasses.replace(last, training=False))
         return {
             "eval_loss": losses.total,
-            "eval_fvu": losses.mse / state.scale**2 / self._variance,
+            "eval_fvu": losses.mse / self._variance,
             "eval_l0": losses.l0,
         }
+
+    def _row_losses(self, state: TrainState, rows: jax.Array) -> jax.Array:
+        """(B,) loss of each row of a batch."""
+        sae, x, y = self.scaled(state, rows)
+        nobody = jnp.zeros(())
+        now = controls.at(self.config.sae, state.step, self._steps, state.log_coefficient, nobody)
+        return sae.row_losses(x, y, now.coefficient)

@@ -1,0 +1,74 @@
+"""BatchTopK: k latents a token on average over the batch (Bussmann et al. 2024)."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from sae_jax import ops
+from sae_jax.config import SAEConfig
+from sae_jax.ops.mesh import BATCH, product
+from sae_jax.sae.base import SAE, Controls, Losses, squared_error
+from sae_jax.sae.topk import TopK
+
+_LATENTS = P("data", "model")
+
+
+class BatchTopK(SAE):
+    """In training f = ReLU(z) where it is among the k B largest of the whole batch of B tokens,
+    z = (x - b_dec) W_enc + b_enc; L = E[ ||y - y_hat||^2 ] + `auxiliary_loss`.
+
+    Afterwards there is no batch: f = z 1[z > threshold], the threshold being the running mean of
+    the smallest value that was picked from a batch.
+
+    Source: "BatchTopK sparse autoencoders" (arXiv:2412.06410), sections 3 and 3.1. The batch is
+    the global one, whatever the mesh. The running mean is corrected for its start, so that it
+    leans on no initial value.
+    """
+
+    DEFAULTS = {name: value for name, value in TopK.DEFAULTS.items() if name != "multi_topk"}
+    PER_LATENT_SCALED = ("b_enc", "threshold")
+    RUNNING_MEANS = ("threshold",)
+
+    def activate(self, preactivations: jax.Array) -> jax.Array:
+        kept = (preactivations > self.threshold[...]) & (preactivations > 0)
+        return jnp.where(kept, preactivations, 0.0)
+
+    @classmethod
+    def fresh_latent(cls, config: SAEConfig) -> dict[str, float]:
+        return {"b_enc": 0.0, "threshold": 0.0}
+
+    def loss(self, x: jax.Array, y: jax.Array, controls: Controls) -> Losses:
+        config = self.config
+        k = config.k if controls.k is None else controls.k
+        x_in, bias = self.encoder_input(x)
+        w_enc = self.w_enc[...].astype(self.dtype)
+        pre = product(x_in.astype(self.dtype), w_enc, _LATENTS) + bias
+        latents, running = jax.nn.relu(pre), {}
+        if controls.training:
+            picked, smallest = ops.over_batch(latents, k * x.shape[0])
+            latents = jnp.where(picked, latents, 0.0)
+            smallest = jnp.where(jnp.isfinite(smallest), smallest, 0.0)
+            running = {"threshold": jnp.full_like(self.threshold[...], smallest)}
+        else:
+            latents = self.activate(pre)
+        y_hats = self.reconstructions(latents, x)
+        mse = squared_error(y, y_hats[-1])
+        fired = latents > 0
+        auxiliary = self.auxiliary_loss(x_in, bias, y - y_hats[-1], controls.dead)
+        return Losses(
+            total=squared_error(y, y_hats) + auxiliary,
+            mse=mse,
+            l0=jnp.sum(fired) / x.shape[0],
+            l1=jnp.sum(latents * self.decoder_norms()) / x.shape[0],
+            fired=fired.any(axis=0),
+            running=running,
+        )
+
+    def reconstructions(self, latents: jax.Array, x: jax.Array) -> jax.Array:
+        """What the loss compares with y: (1, B, d_out) from latents (B, d_sae)."""
+        w_dec = self.w_dec[...].astype(self.dtype)
+        return self.output(product(latents.astype(self.dtype), w_dec, BATCH), x)[None]
+
+    @classmethod
+    def learning_rate(cls, d_sae: int) -> float:
+        return TopK.learning_rate(d_sae)

@@ -1,0 +1,150 @@
+"""JumpReLU: a threshold for each latent, trained through a straight-through gradient."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from sae_jax import ops
+from sae_jax.config import SAEConfig, UserError, choose
+from sae_jax.sae.base import SAE, Controls, Losses, squared_error
+
+SPARSITY_LOSSES = ("l0", "tanh", "quadratic")
+
+
+class JumpReLU(SAE):
+    """f = z 1[z > theta], z = (x - b_dec) W_enc + b_enc; L = E[ ||y - y_hat||^2 + S ].
+
+    `sparsity_loss` chooses S:
+
+    l0         lambda ||f||_0 (Rajamanoharan et al. 2024, arXiv:2407.14435, eq. 9; Gemma Scope)
+    quadratic  lambda (||f||_0 / target_l0 - 1)^2 (the same paper's loss for a target L0; Gemma
+               Scope 2)
+    tanh       lambda sum_i tanh(c f_i ||W_dec,i||) + lambda_P sum_i ReLU(theta_i - z_i) ||W_dec,i||
+               (Circuits Updates, January 2025), lambda_P = `preactivation_coefficient`; the
+               second term, for latents that do not fire, is there with any choice of S
+
+    Steps have no gradient; in its place stands a rectangle of width epsilon = `bandwidth`,
+    K(u) = 1 for |u| < 1/2 (eqs. 11 and 12): d f / d theta = -theta / epsilon K((z - theta) /
+    epsilon), d 1[z > theta] / d theta = -1 / epsilon K. With `gradient_to=threshold` (DeepMind)
+    it flows to theta only, with `all` (Anthropic) its negative flows to z as well.
+
+    theta is trained itself, in float32, and kept at 0 or above; Anthropic trains its logarithm.
+    """
+
+    DEFAULTS = {
+        "sparsity_loss": "l0",
+        "sparsity_coefficient": 1.0,
+        "sparsity_warmup_fraction": 0.1,
+        "target_l0": None,
+        "initial_threshold": 0.01,
+        "bandwidth": 0.05,
+        "gradient_to": "threshold",
+        "tanh_scale": 4.0,
+        "preactivation_coefficient": 0.0,
+        "apply_b_dec_to_input": True,
+        "unit_norm_decoder": True,
+        "decoder_init_norm": 1.0,
+        "b_dec_init": "zero",
+    }
+    PER_LATENT_SCALED = ("b_enc", "threshold")
+
+    def activate(self, preactivations: jax.Array) -> jax.Array:
+        return jnp.where(preactivations > self.threshold[...], preactivations, 0.0)
+
+    @classmethod
+    def fresh_latent(cls, config: SAEConfig) -> dict[str, float]:
+        return {"b_enc": 0.0, "threshold": config.initial_threshold}
+
+    def loss(self, x: jax.Array, y: jax.Array, controls: Controls) -> Losses:
+        config = self.config
+        x_in, bias = self.encoder_input(x)
+        inputs = {"b_enc": bias, "threshold": self.threshold[...], "norm": self.decoder_norms()}
+        out = ops.autoencode(
+            functools.partial(_activate, config=config),
+            x_in,
+            self.w_enc[...],
+            inputs,
+            self.w_dec[...],
+            self.dtype,
+        )
+        y_hat = self.output(out.decoded[0], x)
+        mse = squared_error(y, y_hat)
+        means = {name: jnp.sum(sums) / x.shape[0] for name, sums in out.latent_sums.items()}
+        if config.sparsity_loss == "quadratic":
+            sparsity = jnp.mean(jnp.square(out.token_sums["l0"] / config.target_l0 - 1))
+        else:
+            sparsity = means["sparsity"]
+        total = mse + controls.coefficient * sparsity
+        if config.preactivation_coefficient:
+            total += config.preactivation_coefficient * means["below"]
+        return Losses(
+            total=total + self.auxiliary_loss(x_in, bias, y - y_hat, controls.dead),
+            mse=mse,
+            l0=means["fired"],
+            l1=means["l1"],
+            fired=out.latent_sums["fired"] > 0,
+        )
+
+    @classmethod
+    def learning_rate(cls, d_sae: int) -> float:
+        return 2e-4
+
+    @classmethod
+    def check(cls, config: SAEConfig) -> None:
+        choose(config.sparsity_loss, SPARSITY_LOSSES, "sae.sparsity_loss")
+        choose(config.gradient_to, ("threshold", "all"), "sae.gradient_to")
+        if config.sparsity_loss == "quadratic" and config.target_l0 is None:
+            raise UserError("sae.sparsity_loss=quadratic needs sae.target_l0")
+
+
+def _activate(product, per_latent, config: SAEConfig) -> ops.Activated:
+    z, theta, norm = product + per_latent["b_enc"], per_latent["threshold"], per_latent["norm"]
+    to_all = config.gradient_to == "all"
+    latents = jump_relu(z, theta, config.bandwidth, to_all)
+    fired = (latents > 0).astype(jnp.float32)
+    sums = {"l1": latents.sum(axis=0) * norm, "fired": fired.sum(axis=0)}
+    token_sums = {}
+    if config.sparsity_loss == "tanh":
+        sums["sparsity"] = jnp.tanh(config.tanh_scale * latents * norm).sum(axis=0)
+    else:
+        above = step(z, theta, config.bandwidth, to_all)
+        if config.sparsity_loss == "l0":
+            sums["sparsity"] = above.sum(axis=0)
+        else:
+            token_sums["l0"] = above.sum(axis=1)
+    if config.preactivation_coefficient:
+        sums["below"] = (jax.nn.relu(theta - z) * norm).sum(axis=0)
+    return ops.Activated((latents,), sums, token_sums)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def jump_relu(z, theta, bandwidth: float, to_all: bool):
+    """z 1[z > theta], with the straight-through gradient."""
+    return jnp.where(z > theta, z, 0.0)
+
+
+@jump_relu.defjvp
+def _jump_relu_jvp(bandwidth, to_all, primals, tangents):
+    (z, theta), (d_z, d_theta) = primals, tangents
+    through = theta / bandwidth * _rectangle((z - theta) / bandwidth)
+    out = jnp.where(z > theta, d_z, 0.0) - through * d_theta
+    return jump_relu(z, theta, bandwidth, to_all), out + through * d_z if to_all else out
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def step(z, theta, bandwidth: float, to_all: bool):
+    """1[z > theta], with the straight-through gradient."""
+    return (z > theta).astype(z.dtype)
+
+
+@step.defjvp
+def _step_jvp(bandwidth, to_all, primals, tangents):
+    (z, theta), (d_z, d_theta) = primals, tangents
+    through = _rectangle((z - theta) / bandwidth) / bandwidth
+    out = -through * d_theta
+    return step(z, theta, bandwidth, to_all), out + through * d_z if to_all else out
+
+
+def _rectangle(u):
+    return (jnp.abs(u) < 0.5).astype(u.dtype)

@@ -1,0 +1,44 @@
+"""ReLU with a plain L1 penalty and a unit-norm decoder (Bricken et al. 2023)."""
+
+import jax
+
+from sae_jax.config import SAEConfig
+from sae_jax.ops.mesh import ENCODER, out_sharding
+from sae_jax.sae.relu import ReLU
+
+
+class ReLUL1Unit(ReLU):
+    """f = ReLU((x - b_dec) W_enc + b_enc), rows of W_dec of norm 1;
+    L = E[ ||y - y_hat||^2 + lambda sum_i f_i ].
+
+    Source: "Towards Monosemanticity" (Bricken et al. 2023), appendix: the pre-encoder bias tied
+    to b_dec, which starts at the geometric median; W_enc and W_dec are not tied and start
+    Kaiming-uniform; the gradient along each decoder row is removed before Adam and the row
+    renormalised after it; latents that died are resampled four times (`train/resample.py`).
+    """
+
+    DEFAULTS = ReLU.DEFAULTS | {
+        "sparsity_coefficient": 1.0,
+        "apply_b_dec_to_input": True,
+        "unit_norm_decoder": True,
+        "decoder_init_norm": 1.0,
+        "b_dec_init": "geometric_median",
+        "resample_every_tokens": 204_800_000,  # 25,000 steps of 8,192
+    }
+
+    @classmethod
+    def init_parameters(
+        cls, key: jax.Array, config: SAEConfig, b_dec: jax.Array
+    ) -> dict[str, jax.Array]:
+        """As every SAE's, but w_enc is Kaiming-uniform and not w_dec.T."""
+        key, key_enc = jax.random.split(key)
+        bound = (6 / config.d_in) ** 0.5
+        shape = (config.d_in, config.d_sae)
+        w_enc = jax.random.uniform(
+            key_enc, shape, minval=-bound, maxval=bound, out_sharding=out_sharding(ENCODER)
+        )
+        return super().init_parameters(key, config, b_dec) | {"w_enc": w_enc}
+
+    @classmethod
+    def learning_rate(cls, d_sae: int) -> float:
+        return 3e-4

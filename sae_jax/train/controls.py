@@ -1,0 +1,85 @@
+"""What changes from step to step besides the learning rate: sparsity, k, the penalty's exponent.
+
+All of it follows from the step, but for `log_coefficient`, which the state carries: the logarithm
+of what the configured sparsity coefficient has been multiplied by to reach a target L0, or to make
+up for an exponent that is being annealed.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from sae_jax.config import SAEConfig
+from sae_jax.sae import Controls, Losses
+
+_MOST = math.log(1e4)  # the controller multiplies the coefficient by up to this, or its inverse
+
+
+def at(
+    config: SAEConfig, step: jax.Array | int, steps: int, log_coefficient, dead: jax.Array
+) -> Controls:
+    """The controls of `step` (from 0) of `steps`."""
+    return Controls(
+        dead=dead,
+        coefficient=_coefficient(config, step, steps, log_coefficient),
+        k=_k(config, step, steps),
+        p=_p(config, step, steps),
+        next_p=_p(config, step + 1, steps),
+    )
+
+
+def next_log_coefficient(
+    config: SAEConfig, step: jax.Array, steps: int, log_coefficient: jax.Array, losses: Losses
+) -> jax.Array:
+    """`log_coefficient` after a step.
+
+    The controller of `target_l0` integrates ln(L0 / target), cut to +-1, over time constants of
+    1/20 of the run, after the coefficient's own warm-up: L0 answers the coefficient with a lag,
+    and a faster controller would swing."""
+    new = log_coefficient + losses.log_coefficient
+    if adapts(config):
+        error = jnp.clip(jnp.log(jnp.maximum(losses.l0, 1e-3) / config.target_l0), -1.0, 1.0)
+        warm = step >= _warmup(config, steps)
+        new = jnp.clip(new + jnp.where(warm, 20 / steps * error, 0.0), -_MOST, _MOST)
+    return new
+
+
+def adapts(config: SAEConfig) -> bool:
+    """Whether the sparsity coefficient is driven to a target L0."""
+    return config.target_l0 is not None and config.sparsity_loss != "quadratic"
+
+
+def running_mean_weight(step: jax.Array, steps: int) -> jax.Array:
+    """The weight of this step's value in an exponential running mean with a horizon of 1/20 of the
+    run, at least 10 and at most 1,000 steps, corrected for its start: at step 0 it is 1, and
+    whatever the mean began with is forgotten."""
+    decay = 1 - 1 / min(max(steps / 20, 10), 1000)
+    return (1 - decay) / (1 - decay ** (step + 1.0))
+
+
+def _coefficient(config: SAEConfig, step, steps: int, log_coefficient) -> jax.Array:
+    if config.sparsity_coefficient is None:
+        return jnp.zeros(())
+    warm = jnp.minimum(1.0, (step + 1) / max(1, _warmup(config, steps)))
+    return config.sparsity_coefficient * warm * jnp.exp(log_coefficient)
+
+
+def _warmup(config: SAEConfig, steps: int) -> int:
+    return round(config.sparsity_warmup_fraction * steps)
+
+
+def _k(config: SAEConfig, step, steps: int) -> jax.Array | None:
+    """None where k never changes: then the loss knows it as a constant."""
+    if config.k_start is None:
+        return None
+    part = jnp.minimum(1.0, step / max(1, round(config.k_anneal_fraction * steps)))
+    return jnp.round(config.k_start + (config.k - config.k_start) * part).astype(jnp.int32)
+
+
+def _p(config: SAEConfig, step, steps: int) -> jax.Array | float:
+    if config.p_end is None or config.p_end == 1:
+        return 1.0
+    start = config.p_anneal_start * steps
+    part = jnp.clip((step - start) / max(1.0, steps - 1 - start), 0.0, 1.0)
+    return 1 + (config.p_end - 1) * part

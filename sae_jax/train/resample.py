@@ -1,0 +1,134 @@
+"""Resampling dead latents by the inputs that the SAE does worst on (Bricken et al. 2023).
+
+From "Towards Monosemanticity", appendix "Neuron resampling": every `resample_every_tokens`,
+`resample_times` in all, each dead latent gets an input that is picked with a probability
+proportional to the square of its loss. Its decoder row points to it, its encoder column too, at
+0.2 of the mean norm of living latents' columns; its other parameters are those of a new latent,
+and the optimiser's moments of them all are 0.
+
+The inputs are scaled and centred as the SAE reads and writes them: the encoder's as its product
+takes them, the decoder's without b_dec. They are picked without repetition, from the batches that
+follow in the stream: rows are 8 for each latent of the dictionary, and at most the paper's 819,200.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+
+from sae_jax.config import Config
+from sae_jax.ops.mesh import DECODER
+from sae_jax.train.mesh import BatchPlacement
+from sae_jax.train.step import Trainer, TrainState
+
+_MOST_ROWS = 819_200
+_ROWS_PER_LATENT = 8
+_ENCODER_NORM = 0.2  # of living latents'
+
+
+def steps(config: Config) -> set[int]:
+    """After which steps dead latents are resampled."""
+    every = config.sae.resample_every_tokens // config.data.batch_size
+    if not config.sae.resample_every_tokens:
+        return set()
+    return {max(1, every) * (i + 1) for i in range(config.sae.resample_times)}
+
+
+def resample(
+    trainer: Trainer, state: TrainState, step: int, stream, placement: BatchPlacement
+) -> TrainState:
+    """The state after `step` with its dead latents resampled. A function of state, data and seed
+    alone: a resumed run, and one on another mesh, picks the same inputs."""
+    dead = multihost_utils.process_allgather(trainer.dead(state), tiled=True)
+    count = int(np.sum(dead))
+    if not count:
+        return state
+    config = trainer.config
+    wanted = min(_MOST_ROWS, _ROWS_PER_LATENT * config.sae.d_sae)
+    batches = min(-(-wanted // config.data.batch_size), stream.num_steps)
+    first = min(step, stream.num_steps - batches)
+    coming = placement.place_all(stream.batches(first, placement.rows))
+    losses = [
+        multihost_utils.process_allgather(trainer.row_losses(state, next(coming)), tiled=True)
+        for _ in range(batches)
+    ]
+    rows = np.concatenate([stream.batch_rows(first + i) for i in range(batches)])
+    picked = rows[_pick(np.concatenate(losses), count, seed=[config.train.seed, step])]
+    latents = np.flatnonzero(dead)
+
+    def inputs_of(index) -> np.ndarray:
+        """The picked rows of one shard of the dictionary; zeros for living latents."""
+        start, stop, _ = index[0].indices(len(dead))
+        mine = (latents >= start) & (latents < stop)
+        out = np.zeros((stop - start, stream.width), np.float32)
+        if mine.any():
+            out[latents[mine] - start] = stream.read_rows(picked[mine])
+        return out
+
+    shape = (len(dead), stream.width)
+    sharding = NamedSharding(jax.sharding.get_mesh(), DECODER)
+    inputs = jax.make_array_from_callback(shape, sharding, inputs_of)
+    logging.info("step %d: resampled %d dead latents", step, count)
+    return _revive(trainer, state, inputs)
+
+
+def _pick(losses: np.ndarray, count: int, seed) -> np.ndarray:
+    """`count` places, drawn one after the other with probability proportional to loss^2 and not
+    put back (by the Gumbel trick); all over again where there are fewer."""
+    weights = 2 * np.log(np.maximum(losses.astype(np.float64), 1e-30))
+    keys = weights + np.random.default_rng(seed).gumbel(size=len(weights))
+    return np.resize(np.argsort(-keys, kind="stable")[:count], count)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _revive(trainer: Trainer, state: TrainState, inputs: jax.Array) -> TrainState:
+    """inputs: (d_sae, width), one row for each dead latent."""
+    config = trainer.config.sae
+    sae, x, y = trainer.scaled(state, inputs)
+    parameters = sae.parameters()
+    dead = trainer.dead(state)
+    if config.apply_b_dec_to_input:
+        x = x - parameters["b_dec"]
+    encoder_norm = _mean(jnp.linalg.norm(parameters["w_enc"], axis=0), ~dead)
+    decoder_norm = _mean(jnp.linalg.norm(parameters["w_dec"], axis=1), ~dead)
+    fresh = {
+        "w_enc": (_unit(x) * _ENCODER_NORM * encoder_norm).T,
+        "w_dec": _unit(y - parameters["b_dec"]) * decoder_norm,
+        **{n: v for n, v in sae.fresh_latent(config).items() if n not in sae.RUNNING_MEANS},
+    }
+    moments = dict.fromkeys(fresh, 0.0)
+
+    def put(values, new):
+        """`values` with those of dead latents replaced."""
+        where = {name: dead[:, None] if name == "w_dec" else dead for name in new}
+        return values | {n: jnp.where(where[n], new[n], values[n]) for n in new}
+
+    def is_moments(node):
+        return isinstance(node, dict) and "w_enc" in node
+
+    optimizer = jax.tree.map(
+        lambda node: put(node, moments) if is_moments(node) else node,
+        state.optimizer,
+        is_leaf=is_moments,
+    )
+    return dataclasses.replace(
+        state,
+        parameters=put(parameters, fresh),
+        optimizer=optimizer,
+        idle_tokens=jnp.where(dead, 0, state.idle_tokens),
+    )
+
+
+def _mean(values: jax.Array, where: jax.Array) -> jax.Array:
+    """The mean over `where`; 1 where that is nothing."""
+    count = jnp.sum(where)
+    return jnp.where(count > 0, jnp.sum(values, where=where) / jnp.maximum(count, 1), 1.0)
+
+
+def _unit(x_Nxd: jax.Array) -> jax.Array:
+    return x_Nxd / jnp.maximum(jnp.linalg.norm(x_Nxd, axis=1, keepdims=True), 1e-12)
