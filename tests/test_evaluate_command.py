@@ -58,8 +58,8 @@ def demo(tmp_path_factory):
     root = tmp_path_factory.mktemp("eval")
     world.make_model(root / "model")
     store = lm.harvest(
-        root / "model", world.TEXTS * 60, root / "store", sites=(SITE, "resid_post.0"),
-        context_length=16,
+        root / "model", world.TEXTS * 60, root / "store", context_length=16,
+        sites=(SITE, "mlp_in.0", "mlp_out.0", "resid_post.0"),
     )  # fmt: skip
     config = Config(
         sae=SAEConfig(architecture="topk", d_sae=128, k=8),
@@ -88,6 +88,32 @@ def test_a_run_is_evaluated_on_what_it_did_not_train_on(demo, capsys):
     for name in ("eval_density.png", "eval_strength.png", "eval_training.png"):
         assert (run / name).read_bytes().startswith(b"\x89PNG")
         assert name in out
+
+
+@pytest.mark.parametrize(
+    "kind, sites",
+    [
+        ("skip_transcoder", {"site": "mlp_in.0", "target_site": "mlp_out.0"}),
+        pytest.param("crosscoder", {"site": "mlp_in.0,resid_post.0"}, marks=pytest.mark.slow),
+    ],
+)
+def test_runs_of_several_sites_are_evaluated_from_their_config(demo, tmp_path, kind, sites):
+    model, store, _ = demo
+    config = Config(
+        sae=SAEConfig(architecture="topk", kind=kind, d_sae=64, k=8),
+        data=DataConfig(
+            store=store.path, batch_size=256, epochs=9, holdout_fraction=0.1, **sites
+        ),
+        train=TrainConfig(tokens=256 * 20, log_every=5),
+    )  # fmt: skip
+    result = train.train(config, tmp_path / "run")
+    assert main(["eval", f"--run={tmp_path / 'run'}", f"--model={model}", "--lm_tokens=64"]) == 0
+    found = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert found["reconstruction"]["fvu"] == pytest.approx(result["eval_fvu"], rel=0.05)
+    assert {name: found["settings"].get(name) for name in sites} == sites
+    of_sites = sites["site"].split(",") if kind == "crosscoder" else []
+    assert list(found["sites"]) == of_sites
+    assert evaluate.load(tmp_path / "run" / "eval.json").to_dict() == found
 
 
 def test_an_evaluation_reads_back(demo):
@@ -150,7 +176,15 @@ def test_rows_of_the_model_are_rows_of_the_store(demo):
         (["--run={model}/nowhere"], "no SAE at"),
         (["--run={run}", "--store={model}"], "no activation store at"),
         (["--run={run}", "--site=mlp_act.9"], "mlp_act.9"),
-        (["--run={run}", "--site=resid_post.0"], "width 16 given to an SAE with d_in 64"),
+        (
+            ["--run={run}", "--site=resid_post.0"],
+            "is 16 wide, but the autoencoder was trained on 64",
+        ),
+        (["--run={run}", "--target_site=mlp_out.0"], "mlp_act.0,mlp_out.0 of "),
+        (
+            ["--run={run}", "--target_site=mlp_out.0", "--model={model}", "--tokens_file={ids}"],
+            "mlp_act.0,mlp_out.0 of the model is 64 and 16 wide",
+        ),
         (["--run={run}", "--model={other}"], "is not the model that"),
         (["--run={run}", "--tokens_file=x.npy"], "give --model=DIR"),
         (["--run={run}", "--model={model}", "--tokens_file=x.npy"], "no tokens file at x.npy"),

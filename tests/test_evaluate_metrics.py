@@ -10,28 +10,38 @@ from sae_jax.evaluate import measure_rows
 from sae_jax.sae import ReLU, TopK, resolve
 
 D, N, ROWS = 12, 40, 1000
+D_OUT = 7  # of transcoders
+SITE_WIDTHS = (5, 7)  # of crosscoders
 
 
-def make_sae(kind="relu", scale=1.7, seed=0):
+def make_sae(kind="autoencoder", scale=1.7, architecture="relu", seed=0):
+    fields = {"topk": {"k": 5, "apply_b_dec_to_input": False}, "relu": {}}[architecture]
+    config = SAEConfig(architecture=architecture, kind=kind, d_sae=N, **fields)
+    target_scale = None
+    if kind == "autoencoder":
+        config = resolve(config, D)
+    elif kind == "crosscoder":
+        config = resolve(config, SITE_WIDTHS)
+        scale = np.repeat([scale, 0.6], SITE_WIDTHS)
+    else:
+        config, target_scale = resolve(config, D, D_OUT), 0.3
     rng = np.random.default_rng(seed)
     parameters = {
         "w_enc": rng.normal(size=(D, N)) / np.sqrt(D),
-        "w_dec": rng.normal(size=(N, D)) / np.sqrt(N),
+        "w_dec": rng.normal(size=(N, config.d_out)) / np.sqrt(N),
         "b_enc": 0.3 * rng.normal(size=N) - 0.5,
-        "b_dec": rng.normal(size=D),
+        "b_dec": rng.normal(size=config.d_out),
     }
     parameters["b_enc"][3] = -1e6  # never fires
-    if kind == "topk":
-        config = SAEConfig(architecture="topk", d_sae=N, k=5, apply_b_dec_to_input=False)
-    else:
-        config = SAEConfig(architecture="relu", d_sae=N)
+    if kind == "skip_transcoder":
+        parameters["w_skip"] = rng.normal(size=(D, D_OUT)) / D
     parameters = {name: jnp.asarray(value, jnp.float32) for name, value in parameters.items()}
-    return {"relu": ReLU, "topk": TopK}[kind](resolve(config, D), parameters, scale)
+    return {"relu": ReLU, "topk": TopK}[architecture](config, parameters, scale, target_scale)
 
 
-def rows_and_mask(mean=3.0, seed=1):
+def rows_and_mask(mean=3.0, seed=1, width=D):
     rng = np.random.default_rng(seed)
-    x = (mean + rng.normal(size=(ROWS, D)) * np.linspace(0.1, 2, D)).astype(np.float32)
+    x = (mean + rng.normal(size=(ROWS, width)) * np.linspace(0.1, 2, width)).astype(np.float32)
     return x, rng.random(ROWS) < 0.8
 
 
@@ -43,20 +53,29 @@ def batches(x, used, sizes):
     assert start == len(x)
 
 
-def reference(sae, x, used):
+def reference(sae, rows, used):
     """Every metric by its formula, in float64."""
     p = {name: np.asarray(value, np.float64) for name, value in sae.parameters().items()}
-    x = x[used].astype(np.float64)
-    pre = sae.scale * x @ p["w_enc"] + p["b_enc"]
+    x = y = rows[used].astype(np.float64)
+    if "transcoder" in sae.config.kind:
+        x, y = x[:, :D], y[:, D:]
+    scale, target_scale = (np.asarray(s, np.float64) for s in (sae.scale, sae.target_scale))
+    pre = scale * x @ p["w_enc"] + p["b_enc"]
     latents = np.maximum(pre, 0)
     if sae.config.architecture == "topk":
         latents[pre < np.sort(pre, axis=1)[:, -sae.config.k, None]] = 0
-    x_hat = (latents @ p["w_dec"] + p["b_dec"]) / sae.scale
-    activations = latents * np.linalg.norm(p["w_dec"], axis=1) / sae.scale
-    error = ((x - x_hat) ** 2).sum(1)
-    norm, norm_hat = np.linalg.norm(x, axis=1), np.linalg.norm(x_hat, axis=1)
-    dot = (x * x_hat).sum(1)
-    fvu = error.sum() / ((x - x.mean(0)) ** 2).sum()
+    y_hat = latents @ p["w_dec"] + p["b_dec"]
+    if "w_skip" in p:
+        y_hat += scale * x @ p["w_skip"]
+    y_hat /= target_scale
+    activations = latents * np.linalg.norm(p["w_dec"] / target_scale, axis=1)
+    error = ((y - y_hat) ** 2).sum(1)
+    norm, norm_hat = np.linalg.norm(y, axis=1), np.linalg.norm(y_hat, axis=1)
+    dot = (y * y_hat).sum(1)
+    fvu = error.sum() / ((y - y.mean(0)) ** 2).sum()
+    sites = np.split(np.arange(y.shape[1]), np.cumsum(sae.config.site_widths or ())[:-1])
+    variance, squared_error = (y - y.mean(0)) ** 2, (y - y_hat) ** 2
+    site_fvu = [squared_error[:, site].sum() / variance[:, site].sum() for site in sites]
     fired = activations > 0
     scalars = {
         "fvu": fvu,
@@ -73,23 +92,38 @@ def reference(sae, x, used):
     }
     with np.errstate(invalid="ignore"):
         mean_activation = np.nan_to_num(activations.sum(0) / fired.sum(0))
-    return scalars, fired.mean(0), mean_activation, activations.max(0), x.mean(0)
+    arrays = [fired.mean(0), mean_activation, activations.max(0), y.mean(0), site_fvu]
+    return scalars, *arrays
 
 
-@pytest.mark.parametrize("kind", ["relu", "topk"])
-@pytest.mark.parametrize("sizes", [(ROWS,), (300, 300, 300, 100), (1, 7, 992)], ids=str)
-def test_metrics_are_their_formulas_however_the_rows_are_cut(kind, sizes):
-    sae = make_sae(kind)
-    x, used = rows_and_mask()
+SAES = {
+    "relu": ("autoencoder", "relu"),
+    "topk": ("autoencoder", "topk"),
+    "transcoder": ("transcoder", "topk"),
+    "skip_transcoder": ("skip_transcoder", "relu"),
+    "crosscoder": ("crosscoder", "relu"),
+}
+
+
+@pytest.mark.parametrize(
+    "name, sizes",
+    [(name, (300, 300, 300, 100)) for name in SAES] + [("topk", (ROWS,)), ("topk", (1, 7, 992))],
+    ids=str,
+)
+def test_metrics_are_their_formulas_however_the_rows_are_cut(name, sizes):
+    kind, architecture = SAES[name]
+    sae = make_sae(kind, architecture=architecture)
+    x, used = rows_and_mask(width=D + D_OUT if "transcoder" in kind else D)
     used[:1] = False  # a first batch in which nothing counts
     metrics = measure_rows(sae, batches(x, used, sizes))
-    scalars, density, mean_activation, max_activation, mean = reference(sae, x, used)
+    scalars, density, mean_activation, max_activation, mean, site_fvu = reference(sae, x, used)
     assert metrics.rows == used.sum()
     assert metrics.scalars == pytest.approx(scalars, rel=2e-5)
     np.testing.assert_allclose(metrics.density, density)
     np.testing.assert_allclose(metrics.mean_activation, mean_activation, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(metrics.max_activation, max_activation, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(metrics.mean, mean, rtol=1e-5)
+    np.testing.assert_allclose(metrics.site_fvu, site_fvu, rtol=2e-5)
 
 
 def test_fvu_stays_exact_where_the_mean_is_a_thousand_times_the_spread():

@@ -3,6 +3,7 @@
 import html
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,9 +12,9 @@ import world
 
 from sae_jax import interpret, lm
 from sae_jax.config import SAEConfig
-from sae_jax.evaluate import HeldOutRows, LanguageModel, evaluate
+from sae_jax.evaluate import HeldOutRows, LanguageModel, activation_scale, evaluate
 from sae_jax.interpret.text import pieces, token_text
-from sae_jax.sae import TopK, resolve
+from sae_jax.sae import ReLU, TopK, resolve
 
 SITE = "mlp_act.0"
 
@@ -31,10 +32,14 @@ def tokenizer(model_directory):
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory, model_directory, tokenizer):
-    root = tmp_path_factory.mktemp("page_store")
-    texts = world.TEXTS * 40
-    store = lm.harvest(model_directory, texts, root / "store", sites=(SITE,), context_length=32)
+def store(tmp_path_factory, model_directory):
+    path = tmp_path_factory.mktemp("page_store") / "store"
+    sites = (SITE, "mlp_in.0", "mlp_out.0")
+    return lm.harvest(model_directory, world.TEXTS * 40, path, sites=sites, context_length=32)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory, model_directory, tokenizer, store):
     rng = np.random.default_rng(0)
     width, d_sae = 64, 96
     w_dec = rng.normal(size=(d_sae, width))
@@ -47,8 +52,9 @@ def page(tmp_path_factory, model_directory, tokenizer):
     model = LanguageModel.load(model_directory)
     source = HeldOutRows(store, SITE, tokens=2000, holdout_fraction=0.2)
     evaluation = evaluate(sae, source, model, spliced_tokens=500)
-    interpret.write_page(root / "index.html", sae, evaluation, store, tokenizer, model)
-    return (root / "index.html").read_text(encoding="utf-8")
+    out = tmp_path_factory.mktemp("page") / "index.html"
+    interpret.write_page(out, sae, evaluation, store, tokenizer, model)
+    return out.read_text(encoding="utf-8")
 
 
 def cards(page):
@@ -84,6 +90,40 @@ def test_texts_are_escaped_and_their_characters_whole(page):
     assert "\N{REPLACEMENT CHARACTER}" not in shown
     for part in ("<b>", "& the", "שלום", "日本語", "🙂", "Straße", "↵⇥"):
         assert part in shown, part
+
+
+@pytest.mark.parametrize(
+    "kind, widths, head, speaks",
+    [
+        ("transcoder", (16, 16), "from <b>mlp_in.0</b> to <b>mlp_out.0</b>", True),
+        ("crosscoder", ((16, 16),), "on <b>mlp_in.0, mlp_out.0</b>", False),
+    ],
+)
+def test_other_kinds_have_examples_of_what_they_read(
+    model_directory, tokenizer, store, tmp_path, kind, widths, head, speaks
+):
+    """The text of the strongest example is that of the row with the highest activation."""
+    config = resolve(SAEConfig(architecture="relu", kind=kind, d_sae=6), *widths)
+    parameters = ReLU.init_parameters(jax.random.key(0), config, jnp.zeros(config.d_out))
+    sae = ReLU(config, parameters)
+    rows = HeldOutRows(store, "mlp_in.0,mlp_out.0", tokens=2000, holdout_fraction=0.2)
+    out = tmp_path / "index.html"
+    interpret.write_page(
+        out, sae, evaluate(sae, rows), store, tokenizer, LanguageModel.load(model_directory)
+    )
+    shown = out.read_text(encoding="utf-8")
+    assert head in re.sub(r"\s+", " ", shown)
+    assert ("speaks for" in shown) == speaks == ("No output tokens" not in shown)
+    x = np.concatenate([store.read(s, slice(0, None)) for s in rows.site_names], axis=1)
+    x, _ = sae.split(x.astype(np.float32))
+    latents = np.array(sae.encode(x) * activation_scale(sae))
+    latents[store.excluded.read().result() != 0] = 0.0
+    for card in cards(shown):
+        latent = int(re.search(r'data-index="(\d+)"', card)[1])
+        first = re.search(r'<p class="example" dir="auto">.*?</p>', card, flags=re.DOTALL)[0]
+        peak = float(re.search(r'<mark [^>]*title="([^"]+)"', first)[1])
+        assert peak == pytest.approx(latents[:, latent].max(), rel=0.01)
+    assert len(cards(shown)) == 6
 
 
 @pytest.mark.parametrize("text", world.TEXTS)

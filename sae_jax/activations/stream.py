@@ -63,7 +63,6 @@ class Stream:
         self.site_names = self.sites.names
         self.site_widths = self.sites.widths
         self.site_mean_squared_norms = self.sites.mean_squared_norms
-        self.mean_squared_norm = sum(self.site_mean_squared_norms)
         self.width = self.sites.width
         self.mean = self.sites.mean
         self._excluding = np.uint8(NONFINITE if include_excluded else 0xFF)

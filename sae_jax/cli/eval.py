@@ -14,6 +14,9 @@ cross-entropy. Any SAE that sae_jax reads, on tokens of your own:
 
   sae-jax eval --sae=saelens_folder --model=stories260K --tokens_file=tokens.npz --out=eval.json
 
+A run on a synthetic world (config.data.store=world:...) is evaluated on rows of the world that it
+did not train on, with how much of the world's features it found.
+
 Excluded positions (BOS and other high-norm ones) are neither counted nor replaced, unless you give
 --include_excluded. What each number is: `python -m pydoc sae_jax.evaluate.metrics`.
 """
@@ -30,6 +33,7 @@ def define(values: flags.FlagValues) -> None:
     string("sae", "Any SAE instead: a run, or a folder of SAELens'.")
     string("store", "Evaluate on this store's held-out rows; the run's.")
     string("site", "Site of the store or of the model; the run's, or what the SAE's file says.")
+    string("target_site", "The site that a transcoder predicts; the run's.")
     string("model", "Directory of the language model; demo: the one that ships here.")
     integer("tokens", 1_000_000, "Evaluate on at most about so many tokens.")
     integer("lm_tokens", 262_144, "Run the language model on at most about so many tokens.")
@@ -61,7 +65,7 @@ def run(args, overrides) -> None:
     import pathlib
 
     from sae_jax import interop, lm
-    from sae_jax.activations import Store
+    from sae_jax.activations import Store, is_world
     from sae_jax.config import DataConfig, UserError
     from sae_jax.evaluate import LanguageModel, check_model, evaluate, figures, save
     from sae_jax.train import read_config
@@ -74,13 +78,13 @@ def run(args, overrides) -> None:
     data = read_config(path).data if is_run else DataConfig()
     chosen = {
         name: getattr(args, name)
-        for name in ("store", "site", "holdout_fraction", "include_excluded")
+        for name in ("store", "site", "target_site", "holdout_fraction", "include_excluded")
         if getattr(args, name) is not None
     }
     data = dataclasses.replace(data, **chosen)
     if not data.site and not is_run:
         data = dataclasses.replace(data, site=interop.saelens_site(path) or "")
-    store = Store.open(data.store) if data.store else None
+    store = Store.open(data.store) if data.store and not is_world(data.store) else None
     directory = lm.DEMO_MODEL if args.model == "demo" else args.model
     if directory is None and store is not None and _is_from(store, lm.DEMO_MODEL):
         directory = lm.DEMO_MODEL
@@ -94,7 +98,7 @@ def run(args, overrides) -> None:
     out = args.out or (path / "eval.json" if args.run else None)
     evaluation = evaluate(sae, source, model, args.lm_tokens, settings)
     print(evaluation.table())
-    if model is None:
+    if model is None and not is_world(data.store):
         print("No cross-entropy: it needs --model=DIR, the language model's directory.")
     if out is None:
         print("Nothing was written; --out=FILE.json keeps it.")
@@ -105,11 +109,20 @@ def run(args, overrides) -> None:
 
 
 def _source(args, data, store, model, directory):
-    """What to evaluate on: the user's tokens or text if given, else the store."""
+    """What to evaluate on: the user's tokens or text if given, else the store or world."""
     from sae_jax import lm
+    from sae_jax.activations import is_world
     from sae_jax.config import UserError
-    from sae_jax.evaluate import HeldOutRows, ModelRows, read_tokens
+    from sae_jax.evaluate import HeldOutRows, ModelRows, WorldRows, read_tokens
 
+    if is_world(data.store):
+        if model or args.tokens_file or args.text:
+            raise UserError(
+                f"{data.store} is a synthetic world, which no language model or text goes with; "
+                "leave out --model, --tokens_file and --text"
+            )
+        return WorldRows(data, tokens=args.tokens)
+    sites = f"{data.site},{data.target_site}" if data.target_site else data.site
     if args.tokens_file and args.text:
         raise UserError("give either --tokens_file or --text")
     if not (args.tokens_file or args.text):
@@ -117,7 +130,7 @@ def _source(args, data, store, model, directory):
             raise UserError("nothing to evaluate on: give --store, --tokens_file or --text")
         return HeldOutRows(
             store,
-            data.site,
+            sites,
             tokens=args.tokens,
             holdout_fraction=data.holdout_fraction,
             include_excluded=data.include_excluded,
@@ -142,7 +155,7 @@ def _source(args, data, store, model, directory):
             excluded = {"excluded_tokens": lm.load_tokenizer(directory).special_tokens}
     return ModelRows(
         model,
-        data.site,
+        sites,
         tokens[: max(1, args.tokens // tokens.shape[1])],
         what=what,
         sequences=_slice(args.sequences, "--sequences"),

@@ -1,4 +1,5 @@
-"""Figures: training curves, how often latents fire, and how strongly against how often.
+"""Figures: training curves, how often latents fire, how strongly against how often, and how much
+of a world's features was found.
 
 Each function returns a matplotlib Figure; `save` writes a PNG, `inline_svg` gives the text of an
 SVG whose ink is the page's text colour, for light and dark pages alike.
@@ -15,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from sae_jax.config import UserError
+from sae_jax.evaluate.recovery import Recovery
 from sae_jax.evaluate.report import Evaluation
 
 _INK = "#1a1a1b"  # stands for the page's text colour in inline_svg
@@ -44,12 +46,15 @@ _STYLE = {
 
 def save_all(evaluation: Evaluation, out, metrics_file=None) -> list[pathlib.Path]:
     """Writes the figures of an evaluation beside its JSON `out`: STEM_density.png,
-    STEM_strength.png and, given a run's metrics.jsonl, STEM_training.png."""
+    STEM_strength.png, on a synthetic world STEM_recovery.png and, given a run's metrics.jsonl,
+    STEM_training.png."""
     rows = evaluation.rows
     drawn = {
         "density": density_histogram(rows.density, rows.rows),
         "strength": density_against_activation(rows.density, rows.mean_activation),
     }
+    if evaluation.recovery is not None:
+        drawn["recovery"] = recovery_by_rate(evaluation.recovery)
     if metrics_file is not None:
         drawn["training"] = training_curves(metrics_file)
     out, files = pathlib.Path(out), []
@@ -116,10 +121,7 @@ def density_against_activation(density: np.ndarray, mean_activation: np.ndarray)
         figure = Figure(figsize=(3.5, 2.6), layout="constrained")
         axes = figure.subplots()
         x, y = np.log10(density[fires]), mean_activation[fires]
-        axes.scatter(
-            x, y, s=5, color=_ORANGE, alpha=min(1.0, 0.15 + 150 / max(fires.sum(), 1)),
-            linewidths=0, rasterized=True,
-        )  # fmt: skip
+        _points(axes, x, y, _ORANGE)
         _log_scale(axes)
         axes.set_xlabel("density (part of tokens)")
         axes.set_ylabel("mean activation where it fires")
@@ -127,6 +129,40 @@ def density_against_activation(density: np.ndarray, mean_activation: np.ndarray)
             _log10_ticks(axes, x.min())
             axes.set_xlim(x.min() - 0.2, x.max() + 0.2)
         axes.set_title("Strength against density")
+        return figure
+
+
+def recovery_by_rate(recovery: Recovery) -> Figure:
+    """One point for each feature of a world, in three panels: its largest cosine to a latent, and
+    the F1 of its matched latent, against the rate at which it fires; and the latent's activation
+    against its magnitude."""
+    features = recovery.features
+    fires = features["rate"] > 0
+    rate = np.log10(features["rate"][fires])
+    against_rate = [
+        ("cosine", "Largest cosine to a latent", f"{(features['cosine'] > 0.9).sum():,} above 0.9"),
+        ("f1", "F1 of the matched latent", f"{(features['match'] >= 0).sum():,} matched"),
+    ]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(9.0, 2.8), layout="constrained")
+        *panels, last = figure.subplots(1, 3)
+        for axes, (name, title, found) in zip(panels, against_rate, strict=True):
+            _points(axes, rate, features[name][fires], _BLUE)
+            axes.set_ylim(-0.03, 1.03)
+            axes.set_xlabel(f"rate of the feature; of {len(fires):,}, {found}")
+            axes.set_title(title)
+            if len(rate):
+                _log10_ticks(axes, rate.min())
+                axes.set_xlim(rate.min() - 0.2, rate.max() + 0.2)
+        magnitude, activation = features["magnitude"], features["activation"]
+        most = 1.05 * np.nanmax([1e-9, *magnitude, *activation])
+        last.plot([0, most], [0, most], color=_INK, linewidth=0.7, linestyle=":")
+        _points(last, magnitude, activation, _ORANGE)
+        last.set_xlim(0, most)
+        last.set_ylim(0, most)
+        last.set_xlabel("mean magnitude where both are on")
+        last.set_ylabel("mean activation")
+        last.set_title("Learned against true magnitude")
         return figure
 
 
@@ -167,6 +203,11 @@ def inline_svg(figure: Figure, label: str) -> str:
     svg = re.sub(r'<svg([^>]*?) width="[^"]*"', r"<svg\1", svg, count=1)
     svg = re.sub(r'<svg([^>]*?) height="[^"]*"', r"<svg\1", svg, count=1)
     return svg.replace("<svg", attributes, 1)
+
+
+def _points(axes, x: np.ndarray, y: np.ndarray, color: str) -> None:
+    alpha = min(1.0, 0.15 + 150 / max(len(x), 1))
+    axes.scatter(x, y, s=5, color=color, alpha=alpha, linewidths=0, rasterized=True)
 
 
 def _log_scale(axes) -> None:

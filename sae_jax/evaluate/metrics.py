@@ -1,23 +1,24 @@
-"""What an SAE keeps of its inputs, and how sparsely: sums over rows, no mean of ratios of batches.
+"""What an SAE keeps of its targets, and how sparsely: sums over rows, no mean of ratios of batches.
 
 One jitted step gives a batch's sums in float32; they are added up on the host in float64. With
-rows x, reconstructions x_hat, N rows in all and every norm over the d dimensions:
+targets y (an autoencoder's inputs; a transcoder's other site; a crosscoder's sites side by side),
+reconstructions y_hat, N rows in all and every norm over the d_out dimensions:
 
-    mse                           1/N sum ||x - x_hat||^2, summed over d, in the units of x
-    fvu                           sum ||x - x_hat||^2 / sum ||x - mean||^2, the mean over all N rows
+    mse                           1/N sum ||y - y_hat||^2, summed over d_out, in the units of y
+    fvu                           sum ||y - y_hat||^2 / sum ||y - mean||^2, the mean over all N rows
     explained_variance            1 - fvu
-    cosine_similarity             1/N sum x . x_hat / (||x|| ||x_hat||)
-    norm_in, norm_out             1/N sum ||x||, 1/N sum ||x_hat||
-    norm_ratio (shrinkage)        1/N sum ||x_hat|| / ||x||
-    relative_reconstruction_bias  sum ||x_hat||^2 / sum x . x_hat; below 1: shrunk
+    cosine_similarity             1/N sum y . y_hat / (||y|| ||y_hat||)
+    norm_in, norm_out             1/N sum ||y||, 1/N sum ||y_hat||
+    norm_ratio (shrinkage)        1/N sum ||y_hat|| / ||y||
+    relative_reconstruction_bias  sum ||y_hat||^2 / sum y . y_hat; below 1: shrunk
                                   (Rajamanoharan et al. 2024, arXiv:2404.16014, eq. 10)
     l0                            1/N sum of latents above zero
     l1                            1/N sum over latents of activation
     dead_fraction                 latents that fired on none of the N rows
 
-An activation here is the length of what its latent adds to x_hat, in the units of x: latent *
-norm of its decoder row / the SAE's input scale. So it does not depend on how the SAE splits
-length between encoder, decoder and normalisation.
+An activation here is the length of what its latent adds to y_hat, in the units of y: latent *
+norm of its decoder row / the scale of the SAE's targets. So it does not depend on how the SAE
+splits length between encoder, decoder and normalisation.
 """
 
 import dataclasses
@@ -37,8 +38,8 @@ _TINY = 1e-12  # norms below count as zero: such a row has cosine similarity and
 @dataclasses.dataclass(frozen=True)
 class RowMetrics:
     """`scalars` by the names above; arrays over latents (d_sae,): `density` (part of the rows on
-    which the latent fires), `mean_activation` (where it fires), `max_activation`; `mean` (d,) of
-    the rows."""
+    which the latent fires), `mean_activation` (where it fires), `max_activation`; `mean` (d_out,)
+    of the targets; `site_fvu` (sites,), of each of a crosscoder's sites, else of the only one."""
 
     rows: int
     scalars: dict[str, float]
@@ -46,22 +47,24 @@ class RowMetrics:
     mean_activation: np.ndarray
     max_activation: np.ndarray
     mean: np.ndarray
+    site_fvu: np.ndarray
 
 
 def measure_rows(sae: SAE, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> RowMetrics:
-    """Metrics over the rows of `batches`: pairs x (B, d) of any float type and used (B,) bool,
-    the rows that count. Batches of one size compile once. UserError if no row counts."""
+    """Metrics over the rows of `batches`: pairs of rows (B, width) of any float type, a stream's
+    columns, and used (B,) bool, those that count. Batches of one size compile once. UserError if
+    no row counts."""
     batches = iter(batches)
     first = next((batch for batch in batches if batch[1].any()), None)
     if first is None:
         raise UserError("there are no rows to evaluate on: all of them are excluded")
     # Of the first batch, so that the variance is not the difference of two large sums.
-    shift = np.asarray(first[0], np.float32)[first[1]].mean(axis=0)
+    _, shift = sae.split(np.asarray(first[0], np.float32)[first[1]].mean(axis=0))
     totals = add_up(
-        batch_sums(sae, jnp.asarray(x), jnp.asarray(used), jnp.asarray(shift))
-        for x, used in itertools.chain([first], batches)
+        batch_sums(sae, jnp.asarray(rows), jnp.asarray(used), jnp.asarray(shift))
+        for rows, used in itertools.chain([first], batches)
     )
-    return _finish(totals, shift.astype(np.float64))
+    return _finish(totals, shift.astype(np.float64), sae.config.site_widths or (len(shift),))
 
 
 def add_up(steps: Iterable[dict[str, jax.Array]]) -> dict[str, np.ndarray]:
@@ -86,16 +89,18 @@ def add_up(steps: Iterable[dict[str, jax.Array]]) -> dict[str, np.ndarray]:
 
 
 @jax.jit
-def batch_sums(sae: SAE, x_BxD, used_B, shift_D) -> dict[str, jax.Array]:
-    """Sums over the used rows of one batch, by name; per latent (d_sae,) for `fired`,
-    `activation` and `max_activation`."""
-    x = jnp.where(used_B[:, None], x_BxD.astype(jnp.float32), 0.0)
+def batch_sums(sae: SAE, rows_BxW, used_B, shift_D) -> dict[str, jax.Array]:
+    """Sums over the used rows of one batch, by name: per column of the targets (d_out,) for
+    `centred`, `centred_squared` and `error`; per latent (d_sae,) for `fired`, `activation` and
+    `max_activation`."""
+    used_Bx1 = used_B[:, None]
+    x, y = sae.split(jnp.where(used_Bx1, rows_BxW.astype(jnp.float32), 0.0))
     latents = sae.encode(x)
-    x_hat = sae.decode(latents)
-    activations = jnp.where(used_B[:, None], latents * activation_scale(sae), 0.0)
-    norm, norm_hat = jnp.linalg.norm(x, axis=1), jnp.linalg.norm(x_hat, axis=1)
-    dot = jnp.sum(x * x_hat, axis=1)
-    centred = x - shift_D
+    y_hat = sae.decode(latents, x)
+    activations = jnp.where(used_Bx1, latents * activation_scale(sae), 0.0)
+    norm, norm_hat = jnp.linalg.norm(y, axis=1), jnp.linalg.norm(y_hat, axis=1)
+    dot = jnp.sum(y * y_hat, axis=1)
+    centred = y - shift_D
     fired = activations > 0
 
     def total(per_row_B):
@@ -103,9 +108,9 @@ def batch_sums(sae: SAE, x_BxD, used_B, shift_D) -> dict[str, jax.Array]:
 
     return {
         "rows": jnp.sum(used_B),
-        "centred": jnp.sum(centred, axis=0, where=used_B[:, None]),
-        "centred_squared": total(jnp.sum(centred**2, axis=1)),
-        "error": total(jnp.sum((x - x_hat) ** 2, axis=1)),
+        "centred": jnp.sum(centred, axis=0, where=used_Bx1),
+        "centred_squared": jnp.sum(centred**2, axis=0, where=used_Bx1),
+        "error": jnp.sum((y - y_hat) ** 2, axis=0, where=used_Bx1),
         "cosine": total(dot / jnp.maximum(norm * norm_hat, _TINY)),
         "dot": total(dot),
         "norm": total(norm),
@@ -119,23 +124,26 @@ def batch_sums(sae: SAE, x_BxD, used_B, shift_D) -> dict[str, jax.Array]:
 
 
 def activation_scale(sae: SAE) -> jax.Array:
-    """(d_sae,): what a latent is multiplied by to give the length that it adds to x_hat."""
-    return jnp.linalg.norm(sae.w_dec[...], axis=1) / sae.scale
+    """(d_sae,): what a latent is multiplied by to give the length that it adds to y_hat."""
+    return jnp.linalg.norm(sae.w_dec[...] / sae.target_scale, axis=1)
 
 
-def _finish(t: dict, shift: np.ndarray) -> RowMetrics:
+def _finish(t: dict, shift: np.ndarray, site_widths: tuple[int, ...]) -> RowMetrics:
     n = t["rows"]
-    variance = t["centred_squared"] - (t["centred"] ** 2).sum() / n
-    fvu = t["error"] / variance if variance > 0 else np.nan
+    # Of each column, as the error; what rounding makes of no variance may be below 0.
+    variance = np.maximum(t["centred_squared"] - t["centred"] ** 2 / n, 0.0)
+    starts = np.cumsum((0, *site_widths[:-1]))
+    site_variance, site_error = (np.add.reduceat(v, starts) for v in (variance, t["error"]))
+    fvu = _ratio(site_error.sum(), site_variance.sum())
     scalars = {
         "fvu": fvu,
         "explained_variance": 1 - fvu,
-        "mse": t["error"] / n,
+        "mse": t["error"].sum() / n,
         "cosine_similarity": t["cosine"] / n,
         "norm_in": t["norm"] / n,
         "norm_out": t["norm_hat"] / n,
         "norm_ratio": t["norm_ratio"] / n,
-        "relative_reconstruction_bias": t["squared_norm_hat"] / t["dot"] if t["dot"] else np.nan,
+        "relative_reconstruction_bias": _ratio(t["squared_norm_hat"], t["dot"]),
         "l0": t["fired"].sum() / n,
         "l1": t["activation"].sum() / n,
         "dead_fraction": np.mean(t["fired"] == 0),
@@ -147,4 +155,10 @@ def _finish(t: dict, shift: np.ndarray) -> RowMetrics:
         mean_activation=t["activation"] / np.maximum(t["fired"], 1),
         max_activation=t["max_activation"],
         mean=shift + t["centred"] / n,
+        site_fvu=_ratio(site_error, site_variance),
     )
+
+
+def _ratio(a, b):
+    """a / b in float64, NaN where b is 0."""
+    return np.divide(a, b, out=np.full(np.shape(a), np.nan), where=np.asarray(b) != 0)

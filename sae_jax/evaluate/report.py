@@ -10,8 +10,16 @@ import numpy as np
 from sae_jax.config import UserError, difference, save_json
 from sae_jax.evaluate.metrics import RowMetrics, measure_rows
 from sae_jax.evaluate.progress import progress
-from sae_jax.evaluate.sources import HeldOutRows, LanguageModel, ModelRows
+from sae_jax.evaluate.recovery import Recovery, measure_recovery
+from sae_jax.evaluate.sources import (
+    HeldOutRows,
+    LanguageModel,
+    ModelRows,
+    check_sites,
+    input_and_target_sites,
+)
 from sae_jax.evaluate.spliced import measure_spliced
+from sae_jax.evaluate.worlds import WorldRows
 from sae_jax.sae import SAE
 
 _LATENTS = 2**25  # elements of one batch's dense latents
@@ -20,14 +28,14 @@ _HISTOGRAM = np.linspace(-6.0, 0.0, 25)  # of log10 density
 _ROWS = {  # name: (label, unit)
     "fvu": ("fraction of variance unexplained", ""),
     "explained_variance": ("explained variance", ""),
-    "mse": ("mean squared error, summed over d", "units of x squared"),
-    "cosine_similarity": ("cosine similarity of x and x_hat", ""),
-    "norm_in": ("mean norm of x", "units of x"),
-    "norm_out": ("mean norm of x_hat", "units of x"),
-    "norm_ratio": ("shrinkage, mean ||x_hat|| / ||x||", ""),
+    "mse": ("mean squared error, summed over d", "model's units squared"),
+    "cosine_similarity": ("cosine similarity of reconstructions", ""),
+    "norm_in": ("mean norm of activations", "model's units"),
+    "norm_out": ("mean norm of reconstructions", "model's units"),
+    "norm_ratio": ("shrinkage, mean ratio of these norms", ""),
     "relative_reconstruction_bias": ("relative reconstruction bias", ""),
     "l0": ("L0, latents active", "a token"),
-    "l1": ("L1, latents times decoder norm", "units of x"),
+    "l1": ("L1, latents times decoder norm", "model's units"),
     "dead_fraction": ("latents that never fired", ""),
 }
 _SPLICED = {
@@ -41,18 +49,34 @@ _SPLICED = {
     "kl_zero": ("KL(model || zero ablation)", "nats"),
     "kl_mean": ("KL(model || mean ablation)", "nats"),
 }
-_ARRAYS = ("density", "mean_activation", "max_activation", "mean")
+_RECOVERY = {
+    "mmcs": ("mean max cosine of a feature (MMCS)", ""),
+    "mcc": ("mean |cosine|, matched one to one (MCC)", ""),
+    "matched_correlation": ("mean correlation, matched one to one", ""),
+    "uniqueness": ("features that are some latent's best", "a latent"),
+    "precision": ("precision of latents", ""),
+    "recall": ("recall of latents", ""),
+    "f1": ("F1 of latents", ""),
+    "shrinkage": ("shrinkage, activation / magnitude", ""),
+    "optimal_mse": ("least mean squared error there is", "model's units squared"),
+    "mse_over_optimal": ("mean squared error / the least", ""),
+}
+_ARRAYS = ("density", "mean_activation", "max_activation", "mean", "site_fvu")
 _SPARSITY = ("l0", "l1", "dead_fraction")
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """settings: what was evaluated on what, in words and numbers; rows: metrics of the SAE
-    alone; spliced: metrics inside the language model, or None."""
+    alone; spliced: metrics inside the language model, or None; sites: of a crosscoder's sites, each
+    one's `fvu` and metrics inside the model, of which `spliced` has the means; recovery: of a
+    world's features, or None, its scalars with `optimal_mse` and `mse_over_optimal` where known."""
 
     settings: dict
     rows: RowMetrics
     spliced: dict[str, float] | None
+    sites: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    recovery: Recovery | None = None
 
     def to_dict(self) -> dict:
         scalars = self.rows.scalars
@@ -72,6 +96,8 @@ class Evaluation:
                 },
             },
             "language_model": self.spliced and _finite(self.spliced),
+            "sites": {site: _finite(values) for site, values in self.sites.items()},
+            "recovery": self.recovery and _finite(self.recovery.scalars),
         }
 
     def sections(self) -> list[tuple[str, list[tuple[str, float, str]]]]:
@@ -80,7 +106,13 @@ class Evaluation:
         sections = [(what, _labelled(_ROWS, self.rows.scalars))]
         if self.spliced:
             what = f"In the language model, {self.spliced['replaced']:,} positions replaced"
+            what += ", means over the sites" if self.sites else ""
             sections.append((what, _labelled(_SPLICED, self.spliced)))
+        for site, values in self.sites.items():
+            sections.append((f"At {site}", _labelled(_ROWS | _SPLICED, values)))
+        if self.recovery:
+            what = f"Of the world's {len(self.recovery.features['rate']):,} features"
+            sections.append((what, _labelled(_RECOVERY, self.recovery.scalars)))
         return sections
 
     def table(self) -> str:
@@ -99,34 +131,59 @@ def evaluate(
     settings: dict | None = None,
 ) -> Evaluation:
     """Metrics of `sae` on the source's rows and, given its model, inside the model on about
-    `spliced_tokens` of the source's tokens. Mean ablation uses the mean of the evaluated rows."""
+    `spliced_tokens` of the source's tokens. Mean ablation uses the mean of the evaluated rows.
+    UserError where the source's sites are not of the SAE's number and widths."""
+    check_sites(sae, source)
     size = min(max(128, _LATENTS // sae.config.d_sae), 8192)
     batches = source.batches(size)
     what = f"evaluating on {source.num_rows:,} rows"
     rows = measure_rows(sae, progress(batches, what, source.num_batches(size)))
+    inputs, targets = input_and_target_sites(sae, source.site_names)
+    by_site = {site: {"fvu": float(v)} for site, v in zip(targets, rows.site_fvu, strict=True)}
     spliced = None
     if model is not None:
         sequences = source.sequences(spliced_tokens)
         if sequences is None:
             raise UserError("the store has no tokens to run a language model on; leave out --model")
-        spliced = measure_spliced(sae, model, source.site, *sequences, rows.mean)
-    settings = {**(settings or {}), "site": source.site, **source.settings}
+        found = measure_spliced(sae, model, source.site_names, *sequences, rows.mean)
+        spliced = {
+            name: type(value)(np.mean([at_site[name] for at_site in found.values()]))
+            for name, value in found[targets[0]].items()
+        }
+        by_site = {site: by_site[site] | found[site] for site in targets}
+    settings = {**(settings or {}), "site": ",".join(inputs), **source.settings}
+    if inputs != targets:
+        settings["target_site"] = targets[0]
     if model is not None:
         settings["spliced_tokens"] = spliced_tokens
-    return Evaluation(settings, rows, spliced)
+    by_site = by_site if len(targets) > 1 else {}
+    recovery = None
+    if isinstance(source, WorldRows):
+        recovery = _with_optimum(measure_recovery(sae, source), sae, source, rows.scalars["mse"])
+    return Evaluation(settings, rows, spliced, by_site, recovery)
+
+
+def _with_optimum(recovery: Recovery, sae: SAE, source: WorldRows, mse: float) -> Recovery:
+    """With the least error there is for as many latents on the same rows, where it is known."""
+    least = source.optimal_mse(sae)
+    if least is None:
+        return recovery
+    optimum = {"optimal_mse": least, "mse_over_optimal": mse / least if least > 0 else math.nan}
+    return dataclasses.replace(recovery, scalars=recovery.scalars | optimum)
 
 
 def save(evaluation: Evaluation, out) -> None:
-    """Writes the JSON to `out` and the arrays over latents beside it (`latents_file`). UserError
-    where `out` holds an evaluation with other settings, which stays as it is."""
+    """Writes the JSON to `out` and arrays beside it (`latents_file`, and for a world
+    `recovery_file`). UserError where `out` holds an evaluation with other settings, which stays as
+    it is."""
     out = pathlib.Path(out)
     _check_out(out, evaluation.settings)
     out.parent.mkdir(parents=True, exist_ok=True)
-    file = latents_file(out)
-    temporary = file.with_name("tmp." + file.name)
     rows = evaluation.rows
-    np.savez(temporary, **{name: getattr(rows, name).astype(np.float32) for name in _ARRAYS})
-    temporary.replace(file)
+    arrays = {name: getattr(rows, name).astype(np.float32) for name in _ARRAYS}
+    _save_arrays(latents_file(out), arrays)
+    if evaluation.recovery is not None:
+        _save_arrays(recovery_file(out), evaluation.recovery.arrays())
     save_json(evaluation.to_dict(), out)
 
 
@@ -140,7 +197,12 @@ def load(file) -> Evaluation:
         scalars = {name: (values["reconstruction"] | values["sparsity"])[name] for name in _ROWS}
         rows = RowMetrics(values["rows"], _with_nan(scalars), **arrays)
         spliced = values["language_model"]
-        return Evaluation(values["settings"], rows, spliced and _with_nan(spliced))
+        sites = {site: _with_nan(found) for site, found in values["sites"].items()}
+        recovery = None
+        if values["recovery"]:
+            with np.load(recovery_file(file)) as arrays:
+                recovery = Recovery.of(rows.rows, _with_nan(values["recovery"]), arrays)
+        return Evaluation(values["settings"], rows, spliced and _with_nan(spliced), sites, recovery)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is no evaluation, or a damaged one: {error}") from None
 
@@ -160,9 +222,22 @@ def _check_out(out: pathlib.Path, settings: dict) -> None:
 
 def latents_file(out) -> pathlib.Path:
     """Where the arrays of the evaluation `out` are: density, mean_activation and max_activation,
-    each (d_sae,) float32, and the mean (d_in,) of the rows."""
+    each (d_sae,) float32, the mean (d_out,) of the targets, and site_fvu (sites,)."""
     out = pathlib.Path(out)
     return out.with_name(f"{out.stem}_latents.npz")
+
+
+def recovery_file(out) -> pathlib.Path:
+    """Where the arrays of the evaluation `out` over a world's features are, and those over latents
+    that need the features (`Recovery`)."""
+    out = pathlib.Path(out)
+    return out.with_name(f"{out.stem}_recovery.npz")
+
+
+def _save_arrays(file: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+    temporary = file.with_name("tmp." + file.name)
+    np.savez(temporary, **arrays)
+    temporary.replace(file)
 
 
 def _finite(values: dict[str, float]) -> dict:
@@ -175,4 +250,5 @@ def _with_nan(values: dict) -> dict:
 
 
 def _labelled(labels: dict, values: dict) -> list[tuple[str, float, str]]:
-    return [(label, values[name], unit) for name, (label, unit) in labels.items()]
+    """Of those of the labels that have a value."""
+    return [(label, values[name], unit) for name, (label, unit) in labels.items() if name in values]

@@ -1,26 +1,30 @@
 """What an SAE is evaluated on: held-out rows of a store, or a language model's activations on
 given tokens.
 
-Both sources have `batches(rows)`, pairs of activations (B, d), B at most about `rows`, and the mask
-(B,) of rows that count; `num_batches(rows)`; `sequences(limit)`, tokens (n, T) with the mask (n, T)
-of positions that count, or None where there are no tokens; and `settings`, which say in plain words
-what it is.
+Both sources have `site_names` and `site_widths`; `batches(rows)`, pairs of activations (B, sum of
+widths), the columns of the sites in their order, B at most about `rows`, and the mask (B,) of rows
+that count; `num_batches(rows)`; `sequences(limit)`, tokens (n, T) with the mask (n, T) of positions
+that count, or None where there are no tokens; `origin`, a short name for messages; and `settings`,
+which say in plain words what it is.
 """
 
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sae_jax import lm
-from sae_jax.activations import Store
+from sae_jax.activations import Sites, Store
 from sae_jax.activations.order import split_chunks
+from sae_jax.activations.sites import check_distinct, split_names
 from sae_jax.activations.store import NONFINITE
 from sae_jax.config import UserError
+from sae_jax.sae import SAE
+from sae_jax.sae.resolve import TRANSCODERS
 
 _LOGITS = 2**25  # elements of one batch's logits, of which four or so exist at once
 
@@ -48,13 +52,15 @@ class HeldOutRows:
     def __init__(
         self,
         store: Store,
-        site: str,
+        sites: str | Sequence[str],
         *,
         tokens: int,
         holdout_fraction: float,
         include_excluded: bool = False,
     ):
-        self.store, self.site = store, store.resolve_site(site)
+        self.store, self.origin = store, store.path
+        self._sites = Sites(store, sites)
+        self.site_names, self.site_widths = self._sites.names, self._sites.widths
         meta = store.meta
         chunks = split_chunks(meta.num_chunks, holdout_fraction, "heldout")
         if not len(chunks):
@@ -78,17 +84,15 @@ class HeldOutRows:
         return -(-len(self._chunks) // chunks) * parts
 
     def batches(self, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        meta = self.store.meta
-        dtype = self.store.site(self.site).dtype.numpy_dtype
-        width = meta.sites[self.site].width
+        meta, sites = self.store.meta, self._sites
         chunks, parts = self._layout(rows)
         size = -(-chunks * meta.chunk_rows // parts)
         for start in range(0, len(self._chunks), chunks):
             numbers = self._chunks[start : start + chunks]
             # A new buffer each time: JAX may still be reading the last one.
-            x = np.zeros((chunks, meta.chunk_rows, width), dtype)
-            self.store.read_chunks(self.site, numbers, x[: len(numbers)])
-            x, used = x.reshape(-1, width), pad_rows(self._used(numbers), chunks).reshape(-1)
+            x = np.zeros((chunks, meta.chunk_rows, sites.width), sites.dtype)
+            sites.read_chunks(numbers, x[: len(numbers)])
+            x, used = x.reshape(-1, sites.width), pad_rows(self._used(numbers), chunks).reshape(-1)
             for first in range(0, len(x), size):
                 part = slice(first, first + size)
                 yield pad_rows(x[part], size), pad_rows(used[part], size)
@@ -114,14 +118,14 @@ class HeldOutRows:
 
 
 class ModelRows:
-    """A language model's activations at `site` on `tokens` (sequences, T). Tokens that are in
+    """A language model's activations at `sites` on `tokens` (sequences, T). Tokens that are in
     `excluded_tokens` and positions in `excluded_positions` do not count. The metrics of rows
     take `sequences`, those of the spliced model `spliced_sequences`."""
 
     def __init__(
         self,
         model: LanguageModel,
-        site: str,
+        sites: str | Sequence[str],
         tokens: np.ndarray,
         *,
         what: str,
@@ -130,13 +134,15 @@ class ModelRows:
         sequences: slice = slice(None),
         spliced_sequences: slice = slice(None),
     ):
-        lm.site_width(model.config, site)
+        self.model, self.origin = model, "the model"
+        self.site_names = tuple(split_names(sites))
+        check_distinct(self.site_names, self.origin)
+        self.site_widths = tuple(lm.site_width(model.config, site) for site in self.site_names)
         if tokens.max() >= model.config.vocab_size or tokens.min() < 0:
             raise UserError(
                 f"{what} has token {tokens.max()}, but the model's vocabulary has "
                 f"{model.config.vocab_size}; they do not belong together"
             )
-        self.model, self.site = model, site
         used = ~np.isin(tokens, excluded_tokens)
         used[:, [p for p in excluded_positions if p < tokens.shape[1]]] = False
         self._rows = (tokens[sequences], used[sequences])
@@ -163,9 +169,11 @@ class ModelRows:
         size = self._sequences_at_once(rows)
         for start in range(0, len(tokens), size):
             batch = jnp.asarray(pad_rows(tokens[start : start + size], size))
-            x_BxTxD = _tap(self.model.params, batch, config=self.model.config, site=self.site)
+            x_BxTxW = _tap(
+                self.model.params, batch, config=self.model.config, sites=self.site_names
+            )
             mask = pad_rows(used[start : start + size], size).reshape(-1)
-            yield np.asarray(x_BxTxD).reshape(len(mask), -1), mask
+            yield np.asarray(x_BxTxW).reshape(len(mask), -1), mask
 
     def sequences(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
         tokens, used = self._spliced
@@ -185,6 +193,28 @@ def check_model(store: Store, directory) -> None:
             f"{directory} is not the model that {store.path} was harvested from "
             f"({store.meta.model}); give that model's directory"
         )
+
+
+def check_sites(sae: SAE, source: HeldOutRows | ModelRows) -> None:
+    """UserError unless the source's sites are as many, and as wide, as the SAE's inputs and
+    targets. A transcoder would cut rows of other widths at the wrong column, with no error."""
+    config = sae.config
+    made_for, flag = (config.d_in,), "--site"
+    if config.kind == "crosscoder":
+        made_for, flag = config.site_widths, "--site=a,b,..."
+    elif config.kind in TRANSCODERS:
+        made_for, flag = (config.d_in, config.d_out), "--site and --target_site"
+    if source.site_widths != made_for:
+        widths, expected = (" and ".join(map(str, w)) for w in (source.site_widths, made_for))
+        raise UserError(
+            f"{','.join(source.site_names)} of {source.origin} is {widths} wide, but the "
+            f"{config.kind} was trained on {expected}; name its own with {flag}"
+        )
+
+
+def input_and_target_sites(sae: SAE, sites: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """Which of the sites, in the order of a row's columns, `sae` reads, and which it predicts."""
+    return (sites[:-1], sites[-1:]) if sae.config.kind in TRANSCODERS else (sites, sites)
 
 
 def read_tokens(path) -> np.ndarray:
@@ -216,9 +246,10 @@ def pad_rows(x: np.ndarray, rows: int) -> np.ndarray:
     return np.pad(x, [(0, rows - len(x)), *[(0, 0)] * (x.ndim - 1)]) if len(x) < rows else x
 
 
-@functools.partial(jax.jit, static_argnames=("config", "site"))
-def _tap(params, tokens_BxT, *, config, site):
-    return lm.forward(params, tokens_BxT, config, taps=(site,), logits=False)[1][site]
+@functools.partial(jax.jit, static_argnames=("config", "sites"))
+def _tap(params, tokens_BxT, *, config, sites):
+    _, tapped = lm.forward(params, tokens_BxT, config, taps=sites, logits=False)
+    return jnp.concatenate([tapped[site] for site in sites], axis=-1)
 
 
 def spread(items: np.ndarray, count: int) -> np.ndarray:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sae_jax.activations import Store
+from sae_jax.activations import Sites, Store
 from sae_jax.config import UserError
 from sae_jax.evaluate import activation_scale
 from sae_jax.evaluate.progress import progress
@@ -59,26 +59,25 @@ def find_examples(
     `per_interval` (<= count) in the others; see above for the groups. A latent that does not
     fire has empty ones.
 
-    max_activation: (L,), of which the intervals are parts. tokens: about how many of the store's
-    to look at, spread evenly over it. Excluded rows do not count. before, after: tokens of the
-    window on both sides of the peak. UserError if the store has no tokens.
+    site: what the SAE reads; a crosscoder's are "a,b". max_activation: (L,), of which the
+    intervals are parts. tokens: about how many of the store's to look at, spread evenly over it.
+    Excluded rows do not count. before, after: tokens of the window on both sides of the peak.
+    UserError if the store has no tokens.
     """
     ids = store.tokens()
     if ids is None:
         raise UserError(f"{store.path} has no tokens, so there is no text to show")
-    site = store.resolve_site(site)
+    sites = Sites(store, site)
     latents = np.asarray(latents, np.int32)
     edges = np.linspace(1.0, 0.0, intervals + 1)[:, None] * np.asarray(max_activation)[None]
-    best = _search(sae, store, site, latents, edges, tokens, count, seed)
+    best = _search(sae, sites, latents, edges, tokens, count, seed)
     best["score"][1:, :, per_interval:] = 0.0
-    return _windows(sae, store, site, latents, best, ids, before, after)
+    return _windows(sae, sites, latents, best, ids, before, after)
 
 
-def _search(sae, store, site, latents, edges, tokens, count, seed) -> dict[str, np.ndarray]:
-    meta = store.meta
+def _search(sae, sites, latents, edges, tokens, count, seed) -> dict[str, np.ndarray]:
+    store, meta = sites.store, sites.store.meta
     chunks = spread(np.arange(meta.num_chunks), -(-tokens // meta.chunk_rows))
-    width, length = meta.sites[site].width, meta.context_length
-    dtype = store.site(site).dtype.numpy_dtype
     parts = min(meta.chunk_sequences, -(-meta.chunk_rows * sae.config.d_sae // _LATENTS))
     size = -(-meta.chunk_sequences // parts)
     shape = (len(edges), len(latents), count)
@@ -90,9 +89,9 @@ def _search(sae, store, site, latents, edges, tokens, count, seed) -> dict[str, 
     key = jax.random.key(seed)
     edges, latents = jnp.asarray(edges, jnp.float32), jnp.asarray(latents)
     for chunk in progress(chunks, "looking for the texts that activate latents"):
-        x = np.zeros((1, meta.chunk_rows, width), dtype)
-        store.read_chunks(site, [chunk], x)
-        x = x.reshape(meta.chunk_sequences, length, width)
+        x = np.zeros((1, meta.chunk_rows, sites.width), sites.dtype)
+        sites.read_chunks([chunk], x)
+        x = x.reshape(meta.chunk_sequences, meta.context_length, sites.width)
         used = (store.read_excluded([chunk]) == 0).reshape(x.shape[:2])
         for first in range(0, len(x), size):
             part = slice(first, first + size)
@@ -133,9 +132,9 @@ def _activations(sae: SAE, x_SxTxD, latents_L):
 _activations_jit = jax.jit(_activations)
 
 
-def _windows(sae, store, site, latents, best, ids, before, after) -> list[list[list[Example]]]:
+def _windows(sae, sites, latents, best, ids, before, after) -> list[list[list[Example]]]:
     """Reads the chosen sequences again, now for the activation at every token."""
-    length = store.meta.context_length
+    length = sites.store.meta.context_length
     found = best["score"] > 0  # (groups, latents, count)
     groups, num_latents, _ = found.shape
     examples = [[[] for _ in range(groups)] for _ in range(num_latents)]
@@ -146,7 +145,7 @@ def _windows(sae, store, site, latents, best, ids, before, after) -> list[list[l
         wanted.setdefault(sequence, []).append((latent, group, place, peak))
     latents = jnp.asarray(latents)
     for sequence in progress(sorted(wanted), "reading the texts found"):
-        x_TxD = store.read(site, slice(sequence * length, (sequence + 1) * length))
+        x_TxD = sites.read_rows(np.arange(sequence * length, (sequence + 1) * length))
         acts_TxL = np.asarray(_activations_jit(sae, jnp.asarray(x_TxD)[None], latents)[0])
         tokens = ids[sequence].read().result()
         for latent, group, place, peak in wanted[sequence]:

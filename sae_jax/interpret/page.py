@@ -70,13 +70,17 @@ def write_page(
     """Writes the page to `out`, under a temporary name first.
 
     Shows `count` latents with their strongest texts among about `tokens` tokens of the store.
-    Without `model` there are no output tokens; without `metrics_file` no training curves.
+    Without `model` there are no output tokens, nor where a latent's decoder row does not stand for
+    one place in the residual stream; without `metrics_file` no training curves.
     """
     rows, site = evaluation.rows, evaluation.settings["site"]
     latents = choose_latents(rows.density, rows.rows, count)
     maxima = rows.max_activation[latents]
     examples = find_examples(sae, store, site, latents, maxima, tokens=tokens)
-    effects = None if model is None else output_tokens(sae, model, site, latents)
+    written = evaluation.settings.get("target_site", site)
+    effects = None
+    if model is not None and not evaluation.sites:
+        effects = output_tokens(sae, model, written, latents)
     views = []
     for place, latent in enumerate(latents):
         found = examples[place]
@@ -106,6 +110,7 @@ def write_page(
         figures=_figures(evaluation, metrics_file),
         latents=views,
         tokens=min(tokens, store.num_rows),
+        without_effects=model is not None and effects is None,
     )
     out = pathlib.Path(out)
     temporary = out.with_name(f"tmp.{out.name}")
@@ -113,7 +118,7 @@ def write_page(
     temporary.replace(out)
 
 
-def render(*, title, sae, evaluation, store, figures, latents, tokens) -> str:
+def render(*, title, sae, evaluation, store, figures, latents, tokens, without_effects) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
         autoescape=True,
@@ -133,6 +138,7 @@ def render(*, title, sae, evaluation, store, figures, latents, tokens) -> str:
         figures=figures,
         latents=latents,
         tokens=tokens,
+        without_effects=without_effects,
         how_chosen=HOW_CHOSEN.format(count=len(latents)),
     )
 
