@@ -4,7 +4,7 @@ from absl import flags
 
 SUMMARY = """Evaluate an SAE, alone and inside its language model.
 
-On a run, the store, site and held-out rows are the run's own:
+On a run, the store, sites and held-out rows are the run's own:
 
   sae-jax eval --run=runs/a --model=stories260K
 
