@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import scipy.sparse
 
+from sae_jax import evaluate, interop, sae, train
 from sae_jax.activations import World
-from sae_jax.evaluate.recovery import RecoveryMeter
+from sae_jax.cli import main
+from sae_jax.config import Config, DataConfig, SAEConfig, TrainConfig
+from sae_jax.evaluate import RecoveryMeter
 
 GENERATOR = np.random.default_rng
 
@@ -156,6 +159,98 @@ def test_ten_thousand_features_from_sparse_batches():
     meter.add(true, true[:, :N])
     found = meter.finish()
     assert found.scalars["mcc"] == pytest.approx(1) and found.scalars["f1"] > 0.98
+
+
+def best_sae(data: DataConfig, world: World, n: int, kind: str) -> sae.SAE:
+    """The optimum: a latent for each of the n features of the largest variance, b_dec the mean of
+    the others. Its latents are in other units than the features."""
+    sites = [world.site_names.index(name) for name in data.site.split(",")]
+    targets = [world.site_names.index(data.target_site)] if data.target_site else sites
+    q_in, q_out = (np.concatenate([world.features[i][:n] for i in s], 1) for s in (sites, targets))
+    mean, b_dec = (np.concatenate([world.mean(i) for i in s]) for s in (sites, targets))
+    amounts = (world.mean(0) - world.offsets[0]) @ world.features[0][:n].T
+    scale, rounding = 3.0, 1e-3  # nothing should fire by rounding
+    parameters = {
+        "w_enc": 2 * q_in.T / len(sites),
+        "b_enc": 2 * scale * (amounts - mean @ q_in.T / len(sites)) - rounding,
+        "w_dec": q_out / 2,
+        "b_dec": scale * (b_dec - amounts @ q_out),
+    }
+    config = SAEConfig(architecture="relu", kind=kind, d_sae=n)
+    widths = tuple(world.site_widths[i] for i in sites)
+    config = sae.resolve(
+        config, widths, world.site_widths[targets[0]] if data.target_site else None
+    )
+    parameters = {name: value.astype(np.float32) for name, value in parameters.items()}
+    return sae.ReLU(config, parameters, scale)
+
+
+@pytest.mark.parametrize(
+    "kind, site, target_site",
+    [
+        ("autoencoder", "site.1", ""),
+        ("transcoder", "site.0", "site.1"),
+        ("crosscoder", "site.0,site.1", ""),
+    ],
+)
+def test_the_best_sae_of_a_world_reaches_its_optimum(kind, site, target_site):
+    spec = "world:orthonormal,width=12,features=12,sites=2,offset=1,magnitude=2,magnitude_std=0.2"
+    data = DataConfig(store=spec, site=site, target_site=target_site)
+    world = World(spec)
+    found = evaluate.evaluate(
+        best_sae(data, world, 5, kind), evaluate.WorldRows(data, tokens=20_001)
+    )
+    assert found.rows.rows == found.recovery.rows == 20_001
+    scores = dict(found.recovery.scalars)
+    sites = 2 if kind == "crosscoder" else 1
+    assert scores.pop("optimal_mse") == pytest.approx(sites * world.optimal_mse(5), rel=0.1)
+    assert scores.pop("mse_over_optimal") == pytest.approx(1, rel=1e-4)
+    assert scores.pop("mmcs") == pytest.approx(5 / 12, rel=1e-4)
+    assert scores.pop("dead_fraction") == 0
+    assert scores == pytest.approx(dict.fromkeys(scores, 1.0), rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A short run on a world."""
+    config = Config(
+        sae=SAEConfig(architecture="topk", d_sae=16, k=4),
+        data=DataConfig(store="world:superposition,width=8,features=24", batch_size=256),
+        train=TrainConfig(tokens=256 * 20, log_every=5),
+    )
+    path = tmp_path_factory.mktemp("world") / "run"
+    train.train(config, path)
+    return path
+
+
+def test_a_run_on_a_world_is_evaluated_with_its_features(run, capsys):
+    assert main(["eval", f"--run={run}", "--tokens=30000"]) == 0
+    out = capsys.readouterr().out
+    found = evaluate.load(run / "eval.json")
+    assert "Of the world's 24 features" in out and f"{found.recovery.scalars['f1']:.5g}" in out
+    assert "cross-entropy" not in out and "least mean squared error" not in out
+    assert found.rows.rows == 30_000 and found.spliced is None
+    direct = evaluate.evaluate(
+        interop.load(run), evaluate.WorldRows(train.read_config(run).data, tokens=30_000)
+    )
+    assert direct.recovery.scalars == pytest.approx(found.recovery.scalars)
+    for part in ("features", "latents"):
+        for name, values in getattr(direct.recovery, part).items():
+            np.testing.assert_array_equal(getattr(found.recovery, part)[name], values)
+    assert (run / "eval_recovery.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "flags, complaint",
+    [
+        (["--tokens_file=x.npy"], "no language model or text goes with"),
+        (["--store=world:orthonormal"], "is 64 wide, but the autoencoder was trained on 8"),
+        (["--store=world:rings"], "the kind of world in data.store is 'rings'"),
+    ],
+)
+def test_what_cannot_be_evaluated_on_a_world(run, capsys, flags, complaint):
+    assert main(["eval", f"--run={run}", *flags]) == 2
+    assert complaint in capsys.readouterr().err
 
 
 @pytest.mark.peers
