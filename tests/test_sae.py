@@ -22,6 +22,7 @@ D, N, B = 6, 20, 16
 OUT = 4  # width of a transcoder's target
 SITES = (4, 2)  # widths of a crosscoder's sites
 MESHES = ((2, 2), (4, 1), (1, 4))  # data, model
+THREE_MESHES = ("topk, multi", "matryoshka", "gated, crosscoder")
 AUX = {"aux_k": 5, "aux_coefficient": 1 / 32}
 
 CASES = {
@@ -46,7 +47,7 @@ CASES = {
     "gated": {"architecture": "gated"},
     "gated, free decoder": {"architecture": "gated", "unit_norm_decoder": False},
 }  # fmt: skip
-QUICK = {*CASES, "relu, transcoder", "topk, skip_transcoder", "gated, crosscoder"}
+QUICK = {*saes.ARCHITECTURES, "jumprelu, tanh", "topk, skip_transcoder", "gated, crosscoder"}
 KINDS = ("transcoder", "skip_transcoder", "crosscoder")
 for _name in saes.ARCHITECTURES:  # inputs and targets compose with every one of them
     CASES |= {f"{_name}, {kind}": CASES[_name] | {"kind": kind} for kind in KINDS}
@@ -113,9 +114,9 @@ def loss_of(config, x, y, now):
 
 
 @functools.cache
-def compiled(name):
+def compiled(name, dtype="float32"):
     """(losses, gradients) of parameters, x, y and controls, compiled once for a case."""
-    config = resolved(name)
+    config = resolved(name, compute_dtype=dtype)
 
     def total(parameters, x, y, now):
         losses = loss_of(config, x, y, now)(parameters)
@@ -246,13 +247,13 @@ def test_every_mesh_is_one_device(name):
     (x, y), now = data(config), controls(config, 9)
     parameters = parameters_of(config)
     want, want_gradients = compiled(name)(parameters, x, y, now)
-    for shape in MESHES if name in saes.ARCHITECTURES else MESHES[:1]:
+    for shape in MESHES[: 3 if name in THREE_MESHES else 1]:
         mesh = jax.make_mesh((1, *shape), ("run", "data", "model"))
         with jax.set_mesh(mesh):
-            like = jax.eval_shape(
-                lambda: saes.architecture(config).init_parameters(jax.random.key(0), config, y[0])
+            fresh = saes.architecture(config).init_parameters(
+                jax.random.key(0), config, jax.device_put(y[0], jax.P(None))
             )
-            placed = {n: jax.device_put(p, like[n].sharding) for n, p in parameters.items()}
+            placed = {n: jax.device_put(p, fresh[n].sharding) for n, p in parameters.items()}
             dead = jax.device_put(now.dead, PER_LATENT)
             batch = jax.device_put(x, BATCH), jax.device_put(y, BATCH)
             got, gradients = compiled(name)(placed, *batch, dataclasses.replace(now, dead=dead))
@@ -319,14 +320,11 @@ def test_scale_is_only_a_change_of_units(name):
 @every_case
 def test_bfloat16_is_close(name):
     config = resolved(name)
-    (x, y), now = data(config, 256), controls(config, 3)
-    results = []
-    for dtype in ("float32", "bfloat16"):
-        loss = loss_of(dataclasses.replace(config, compute_dtype=dtype), x, y, now)
-        gradient = jax.jit(jax.value_and_grad(lambda p, loss=loss: loss(p).total))
-        results.append(gradient(parameters_of(config)))
-    (value, gradients), (low_value, low_gradients) = results
-    assert float(low_value) == pytest.approx(float(value), rel=0.02)
+    (x, y), now = data(config), controls(config, 3)
+    parameters = parameters_of(config)
+    losses, gradients = compiled(name)(parameters, x, y, now)
+    low_losses, low_gradients = compiled(name, "bfloat16")(parameters, x, y, now)
+    assert float(low_losses.total) == pytest.approx(float(losses.total), rel=0.02)
     for parameter, gradient in gradients.items():
         assert low_gradients[parameter].dtype == jnp.float32
         difference = jnp.linalg.norm(low_gradients[parameter] - gradient)
