@@ -241,6 +241,7 @@ def test_open_stream_opens_worlds_and_stores(tmp_path):
         ("world:orthonormal,features=65", "at most width=64 of them, not features=65"),
         ("world:orthonormal,rate=1.2", "not rate=1.2"),
         ("world:orthonormal,seed=-1", "seed must be 0 or more"),
+        (f"world:orthonormal,seed={2**64}", "seed must be below"),
         ("world:superposition,max_rate=0.001", "min_rate <= max_rate"),
         ("world:superposition,exclusive=7", "exclusive must be true or false"),
         ("world:superposition,roots=9,depth=3", "765 features in its trees"),

@@ -122,6 +122,7 @@ class RecoveryMeter:
         """magnitudes (B, G): of each feature on each row, 0 where it is off; latents (B, N), times
         the norm of their decoder rows. Sparse or dense."""
         true = (scipy.sparse.csr_array(magnitudes) * self._norms).tocsr()
+        true.eliminate_zeros()
         found = scipy.sparse.csr_array(latents)
         self._rows += true.shape[0]
         for sums, x in zip(self._sums, (true, found), strict=True):

@@ -214,10 +214,11 @@ def parse(spec: str) -> Kind:
         value = getattr(settings, field, least)
         if value < least:
             raise UserError(f"{prefix}{field} must be {least} or more, not {value}")
+    if settings.seed >= 2**64:  # a word of Philox's key
+        raise UserError(f"{prefix}seed must be below 2^64, not {settings.seed}")
     return settings
 
 
-# A seed is a word of Philox's key.
 _LEAST = {
     "width": 1, "features": 1, "sites": 1, "seed": 0, "branching": 1, "depth": 1, "roots": 0,
     "correlation_rank": 0, "correlation_scale": 0, "magnitude_std": 0,
