@@ -6,6 +6,7 @@ import random
 import signal
 import socket
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -245,3 +246,15 @@ def test_full_disk(long_store, uninterrupted, small_disk):
     assert code == 0, err
     assert_same_arrays(saved_arrays(run), saved_arrays(uninterrupted))
     assert_each_step_once(run, 1800, 5)
+
+
+@pytest.mark.slow
+def test_batchtopk_picks_the_same_latents_on_1_2_4_and_8_devices():
+    """Bit for bit, ties and all."""
+    script = pathlib.Path(__file__).with_name("eight_devices.py")
+    environment = os.environ | {"PYTHONPATH": str(script.parents[1])}
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=True
+    )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 9 and all(line.endswith("same") for line in lines), done.stdout

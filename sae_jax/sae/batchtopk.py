@@ -38,19 +38,14 @@ class BatchTopK(SAE):
         return {"b_enc": 0.0, "threshold": 0.0}
 
     def loss(self, x: jax.Array, y: jax.Array, controls: Controls) -> Losses:
-        config = self.config
-        k = config.k if controls.k is None else controls.k
         x_in, bias = self.encoder_input(x)
         w_enc = self.w_enc[...].astype(self.dtype)
         pre = product(x_in.astype(self.dtype), w_enc, _LATENTS) + bias
-        latents, running = jax.nn.relu(pre), {}
+        latents, running = self.activate(pre), {}
         if controls.training:
-            picked, smallest = ops.over_batch(latents, k * x.shape[0])
-            latents = jnp.where(picked, latents, 0.0)
-            smallest = jnp.where(jnp.isfinite(smallest), smallest, 0.0)
+            k = self.config.k if controls.k is None else controls.k
+            latents, smallest = self.activate_batch(pre, k)
             running = {"threshold": jnp.full_like(self.threshold[...], smallest)}
-        else:
-            latents = self.activate(pre)
         y_hats = self.reconstructions(latents, x)
         mse = squared_error(y, y_hats[-1])
         fired = latents > 0
@@ -63,6 +58,14 @@ class BatchTopK(SAE):
             fired=fired.any(axis=0),
             running=running,
         )
+
+    def activate_batch(self, preactivations: jax.Array, k) -> tuple[jax.Array, jax.Array]:
+        """Latents (B, d_sae) of a whole batch's pre-activations, k a token on average, and the
+        smallest of them, 0 where there is none."""
+        latents = jax.nn.relu(preactivations)
+        picked, smallest = ops.over_batch(latents, k * latents.shape[0])
+        latents = jnp.where(picked, latents, 0.0)
+        return latents, jnp.where(jnp.isfinite(smallest), smallest, 0.0)
 
     def reconstructions(self, latents: jax.Array, x: jax.Array) -> jax.Array:
         """What the loss compares with y: (1, B, d_out) from latents (B, d_sae)."""

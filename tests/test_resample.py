@@ -1,0 +1,98 @@
+"""Resampling of dead latents: what it sets, whom it picks, and that a run with it stays exact."""
+
+import jax
+import numpy as np
+import pytest
+from training import BATCH, assert_same_arrays, make_config, make_store, metrics, saved_arrays
+
+from sae_jax.activations import open_stream
+from sae_jax.train import loop, resample
+from sae_jax.train.mesh import BatchPlacement, make_mesh
+from sae_jax.train.preemption import PreemptedError, Preemption
+from sae_jax.train.step import Trainer
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("store") / "store")
+
+
+def config_of(store, mesh=(1, 1), **sae):
+    return make_config(
+        store,
+        "relu_l1_unit",
+        sae={"aux_coefficient": 0.0, "resample_every_tokens": 44 * BATCH, **sae},
+        optimizer={"learning_rate": 1e-2},
+        mesh={"data": mesh[0], "model": mesh[1]},
+    )
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize("architecture", ["relu_l1_unit", "jumprelu", "gated", "batchtopk"])
+def test_what_resampling_sets(store, architecture, mesh):
+    data = {"data": mesh[0], "model": mesh[1]}
+    sae = {"resample_every_tokens": 20 * BATCH}
+    config = make_config(store, architecture, sae=sae, mesh=data)
+    stream = open_stream(config.data)
+    config = loop.resolve(config, stream)
+    scale, target_scale, variance = loop.normalisation(config, stream)
+    mesh = make_mesh(config)
+    placement = BatchPlacement(mesh, BATCH)
+    dead = np.arange(128) % 3 == 1
+    with jax.set_mesh(mesh):
+        trainer = Trainer(config, 50, variance)
+        state = trainer.init(np.full(16, 0.3, np.float32), scale, target_scale)
+        state, _ = trainer.step(state, placement.place(stream.read(0)))
+        idle = jax.device_put(np.where(dead, 10**6, 0).astype(np.int32), state.idle_tokens.sharding)
+        state = jax.tree.unflatten(
+            jax.tree.structure(state),
+            [idle if a is state.idle_tokens else a for a in jax.tree.leaves(state)],
+        )
+        before = jax.tree.map(np.asarray, state)
+        rows = np.concatenate([stream.read(step) for step in range(1, 1 + 128 * 8 // BATCH)])
+        after = jax.tree.map(np.asarray, resample.resample(trainer, state, 1, stream, placement))
+    w_enc, w_dec = after.parameters["w_enc"], after.parameters["w_dec"]
+    alive = np.linalg.norm(before.parameters["w_enc"][:, ~dead], axis=0).mean()
+    np.testing.assert_allclose(np.linalg.norm(w_enc[:, dead], axis=0), 0.2 * alive, rtol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(w_dec[dead], axis=1), 1, rtol=1e-5)
+    inputs = rows * scale - before.parameters["b_dec"]
+    cosines = w_dec[dead] @ (inputs / np.linalg.norm(inputs, axis=1, keepdims=True)).T
+    np.testing.assert_allclose(cosines.max(axis=1), 1, rtol=1e-5)  # inputs of the coming batches
+    assert len(set(cosines.argmax(axis=1))) == dead.sum()  # each another
+    np.testing.assert_allclose(
+        w_enc[:, dead].T / np.linalg.norm(w_enc[:, dead], axis=0)[:, None], w_dec[dead], atol=1e-5
+    )
+    assert not after.parameters["b_enc"][dead].any() and not after.idle_tokens[dead].any()
+    for name, value in after.parameters.items():
+        last = value.shape[-1] == 128
+        here, there = (a if last else a.swapaxes(0, -1) for a in (value, before.parameters[name]))
+        if name != "b_dec":
+            np.testing.assert_array_equal(here[..., ~dead], there[..., ~dead])
+    moments = [m for m in jax.tree.leaves(after.optimizer) if m.shape == (16, 128)]
+    assert len(moments) == 2
+    for moment in moments:
+        assert not moment[:, dead].any() and moment[:, ~dead].any()
+
+
+def test_inputs_are_picked_by_the_square_of_their_loss():
+    losses = np.repeat([1.0, 2.0, 4.0], 1000)
+    picks = np.concatenate([resample._pick(losses, 3, seed) for seed in range(3000)])
+    shares = np.bincount(picks // 1000, minlength=3) / len(picks)
+    np.testing.assert_allclose(shares, np.array([1, 4, 16]) / 21, atol=0.02)
+    assert sorted(resample._pick(losses[:5], 7, 0))[-1] == 4  # fewer inputs than latents
+
+
+def test_run_with_resampling_is_exact_and_on_every_mesh_the_same(store, tmp_path, monkeypatch):
+    config = config_of(store, sparsity_coefficient=30.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Preemption, "reached", lambda self, step: step == 46)
+        with pytest.raises(PreemptedError, match="step 46"):
+            loop.train(config, tmp_path / "stopped")
+    loop.train(config, tmp_path / "stopped")
+    loop.train(config, tmp_path / "whole")
+    loop.train(config_of(store, (2, 2), sparsity_coefficient=30.0), tmp_path / "mesh")
+    assert_same_arrays(saved_arrays(tmp_path / "stopped"), saved_arrays(tmp_path / "whole"))
+    got, want = metrics(tmp_path / "mesh"), metrics(tmp_path / "whole")
+    np.testing.assert_allclose([m["loss"] for m in got], [m["loss"] for m in want], rtol=1e-4)
+    dead = [line["dead_fraction"] for line in want]
+    assert dead[43] > 0 and dead[44] == 0, "nothing died, or nothing was resampled"
