@@ -35,7 +35,7 @@ class Matryoshka(BatchTopK):
     def check(cls, config: SAEConfig) -> None:
         widths = config.prefix_widths
         growing = all(a < b for a, b in zip(widths, widths[1:], strict=False))
-        if not growing or widths[0] < 1 or widths[-1] != config.d_sae:
+        if not growing or widths[:1] < (1,) or widths[-1:] != (config.d_sae,):
             raise UserError(
                 f"sae.prefix_widths must grow and end at sae.d_sae, {config.d_sae}, not "
                 f"{','.join(map(str, widths))}"
