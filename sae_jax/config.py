@@ -71,7 +71,7 @@ class SAEConfig:
 class DataConfig:
     """What is read, in which order. All of it is part of the run's identity."""
 
-    store: str = ""  # directory of the activation store
+    store: str = ""  # directory of the activation store, or "world:NAME,key=value,..."
     site: str = ""  # "": the only site of the store; a crosscoder's sites: "a,b,c"
     target_site: str = ""  # what a transcoder predicts
     batch_size: int = 2048  # tokens, over all devices

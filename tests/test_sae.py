@@ -12,11 +12,15 @@ import pytest
 from references import REFERENCES
 from training import sparse_rows
 
+import sae_jax
 from sae_jax import sae as saes
-from sae_jax.config import OptimizerConfig, SAEConfig, UserError
+from sae_jax.config import Config, OptimizerConfig, SAEConfig, UserError
 from sae_jax.ops.mesh import BATCH, PER_LATENT
 from sae_jax.sae import Controls
 from sae_jax.train import optimizer
+from sae_jax.train.checkpoints import Checkpoints
+from sae_jax.train.directory import RunDirectory
+from sae_jax.train.step import Trainer
 
 D, N, B = 6, 20, 16
 OUT = 4  # width of a transcoder's target
@@ -343,3 +347,28 @@ def test_loss_without_training_is_what_encode_and_decode_do(name):
         losses.mse, np.mean(np.sum((y - sae(x)) ** 2, axis=1)), rtol=1e-5, atol=1e-6
     )
     np.testing.assert_allclose(losses.l0, np.mean((sae.encode(x) > 0).sum(axis=1)), rtol=1e-6)
+
+
+@every_case
+def test_saved_and_restored(name, tmp_path):
+    """All of a state comes back, and `load` gives the same function of x."""
+    config = resolved(name, d_sae=N, dead_after_tokens=100)
+    whole = Config(sae=config, optimizer=OptimizerConfig(learning_rate=1e-3))
+    trainer = Trainer(whole, 10, 1.0)
+    mesh = jax.make_mesh((1, 2, 2), ("run", "data", "model"))
+    with jax.set_mesh(mesh):
+        state = trainer.init(np.full(config.d_out, 0.2, np.float32), *scales(config, 0.5))
+        directory = RunDirectory(tmp_path / "run", whole)
+        checkpoints = Checkpoints(directory.path, keep=1)
+        checkpoints.save(state, 1)
+        checkpoints.finish()
+        restored = checkpoints.restore(trainer.abstract())
+        checkpoints.close()
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+    loaded = sae_jax.load(tmp_path / "run")
+    parameters = jax.tree.map(np.asarray, state.parameters)
+    want = saes.architecture(config)(config, parameters, *scales(config, 0.5))
+    x = data(config)[0] * 2
+    np.testing.assert_array_equal(loaded.encode(x), want.encode(x))
+    np.testing.assert_array_equal(loaded(x), want(x))
