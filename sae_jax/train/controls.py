@@ -1,8 +1,8 @@
 """What changes from step to step besides the learning rate: sparsity, k, the penalty's exponent.
 
-All of it follows from the step, but for `log_coefficient`, which the state carries: the logarithm
-of what the configured sparsity coefficient has been multiplied by to reach a target L0, or to make
-up for an exponent that is being annealed.
+All of it follows from the step, but for what the state carries: `log_coefficient`, the logarithm of
+what the configured sparsity coefficient has been multiplied by to reach a target L0, or to make up
+for an exponent that is being annealed; and the L0 of the step before.
 """
 
 import math
@@ -14,6 +14,9 @@ from sae_jax.config import SAEConfig
 from sae_jax.sae import Controls, Losses
 
 _MOST = math.log(1e4)  # the controller multiplies the coefficient by up to this, or its inverse
+_GAIN = 2.0  # change of ln(coefficient) for a change of ln(L0)
+_INTEGRALS = 20  # time constants of the integral part in a run
+_LARGE_ERROR, _ANY_ERROR = 0.5, 3.0  # of ln(L0): what the integral part, and all of it, see
 
 
 def at(
@@ -30,19 +33,35 @@ def at(
 
 
 def next_log_coefficient(
-    config: SAEConfig, step: jax.Array, steps: int, log_coefficient: jax.Array, losses: Losses
+    config: SAEConfig,
+    step: jax.Array,
+    steps: int,
+    log_coefficient: jax.Array,
+    last_l0: jax.Array,
+    losses: Losses,
 ) -> jax.Array:
-    """`log_coefficient` after a step.
+    """`log_coefficient` after a step; last_l0: of the step before.
 
-    The controller of `target_l0` integrates ln(L0 / target), cut to +-1, over time constants of
-    1/20 of the run, after the coefficient's own warm-up: L0 answers the coefficient with a lag,
-    and a faster controller would swing."""
+    The controller of `target_l0` is proportional and integral in ln(L0 / target), and cares for
+    three things. L0 falls from half the dictionary at a speed that Adam sets, not the coefficient:
+    the integral part must not wind up meanwhile, so the proportional part takes back what L0 has
+    come nearer, and large errors count as moderate ones. Latents that too large a coefficient
+    kills at the start do not come back: it is lowered at once. While it warms up it is not raised.
+    """
     new = log_coefficient + losses.log_coefficient
-    if adapts(config):
-        error = jnp.clip(jnp.log(jnp.maximum(losses.l0, 1e-3) / config.target_l0), -1.0, 1.0)
-        warm = step >= _warmup(config, steps)
-        new = jnp.clip(new + jnp.where(warm, 20 / steps * error, 0.0), -_MOST, _MOST)
-    return new
+    if not adapts(config):
+        return new
+    error = _log_error(losses.l0, config.target_l0)
+    before = jnp.where(step == 0, error, _log_error(last_l0, config.target_l0))
+    slow = jnp.clip(error, -_LARGE_ERROR, _LARGE_ERROR) * _INTEGRALS / steps
+    change = _GAIN * (error - before + slow)
+    starting = step < min(_warmup(config, steps), steps // 20)
+    change = jnp.where(starting, jnp.where(error < 0, jnp.minimum(change, 0.0), 0.0), change)
+    return jnp.clip(new + change, -_MOST, _MOST)
+
+
+def _log_error(l0: jax.Array, target: float) -> jax.Array:
+    return jnp.clip(jnp.log(jnp.maximum(l0, 1e-6) / target), -_ANY_ERROR, _ANY_ERROR)
 
 
 def adapts(config: SAEConfig) -> bool:

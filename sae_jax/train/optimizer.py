@@ -64,14 +64,15 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make(
-    config: OptimizerConfig, steps: int, unit_norm_decoder: bool
+    config: OptimizerConfig, steps: int, unit_norm_decoder: bool, threshold_unit: float = 1.0
 ) -> optax.GradientTransformation:
-    """For parameters {name: array}; the decoder is `w_dec`, one latent a row."""
+    """For parameters {name: array}; the decoder is `w_dec`, one latent a row. threshold_unit: the
+    norm of the activations, by which JumpReLU's thresholds take longer steps."""
     parts = [optax.scale_by_adam(config.b1, config.b2, config.eps)]
     if config.clip_norm is not None:
         parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
     parts.append(optax.scale_by_learning_rate(schedule(config, steps)))
-    parts.append(keep_thresholds())
+    parts.append(move_thresholds(threshold_unit))
     if unit_norm_decoder:
         parts = [remove_parallel_gradient(), *parts, renormalise_decoder()]
     return optax.chain(*parts)
@@ -100,13 +101,18 @@ def renormalise_decoder() -> optax.GradientTransformation:
     return optax.stateless(update)
 
 
-def keep_thresholds() -> optax.GradientTransformation:
-    """Makes the update of `threshold`, where there is one, end at 0 or above: below it, latents
-    would be negative."""
+def move_thresholds(unit: float) -> optax.GradientTransformation:
+    """Makes the update of `threshold`, where there is one, `unit` times as long, and end at 0 or
+    above: below it, latents would be negative.
+
+    Adam's steps have the length of the learning rate, whatever a parameter's size. Pre-activations
+    and thresholds are as large as activations: what suits those of norm 1 (Gemma Scope) takes
+    sqrt(d) times as many steps, more than a run has, where the norm is sqrt(d)."""
 
     def update(updates, parameters):
         if "threshold" not in parameters:
             return updates
-        return updates | {"threshold": jnp.maximum(updates["threshold"], -parameters["threshold"])}
+        moved = jnp.maximum(unit * updates["threshold"], -parameters["threshold"])
+        return updates | {"threshold": moved}
 
     return optax.stateless(update)

@@ -29,6 +29,7 @@ class TrainState:
     scale: jax.Array  # float32: the inputs' normalisation; a crosscoder's (d_in,)
     target_scale: jax.Array  # float32: the targets'
     log_coefficient: jax.Array  # float32: ln of what multiplies the sparsity coefficient
+    last_l0: jax.Array  # float32: of the step before, which a target L0 is steered by
     step: jax.Array  # int32: steps done
     nonfinite_step: jax.Array  # int32: the first step whose loss or gradient was not finite, or -1
 
@@ -43,7 +44,12 @@ class Trainer:
         self._steps = steps
         self._architecture = saes.architecture(config.sae)
         self._learning_rate = optimizer.schedule(config.optimizer, steps)
-        self._optimizer = optimizer.make(config.optimizer, steps, config.sae.unit_norm_decoder)
+        self._optimizer = optimizer.make(
+            config.optimizer,
+            steps,
+            config.sae.unit_norm_decoder,
+            threshold_unit=config.sae.d_in**0.5 if config.sae.normalize == "sqrt_d" else 1.0,
+        )
         self.step: Callable = jax.jit(self._step, donate_argnums=0)
         self.evaluate: Callable = jax.jit(self._evaluate)
         self.row_losses: Callable = jax.jit(self._row_losses)
@@ -79,6 +85,7 @@ class Trainer:
             scale=scale,
             target_scale=target_scale,
             log_coefficient=jnp.zeros(()),
+            last_l0=jnp.zeros(()),
             step=jnp.zeros((), jnp.int32),
             nonfinite_step=jnp.full((), _NEVER, jnp.int32),
         )
@@ -124,8 +131,14 @@ class Trainer:
             optimizer=optimizer_state,
             idle_tokens=jnp.where(losses.fired, 0, idle),
             log_coefficient=controls.next_log_coefficient(
-                self.config.sae, state.step, self._steps, state.log_coefficient, losses
+                self.config.sae,
+                state.step,
+                self._steps,
+                state.log_coefficient,
+                state.last_l0,
+                losses,
             ),
+            last_l0=losses.l0.astype(jnp.float32),
             step=state.step + 1,
             nonfinite_step=jnp.where(first_time, state.step, state.nonfinite_step),
         )
