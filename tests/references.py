@@ -39,7 +39,8 @@ class Reference:
         total = np.mean((self.error**2).sum(axis=1)) + self.penalty()
         if self.dead.any():  # Gao et al. 2024, A.2, with the error held fixed
             z = np.where(self.dead, self.z, -np.inf)
-            e_hat = largest(z, self.config.aux_k) @ self.p["w_dec"]
+            picked = largest(z, self.config.aux_k)
+            e_hat = np.maximum(picked, 0.1 * picked) @ self.p["w_dec"]  # a leaky ReLU
             difference = ((held.error - e_hat) ** 2).sum(axis=1)
             total += self.config.aux_coefficient * np.mean(difference)
         return total

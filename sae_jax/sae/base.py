@@ -13,6 +13,8 @@ from sae_jax import ops
 from sae_jax.config import SAEConfig, UserError
 from sae_jax.ops.mesh import BATCH, DECODER, PER_LATENT, out_sharding, product
 
+_AUXILIARY_SLOPE = 0.1
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -251,8 +253,7 @@ class SAE(nnx.Module):
         error of the reconstruction held fixed, and e_hat the decoding of the aux_k largest
         pre-activations of dead latents. 0 where none is dead, and then it costs nothing.
 
-        x and bias as from `encoder_input`. The pick has no ReLU, so that dead latents whose
-        pre-activations are negative learn too, and e_hat no b_dec: it would stand on both sides.
+        x and bias as from `encoder_input`. e_hat has no b_dec: it would stand on both sides.
         """
         if not self.config.aux_coefficient:
             return jnp.zeros(())
@@ -261,7 +262,7 @@ class SAE(nnx.Module):
 
         def loss():
             code, _ = ops.encode_top_k(x, w_enc, bias, None, self.config.aux_k, 0, self.dtype)
-            error_hat, _ = ops.sparse_decode(code, None, None, w_dec)
+            error_hat, _ = ops.sparse_decode(auxiliary_code(code), None, None, w_dec)
             return squared_error(jax.lax.stop_gradient(error), error_hat)
 
         return self.config.aux_coefficient * jax.lax.cond(any_dead, loss, lambda: jnp.zeros(()))
@@ -270,6 +271,13 @@ class SAE(nnx.Module):
 def squared_error(y: jax.Array, y_hat: jax.Array) -> jax.Array:
     """Mean over the batch of ||y - y_hat||^2."""
     return jnp.mean(jnp.sum(jnp.square(y - y_hat), axis=-1))
+
+
+def auxiliary_code(code: ops.Code) -> ops.Code:
+    """AuxK's pick with a ReLU, as in the code of Gao et al.: without it dead latents fit the error
+    together, as a dense linear code, and few come back as features. Its slope below 0 is 0.1 and
+    not 0, so that dead latents whose pre-activations are all negative learn too."""
+    return code._replace(values=jax.nn.leaky_relu(code.values, _AUXILIARY_SLOPE))
 
 
 def row_norms(w: jax.Array, site_widths: tuple[int, ...] | None) -> jax.Array:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from sae_jax import ops
 from sae_jax.config import SAEConfig
-from sae_jax.sae.base import SAE, Controls, Losses, squared_error
+from sae_jax.sae.base import SAE, Controls, Losses, auxiliary_code, squared_error
 
 
 class TopK(SAE):
@@ -66,6 +66,7 @@ class TopK(SAE):
         wide = code._replace(values=jax.nn.relu(code.values))
         code = wide if controls.k is None and slots == k else ops.strongest(wide, k, slots)
         any_dead = None if dead is None else dead.any()
+        aux = None if aux is None else auxiliary_code(aux)
         decoded, error_hat = ops.sparse_decode(code, aux, any_dead, w_dec)
         y_hat = self.output(decoded, x)
         mse = total = squared_error(y, y_hat)
