@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from sae_jax.config import SAEConfig
 from sae_jax.sae import Controls, Losses
 
-_MOST = math.log(1e4)  # the controller multiplies the coefficient by up to this, or its inverse
+_MOST = math.log(1e3)  # the controller multiplies the coefficient by up to this, or its inverse
 _GAIN = 2.0  # change of ln(coefficient) for a change of ln(L0)
 _INTEGRALS = 20  # time constants of the integral part in a run
-_LARGE_ERROR, _ANY_ERROR = 0.5, 3.0  # of ln(L0): what the integral part, and all of it, see
+_LARGE_ERROR, _ANY_ERROR = 0.35, 3.0  # of ln(L0): what the integral part, and all of it, see
 
 
 def at(
