@@ -37,7 +37,7 @@ def get_config(size: str = "paper") -> Config:
     if size == "tiny":
         return Config(
             sae=SAEConfig(
-                d_sae=1024, sparsity_coefficient=5.0, dead_after_tokens=200_000, **recipe
+                d_sae=1024, sparsity_coefficient=2.0, dead_after_tokens=200_000, **recipe
             ),
             data=DataConfig(store="sae_demo/store", site="mlp_act.0", batch_size=1024),
             optimizer=OptimizerConfig(learning_rate=1e-3),

@@ -23,7 +23,7 @@ def get_config(size: str = "paper") -> Config:
                 architecture="gated",
                 d_sae=1024,
                 normalize="unit",
-                sparsity_coefficient=0.04,
+                sparsity_coefficient=0.2,
                 dead_after_tokens=200_000,
             ),
             data=DataConfig(store="sae_demo/store", site="mlp_act.0", batch_size=1024),

@@ -30,7 +30,7 @@ def get_config(size: str = "paper") -> Config:
             data=DataConfig(
                 store="sae_demo/store", site="mlp_in.0", target_site="mlp_out.0", batch_size=1024
             ),
-            optimizer=OptimizerConfig(learning_rate=3e-3, **to_zero),
+            optimizer=OptimizerConfig(learning_rate=1.5e-3, **to_zero),
             train=TrainConfig(tokens=500_000, log_every=20),
         )
     return Config(

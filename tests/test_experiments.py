@@ -1,12 +1,17 @@
 """The recipes in experiments/: every size is a config that could start, and `:tiny` runs."""
 
 import dataclasses
+import json
+import os
 import pathlib
 import re
+import subprocess
+import sys
 import types
 
 import pytest
 
+from sae_jax import lm
 from sae_jax.cli import demo
 from sae_jax.config import UserError, load_file
 from sae_jax.train.loop import resolve
@@ -62,3 +67,57 @@ def test_it_says_what_it_is_and_how_to_run_it(name):
     default = load(name).sae
     for size in sizes(name):
         assert f"`:{size}`" in doc or load(name, size).sae == default, f"{size} is not explained"
+
+
+FOUND = {  # FVU at most, L0 from, to: of the runs below on another day, and some room
+    "towards_monosemanticity:tiny": (0.35, 20, 50),
+    "scaling_monosemanticity:tiny": (0.45, 15, 40),
+    "openai_topk:tiny": (0.33, 15.5, 16),
+    "gemma_scope:tiny": (0.45, 10, 60),
+    "anthropic_jan2025:tiny": (0.45, 8, 40),
+    "batchtopk:tiny": (0.32, 15, 17),
+    "matryoshka:tiny": (0.36, 15, 17),
+    "gated:tiny": (0.40, 10, 60),
+    "transcoder:tiny": (0.25, 14, 16),
+    "transcoder:tiny-skip": (0.22, 14, 16),
+    "crosscoder:tiny": (0.30, 10, 50),
+}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """With a store like the demo's in it, where the tiny recipes look for one."""
+    directory = tmp_path_factory.mktemp("experiments")
+    store = directory / "sae_demo" / "store"
+    store.parent.mkdir()
+    texts, sites = lm.read_texts(lm.standard_library()), (demo.SITE, *demo.MORE_SITES)
+    lm.harvest(lm.DEMO_MODEL, texts, store, sites=sites, tokens=600_000)
+    return directory
+
+
+def sae_jax(directory, *arguments):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "sae_jax", *arguments]
+    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", FOUND)
+def test_tiny_gives_a_sensible_sae_in_a_minute(recipe, directory):
+    name, size = recipe.split(":")
+    run = directory / "runs" / name / size
+    config = ROOT / "experiments" / f"{name}.py"
+    sae_jax(directory, "train", f"--config={config}:{size}", f"--workdir={run}")
+    sae_jax(directory, "eval", f"--run={run}", "--lm_tokens=32768")
+    result = json.loads((run / "result.json").read_text())
+    found = json.loads((run / "eval.json").read_text())
+    fvu, recovered = found["reconstruction"]["fvu"], found["language_model"]["ce_recovered_zero"]
+    l0, dead = found["sparsity"]["l0"], found["sparsity"]["dead_fraction"]
+    print(
+        f"\n| {recipe} | {result['architecture']} | {result['kind']} | {result['tokens']:,} "
+        f"| {result['wall_seconds']:.0f} s | {fvu:.3f} | {l0:.1f} | {dead:.3f} | {recovered:.3f} |"
+    )
+    worst, least, most = FOUND[recipe]
+    assert fvu < worst and least <= l0 <= most
+    assert dead < 0.2 and recovered > 0.75
