@@ -16,7 +16,6 @@ _HOME = {
     "SAE": "sae_jax.sae",
     "UserError": "sae_jax.config",
     "load": "sae_jax.interop",
-    "train": "sae_jax.train",
     "write_store": "sae_jax.activations",
 }
 __all__ = list(_HOME)

@@ -16,6 +16,7 @@ REFUSED = [
     ("batchtopk", {"target_l0": 8.0}, ["sae.target_l0", "batchtopk"]),
     ("relu", {"k": 3}, ["sae.k", "relu"]),
     ("gated", {"p_end": 0.5}, ["sae.p_end", "gated"]),
+    ("gated", {"unit_norm_decoder": False}, ["sae.unit_norm_decoder", "gated"]),
     ("relu", {"bandwidth": 0.1}, ["sae.bandwidth", "relu"]),
     ("topk", {"prefix_widths": (8, 40)}, ["sae.prefix_widths", "topk"]),
     ("batchtopk", {"multi_topk": True}, ["sae.multi_topk", "batchtopk"]),

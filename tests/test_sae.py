@@ -26,7 +26,7 @@ D, N, B = 6, 20, 16
 OUT = 4  # width of a transcoder's target
 SITES = (4, 2)  # widths of a crosscoder's sites
 MESHES = ((2, 2), (4, 1), (1, 4))  # data, model
-THREE_MESHES = ("topk, multi", "matryoshka", "gated, crosscoder")
+THREE_MESHES = ("topk, multi", "batchtopk", "gated, crosscoder")
 AUX = {"aux_k": 5, "aux_coefficient": 1 / 32}
 
 CASES = {
@@ -49,16 +49,23 @@ CASES = {
         "preactivation_coefficient": 0.2, "unit_norm_decoder": False,
     },
     "gated": {"architecture": "gated"},
-    "gated, free decoder": {"architecture": "gated", "unit_norm_decoder": False},
 }  # fmt: skip
 QUICK = {*saes.ARCHITECTURES, "jumprelu, tanh", "topk, skip_transcoder", "gated, crosscoder"}
 KINDS = ("transcoder", "skip_transcoder", "crosscoder")
 for _name in saes.ARCHITECTURES:  # inputs and targets compose with every one of them
     CASES |= {f"{_name}, {kind}": CASES[_name] | {"kind": kind} for kind in KINDS}
 
-every_case = pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES]
-)
+
+def every_case(test, quick=frozenset(QUICK)):
+    """`test` of every case; those that are not in `quick` are slow tests."""
+    marked = [pytest.param(n, marks=() if n in quick else pytest.mark.slow) for n in CASES]
+    return pytest.mark.parametrize("name", marked)(test)
+
+
+def every_case_quickly(*quick):
+    return functools.partial(every_case, quick=quick)
+
+
 every_architecture = pytest.mark.parametrize("name", saes.ARCHITECTURES)
 some_dead = pytest.mark.parametrize("dead_count", [0, 3, 9])
 
@@ -231,7 +238,7 @@ def test_dead_latents_learn_even_below_zero(name):
         assert abs(float(got["b_enc"][latent])) > 1e-4
 
 
-@every_case
+@every_case_quickly("relu", "batchtopk")
 def test_jit_is_no_jit(name):
     config = resolved(name)
     (x, y), now = data(config), controls(config, 3)
@@ -243,7 +250,7 @@ def test_jit_is_no_jit(name):
     np.testing.assert_allclose(jax.jit(lambda s, x: s(x))(sae, x), sae(x), rtol=1e-5, atol=1e-6)
 
 
-@every_case
+@every_case_quickly("gated", "matryoshka", "topk, skip_transcoder")
 def test_every_mesh_is_one_device(name):
     """Losses and gradients with AuxK at work, on 4 devices in 3 ways; and every gradient keeps its
     parameter's sharding."""
@@ -268,7 +275,7 @@ def test_every_mesh_is_one_device(name):
             np.testing.assert_allclose(gradient, want_gradients[parameter], rtol=2e-4, atol=2e-5)
 
 
-@every_case
+@every_case_quickly(*saes.ARCHITECTURES)
 def test_loss_falls(name):
     config = resolved(name)
     x, y = data(config, 256)
@@ -321,7 +328,7 @@ def test_scale_is_only_a_change_of_units(name):
     )
 
 
-@every_case
+@every_case_quickly("relu", "topk", "batchtopk", "jumprelu")
 def test_bfloat16_is_close(name):
     config = resolved(name)
     (x, y), now = data(config), controls(config, 3)
@@ -349,7 +356,7 @@ def test_loss_without_training_is_what_encode_and_decode_do(name):
     np.testing.assert_allclose(losses.l0, np.mean((sae.encode(x) > 0).sum(axis=1)), rtol=1e-6)
 
 
-@every_case
+@every_case_quickly("topk", "gated, crosscoder")
 def test_saved_and_restored(name, tmp_path):
     """All of a state comes back, and `load` gives the same function of x."""
     config = resolved(name, d_sae=N, dead_after_tokens=100)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from sae_jax import ops
-from sae_jax.config import SAEConfig
+from sae_jax.config import SAEConfig, UserError
 from sae_jax.sae.base import SAE, Controls, Losses, squared_error
 
 
@@ -64,6 +64,13 @@ class Gated(SAE):
             l1=means["l1"],
             fired=out.latent_sums["fired"] > 0,
         )
+
+    @classmethod
+    def check(cls, config: SAEConfig) -> None:
+        if not config.unit_norm_decoder:
+            raise UserError(
+                "sae.unit_norm_decoder=false lets a gated SAE's gates shrink for free; leave it out"
+            )
 
     @classmethod
     def learning_rate(cls, d_sae: int) -> float:
