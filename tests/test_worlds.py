@@ -16,7 +16,7 @@ SETTINGS = {  # architecture: (learning rate, fields of SAEConfig)
     # More than 6 of the features with a latent are on once in a million rows.
     "topk": (1e-2, {"k": 6}),
     "batchtopk": (3e-3, {"k": 4}),
-    "jumprelu": (3e-3, {"sparsity_coefficient": 1.0}),
+    "jumprelu": (3e-3, {"sparsity_coefficient": 0.3}),
     "gated": (1e-2, {"sparsity_coefficient": 3.0}),
 }
 
