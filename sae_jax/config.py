@@ -157,31 +157,50 @@ def from_dict(values: dict, cls=Config, prefix: str = ""):
 
 def override(config: Config, assignments: dict[str, str]) -> Config:
     """`config` with dotted fields replaced, each given as text: {"sae.k": "32"}."""
+    return assign(config, {path: _parse(t, _hint(path), path) for path, t in assignments.items()})
+
+
+def assign(config: Config, assignments: dict[str, object]) -> Config:
+    """`config` with dotted fields replaced: {"sae.k": 32}."""
     values = to_dict(config)
-    for path, text in assignments.items():
-        section, _, name = path.rpartition(".")
-        fields = values.get(section)
-        if not isinstance(fields, dict) or name not in fields:
-            known = [f"{s}.{f}" for s, section in values.items() for f in section]
-            raise UserError(_unknown_field(path, known))
-        hint = typing.get_type_hints(typing.get_type_hints(Config)[section])[name]
-        fields[name] = _parse(text, hint, path)
+    for path, value in assignments.items():
+        section, _, name = path.partition(".")
+        values[section][name] = typed(path, value)
     return from_dict(values)
+
+
+def typed(path: str, value):
+    """`value` as the dotted field has it; UserError for an unknown field or another type."""
+    return _typed(value, _hint(path), path)
+
+
+def _hint(path: str):
+    """The type of a dotted field."""
+    sections = typing.get_type_hints(Config).items()
+    hints = {f"{s}.{f}": h for s, cls in sections for f, h in typing.get_type_hints(cls).items()}
+    if path not in hints:
+        raise UserError(_unknown_field(path, list(hints)))
+    return hints[path]
 
 
 def load_file(spec: str) -> Config:
     """`get_config()` of a Python file, or `get_config(arg)` for "FILE.py:arg"."""
-    path, _, arg = spec.partition(":")
-    module = load_module(path)
-    if not hasattr(module, "get_config"):
-        raise UserError(
-            f"{path} has no get_config(); a config file defines one that returns Config"
-        )
-    with _mistakes_in(path):
-        config = module.get_config(arg) if arg else module.get_config()
+    config = call_in_file(spec, "get_config", "a config file defines one that returns Config")
     if not isinstance(config, Config):
+        path = spec.partition(":")[0]
         raise UserError(f"get_config() of {path} returned {type(config).__name__}, not Config")
     return config
+
+
+def call_in_file(spec: str, name: str, what: str):
+    """`name()` of a Python file, or `name(arg)` for "FILE.py:arg". `what` tells the user of a file
+    without it what it is for."""
+    path, _, arg = spec.partition(":")
+    module = load_module(path)
+    if not hasattr(module, name):
+        raise UserError(f"{path} has no {name}(); {what}")
+    with _mistakes_in(path):
+        return getattr(module, name)(arg) if arg else getattr(module, name)()
 
 
 def load_module(path: str) -> types.ModuleType:
