@@ -112,9 +112,10 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis. `data` shards the batch, `model` shards d_sae.
-    -1 on one axis: whatever devices are left."""
+    """Devices along each mesh axis. `run` shards the runs of a sweep's pack, `data` the batch,
+    `model` d_sae. -1 on one axis: whatever devices are left."""
 
+    run: int = 1
     data: int = -1
     model: int = 1
 

@@ -18,9 +18,13 @@ PER_TOKEN = P("data")  # (B,)
 def per_shard(function: Callable, in_specs, out_specs) -> Callable:
     """`function` on each device's shards. It names its collectives itself (`psum` below), and
     is never differentiated through: the operations define their gradients."""
-    if _without_mesh():
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
         return function
-    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    axes = set(mesh.axis_names) - set(mesh.manual_axes)  # `run` may be taken apart already
+    return jax.shard_map(
+        function, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False
+    )
 
 
 def psum(x: jax.Array, axis: str) -> jax.Array:

@@ -20,13 +20,19 @@ _LARGE_ERROR, _ANY_ERROR = 0.35, 3.0  # of ln(L0): what the integral part, and a
 
 
 def at(
-    config: SAEConfig, step: jax.Array | int, steps: int, log_coefficient, dead: jax.Array
+    config: SAEConfig,
+    step: jax.Array | int,
+    steps: int,
+    log_coefficient,
+    dead: jax.Array,
+    k: jax.Array | None = None,
 ) -> Controls:
-    """The controls of `step` (from 0) of `steps`."""
+    """The controls of `step` (from 0) of `steps`. k: the run's own, where config.k is only the
+    largest of its pack."""
     return Controls(
         dead=dead,
         coefficient=_coefficient(config, step, steps, log_coefficient),
-        k=_k(config, step, steps),
+        k=_k(config, config.k if k is None else k, step, steps) if config.k_start else k,
         p=_p(config, step, steps),
         next_p=_p(config, step + 1, steps),
     )
@@ -70,11 +76,15 @@ def adapts(config: SAEConfig) -> bool:
 
 
 def running_mean_weight(step: jax.Array, steps: int) -> jax.Array:
-    """The weight of this step's value in an exponential running mean with a horizon of 1/20 of the
-    run, at least 10 and at most 1,000 steps, corrected for its start: at step 0 it is 1, and
-    whatever the mean began with is forgotten."""
-    decay = 1 - 1 / min(max(steps / 20, 10), 1000)
+    """The weight of this step's value in an exponential running mean, corrected for its start: at
+    step 0 it is 1, and whatever the mean began with is forgotten."""
+    decay = 1 - 1 / horizon(steps)
     return (1 - decay) / (1 - decay ** (step + 1.0))
+
+
+def horizon(steps: int) -> float:
+    """Of running means: 1/20 of the run, at least 10 and at most 1,000 steps."""
+    return min(max(steps / 20, 10), 1000)
 
 
 def _coefficient(config: SAEConfig, step, steps: int, log_coefficient) -> jax.Array:
@@ -88,12 +98,9 @@ def _warmup(config: SAEConfig, steps: int) -> int:
     return round(config.sparsity_warmup_fraction * steps)
 
 
-def _k(config: SAEConfig, step, steps: int) -> jax.Array | None:
-    """None where k never changes: then the loss knows it as a constant."""
-    if config.k_start is None:
-        return None
+def _k(config: SAEConfig, k, step, steps: int) -> jax.Array:
     part = jnp.minimum(1.0, step / max(1, round(config.k_anneal_fraction * steps)))
-    return jnp.round(config.k_start + (config.k - config.k_start) * part).astype(jnp.int32)
+    return jnp.round(config.k_start + (k - config.k_start) * part).astype(jnp.int32)
 
 
 def _p(config: SAEConfig, step, steps: int) -> jax.Array | float:

@@ -8,6 +8,7 @@ import math
 import pathlib
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -44,9 +45,11 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict:
     """
     stream = open_stream(config.data)
     config = resolve(config, stream)
-    steps = _count_steps(config, stream)
+    steps = count_steps(config, stream)
+    if config.mesh.run != 1:
+        raise UserError("mesh.run shards the runs of a sweep; train has one: leave it at 1")
     mesh = make_mesh(config)
-    heldout = _heldout_stream(config, mesh)
+    heldout = heldout_stream(config, mesh)
     directory = RunDirectory(pathlib.Path(workdir), config)
     if directory.result is not None:
         logging.info("%s is finished; its result stands", workdir)
@@ -84,7 +87,7 @@ def _train(config, stream, heldout, steps, mesh, directory) -> dict:
     checkpoints = Checkpoints(directory.path, config.train.keep_checkpoints)
     with contextlib.closing(checkpoints), contextlib.closing(directory):
         if checkpoints.latest_step is None:
-            state = trainer.init(_initial_b_dec(config, stream), scale, target_scale)
+            state = trainer.init(initial_b_dec(config, stream), scale, target_scale)
             start = 0
         else:
             state = checkpoints.restore(trainer.abstract())
@@ -94,7 +97,8 @@ def _train(config, stream, heldout, steps, mesh, directory) -> dict:
         begin = time.monotonic()
         state = _run_steps(trainer, state, start, steps, stream, placement, checkpoints, directory)
         checkpoints.finish()
-        result = _result(config, trainer, state, steps, heldout, mesh, time.monotonic() - begin)
+        means = heldout_means(lambda rows: trainer.evaluate(state, rows), heldout, mesh)
+        result = make_result(trainer, state, steps, means, time.monotonic() - begin)
         directory.save_result(result)
         return result
 
@@ -163,17 +167,10 @@ class _Meter:
             self._report_nonfinite(bad_step)
         last_step, last_time = self._last
         now = time.monotonic()
-        batch = self._config.data.batch_size
         seconds = max(now - last_time, 1e-9)
         self._last = (step, now)
-        tokens = step * batch
-        line = {
-            "step": step,
-            "tokens": tokens,
-            **flops(self._config, tokens),
-            **{name: v if math.isfinite(v) else None for name, v in values.items()},
-            "tokens_per_second": (step - last_step) * batch / seconds if step > last_step else None,
-        }
+        steps_per_second = (step - last_step) / seconds if step > last_step else None
+        line = metrics_line(self._config, step, values, steps_per_second)
         self._directory.log(line)
         shown = {name: f"{values[name]:.4g}" for name in ("loss", "fvu", "l0", "dead_fraction")}
         self._bar.set_postfix(shown, refresh=False)
@@ -197,6 +194,20 @@ class _Meter:
         )
 
 
+def metrics_line(
+    config: Config, step: int, values: dict[str, float], steps_per_second: float | None
+) -> dict:
+    """A line of metrics.jsonl after `step` steps. Values that are not finite become null."""
+    tokens = step * config.data.batch_size
+    return {
+        "step": step,
+        "tokens": tokens,
+        **flops(config, tokens),
+        **{name: v if math.isfinite(v) else None for name, v in values.items()},
+        "tokens_per_second": steps_per_second and steps_per_second * config.data.batch_size,
+    }
+
+
 def flops(config: Config, tokens: int) -> dict[str, int]:
     """Both accountings of a run's compute: `flops` 12 n d a token (6 n (d_in + d_out)), the
     field's axis for every architecture, and `flops_executed`, what the step really does (recipes
@@ -214,7 +225,11 @@ def run_id(config: Config) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _result(config, trainer, state: TrainState, steps, heldout, mesh, seconds) -> dict:
+def make_result(
+    trainer: Trainer, state: TrainState, steps: int, means: dict[str, float | None], seconds: float
+) -> dict:
+    """The content of result.json of a run that ended in `state`. means: on held-out rows."""
+    config = trainer.config
     tokens = steps * config.data.batch_size
     dead = trainer.dead(state)
     return {
@@ -229,10 +244,10 @@ def _result(config, trainer, state: TrainState, steps, heldout, mesh, seconds) -
         "lr": config.optimizer.learning_rate,
         "tokens": tokens,
         **flops(config, tokens),
-        **_evaluate(trainer, state, heldout, mesh),
+        **means,
         "dead_fraction": float(jnp.mean(dead.astype(jnp.float32))),
         "wall_seconds": seconds,
-        "devices": mesh.size,
+        "devices": jax.sharding.get_mesh().size,
     }
 
 
@@ -242,8 +257,11 @@ def _last_coefficient(config: Config, state: TrainState) -> float | None:
     return coefficient and coefficient * math.exp(float(state.log_coefficient))
 
 
-def _evaluate(trainer, state: TrainState, heldout, mesh) -> dict[str, float | None]:
-    """Means over up to 65,536 held-out rows."""
+def heldout_means(
+    evaluate: Callable[[jax.Array], dict[str, jax.Array]], heldout, mesh: jax.sharding.Mesh
+) -> dict:
+    """Means of what `evaluate` gives for batches, over up to 65,536 held-out rows: numbers, or
+    (runs,) arrays; None without held-out rows."""
     names = ("eval_loss", "eval_fvu", "eval_l0")
     if heldout is None:
         return dict.fromkeys(names)
@@ -251,11 +269,11 @@ def _evaluate(trainer, state: TrainState, heldout, mesh) -> dict[str, float | No
     placement = BatchPlacement(mesh, batch)
     count = max(1, min(heldout.steps_per_epoch, _EVAL_ROWS // batch))
     batches = placement.place_all(heldout.batches(0, placement.rows))
-    means = [trainer.evaluate(state, next(batches)) for _ in range(count)]
-    return {name: float(np.mean([float(m[name]) for m in means])) for name in names}
+    means = jax.device_get([evaluate(next(batches)) for _ in range(count)])
+    return {name: np.mean([np.float64(m[name]) for m in means], axis=0).tolist() for name in names}
 
 
-def _heldout_stream(config: Config, mesh) -> Stream | WorldStream | None:
+def heldout_stream(config: Config, mesh) -> Stream | WorldStream | None:
     """Held-out rows in batches of the training's size, or of what there is."""
     if config.data.holdout_fraction == 0:
         return None
@@ -271,7 +289,8 @@ def _heldout_stream(config: Config, mesh) -> Stream | WorldStream | None:
     return open_stream(once, "heldout", min(config.data.batch_size, rows // unit * unit))
 
 
-def _count_steps(config: Config, stream: Stream) -> int:
+def count_steps(config: Config, stream: Stream | WorldStream) -> int:
+    """The run's steps. UserError if the data does not hold as many."""
     batch, tokens = config.data.batch_size, config.train.tokens
     if tokens < batch:
         raise UserError(f"train.tokens {tokens} is less than one batch of {batch}")
@@ -303,7 +322,7 @@ def normalisation(config: Config, stream: Stream | WorldStream) -> tuple:
     return float(scales[0]), float(scales[-1]), float(variances[-1])
 
 
-def _initial_b_dec(config: Config, stream: Stream | WorldStream) -> np.ndarray:
+def initial_b_dec(config: Config, stream: Stream | WorldStream) -> np.ndarray:
     """(d_out,) in the units of the targets."""
     targets = slice(stream.width - config.sae.d_out, None)
     if config.sae.b_dec_init == "zero":

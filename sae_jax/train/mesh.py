@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from sae_jax.config import Config, UserError
+from sae_jax.config import Config, MeshConfig, UserError
 from sae_jax.ops.mesh import BATCH
 
 
@@ -17,7 +17,7 @@ def make_mesh(config: Config) -> jax.sharding.Mesh:
     Raises UserError if the axes ask for other devices than there are, or do not divide the
     batch or the dictionary."""
     devices = jax.devices()
-    data, model = _axis_sizes(config.mesh.data, config.mesh.model, len(devices))
+    run, data, model = sizes = _axis_sizes(config.mesh, len(devices))
     if config.data.batch_size % data:
         raise UserError(
             f"data.batch_size {config.data.batch_size} is not divisible by the {data} devices of "
@@ -28,31 +28,23 @@ def make_mesh(config: Config) -> jax.sharding.Mesh:
             f"sae.d_sae {config.sae.d_sae} is not divisible by the {model} devices of the mesh's "
             "model axis; change it or set mesh.model"
         )
-    return jax.make_mesh(
-        (1, data, model), ("run", "data", "model"), devices=devices[: data * model]
-    )
+    return jax.make_mesh(sizes, ("run", "data", "model"), devices=devices[: math.prod(sizes)])
 
 
-def _axis_sizes(data: int, model: int, count: int) -> tuple[int, int]:
-    sizes = [data, model]
+def _axis_sizes(config: MeshConfig, count: int) -> tuple[int, int, int]:
+    sizes = [config.run, config.data, config.model]
+    asked = f"mesh.run={config.run} mesh.data={config.data} mesh.model={config.model}"
     if any(size != -1 and size < 1 for size in sizes) or sizes.count(-1) > 1:
-        raise UserError(
-            f"mesh.data={data} mesh.model={model}: give sizes of 1 or more, and -1 (whatever is "
-            "left) at most once"
-        )
+        raise UserError(f"{asked}: give sizes of 1 or more, and -1 (whatever is left) at most once")
     if -1 in sizes:
         known = math.prod(size for size in sizes if size != -1)
         if count % known:
-            raise UserError(
-                f"mesh.data={data} mesh.model={model} does not divide the {count} devices at hand"
-            )
+            raise UserError(f"{asked} does not divide the {count} devices at hand")
         sizes[sizes.index(-1)] = count // known
     used = math.prod(sizes)
     if used > count or (used < count and jax.process_count() > 1):
-        raise UserError(
-            f"mesh.data={data} mesh.model={model} takes {used} devices, but there are {count}"
-        )
-    return sizes[0], sizes[1]
+        raise UserError(f"{asked} takes {used} devices, but there are {count}")
+    return tuple(sizes)
 
 
 class BatchPlacement:

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from sae_jax import sae as saes
 from sae_jax.config import Config
 from sae_jax.ops.mesh import PER_LATENT, out_sharding
-from sae_jax.sae import SAE, Losses
+from sae_jax.sae import SAE, Controls, Losses
 from sae_jax.train import controls, optimizer
 
 _NEVER = -1
@@ -36,12 +36,14 @@ class TrainState:
 
 class Trainer:
     """What a step needs beyond state and batch: the resolved config, the number of steps, and
-    the variance of the scaled targets, summed over d_out, that FVU is measured against."""
+    the variance of the scaled targets, summed over d_out, that FVU is measured against. k: the
+    run's own, where config.sae.k is only the largest of its pack."""
 
-    def __init__(self, config: Config, steps: int, variance: float):
+    def __init__(self, config: Config, steps: int, variance: float, k: jax.Array | None = None):
         self.config = config
         self._variance = variance
         self._steps = steps
+        self._k = k
         self._architecture = saes.architecture(config.sae)
         self._learning_rate = optimizer.schedule(config.optimizer, steps)
         self._optimizer = optimizer.make(
@@ -50,15 +52,15 @@ class Trainer:
             config.sae.unit_norm_decoder,
             threshold_unit=config.sae.d_in**0.5 if config.sae.normalize == "sqrt_d" else 1.0,
         )
-        self.step: Callable = jax.jit(self._step, donate_argnums=0)
-        self.evaluate: Callable = jax.jit(self._evaluate)
+        self.step: Callable = jax.jit(self.update, donate_argnums=0)
+        self.evaluate: Callable = jax.jit(self.heldout_means)
         self.row_losses: Callable = jax.jit(self._row_losses)
 
     def init(self, b_dec: jax.Array, scale, target_scale=None) -> TrainState:
         """A fresh state under the ambient mesh, every array created in its sharding. b_dec
         (d_out,) in the units of the targets; the scales: numbers, or (d_in,) for a crosscoder."""
         target_scale = scale if target_scale is None else target_scale
-        return jax.jit(self._init)(b_dec, jnp.float32(scale), jnp.float32(target_scale))
+        return jax.jit(self.fresh)(b_dec, jnp.float32(scale), jnp.float32(target_scale))
 
     def abstract(self) -> TrainState:
         """The shapes, types and shardings of a state, without its arrays."""
@@ -71,9 +73,10 @@ class Trainer:
         sae = self.config.sae
         scale = (sae.d_in,) if sae.kind == "crosscoder" else ()
         floats = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((sae.d_out,), scale, scale)]
-        return jax.tree.map(placed, jax.eval_shape(self._init, *floats))
+        return jax.tree.map(placed, jax.eval_shape(self.fresh, *floats))
 
-    def _init(self, b_dec, scale, target_scale):
+    def fresh(self, b_dec: jax.Array, scale: jax.Array, target_scale: jax.Array) -> TrainState:
+        """`init`, to be traced."""
         key = jax.random.key(self.config.train.seed)
         parameters = self._architecture.init_parameters(key, self.config.sae, b_dec * target_scale)
         return TrainState(
@@ -100,13 +103,13 @@ class Trainer:
         """(d_sae,) bool."""
         return state.idle_tokens >= self.config.sae.dead_after_tokens
 
-    def _step(self, state: TrainState, rows: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+    def update(self, state: TrainState, rows: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         """One update from a batch (B, width). A step whose loss or gradient is not finite is
         undone where such steps are to be skipped; otherwise the run ends at the next look at the
         metrics, and its state with it."""
         sae, x, y = self.scaled(state, rows)
         dead = self.dead(state)
-        now = controls.at(self.config.sae, state.step, self._steps, state.log_coefficient, dead)
+        now = self._controls(state, state.step, dead)
 
         def total(parameters):
             losses = self._architecture(self.config.sae, parameters).loss(x, y, now)
@@ -168,14 +171,12 @@ class Trainer:
             "l1": losses.l1 / unit,
         }
 
-    def _evaluate(self, state: TrainState, rows: jax.Array) -> dict[str, jax.Array]:
+    def heldout_means(self, state: TrainState, rows: jax.Array) -> dict[str, jax.Array]:
         """Means over a batch of held-out rows, as the SAE is used after training, at the last
         step's sparsity coefficient."""
         sae, x, y = self.scaled(state, rows)
         nothing_dead = jnp.zeros(self.config.sae.d_sae, bool, out_sharding=out_sharding(PER_LATENT))
-        last = controls.at(
-            self.config.sae, self._steps, self._steps, state.log_coefficient, nothing_dead
-        )
+        last = self._controls(state, self._steps, nothing_dead)
         losses = sae.loss(x, y, dataclasses.replace(last, training=False))
         return {
             "eval_loss": losses.total,
@@ -186,6 +187,8 @@ class Trainer:
     def _row_losses(self, state: TrainState, rows: jax.Array) -> jax.Array:
         """(B,) loss of each row of a batch."""
         sae, x, y = self.scaled(state, rows)
-        nobody = jnp.zeros(())
-        now = controls.at(self.config.sae, state.step, self._steps, state.log_coefficient, nobody)
+        now = self._controls(state, state.step, dead=jnp.zeros(()))
         return sae.row_losses(x, y, now.coefficient)
+
+    def _controls(self, state: TrainState, step, dead: jax.Array) -> Controls:
+        return controls.at(self.config.sae, step, self._steps, state.log_coefficient, dead, self._k)
