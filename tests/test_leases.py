@@ -1,0 +1,180 @@
+"""Leases among real processes: one owner at a time, whatever dies, sleeps or tells wrong times."""
+
+import collections
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sae_jax.scaling.leases import LeaseLostError, Leases
+
+SECONDS = 1.2  # of a lease
+ROOT = pathlib.Path(__file__).parents[1]
+
+WORKER = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from sae_jax.scaling.leases import LeaseLostError, Leases
+import pathlib
+
+directory, seconds = pathlib.Path(sys.argv[2]), float(sys.argv[3])
+leases = Leases(directory, seconds)
+"""
+
+RACE = """
+while not (directory / "go").exists():
+    time.sleep(1e-4)
+won = [name for name in sys.argv[4:] if leases.claim(name)]
+print(*won, flush=True)
+sys.stdin.readline()
+"""
+
+HOLD = """
+lease = leases.claim("work")
+print("claimed" if lease else "refused", flush=True)
+for line in sys.stdin:
+    try:
+        lease.check()
+        print("held", flush=True)
+    except LeaseLostError:
+        print("lost", flush=True)
+"""
+
+HOUR_OFF = """
+ahead = {offset}
+real, real_ns = time.time, time.time_ns
+time.time = lambda: real() + ahead
+time.time_ns = lambda: real_ns() + int(ahead * 1e9)
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts a process with `Leases(tmp_path, SECONDS)` and a program; ended with the test."""
+    processes = []
+
+    def begin(program: str, *arguments: str) -> subprocess.Popen:
+        command = [sys.executable, "-c", WORKER + program]
+        process = subprocess.Popen(
+            [*command, str(ROOT), str(tmp_path), str(SECONDS), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        processes.append(process)
+        return process
+
+    yield begin
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def ask(process: subprocess.Popen) -> str:
+    process.stdin.write("\n")
+    process.stdin.flush()
+    return process.stdout.readline().strip()
+
+
+def claim_when_free(leases: Leases, name: str = "work", patience: float = 10 * SECONDS):
+    end = time.monotonic() + patience
+    while (lease := leases.claim(name)) is None:
+        assert time.monotonic() < end, "never became free"
+        time.sleep(0.02)
+    return lease
+
+
+def test_racing_processes_share_out_the_work(start, tmp_path):
+    """Rounds of new names, and of names whose owners died: each gets one owner each time."""
+    names = [f"pass-{i}" for i in range(20)]
+    for wave in range(2):
+        racers = [start(RACE, *names) for _ in range(4)]
+        (tmp_path / "go").touch()
+        won = collections.Counter(n for r in racers for n in r.stdout.readline().split())
+        assert won == dict.fromkeys(names, 1), f"wave {wave}"
+        for racer in racers:
+            racer.kill()
+            racer.wait()
+        (tmp_path / "go").unlink()
+        time.sleep(1.3 * SECONDS)  # until the leases of the dead have run out
+
+
+def test_a_dead_owner_is_followed_after_the_lease_ran_out(start, tmp_path):
+    leases = Leases(tmp_path, SECONDS)
+    owner = start(HOLD)
+    assert owner.stdout.readline() == "claimed\n"
+    time.sleep(1.5 * SECONDS)  # its heart beats
+    assert leases.claim("work") is None
+    assert leases.holder("work").owner.endswith(f"process {owner.pid}")
+    owner.kill()
+    begin = time.monotonic()
+    with claim_when_free(leases) as lease:
+        assert time.monotonic() - begin > 0.5 * SECONDS
+        lease.check()
+        assert leases.holder("work").owner.endswith(f"process {os.getpid()}")
+
+
+def test_an_owner_that_slept_learns_that_it_lost(start, tmp_path):
+    leases = Leases(tmp_path, SECONDS)
+    owner = start(HOLD)
+    owner.stdout.readline()
+    assert ask(owner) == "held"
+    owner.send_signal(signal.SIGSTOP)
+    with claim_when_free(leases) as lease:
+        owner.send_signal(signal.SIGCONT)
+        assert ask(owner) == "lost"
+        time.sleep(0.5 * SECONDS)  # its heart beats again, for nobody
+        lease.check()
+        assert leases.claim("work") is None
+    with claim_when_free(leases):
+        assert ask(owner) == "lost", "a later owner is not taken for itself"
+
+
+@pytest.mark.parametrize("ahead", [-3600, 3600])
+def test_a_clock_that_is_an_hour_off_does_no_harm(start, tmp_path, ahead):
+    """Neither is its owner taken for dead, nor does it take the living for dead."""
+    off = HOUR_OFF.format(offset=ahead) + HOLD
+    leases = Leases(tmp_path, SECONDS)
+    with leases.claim("work"):
+        assert start(off).stdout.readline() == "refused\n"
+    owner = start(off)
+    assert owner.stdout.readline() == "claimed\n"
+    assert leases.claim("work") is None
+    assert leases.holder("work").age < SECONDS
+    assert ask(owner) == "held"
+
+
+def test_what_is_given_back_is_free_at_once(tmp_path):
+    leases = Leases(tmp_path / "made" / "when needed", 3600)
+    assert leases.holder("work") is None
+    with leases.claim("work") as lease:
+        assert leases.holder("work").alive and leases.claim("work") is None
+    assert leases.holder("work") is None
+    again = leases.claim("work")
+    with pytest.raises(LeaseLostError):
+        lease.check()
+    again.release()
+    again.release()  # twice is once
+
+
+def test_names_do_not_mix(tmp_path):
+    leases = Leases(tmp_path, 3600)
+    names = ["pass-1", "pass-11", "pass-1.1", "pass-1.2"]
+    held = [leases.claim(name) for name in names]
+    assert all(held)
+    assert [leases.claim(name) for name in names] == [None] * 4
+    for lease in held:
+        lease.release()
+
+
+def test_a_deleted_lease_is_lost(tmp_path):
+    lease = Leases(tmp_path, 3600).claim("work")
+    for path in tmp_path.iterdir():
+        path.unlink()
+    with pytest.raises(LeaseLostError):
+        lease.check()
+    lease.release()
