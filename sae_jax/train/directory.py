@@ -37,7 +37,7 @@ class RunDirectory:
         if new and is_writer():
             path.mkdir(parents=True, exist_ok=True)
             configs.save_json(
-                configs.to_dict(config) | {"environment": _environment()}, path / "config.json"
+                configs.to_dict(config) | {"environment": environment()}, path / "config.json"
             )
 
     @property
@@ -111,7 +111,7 @@ def _check_same(path: pathlib.Path, config: Config) -> None:
         )
 
 
-def _environment() -> dict:
+def environment() -> dict:
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return versions | {"git_revision": _git_revision()}
 

@@ -98,7 +98,7 @@ def _train(config, stream, heldout, steps, mesh, directory) -> dict:
         state = _run_steps(trainer, state, start, steps, stream, placement, checkpoints, directory)
         checkpoints.finish()
         means = heldout_means(lambda rows: trainer.evaluate(state, rows), heldout, mesh)
-        result = make_result(trainer, state, steps, means, time.monotonic() - begin)
+        result = make_result(trainer, state, means, time.monotonic() - begin)
         directory.save_result(result)
         return result
 
@@ -225,13 +225,9 @@ def run_id(config: Config) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def make_result(
-    trainer: Trainer, state: TrainState, steps: int, means: dict[str, float | None], seconds: float
-) -> dict:
-    """The content of result.json of a run that ended in `state`. means: on held-out rows."""
-    config = trainer.config
-    tokens = steps * config.data.batch_size
-    dead = trainer.dead(state)
+def planned(config: Config) -> dict:
+    """What of a run's result its resolved config decides."""
+    tokens = config.train.tokens // config.data.batch_size * config.data.batch_size
     return {
         "run_id": run_id(config),
         "architecture": config.sae.architecture,
@@ -239,11 +235,22 @@ def make_result(
         "d_in": config.sae.d_in,
         "d_sae": config.sae.d_sae,
         "k": config.sae.k,
-        "sparsity_coefficient": _last_coefficient(config, state),
+        "sparsity_coefficient": config.sae.sparsity_coefficient,
         "seed": config.train.seed,
         "lr": config.optimizer.learning_rate,
         "tokens": tokens,
         **flops(config, tokens),
+    }
+
+
+def make_result(
+    trainer: Trainer, state: TrainState, means: dict[str, float | None], seconds: float
+) -> dict:
+    """The content of result.json of a run that ended in `state`. means: on held-out rows."""
+    dead = trainer.dead(state)
+    return {
+        **planned(trainer.config),
+        "sparsity_coefficient": _last_coefficient(trainer.config, state),
         **means,
         "dead_fraction": float(jnp.mean(dead.astype(jnp.float32))),
         "wall_seconds": seconds,
