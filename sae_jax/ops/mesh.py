@@ -14,6 +14,8 @@ DECODER = P("model", None)  # (d_sae, d_out)
 PER_LATENT = P("model")  # (d_sae,)
 PER_TOKEN = P("data")  # (B,)
 
+BATCHED_RUNS = "batched_runs"  # name of the axis of runs that are computed as one
+
 
 def per_shard(function: Callable, in_specs, out_specs) -> Callable:
     """`function` on each device's shards. It names its collectives itself (`psum` below), and
@@ -25,6 +27,15 @@ def per_shard(function: Callable, in_specs, out_specs) -> Callable:
     return jax.shard_map(
         function, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False
     )
+
+
+def in_any_run(flag: jax.Array) -> jax.Array:
+    """`flag` (a bool), or that of any run in the same `jax.vmap(axis_name=BATCHED_RUNS)`: a branch
+    on it is taken by all of them or none, and so stays a branch."""
+    try:
+        return jax.lax.pmax(flag.astype(jnp.int32), BATCHED_RUNS) > 0
+    except NameError:  # no such axis: one run by itself
+        return flag
 
 
 def psum(x: jax.Array, axis: str) -> jax.Array:

@@ -18,6 +18,7 @@ from sae_jax.ops.mesh import (
     ENCODER,
     PER_LATENT,
     gather_last,
+    in_any_run,
     per_shard,
     product,
     psum,
@@ -62,7 +63,7 @@ def encode_top_k(x, w_enc, b_enc, dead, k: int, aux_k: int, compute_dtype=jnp.fl
 
 
 def _encode_forward(x, w_enc, b_enc, dead, k, aux_k, compute_dtype):
-    any_dead = None if dead is None else dead.any()
+    any_dead = None if dead is None else in_any_run(dead.any())
 
     def local(x, w_enc, b_enc, dead, any_dead):
         w = w_enc.astype(compute_dtype)
@@ -206,6 +207,8 @@ def sparse_decode(code: Code, aux: Code | None, any_dead, w_dec):
 
 
 def _decode_forward(code, aux, any_dead, w_dec):
+    any_dead = None if any_dead is None else in_any_run(any_dead)
+
     def local(code, aux, any_dead, w_dec):
         x_hat = _weighted_rows(*code, w_dec)
         if aux is None:

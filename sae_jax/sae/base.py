@@ -11,7 +11,7 @@ from flax import nnx
 
 from sae_jax import ops
 from sae_jax.config import SAEConfig, UserError
-from sae_jax.ops.mesh import BATCH, DECODER, PER_LATENT, out_sharding, product
+from sae_jax.ops.mesh import BATCH, DECODER, PER_LATENT, in_any_run, out_sharding, product
 
 _AUXILIARY_SLOPE = 0.1
 
@@ -265,7 +265,8 @@ class SAE(nnx.Module):
             error_hat, _ = ops.sparse_decode(auxiliary_code(code), None, None, w_dec)
             return squared_error(jax.lax.stop_gradient(error), error_hat)
 
-        return self.config.aux_coefficient * jax.lax.cond(any_dead, loss, lambda: jnp.zeros(()))
+        value = jax.lax.cond(in_any_run(any_dead), loss, lambda: jnp.zeros(()))
+        return self.config.aux_coefficient * jnp.where(any_dead, value, 0.0)
 
 
 def squared_error(y: jax.Array, y_hat: jax.Array) -> jax.Array:

@@ -61,7 +61,7 @@ def next_log_coefficient(
     before = jnp.where(step == 0, error, _log_error(last_l0, config.target_l0))
     slow = jnp.clip(error, -_LARGE_ERROR, _LARGE_ERROR) * _INTEGRALS / steps
     change = _GAIN * (error - before + slow)
-    starting = step < min(_warmup(config, steps), steps // 20)
+    starting = step < min(warmup_steps(config, steps), steps // 20)
     change = jnp.where(starting, jnp.where(error < 0, jnp.minimum(change, 0.0), 0.0), change)
     return jnp.clip(new + change, -_MOST, _MOST)
 
@@ -90,12 +90,13 @@ def horizon(steps: int) -> float:
 def _coefficient(config: SAEConfig, step, steps: int, log_coefficient) -> jax.Array:
     if config.sparsity_coefficient is None:
         return jnp.zeros(())
-    warm = jnp.minimum(1.0, (step + 1) / max(1, _warmup(config, steps)))
+    warm = jnp.minimum(1.0, (step + 1) / max(1, warmup_steps(config, steps)))
     return config.sparsity_coefficient * warm * jnp.exp(log_coefficient)
 
 
-def _warmup(config: SAEConfig, steps: int) -> int:
-    return round(config.sparsity_warmup_fraction * steps)
+def warmup_steps(config: SAEConfig, steps: int) -> int:
+    """Steps until the sparsity coefficient has its full value."""
+    return round((config.sparsity_warmup_fraction or 0) * steps)
 
 
 def _k(config: SAEConfig, k, step, steps: int) -> jax.Array:

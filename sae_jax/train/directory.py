@@ -112,6 +112,7 @@ def _check_same(path: pathlib.Path, config: Config) -> None:
 
 
 def environment() -> dict:
+    """Versions of the packages, and the git revision if there is one."""
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return versions | {"git_revision": _git_revision()}
 

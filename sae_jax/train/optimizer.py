@@ -43,8 +43,7 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
                          (Hagele et al. 2024, "Scaling laws and compute-optimal training")
     """
     peak = config.learning_rate
-    warmup = round(config.warmup_fraction * steps)
-    decay = max(1, round(config.decay_fraction * steps))
+    warmup, decay = warmup_steps(config, steps), decay_steps(config, steps)
 
     def rate(step):
         up = jnp.minimum(1.0, (step + 1) / max(1, warmup))
@@ -61,6 +60,14 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         return peak * up * down
 
     return rate
+
+
+def warmup_steps(config: OptimizerConfig, steps: int) -> int:
+    return round(config.warmup_fraction * steps)
+
+
+def decay_steps(config: OptimizerConfig, steps: int) -> int:
+    return max(1, round(config.decay_fraction * steps))
 
 
 def make(
