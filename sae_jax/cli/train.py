@@ -4,6 +4,7 @@ import sys
 from absl import flags
 
 from sae_jax import config as configs
+from sae_jax.cli import distributed
 
 SUMMARY = """Train a sparse autoencoder on an activation store; the same command resumes it.
 
@@ -16,24 +17,11 @@ checkpoint. Exit codes: 0 done, 2 a mistake in the input, 3 non-finite loss, 75 
 SIGTERM after saving.
 """
 
-_HEARTBEAT_SECONDS = 30  # until the others end too when one process of a run has died
-
 
 def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, "The run's directory, made if absent.", flag_values=values)
     flags.DEFINE_string("config", None, "FILE.py[:arg] with get_config(arg).", flag_values=values)
-    flags.DEFINE_bool(
-        "distributed",
-        False,
-        "Join the other processes of this run (jax.distributed; on Slurm, TPU and Kubernetes "
-        "nothing else is needed).",
-        flag_values=values,
-    )
-    flags.DEFINE_string(
-        "coordinator", None, "HOST:PORT of process 0, where no scheduler tells.", flag_values=values
-    )
-    flags.DEFINE_integer("process_id", None, "This process, from 0.", flag_values=values)
-    flags.DEFINE_integer("num_processes", None, "How many there are.", flag_values=values)
+    distributed.define(values)
 
 
 def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
@@ -50,20 +38,7 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
 
     from sae_jax.train import loop, preemption
 
-    if args.distributed or args.coordinator:
-        try:
-            jax.distributed.initialize(
-                args.coordinator,
-                args.num_processes,
-                args.process_id,
-                heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
-            )
-        except (ValueError, RuntimeError) as error:
-            raise configs.UserError(
-                f"the processes of this run do not find each other ({str(error).splitlines()[0]}); "
-                "outside of Slurm, TPU and Kubernetes give each one --coordinator=HOST:PORT, "
-                "--num_processes and its --process_id"
-            ) from error
+    distributed.join(args)
     try:
         result = loop.train(config, args.workdir)
     except preemption.PreemptedError as stopped:

@@ -1,0 +1,103 @@
+import sys
+
+from absl import flags
+
+from sae_jax import config as configs
+from sae_jax.cli import distributed
+
+SUMMARY = """Train many SAEs over one reading of the data; any number of workers share the work.
+
+A sweep file has get_config(), as for `sae-jax train`, and get_sweep(), which says what differs:
+
+  from sae_jax.scaling import grid
+
+  def get_sweep():
+      return grid.product(
+          grid.sweep("sae.d_sae", [1024, 4096]),
+          grid.sweep("optimizer.learning_rate", [1e-4, 4e-4]),
+          grid.sweep("train.seed", range(2)),
+      )
+
+Runs of one shape and budget become a pack, one program that trains them side by side; packs over
+the same data become a pass, which reads the data once. Look at it first, then train it:
+
+  sae-jax sweep --config=FILE.py --dry_run     runs, packs, FLOPs, bytes read, memory
+  sae-jax sweep --config=FILE.py --workdir=S   train; the same command resumes it
+  sae-jax sweep --workdir=S --status           where it stands
+
+More workers: cut the work into --passes=N, and give the second command N times, on any hosts that
+see S. Each claims a pass by a lease; who dies is followed, from the last checkpoint, once its lease
+has run out. Runs are in S/runs, named by their configs, and never trained twice; S/results.csv has
+a row for each.
+
+Exit codes: 0 all runs have ended, including those whose loss became NaN, which are named; 2 a
+mistake in the input; 75 stopped by SIGTERM after saving.
+"""
+
+
+def define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string(
+        "workdir", None, "The sweep's directory, made if absent.", flag_values=values
+    )
+    flags.DEFINE_string(
+        "config", None, "FILE.py[:arg] with get_config(arg) and get_sweep(arg).", flag_values=values
+    )
+    flags.DEFINE_bool(
+        "dry_run", False, "List what would be trained and what it costs.", flag_values=values
+    )
+    flags.DEFINE_bool(
+        "status", False, "Show where the sweep stands; refreshes results.csv.", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "passes",
+        None,
+        "Parts that workers claim, 1 by default. More passes, more workers; each pass reads the "
+        "data once.",
+        lower_bound=1,
+        flag_values=values,
+    )
+    flags.DEFINE_float(
+        "lease_seconds",
+        60.0,
+        "How long a worker may be silent before it is taken for dead; the same for all workers.",
+        lower_bound=1.0,
+        flag_values=values,
+    )
+    distributed.define(values)
+
+
+def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
+    import pathlib
+
+    from sae_jax.scaling import dry_run, leases, status, sweep
+    from sae_jax.train import preemption
+    from sae_jax.train.directory import is_writer
+
+    path = pathlib.Path(args.workdir) if args.workdir else None
+    if path is None and not args.dry_run:
+        raise configs.UserError("--workdir=SWEEP is needed: the directory of the sweep")
+    if args.status:
+        directory = sweep.SweepDirectory(path)
+        print(status.view(directory, leases.Leases(path / "leases", args.lease_seconds)))
+        print(f"\n{directory.write_results()}")
+        return 0
+    if not args.config:
+        raise configs.UserError("--config=FILE.py is needed: it has get_config() and get_sweep()")
+    runs = sweep.load(args.config, overrides)
+    if args.dry_run:
+        print(dry_run.describe(runs, args.passes or 1))
+        return 0
+    directory = sweep.SweepDirectory.start(path, runs, args.passes)
+
+    from sae_jax.scaling import worker
+
+    distributed.join(args)
+    try:
+        worker.work(directory, args.lease_seconds)
+    except preemption.PreemptedError:
+        print("sae-jax sweep: stopped by SIGTERM; start it again to go on", file=sys.stderr)
+        return preemption.EXIT_CODE
+    if is_writer():
+        print(status.view(directory, leases.Leases(path / "leases", args.lease_seconds)))
+        print(f"\n{path / 'results.csv'}")
+    return 0
