@@ -32,6 +32,11 @@ class Checkpoints:
         latest = self._checkpointer.latest
         return None if latest is None else latest.step
 
+    @property
+    def steps(self) -> list[int]:
+        """Those there are checkpoints of."""
+        return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+
     def save(self, state: TrainState, step: int) -> None:
         """Copies the state and returns; the writing goes on behind the next steps. A failure
         of the previous writing is raised here."""
@@ -43,14 +48,15 @@ class Checkpoints:
         with self._failures_named():
             self._checkpointer.wait()
 
-    def restore(self, like: TrainState) -> TrainState:
-        """The latest checkpoint, on the shardings of `like` (arrays or ShapeDtypeStructs),
-        whatever mesh it was saved from."""
+    def restore(self, like: TrainState, step: int | None = None) -> TrainState:
+        """The checkpoint of `step`, by default the latest, on the shardings of `like` (arrays or
+        ShapeDtypeStructs), whatever mesh it was saved from."""
+        step = self.latest_step if step is None else step
         try:
-            return _from_dict(self._checkpointer.load(abstract_state=_as_dict(like)), like)
+            return _from_dict(self._checkpointer.load(step, abstract_state=_as_dict(like)), like)
         except (ValueError, KeyError, OSError) as error:
             raise UserError(
-                f"checkpoint {self.latest_step} under {self._directory} cannot be read "
+                f"checkpoint {step} under {self._directory} cannot be read "
                 f"({textwrap.shorten(str(error), 200)}); delete that step's folder to go on from "
                 "the one before"
             ) from error

@@ -46,6 +46,21 @@ class RunDirectory:
         file = self.path / "result.json"
         return json.loads(file.read_text()) if file.exists() else None
 
+    @property
+    def failure(self) -> dict | None:
+        """Why a run of a sweep was given up."""
+        file = self.path / "failed.json"
+        return json.loads(file.read_text()) if file.exists() else None
+
+    def save_failure(self, failure: dict) -> None:
+        if is_writer():
+            configs.save_json(failure, self.path / "failed.json")
+
+    def copy_metrics(self, other: "RunDirectory", step: int) -> None:
+        """Makes another run's metrics up to `step` this one's."""
+        if is_writer():
+            _write(self._metrics, _lines_until(other._metrics, step))
+
     def save_result(self, result: dict) -> None:
         if is_writer():
             configs.save_json(result, self.path / "result.json")
@@ -56,14 +71,7 @@ class RunDirectory:
         if not is_writer():
             return
         if self._metrics.exists():
-            kept = []
-            for line in self._metrics.read_text().splitlines(keepends=True):
-                with contextlib.suppress(json.JSONDecodeError):  # the last line, cut by a kill
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line)
-            temporary = self._metrics.with_name("metrics.jsonl.tmp")
-            temporary.write_text("".join(kept))
-            temporary.replace(self._metrics)
+            _write(self._metrics, _lines_until(self._metrics, step))
         self._file = self._metrics.open("a")
 
     def log(self, metrics: dict) -> None:
@@ -95,6 +103,21 @@ def read_config(path: pathlib.Path) -> Config:
         raise UserError(f"{file} is damaged: {error}") from error
     values.pop("environment", None)
     return configs.from_dict(values)
+
+
+def _lines_until(metrics: pathlib.Path, step: int) -> str:
+    kept = []
+    for line in metrics.read_text().splitlines(keepends=True):
+        with contextlib.suppress(json.JSONDecodeError):  # the last line, cut by a kill
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+    return "".join(kept)
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def is_writer() -> bool:

@@ -1,12 +1,13 @@
 """Runs of one shape trained as one program: every array of their state has a leading run axis.
 
 What differs between the runs is an argument of the program; all else, and the arithmetic, is
-`step.Trainer`'s. On the mesh's `run` axis each group of devices has runs of its own, and talks to no
-other. A CPU computes its runs one after the other, in place: it has no spare units that a larger
+`step.Trainer`'s. On the mesh's `run` axis each group of devices has runs of its own, and talks to
+no other. A CPU computes its runs one after the other, in place: it has no spare units that a larger
 operation would fill. Elsewhere they are one batched operation.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -71,18 +72,27 @@ class PackTrainer:
         self._axis = P("run") if self._groups > 1 else P(None)
         self.step: Callable = jax.jit(self._step, donate_argnums=0)
         self.evaluate: Callable = jax.jit(self._evaluate)
-        self.get: Callable = jax.jit(self._get)
-        self.put: Callable = jax.jit(self._put, donate_argnums=0)
 
     def init(self, b_dec: jax.Array, scale, target_scale) -> TrainState:
         """Fresh states; b_dec and scales as for `Trainer.init`, one for all runs."""
         return jax.jit(self._init)(b_dec, jnp.float32(scale), jnp.float32(target_scale))
 
+    def blank(self) -> TrainState:
+        """States of zeros, to put those of runs in."""
+        one = self.trainers[0].abstract()
+        run = "run" if self._groups > 1 else None
+
+        def zeros(a):
+            spec = P(run, *a.sharding.spec)
+            return jnp.zeros((self.slots, *a.shape), a.dtype, out_sharding=spec)
+
+        return jax.jit(lambda: jax.tree.map(zeros, one))()
+
     def _init(self, *shared):
         def local(values, *shared):
             return _one_by_one(lambda own: self._trainer(own).fresh(*shared), values)
 
-        return self._on_groups(local, 1)(self._padded(), *shared)
+        return _on_groups(local, 1)(self._padded(), *shared)
 
     def _step(self, states: TrainState, rows: jax.Array):
         """One update of every run from a batch (B, width): states, and metrics (slots,)."""
@@ -93,7 +103,7 @@ class PackTrainer:
 
             return _in_place(update, states, values)
 
-        states, metrics = self._on_groups(local, 2)(states, self._padded(), rows)
+        states, metrics = _on_groups(local, 2)(states, self._padded(), rows)
         return states, self._everywhere(metrics)
 
     def _evaluate(self, states: TrainState, rows: jax.Array) -> dict[str, jax.Array]:
@@ -105,7 +115,7 @@ class PackTrainer:
 
             return _one_by_one(means, (states, values))
 
-        return self._everywhere(self._on_groups(local, 2)(states, self._padded(), rows))
+        return self._everywhere(_on_groups(local, 2)(states, self._padded(), rows))
 
     def _trainer(self, own: dict[str, jax.Array]) -> Trainer:
         """The trainer of the run with these values, traced."""
@@ -118,66 +128,76 @@ class PackTrainer:
         values = self._values | {_SLOT: jnp.arange(self.slots)}
         return {field: jax.reshard(value, self._axis) for field, value in values.items()}
 
-    # ------------------------------------------------------------- one run of a pack
-
-    def _get(self, states: TrainState, i) -> TrainState:
-        """The state of run i, on all devices of the other axes, as that of the run alone."""
-
-        def local(states, i):
-            j, mine = self._local_slot(i)
-
-            def pick(a):
-                one = jax.lax.dynamic_index_in_dim(a, j, keepdims=False)
-                if self._groups == 1:
-                    return one
-                return jax.lax.psum(jnp.where(mine, one, jnp.zeros_like(one)), "run")
-
-            return jax.tree.map(pick, states)
-
-        return self._on_groups(local, 1, out=P())(states, i)
-
-    def _put(self, states: TrainState, i, state: TrainState) -> TrainState:
-        """`states` with that of run i replaced."""
-
-        def local(states, i, state):
-            j, mine = self._local_slot(i)
-
-            def put(a, one):
-                old = jax.lax.dynamic_index_in_dim(a, j, keepdims=False)
-                return jax.lax.dynamic_update_index_in_dim(a, jnp.where(mine, one, old), j, 0)
-
-            return jax.tree.map(put, states, state)
-
-        return self._on_groups(local, 1)(states, i, state)
-
-    def _local_slot(self, i):
-        """Run i's slot within this group of devices, and whether it is in it at all."""
-        size = self.slots // self._groups
-        j = i - (jax.lax.axis_index("run") * size if self._groups > 1 else 0)
-        return jnp.clip(j, 0, size - 1), (j >= 0) & (j < size)
-
-    # ------------------------------------------------------------------- the run axis
-
-    def _on_groups(self, function: Callable, stacked: int, out: P = P("run")) -> Callable:
-        """`function` on each group of devices, given its own runs: the first `stacked` arguments
-        are stacked, the others shared."""
-        if self._groups == 1:
-            return function
-
-        def call(*arguments):
-            specs = (P("run"),) * stacked + (P(),) * (len(arguments) - stacked)
-            return jax.shard_map(
-                function, in_specs=specs, out_specs=out, axis_names={"run"}, check_vma=False
-            )(*arguments)
-
-        return call
-
     def _everywhere(self, values):
         """Arrays (slots,) on every device, so that any process can read them."""
         return jax.tree.map(lambda a: jax.reshard(a, P(None)), values)
 
 
 _SLOT = "slot"
+
+
+@jax.jit
+def get_run(states: TrainState, i) -> TrainState:
+    """The state of run i of a pack, as that of the run alone; on every group of devices."""
+
+    def local(states, i):
+        j, mine = _local_slot(states, i)
+
+        def pick(a):
+            one = jax.lax.dynamic_index_in_dim(a, j, keepdims=False)
+            if _groups() == 1:
+                return one
+            return jax.lax.psum(jnp.where(mine, one, jnp.zeros_like(one)), "run")
+
+        return jax.tree.map(pick, states)
+
+    return _on_groups(local, 1, out=P())(states, i)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def put_run(states: TrainState, i, state: TrainState) -> TrainState:
+    """`states` of a pack with that of run i replaced."""
+
+    def local(states, i, state):
+        j, mine = _local_slot(states, i)
+
+        def put(a, one):
+            old = jax.lax.dynamic_index_in_dim(a, j, keepdims=False)
+            return jax.lax.dynamic_update_index_in_dim(a, jnp.where(mine, one, old), j, 0)
+
+        return jax.tree.map(put, states, state)
+
+    return _on_groups(local, 1)(states, i, state)
+
+
+def _local_slot(states: TrainState, i):
+    """Run i's slot among this group's, and whether it is there at all."""
+    size = len(states.step)
+    j = i - (jax.lax.axis_index("run") * size if _groups() > 1 else 0)
+    return jnp.clip(j, 0, size - 1), (j >= 0) & (j < size)
+
+
+def _groups() -> int:
+    return jax.sharding.get_abstract_mesh().shape["run"]
+
+
+def _on_groups(function: Callable, stacked: int, out: P | None = None) -> Callable:
+    """`function` on each group of devices, given its own runs: the first `stacked` arguments are
+    stacked, the others shared. out: of its results, by default stacked."""
+    if _groups() == 1:
+        return function
+
+    def call(*arguments):
+        specs = (P("run"),) * stacked + (P(),) * (len(arguments) - stacked)
+        return jax.shard_map(
+            function,
+            in_specs=specs,
+            out_specs=P("run") if out is None else out,
+            axis_names={"run"},
+            check_vma=False,
+        )(*arguments)
+
+    return call
 
 
 def _one_by_one(function: Callable, stacked):
