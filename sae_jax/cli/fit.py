@@ -1,0 +1,113 @@
+from absl import flags
+
+from sae_jax import config as configs
+from sae_jax.config import UserError
+
+SUMMARY = """Fit a scaling law to runs, with intervals, held-out error and the next run.
+
+  sae-jax fit --results=sweeps/a --law=chinchilla --out=fits/a
+  sae-jax fit --results=runs.csv --law=isoflop --loss=eval_fvu --out=fits/fvu --predict_flops=1e18
+
+--results is a sweep's directory, a .csv or a .jsonl file, with columns d_sae, tokens, k, flops and
+loss (or eval_loss), as far as the law needs them; --d_sae=NAME and the like say what a foreign file
+calls them. Laws, for n latents, D tokens, C FLOPs:
+
+  power       L = E + A C^-alpha, of the runs on the compute frontier
+  isoflop     a parabola of log L in log n for each budget C; power laws of its minima in C
+  chinchilla  L = E + A n^-alpha + B D^-beta
+  openai_nk   L = exp(alpha + beta_k ln k + beta_n ln n + gamma ln k ln n) + exp(zeta + eta ln k)
+  joint       openai_nk's n and k, and B D^-delta
+
+OUT gets fit.json (parameters, ci95, held-out error, frontier, warnings), fit.png and report.html;
+with --predict_flops also next_run.py, a config for sae-jax train. The published replication of
+Chinchilla (Besiroglu et al. 2024), whose file gives C = 6 n D instead of D:
+
+  sae-jax fit --results=chinchilla_replication.csv --law=chinchilla --out=fits/chinchilla \\
+      --d_sae="Model Size" --flops="Training FLOP" --flops_factor=6 --drop_largest_losses=5
+"""
+
+_RENAMES = {
+    "loss": "The column that is fitted: eval_fvu, ... By default loss, or eval_loss.",
+    "d_sae": "What the file calls the dictionary size.",
+    "tokens": "What the file calls the number of training tokens.",
+    "k": "What the file calls k.",
+    "flops": "What the file calls the training FLOPs.",
+}
+
+
+def define(values: flags.FlagValues) -> None:
+    flags.DEFINE_string("results", None, "A .csv or .jsonl file, or SWEEP.", flag_values=values)
+    flags.DEFINE_string(
+        "law", None, "power, isoflop, chinchilla, openai_nk or joint.", flag_values=values
+    )
+    flags.DEFINE_string("out", None, "Directory for the fit, made if absent.", flag_values=values)
+    flags.DEFINE_string(
+        "estimator",
+        None,
+        "huber (sum of Huber's function of log-loss residuals, delta 1e-3; the default), "
+        "log_least_squares (openai_nk's default, as in the paper) or lad.",
+        flag_values=values,
+    )
+    for name, text in _RENAMES.items():
+        flags.DEFINE_string(name, None, text, flag_values=values)
+    flags.DEFINE_float(
+        "flops_factor",
+        None,
+        "F of C = F d_sae tokens, to compute a missing column of flops or tokens; by default "
+        "12 d_in where there is a column d_in.",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "accounting",
+        "flops",
+        ["flops", "flops_executed"],
+        "Compute: 12 n d a token, or what the step executes.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "holdout",
+        None,
+        "How many of the largest budgets are held out to measure extrapolation; by default the "
+        "fewest that hold a tenth of the points.",
+        lower_bound=1,
+        flag_values=values,
+    )
+    flags.DEFINE_integer("bootstrap", 400, "Resamples of runs.", lower_bound=50, flag_values=values)
+    flags.DEFINE_integer("seed", 0, "Of the bootstrap.", flag_values=values)
+    flags.DEFINE_integer(
+        "drop_largest_losses",
+        0,
+        "Keep only losses strictly below the N-th largest.",
+        lower_bound=0,
+        flag_values=values,
+    )
+    flags.DEFINE_float(
+        "predict_flops",
+        None,
+        "A budget: its best d_sae and tokens, the loss to expect, and next_run.py.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "config",
+        None,
+        "FILE.py[:arg] that next_run.py starts from; by default the sweep's run nearest to it.",
+        flag_values=values,
+    )
+
+
+def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
+    from sae_jax.scaling import fit, report, results
+    from sae_jax.scaling.estimate import ESTIMATORS
+    from sae_jax.scaling.laws import LAWS
+
+    for name in ("results", "law", "out"):
+        if not args[name].value:
+            raise UserError(f"--{name} is needed; sae-jax fit --help has examples")
+    law = LAWS[configs.choose(args.law, LAWS, "--law")]
+    if args.estimator:
+        configs.choose(args.estimator, ESTIMATORS, "--estimator")
+    names = {name: args[name].value for name in _RENAMES}
+    rows = results.read(args.results, law.columns, names, args.flops_factor)
+    rows = rows.without_largest_losses(args.drop_largest_losses)
+    options = fit.Options(args.estimator, args.holdout, args.bootstrap, args.seed)
+    report.save(fit.fit(rows, law, options), args.out)

@@ -1,0 +1,182 @@
+"""Fitting one law to results: parameters, intervals, hold-out, frontier, and what to doubt."""
+
+import dataclasses
+
+import numpy as np
+
+from sae_jax.config import UserError
+from sae_jax.scaling import checks, holdout, identify
+from sae_jax.scaling.estimate import ESTIMATORS, Estimate, estimate
+from sae_jax.scaling.frontier import Cost, Frontier
+from sae_jax.scaling.intervals import Bootstrap, bootstrap, public_intervals, widening
+from sae_jax.scaling.laws import Law
+from sae_jax.scaling.results import Results
+
+RESAMPLES = 400
+EXPONENTS = ("d_sae_exponent", "tokens_exponent", "loss_exponent")
+_INTERVALS = (
+    "ci95: profile intervals of the objective, its scale by the bootstrap over runs; of the "
+    "frontier: quantiles of that bootstrap, widened by Student's t for the degrees of freedom"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to fit. `estimator` None: the law's own; `holdout` None: the largest budgets that hold a
+    tenth of the points."""
+
+    estimator: str | None = None
+    holdout: int | None = None
+    resamples: int = RESAMPLES
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """A law fitted to all points of `results`. `holdout` is its error on the points `held` (rows)
+    when fitted without them, None where too little would be left; `frontier` is None where the
+    law has none or the rows do not say what n D costs; `k` is where `joint`'s frontier lies."""
+
+    results: Results
+    estimate: Estimate
+    drawn: Bootstrap
+    ci95: dict[str, tuple[float, float]]
+    holdout: dict | None
+    held: np.ndarray
+    frontier: Frontier | None
+    k: float | None
+    alternatives: dict[str, Estimate]
+    warnings: list[str]
+
+    @property
+    def law(self) -> Law:
+        return self.estimate.law
+
+    def spread(self, values: np.ndarray, at: np.ndarray) -> np.ndarray:
+        """95% interval (2, ...) of something from its bootstrap values (R, ...)."""
+        return spread(values, at, widening(self.drawn.runs, len(self.estimate.theta)))
+
+    def exponents(self, theta: np.ndarray) -> dict[str, np.ndarray]:
+        """The frontier's exponents for internal parameters (P,) or (S, P), as far as the law has
+        them; of draws, only of those that have a frontier."""
+        if self.law.name == "power":
+            return {"loss_exponent": -theta[..., self.law.parameters.index("alpha")]}
+        if self.frontier is None:
+            return {}
+        frontier = Frontier.of(self.law, theta, self.frontier.cost, self.k)
+        return (frontier.take(frontier.exists) if theta.ndim > 1 else frontier).exponents
+
+    def summary(self) -> dict:
+        """The content of fit.json."""
+        law, estimate = self.law, self.estimate
+        sd = law.public(self.drawn.theta).std(axis=0)
+        return {
+            "law": law.name,
+            "formula": law.formula,
+            "estimator": estimate.estimator,
+            "params": estimate.params,
+            "ci95": self.ci95,
+            "objective": estimate.objective,
+            "rms_log_error": estimate.rms_log_error,
+            "n_points": len(self.results),
+            "n_runs": self.drawn.runs,
+            "holdout": self.holdout,
+            "frontier": self._frontier_summary(),
+            "bootstrap": {
+                "resamples": len(self.drawn.theta),
+                "sd": law.named(sd)
+                | {n: float(v.std()) for n, v in self.exponents(self.drawn.theta).items()},
+            },
+            "intervals": _INTERVALS,
+            "alternatives": {
+                name: {
+                    "params": other.params,
+                    "rms_log_error": other.rms_log_error,
+                    "frontier": self._named_exponents(other),
+                }
+                for name, other in self.alternatives.items()
+            },
+            "results": self.results.source,
+            "loss": self.results.loss_column,
+            "warnings": self.warnings,
+        }
+
+    def _named_exponents(self, estimate: Estimate) -> dict[str, float | None]:
+        there = self.exponents(estimate.theta)
+        return {name: float(there[name]) if name in there else None for name in EXPONENTS}
+
+    def _frontier_summary(self) -> dict:
+        out = self._named_exponents(self.estimate)
+        drawn = self.exponents(self.drawn.theta)
+        out["ci95"] = {name: self.spread(v, out[name]).tolist() for name, v in drawn.items()}
+        if self.frontier is not None:
+            out["flops_per_token"] = dataclasses.asdict(self.frontier.cost)
+        if self.k is not None:
+            out["k"] = self.k
+        return out
+
+
+def fit(results: Results, law: Law, options: Options) -> Fit:
+    """Fits a law of `laws.LAWS`. Raises UserError where the results cannot identify it."""
+    identify.check(law, results)
+    estimator = options.estimator or law.estimator
+    best = estimate(law, results.columns, results.loss, estimator)
+    drawn = bootstrap(best, results.run, options.resamples, options.seed)
+    held, error = hold_out(results, law, estimator, options.holdout)
+    k = None
+    if law.name == "joint":
+        k = float(np.exp(np.median(np.log(results.columns["k"]))))
+    cost = (
+        Cost.of(results.columns) if {"d_sae", "tokens", "flops"} <= set(results.columns) else None
+    )
+    frontier = None
+    if law.name in ("chinchilla", "joint"):
+        frontier = Frontier.of(law, best.theta, cost or Cost(1.0), k)
+        frontier = frontier if frontier.exists else None
+    found = Fit(
+        results=results,
+        estimate=best,
+        drawn=drawn,
+        ci95=public_intervals(best, drawn),
+        holdout=error,
+        held=held,
+        frontier=frontier,
+        k=k,
+        alternatives={
+            other: estimate(law, results.columns, results.loss, other)
+            for other in ESTIMATORS
+            if other != estimator
+        },
+        warnings=[],
+    )
+    return dataclasses.replace(found, warnings=checks.warnings(found, cost))
+
+
+def hold_out(results: Results, law: Law, estimator: str, count: int | None):
+    """(held-out rows, the law's error there when fitted to the others, None if they do not
+    identify it). With a `count` of the user's that is an error."""
+    if count is None and len(results) <= len(law.parameters) + 1:
+        return np.array([], int), None
+    kept, held, what = holdout.split(results, law.columns, count)
+    rest = results.take(kept)
+    try:
+        identify.check(law, rest)
+    except UserError as error:
+        if count is not None:
+            raise UserError(f"--holdout={count} leaves too little: {error}") from error
+        return np.array([], int), None
+    without = estimate(law, rest.columns, rest.loss, estimator)
+    out = results.take(held)
+    relative = without.loss(out.columns) / out.loss - 1
+    return held, {
+        "what": what,
+        "rms_relative_error": float(np.sqrt(np.mean(relative**2))),
+        "mean_relative_error": float(relative.mean()),
+        "n_points": len(held),
+        "params": without.params,
+    }
+
+
+def spread(values: np.ndarray, at: np.ndarray, factor: float) -> np.ndarray:
+    """95% interval (2, ...): quantiles of draws (R, ...), their distance from `at` widened."""
+    return at + factor * (np.percentile(values, [2.5, 97.5], axis=0) - at)

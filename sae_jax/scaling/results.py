@@ -1,0 +1,233 @@
+"""The runs that a law is fitted to: read from a table or a sweep, named, checked."""
+
+import csv
+import dataclasses
+import json
+import math
+import pathlib
+
+import numpy as np
+
+from sae_jax.config import UserError, choose
+
+COLUMNS = ("d_sae", "tokens", "k", "flops", "loss")
+_OPTIONAL = ("dead_fraction",)
+_SAME = 1e-6  # relative: values of a column closer than this are one value
+_PRODUCT = 1e-3  # relative: how exactly flops is a multiple of d_sae * tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """One row per point, in one order: `columns` (N,) float64 by our names, `run` (N,) which run
+    each row is of. `flops_per_product` is C / (n D), 12 d in the field's accounting, where the
+    rows tell it. `notes`: what the user should know about rows that were left out."""
+
+    source: str
+    columns: dict[str, np.ndarray]
+    run: np.ndarray
+    loss_column: str
+    flops_per_product: float | None = None
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.run)
+
+    @property
+    def loss(self) -> np.ndarray:
+        return self.columns["loss"]
+
+    def take(self, rows) -> "Results":
+        columns = {name: values[rows] for name, values in self.columns.items()}
+        _, run = np.unique(self.run[rows], return_inverse=True)
+        return dataclasses.replace(self, columns=columns, run=run)
+
+    def without_largest_losses(self, count: int) -> "Results":
+        """Only losses strictly below the `count`-th largest (Besiroglu et al. 2024 drop five)."""
+        if count < 1:
+            return self
+        if count >= len(self):
+            raise UserError(
+                f"--drop_largest_losses={count} leaves nothing of the {len(self)} rows of "
+                f"{self.source}"
+            )
+        kept = self.take(self.loss < np.sort(self.loss)[-count])
+        note = f"{len(self) - len(kept)} rows with the largest losses were dropped, as asked"
+        return dataclasses.replace(kept, notes=(*self.notes, note))
+
+
+def read(
+    path: str | pathlib.Path,
+    needed: tuple[str, ...],
+    names: dict[str, str] | None = None,
+    flops_factor: float | None = None,
+) -> Results:
+    """Rows of a .csv or .jsonl file, or of SWEEP/results.csv.
+
+    `needed`: which of `COLUMNS` must be there; `names` says what they are called in the file.
+    `flops_factor` F: C = F n D, from which a missing column of flops or tokens is computed; by
+    default 12 d_in where the file has that column. Raises UserError, with the row's line, for a
+    missing column, a value that is no number, not finite, or not positive.
+    """
+    file = pathlib.Path(path)
+    if file.is_dir():
+        file = file / "results.csv"
+        if not file.is_file():
+            raise UserError(
+                f"{path} is a directory without results.csv; give a sweep's directory, or a .csv "
+                "or .jsonl file"
+            )
+    if not file.is_file():
+        raise UserError(f"--results: there is no file {path}")
+    rows = _read_rows(file)
+    notes = []
+    rows, note = _only_done(rows)
+    notes += note
+    rows, note = _without_repeats(rows)
+    notes += note
+    if not rows:
+        raise UserError(f"{file} has no rows of finished runs, so there is nothing to fit")
+    names = _resolve_names(rows, names or {}, file)
+    columns = {}
+    for name in (*COLUMNS, *_OPTIONAL):
+        source = names.get(name, name)
+        if source in rows[0][1] and (name in needed or _is_numeric(rows, source)):
+            columns[name] = _column(rows, source, file, positive=name not in _OPTIONAL)
+    factor = _derive(columns, rows, flops_factor, file)
+    missing = [name for name in (*needed, "loss") if name not in columns]
+    if missing:
+        raise UserError(_missing(missing[0], names, rows, file))
+    ids = [row.get("run_id") or f"line {line}" for line, row in rows]
+    _, run = np.unique(ids, return_inverse=True)
+    return Results(str(path), columns, run, names["loss"], factor, tuple(notes))
+
+
+def distinct(values: np.ndarray) -> np.ndarray:
+    """The different values, ascending; values equal but for rounding are one."""
+    ordered = np.sort(values)
+    return ordered[np.concatenate([[True], np.diff(ordered) > _SAME * ordered[1:]])]
+
+
+def _read_rows(file: pathlib.Path) -> list[tuple[int, dict]]:
+    """(line of the file, row)."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is not a text file; give a .csv or .jsonl file") from None
+    if file.suffix == ".jsonl":
+        rows = []
+        for number, line in enumerate(text.splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{file}, line {number}: not JSON ({error.msg})") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{file}, line {number}: not a JSON object of columns")
+            rows.append((number, row))
+        return rows
+    if file.suffix != ".csv":
+        raise UserError(f"{file} is neither .csv nor .jsonl; name it by what it is")
+    reader = csv.DictReader(text.splitlines(), skipinitialspace=True)
+    rows = [(reader.line_num, row) for row in reader]
+    for number, row in rows:
+        if None in row or None in row.values():
+            raise UserError(f"{file}, line {number}: its fields are not those of the first line")
+    return rows
+
+
+def _only_done(rows):
+    counts: dict[str, int] = {}
+    kept = []
+    for line, row in rows:
+        status = row.get("status") or "done"
+        if status == "done":
+            kept.append((line, row))
+        else:
+            counts[status] = counts.get(status, 0) + 1
+    text = ", ".join(f"{count} {status}" for status, count in counts.items())
+    note = f"{sum(counts.values())} of {len(rows)} runs are left out, not being done: {text}"
+    return kept, [note] if counts else []
+
+
+def _without_repeats(rows):
+    seen, kept = set(), []
+    for line, row in rows:
+        key = tuple(sorted((name, str(value)) for name, value in row.items()))
+        if key not in seen:
+            kept.append((line, row))
+        seen.add(key)
+    repeats = len(rows) - len(kept)
+    return kept, [f"{repeats} rows repeat another row exactly and count once"] if repeats else []
+
+
+def _resolve_names(rows, names: dict[str, str], file) -> dict[str, str]:
+    present = list(rows[0][1])
+    resolved = {name: name for name in COLUMNS} | {n: c for n, c in names.items() if c}
+    if not names.get("loss") and "loss" not in present:
+        resolved["loss"] = "eval_loss"  # what result.json calls it
+    for name, column in names.items():
+        if column:
+            try:
+                choose(column, present, f"the column of {file} for --{name}")
+            except UserError as error:
+                raise UserError(str(error)) from None
+    return resolved
+
+
+def _is_numeric(rows, name: str) -> bool:
+    """Whether an unasked-for column is full, so that it can be used."""
+    return all(_number(row.get(name)) is not None for _, row in rows)
+
+
+def _number(value) -> float | None:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _column(rows, name: str, file, positive: bool) -> np.ndarray:
+    values = []
+    for line, row in rows:
+        value = _number(row.get(name))
+        where = f"{file}, line {line}: {name}"
+        if value is None:
+            shown = "empty" if row.get(name) in (None, "") else repr(row.get(name))
+            raise UserError(f"{where} is {shown}; every row needs a number there")
+        if not math.isfinite(value):
+            raise UserError(
+                f"{where} is {value}; remove the row, or mark the run in a column `status` as "
+                "failed"
+            )
+        if positive and value <= 0:
+            raise UserError(f"{where} is {value:g}; laws are of positive quantities only")
+        values.append(value)
+    return np.array(values)
+
+
+def _derive(columns, rows, factor: float | None, file) -> float | None:
+    """Adds flops or tokens where the others tell it; returns C / (n D) if it is one number."""
+    if factor is None and "flops" not in columns and "d_in" in rows[0][1]:
+        widths = distinct(_column(rows, "d_in", file, positive=True))
+        factor = 12 * widths[0] if len(widths) == 1 else None
+    n, tokens, flops = (columns.get(name) for name in ("d_sae", "tokens", "flops"))
+    if factor is not None and n is not None:
+        if flops is None and tokens is not None:
+            columns["flops"] = factor * n * tokens
+        if tokens is None and flops is not None:
+            columns["tokens"] = flops / (factor * n)
+    if any(name not in columns for name in ("d_sae", "tokens", "flops")):
+        return factor
+    ratio = columns["flops"] / (columns["d_sae"] * columns["tokens"])
+    return float(np.median(ratio)) if np.ptp(ratio) <= _PRODUCT * np.median(ratio) else None
+
+
+def _missing(name: str, names, rows, file) -> str:
+    present = ", ".join(rows[0][1])
+    if name == "loss":
+        return f"{file} has no column loss or eval_loss; say --loss=COLUMN (it has {present})"
+    hint = f"say --{name}=COLUMN if it is called otherwise"
+    if name in ("tokens", "flops"):
+        hint += ", or --flops_factor=F where C = F * d_sae * tokens gives it from the others"
+    return f"{file} has no column {names[name]}, which this law needs; {hint} (it has {present})"
