@@ -8,7 +8,7 @@ from sae_jax.activations import is_world, open_stream
 from sae_jax.config import Config, SAEConfig
 from sae_jax.scaling import grid as grids
 from sae_jax.scaling import packs
-from sae_jax.scaling.sweep import Run
+from sae_jax.scaling.sweep import Run, counted
 from sae_jax.train import loop
 
 _BYTES_PER_PARAMETER = 16  # float32: the parameter, its gradient, Adam's two moments
@@ -40,8 +40,8 @@ def describe(runs: list[Run], passes: int = 1) -> str:
     lines += [
         "",
         f"{'':18}{'tokens':>16}{'bytes read':>12}{'FLOPs 12nd':>12}{'executed':>12}",
-        _cost_line(_count(len(runs), "run") + " one by one", alone),
-        _cost_line(f"in {_count(len(todo), 'pass')}", together),
+        _cost_line(counted(len(runs), "run") + " one by one", alone),
+        _cost_line(f"in {counted(len(todo), 'pass')}", together),
         "",
         f"Memory of a device, an estimate: {_bytes(memory)} for parameters, gradients and Adam's "
         "moments of a",
@@ -56,7 +56,7 @@ def _pass_lines(work: packs.Pass, runs: list[Run]) -> list[str]:
     by_id = {run.id: run for run in runs}
     data = work.runs[0].data
     lines = [
-        f"{work.name}: {_count(len(work.runs), 'run')} in {_count(len(work.packs), 'pack')}, "
+        f"{work.name}: {counted(len(work.runs), 'run')} in {counted(len(work.packs), 'pack')}, "
         f"{work.steps:,} steps of {data.batch_size:,} tokens of {data.store} {data.site}"
     ]
     for number, pack in enumerate(work.packs):
@@ -72,7 +72,7 @@ def _pass_lines(work: packs.Pass, runs: list[Run]) -> list[str]:
         if pack.trunk is not None:
             branch = f", branches off pack {pack.trunk} at step {pack.start:,}"
         lines.append(
-            f"  pack {number}: {_count(len(members), 'run')} to step {pack.steps:,}{branch}: "
+            f"  pack {number}: {counted(len(members), 'run')} to step {pack.steps:,}{branch}: "
             f"{grids.describe(said)}"
         )
         for run in members:
@@ -135,11 +135,6 @@ def parameters(sae: SAEConfig) -> int:
 
 
 _open = functools.lru_cache(maxsize=4)(open_stream)
-
-
-def _count(number: int, what: str) -> str:
-    plural = "es" if what.endswith("s") else "s"
-    return f"{number:,} {what}{'' if number == 1 else plural}"
 
 
 def _cost_line(what: str, cost: Cost) -> str:

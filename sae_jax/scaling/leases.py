@@ -9,9 +9,9 @@ the lease's length may create the next one, and so takes the work over. No file 
 removed, so that no two workers can mistake each other's files. Every time is the file system's
 own: a host whose clock is wrong neither loses its leases nor takes those of others.
 
-An owner that was thought dead (stopped, cut off) and wakes up finds a newer generation at its next
-`Lease.check`. Between a check and the write that it allows there is a moment in which the lease can
-be lost: writes must be atomic, and the same whoever makes them.
+An owner that was thought dead (stopped, cut off) and wakes up sees a newer generation: it asks
+`Lease.lost` before it writes. Between the answer and the write there is a moment in which the lease
+can be lost: writes must be atomic, and the same whoever makes them.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ class Leases:
             return None
         path = self._path(name, generation + 1)
         try:
-            file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:  # another worker was faster
             return None
         os.write(file, f"{socket.gethostname()} process {os.getpid()}".encode())
@@ -108,10 +108,9 @@ class Lease:
     def __exit__(self, *_) -> None:
         self.release()
 
-    def check(self) -> None:
-        """Raises LeaseLostError if another worker has taken over, or the lease was deleted."""
-        if self._next_path.exists() or not self._path.exists():
-            raise LeaseLostError(f"another worker has taken over {self._path.name}")
+    def lost(self) -> bool:
+        """Whether another worker has taken over, or the lease was deleted."""
+        return self._next_path.exists() or not self._path.exists()
 
     def release(self) -> None:
         """Gives the work back: whoever comes next need not wait for the lease to run out."""

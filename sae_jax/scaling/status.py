@@ -10,7 +10,7 @@ import pathlib
 from sae_jax.scaling import grid as grids
 from sae_jax.scaling import packs
 from sae_jax.scaling.leases import Holder, Leases
-from sae_jax.scaling.sweep import STATES, Run, SweepDirectory
+from sae_jax.scaling.sweep import STATES, Run, SweepDirectory, counted
 from sae_jax.train import loop
 
 _TAIL = 8192  # bytes of metrics.jsonl that surely hold its last line
@@ -42,7 +42,8 @@ def view(directory: SweepDirectory, leases: Leases) -> str:
     total = sum((status.states for status in all_passes), collections.Counter())
     counts = ", ".join(f"{total[state]} {state}" for state in STATES if total[state])
     lines = [
-        f"{directory.path}: {len(directory.runs)} runs in {len(all_passes)} passes: {counts}",
+        f"{directory.path}: {counted(len(directory.runs), 'run')} in "
+        f"{counted(len(all_passes), 'pass')}: {counts}",
         "",
         f"{'pass':22}{'step':>19}  {'/'.join(STATES):27}{'last loss':>21}{'left':>10}  worker",
     ]

@@ -38,6 +38,12 @@ class Run:
     swept: grids.Assignment  # what the grid sets
 
 
+def counted(number: int, what: str) -> str:
+    """ "1 run", "2 passes"."""
+    plural = "es" if what.endswith("s") else "s"
+    return f"{number:,} {what}{'' if number == 1 else plural}"
+
+
 def load(spec: str, overrides: dict[str, str]) -> list[Run]:
     """The runs of a sweep file, "FILE.py[:arg]" with get_config and get_sweep, over the base
     config with `overrides`. UserError for mistakes in any run's config, without a device."""

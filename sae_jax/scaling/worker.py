@@ -15,119 +15,123 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+from sae_jax.config import UserError
 from sae_jax.scaling import packs, passes
 from sae_jax.scaling.leases import Lease, LeaseLostError, Leases
-from sae_jax.scaling.sweep import SweepDirectory
+from sae_jax.scaling.sweep import SweepDirectory, counted
 from sae_jax.train import loop
 from sae_jax.train.directory import is_writer
 from sae_jax.train.preemption import PreemptedError
 
 _ALL_DONE, _WAIT = -1, -2  # instead of the index of a pass
-_SECONDS_BETWEEN_LINES = 30  # while waiting for others
+_SECONDS_BETWEEN_LINES = 30  # of the log, while waiting for others
 
 
 def work(directory: SweepDirectory, lease_seconds: float) -> None:
     """Trains what nobody else does, and takes over from those who die, until every run of the
-    sweep has ended. Raises PreemptedError after SIGTERM, what it was training saved."""
-    leases = Leases(directory.path / "leases", lease_seconds)
-    todo = packs.make_passes([run.config for run in directory.runs], directory.passes)
-    by_id = {run.id: run for run in directory.runs}
-
-    def ended(work: packs.Pass) -> bool:
-        runs = [by_id[loop.run_id(config)] for config in work.runs]
-        return all(directory.state(run) in ("done", "failed") for run in runs)
-
-    def write_results() -> None:
-        if is_writer():
-            directory.write_results()
-
-    turns, next_line = 0, 0.0  # of waiting
+    sweep has ended. Raises PreemptedError after SIGTERM, when what it trained is saved."""
+    worker = _Worker(directory, Leases(directory.path / "leases", lease_seconds))
     with _sigterm_raises():
         while True:
-            index, lease = _claim(todo, leases, ended)
+            index, lease = worker.claim()
             if index == _ALL_DONE:
                 break
-            if index == _WAIT:
-                if time.monotonic() > next_line:
-                    next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
-                    logging.info("waiting: %s", _others(todo, leases, ended))
-                time.sleep(min(5.0, lease_seconds / 6))
-                turns += 1
-                if jax.distributed.is_initialized() and (
-                    multihost_utils.reached_preemption_sync_point(turns)
-                ):
-                    raise PreemptedError(0)
-                continue
-            logging.info("%s: %d runs", todo[index].name, len(todo[index].runs))
-            with lease:
-                try:
-                    passes.train_pass(
-                        todo[index], directory.path / "runs", _checker(lease), write_results
-                    )
-                except LeaseLostError as lost:
-                    logging.warning("%s: %s", todo[index].name, lost)
-    write_results()
+            with lease or contextlib.nullcontext():
+                if index == _WAIT:
+                    worker.wait(seconds=min(5.0, lease_seconds / 6))
+                else:
+                    worker.train(worker.passes[index], lease)
+    worker.write_results()
 
 
-def _claim(todo, leases: Leases, ended) -> tuple[int, Lease | contextlib.AbstractContextManager]:
-    """The index of a pass that this worker now owns, and its lease; or _ALL_DONE or _WAIT. The
-    same for every process of the worker."""
-    index, lease = _ALL_DONE, contextlib.nullcontext()
-    if is_writer():
-        for i, work in enumerate(todo):
-            if ended(work):
-                continue
-            index = _WAIT
-            claimed = leases.claim(work.name)
-            if claimed is None:
-                continue
-            if ended(work):  # by its last owner, between our two looks
-                claimed.release()
-                continue
-            index, lease = i, claimed
-            break
-    return int(_from_process_0(index)), lease
+class _Worker:
+    def __init__(self, directory: SweepDirectory, leases: Leases):
+        self._directory = directory
+        self._leases = leases
+        self.passes = packs.make_passes([run.config for run in directory.runs], directory.passes)
+        self._run_by_id = {run.id: run for run in directory.runs}
+        self._waits = 0
+        self._next_line = 0.0
+
+    def claim(self) -> tuple[int, Lease | None]:
+        """The index of a pass that this worker now owns, or _ALL_DONE or _WAIT: the same in all
+        its processes. The lease is process 0's."""
+        index, lease = self._claim() if is_writer() else (_ALL_DONE, None)
+        return _from_process_0(index), lease
+
+    def _claim(self) -> tuple[int, Lease | None]:
+        open_passes = [i for i, work in enumerate(self.passes) if not self._ended(work)]
+        for i in open_passes:
+            lease = self._leases.claim(self.passes[i].name)
+            if lease and not self._ended(self.passes[i]):
+                return i, lease
+            if lease:  # its owner finished it between our two looks
+                lease.release()
+        return (_WAIT if open_passes else _ALL_DONE), None
+
+    def train(self, work: packs.Pass, lease: Lease | None) -> None:
+        """Trains a pass, as long as the lease is this worker's."""
+
+        def check() -> None:
+            if _from_process_0(bool(lease and lease.lost())):
+                raise LeaseLostError(f"another worker has taken over {work.name}")
+
+        if is_writer():
+            logging.info("%s: %s", work.name, counted(len(work.runs), "run"))
+        try:
+            passes.train_pass(work, self._directory.path / "runs", check, self.write_results)
+        except (LeaseLostError, UserError) as error:
+            # Two owners of one directory trip over each other's files: that is no mistake.
+            if isinstance(error, UserError) and not (lease and lease.lost()):
+                raise
+            logging.warning("left %s to the worker that has taken it over", work.name)
+
+    def wait(self, seconds: float) -> None:
+        if is_writer() and time.monotonic() > self._next_line:
+            self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
+            logging.info("waiting for %s", self._others())
+        time.sleep(seconds)
+        self._waits += 1
+        if jax.distributed.is_initialized() and (
+            multihost_utils.reached_preemption_sync_point(self._waits)
+        ):
+            raise PreemptedError(0)
+
+    def write_results(self) -> None:
+        if is_writer():
+            self._directory.write_results()
+
+    def _ended(self, work: packs.Pass) -> bool:
+        runs = (self._run_by_id[loop.run_id(config)] for config in work.runs)
+        return all(self._directory.state(run) in ("done", "failed") for run in runs)
+
+    def _others(self) -> str:
+        """Who trains what, for the log."""
+        holders = {
+            work.name: self._leases.holder(work.name)
+            for work in self.passes
+            if not self._ended(work)
+        }
+        return "; ".join(
+            f"{name} of {holder.owner}, heard of {holder.age:.0f} s ago"
+            for name, holder in holders.items()
+            if holder
+        )
 
 
-def _checker(lease):
-    """`Lease.check` of process 0, for all processes: they must go on, or stop, together."""
-
-    def check() -> None:
-        lost = ""
-        if isinstance(lease, Lease):
-            try:
-                lease.check()
-            except LeaseLostError as error:
-                lost = str(error)
-        if _from_process_0(bool(lost)):
-            raise LeaseLostError(lost or "another worker has taken over")
-
-    return check
-
-
-def _from_process_0(value: int):
+def _from_process_0(value: int) -> int:
+    """`value` as process 0 of this worker has it."""
     if jax.process_count() == 1:
         return value
-    return multihost_utils.broadcast_one_to_all(np.int32(value)).item()
-
-
-def _others(todo, leases: Leases, ended) -> str:
-    """Who trains what, for the log."""
-    words = []
-    for work in todo:
-        holder = None if ended(work) else leases.holder(work.name)
-        if holder:
-            words.append(f"{work.name} is {holder.owner}'s, heard of {holder.age:.0f} s ago")
-    return "; ".join(words)
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 @contextlib.contextmanager
 def _sigterm_raises() -> Iterator[None]:
     """SIGTERM ends what this worker does between steps: compiling, evaluating, waiting. During
     steps `train.preemption` listens; under jax.distributed its service does, all the time."""
-    if jax.distributed.is_initialized() or (
-        threading.current_thread() is not threading.main_thread()
-    ):
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    if jax.distributed.is_initialized() or not on_main_thread:
         yield
         return
 
