@@ -1,8 +1,8 @@
 """From runs to packs, trunks and passes: what can be trained together.
 
-A pack is runs of one shape and one budget: one program (`train.pack`). Packs of several budgets that
-agree until the shorter ones begin to decay share a trunk: the longest pack is trained, and each
-shorter one branches off from its state (Hagele et al. 2024, "Scaling laws and compute-optimal
+A pack is runs of one shape and one budget: one program (`train.pack`). Packs of several budgets
+that agree until the shorter ones begin to decay share a trunk: the longest pack is trained, and
+each shorter one branches off from its state (Hagele et al. 2024, "Scaling laws and compute-optimal
 training beyond fixed training durations"). A pass is packs that read the same data, once; a worker
 claims it as a whole. All of it is a function of the runs alone, so that every worker sees the same.
 """
@@ -92,11 +92,10 @@ _Family = list[list[Config]]
 def _shape(run: Config) -> dict:
     """What the runs of a family have in common: all but VARIED and, where they can share a
     trunk, their budget."""
-    blank = {field: None for field in VARIED}
-    if "k" not in saes.architecture(run.sae).DEFAULTS:
-        blank.pop("sae.k")
-    key = configs.identity(set_fields(run, blank))
+    key = configs.identity(set_fields(run, dict.fromkeys(VARIED)))
     key["given"] = [get_field(run, field) is None for field in VARIED]
+    if not 0 <= run.train.seed < 2**31:  # what an int32, an argument of the program, holds
+        key["train"]["seed"] = run.train.seed
     if not _can_branch(run):
         return key
     steps, sae = count_steps(run), run.sae

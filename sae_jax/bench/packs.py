@@ -1,0 +1,158 @@
+"""Packs against their runs one by one: the steady step, bytes read, and the wall."""
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+import numpy as np
+
+from sae_jax import config as configs
+from sae_jax.bench.step import bench_config
+from sae_jax.config import Config, DataConfig, UserError
+from sae_jax.scaling.packs import make_passes
+from sae_jax.train.mesh import BatchPlacement, make_mesh
+from sae_jax.train.pack import PackTrainer, set_fields
+
+_BATCHES = 4  # distinct ones in memory, taken in turn
+
+
+def measure_pack_step(config: Config, runs: int, rounds: int) -> dict:
+    """Times one step of a pack of `runs`, and of each of its runs alone, in turn; every one has
+    its own state, and its batch comes from the host's memory.
+
+    Returns the medians in seconds, and `pack_over_sum`: the pack's over the sum of the others',
+    the median over rounds."""
+    shape = config.data.batch_size, config.sae.d_in
+    batches = np.random.default_rng(0).normal(size=(_BATCHES, *shape)).astype(np.float32)
+    packed = [
+        set_fields(config, {"train.seed": i, "optimizer.learning_rate": 1e-4 * (i + 1)})
+        for i in range(runs)
+    ]
+    mesh = make_mesh(config)
+    placement = BatchPlacement(mesh, config.data.batch_size)
+    variance = float(config.sae.d_in)
+    b_dec = np.zeros(config.sae.d_in, np.float32)
+    with jax.set_mesh(mesh):
+        pack = PackTrainer(packed, 10**6, variance)
+        states = pack.init(b_dec, 1.0, 1.0)
+        alone = [(trainer, trainer.init(b_dec, 1.0)) for trainer in pack.trainers]
+        seconds = {"pack": [], "alone": []}
+        for i in range(rounds + 2):  # the first two compile and touch the memory
+            batch = batches[i % _BATCHES]
+            begin = time.perf_counter()
+            states, metrics = pack.step(states, placement.place(batch))
+            jax.block_until_ready((states, metrics))
+            between = time.perf_counter()
+            for j, (trainer, state) in enumerate(alone):
+                state, metrics = trainer.step(state, placement.place(batch))
+                jax.block_until_ready((state, metrics))
+                alone[j] = (trainer, state)
+            if i >= 2:
+                seconds["pack"].append(between - begin)
+                seconds["alone"].append(time.perf_counter() - between)
+    ratios = np.array(seconds["pack"]) / np.array(seconds["alone"])
+    return {
+        "runs": runs,
+        "shape": {"batch": shape[0], "d_in": shape[1], "d_sae": config.sae.d_sae},
+        "device": jax.devices()[0].device_kind,
+        "seconds": {name: float(np.median(times)) for name, times in seconds.items()},
+        "pack_over_sum": float(np.median(ratios)),
+    }
+
+
+def measure_sweep(runs: list[Config]) -> dict:
+    """The whole of a sweep in one process, then every run of it in a process of its own, with
+    start-up, compilation, evaluation and checkpoints. Of each the seconds; the bytes read from
+    the moment that the package was imported; and the largest relative difference of a run's
+    eval_loss between the two."""
+    if len(make_passes(runs)) > 1:
+        raise UserError("the runs read different data; a bench of packs takes runs of one pass")
+    with tempfile.TemporaryDirectory() as directory:
+        out = pathlib.Path(directory)
+        lists = {"sweep": [runs], "alone": [[run] for run in runs]}
+        figures = {name: _in_processes(parts, out / name) for name, parts in lists.items()}
+        losses = {
+            name: {
+                path.parent.name: json.loads(path.read_text())["eval_loss"]
+                for path in (out / name).glob("*/result.json")
+            }
+            for name in lists
+        }
+    alone = losses["alone"]
+    return figures | {
+        "runs": len(runs),
+        "times_less_wall": figures["alone"]["seconds"] / figures["sweep"]["seconds"],
+        "times_less_read": figures["alone"]["bytes_read"] / figures["sweep"]["bytes_read"],
+        "largest_loss_difference": max(
+            abs(losses["sweep"][run] / loss - 1) for run, loss in alone.items()
+        ),
+    }
+
+
+_PROCESS = """
+import json, pathlib, sys
+from sae_jax import config as configs
+from sae_jax.cli import _set_up_jax
+_set_up_jax(None)
+from sae_jax.scaling.packs import make_passes
+from sae_jax.scaling.passes import train_pass
+from sae_jax.train import loop
+def bytes_read():
+    return int(pathlib.Path("/proc/self/io").read_text().split()[1])
+runs = [configs.from_dict(run) for run in json.load(sys.stdin)]
+before = bytes_read()
+out = pathlib.Path(sys.argv[1])
+if len(runs) > 1:
+    train_pass(make_passes(runs)[0], out)
+else:
+    loop.train(runs[0], out / loop.run_id(runs[0]))
+print(bytes_read() - before)
+"""
+
+
+def _in_processes(parts: list[list[Config]], out: pathlib.Path) -> dict:
+    out.mkdir()
+    begin, count = time.perf_counter(), 0
+    for runs in parts:
+        text = json.dumps([configs.to_dict(run) for run in runs])
+        command = [sys.executable, "-c", _PROCESS, str(out)]
+        done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"a process of the bench failed:\n{done.stderr[-2000:]}")
+        count += int(done.stdout.split()[-1])
+    return {"seconds": time.perf_counter() - begin, "bytes_read": count}
+
+
+def sweep_of(store: str, site: str, d_sae: int, runs: int, tokens: int) -> list[Config]:
+    """`runs` ReLU SAEs in each of three sizes, from d_sae / 2 to 2 d_sae, over one pass of a
+    store: sparsity coefficients and learning rates differ."""
+    made = []
+    for size in (d_sae // 2, d_sae, 2 * d_sae):
+        base = bench_config("relu", 2048, 1, size, 0, "float32", 1)
+        base = dataclasses.replace(base, data=DataConfig(store=store, site=site))
+        base = set_fields(
+            base,
+            {
+                "sae.d_in": None,
+                "sae.d_out": None,
+                "sae.aux_k": None,
+                "train.tokens": tokens,
+            },
+        )
+        made += [
+            set_fields(
+                base,
+                {
+                    "sae.sparsity_coefficient": 1.0 + i % 4,
+                    "optimizer.learning_rate": 1e-3 if i % 2 else 5e-4,
+                    "train.seed": i // 4,
+                },
+            )
+            for i in range(runs)
+        ]
+    return made
