@@ -1,14 +1,11 @@
 """Figures: training curves, how often latents fire, how strongly against how often, and how much
 of a world's features was found.
 
-Each function returns a matplotlib Figure; `save` writes a PNG, `inline_svg` gives the text of an
-SVG whose ink is the page's text colour, for light and dark pages alike.
+Each function returns a matplotlib Figure, for `save` and `inline_svg` of sae_jax.plots.
 """
 
-import io
 import json
 import pathlib
-import re
 
 import matplotlib
 import numpy as np
@@ -18,30 +15,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from sae_jax.config import UserError
 from sae_jax.evaluate.recovery import Recovery
 from sae_jax.evaluate.report import Evaluation
-
-_INK = "#1a1a1b"  # stands for the page's text colour in inline_svg
-_BLUE, _ORANGE = "#3b7dd8", "#e07b39"
-_STYLE = {
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
-    "axes.linewidth": 0.7,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlecolor": _INK,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 10,
-    "axes.labelsize": 9,
-    "font.family": "sans-serif",
-    "legend.fontsize": 8,
-    "legend.frameon": False,
-    "legend.labelcolor": _INK,
-    "svg.fonttype": "none",
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "xtick.labelsize": 8,
-    "ytick.color": _INK,
-    "ytick.labelsize": 8,
-}
+from sae_jax.plots import BLUE, INK, ORANGE, STYLE, save
 
 
 def save_all(evaluation: Evaluation, out, metrics_file=None) -> list[pathlib.Path]:
@@ -75,14 +49,14 @@ def training_curves(metrics_file) -> Figure:
         ("dead_fraction", "Dead latents, % of all", "linear"),
         ("lr", "Learning rate", "linear"),
     ]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 4.4), layout="constrained")
         for axes, (field, title, scale) in zip(figure.subplots(2, 2).flat, panels, strict=True):
             values = [step[field] for step in steps]
             values = np.array([np.nan if v is None else v for v in values], float)
             if field == "dead_fraction":
                 values = 100 * values
-            axes.plot(tokens / unit, values, color=_BLUE, linewidth=1.4)
+            axes.plot(tokens / unit, values, color=BLUE, linewidth=1.4)
             axes.set_title(title)
             axes.set_xlabel(f"tokens, {name}")
             if scale == "log":
@@ -98,12 +72,12 @@ def density_histogram(density: np.ndarray, rows: int) -> Figure:
     """How many latents fire how often. density (d_sae,): part of `rows` rows."""
     alive = density[density > 0]
     never = len(density) - len(alive)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.5, 2.6), layout="constrained")
         axes = figure.subplots()
         lowest = np.floor(np.log10(1 / rows) * 4) / 4
         bins = np.arange(lowest, 0.251, 0.25)
-        axes.hist(np.log10(alive), bins=bins, color=_BLUE, edgecolor="white", linewidth=0.3)
+        axes.hist(np.log10(alive), bins=bins, color=BLUE, edgecolor="white", linewidth=0.3)
         axes.set_xlabel("density (part of tokens)")
         axes.set_ylabel("latents")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
@@ -117,11 +91,11 @@ def density_histogram(density: np.ndarray, rows: int) -> Figure:
 def density_against_activation(density: np.ndarray, mean_activation: np.ndarray) -> Figure:
     """One point for each latent that fires; the mean is over the tokens on which it fires."""
     fires = density > 0
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.5, 2.6), layout="constrained")
         axes = figure.subplots()
         x, y = np.log10(density[fires]), mean_activation[fires]
-        _points(axes, x, y, _ORANGE)
+        _points(axes, x, y, ORANGE)
         _log_scale(axes)
         axes.set_xlabel("density (part of tokens)")
         axes.set_ylabel("mean activation where it fires")
@@ -143,11 +117,11 @@ def recovery_by_rate(recovery: Recovery) -> Figure:
         ("cosine", "Largest cosine to a latent", f"{(features['cosine'] > 0.9).sum():,} above 0.9"),
         ("f1", "F1 of the matched latent", f"{(features['match'] >= 0).sum():,} matched"),
     ]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.0, 2.8), layout="constrained")
         *panels, last = figure.subplots(1, 3)
         for axes, (name, title, found) in zip(panels, against_rate, strict=True):
-            _points(axes, rate, features[name][fires], _BLUE)
+            _points(axes, rate, features[name][fires], BLUE)
             axes.set_ylim(-0.03, 1.03)
             axes.set_xlabel(f"rate of the feature; of {len(fires):,}, {found}")
             axes.set_title(title)
@@ -156,8 +130,8 @@ def recovery_by_rate(recovery: Recovery) -> Figure:
                 axes.set_xlim(rate.min() - 0.2, rate.max() + 0.2)
         magnitude, activation = features["magnitude"], features["activation"]
         most = 1.05 * np.nanmax([1e-9, *magnitude, *activation])
-        last.plot([0, most], [0, most], color=_INK, linewidth=0.7, linestyle=":")
-        _points(last, magnitude, activation, _ORANGE)
+        last.plot([0, most], [0, most], color=INK, linewidth=0.7, linestyle=":")
+        _points(last, magnitude, activation, ORANGE)
         last.set_xlim(0, most)
         last.set_ylim(0, most)
         last.set_xlabel("mean magnitude where both are on")
@@ -180,29 +154,6 @@ def read_metrics(file) -> list[dict]:
     if not steps:
         raise UserError(f"{file} holds no step yet")
     return steps
-
-
-def save(figure: Figure, path) -> None:
-    """A PNG at `path`, written under a temporary name first."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(f"tmp.{path.name}")
-    with matplotlib.rc_context(_STYLE):
-        figure.savefig(temporary, dpi=200)
-    temporary.replace(path)
-
-
-def inline_svg(figure: Figure, label: str) -> str:
-    """An <svg> element for an HTML page: no fixed size, `label` for screen readers."""
-    buffer = io.StringIO()
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": label}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None}, dpi=200)
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    attributes = f'<svg role="img" aria-label="{label}"'
-    svg = re.sub(r'<svg([^>]*?) width="[^"]*"', r"<svg\1", svg, count=1)
-    svg = re.sub(r'<svg([^>]*?) height="[^"]*"', r"<svg\1", svg, count=1)
-    return svg.replace("<svg", attributes, 1)
 
 
 def _points(axes, x: np.ndarray, y: np.ndarray, color: str) -> None:

@@ -6,7 +6,7 @@ import pathlib
 import jinja2
 import numpy as np
 
-from sae_jax import lm
+from sae_jax import lm, plots
 from sae_jax.activations import Store
 from sae_jax.evaluate import Evaluation, LanguageModel, figures
 from sae_jax.interpret.effects import output_tokens
@@ -148,12 +148,12 @@ def _figures(evaluation: Evaluation, metrics_file) -> list[tuple[str, str]]:
     rows = evaluation.rows
     drawn = []
     if metrics_file is not None:
-        svg = figures.inline_svg(figures.training_curves(metrics_file), "Training curves")
+        svg = plots.inline_svg(figures.training_curves(metrics_file), "Training curves")
         drawn.append(("wide", svg))
     histogram = figures.density_histogram(rows.density, rows.rows)
     strength = figures.density_against_activation(rows.density, rows.mean_activation)
-    drawn.append(("half", figures.inline_svg(histogram, "Histogram of latent density")))
-    drawn.append(("half", figures.inline_svg(strength, "Mean activation against density")))
+    drawn.append(("half", plots.inline_svg(histogram, "Histogram of latent density")))
+    drawn.append(("half", plots.inline_svg(strength, "Mean activation against density")))
     return drawn
 
 

@@ -1,0 +1,59 @@
+"""The look of every figure, and the ways out of matplotlib.
+
+Figures are drawn within `matplotlib.rc_context(STYLE)`; `save` writes a PNG, `inline_svg` gives the
+text of an SVG whose ink is the page's text colour, for light and dark pages alike.
+"""
+
+import io
+import pathlib
+import re
+
+import matplotlib
+from matplotlib.figure import Figure
+
+INK = "#1a1a1b"  # stands for the page's text colour in inline_svg
+BLUE, ORANGE = "#3b7dd8", "#e07b39"
+STYLE = {
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.linewidth": 0.7,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlecolor": INK,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "axes.labelsize": 9,
+    "font.family": "sans-serif",
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "legend.labelcolor": INK,
+    "svg.fonttype": "none",
+    "text.color": INK,
+    "xtick.color": INK,
+    "xtick.labelsize": 8,
+    "ytick.color": INK,
+    "ytick.labelsize": 8,
+}
+
+
+def save(figure: Figure, path) -> None:
+    """A PNG at `path`, written under a temporary name first."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(f"tmp.{path.name}")
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(temporary, dpi=200)
+    temporary.replace(path)
+
+
+def inline_svg(figure: Figure, label: str) -> str:
+    """An <svg> element for an HTML page: no fixed size, `label` for screen readers."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": label}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None}, dpi=200)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    attributes = f'<svg role="img" aria-label="{label}"'
+    svg = re.sub(r'<svg([^>]*?) width="[^"]*"', r"<svg\1", svg, count=1)
+    svg = re.sub(r'<svg([^>]*?) height="[^"]*"', r"<svg\1", svg, count=1)
+    return svg.replace("<svg", attributes, 1)
