@@ -278,6 +278,8 @@ class _Training:
         for i, run in enumerate(self._runs):
             if run.open and self.step not in run.checkpoints.steps:
                 run.checkpoints.save(get_run(self._states, i), self.step)
+                if jax.process_count() > 1:  # Orbax's barriers are one set for all checkpointers
+                    run.checkpoints.finish()
 
     def finish_saving(self) -> None:
         for run in self.open_runs:
