@@ -96,18 +96,32 @@ def define(values: flags.FlagValues) -> None:
 
 
 def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
-    from sae_jax.scaling import fit, report, results
+    from sae_jax.scaling import fit, next_run, predict, report, results
     from sae_jax.scaling.estimate import ESTIMATORS
-    from sae_jax.scaling.laws import LAWS
 
     for name in ("results", "law", "out"):
         if not args[name].value:
             raise UserError(f"--{name} is needed; sae-jax fit --help has examples")
-    law = LAWS[configs.choose(args.law, LAWS, "--law")]
+    configs.choose(args.law, fit.LAW_NAMES, "--law")
     if args.estimator:
         configs.choose(args.estimator, ESTIMATORS, "--estimator")
+    if (args.config or overrides) and args.predict_flops is None:
+        raise UserError("--config is of the next run; add --predict_flops=C to plan one")
+    base = next_run.base(args.config, overrides) if args.config or overrides else None
+    report.check_out(args.out)
+
     names = {name: args[name].value for name in _RENAMES}
-    rows = results.read(args.results, law.columns, names, args.flops_factor)
+    rows = results.read(args.results, fit.needed_columns(args.law), names, args.flops_factor)
     rows = rows.without_largest_losses(args.drop_largest_losses)
     options = fit.Options(args.estimator, args.holdout, args.bootstrap, args.seed)
-    report.save(fit.fit(rows, law, options), args.out)
+    found = fit.fit(rows.by_accounting(args.accounting), args.law, options)
+    planned = None
+    if args.predict_flops is not None:
+        planned = predict.predict(found, args.predict_flops)
+    accountings = fit.by_accountings(rows, found, args.accounting, options)
+    values = report.summary(found, planned, accountings)
+    report.save(found, values, args.out)
+    print(report.text(values, args.out))
+    if planned and planned["d_sae"]:
+        next_run.save(planned, args.results, base, args.out)
+        print(f"next: sae-jax train --config={args.out}/next_run.py --workdir=runs/next")

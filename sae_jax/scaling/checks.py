@@ -1,9 +1,16 @@
 """What to doubt about a fit, in words."""
 
+import numpy as np
+
+from sae_jax.scaling import compare
 
 _WIDE = 10.0  # ratio of the ends of a scale's interval
 _SAME_EXPONENT = 0.01
 _DEAD = 0.5  # fraction of dead latents above which a run's size is not its dictionary's
+_NO_COST = (
+    "the results do not say what a token costs (no column flops, nor d_in; or --flops_factor); "
+    "compute is counted as d_sae x tokens"
+)
 
 
 def warnings(fit, cost) -> list[str]:
@@ -23,11 +30,31 @@ def warnings(fit, cost) -> list[str]:
                 "compute-optimal frontier"
             )
         elif cost is None:
-            out.append(
-                "the results do not say what a token costs (no column flops, nor d_in); compute "
-                "is counted as d_sae x tokens"
-            )
+            out.append(_NO_COST)
+    if fit.law.name == "chinchilla":
+        out += compare.with_isoflop(fit.results, fit.estimate)
     return out
+
+
+def isoflop_warnings(fit) -> list[str]:
+    minima = fit.minima
+    out = list(fit.results.notes)
+    out += [
+        f"the budget of {curve.flops:.3g} FLOPs is left out: {curve.rejected}"
+        for curve in minima.curves
+        if curve.rejected
+    ]
+    if "interpolated" in minima.how:
+        out.append(minima.how)
+    if "flops" not in fit.results.columns:
+        out.append(_NO_COST)
+    out += dead_latents(fit.results)
+    lines = {fit.estimator: fit.lines} | fit.alternatives
+    low, high = np.percentile(fit.drawn[:, :, 1], [2.5, 97.5], axis=0)
+    for place, what in ((0, "n*"), (2, "the loss")):
+        values = {name: line[place].theta[1] for name, line in lines.items()}
+        out += _apart(values, fit.estimator, what, low[place], high[place])
+    return out + compare.with_chinchilla(fit.results, minima, "huber")
 
 
 def dead_latents(results) -> list[str]:
@@ -66,16 +93,23 @@ def _estimators(fit) -> list[str]:
         if name not in values:
             continue
         low, high = fit.spread(drawn[name], values[name])
-        others = {e: fit.exponents(other.theta) for e, other in fit.alternatives.items()}
-        apart = {
-            e: v[name]
-            for e, v in others.items()
-            if abs(v[name] - values[name]) > _SAME_EXPONENT and not low <= v[name] <= high
-        }
-        if apart:
-            said = ", ".join(f"{v:.3f} by {e}" for e, v in apart.items())
-            out.append(
-                f"estimators disagree on the exponent of {what} in compute: {values[name]:.3f} by "
-                f"{fit.estimate.estimator}, {said}"
-            )
+        others = {e: fit.exponents(other.theta)[name] for e, other in fit.alternatives.items()}
+        every = {fit.estimate.estimator: values[name]} | others
+        out += _apart(every, fit.estimate.estimator, what, low, high)
     return out
+
+
+def _apart(values: dict[str, float], own: str, what: str, low: float, high: float) -> list[str]:
+    """Estimators whose exponent lies outside the interval of our own."""
+    far = {
+        name: v
+        for name, v in values.items()
+        if abs(v - values[own]) > _SAME_EXPONENT and not low <= v <= high
+    }
+    if not far:
+        return []
+    said = ", ".join(f"{v:.3f} by {name}" for name, v in far.items())
+    return [
+        f"estimators disagree on the exponent of {what} in compute: {values[own]:.3f} by {own}, "
+        f"{said}"
+    ]

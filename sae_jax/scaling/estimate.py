@@ -18,6 +18,7 @@ _DELTAS = {  # of Huber's function, in turn: each minimum is the start of the ne
     "log_least_squares": (np.inf,),
     "lad": (1e-3, 1e-4, 1e-5, 1e-6, 1e-7),  # the last stands for 0
 }
+_LONGEST = 10.0  # step in coordinates, in which a residual moves by about as much
 _SHARES = (0.1, 0.45)  # of the loss at the data's centre, of every term but the last at a start
 
 
@@ -120,63 +121,88 @@ class Problem:
 
 
 def rho(residual: np.ndarray, delta: float) -> np.ndarray:
+    """Huber's function; half the square where `delta` is infinite."""
     size = np.abs(residual)
-    return np.where(size <= delta, 0.5 * size**2, delta * (size - 0.5 * delta))
+    inner = np.minimum(size, delta)
+    outside = 0.0 if np.isinf(delta) else delta * (size - inner)
+    return 0.5 * inner**2 + outside
 
 
 def minimise(
-    problem: Problem, z_SxP, weights_SxN, y_SxN, delta, steps=60, tolerance=1e-12, free_SxPxQ=None
-):
+    problem: Problem,
+    z_SxP: np.ndarray,
+    weights_SxN: np.ndarray | float,
+    y_SxN: np.ndarray,
+    delta: float,
+    steps: int = 60,
+    tolerance: float = 1e-12,
+    free_SxPxQ: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
     """Damped Newton steps for S problems at once -> (coordinates (S, P), objectives (S,)).
 
-    Near a minimum the curvature is the exact one, its eigenvalues made positive; where that fails
-    the damping grows until a step descends. `delta` infinite: least squares."""
+    Every step tries two curvatures, and takes whichever descends farther: the exact one, its
+    eigenvalues made positive, which ends in quadratic convergence; and that of the least squares
+    that lie above Huber's function, which descends from far away. Where neither does, the damping
+    grows. `free_SxPxQ`: orthonormal directions that each problem may move in."""
     z = np.array(np.broadcast_to(z_SxP, (len(y_SxN), np.shape(z_SxP)[-1])), float)
     weights = np.broadcast_to(weights_SxN, y_SxN.shape)
-    features, same_term = problem.features_NxP, problem.term_of_P[:, None] == problem.term_of_P
-    count, size = z.shape
-    damping = np.full(count, 1e-2)
+    damping = np.full(len(z), 1e-2)
     residual, shares = problem.residuals(z, y_SxN)
     value = (weights * rho(residual, delta)).sum(axis=1)
-    active = np.ones(count, bool)
+    active = np.ones(len(z), bool)
     for _ in range(steps):
         at = np.flatnonzero(active)
         if not len(at):
             break
-        r, p, w = residual[at], shares[at], weights[at]
-        jacobian = p * features
-        inner = np.abs(r) <= delta
-        slope = w * np.clip(r, -delta, delta)
-        with np.errstate(divide="ignore"):
-            convex = w * np.where(inner, 1.0, delta / np.maximum(np.abs(r), 1e-300))
-        gradient = np.einsum("sn,snp->sp", slope, jacobian)
-        own = np.einsum("snp,nq->spq", slope[:, :, None] * p * features, features) * same_term
-        outer = np.einsum("snp,snq->spq", (w * inner - slope)[:, :, None] * jacobian, jacobian)
-        exact = own + outer
-        majorising = np.einsum("snp,snq->spq", convex[:, :, None] * jacobian, jacobian)
-        best_value, best_z = value[at].copy(), z[at].copy()
-        moved = np.zeros(len(at), bool)
-        for hessian in (exact, majorising):
-            if free_SxPxQ is not None:
-                free = free_SxPxQ[at]
-                hessian = free.transpose(0, 2, 1) @ hessian @ free
-            bend, axes = np.linalg.eigh(hessian)
-            scale = np.abs(bend).max(axis=1, keepdims=True) + 1e-300
-            bend = np.abs(bend) + scale * (damping[at, None] + 1e-14)
-            if free_SxPxQ is not None:
-                axes = free @ axes
-            along = np.einsum("spq,sp->sq", axes, gradient) / bend
-            trial = z[at] - np.einsum("spq,sq->sp", axes, along)
-            trial_r, _ = problem.residuals(trial, y_SxN[at])
-            trial_value = (w * rho(trial_r, delta)).sum(axis=1)
-            better = trial_value < best_value
-            best_value = np.where(better, trial_value, best_value)
-            best_z[better] = trial[better]
-            moved |= better
-        gain = value[at] - best_value
-        z[at], value[at] = best_z, best_value
-        residual[at], shares[at] = problem.residuals(best_z, y_SxN[at])
-        damping[at] = np.where(moved, damping[at] * 0.2, damping[at] * 10).clip(1e-16, 1e8)
+        free = None if free_SxPxQ is None else free_SxPxQ[at]
+        gradient, curvatures = _derivatives(problem, residual[at], shares[at], weights[at], delta)
+        before, here = value[at], z[at]
+        for curvature in curvatures:
+            trial = here - _damped_step(gradient, curvature, damping[at], free)
+            trial_residual, trial_shares = problem.residuals(trial, y_SxN[at])
+            trial_value = (weights[at] * rho(trial_residual, delta)).sum(axis=1)
+            better = trial_value < value[at]
+            now = at[better]
+            z[now], value[now] = trial[better], trial_value[better]
+            residual[now], shares[now] = trial_residual[better], trial_shares[better]
+        gain = before - value[at]
+        moved = gain > 0
+        damping[at] = np.clip(damping[at] * np.where(moved, 0.2, 10.0), 1e-16, 1e8)
         done = (moved & (gain <= tolerance * value[at])) | (damping[at] > 1e6)
         active[at[done]] = False
     return z, value
+
+
+def _derivatives(problem: Problem, residual_SxN, shares_SxNxP, weights_SxN, delta):
+    """The objectives' gradients (S, P) and two curvatures (S, P, P), exact and majorising."""
+    features, term_of = problem.features_NxP, problem.term_of_P
+    jacobian = shares_SxNxP * features
+    across = jacobian.transpose(0, 2, 1)
+    size = np.abs(residual_SxN)
+    slope = weights_SxN * np.clip(residual_SxN, -delta, delta)
+    if np.isinf(delta):
+        inside, above = weights_SxN, weights_SxN
+    else:
+        inside = weights_SxN * (size <= delta)
+        above = weights_SxN * (delta / np.maximum(size, delta))
+    gradient = (across @ slope[..., None])[..., 0]
+    # log L is a log-sum-exp, so its own curvature is diag(shares) - shares shares^T.
+    own = (slope[..., None] * jacobian).transpose(0, 2, 1) @ features
+    own = own * (term_of[:, None] == term_of)
+    exact = own + across @ ((inside - slope)[..., None] * jacobian)
+    return gradient, (exact, across @ (above[..., None] * jacobian))
+
+
+def _damped_step(gradient_SxP, curvature_SxPxP, damping_S, free_SxPxQ) -> np.ndarray:
+    """(S, P), at most `_LONGEST` long."""
+    if free_SxPxQ is not None:
+        curvature_SxPxP = free_SxPxQ.transpose(0, 2, 1) @ curvature_SxPxP @ free_SxPxQ
+    bend, axes = np.linalg.eigh(curvature_SxPxP)
+    bend = np.abs(bend)
+    bend = bend + bend.max(axis=1, keepdims=True) * (damping_S[:, None] + 1e-14) + 1e-40
+    if free_SxPxQ is not None:
+        axes = free_SxPxQ @ axes
+    along = (gradient_SxP[:, None] @ axes)[:, 0] / bend
+    step = (axes @ along[..., None])[..., 0]
+    length = np.sqrt((step**2).sum(axis=1, keepdims=True))
+    return step * np.minimum(1.0, _LONGEST / np.maximum(length, _LONGEST))

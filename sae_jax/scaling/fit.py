@@ -5,14 +5,15 @@ import dataclasses
 import numpy as np
 
 from sae_jax.config import UserError
-from sae_jax.scaling import checks, holdout, identify
+from sae_jax.scaling import checks, holdout, identify, isoflop
 from sae_jax.scaling.estimate import ESTIMATORS, Estimate, estimate
 from sae_jax.scaling.frontier import Cost, Frontier
-from sae_jax.scaling.intervals import Bootstrap, bootstrap, public_intervals, widening
-from sae_jax.scaling.laws import Law
-from sae_jax.scaling.results import Results
+from sae_jax.scaling.intervals import Bootstrap, bootstrap, public_intervals, spread, widening
+from sae_jax.scaling.laws import LAWS, Law
+from sae_jax.scaling.results import ACCOUNTINGS, Results
 
 RESAMPLES = 400
+LAW_NAMES = (*LAWS, isoflop.NAME)
 EXPONENTS = ("d_sae_exponent", "tokens_exponent", "loss_exponent")
 _INTERVALS = (
     "ci95: profile intervals of the objective, its scale by the bootstrap over runs; of the "
@@ -48,13 +49,34 @@ class Fit:
     alternatives: dict[str, Estimate]
     warnings: list[str]
 
+    def at(self, flops: np.ndarray, theta: np.ndarray | None = None) -> np.ndarray:
+        """(..., budgets): the least loss at budgets C, of the fit or of parameters (..., P)."""
+        theta = self.estimate.theta if theta is None else theta
+        if self.law.name == "power":
+            return np.exp(self.law.log_loss(theta, {"flops": flops}))
+        return Frontier.of(self.law, theta, self.frontier.cost, self.k).at(flops)["loss"]
+
     @property
     def law(self) -> Law:
         return self.estimate.law
 
+    @property
+    def name(self) -> str:
+        return self.law.name
+
+    @property
+    def factor(self) -> float:
+        """By how much a bootstrap's deviations are widened."""
+        return widening(self.drawn.runs, len(self.estimate.theta))
+
     def spread(self, values: np.ndarray, at: np.ndarray) -> np.ndarray:
         """95% interval (2, ...) of something from its bootstrap values (R, ...)."""
-        return spread(values, at, widening(self.drawn.runs, len(self.estimate.theta)))
+        return spread(values, at, self.factor)
+
+    def frontiers(self) -> Frontier:
+        """Of every draw that has one."""
+        every = Frontier.of(self.law, self.drawn.theta, self.frontier.cost, self.k)
+        return every.take(every.exists)
 
     def exponents(self, theta: np.ndarray) -> dict[str, np.ndarray]:
         """The frontier's exponents for internal parameters (P,) or (S, P), as far as the law has
@@ -116,9 +138,15 @@ class Fit:
         return out
 
 
-def fit(results: Results, law: Law, options: Options) -> Fit:
-    """Fits a law of `laws.LAWS`. Raises UserError where the results cannot identify it."""
-    identify.check(law, results)
+def fit(results: Results, name: str, options: Options) -> "Fit | isoflop.IsoflopFit":
+    """Fits one of `LAW_NAMES`. Raises UserError where the results cannot identify it."""
+    if name == isoflop.NAME:
+        found = isoflop.fit(results, options)
+        return dataclasses.replace(found, warnings=checks.isoflop_warnings(found))
+    law, among = LAWS[name], None
+    if name == "power":
+        results, among = envelope(results)
+    identify.check(law, results, among)
     estimator = options.estimator or law.estimator
     best = estimate(law, results.columns, results.loss, estimator)
     drawn = bootstrap(best, results.run, options.resamples, options.seed)
@@ -149,7 +177,46 @@ def fit(results: Results, law: Law, options: Options) -> Fit:
         },
         warnings=[],
     )
-    return dataclasses.replace(found, warnings=checks.warnings(found, cost))
+    return dataclasses.replace(
+        found, warnings=[*([among] if among else []), *checks.warnings(found, cost)]
+    )
+
+
+def by_accountings(results: Results, found, accounting: str, options: Options) -> dict[str, dict]:
+    """The frontier by each accounting of compute that the results have; `found`: the fit by
+    `accounting`."""
+    frontiers = {accounting: found.summary()["frontier"]}
+    for other in set(ACCOUNTINGS) - {accounting}:
+        if other in results.columns:
+            try:
+                again = fit(results.by_accounting(other), found.name, options)
+                frontiers[other] = again.summary()["frontier"]
+            except UserError as error:
+                frontiers[other] = {"refused": str(error)}
+    return frontiers
+
+
+def envelope(results: Results) -> tuple[Results, str | None]:
+    """The runs on the compute frontier, those with less loss than every cheaper run, and how they
+    were chosen. All runs where there is one path to begin with: no column d_sae, or sizes that
+    never fall as compute grows, one to a budget."""
+    order = np.argsort(results.columns["flops"], kind="stable")
+    size = results.columns.get("d_sae")
+    group = holdout.groups(results.columns["flops"])[order]
+    if size is None or (np.diff(size[order]) >= 0).all() and len(set(group)) == len(group):
+        return results, None
+    loss = results.loss[order]
+    best = np.array([loss[group == g].min() for g in range(group[-1] + 1)])
+    before = np.concatenate([[np.inf], np.minimum.accumulate(best)[:-1]])
+    chosen = order[(loss == best[group]) & (best < before)[group]]
+    return results.take(chosen), (
+        f"{len(chosen)} of {len(results)} runs are on the compute frontier (less loss than every "
+        "cheaper run) and are fitted; with noise such runs are the lucky ones"
+    )
+
+
+def needed_columns(name: str) -> tuple[str, ...]:
+    return isoflop.COLUMNS if name == isoflop.NAME else LAWS[name].columns
 
 
 def hold_out(results: Results, law: Law, estimator: str, count: int | None):
@@ -175,8 +242,3 @@ def hold_out(results: Results, law: Law, estimator: str, count: int | None):
         "n_points": len(held),
         "params": without.params,
     }
-
-
-def spread(values: np.ndarray, at: np.ndarray, factor: float) -> np.ndarray:
-    """95% interval (2, ...): quantiles of draws (R, ...), their distance from `at` widened."""
-    return at + factor * (np.percentile(values, [2.5, 97.5], axis=0) - at)

@@ -15,9 +15,11 @@ _WHAT = {
 _TOGETHER = 0.9999  # correlation of two columns' logarithms above which neither tells its own part
 
 
-def check(law: Law, results: Results) -> None:
+def check(law: Law, results: Results, among: str | None = None) -> None:
+    """Raises UserError. `among`: how these were chosen of more runs."""
     loss = results.loss
     where = f"{results.source} cannot identify {law.name} ({law.formula})"
+    where += f"; {among}" if among else ""
     for column, needed in law.levels.items():
         there = distinct(results.columns[column])
         if len(there) < needed:

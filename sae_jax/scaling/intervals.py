@@ -7,8 +7,9 @@ all values of a parameter at which the objective, minimised over the others, lie
 scale * t^2 / 2 of its minimum, t the 97.5% point of Student's t for (runs - parameters) degrees of
 freedom. It bends with the law's curvature, and the bootstrap gives the scale of the objective:
 at the estimate the objective of a draw lies scale * P / 2 above its minimum on average, whatever
-the distribution of the noise. For least squares and Gaussian noise the scale is the variance and
-the interval that of the F test.
+the distribution of the noise. For least squares of runs of one row each the scale is the variance,
+and the interval that of the F test. On 400 simulated sets of 25 runs the intervals of chinchilla's
+five parameters, fitted by `huber`, held the truth in 95% to 97% (tests/test_laws.py).
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ import scipy.stats
 from sae_jax.scaling.estimate import Estimate, last_delta, minimise, rho
 
 FAR = 30.0  # in internal units: a factor 1e13 of a scale
-_PRECISE = 1e-3  # relative, of the distance at which a profile reaches its threshold
+_CLOSE = 0.02  # relative: of the threshold's height, from where on a profile is a straight line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +44,11 @@ def bootstrap(estimate: Estimate, run_N: np.ndarray, count: int, seed: int = 0) 
     above = draws_RxN @ rho(residual[0], delta) - value
     parameters = len(estimate.theta)
     # Residuals of a fit are smaller than the noise, by the degrees of freedom it used.
-    free = runs / max(runs - parameters, 1)
-    return Bootstrap(problem.theta(z), float(2 * above.mean() / parameters * free), runs)
+    free = max(runs - parameters, 1)
+    scale = 2 * above.mean() / parameters * runs / free
+    if np.isinf(delta) and runs == len(run_N):
+        scale = 2 * estimate.objective / free
+    return Bootstrap(problem.theta(z), float(scale), runs)
 
 
 def widening(runs: int, parameters: int) -> float:
@@ -52,6 +56,11 @@ def widening(runs: int, parameters: int) -> float:
     freedom, and Student's t for the normal distribution."""
     free = max(runs - parameters, 1)
     return float(np.sqrt(runs / free) * scipy.stats.t.ppf(0.975, free) / 1.96)
+
+
+def spread(values: np.ndarray, at: np.ndarray, factor: float) -> np.ndarray:
+    """95% interval (2, ...): quantiles of draws (R, ...), their distances from `at` widened."""
+    return at + factor * (np.percentile(values, [2.5, 97.5], axis=0) - at)
 
 
 def public_intervals(estimate: Estimate, drawn: Bootstrap) -> dict[str, tuple[float, float]]:
@@ -100,22 +109,22 @@ def profile_intervals(estimate: Estimate, drawn: Bootstrap) -> np.ndarray:
             break
         z = centre + (signs * distance)[at, None] * path[at]
         y_SxN = np.broadcast_to(problem.y_N, (len(at), len(problem.y_N)))
-        z, value = minimise(problem, z, 1.0, y_SxN, delta, tolerance=1e-10, free_SxPxQ=free[at])
+        z, value = minimise(problem, z, 1.0, y_SxN, delta, tolerance=1e-8, free_SxPxQ=free[at])
         path[at] = (z - centre) / (signs * distance)[at, None]
         height = np.sqrt(np.maximum(value - lowest, 0) / threshold)
         below = height < 1
         near[at[below]], height_near[at[below]] = distance[at[below]], height[below]
         far[at[~below]], height_far[at[~below]] = distance[at[~below]], height[~below]
-        end[at] = distance[at]
         bracketed = np.isfinite(far[at])
         with np.errstate(invalid="ignore", divide="ignore"):
+            end[at] = distance[at] / height
             outward = distance[at] * np.clip(1.05 / height, 1.05, 4.0)
             part = (1 - height_near[at]) / (height_far[at] - height_near[at])
             inward = near[at] + (far[at] - near[at]) * np.clip(part, 0.05, 0.95)
         distance[at] = np.where(bracketed, inward, outward)
         unbounded = ~bracketed & (distance[at] > FAR)
         end[at[unbounded]] = np.inf
-        exact = np.abs(height - 1) < _PRECISE
-        closed = bracketed & (far[at] - near[at] < _PRECISE * far[at])
-        open_[at[exact | closed | unbounded]] = False
+        close = np.abs(height - 1) < _CLOSE
+        closed = bracketed & (far[at] - near[at] < 1e-3 * far[at])
+        open_[at[close | closed | unbounded]] = False
     return estimate.theta[:, None] + (signs * end).reshape(size, 2)

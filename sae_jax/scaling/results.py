@@ -11,7 +11,14 @@ import numpy as np
 from sae_jax.config import UserError, choose
 
 COLUMNS = ("d_sae", "tokens", "k", "flops", "loss")
-_OPTIONAL = ("dead_fraction",)
+_OPTIONAL = ("dead_fraction", "flops_executed")
+ACCOUNTINGS = ("flops", "flops_executed")  # 12 n d a token; what the step executes
+_SETTING = (
+    "architecture",
+    "kind",
+    "d_in",
+    "sparsity_coefficient",
+)  # laws are of runs alike in them
 _SAME = 1e-6  # relative: values of a column closer than this are one value
 _PRODUCT = 1e-3  # relative: how exactly flops is a multiple of d_sae * tokens
 
@@ -35,6 +42,22 @@ class Results:
     @property
     def loss(self) -> np.ndarray:
         return self.columns["loss"]
+
+    @property
+    def compute(self) -> np.ndarray:
+        """(N,) FLOPs, or n D where a token's cost is not known."""
+        if "flops" in self.columns:
+            return self.columns["flops"]
+        return self.columns["d_sae"] * self.columns["tokens"]
+
+    def by_accounting(self, name: str) -> "Results":
+        """With compute counted by one of `ACCOUNTINGS`."""
+        if name == "flops":
+            return self
+        if name not in self.columns:
+            raise UserError(f"{self.source} has no column {name}, which --accounting={name} needs")
+        columns = self.columns | {"flops": self.columns[name]}
+        return dataclasses.replace(self, columns=columns)
 
     def take(self, rows) -> "Results":
         columns = {name: values[rows] for name, values in self.columns.items()}
@@ -84,6 +107,8 @@ def read(
     notes += note
     rows, note = _without_repeats(rows)
     notes += note
+    rows, note = _best_rates(rows, names or {})
+    notes += note
     if not rows:
         raise UserError(f"{file} has no rows of finished runs, so there is nothing to fit")
     names = _resolve_names(rows, names or {}, file)
@@ -97,6 +122,7 @@ def read(
     if missing:
         raise UserError(_missing(missing[0], names, rows, file))
     ids = [row.get("run_id") or f"line {line}" for line, row in rows]
+    notes += _settings(rows, needed)
     _, run = np.unique(ids, return_inverse=True)
     return Results(str(path), columns, run, names["loss"], factor, tuple(notes))
 
@@ -159,6 +185,40 @@ def _without_repeats(rows):
         seen.add(key)
     repeats = len(rows) - len(kept)
     return kept, [f"{repeats} rows repeat another row exactly and count once"] if repeats else []
+
+
+def _best_rates(rows, names: dict[str, str]):
+    """Where runs of one size, budget and k differ in learning rate: those of the best one. The
+    others say what a wrong rate costs, not what the budget buys."""
+    size, data, k, loss = (names.get(name) or name for name in ("d_sae", "tokens", "k", "loss"))
+    if not rows or not {"lr", size, data} <= set(rows[0][1]):
+        return rows, []
+    loss = loss if loss in rows[0][1] else "eval_loss"
+    cells: dict[tuple, dict] = {}
+    for line, row in rows:
+        cell = tuple(row.get(name) for name in (size, data, k, "sparsity_coefficient"))
+        cells.setdefault(cell, {}).setdefault(row.get("lr"), []).append((line, row))
+    kept = []
+    for rates in cells.values():
+        losses = {rate: [_number(row.get(loss)) for _, row in of] for rate, of in rates.items()}
+        if len(rates) == 1 or any(v is None for values in losses.values() for v in values):
+            kept += [row for of in rates.values() for row in of]
+        else:
+            kept += rates[min(losses, key=lambda rate: np.mean(losses[rate]))]
+    left = len(rows) - len(kept)
+    note = f"{left} runs are left out, another learning rate being better for their size and budget"
+    return sorted(kept, key=lambda row: row[0]), [note] if left else []
+
+
+def _settings(rows, needed) -> list[str]:
+    """Notes of settings in which the runs differ, and which the law does not know."""
+    out = []
+    for name in (*_SETTING, *(() if "k" in needed else ("k",))):
+        values = {str(row.get(name)) for _, row in rows if row.get(name) not in (None, "")}
+        if len(values) > 1:
+            some = ", ".join(sorted(values)[:4]) + (", ..." if len(values) > 4 else "")
+            out.append(f"the runs differ in {name} ({some}), which this law does not know")
+    return out
 
 
 def _resolve_names(rows, names: dict[str, str], file) -> dict[str, str]:
