@@ -9,6 +9,7 @@ from sae_jax import train
 from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig
 from sae_jax.sae import Losses, resolve
 from sae_jax.train import controls
+from sae_jax.train.lengths import Lengths
 
 STEPS, WIDTH = 400, 16
 WORLD = "world:superposition,width=32,features=128"
@@ -18,10 +19,16 @@ def resolved(**fields) -> SAEConfig:
     return resolve(SAEConfig(d_sae=512, **fields), WIDTH)
 
 
+def lengths(config: SAEConfig) -> Lengths:
+    return Lengths.of(Config(sae=config), STEPS)
+
+
 def over_a_run(config: SAEConfig) -> controls.Controls:
     """The controls of every step, stacked."""
     dead = jnp.zeros(())
-    return jax.vmap(lambda step: controls.at(config, step, STEPS, 0.0, dead))(jnp.arange(STEPS))
+    return jax.vmap(lambda step: controls.at(config, step, lengths(config), 0.0, dead))(
+        jnp.arange(STEPS)
+    )
 
 
 def test_the_coefficient_warms_up():
@@ -52,7 +59,7 @@ def test_a_running_mean_forgets_what_it_began_with():
     values = np.random.default_rng(0).normal(size=STEPS) + 5
     mean = 1e6
     for step, value in enumerate(values):
-        mean += controls.running_mean_weight(step, STEPS) * (value - mean)
+        mean += controls.running_mean_weight(step, STEPS / 20) * (value - mean)
     assert mean == pytest.approx(values[-60:].mean(), abs=0.5)
 
 
@@ -67,11 +74,13 @@ def test_the_controller_without_training(target, factor):
 
     def step_on(state, inputs):
         (log_l0, log_coefficient, last_l0), (step, noise) = state, inputs
-        now = controls.at(config, step, STEPS, log_coefficient, None)
+        now = controls.at(config, step, lengths(config), log_coefficient, None)
         log_l0 += jnp.clip((jnp.log(60 / now.coefficient) - log_l0) / 20, -0.03, 0.03)
         l0 = jnp.exp(log_l0 + 0.02 * noise)
         losses = Losses(*[jnp.zeros(())] * 5)._replace(l0=l0)
-        new = controls.next_log_coefficient(config, step, STEPS, log_coefficient, last_l0, losses)
+        new = controls.next_log_coefficient(
+            config, step, lengths(config), log_coefficient, last_l0, losses
+        )
         return (log_l0, new, l0), jnp.exp(log_l0)
 
     noise = np.random.default_rng(0).normal(size=STEPS).astype(np.float32)

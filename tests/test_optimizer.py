@@ -6,8 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from sae_jax.config import OptimizerConfig, UserError
+from sae_jax.config import Config, OptimizerConfig, UserError
 from sae_jax.train import optimizer
+from sae_jax.train.lengths import Lengths
 
 STEPS = 1000  # warm-up: 100 steps; tail: the last 200
 
@@ -25,11 +26,15 @@ def test_schedule(schedule, points):
     config = OptimizerConfig(
         learning_rate=3e-3, schedule=schedule, warmup_fraction=0.1, decay_fraction=0.2
     )
-    rate = optimizer.schedule(config, STEPS)
+    rate = optimizer.schedule(config, lengths(config))
     for step, part in points.items():
         assert float(rate(jnp.int32(step))) == pytest.approx(3e-3 * part, rel=1e-5), step
     every = [float(rate(jnp.int32(step))) for step in range(0, STEPS, 50)]
     assert min(every) > 0, "a step that learns nothing"
+
+
+def lengths(config: OptimizerConfig) -> Lengths:
+    return Lengths.of(Config(optimizer=config), STEPS)
 
 
 def normal(seed, *shape):
@@ -45,7 +50,7 @@ def parameters():
 
 def test_decoder_rows_stay_unit_and_moments_orthogonal(parameters):
     config = OptimizerConfig(learning_rate=0.1, schedule="constant", warmup_fraction=0)
-    adam = optimizer.make(config, STEPS, unit_norm_decoder=True)
+    adam = optimizer.make(config, lengths(config), unit_norm_decoder=True)
     state = adam.init(parameters)
     for step in range(5):
         before = parameters
@@ -66,7 +71,7 @@ def test_free_decoder_is_plain_adam(parameters):
     config = OptimizerConfig(
         learning_rate=0.1, schedule="constant", warmup_fraction=0, clip_norm=None
     )
-    ours, plain = optimizer.make(config, STEPS, unit_norm_decoder=False), optax.adam(0.1)
+    ours, plain = optimizer.make(config, lengths(config), unit_norm_decoder=False), optax.adam(0.1)
     gradients = jax.tree.map(lambda p: jnp.asarray(normal(7, *p.shape)), parameters)
     got, _ = ours.update(gradients, ours.init(parameters), parameters)
     want, _ = plain.update(gradients, plain.init(parameters), parameters)
@@ -75,7 +80,7 @@ def test_free_decoder_is_plain_adam(parameters):
 
 def test_clip_is_of_the_global_norm(parameters):
     config = OptimizerConfig(learning_rate=0.1, clip_norm=0.5)
-    adam = optimizer.make(config, STEPS, unit_norm_decoder=False)
+    adam = optimizer.make(config, lengths(config), unit_norm_decoder=False)
     gradients = jax.tree.map(lambda p: jnp.asarray(normal(7, *p.shape)), parameters)
     _, state = adam.update(gradients, adam.init(parameters), parameters)
     moments = optax.tree.get(state, "mu")

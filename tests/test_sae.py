@@ -20,6 +20,7 @@ from sae_jax.sae import Controls
 from sae_jax.train import optimizer
 from sae_jax.train.checkpoints import Checkpoints
 from sae_jax.train.directory import RunDirectory
+from sae_jax.train.lengths import Lengths
 from sae_jax.train.step import Trainer
 
 D, N, B = 6, 20, 16
@@ -52,18 +53,27 @@ CASES = {
 }  # fmt: skip
 QUICK = {*saes.ARCHITECTURES, "jumprelu, tanh", "topk, skip_transcoder", "gated, crosscoder"}
 KINDS = ("transcoder", "skip_transcoder", "crosscoder")
-for _name in saes.ARCHITECTURES:  # inputs and targets compose with every one of them
+CROSSED = set()  # where a test takes long, for by hand: an architecture with two of the kinds
+for _number, _name in enumerate(saes.ARCHITECTURES):
+    # Inputs and targets compose with every one of them.
     CASES |= {f"{_name}, {kind}": CASES[_name] | {"kind": kind} for kind in KINDS}
+    CROSSED |= {f"{_name}, {KINDS[(_number + other) % 3]}" for other in (1, 2)}
 
 
-def every_case(test, quick=frozenset(QUICK)):
-    """`test` of every case; those that are not in `quick` are slow tests."""
-    marked = [pytest.param(n, marks=() if n in quick else pytest.mark.slow) for n in CASES]
-    return pytest.mark.parametrize("name", marked)(test)
+def every_case(test, quick=frozenset(QUICK), by_hand=frozenset()):
+    """`test` of every case; those that are not in `quick` are slow tests, of `by_hand` long."""
+
+    def marks(name):
+        if name in quick:
+            return ()
+        return pytest.mark.long if name in by_hand else pytest.mark.slow
+
+    return pytest.mark.parametrize("name", [pytest.param(n, marks=marks(n)) for n in CASES])(test)
 
 
 def every_case_quickly(*quick):
-    return functools.partial(every_case, quick=quick)
+    """Of a test that takes long: `quick` at once, each kind with some architectures in CI."""
+    return functools.partial(every_case, quick=quick, by_hand=CROSSED)
 
 
 every_architecture = pytest.mark.parametrize("name", saes.ARCHITECTURES)
@@ -281,9 +291,9 @@ def test_loss_falls(name):
     x, y = data(config, 256)
     architecture = saes.architecture(config)
     parameters = architecture.init_parameters(jax.random.key(0), config, y.mean(axis=0))
-    adam = optimizer.make(
-        OptimizerConfig(learning_rate=5e-3, schedule="constant"), 100, config.unit_norm_decoder
-    )
+    constant = OptimizerConfig(learning_rate=5e-3, schedule="constant")
+    lengths = Lengths.of(Config(optimizer=constant), 100)
+    adam = optimizer.make(constant, lengths, config.unit_norm_decoder)
     losses = loss_of(
         config, x, y, dataclasses.replace(controls(config), coefficient=jnp.float32(0.03))
     )

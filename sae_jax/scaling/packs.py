@@ -15,8 +15,8 @@ from sae_jax import config as configs
 from sae_jax import sae as saes
 from sae_jax.config import Config
 from sae_jax.train import controls
+from sae_jax.train.lengths import Lengths
 from sae_jax.train.loop import flops, run_id
-from sae_jax.train.optimizer import decay_steps, warmup_steps
 from sae_jax.train.pack import VARIED, get_field, set_fields
 
 __all__ = ["VARIED", "Pack", "Pass", "make_passes"]
@@ -98,21 +98,19 @@ def _shape(run: Config) -> dict:
         key["train"]["seed"] = run.train.seed
     if not _can_branch(run):
         return key
-    steps, sae = count_steps(run), run.sae
+    lengths = Lengths.of(run, count_steps(run))
     key["train"].pop("tokens")
     key["optimizer"].pop("warmup_fraction")
     key["sae"].pop("sparsity_warmup_fraction")
-    key["absolute"] = [warmup_steps(run.optimizer, steps), controls.warmup_steps(sae, steps)]
-    if saes.architecture(sae).RUNNING_MEANS:
-        key["absolute"].append(controls.horizon(steps))
+    key["absolute"] = [lengths.warmup, lengths.sparsity_warmup]
+    if saes.architecture(run.sae).RUNNING_MEANS:
+        key["absolute"].append(lengths.horizon)
     return key
 
 
 def _can_branch(run: Config) -> bool:
     """Whether nothing but the decay at its end depends on the run's number of steps."""
-    sae = run.sae
-    annealed = sae.k_start is not None or (sae.p_end or 1) < 1 or controls.adapts(sae)
-    return run.optimizer.schedule in _BRANCHING_SCHEDULES and not annealed
+    return run.optimizer.schedule in _BRANCHING_SCHEDULES and not controls.anneals(run.sae)
 
 
 def _families(runs: list[Config]) -> list[_Family]:
@@ -148,7 +146,7 @@ def _packs(family: _Family, place: int) -> list[Pack]:
             Pack(
                 tuple(runs),
                 trunk=place,
-                start=steps - decay_steps(runs[0].optimizer, steps),
+                start=steps - Lengths.of(runs[0], steps).decay,
                 parents=tuple(parents[_varied(run)] for run in runs),
             )
         )

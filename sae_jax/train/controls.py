@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from sae_jax.config import SAEConfig
 from sae_jax.sae import Controls, Losses
+from sae_jax.train.lengths import Lengths
 
 _MOST = math.log(1e3)  # the controller multiplies the coefficient by up to this, or its inverse
 _GAIN = 2.0  # change of ln(coefficient) for a change of ln(L0)
@@ -22,16 +23,17 @@ _LARGE_ERROR, _ANY_ERROR = 0.35, 3.0  # of ln(L0): what the integral part, and a
 def at(
     config: SAEConfig,
     step: jax.Array | int,
-    steps: int,
+    lengths: Lengths,
     log_coefficient,
     dead: jax.Array,
     k: jax.Array | None = None,
 ) -> Controls:
-    """The controls of `step` (from 0) of `steps`. k: the run's own, where config.k is only the
-    largest of its pack."""
+    """The controls of `step`, from 0. k: the run's own, where config.k is only the largest of its
+    pack."""
+    steps = lengths.steps
     return Controls(
         dead=dead,
-        coefficient=_coefficient(config, step, steps, log_coefficient),
+        coefficient=_coefficient(config, step, lengths.sparsity_warmup, log_coefficient),
         k=_k(config, config.k if k is None else k, step, steps) if config.k_start else k,
         p=_p(config, step, steps),
         next_p=_p(config, step + 1, steps),
@@ -41,7 +43,7 @@ def at(
 def next_log_coefficient(
     config: SAEConfig,
     step: jax.Array,
-    steps: int,
+    lengths: Lengths,
     log_coefficient: jax.Array,
     last_l0: jax.Array,
     losses: Losses,
@@ -59,9 +61,9 @@ def next_log_coefficient(
         return new
     error = _log_error(losses.l0, config.target_l0)
     before = jnp.where(step == 0, error, _log_error(last_l0, config.target_l0))
-    slow = jnp.clip(error, -_LARGE_ERROR, _LARGE_ERROR) * _INTEGRALS / steps
+    slow = jnp.clip(error, -_LARGE_ERROR, _LARGE_ERROR) * _INTEGRALS / lengths.steps
     change = _GAIN * (error - before + slow)
-    starting = step < min(warmup_steps(config, steps), steps // 20)
+    starting = step < jnp.minimum(lengths.sparsity_warmup, lengths.steps // 20)
     change = jnp.where(starting, jnp.where(error < 0, jnp.minimum(change, 0.0), 0.0), change)
     return jnp.clip(new + change, -_MOST, _MOST)
 
@@ -75,28 +77,23 @@ def adapts(config: SAEConfig) -> bool:
     return config.target_l0 is not None and config.sparsity_loss != "quadratic"
 
 
-def running_mean_weight(step: jax.Array, steps: int) -> jax.Array:
+def anneals(config: SAEConfig) -> bool:
+    """Whether what is at work in the middle of a run depends on how long it will be."""
+    return config.k_start is not None or (config.p_end or 1) < 1 or adapts(config)
+
+
+def running_mean_weight(step: jax.Array, horizon: float) -> jax.Array:
     """The weight of this step's value in an exponential running mean, corrected for its start: at
     step 0 it is 1, and whatever the mean began with is forgotten."""
-    decay = 1 - 1 / horizon(steps)
-    return (1 - decay) / (1 - decay ** (step + 1.0))
+    part = 1 / horizon
+    return part / -jnp.expm1((step + 1.0) * jnp.log1p(-part))
 
 
-def horizon(steps: int) -> float:
-    """Of running means: 1/20 of the run, at least 10 and at most 1,000 steps."""
-    return min(max(steps / 20, 10), 1000)
-
-
-def _coefficient(config: SAEConfig, step, steps: int, log_coefficient) -> jax.Array:
+def _coefficient(config: SAEConfig, step, warmup: int, log_coefficient) -> jax.Array:
     if config.sparsity_coefficient is None:
         return jnp.zeros(())
-    warm = jnp.minimum(1.0, (step + 1) / max(1, warmup_steps(config, steps)))
+    warm = jnp.minimum(1.0, (step + 1) / jnp.maximum(1, warmup))
     return config.sparsity_coefficient * warm * jnp.exp(log_coefficient)
-
-
-def warmup_steps(config: SAEConfig, steps: int) -> int:
-    """Steps until the sparsity coefficient has its full value."""
-    return round((config.sparsity_warmup_fraction or 0) * steps)
 
 
 def _k(config: SAEConfig, k, step, steps: int) -> jax.Array:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from sae_jax.config import OptimizerConfig, UserError, choose
+from sae_jax.train.lengths import Lengths
 
 SCHEDULES = ("constant", "cosine", "linear_tail", "warmup_stable_decay")
 
@@ -33,7 +34,7 @@ def check(config: OptimizerConfig) -> None:
         )
 
 
-def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+def schedule(config: OptimizerConfig, lengths: Lengths) -> optax.Schedule:
     """The learning rate by step: linear warm-up to the peak, then
 
     constant             the peak
@@ -42,14 +43,13 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     warmup_stable_decay  the peak, and 1 - sqrt to 0 over the last decay_fraction
                          (Hagele et al. 2024, "Scaling laws and compute-optimal training")
     """
-    peak = config.learning_rate
-    warmup, decay = warmup_steps(config, steps), decay_steps(config, steps)
+    peak, steps, warmup = config.learning_rate, lengths.steps, lengths.warmup
 
     def rate(step):
-        up = jnp.minimum(1.0, (step + 1) / max(1, warmup))
-        left = jnp.clip((steps - step) / decay, 0.0, 1.0)  # 1 until the tail begins
+        up = jnp.minimum(1.0, (step + 1) / jnp.maximum(1, warmup))
+        left = jnp.clip((steps - step) / lengths.decay, 0.0, 1.0)  # 1 until the tail begins
         if config.schedule == "cosine":
-            done = jnp.clip((step - warmup) / max(1, steps - warmup), 0.0, 1.0)
+            done = jnp.clip((step - warmup) / jnp.maximum(1, steps - warmup), 0.0, 1.0)
             down = 0.5 * (1 + jnp.cos(jnp.pi * done))
         elif config.schedule == "linear_tail":
             down = left
@@ -62,23 +62,15 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return rate
 
 
-def warmup_steps(config: OptimizerConfig, steps: int) -> int:
-    return round(config.warmup_fraction * steps)
-
-
-def decay_steps(config: OptimizerConfig, steps: int) -> int:
-    return max(1, round(config.decay_fraction * steps))
-
-
 def make(
-    config: OptimizerConfig, steps: int, unit_norm_decoder: bool, threshold_unit: float = 1.0
+    config: OptimizerConfig, lengths: Lengths, unit_norm_decoder: bool, threshold_unit: float = 1.0
 ) -> optax.GradientTransformation:
     """For parameters {name: array}; the decoder is `w_dec`, one latent a row. threshold_unit: the
     norm of the activations, by which JumpReLU's thresholds take longer steps."""
     parts = [optax.scale_by_adam(config.b1, config.b2, config.eps)]
     if config.clip_norm is not None:
         parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
-    parts.append(optax.scale_by_learning_rate(schedule(config, steps)))
+    parts.append(optax.scale_by_learning_rate(schedule(config, lengths)))
     parts.append(move_thresholds(threshold_unit))
     if unit_norm_decoder:
         parts = [remove_parallel_gradient(), *parts, renormalise_decoder()]

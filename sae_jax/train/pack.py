@@ -9,6 +9,7 @@ operation would fill. Elsewhere they are one batched operation.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from sae_jax.config import Config
 from sae_jax.ops.mesh import BATCHED_RUNS
+from sae_jax.train import controls
+from sae_jax.train.lengths import Lengths
 from sae_jax.train.step import Trainer, TrainState
 
 # Fields in which the runs of a pack may differ. sae.k: up to the largest of the pack.
@@ -54,86 +57,121 @@ class PackTrainer:
 
     def __init__(self, configs: Sequence[Config], steps: int, variance: float):
         self.trainers = [Trainer(config, steps, variance) for config in configs]
-        self._steps, self._variance = steps, variance
-        self._groups = jax.sharding.get_mesh().shape["run"]
-        spare = -len(configs) % self._groups
-        configs = [*configs, *[configs[-1]] * spare]
+        configs = [*configs, *[configs[-1]] * (-len(configs) % _groups())]
         self.slots = len(configs)
         values = {field: [get_field(config, field) for config in configs] for field in VARIED}
-        # Constants stay constants: the program is then that of the run alone.
+        # What does not differ stays a constant of the program.
         values = {field: v for field, v in values.items() if len(set(v)) > 1}
-        self._config = configs[0]
+        common = set_fields(configs[0], dict.fromkeys(values))
         if "sae.k" in values:
-            self._config = set_fields(self._config, {"sae.k": max(values["sae.k"])})
-        self._values = {
-            field: jnp.asarray(np.asarray(v, np.float32 if isinstance(v[0], float) else np.int32))
-            for field, v in values.items()
+            common = set_fields(common, {"sae.k": max(values["sae.k"])})
+        lengths = Lengths.of(configs[0], steps)
+        if controls.anneals(common.sae):
+            self._shape, own = _Shape(common, variance, lengths), None
+        else:  # nor does it matter for the program how long the runs are
+            self._shape, own = _Shape(set_fields(common, _NO_LENGTHS), variance, None), lengths
+        self._own = {
+            "values": {field: _array(v) for field, v in values.items()},
+            "lengths": jax.tree.map(lambda n: _array([n] * self.slots), own),
+            "slot": _array(range(self.slots)),  # an axis to map over, whatever else there is
         }
-        self._axis = P("run") if self._groups > 1 else P(None)
-        self.step: Callable = jax.jit(self._step, donate_argnums=0)
-        self.evaluate: Callable = jax.jit(self._evaluate)
 
     def init(self, b_dec: jax.Array, scale, target_scale) -> TrainState:
         """Fresh states; b_dec and scales as for `Trainer.init`, one for all runs."""
-        return jax.jit(self._init)(b_dec, jnp.float32(scale), jnp.float32(target_scale))
+        return _init(self._shape, self._own, b_dec, jnp.float32(scale), jnp.float32(target_scale))
 
     def blank(self) -> TrainState:
         """States of zeros, to put those of runs in."""
         one = self.trainers[0].abstract()
-        run = "run" if self._groups > 1 else None
 
         def zeros(a):
-            spec = P(run, *a.sharding.spec)
+            spec = P(*_run_axis(), *a.sharding.spec)
             return jnp.zeros((self.slots, *a.shape), a.dtype, out_sharding=spec)
 
         return jax.jit(lambda: jax.tree.map(zeros, one))()
 
-    def _init(self, *shared):
-        def local(values, *shared):
-            return _one_by_one(lambda own: self._trainer(own).fresh(*shared), values)
+    def step(self, states: TrainState, rows: jax.Array):
+        """One update of every run from a batch (B, width): new states, in the memory of the old,
+        and metrics (slots,)."""
+        return _step(self._shape, states, self._own, rows)
 
-        return _on_groups(local, 1)(self._padded(), *shared)
-
-    def _step(self, states: TrainState, rows: jax.Array):
-        """One update of every run from a batch (B, width): states, and metrics (slots,)."""
-
-        def local(states, values, rows):
-            def update(state, own):
-                return self._trainer(own).update(state, rows)
-
-            return _in_place(update, states, values)
-
-        states, metrics = _on_groups(local, 2)(states, self._padded(), rows)
-        return states, self._everywhere(metrics)
-
-    def _evaluate(self, states: TrainState, rows: jax.Array) -> dict[str, jax.Array]:
+    def evaluate(self, states: TrainState, rows: jax.Array) -> dict[str, jax.Array]:
         """`Trainer.heldout_means` of every run: (slots,) each."""
-
-        def local(states, values, rows):
-            def means(pair):
-                return self._trainer(pair[1]).heldout_means(pair[0], rows)
-
-            return _one_by_one(means, (states, values))
-
-        return self._everywhere(_on_groups(local, 2)(states, self._padded(), rows))
-
-    def _trainer(self, own: dict[str, jax.Array]) -> Trainer:
-        """The trainer of the run with these values, traced."""
-        own = {field: value for field, value in own.items() if field != _SLOT}
-        k = own.pop("sae.k", None)
-        return Trainer(set_fields(self._config, own), self._steps, self._variance, k)
-
-    def _padded(self) -> dict[str, jax.Array]:
-        """The runs' values, along the run axis; the slot's number makes it an axis in any case."""
-        values = self._values | {_SLOT: jnp.arange(self.slots)}
-        return {field: jax.reshard(value, self._axis) for field, value in values.items()}
-
-    def _everywhere(self, values):
-        """Arrays (slots,) on every device, so that any process can read them."""
-        return jax.tree.map(lambda a: jax.reshard(a, P(None)), values)
+        return _evaluate(self._shape, states, self._own, rows)
 
 
-_SLOT = "slot"
+# ------------------------------------------------------------------ the compiled programs
+
+
+class _Shape(NamedTuple):
+    """All that a program is compiled for. Of `config`, fields that runs differ in are None, and
+    `sae.k` is the largest. Packs that agree in it share the program."""
+
+    config: Config
+    variance: float
+    lengths: Lengths | None  # where they matter otherwise than as numbers in the step
+
+    def trainer(self, own: dict) -> Trainer:
+        """Of the run to which the traced values belong."""
+        values = dict(own["values"])
+        k, lengths = values.pop("sae.k", None), self.lengths or own["lengths"]
+        config = set_fields(self.config, values)
+        return Trainer(config, lengths.steps, self.variance, k, lengths)
+
+
+_NO_LENGTHS = {
+    "train.tokens": 0,
+    "optimizer.warmup_fraction": 0.0,
+    "optimizer.decay_fraction": 0.0,
+    "sae.sparsity_warmup_fraction": None,
+}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init(shape: _Shape, own: dict, *shared) -> TrainState:
+    def local(own, *shared):
+        return _one_by_one(lambda own: shape.trainer(own).fresh(*shared), own)
+
+    return _on_groups(local, 1)(_along_runs(own), *shared)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _step(shape: _Shape, states: TrainState, own: dict, rows: jax.Array):
+    def local(states, own, rows):
+        return _in_place(lambda state, own: shape.trainer(own).update(state, rows), states, own)
+
+    states, metrics = _on_groups(local, 2)(states, _along_runs(own), rows)
+    return states, _everywhere(metrics)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _evaluate(shape: _Shape, states: TrainState, own: dict, rows: jax.Array) -> dict:
+    def local(states, own, rows):
+        def means(pair):
+            return shape.trainer(pair[1]).heldout_means(pair[0], rows)
+
+        return _one_by_one(means, (states, own))
+
+    return _everywhere(_on_groups(local, 2)(states, _along_runs(own), rows))
+
+
+def _array(values) -> np.ndarray:
+    values = np.asarray(values)
+    return values.astype(np.float32 if values.dtype.kind == "f" else np.int32)
+
+
+def _along_runs(own: dict) -> dict:
+    return jax.tree.map(lambda a: jax.reshard(a, P(*_run_axis())), own)
+
+
+def _everywhere(values):
+    """Arrays (slots,) on every device, so that any process can read them."""
+    return jax.tree.map(lambda a: jax.reshard(a, P(None)), values)
+
+
+def _run_axis() -> tuple:
+    """The spec of an array's run axis."""
+    return ("run" if _groups() > 1 else None,)
 
 
 @jax.jit

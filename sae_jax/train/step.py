@@ -14,6 +14,7 @@ from sae_jax.config import Config
 from sae_jax.ops.mesh import PER_LATENT, out_sharding
 from sae_jax.sae import SAE, Controls, Losses
 from sae_jax.train import controls, optimizer
+from sae_jax.train.lengths import Lengths
 
 _NEVER = -1
 
@@ -36,19 +37,26 @@ class TrainState:
 
 class Trainer:
     """What a step needs beyond state and batch: the resolved config, the number of steps, and
-    the variance of the scaled targets, summed over d_out, that FVU is measured against. k: the
-    run's own, where config.sae.k is only the largest of its pack."""
+    the variance of the scaled targets, summed over d_out, that FVU is measured against. k and
+    lengths: the run's own, where the config is its whole pack's."""
 
-    def __init__(self, config: Config, steps: int, variance: float, k: jax.Array | None = None):
+    def __init__(
+        self,
+        config: Config,
+        steps: int,
+        variance: float,
+        k: jax.Array | None = None,
+        lengths: Lengths | None = None,
+    ):
         self.config = config
         self._variance = variance
-        self._steps = steps
         self._k = k
+        self._lengths = lengths or Lengths.of(config, steps)
         self._architecture = saes.architecture(config.sae)
-        self._learning_rate = optimizer.schedule(config.optimizer, steps)
+        self._learning_rate = optimizer.schedule(config.optimizer, self._lengths)
         self._optimizer = optimizer.make(
             config.optimizer,
-            steps,
+            self._lengths,
             config.sae.unit_norm_decoder,
             threshold_unit=config.sae.d_in**0.5 if config.sae.normalize == "sqrt_d" else 1.0,
         )
@@ -121,7 +129,7 @@ class Trainer:
             gradients, state.optimizer, state.parameters
         )
         parameters = optax.apply_updates(state.parameters, updates)
-        weight = controls.running_mean_weight(state.step, self._steps)
+        weight = controls.running_mean_weight(state.step, self._lengths.horizon)
         for name, value in losses.running.items():
             before = state.parameters[name]
             parameters[name] = before + weight * (value - before)
@@ -136,7 +144,7 @@ class Trainer:
             log_coefficient=controls.next_log_coefficient(
                 self.config.sae,
                 state.step,
-                self._steps,
+                self._lengths,
                 state.log_coefficient,
                 state.last_l0,
                 losses,
@@ -176,7 +184,7 @@ class Trainer:
         step's sparsity coefficient."""
         sae, x, y = self.scaled(state, rows)
         nothing_dead = jnp.zeros(self.config.sae.d_sae, bool, out_sharding=out_sharding(PER_LATENT))
-        last = self._controls(state, self._steps, nothing_dead)
+        last = self._controls(state, self._lengths.steps, nothing_dead)
         losses = sae.loss(x, y, dataclasses.replace(last, training=False))
         return {
             "eval_loss": losses.total,
@@ -191,4 +199,6 @@ class Trainer:
         return sae.row_losses(x, y, now.coefficient)
 
     def _controls(self, state: TrainState, step, dead: jax.Array) -> Controls:
-        return controls.at(self.config.sae, step, self._steps, state.log_coefficient, dead, self._k)
+        return controls.at(
+            self.config.sae, step, self._lengths, state.log_coefficient, dead, self._k
+        )
