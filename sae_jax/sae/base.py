@@ -183,14 +183,11 @@ class SAE(nnx.Module):
         """Losses of scaled inputs x (B, d_in) and targets y (B, d_out)."""
 
     def row_losses(self, x: jax.Array, y: jax.Array, coefficient: jax.Array) -> jax.Array:
-        """(B,): the squared error of each row of scaled inputs and targets, and its L1 penalty
-        where the architecture has one; `train/resample.py` picks inputs by it."""
-        latents = self.encode(x)
-        y_hat = self.output(product(latents, self.w_dec[...], BATCH), x)
-        losses = jnp.sum(jnp.square(y - y_hat), axis=1)
-        if "p_end" in self.DEFAULTS:
-            losses += coefficient * jnp.sum(latents * self.decoder_norms(), axis=1)
-        return losses
+        """(B,): the squared error of each row of scaled inputs x (B, d_in) and targets y
+        (B, d_out), and its penalty where that is of single rows (the L1 family's);
+        `train/resample.py` picks inputs by it."""
+        y_hat = self.output(product(self.encode(x), self.w_dec[...], BATCH), x)
+        return jnp.sum(jnp.square(y - y_hat), axis=1)
 
     @classmethod
     @abc.abstractmethod
@@ -253,7 +250,8 @@ class SAE(nnx.Module):
         error of the reconstruction held fixed, and e_hat the decoding of the aux_k largest
         pre-activations of dead latents. 0 where none is dead, and then it costs nothing.
 
-        x and bias as from `encoder_input`. e_hat has no b_dec: it would stand on both sides.
+        x (B, d_in) and bias (d_sae,) as from `encoder_input`, error (B, d_out), dead (d_sae,)
+        bool. e_hat has no b_dec: it would stand on both sides.
         """
         if not self.config.aux_coefficient:
             return jnp.zeros(())
@@ -282,7 +280,8 @@ def auxiliary_code(code: ops.Code) -> ops.Code:
 
 
 def row_norms(w: jax.Array, site_widths: tuple[int, ...] | None) -> jax.Array:
-    """(rows,): the sum over sites of the norms of each row's parts."""
+    """(rows,): the sum over sites of the norms of each row's parts, w being (rows, width) and
+    `site_widths` adding up to that width; None: one site."""
     ends = list(itertools.accumulate(site_widths or (w.shape[1],)))
     return sum(jnp.linalg.norm(part, axis=1) for part in jnp.split(w, ends[:-1], axis=1))
 
@@ -309,8 +308,7 @@ def _bias_forward(b_enc, shift, w_enc):
 
 
 def _bias_backward(w_enc, d_bias):
-    d_shift = -jnp.sum(w_enc * d_bias, axis=1)
-    return d_bias, d_shift, None
+    return d_bias, -product(w_enc, d_bias, jax.P(None)), None
 
 
 _bias_of_shifted_inputs.defvjp(_bias_forward, _bias_backward)

@@ -73,6 +73,10 @@ class ReLU(SAE):
             log_coefficient=change,
         )
 
+    def row_losses(self, x: jax.Array, y: jax.Array, coefficient: jax.Array) -> jax.Array:
+        penalties = jnp.sum(self.encode(x) * self.decoder_norms(), axis=1)
+        return super().row_losses(x, y, coefficient) + coefficient * penalties
+
     @classmethod
     def learning_rate(cls, d_sae: int) -> float:
         return 5e-5

@@ -66,7 +66,7 @@ def _with_widths(config: SAEConfig, sites: tuple[int, ...], target: int | None) 
     if config.kind == "crosscoder" and len(sites) < 2:
         raise UserError(
             "sae.kind=crosscoder needs two or more sites, but got one; name them in "
-            "data.site=a,b, and harvest them into one store with --sites=a,b"
+            "data.site=a,b, of a store that holds both"
         )
     if config.kind != "crosscoder" and len(sites) > 1:
         raise UserError(
