@@ -11,7 +11,12 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-PACKAGES = ("sae-lens", "dictionary-learning")
+from sae_jax import sae as saes
+from sae_jax.config import SAEConfig
+
+_BOTH = {"relu", "gated", "topk", "batchtopk", "matryoshka", "jumprelu"}
+# The architectures that each package trains.
+OFFERED = {"sae-lens": _BOTH, "dictionary-learning": _BOTH | {"relu_l1_unit"}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +52,8 @@ class Found:
 
 
 def train_peer(package: str, recipe: Recipe, rows: Iterator[np.ndarray], scale: float) -> Found:
-    """scale: what makes E||x||^2 = d. Raises NotImplementedError where the package has no such
-    architecture."""
+    """scale: what makes E||x||^2 = d. `recipe.architecture` is one that OFFERED has of the
+    package."""
     import torch
 
     torch.set_num_threads(1)  # more are slower at this size
@@ -92,22 +97,18 @@ def _sae_lens(recipe: Recipe, rows, scale: float) -> Found:
 def _sae_lens_options(recipe: Recipe) -> tuple[str, dict]:
     l1 = {"l1_coefficient": recipe.sparsity, "l1_warm_up_steps": recipe.warmup}
     k = {"k": recipe.sparsity}
-    match recipe.architecture:
-        case "relu":
-            return "Standard", l1
-        case "gated":
-            return "Gated", l1
-        case "topk":
-            return "TopK", {"k": int(recipe.sparsity)}
-        case "batchtopk":
-            return "BatchTopK", k
-        case "matryoshka":
-            return "MatryoshkaBatchTopK", k | {"matryoshka_widths": prefix_widths(recipe.d_sae)}
-        case "jumprelu":
-            target = {"target_l0": recipe.sparsity, "l0_warm_up_steps": recipe.warmup}
-            return "JumpReLU", target | {"jumprelu_sparsity_loss_mode": "quadratic"}
-        case other:
-            raise NotImplementedError(other)
+    target = {"target_l0": recipe.sparsity, "l0_warm_up_steps": recipe.warmup}
+    return {
+        "relu": ("Standard", l1),
+        "gated": ("Gated", l1),
+        "topk": ("TopK", {"k": int(recipe.sparsity)}),
+        "batchtopk": ("BatchTopK", k),
+        "matryoshka": (
+            "MatryoshkaBatchTopK",
+            k | {"matryoshka_widths": list(_prefix_widths(recipe))},
+        ),
+        "jumprelu": ("JumpReLU", target | {"jumprelu_sparsity_loss_mode": "quadratic"}),
+    }[recipe.architecture]
 
 
 # -------------------------------------------------------- dictionary-learning
@@ -126,8 +127,8 @@ def _dictionary_learning(recipe: Recipe, rows, scale: float) -> Found:
     scale = scale / recipe.d_in**0.5
     l1 = {"l1_penalty": recipe.sparsity / recipe.d_in**0.5, "sparsity_warmup_steps": recipe.warmup}
     k = {"k": int(recipe.sparsity)}
-    widths = np.diff([0, *prefix_widths(recipe.d_sae)]) / recipe.d_sae
-    trainers = {
+    widths = np.diff([0, *_prefix_widths(recipe)]) / recipe.d_sae
+    trainer_class, options = {
         "relu": (StandardTrainerAprilUpdate, l1),
         "relu_l1_unit": (StandardTrainer, l1),
         "gated": (GatedSAETrainer, l1),
@@ -138,10 +139,7 @@ def _dictionary_learning(recipe: Recipe, rows, scale: float) -> Found:
             JumpReluTrainer,
             {"target_l0": recipe.sparsity, "sparsity_warmup_steps": recipe.warmup},
         ),
-    }
-    if recipe.architecture not in trainers:
-        raise NotImplementedError(recipe.architecture)
-    trainer_class, options = trainers[recipe.architecture]
+    }[recipe.architecture]
     trainer = trainer_class(
         steps=recipe.steps,
         activation_dim=recipe.d_in,
@@ -163,9 +161,10 @@ def _dictionary_learning(recipe: Recipe, rows, scale: float) -> Found:
     return _found(decoder, trainer.ae.encode, scale)
 
 
-def prefix_widths(d_sae: int) -> list[int]:
+def _prefix_widths(recipe: Recipe) -> tuple[int, ...]:
     """Our default, for all."""
-    return [round(d_sae * end) for end in (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1)]
+    config = SAEConfig(architecture="matryoshka", d_sae=recipe.d_sae, k=1)
+    return saes.resolve(config, recipe.d_in).prefix_widths
 
 
 def _found(decoder, encode, scale: float) -> Found:
