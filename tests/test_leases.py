@@ -156,6 +156,18 @@ def test_what_is_given_back_is_free_at_once(tmp_path):
     again.release()  # twice is once
 
 
+def test_a_lease_is_as_long_as_its_owner_said(tmp_path):
+    """Workers of a sweep may be started with other --lease_seconds."""
+    with Leases(tmp_path, 3600).claim("long"), Leases(tmp_path, 0.1).claim("short") as short:
+        time.sleep(0.3)
+        assert Leases(tmp_path, 0.1).claim("long") is None
+        assert Leases(tmp_path, 0.1).claim("short") is None, "its heart beats"
+        short._ended.set()  # its heart stops
+        short._thread.join()
+        time.sleep(0.3)
+        assert Leases(tmp_path, 3600).claim("short")
+
+
 def test_names_do_not_mix(tmp_path):
     leases = Leases(tmp_path, 3600)
     names = ["pass-1", "pass-11", "pass-1.1", "pass-1.2"]

@@ -59,7 +59,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_float(
         "lease_seconds",
         60.0,
-        "How long a worker may be silent before it is taken for dead; the same for all workers.",
+        "How long this worker may be silent before others take it for dead.",
         lower_bound=1.0,
         flag_values=values,
     )

@@ -1,11 +1,11 @@
 """Leases: which worker does which piece of work, agreed on by nothing but a shared directory.
 
-    LEASES/NAME.GENERATION   one claim of NAME; the content says whose
+    LEASES/NAME.GENERATION   one claim of NAME: whose, and for how many seconds without a heartbeat
     LEASES/clock             touched to ask the file system for the time
 
 To claim NAME is to create the file of its next generation exclusively, which one worker alone
 can. The owner touches its file, the heartbeat; whoever finds the newest generation untouched for
-the lease's length may create the next one, and so takes the work over. No file is ever renamed or
+longer than it says may create the next one, and so takes the work over. No file is ever renamed or
 removed, so that no two workers can mistake each other's files. Every time is the file system's
 own: a host whose clock is wrong neither loses its leases nor takes those of others.
 
@@ -40,7 +40,7 @@ class Holder:
 
 
 class Leases:
-    """The leases in `directory`, each good for `seconds` without a heartbeat."""
+    """The leases in `directory`. seconds: how long those claimed here may be silent."""
 
     def __init__(self, directory: pathlib.Path, seconds: float = 60):
         self._directory = directory
@@ -50,26 +50,33 @@ class Leases:
         """The lease of `name`, its heart already beating, or None if another worker has it."""
         self._directory.mkdir(parents=True, exist_ok=True)
         generation = self._newest(name)
-        if generation and self._heard(self._path(name, generation))[1] <= self._seconds:
+        if generation and (holder := self._holder(name, generation)) and holder.alive:
             return None
         path = self._path(name, generation + 1)
         try:
             file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:  # another worker was faster
             return None
-        os.write(file, f"{socket.gethostname()} process {os.getpid()}".encode())
+        owner = f"{socket.gethostname()} process {os.getpid()}"
+        os.write(file, f"{self._seconds} {owner}".encode())
         return Lease(file, path, self._path(name, generation + 2), self._seconds / 6)
 
     def holder(self, name: str) -> Holder | None:
         """None where nobody has claimed `name`, or its last owner gave it back."""
         generation = self._newest(name)
-        if not generation:
-            return None
+        return self._holder(name, generation) if generation else None
+
+    def _holder(self, name: str, generation: int) -> Holder | None:
         path = self._path(name, generation)
-        beat, age = self._heard(path)
+        beat = path.stat().st_mtime
         if beat == _RELEASED:
             return None
-        return Holder(path.read_text(), age, age <= self._seconds)
+        clock = self._directory / "clock"
+        clock.touch()
+        age = max(0.0, clock.stat().st_mtime - beat)
+        seconds, _, owner = path.read_text().partition(" ")
+        # Empty in the moment in which it is made, and where its maker died in that moment.
+        return Holder(owner or "?", age, age <= float(seconds or self._seconds))
 
     def _path(self, name: str, generation: int) -> pathlib.Path:
         return self._directory / f"{name}.{generation}"
@@ -81,13 +88,6 @@ class Leases:
         except FileNotFoundError:
             return 0
         return max((int(number) for before, _, number in parts if before == name), default=0)
-
-    def _heard(self, path: pathlib.Path) -> tuple[float, float]:
-        """The file system's times: of the last heartbeat, and how long ago that is in seconds."""
-        beat = path.stat().st_mtime
-        clock = self._directory / "clock"
-        clock.touch()
-        return beat, max(0.0, clock.stat().st_mtime - beat)
 
 
 class Lease:

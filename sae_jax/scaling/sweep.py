@@ -72,6 +72,11 @@ def expand(base: Config, grid: grids.Grid) -> list[Run]:
     for number, swept in enumerate(grid, 1):
         try:
             config = grids.apply(base, swept)
+            if not config.data.store:
+                raise UserError(
+                    "no activations given: set data.store in get_config(), or add "
+                    "--config.data.store=STORE (make one with: sae-jax harvest)"
+                )
             stream = streams(config.data)
             config = loop.resolve(config, stream)
             loop.count_steps(config, stream)
