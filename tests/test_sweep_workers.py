@@ -17,6 +17,7 @@ from training import BATCH, make_config, make_store
 from sae_jax.config import UserError, to_dict
 from sae_jax.scaling import grid, leases, sweep, worker
 from sae_jax.train.loop import planned
+from sae_jax.train.preemption import PreemptedError
 
 ROOT = pathlib.Path(__file__).parents[1]
 GRID = grid.product(
@@ -135,6 +136,16 @@ def test_what_ends_a_worker_frees_its_pass(directory, training, error):
         worker.work(directory, lease_seconds=60)
     free = leases.Leases(directory.path / "leases", 60)
     assert all(free.claim(work.name) for work in worker._Worker(directory, free).passes)
+
+
+def test_sigterm_ends_a_worker_that_waits(directory, training):
+    training(lambda *_: None)
+    others = leases.Leases(directory.path / "leases", 60)
+    held = [others.claim(work.name) for work in worker._Worker(directory, others).passes]
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(PreemptedError):
+        worker.work(directory, lease_seconds=60)
+    assert not any(lease.lost() for lease in held)
 
 
 # --------------------------------------------------------------------------- real processes

@@ -51,8 +51,8 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "passes",
         None,
-        "Parts that workers claim, 1 by default. More passes, more workers; each pass reads the "
-        "data once.",
+        "Parts that workers claim, 1 by default, for each data config. More passes, more workers; "
+        "each pass reads the data once.",
         lower_bound=1,
         flag_values=values,
     )

@@ -52,43 +52,33 @@ def describe(runs: list[Run], passes: int = 1) -> str:
 
 
 def _pass_lines(work: packs.Pass, runs: list[Run]) -> list[str]:
-    """On a pack's line, what its runs share and others do not; on a run's, what it has alone."""
     by_id = {run.id: run for run in runs}
+    everywhere = grids.shared([run.swept for run in runs])
     data = work.runs[0].data
     lines = [
         f"{work.name}: {counted(len(work.runs), 'run')} in {counted(len(work.packs), 'pack')}, "
         f"{work.steps:,} steps of {data.batch_size:,} tokens of {data.store} {data.site}"
     ]
     for number, pack in enumerate(work.packs):
-        members = [by_id[loop.run_id(config)] for config in pack.runs]
-        alike = _alike(members)
-        said = {f: value for f, value in alike.items() if f not in _alike(runs)}
-        said = (
-            {"sae.d_sae": pack.runs[0].sae.d_sae}
-            | said
-            | {"train.tokens": pack.runs[0].train.tokens}
-        )
         branch = ""
         if pack.trunk is not None:
             branch = f", branches off pack {pack.trunk} at step {pack.start:,}"
+        members = [by_id[loop.run_id(config)] for config in pack.runs]
+        alike = grids.shared([run.swept for run in members])
+        size = {"sae.d_sae": pack.runs[0].sae.d_sae, "train.tokens": pack.runs[0].train.tokens}
         lines.append(
             f"  pack {number}: {counted(len(members), 'run')} to step {pack.steps:,}{branch}: "
-            f"{grids.describe(said)}"
+            f"{grids.describe(size | grids.without(alike, everywhere))}"
         )
-        for run in members:
-            own = {field: value for field, value in run.swept.items() if field not in alike}
-            flops = run_cost(run.config)
-            lines.append(
-                f"    {run.id}  {grids.describe(own) if own else '':40}  {flops.flops:.3g} FLOPs, "
-                f"{flops.flops_executed:.3g} executed"
-            )
+        lines += [_run_line(run, grids.without(run.swept, alike)) for run in members]
     return lines
 
 
-def _alike(runs: list[Run]) -> grids.Assignment:
-    """The swept fields that have one value in all of `runs`."""
-    first = runs[0].swept
-    return {f: v for f, v in first.items() if all(run.swept.get(f) == v for run in runs)}
+def _run_line(run: Run, own: grids.Assignment) -> str:
+    """own: what the run has other than its pack."""
+    cost = run_cost(run.config)
+    words = grids.describe(own) if own else ""
+    return f"    {run.id}  {words:40}  {cost.flops:.3g} FLOPs, {cost.flops_executed:.3g} executed"
 
 
 def run_cost(config: Config, start: int = 0) -> Cost:

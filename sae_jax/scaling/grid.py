@@ -60,8 +60,23 @@ def fields(grid: Grid) -> list[str]:
     return list(dict.fromkeys(itertools.chain(*grid)))
 
 
+def shared(grid: Grid) -> Assignment:
+    """What all runs of the grid set alike."""
+    first, *others = grid
+    return {f: v for f, v in first.items() if all(run.get(f) == v for run in others)}
+
+
+def without(assignment: Assignment, other: Assignment) -> Assignment:
+    return {field: value for field, value in assignment.items() if field not in other}
+
+
 def describe(assignment: Assignment) -> str:
-    return " ".join(f"{field}={value}" for field, value in assignment.items()) or "the base config"
+    """For people: numbers in six digits."""
+    words = [
+        f"{field}={value:.6g}" if isinstance(value, float) else f"{field}={value}"
+        for field, value in assignment.items()
+    ]
+    return " ".join(words) or "the base config"
 
 
 # ------------------------------------------------------------- designs of the papers

@@ -50,8 +50,11 @@ def view(directory: SweepDirectory, leases: Leases) -> str:
     lines += [_line(status) for status in all_passes]
     failed = [run for run in directory.runs if directory.state(run) == "failed"]
     if failed:
+        alike = grids.shared([run.swept for run in directory.runs])
         lines += ["", "failed (the loss became NaN or infinite):"]
-        lines += [f"  runs/{run.id}  {grids.describe(run.swept)}" for run in failed]
+        lines += [
+            f"  runs/{run.id}  {grids.describe(grids.without(run.swept, alike))}" for run in failed
+        ]
     return "\n".join(lines)
 
 

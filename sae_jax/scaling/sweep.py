@@ -178,12 +178,10 @@ class SweepDirectory:
 
 def _differences(gone: list[Run], new: list[Run]) -> list[str]:
     """In words: fields of runs that the grid sets alike, else the runs themselves."""
-    before = {grids.describe(run.swept): run for run in gone}
-    for run in new:
-        name = grids.describe(run.swept)
-        if name in before:
-            pair = (configs.identity(other.config) for other in (before[name], run))
-            return [f"{name}: {line}" for line in configs.difference(*pair)]
+    for before, run in itertools.product(gone, new):
+        if before.swept == run.swept:
+            lines = configs.difference(*(configs.identity(r.config) for r in (before, run)))
+            return [f"{grids.describe(run.swept)}: {line}" for line in lines]
     words = []
     for what, runs in (("gone", gone), ("new", new)):
         if runs:
