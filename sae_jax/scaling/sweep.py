@@ -39,7 +39,7 @@ class Run:
 
 
 def counted(number: int, what: str) -> str:
-    """ "1 run", "2 passes"."""
+    """As in "1 run" and "2 passes"."""
     plural = "es" if what.endswith("s") else "s"
     return f"{number:,} {what}{'' if number == 1 else plural}"
 
