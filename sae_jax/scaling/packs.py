@@ -22,6 +22,7 @@ from sae_jax.train.pack import VARIED, get_field, set_fields
 __all__ = ["VARIED", "Pack", "Pass", "make_passes"]
 
 _BRANCHING_SCHEDULES = ("linear_tail", "warmup_stable_decay")
+_UNFAIR = 1.2  # times the mean compute of a pass: then its largest packs are cut in two
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,19 +155,22 @@ def _packs(family: _Family, place: int) -> list[Pack]:
 
 
 def _shares(families: list[_Family], count: int) -> list[list[_Family]]:
-    """`families` in `count` shares of about equal compute, larger ones cut where that is
-    needed."""
-    families = list(families)
-    while len(families) < count:
-        largest = max(families, key=_cost)
-        if len(largest[0]) == 1:
-            break
+    """`families` in `count` shares of about equal compute, the largest cut in two for as long as
+    that is needed and possible."""
+    while True:
+        shares: list[list[_Family]] = [[] for _ in range(min(count, len(families)))]
+        for family in sorted(families, key=_cost, reverse=True):
+            min(shares, key=_total_cost).append(family)
+        largest = max(max(shares, key=_total_cost), key=_cost)
+        fair = _total_cost(families) / count
+        if max(map(_total_cost, shares)) < _UNFAIR * fair or len(largest[0]) == 1:
+            return shares
         at = families.index(largest)
-        families[at : at + 1] = _halves(largest)
-    shares: list[list[_Family]] = [[] for _ in range(min(count, len(families)))]
-    for family in sorted(families, key=_cost, reverse=True):
-        min(shares, key=lambda share: sum(map(_cost, share))).append(family)
-    return shares
+        families = [*families[:at], *_halves(largest), *families[at + 1 :]]
+
+
+def _total_cost(families: list[_Family]) -> int:
+    return sum(map(_cost, families))
 
 
 def _cost(family: _Family) -> int:

@@ -77,6 +77,9 @@ def _train(name: str, packs: list["_Training"], data: "_Data") -> None:
     active = [pack for pack in packs if pack.until]
     if not active:
         return
+    for pack in active:
+        if pack.step == pack.plan.steps:  # all but the results was there
+            pack.end()
     first = min(pack.step for pack in active if not pack.awaits)
     last = max(pack.until for pack in active)
     done = sum(pack.plan.start if pack.awaits else pack.step for pack in active)

@@ -1,0 +1,294 @@
+"""Runs trained together are the runs trained alone."""
+
+import dataclasses
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+from training import BATCH, make_config, make_store, metrics, saved_arrays
+
+from sae_jax import config as configs
+from sae_jax.activations import open_stream
+from sae_jax.config import UserError
+from sae_jax.sae import ARCHITECTURES
+from sae_jax.scaling import grid
+from sae_jax.scaling.packs import VARIED, make_passes
+from sae_jax.scaling.passes import train_pass
+from sae_jax.train import loop, pack
+from sae_jax.train.mesh import BatchPlacement, make_mesh
+from sae_jax.train.pack import PackTrainer, get_field, get_run, put_run, set_fields
+
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("store") / "store")
+
+
+def resolved(runs):
+    stream = open_stream(runs[0].data)
+    return [loop.resolve(run, stream) for run in runs]
+
+
+def base(store, architecture="relu", steps=STEPS, **sections):
+    optimizer = {"schedule": "warmup_stable_decay", "warmup_fraction": 0.1, "learning_rate": 3e-3}
+    sections = {
+        "optimizer": optimizer,
+        "train": {"log_every": 5, "checkpoint_every": 20},
+    } | sections
+    return make_config(store, architecture, steps, **sections)
+
+
+# ------------------------------------------------------------------------ the program
+
+QUICK = [("relu", True, (2, 1, 2))]
+MESHES = [(1, 1, 1), (2, 1, 2), (1, 2, 1)]
+
+
+@pytest.mark.parametrize(
+    "architecture,batched,mesh",
+    [
+        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+        for case in itertools.product(ARCHITECTURES, (False, True), MESHES)
+    ],
+    ids=str,
+)
+def test_a_step_of_a_pack_is_that_of_each_run(store, monkeypatch, architecture, batched, mesh):
+    """Three runs that differ in all that may differ; latents die and AuxK is at work. Batched: as
+    on an accelerator."""
+    monkeypatch.setattr(pack, "_sequential", lambda: not batched)
+    picks = "k" in ARCHITECTURES[architecture].DEFAULTS
+    one = base(store, architecture, mesh=dict(zip(("run", "data", "model"), mesh, strict=True)))
+    runs = resolved(
+        [
+            set_fields(
+                one,
+                {
+                    "optimizer.learning_rate": 1e-3 * (i + 1),
+                    "optimizer.b1": (0.9, 0.8, 0.9)[i],
+                    "train.seed": i,
+                    "sae.k" if picks else "sae.sparsity_coefficient": i + 2 if picks else 5.0 * i,
+                },
+            )
+            for i in range(3)
+        ]
+    )
+    stream = open_stream(one.data)
+    scale, target_scale, variance = loop.normalisation(runs[0], stream)
+    b_dec = np.full(stream.width, 0.1, np.float32)
+    mesh = make_mesh(one)
+    place = BatchPlacement(mesh, BATCH).place
+    batches = [place(rows) for _, rows in zip(range(12), stream.batches(prefetch=0), strict=False)]
+    with jax.set_mesh(mesh):
+        trainer = PackTrainer(runs, STEPS, variance)
+        states = trainer.init(b_dec, scale, target_scale)
+        alone = [t.init(b_dec, scale, target_scale) for t in trainer.trainers]
+        died = False
+        for rows in batches:
+            states, got = trainer.step(states, rows)
+            for i, t in enumerate(trainer.trainers):
+                alone[i], want = t.step(alone[i], rows)
+                died |= float(want["dead_fraction"]) > 0
+                for name, value in want.items():
+                    np.testing.assert_allclose(got[name][i], value, rtol=2e-4, err_msg=name)
+        assert died
+        means = trainer.evaluate(states, batches[0])
+        for name, value in trainer.trainers[2].evaluate(alone[2], batches[0]).items():
+            np.testing.assert_allclose(means[name][2], value, rtol=1e-4, err_msg=name)
+        again = trainer.blank()
+        for i in range(3):
+            state = get_run(states, i)
+            again = put_run(again, i, state)
+            assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, alone[i])
+            for name, value in alone[i].parameters.items():
+                np.testing.assert_allclose(state.parameters[name], value, rtol=1e-3, atol=2e-5)
+        for i in range(3):
+            jax.tree.map(np.testing.assert_array_equal, get_run(again, i), get_run(states, i))
+
+
+# ------------------------------------------------------------------- what goes together
+
+
+def grid_of(store, assignments, **sections):
+    return resolved([grid.apply(base(store, **sections), a) for a in assignments])
+
+
+BUDGETS = dict(batch_size=BATCH, warmup_tokens=4 * BATCH, sparsity_warmup_tokens=2 * BATCH)
+
+
+@pytest.fixture
+def runs(store):
+    """Two sizes x three budgets x two rates, and one run that has no longer twin."""
+    budgets = grid.budgets([n * BATCH for n in (20, 30, 60)], **BUDGETS)
+    rates = grid.sweep("optimizer.learning_rate", [1e-3, 2e-3])
+    sizes = grid.sweep("sae.d_sae", [32, 64])
+    odd = grid.product([budgets[1]], grid.sweep("optimizer.learning_rate", [5e-3]), [sizes[0]])
+    return grid_of(store, grid.chain(grid.product(sizes, budgets, rates), odd))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 40])
+def test_passes_hold_every_run_once(runs, count):
+    passes = make_passes(runs, count)
+    assert len(passes) == (count if count < 5 else 5)  # no more than rows of runs
+    assert len({p.name for p in passes}) == len(passes)
+    ids = [loop.run_id(run) for p in passes for run in p.runs]
+    assert sorted(ids) == sorted(map(loop.run_id, runs))
+    assert passes == make_passes(runs, count)
+    for work in passes:
+        for place, packed in enumerate(work.packs):
+            same = [configs.identity(set_fields(r, dict.fromkeys(VARIED))) for r in packed.runs]
+            assert all(one == same[0] for one in same)
+            if packed.trunk is None:
+                assert packed.start == 0
+                continue
+            trunk = work.packs[packed.trunk]
+            assert packed.trunk < place and trunk.trunk is None and trunk.steps > packed.steps
+            assert packed.start == packed.steps - round(0.2 * packed.steps) > 4
+            for run, parent in zip(packed.runs, packed.parents, strict=True):
+                twin = trunk.runs[parent]
+                assert all(get_field(run, field) == get_field(twin, field) for field in VARIED)
+                assert run.sae.d_sae == twin.sae.d_sae
+    if count == 1:
+        branches = [packed for packed in passes[0].packs if packed.trunk is not None]
+        assert sum(len(packed.runs) for packed in branches) == 8
+        assert passes[0].flops < 0.75 * sum(
+            loop.flops(run, run.train.tokens)["flops"] for run in runs
+        )
+    costs = [work.flops for work in passes]
+    assert count != 2 or max(costs) < 1.3 * min(costs)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"optimizer.schedule": "cosine"},
+        {"sae.target_l0": 4.0},
+        {"sae.p_end": 0.5},
+        {"optimizer.warmup_fraction": 0.1},
+        {"sae.sparsity_warmup_fraction": 0.3},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_depends_on_the_budget_shares_no_trunk(store, change):
+    budgets = grid.budgets([20 * BATCH, 60 * BATCH], **BUDGETS)
+    runs = grid_of(store, [run | change for run in budgets])
+    assert [packed.trunk for packed in make_passes(runs)[0].packs] == [None, None]
+
+
+def test_other_data_is_another_pass(store):
+    runs = grid_of(store, grid.sweep("data.seed", [0, 1]))
+    assert [len(work.runs) for work in make_passes(runs)] == [1, 1]
+
+
+# ----------------------------------------------------------------------------- training
+
+
+def results(folder):
+    """By run: the result without what is about the hardware, and the logged lines without speed."""
+    out = {}
+    for path in folder.glob("*/result.json"):
+        result = json.loads(path.read_text())
+        lines = [{k: v for k, v in m.items() if "second" not in k} for m in metrics(path.parent)]
+        out[path.parent.name] = {k: v for k, v in result.items() if k != "wall_seconds"}, lines
+    return out
+
+
+def assert_same_runs(got, want, rel):
+    assert got.keys() == want.keys()
+    for run, (result, lines) in want.items():
+        assert len(got[run][1]) == len(lines)
+        for a, b in zip((got[run][0], *got[run][1]), (result, *lines), strict=True):
+            assert a.keys() == b.keys()
+            for name, value in b.items():
+                if isinstance(value, float):
+                    assert a[name] == pytest.approx(value, rel=rel, abs=rel), name
+                else:
+                    assert a[name] == value, name
+
+
+@pytest.fixture(scope="module")
+def trained(store, tmp_path_factory):
+    """The passes of a sweep with branches, and the folder that they were trained in."""
+    budgets = grid.budgets([16 * BATCH, 44 * BATCH], **BUDGETS)
+    rates = grid.sweep("optimizer.learning_rate", [1e-3, 3e-3])
+    sections = {"sae": {"resample_every_tokens": 25 * BATCH, "resample_times": 1}}
+    runs = grid_of(store, grid.product(budgets, rates), **sections)
+    folder = tmp_path_factory.mktemp("passes")
+    (work,) = make_passes(runs)
+    train_pass(work, folder)
+    return work, folder
+
+
+def test_each_run_is_as_if_it_had_been_alone(trained, tmp_path):
+    work, folder = trained
+    for run in work.runs:
+        loop.train(run, tmp_path / loop.run_id(run))
+    assert_same_runs(results(folder), results(tmp_path), rel=1e-4)
+    for run in work.runs:
+        name = loop.run_id(run)
+        got, want = saved_arrays(folder / name), saved_arrays(tmp_path / name)
+        assert got.keys() == want.keys()
+        for array, value in want.items():
+            np.testing.assert_allclose(got[array], value, rtol=1e-3, atol=1e-5, err_msg=array)
+        assert loop.train(run, folder / name)["run_id"] == name, "train takes it as its own"
+
+
+class CutError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("cut", range(1, 8))
+def test_a_pass_that_was_cut_goes_on(trained, tmp_path, cut):
+    """Cut before each of its writes in turn, twice; what had ended is not trained again."""
+    work, folder = trained
+    ended = []
+    for left in (cut, 2):
+
+        def check():
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise CutError
+
+        with pytest.raises(CutError):
+            train_pass(work, tmp_path, check, lambda: ended.append(1))
+    train_pass(work, tmp_path, run_ended=lambda: ended.append(1))
+    assert len(ended) == len(work.runs)
+    assert_same_runs(results(tmp_path), results(folder), rel=0)
+
+
+def test_a_run_that_diverges_is_given_up_and_the_others_go_on(store, tmp_path):
+    budgets = grid.budgets([16 * BATCH, 40 * BATCH], **BUDGETS)
+    runs = grid_of(
+        store, grid.product(budgets, grid.sweep("optimizer.learning_rate", [1e-3, 1e25, 2e-3]))
+    )
+    healthy = [run for run in runs if run.optimizer.learning_rate < 1]
+    (work,), (others,) = make_passes(runs), make_passes(healthy)
+    ended = []
+    train_pass(work, tmp_path / "all", run_ended=lambda: ended.append(1))
+    train_pass(others, tmp_path / "healthy")
+    assert len(ended) == len(runs)
+    assert_same_runs(results(tmp_path / "all"), results(tmp_path / "healthy"), rel=1e-6)
+    for run in runs:
+        failure = tmp_path / "all" / loop.run_id(run) / "failed.json"
+        assert failure.exists() == (run.optimizer.learning_rate > 1)
+        if failure.exists():
+            assert "NaN or infinite at step" in json.loads(failure.read_text())["reason"]
+    train_pass(work, tmp_path / "all", run_ended=lambda: ended.append(1))
+    assert len(ended) == len(runs), "it is not tried again"
+
+
+def test_mistakes_come_before_anything_is_made(store, tmp_path):
+    run = resolved([base(store)])[0]
+    long = dataclasses.replace(run, train=dataclasses.replace(run.train, tokens=10**9))
+    with pytest.raises(UserError, match="is more than the"):
+        train_pass(make_passes([run, long])[0], tmp_path / "runs")
+    wide = dataclasses.replace(run, mesh=dataclasses.replace(run.mesh, model=3))
+    with pytest.raises(UserError, match="not divisible by the 3 devices"):
+        train_pass(make_passes([wide])[0], tmp_path / "runs")
+    with pytest.raises(UserError, match="mesh.run shards the runs of a sweep"):
+        loop.train(dataclasses.replace(run, mesh=dataclasses.replace(run.mesh, run=2)), tmp_path)
+    assert not list(tmp_path.iterdir())
