@@ -105,6 +105,10 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
     configs.choose(args.law, fit.LAW_NAMES, "--law")
     if args.estimator:
         configs.choose(args.estimator, ESTIMATORS, "--estimator")
+    for name in ("predict_flops", "flops_factor"):
+        value = args[name].value
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError(f"--{name} is {value:g}; it must be a positive number")
     if (args.config or overrides) and args.predict_flops is None:
         raise UserError("--config is of the next run; add --predict_flops=C to plan one")
     base = next_run.base(args.config, overrides) if args.config or overrides else None

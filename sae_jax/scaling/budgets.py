@@ -85,6 +85,13 @@ class Curve:
 def make_curves(results: Results, flops: np.ndarray) -> tuple[list[Curve], str]:
     """IsoFLOP curves with three sizes or more, by budget, and how they came about: from runs that
     share budgets, or else, of a grid of sizes by tokens, interpolated at common budgets."""
+    sizes = distinct(results.columns["d_sae"])
+    if len(sizes) < _SIZES:
+        raise UserError(
+            f"{results.source} has no isoFLOP curves: all its runs are of {len(sizes)} size"
+            f"{'s' * (len(sizes) > 1)} (d_sae {', '.join(f'{size:g}' for size in sizes)}), and at "
+            f"least {_SIZES} (better 5) at each of {BUDGETS} budgets are needed"
+        )
     found = _shared(results, flops)
     if len(found) >= BUDGETS:
         return found, f"{len(found)} budgets of runs with equal compute (within 2%)"

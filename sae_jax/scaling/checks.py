@@ -3,9 +3,11 @@
 import numpy as np
 
 from sae_jax.scaling import compare
+from sae_jax.scaling.intervals import FAR
 
 _WIDE = 10.0  # ratio of the ends of a scale's interval
-_SAME_EXPONENT = 0.01
+_SAME_EXPONENT = 0.01  # of two estimators, however narrow the interval
+_APART = 0.05  # however wide
 _DEAD = 0.5  # fraction of dead latents above which a run's size is not its dictionary's
 _NO_COST = (
     "the results do not say what a token costs (no column flops, nor d_in; or --flops_factor); "
@@ -32,7 +34,8 @@ def warnings(fit, cost) -> list[str]:
         elif cost is None:
             out.append(_NO_COST)
     if fit.law.name == "chinchilla":
-        out += compare.with_isoflop(fit.results, fit.estimate)
+        a = fit.exponents(fit.drawn.theta).get("d_sae_exponent")
+        out += compare.with_isoflop(fit.results, fit.estimate, 0.0 if a is None else 2 * a.std())
     return out
 
 
@@ -54,7 +57,8 @@ def isoflop_warnings(fit) -> list[str]:
     for place, what in ((0, "n*"), (2, "the loss")):
         values = {name: line[place].theta[1] for name, line in lines.items()}
         out += _apart(values, fit.estimator, what, low[place], high[place])
-    return out + compare.with_chinchilla(fit.results, minima, "huber")
+    half = 2 * fit.drawn[:, 0, 1].std()
+    return out + compare.with_chinchilla(fit.results, minima, half)
 
 
 def dead_latents(results) -> list[str]:
@@ -80,6 +84,8 @@ def _weak(fit) -> list[str]:
                 )
         elif positive and high > _WIDE * max(low, 1e-300):
             out.append(f"weakly identified: {name} is {value:.4g}, but {interval}")
+        elif not positive and high - low > FAR:
+            out.append(f"weakly identified: {name} is {value:.4g}, and these runs do not bound it")
         elif not positive and low < 0 < high:
             out.append(f"weakly identified: {name} is {value:.4g}, but {interval}, and holds 0")
     return out
@@ -100,11 +106,12 @@ def _estimators(fit) -> list[str]:
 
 
 def _apart(values: dict[str, float], own: str, what: str, low: float, high: float) -> list[str]:
-    """Estimators whose exponent lies outside the interval of our own."""
+    """Estimators whose exponent lies outside the interval of our own, or far away."""
     far = {
         name: v
         for name, v in values.items()
-        if abs(v - values[own]) > _SAME_EXPONENT and not low <= v <= high
+        if abs(v - values[own]) > _SAME_EXPONENT
+        and (not low <= v <= high or abs(v - values[own]) > _APART)
     }
     if not far:
         return []

@@ -106,6 +106,10 @@ def _coloured(axes, values: np.ndarray, label: str):
         matplotlib.cm.ScalarMappable(norm, _MAP), ax=axes, pad=0.02, aspect=30
     )
     bar.outline.set_visible(False)
+    if high < 100 * low:
+        bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        bar.ax.yaxis.set_minor_locator(NullLocator())
+        bar.ax.yaxis.set_major_formatter("{x:g}")
     bar.set_label(label)
     return lambda value: _MAP(norm(value))
 
@@ -176,7 +180,8 @@ def _by_size(axes, found: Fit, planned) -> None:
         axes.plot(cost, found.estimate.loss(at), color=colour(size), linewidth=0.9, alpha=0.8)
     budgets = _span(compute, _BEYOND, planned)
     draws = found.frontiers().at(budgets)["loss"]
-    _band(axes, budgets, found.at(budgets), draws, found.factor, label="frontier, 95% band")
+    label = "frontier" if found.k is None else f"frontier at k = {found.k:.3g}"
+    _band(axes, budgets, found.at(budgets), draws, found.factor, label=f"{label}, 95% band")
     _star(axes, "flops", "loss", planned)
     _log_axes(axes, _compute(found), _loss(found))
     _legend(axes)

@@ -12,15 +12,14 @@ _MULTIPLE = 64  # of latents, for matrix units and for sharding; of a small dict
 _FAR = 3.0  # times the largest budget that was fitted, from which on a prediction says so
 _INTERVAL = (
     "95% prediction interval of one more run: the bootstrap's parameters, widened for the degrees "
-    "of freedom, and the scatter of the runs about the fit"
+    "of freedom, and the scatter of the runs about the fit; or twice the rms error held out, if "
+    "that is more"
 )
 
 
 def predict(found: Fit | IsoflopFit, flops: float) -> dict:
     """d_sae (rounded up to a multiple of 64), tokens and loss at a budget, with the loss's
     interval. Raises UserError for a law that knows no compute."""
-    if flops <= 0 or not np.isfinite(flops):
-        raise UserError(f"--predict_flops is {flops:g}; it must be a positive number of FLOPs")
     if isinstance(found, IsoflopFit):
         size, tokens, loss, interval = _isoflop(found, flops)
     elif found.law.name == "power":
@@ -34,6 +33,9 @@ def predict(found: Fit | IsoflopFit, flops: float) -> dict:
             f"--predict_flops: {found.law.name} as fitted has no compute-optimal frontier "
             f"{'(it knows no tokens); fit --law=joint' if found.law.name == 'openai_nk' else ''}"
         )
+    if found.holdout:  # a law that misses what it has not seen will miss the next run too
+        missed = np.exp(2 * found.holdout["rms_relative_error"])
+        interval = min(interval[0], loss / missed), max(interval[1], loss * missed)
     largest = float(found.results.compute.max())
     out = {
         "flops": float(flops),

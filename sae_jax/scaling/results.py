@@ -20,20 +20,17 @@ _SETTING = (
     "sparsity_coefficient",
 )  # laws are of runs alike in them
 _SAME = 1e-6  # relative: values of a column closer than this are one value
-_PRODUCT = 1e-3  # relative: how exactly flops is a multiple of d_sae * tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Results:
     """One row per point, in one order: `columns` (N,) float64 by our names, `run` (N,) which run
-    each row is of. `flops_per_product` is C / (n D), 12 d in the field's accounting, where the
-    rows tell it. `notes`: what the user should know about rows that were left out."""
+    each row is of. `notes`: what the user should know about rows that were left out."""
 
     source: str
     columns: dict[str, np.ndarray]
     run: np.ndarray
     loss_column: str
-    flops_per_product: float | None = None
     notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -115,16 +112,20 @@ def read(
     columns = {}
     for name in (*COLUMNS, *_OPTIONAL):
         source = names.get(name, name)
-        if source in rows[0][1] and (name in needed or _is_numeric(rows, source)):
+        if source in rows[0][1] and (name in (*needed, "loss") or _is_numeric(rows, source)):
             columns[name] = _column(rows, source, file, positive=name not in _OPTIONAL)
-    factor = _derive(columns, rows, flops_factor, file)
+    _derive(columns, rows, flops_factor, file)
     missing = [name for name in (*needed, "loss") if name not in columns]
     if missing:
         raise UserError(_missing(missing[0], names, rows, file))
     ids = [row.get("run_id") or f"line {line}" for line, row in rows]
     notes += _settings(rows, needed)
-    _, run = np.unique(ids, return_inverse=True)
-    return Results(str(path), columns, run, names["loss"], factor, tuple(notes))
+    # The rows' order in the file is of no consequence, not even for the bootstrap's draws.
+    order = np.lexsort(tuple(columns.values()))
+    columns = {name: values[order] for name, values in columns.items()}
+    seen: dict[str, int] = {}
+    run = np.array([seen.setdefault(ids[row], len(seen)) for row in order])
+    return Results(str(path), columns, run, names["loss"], tuple(notes))
 
 
 def distinct(values: np.ndarray) -> np.ndarray:
@@ -266,21 +267,17 @@ def _column(rows, name: str, file, positive: bool) -> np.ndarray:
     return np.array(values)
 
 
-def _derive(columns, rows, factor: float | None, file) -> float | None:
-    """Adds flops or tokens where the others tell it; returns C / (n D) if it is one number."""
-    if factor is None and "flops" not in columns and "d_in" in rows[0][1]:
+def _derive(columns, rows, factor: float | None, file) -> None:
+    """Adds flops or tokens where the others tell it."""
+    if factor is None and "d_in" in rows[0][1]:
         widths = distinct(_column(rows, "d_in", file, positive=True))
         factor = 12 * widths[0] if len(widths) == 1 else None
-    n, tokens, flops = (columns.get(name) for name in ("d_sae", "tokens", "flops"))
-    if factor is not None and n is not None:
-        if flops is None and tokens is not None:
-            columns["flops"] = factor * n * tokens
-        if tokens is None and flops is not None:
-            columns["tokens"] = flops / (factor * n)
-    if any(name not in columns for name in ("d_sae", "tokens", "flops")):
-        return factor
-    ratio = columns["flops"] / (columns["d_sae"] * columns["tokens"])
-    return float(np.median(ratio)) if np.ptp(ratio) <= _PRODUCT * np.median(ratio) else None
+    if factor is None or "d_sae" not in columns:
+        return
+    if "flops" not in columns and "tokens" in columns:
+        columns["flops"] = factor * columns["d_sae"] * columns["tokens"]
+    if "tokens" not in columns and "flops" in columns:
+        columns["tokens"] = columns["flops"] / (factor * columns["d_sae"])
 
 
 def _missing(name: str, names, rows, file) -> str:

@@ -1,0 +1,497 @@
+"""Scaling laws: known optima, laws recovered from their own data, worlds with a closed form,
+intervals that cover, results that identify nothing, and the next run."""
+
+import concurrent.futures
+import csv
+import itertools
+import json
+import multiprocessing
+import pathlib
+
+import numpy as np
+import pytest
+
+from sae_jax import cli, config
+from sae_jax.config import Config, SAEConfig, TrainConfig
+from sae_jax.scaling import fit, isoflop, predict, results
+from sae_jax.scaling.estimate import ESTIMATORS, estimate
+from sae_jax.scaling.frontier import Cost, Frontier
+from sae_jax.scaling.intervals import bootstrap, public_intervals
+from sae_jax.scaling.laws import LAWS
+
+CHINCHILLA = pathlib.Path(__file__).parents[2] / "shared/data/fits/chinchilla_replication.csv"
+NK = dict(
+    alpha=-0.5, beta_k=0.26, beta_n=-0.017, gamma=-0.042, zeta=-1.32, eta=-0.085
+)  # the paper's
+TRUE = {
+    "power": dict(A=50.0, alpha=0.2, E=0.1),
+    "chinchilla": dict(A=3.0, alpha=0.35, B=200.0, beta=0.4, E=0.1),
+    "openai_nk": NK,
+    "joint": NK | dict(B=200.0, delta=0.4),
+}
+SIZES, TOKENS, KS = 2.0 ** np.arange(9, 14), 1e6 * 4.0 ** np.arange(5), 2.0 ** np.arange(3, 7)
+
+
+def grid(**axes):
+    return dict(
+        zip(axes, map(np.array, zip(*itertools.product(*axes.values()), strict=True)), strict=True)
+    )
+
+
+def runs(law, noise=0.0, seed=0, params=None, **axes):
+    """Columns of the runs of a grid, with the law's own loss."""
+    columns = grid(**axes or DESIGNS[law])
+    loss = LAWS[law].log_loss(LAWS[law].internal(params or TRUE[law]), columns)
+    noise = noise * np.random.default_rng(seed).standard_normal(len(loss))
+    return columns | {"loss": np.exp(loss + noise)}
+
+
+DESIGNS = {
+    "power": dict(flops=1e12 * 2.0 ** np.arange(9)),
+    "chinchilla": dict(d_sae=SIZES, tokens=TOKENS),
+    "openai_nk": dict(d_sae=SIZES, k=KS),
+    "joint": dict(d_sae=SIZES, tokens=TOKENS, k=KS[::2]),
+}
+
+
+def write(path, columns):
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+    return path
+
+
+def fitted(tmp_path, columns, law):
+    """fit.json of a file with these columns, but for what the command adds."""
+    file = write(tmp_path / "runs.csv", columns)
+    rows = results.read(file, fit.needed_columns(law))
+    return fit.fit(rows, law, fit.Options(resamples=100)).summary()
+
+
+def commanded(tmp_path, columns, law, *flags):
+    """fit.json of the command on a file with these columns."""
+    file = write(tmp_path / "runs.csv", columns)
+    out = tmp_path / "fit"
+    assert cli.main(["fit", f"--results={file}", f"--law={law}", f"--out={out}", *flags]) == 0
+    return json.loads((out / "fit.json").read_text())
+
+
+def refusal(tmp_path, capsys, columns, law, *flags):
+    """The one line that the command says of a file with these columns."""
+    file = write(tmp_path / "runs.csv", columns)
+    arguments = [f"--results={file}", f"--law={law}", f"--out={tmp_path / 'fit'}", *flags]
+    assert cli.main(["fit", *arguments]) == 2
+    assert not (tmp_path / "fit").exists()
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+# Known optima
+
+PUBLISHED = {"alpha": (0.317, 0.373), "beta": (0.331, 0.415), "E": (1.769, 1.871)}  # 95%
+
+
+@pytest.fixture(scope="module")
+def replication():
+    if not CHINCHILLA.exists():
+        pytest.skip(f"no {CHINCHILLA}")
+    names = {"d_sae": "Model Size", "flops": "Training FLOP"}
+    rows = results.read(CHINCHILLA, ("d_sae", "tokens"), names, flops_factor=6)
+    return rows.without_largest_losses(5)
+
+
+@pytest.mark.parametrize(
+    "estimator, params",
+    [
+        ("huber", dict(A=477.83, B=2143.42, E=1.81722, alpha=0.347310, beta=0.367172)),
+        ("lad", dict(A=482.00, B=2085.39, E=1.81686, alpha=0.34781, beta=0.36585)),
+    ],
+)
+def test_both_optima_of_the_chinchilla_replication(replication, estimator, params):
+    """Besiroglu et al. 2024: to the digits that are published."""
+    best = estimate(LAWS["chinchilla"], replication.columns, replication.loss, estimator)
+    assert len(replication) == 240
+    for name, value in params.items():
+        digits = len(str(value).partition(".")[2])
+        assert best.params[name] == pytest.approx(value, abs=0.6 * 10**-digits), name
+    if estimator == "huber":
+        assert best.objective == pytest.approx(1.018274e-3, abs=1e-9)
+
+
+def test_the_replications_uncertainty(replication):
+    """The bootstrap's SD of the frontier's exponent a; intervals about as wide as published."""
+    values = fit.fit(replication, "chinchilla", fit.Options()).summary()
+    assert 0.0185 <= values["bootstrap"]["sd"]["d_sae_exponent"] <= 0.0205
+    for name, (low, high) in PUBLISHED.items():
+        ours = values["ci95"][name]
+        assert 0.6 <= (ours[1] - ours[0]) / (high - low) <= 1.4
+        assert ours[0] < (low + high) / 2 < ours[1]
+    assert values["holdout"]["rms_relative_error"] < 0.02
+
+
+# Laws from their own data
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("law", LAWS)
+def test_a_law_is_recovered_from_its_own_data(law, estimator):
+    columns = runs(law)
+    best = estimate(LAWS[law], columns, columns["loss"], estimator)
+    assert best.params == pytest.approx(TRUE[law], rel=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_at_any_scale_and_for_other_parameters(seed):
+    random = np.random.default_rng(seed)
+    scale_n, scale_d, scale_loss = 10.0 ** random.uniform(-6, 12, 3)
+    alpha, beta, share = (
+        random.uniform(0.1, 1.2),
+        random.uniform(0.1, 1.2),
+        random.uniform(0.05, 0.6),
+    )
+    axes = dict(d_sae=scale_n * 3.0 ** np.arange(5), tokens=scale_d * 5.0 ** np.arange(4))
+    params = dict(A=scale_loss * scale_n**alpha, alpha=alpha, B=2 * scale_loss * scale_d**beta)
+    params |= dict(beta=beta, E=share * scale_loss)
+    columns = runs("chinchilla", params=params, **axes)
+    best = estimate(LAWS["chinchilla"], columns, columns["loss"], "huber")
+    assert best.params == pytest.approx(params, rel=1e-6)
+
+
+def test_joint_is_chinchilla_at_one_k():
+    theta = LAWS["joint"].internal(TRUE["joint"])
+    budgets = np.geomspace(1e12, 1e18, 7)
+    at_k = Frontier.of(LAWS["joint"], theta, Cost(768.0), k=32.0)
+    best = at_k.at(budgets)
+    loss = LAWS["joint"].log_loss(theta, best | {"k": np.full(7, 32.0)})
+    np.testing.assert_allclose(best["loss"], np.exp(loss), rtol=1e-12)
+
+
+@pytest.mark.parametrize("cost", [Cost(768.0), Cost(128.0, 256 * 64.0)], ids=["12nd", "executed"])
+def test_the_frontier_is_the_least_loss_of_a_budget(cost):
+    law = LAWS["chinchilla"]
+    theta = law.internal(TRUE["chinchilla"])
+    best = Frontier.of(law, theta, cost).at(np.array([1e15]))
+    n = best["d_sae"] * np.exp(np.linspace(-3, 3, 6001))
+    loss = np.exp(law.log_loss(theta, {"d_sae": n, "tokens": 1e15 / cost.flops(n, 1)}))
+    assert best["loss"][0] == pytest.approx(loss.min(), rel=1e-6)
+    assert n[loss.argmin()] == pytest.approx(best["d_sae"][0], rel=2e-3)
+    assert cost.flops(best["d_sae"], best["tokens"])[0] == pytest.approx(1e15)
+
+
+def test_rows_of_one_run_are_drawn_together():
+    """Three rows of a run that share their noise are no more than one row."""
+    law = LAWS["chinchilla"]
+    once = runs("chinchilla", noise=0.01)
+    thrice = {name: np.repeat(values, 3) for name, values in once.items()}
+    widths = []
+    for columns, run in ((once, np.arange(25)), (thrice, np.repeat(np.arange(25), 3))):
+        best = estimate(law, columns, columns["loss"], "log_least_squares")
+        drawn = bootstrap(best, run, 400)
+        low, high = public_intervals(best, drawn)["beta"]
+        widths.append(high - low)
+    assert widths[1] == pytest.approx(widths[0], rel=0.25)
+
+
+def coverage(law, estimator, first, last):
+    """Whether each interval of repetitions `first` to `last` held the truth."""
+    true, hits = TRUE[law], []
+    for seed in range(first, last):
+        columns = runs(law, noise=0.01, seed=seed)
+        best = estimate(LAWS[law], columns, columns["loss"], estimator)
+        ends = public_intervals(best, bootstrap(best, np.arange(len(columns["loss"])), 60, seed))
+        hits.append([ends[name][0] <= value <= ends[name][1] for name, value in true.items()])
+    return hits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("estimator", ["huber", "log_least_squares"])
+def test_intervals_hold_the_truth_as_often_as_they_say(estimator):
+    """400 noisy repetitions of 25 runs. By chance alone a parameter's rate is off by 1.1%."""
+    parts = [(i * 100, (i + 1) * 100) for i in range(4)]
+    spawn = multiprocessing.get_context("spawn")  # JAX's threads do not survive a fork
+    with concurrent.futures.ProcessPoolExecutor(2, spawn) as pool:
+        jobs = [pool.submit(coverage, "chinchilla", estimator, *part) for part in parts]
+        held = np.array([hit for job in jobs for hit in job.result()]).mean(axis=0)
+    print(estimator, dict(zip(TRUE["chinchilla"], held.tolist(), strict=True)))
+    assert 0.93 <= held.mean() <= 0.97
+    assert ((held >= 0.92) & (held <= 0.98)).all()
+
+
+# The closed-form world
+
+
+def world_loss(n, tokens, alpha=0.5, p1=0.5, eta=0.1, features=100_000):
+    """Gradient descent on decoupled features of frequencies p1 i^-(1 + alpha): those that the
+    dictionary has no room for, and what is left of the others."""
+    p = p1 * np.arange(1, features + 1.0) ** -(1 + alpha)
+    beyond = p1 / alpha * (features + 0.5) ** -alpha
+    left = [
+        p[int(a) :].sum() + beyond + (p[: int(a)] * np.exp(-2 * eta * p[: int(a)] * b)).sum()
+        for a, b in zip(n, tokens, strict=True)
+    ]
+    return np.array(left)
+
+
+@pytest.fixture(scope="module")
+def world():
+    """Six budgets, each at the sizes, in steps of sqrt 2, around its best one."""
+    n, tokens = [], []
+    for budget in 1e6 * 4.0 ** np.arange(6):
+        sizes = np.round(0.5 * budget**0.4 * 2.0 ** np.arange(-1.5, 2.5, 0.5))
+        n += sizes.tolist()
+        tokens += (budget / sizes).tolist()
+    n, tokens = np.array(n), np.array(tokens)
+    return {
+        "d_sae": n,
+        "tokens": tokens,
+        "flops": 768 * n * tokens,
+        "loss": world_loss(n, tokens),
+    }
+
+
+def test_the_exact_compute_law_and_who_disagrees_with_it(tmp_path, world):
+    """n* ~ C^(1 / (2 + alpha)), L* ~ C^-(alpha / (2 + alpha)), with no floor."""
+    values = commanded(tmp_path, world, "isoflop", "--predict_flops=3e12")
+    frontier = values["frontier"]
+    assert frontier["d_sae_exponent"] == pytest.approx(0.4, abs=0.006)
+    assert frontier["tokens_exponent"] == pytest.approx(0.6, abs=0.006)
+    assert frontier["loss_exponent"] == pytest.approx(-0.2, abs=0.01)
+    (warning,) = (w for w in values["warnings"] if w.startswith("chinchilla disagrees"))
+    assert "isoflop" in warning
+    assert warning.partition("'")[0] in (tmp_path / "fit/report.html").read_text()
+    planned = values["prediction"]
+    assert planned["d_sae"] * planned["tokens"] * 768 == pytest.approx(3e12, rel=0.02)
+    true = world_loss([planned["d_sae"]], [planned["tokens"]], features=400_000)[0]
+    assert planned["loss"] == pytest.approx(true, rel=5e-3)
+
+
+def test_minima_at_the_edge_are_left_out(tmp_path, world):
+    largest = world["flops"].max()
+    keep = (world["flops"] < 0.9 * largest) | (world["d_sae"] < np.median(world["d_sae"]) * 4)
+    values = fitted(tmp_path, {n: v[keep] for n, v in world.items()}, "isoflop")
+    assert values["budgets"][-1]["rejected"]
+    assert any("left out" in w and "largest size" in w for w in values["warnings"])
+    assert values["frontier"]["d_sae_exponent"] == pytest.approx(0.4, abs=0.01)
+
+
+def test_sizes_by_tokens_have_isoflop_curves_in_between(tmp_path):
+    """A grid whose runs share no budget: each size's curve is interpolated."""
+    columns = grid(d_sae=np.round(24 * 2.0 ** np.arange(8)), tokens=1e4 * 3.0 ** np.arange(8))
+    columns["loss"] = world_loss(columns["d_sae"], columns["tokens"])
+    values = fitted(tmp_path, columns, "isoflop")
+    assert "interpolated" in values["how"]
+    assert values["frontier"]["d_sae_exponent"] == pytest.approx(0.4, abs=0.02)
+
+
+# What to doubt
+
+
+def test_estimators_that_disagree(tmp_path):
+    """Two of the largest did not converge: least squares is led astray."""
+    columns = runs("chinchilla", noise=0.002)
+    columns["loss"][[-1, -3]] *= 1.4
+    values = fitted(tmp_path, columns, "chinchilla")
+    assert any("estimators disagree" in warning for warning in values["warnings"])
+
+
+def test_parameters_that_are_weakly_identified(tmp_path):
+    """Losses far above their floor do not say where it is."""
+    columns = runs("chinchilla", noise=0.02, params=TRUE["chinchilla"] | {"E": 0.02})
+    values = fitted(tmp_path, columns, "chinchilla")
+    assert any("weakly identified" in warning for warning in values["warnings"])
+    quiet = runs("chinchilla", noise=1e-4)
+    assert not any("weakly" in w for w in fitted(tmp_path, quiet, "chinchilla")["warnings"])
+
+
+def test_runs_that_failed_or_died_or_had_a_worse_rate(tmp_path):
+    columns = {name: values.astype(str) for name, values in runs("chinchilla").items()}
+    columns["lr"] = np.full(25, "0.001")
+    columns["status"] = np.full(25, "done")
+    columns["dead_fraction"] = np.where(np.arange(25) < 3, "0.7", "0.1")
+    extra = {
+        "d_sae": ["512.0", "512.0"],
+        "tokens": ["1000000.0", "1000000.0"],
+        "loss": ["", "99"],
+        "lr": ["0.001", "0.5"],
+        "status": ["failed", "done"],
+        "dead_fraction": ["", "0.1"],
+    }
+    every = {name: [*values, *extra[name]] for name, values in columns.items()}
+    values = fitted(tmp_path, every, "chinchilla")
+    assert values["n_points"] == 25
+    assert values["params"] == pytest.approx(TRUE["chinchilla"], rel=1e-6)
+    said = "\n".join(values["warnings"])
+    for part in ("1 of 27 runs are left out", "learning rate", "3 of 25 runs have more than half"):
+        assert part in said
+
+
+def test_the_frontier_of_many_runs_is_their_envelope(tmp_path):
+    columns = runs("chinchilla")
+    columns["flops"] = 768 * columns["d_sae"] * columns["tokens"]
+    values = fitted(tmp_path, columns, "power")
+    assert 3 < values["n_points"] < 25
+    assert any("compute frontier" in warning for warning in values["warnings"])
+    assert values["frontier"]["loss_exponent"] == -values["params"]["alpha"]
+
+
+# Results that do not do
+
+
+def chinchilla_with(**changed):
+    columns = {name: list(values) for name, values in runs("chinchilla", noise=0.01).items()}
+    for name, value in changed.items():
+        if value is None:
+            del columns[name]
+        else:
+            columns[name][3] = value
+    return columns
+
+
+def only(condition):
+    columns = runs("chinchilla", noise=0.01)
+    rows = condition(columns)
+    return {name: values[rows] for name, values in columns.items()}
+
+
+LINE = r", line 5: "
+BAD = {
+    "nan": (chinchilla_with(loss="nan"), "chinchilla", f"{LINE}loss is nan"),
+    "negative": (chinchilla_with(loss=-0.5), "chinchilla", f"{LINE}loss is -0.5"),
+    "zero": (chinchilla_with(loss=0), "chinchilla", f"{LINE}loss is 0"),
+    "empty": (chinchilla_with(loss=""), "chinchilla", f"{LINE}loss is empty"),
+    "text": (chinchilla_with(tokens="many"), "chinchilla", f"{LINE}tokens is 'many'"),
+    "no loss": (chinchilla_with(loss=None), "chinchilla", "no column loss or eval_loss"),
+    "no tokens": (chinchilla_with(tokens=None), "chinchilla", "no column tokens"),
+    "no flops": (chinchilla_with(), "power", "no column flops"),
+    "no k": (chinchilla_with(), "openai_nk", "no column k"),
+    "one size": (only(lambda c: c["d_sae"] == 512), "chinchilla", "only 512 of d_sae"),
+    "one size, isoflop": (
+        only(lambda c: c["d_sae"] == 512),
+        "isoflop",
+        "all its runs are of 1 size",
+    ),
+    "two sizes": (
+        only(lambda c: c["d_sae"] < 2000),
+        "chinchilla",
+        "at least 3 different dictionary",
+    ),
+    "together": (
+        only(lambda c: c["tokens"] == 1e6 * (c["d_sae"] / 512) ** 2),
+        "chinchilla",
+        "5 points",
+    ),
+    "few": (
+        only(lambda c: np.isin(np.arange(25), (0, 6, 12, 18, 24, 3))[: len(c["loss"])]),
+        "joint",
+        "k",
+    ),
+    "no curves": (only(lambda c: np.arange(25) % 4 == 0), "isoflop", "no isoFLOP curves"),
+    "constant": (runs("chinchilla") | {"loss": np.ones(25)}, "chinchilla", "every loss is 1"),
+    "no rows": ({name: [] for name in ("d_sae", "tokens", "loss")}, "chinchilla", "no rows"),
+}
+
+
+@pytest.mark.parametrize("columns, law, said", BAD.values(), ids=BAD)
+def test_results_that_identify_nothing_are_refused(tmp_path, capsys, columns, law, said):
+    assert said in refusal(tmp_path, capsys, columns, law)
+
+
+def test_d_and_n_that_vary_only_together(tmp_path, capsys):
+    columns = {"d_sae": SIZES, "tokens": 20 * SIZES, "loss": 1 / SIZES}
+    more = {name: np.concatenate([v, v * 32]) for name, v in columns.items()}
+    assert "vary only together" in refusal(tmp_path, capsys, more, "chinchilla")
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--law=chinchila"], "did you mean 'chinchilla'"),
+        (["--estimator=hubert"], "did you mean 'huber'"),
+        (["--loss=eval_fvu"], "--loss is 'eval_fvu'"),
+        (["--holdout=25"], "--holdout=25"),
+        (["--drop_largest_losses=25"], "leaves nothing"),
+        (["--accounting=flops_executed"], "no column flops_executed"),
+        (["--predict_flops=-1"], "--predict_flops is -1"),
+        (["--config.sae.k=3"], "--predict_flops"),
+    ],
+)
+def test_mistaken_flags_are_refused(tmp_path, capsys, flags, said):
+    assert said in refusal(tmp_path, capsys, runs("chinchilla"), "chinchilla", *flags)
+
+
+# A sweep, and the next run
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """A directory as `sae-jax sweep` leaves it: results.csv, and the runs' configs and results."""
+    columns = runs("chinchilla", noise=0.002)
+    rows = []
+    for i, (n, tokens, loss) in enumerate(zip(*columns.values(), strict=True)):
+        sae = SAEConfig(d_sae=int(n), d_in=64, d_out=64, k=8)
+        base = config.to_dict(Config(sae=sae, train=TrainConfig(tokens=int(tokens))))
+        base["optimizer"]["learning_rate"] = lr = 1e-3 * (n / 512) ** -0.5
+        base["data"]["store"] = "stores/a"
+        row = dict(run_id=f"run{i}", d_in=64, d_sae=int(n), k=8, lr=lr, tokens=int(tokens))
+        row |= dict(flops=768 * int(n) * int(tokens), eval_loss=loss, dead_fraction=0.0)
+        row["flops_executed"] = (2 * 64 * int(n) + 8 * 8 * 64) * int(tokens)
+        run = tmp_path / "sweep/runs" / row["run_id"]
+        run.mkdir(parents=True)
+        (run / "config.json").write_text(json.dumps(base | {"environment": {"jax": "1"}}))
+        (run / "result.json").write_text(json.dumps(row))
+        rows.append(row | {"status": "done"})
+    rows.append({name: "" for name in rows[0]} | {"run_id": "lost", "status": "failed"})
+    write(tmp_path / "sweep/results.csv", {name: [row[name] for row in rows] for name in rows[0]})
+    return tmp_path / "sweep"
+
+
+def test_a_sweep_plans_its_next_run(tmp_path, sweep, capsys):
+    out = tmp_path / "fit"
+    flags = [f"--results={sweep}", "--law=chinchilla", f"--out={out}", "--predict_flops=1e16"]
+    assert cli.main(["fit", *flags]) == 0
+    values = json.loads((out / "fit.json").read_text())
+    planned = values["prediction"]
+    assert values["loss"] == "eval_loss" and values["n_points"] == 25
+    assert values["params"]["alpha"] == pytest.approx(0.35, rel=0.1)
+    assert planned["d_sae"] % 64 == 0
+    assert 768 * planned["d_sae"] * planned["tokens"] == pytest.approx(1e16, rel=1e-3)
+    theta = LAWS["chinchilla"].internal(TRUE["chinchilla"])
+    at = {"d_sae": np.array([planned["d_sae"]]), "tokens": np.array([planned["tokens"]])}
+    true = np.exp(LAWS["chinchilla"].log_loss(theta, at))[0]
+    assert planned["interval"][0] <= true <= planned["interval"][1]
+    assert any("times the largest budget" in warning for warning in values["warnings"])
+
+    following = config.load_file(str(out / "next_run.py"))
+    assert following.sae.d_sae == planned["d_sae"] and following.sae.k == 8
+    assert following.train.tokens == planned["tokens"] // 2048 * 2048
+    assert following.data.store == "stores/a"
+    rate = 1e-3 * (planned["d_sae"] / 512) ** -0.5
+    assert following.optimizer.learning_rate == pytest.approx(rate)
+
+    executed = values["accountings"]["flops_executed"]
+    assert executed["flops_per_token"] == pytest.approx({"slope": 128.0, "fixed": 4096.0})
+    assert (out / "fit.png").stat().st_size > 20_000
+    assert "<svg" in (out / "report.html").read_text()
+    assert "warning: " in capsys.readouterr().out
+
+
+def test_the_prediction_of_every_law_that_has_one():
+    rows = {name: runs(name, noise=0.002) for name in ("chinchilla", "joint")}
+    for name, columns in rows.items():
+        columns["flops"] = 768 * columns["d_sae"] * columns["tokens"]
+        run = np.arange(len(columns["loss"]))
+        found = fit.fit(
+            results.Results("runs", columns, run, "loss"), name, fit.Options(resamples=50)
+        )
+        planned = predict.predict(found, 1e15)
+        at = {part: np.array([planned[part]]) for part in ("d_sae", "tokens")}
+        at["k"] = np.array([found.k or 1.0])
+        theta = LAWS[name].internal(TRUE[name])
+        assert planned["loss"] == pytest.approx(np.exp(LAWS[name].log_loss(theta, at))[0], rel=0.02)
+
+
+def test_isoflop_keeps_budgets_to_fit(world):
+    rows = results.Results("runs", world, np.arange(len(world["loss"])), "loss")
+    with pytest.raises(config.UserError, match="--holdout=5"):
+        isoflop.fit(rows, fit.Options(holdout=5))
