@@ -48,11 +48,11 @@ COMPUTE = {
 }
 NK = {
     "tiny-nk": {
-        "d_sae": [128, 256, 512, 1024],
-        "k": [2, 4, 8, 16, 32],
+        "d_sae": [128, 256, 512, 1024, 2048],
+        "k": [1, 2, 4, 8],
         "tokens": 500_000,
         "rate": (4e-3, 512),
-        "batch_size": 1024,
+        "batch_size": 512,
     },
     "frontier-nk": {
         "d_sae": [2**i for i in range(15, 21)],

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 import types
@@ -13,7 +14,9 @@ import pytest
 
 from sae_jax import lm
 from sae_jax.cli import demo
-from sae_jax.config import UserError, load_file
+from sae_jax.config import UserError, call_in_file, load_file
+from sae_jax.scaling import grid as grids
+from sae_jax.scaling.packs import make_passes
 from sae_jax.train.loop import resolve
 from sae_jax.train.mesh import make_mesh
 
@@ -100,6 +103,62 @@ def sae_jax(directory, *arguments):
     command = [sys.executable, "-m", "sae_jax", *arguments]
     done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("design", ["tiny", "tiny-nk", "small", "frontier", "frontier-nk"])
+def test_every_design_of_scaling_laws_could_start(design):
+    spec = f"{ROOT / 'experiments' / 'scaling_laws.py'}:{design}"
+    grid = call_in_file(spec, "get_sweep", "")
+    runs = [grids.apply(load_file(spec), swept) for swept in grid]
+    data = data_like(runs[0])
+    runs = [resolve(run, data) for run in runs]
+    sizes = {run.sae.d_sae for run in runs}
+    if design.endswith("nk"):
+        ks = {run.sae.k for run in runs}
+        assert len(sizes) >= 4 and len(ks) >= 4 and len(runs) == len(sizes) * len(ks)
+        assert {(run.sae.architecture, run.train.tokens) for run in runs} == {
+            ("topk", runs[0].train.tokens)
+        }
+    else:
+        budgets = {run.train.tokens for run in runs}
+        assert len(sizes) >= 5 and len(budgets) >= 5 and len(runs) == len(sizes) * len(budgets)
+        assert {run.sae.sparsity_coefficient for run in runs} == {5.0}
+        (work,) = make_passes(runs)
+        trunks = [pack for pack in work.packs if pack.trunk is None]
+        assert len(trunks) == len(sizes), "all budgets of a size share a trunk"
+    rates = {run.optimizer.learning_rate * run.sae.d_sae**0.5 for run in runs}
+    assert max(rates) == pytest.approx(min(rates)), "lr by 1 / sqrt(n)"
+
+
+@pytest.mark.slow
+def test_the_readme_from_a_sweep_to_the_run_it_plans(directory):
+    """The law predicts the largest budget from the others within 3%, and the planned run ends
+    within the interval."""
+    (directory / "experiments").symlink_to(ROOT / "experiments")
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    (commands,) = (block for block in blocks if "sae-jax sweep" in block)
+    for line in commands.strip().splitlines():
+        program, *arguments = shlex.split(line)
+        assert program == "sae-jax"
+        sae_jax(directory, *arguments)
+    fit = json.loads((directory / "fits" / "compute" / "fit.json").read_text())
+    result = json.loads((directory / "runs" / "next" / "result.json").read_text())
+    print(f"\n{fit}\n{result}")
+    assert fit["holdout"]["rms_relative_error"] < 0.03
+    assert 0.4 < fit["frontier"]["d_sae_exponent"] < 0.7
+    assert -0.06 < fit["frontier"]["loss_exponent"] < -0.02
+    least, most = fit["prediction"]["interval"]
+    assert least < result["eval_loss"] < most
+
+
+@pytest.mark.slow
+def test_a_tiny_sweep_gives_loss_against_size_and_k(directory):
+    config = f"{ROOT}/experiments/scaling_laws.py:tiny-nk"
+    sae_jax(directory, "sweep", f"--config={config}", "--workdir=sweeps/nk")
+    sae_jax(directory, "fit", "--results=sweeps/nk", "--law=openai_nk", "--out=fits/nk")
+    fit = json.loads((directory / "fits" / "nk" / "fit.json").read_text())
+    assert fit["holdout"]["rms_relative_error"] < 0.04
+    assert fit["params"]["gamma"] < 0 and fit["params"]["eta"] < 0, "as Gao et al. found"
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Packs against their runs one by one: the steady step, bytes read, and the wall."""
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import subprocess
@@ -12,9 +13,10 @@ import jax
 import numpy as np
 
 from sae_jax import config as configs
-from sae_jax.bench.step import bench_config
-from sae_jax.config import Config, DataConfig, UserError
+from sae_jax.activations import open_stream
+from sae_jax.config import Config, UserError
 from sae_jax.scaling.packs import make_passes
+from sae_jax.train import loop
 from sae_jax.train.mesh import BatchPlacement, make_mesh
 from sae_jax.train.pack import PackTrainer, set_fields
 
@@ -70,6 +72,8 @@ def measure_sweep(runs: list[Config]) -> dict:
     start-up, compilation, evaluation and checkpoints. Of each the seconds; the bytes read from
     the moment that the package was imported; and the largest relative difference of a run's
     eval_loss between the two."""
+    stream = open_stream(runs[0].data)
+    runs = [loop.resolve(run, stream) for run in runs]
     if len(make_passes(runs)) > 1:
         raise UserError("the runs read different data; a bench of packs takes runs of one pass")
     with tempfile.TemporaryDirectory() as directory:
@@ -128,31 +132,23 @@ def _in_processes(parts: list[list[Config]], out: pathlib.Path) -> dict:
     return {"seconds": time.perf_counter() - begin, "bytes_read": count}
 
 
-def sweep_of(store: str, site: str, d_sae: int, runs: int, tokens: int) -> list[Config]:
-    """`runs` ReLU SAEs in each of three sizes, from d_sae / 2 to 2 d_sae, over one pass of a
-    store: sparsity coefficients and learning rates differ."""
+def sweep_of(config: Config, store: str, site: str, runs: int, tokens: int) -> list[Config]:
+    """Runs over one pass of a store, of the architecture and d_sae of `config`, half of it and
+    twice of it: `runs` of each, that differ in sparsity, learning rate and seed."""
+    unsized = dict.fromkeys(["sae.d_in", "sae.d_out", "sae.aux_k"])
+    data = dataclasses.replace(config.data, store=store, site=site)
+    base = dataclasses.replace(set_fields(config, unsized), data=data)
     made = []
-    for size in (d_sae // 2, d_sae, 2 * d_sae):
-        base = bench_config("relu", 2048, 1, size, 0, "float32", 1)
-        base = dataclasses.replace(base, data=DataConfig(store=store, site=site))
-        base = set_fields(
-            base,
-            {
-                "sae.d_in": None,
-                "sae.d_out": None,
-                "sae.aux_k": None,
-                "train.tokens": tokens,
-            },
-        )
-        made += [
-            set_fields(
-                base,
-                {
-                    "sae.sparsity_coefficient": 1.0 + i % 4,
-                    "optimizer.learning_rate": 1e-3 if i % 2 else 5e-4,
-                    "train.seed": i // 4,
-                },
-            )
-            for i in range(runs)
-        ]
+    for d_sae, i in itertools.product((1, 2, 4), range(runs)):
+        values = {
+            "sae.d_sae": d_sae * config.sae.d_sae // 2,
+            "optimizer.learning_rate": 1e-3 if i % 2 else 5e-4,
+            "train.seed": i // 4,
+            "train.tokens": tokens,
+        }
+        if config.sae.k is not None:
+            values["sae.k"] = config.sae.k + i % 4
+        else:
+            values["sae.sparsity_coefficient"] = config.sae.sparsity_coefficient * (1 + i % 4) / 4
+        made.append(set_fields(base, values))
     return made

@@ -10,6 +10,8 @@ SUMMARY = """Measure a training step, or the reading of batches, on this machine
   sae-jax bench --architecture=relu --d_in=512 --d_sae=8192
   sae-jax bench --peers                                 beside the installed peers, in turn
   sae-jax bench --reading                               the stream against a sequential read
+  sae-jax bench --packs=8 --d_in=64 --d_sae=512         a pack of 8 runs against each alone
+  sae-jax bench --packs=8 --d_sae=512 --store=STORE     a whole sweep of 3 sizes x 8 runs, as well
 
 Every figure of one call comes from one run, so that its ratios hold on a machine whose speed
 drifts. --peers needs: pip install "sae-jax[peers]".
@@ -29,8 +31,19 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("rounds", 7, "Timed steps of each contestant.", flag_values=values)
     flags.DEFINE_bool("peers", False, "Time the installed peers too.", flag_values=values)
     flags.DEFINE_bool("reading", False, "Measure the stream instead.", flag_values=values)
+    flags.DEFINE_integer(
+        "packs", None, "Measure packs of so many runs instead.", lower_bound=2, flag_values=values
+    )
     flags.DEFINE_string(
-        "store", None, "With --reading: this store, not a temporary one.", flag_values=values
+        "store",
+        None,
+        "With --reading: this store, not a temporary one. With --packs: sweep over it, in one "
+        "process and with each run in its own.",
+        flag_values=values,
+    )
+    flags.DEFINE_string("site", "", "Of the store, where it has several.", flag_values=values)
+    flags.DEFINE_integer(
+        "tokens", 204_800, "With --packs and --store: of each run.", flag_values=values
     )
     flags.DEFINE_string("out", None, "Write the figures there as JSON.", flag_values=values)
 
@@ -46,8 +59,18 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
 
         shape = (args.batch, args.d_in, args.d_sae, args.k)
         config = bench_config(args.architecture, *shape, args.dtype, args.mesh_model)
-        figures = measure_step(config, args.rounds, args.peers)
-        _print_step(figures)
+        if args.packs:
+            from sae_jax.bench import packs
+
+            figures = {"step": packs.measure_pack_step(config, args.packs, args.rounds)}
+            _print_pack_step(figures["step"])
+            if args.store:
+                runs = packs.sweep_of(config, args.store, args.site, args.packs, args.tokens)
+                figures["sweep"] = packs.measure_sweep(runs)
+                _print_sweep(figures["sweep"])
+        else:
+            figures = measure_step(config, args.rounds, args.peers)
+            _print_step(figures)
     if args.out:
         save_json(figures, pathlib.Path(args.out))
     return 0
@@ -65,6 +88,26 @@ def _print_step(figures: dict) -> None:
     print(
         f"matmul of the encoder in the same run: {rate:.0f} GFLOP/s; "
         f"the step is at {figures['fraction_of_floor']:.0%} of the floor"
+    )
+
+
+def _print_pack_step(figures: dict) -> None:
+    shape = " ".join(f"{name} {value}" for name, value in figures["shape"].items())
+    pack, alone = (1e3 * figures["seconds"][name] for name in ("pack", "alone"))
+    print(
+        f"a step of {figures['runs']} runs, {shape}, {figures['device']}: packed {pack:.1f} ms, "
+        f"one by one {alone:.1f} ms; ratio {figures['pack_over_sum']:.2f}"
+    )
+
+
+def _print_sweep(figures: dict) -> None:
+    print(f"{figures['runs']} runs{'':14}{'seconds':>10}{'GB read':>10}")
+    for name, label in (("sweep", "one sweep"), ("alone", "a process each")):
+        seconds, size = figures[name]["seconds"], figures[name]["bytes_read"] / 1e9
+        print(f"{label:21}{seconds:10.1f}{size:10.2f}")
+    print(
+        f"{'times less':21}{figures['times_less_wall']:10.1f}{figures['times_less_read']:10.1f}\n"
+        f"largest relative difference of an eval_loss: {figures['largest_loss_difference']:.1e}"
     )
 
 
