@@ -18,8 +18,14 @@ _DELTAS = {  # of Huber's function, in turn: each minimum is the start of the ne
     "log_least_squares": (np.inf,),
     "lad": (1e-3, 1e-4, 1e-5, 1e-6, 1e-7),  # the last stands for 0
 }
+_FINALISTS = 20  # starts that go on to full precision
+_PATIENCE = 3000  # steps there; valleys of openai_nk are long and flat
 _LONGEST = 10.0  # step in coordinates, in which a residual moves by about as much
-_SHARES = (0.1, 0.45)  # of the loss at the data's centre, of every term but the last at a start
+_SHARES = {  # number of terms: of the loss at the data's centre, of each term but the last
+    1: (),
+    2: (0.1, 0.3, 0.5, 0.7, 0.9),
+    3: (0.1, 0.45),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +53,18 @@ def estimate(
 ) -> Estimate:
     """Fits `law` from a grid of starts, or from internal parameters `start` (P,) alone."""
     problem = Problem.of(law, columns, loss)
+    deltas = _DELTAS[estimator]
     z = problem.coordinates(_starts(law, columns, loss) if start is None else start)
     y_SxN = np.broadcast_to(problem.y_N, (len(z), len(loss)))
-    for delta in _DELTAS[estimator]:
-        z, value = minimise(problem, z, 1.0, y_SxN[: len(z)], delta, steps=300, tolerance=1e-15)
+    z, value = minimise(problem, z, 1.0, y_SxN, deltas[0], tolerance=1e-9)
+    z = z[np.argsort(value)[:_FINALISTS]]
+    for delta in deltas:
+        z, value = minimise(
+            problem, z, 1.0, y_SxN[: len(z)], delta, steps=_PATIENCE, tolerance=1e-15
+        )
         z = z[[value.argmin()]]
     residual, _ = problem.residuals(z, y_SxN[:1])
-    objective = float(value.min()) / (delta if estimator == "lad" else 1.0)
+    objective = float(value.min()) / (deltas[-1] if estimator == "lad" else 1.0)
     rms = float(np.sqrt(np.mean(residual**2)))
     return Estimate(law, estimator, problem.theta(z)[0], objective, rms, problem)
 
@@ -67,7 +78,8 @@ def _starts(law: Law, columns: Columns, loss: np.ndarray) -> np.ndarray:
     exponents from its grid."""
     centre, level = law.features(columns).mean(axis=0), np.log(loss).mean()
     shares = [
-        (*parts, 1 - sum(parts)) for parts in itertools.product(_SHARES, repeat=len(law.terms) - 1)
+        (*parts, 1 - sum(parts))
+        for parts in itertools.product(_SHARES[len(law.terms)], repeat=len(law.terms) - 1)
     ]
     slopes = [slope.starts for term in law.terms for slope in term.slopes]
     starts = []

@@ -113,7 +113,7 @@ def log_terms(features_NxP: np.ndarray, term_of_P: np.ndarray, theta_SxP: np.nda
 
 
 _SHALLOW = (-0.05, -0.3, -0.8)
-_K = (0.3, -0.3)
+_K = (0.3, 0.0, -0.3)
 _N_AND_K = (
     Term(
         "alpha",
@@ -124,7 +124,7 @@ _N_AND_K = (
         ),
         is_log=True,
     ),
-    Term("zeta", (Slope("eta", ("k",), starts=(-0.1, -0.6)),), is_log=True),
+    Term("zeta", (Slope("eta", ("k",), starts=(-0.05, -0.3, -1.0)),), is_log=True),
 )
 LAWS = {
     law.name: law
