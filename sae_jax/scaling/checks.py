@@ -8,6 +8,7 @@ from sae_jax.scaling.intervals import FAR
 _WIDE = 10.0  # ratio of the ends of a scale's interval
 _SAME_EXPONENT = 0.01  # of two estimators, however narrow the interval
 _APART = 0.05  # however wide
+_SAME_LOSS = 0.01  # relative
 _DEAD = 0.5  # fraction of dead latents above which a run's size is not its dictionary's
 _NO_COST = (
     "the results do not say what a token costs (no column flops, nor d_in; or --flops_factor); "
@@ -24,6 +25,12 @@ def warnings(fit, cost) -> list[str]:
         out.append(
             "nothing is held out: without the largest budgets too few points would be left to "
             "fit this law, so that its extrapolation is untested"
+        )
+    elif fit.holdout["rms_relative_error"] > max(_SAME_LOSS, 3 * fit.estimate.rms_log_error):
+        out.append(
+            f"the law misses the points held out ({fit.holdout['what']}) by "
+            f"{fit.holdout['rms_relative_error']:.1%} (rms), those it is fitted to by only "
+            f"{fit.estimate.rms_log_error:.1%}: do not trust it beyond these runs"
         )
     if fit.law.name in ("chinchilla", "joint"):
         if fit.frontier is None:

@@ -18,7 +18,7 @@ _TEXT = '''"""Planned by `sae-jax fit` for {flops:.4g} FLOPs: {d_sae} latents, {
 
   sae-jax train --config={file} --workdir=runs/next
 
-Expected loss {loss:.5g}, 95% of runs between {low:.5g} and {high:.5g}. {notes}
+{notes}
 """
 
 from sae_jax.config import Config, from_dict
@@ -40,7 +40,8 @@ def save(planned: dict, source: str, start: Config | None, out: str | pathlib.Pa
     """Writes OUT/next_run.py: `start`, or else the sweep's run nearest to the plan, or else the
     defaults, with the planned size, tokens and k."""
     sweep = pathlib.Path(source)
-    notes = []
+    low, high = planned["interval"]
+    notes = [f"Expected loss {planned['loss']:.5g}, 95% of runs between {low:.5g} and {high:.5g}."]
     if start is None and (sweep / "runs").is_dir():
         start, note = _nearest(sweep, planned)
         notes.append(note)
@@ -54,14 +55,12 @@ def save(planned: dict, source: str, start: Config | None, out: str | pathlib.Pa
         f"data.epochs is {epochs}: if the store has fewer tokens than that gives, training says "
         "so, and how many epochs it would take."
     )
-    low, high = planned["interval"]
     text = _TEXT.format(
-        **{name: planned[name] for name in ("flops", "d_sae", "loss")},
+        flops=planned["flops"],
+        d_sae=planned["d_sae"],
         tokens=config.train.tokens,
         file=file,
-        low=low,
-        high=high,
-        notes=_wrapped(notes),
+        notes=textwrap.fill(" ".join(notes), 98),
         values=pprint.pformat(configs.to_dict(config), width=96, sort_dicts=False),
     )
     temporary = file.with_name(f"tmp.{_FILE}")
@@ -104,7 +103,10 @@ def _nearest(sweep: pathlib.Path, planned: dict) -> tuple[Config, str]:
     note = f"All else is as in {nearest.name} of the sweep."
     rate = _learning_rate(list(finished.values()), planned["d_sae"])
     if rate is None:
-        return config, f"{note} Its learning rate is kept; the sweep has no rule for it by size."
+        return (
+            config,
+            f"{note} Its learning rate is kept: in the sweep it follows no power of d_sae.",
+        )
     adam = dataclasses.replace(config.optimizer, learning_rate=rate[0])
     note += f" The learning rate follows the sweep's rule, d_sae^{rate[1]:.3g}."
     return dataclasses.replace(config, optimizer=adam), note
@@ -116,10 +118,6 @@ def _learning_rate(finished: list[dict], d_sae: int) -> tuple[float, float] | No
     if len(results.distinct(np.exp(log_n))) < 2:
         return None
     slope, at_one = np.polyfit(log_n, log_rate, 1)
-    if np.abs(at_one + slope * log_n - log_rate).max() > 1e-6:
+    if np.ptp(log_rate) < 1e-9 or np.abs(at_one + slope * log_n - log_rate).max() > 1e-6:
         return None
     return float(np.exp(at_one + slope * math.log(d_sae))), float(slope)
-
-
-def _wrapped(notes: list[str]) -> str:
-    return "\n".join(textwrap.wrap(" ".join(notes), 98))
