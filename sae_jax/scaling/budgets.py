@@ -74,11 +74,11 @@ class Curve:
         best = self.log_n[self.log_loss.argmin()]
         log_n = self.minimum()[0]
         if best == self.log_n[0]:
-            return "its least loss is at the smallest size; add smaller ones"
+            return "the least loss is at the smallest size, so add smaller ones"
         if best == self.log_n[-1]:
-            return "its least loss is at the largest size; add larger ones"
+            return "the least loss is at the largest size, so add larger ones"
         if not self.log_n[0] < log_n < self.log_n[-1]:
-            return "its parabola has no minimum within the sizes that were run"
+            return "the parabola has no minimum within the sizes that were run"
         return None
 
 

@@ -49,11 +49,13 @@ def warnings(fit, cost) -> list[str]:
 def isoflop_warnings(fit) -> list[str]:
     minima = fit.minima
     out = list(fit.results.notes)
-    out += [
-        f"the budget of {curve.flops:.3g} FLOPs is left out: {curve.rejected}"
-        for curve in minima.curves
-        if curve.rejected
-    ]
+    reasons = dict.fromkeys(curve.rejected for curve in minima.curves if curve.rejected)
+    for reason in reasons:
+        budgets = [f"{curve.flops:.3g}" for curve in minima.curves if curve.rejected == reason]
+        out.append(
+            f"{len(budgets)} of {len(minima.curves)} budgets left out: {reason} "
+            f"(C = {', '.join(budgets)})"
+        )
     if "interpolated" in minima.how:
         out.append(minima.how)
     if "flops" not in fit.results.columns:

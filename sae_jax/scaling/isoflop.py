@@ -19,7 +19,7 @@ from sae_jax.scaling.budgets import BUDGETS, Curve, make_curves
 from sae_jax.scaling.estimate import ESTIMATORS, Estimate, estimate
 from sae_jax.scaling.intervals import widening
 from sae_jax.scaling.laws import Law, Slope, Term
-from sae_jax.scaling.results import Results
+from sae_jax.scaling.results import Results, distinct
 
 NAME = "isoflop"
 FORMULA = "n* = G_n C^a, D* = G_D C^b, L* = G_L C^c, of the minima of isoFLOP curves"
@@ -244,12 +244,12 @@ def _residuals(curves: list[Curve]) -> np.ndarray | None:
 
 
 def _budget(curve: Curve) -> dict:
-    log_n, log_d, log_loss = curve.minimum()
+    minimum = dict.fromkeys(_OF)
+    if curve.rejected is None:
+        minimum = dict(zip(_OF, np.exp(curve.minimum()).tolist(), strict=True))
     return {
         "flops": curve.flops,
-        "sizes": len(curve.log_n),
-        "d_sae": float(np.exp(log_n)),
-        "tokens": float(np.exp(log_d)),
-        "loss": float(np.exp(log_loss)),
+        "sizes": len(distinct(np.exp(curve.log_n))),
+        **minimum,
         "rejected": curve.rejected,
     }
