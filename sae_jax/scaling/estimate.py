@@ -48,13 +48,11 @@ class Estimate:
         return np.exp(self.law.log_loss(self.theta, columns))
 
 
-def estimate(
-    law: Law, columns: Columns, loss: np.ndarray, estimator: str, start: np.ndarray | None = None
-) -> Estimate:
-    """Fits `law` from a grid of starts, or from internal parameters `start` (P,) alone."""
+def estimate(law: Law, columns: Columns, loss: np.ndarray, estimator: str) -> Estimate:
+    """Fits `law` to losses (N,) at columns of (N,), from a grid of starts."""
     problem = Problem.of(law, columns, loss)
     deltas = _DELTAS[estimator]
-    z = problem.coordinates(_starts(law, columns, loss) if start is None else start)
+    z = problem.coordinates(_starts(law, columns, loss))
     y_SxN = np.broadcast_to(problem.y_N, (len(z), len(loss)))
     z, value = minimise(problem, z, 1.0, y_SxN, deltas[0], tolerance=1e-9)
     z = z[np.argsort(value)[:_FINALISTS]]
