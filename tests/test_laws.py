@@ -10,11 +10,12 @@ import pathlib
 
 import numpy as np
 import pytest
+import scipy.optimize
 
 from sae_jax import cli, config
 from sae_jax.config import Config, SAEConfig, TrainConfig
 from sae_jax.scaling import fit, isoflop, predict, results
-from sae_jax.scaling.estimate import ESTIMATORS, estimate
+from sae_jax.scaling.estimate import ESTIMATORS, estimate, last_delta, minimise, rho
 from sae_jax.scaling.frontier import Cost, Frontier
 from sae_jax.scaling.intervals import bootstrap, public_intervals
 from sae_jax.scaling.laws import LAWS
@@ -128,6 +129,29 @@ def test_the_replications_uncertainty(replication):
         assert 0.6 <= (ours[1] - ours[0]) / (high - low) <= 1.4
         assert ours[0] < (low + high) / 2 < ours[1]
     assert values["holdout"]["rms_relative_error"] < 0.02
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_minima_are_those_of_scipy(law):
+    """Of resamples, each from the fit to all runs, as the bootstrap has them."""
+    columns = runs(law, noise=0.02)
+    loss = columns.pop("loss")
+    best = estimate(LAWS[law], columns, loss, "huber")
+    problem, delta = best.problem, last_delta("huber")
+    start = problem.coordinates(best.theta)[0]
+    draws = np.random.default_rng(0).multinomial(len(loss), np.full(len(loss), 1 / len(loss)), 10)
+    y = np.broadcast_to(problem.y_N, draws.shape)
+    _, ours = minimise(problem, start, draws.astype(float), y, delta)
+    for weights, value in zip(draws, ours, strict=True):
+
+        def objective(z, weights=weights):
+            residual, shares = problem.residuals(z[None], problem.y_N)
+            slope = weights * np.clip(residual[0], -delta, delta)
+            gradient = slope @ (shares[0] * problem.features_NxP)
+            return 1e6 * (weights * rho(residual[0], delta)).sum(), 1e6 * gradient
+
+        theirs = scipy.optimize.minimize(objective, start, jac=True, method="BFGS").fun / 1e6
+        assert value <= theirs * (1 + 1e-6)
 
 
 # Laws from their own data

@@ -301,14 +301,14 @@ def _residuals(axes, found: Fit, planned) -> None:
     _residual_axes(axes, f"expected {_loss(found)}")
 
 
-def _residual_axes(axes, x: str) -> None:
+def _residual_axes(axes, x: str, y: str = "seen over expected, %") -> None:
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     axes.xaxis.set_major_locator(MaxNLocator(6) if high / low < 4 else LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel(x)
-    axes.set_ylabel("seen over expected, %")
+    axes.set_ylabel(y)
     _legend(axes)
 
 
@@ -350,7 +350,4 @@ def _minima_residuals(axes, found: IsoflopFit, planned) -> None:
     for i, name, colour in ((0, "d_sae", BLUE), (2, "loss", ORANGE)):
         percent = 100 * (np.exp(found.minima.log[:, i]) / expected[:, i] - 1)
         axes.plot(found.minima.flops, percent, "o", markersize=4, color=colour, label=name)
-    axes.set_xscale("log")
-    axes.set_xlabel(_compute(found))
-    axes.set_ylabel("at the minimum over expected, %")
-    _legend(axes)
+    _residual_axes(axes, _compute(found), "at the minimum over expected, %")

@@ -39,7 +39,7 @@ def bootstrap(estimate: Estimate, run_N: np.ndarray, count: int, seed: int = 0) 
     problem, delta = estimate.problem, last_delta(estimate.estimator)
     start = problem.coordinates(estimate.theta)
     y_RxN = np.broadcast_to(problem.y_N, draws_RxN.shape)
-    z, value = minimise(problem, start, draws_RxN, y_RxN, delta, tolerance=1e-8)
+    z, value = minimise(problem, start, draws_RxN, y_RxN, delta)
     residual, _ = problem.residuals(start, problem.y_N)
     above = draws_RxN @ rho(residual[0], delta) - value
     parameters = len(estimate.theta)
@@ -109,7 +109,7 @@ def profile_intervals(estimate: Estimate, drawn: Bootstrap) -> np.ndarray:
             break
         z = centre + (signs * distance)[at, None] * path[at]
         y_SxN = np.broadcast_to(problem.y_N, (len(at), len(problem.y_N)))
-        z, value = minimise(problem, z, 1.0, y_SxN, delta, tolerance=1e-8, free_SxPxQ=free[at])
+        z, value = minimise(problem, z, 1.0, y_SxN, delta, free_SxPxQ=free[at])
         path[at] = (z - centre) / (signs * distance)[at, None]
         height = np.sqrt(np.maximum(value - lowest, 0) / threshold)
         below = height < 1
