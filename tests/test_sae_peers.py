@@ -226,7 +226,7 @@ CASES = {
         lambda setting, mended: parity.sparsify(setting, fvu=not mended),
         picks("topk"),
         OptimizerConfig(clip_norm=None),
-        batch=128,
+        batch=64,
         defect="the loss is divided by the batch's own variance, so that a batch with outliers "
         "counts less; Gao et al. 2024 (section 2.3) have the squared error",
     ),
