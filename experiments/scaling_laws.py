@@ -1,7 +1,7 @@
 """Sweeps for scaling laws: loss against compute, and loss against dictionary size and k.
 
   sae-jax sweep --config=experiments/scaling_laws.py:tiny --workdir=sweeps/compute
-  sae-jax fit --results=sweeps/compute --law=chinchilla --predict_flops=1e13 --out=fits/compute
+  sae-jax fit --results=sweeps/compute --law=isoflop --predict_flops=5e12 --out=fits/compute
 
 Loss against compute is the study of "Scaling Monosemanticity" (Templeton et al. 2024, Scaling
 Laws): ReLU SAEs with lambda fixed at 5, every dictionary size with every number of tokens, the
@@ -10,8 +10,7 @@ from one trunk. Loss against d_sae and k is L(n, k) of Gao et al. 2024 (section 
 at a fixed number of tokens.
 
   :tiny       6 sizes x 5 budgets on the store that `sae-jax demo` leaves: minutes on two cores
-  :tiny-nk    4 sizes x 5 k on the same
-  :small      7 sizes x 6 budgets on more tokens of the same site: an hour on two cores
+  :tiny-nk    5 sizes x 4 k on the same
   :frontier   6 sizes, 2^15 to 2^20, x 5 budgets up to 8B tokens: give a store and a mesh, and as
               many workers as there are passes:
               --config.data.store=STORE --config.data.site=SITE --config.mesh.model=8 --passes=6
@@ -22,18 +21,12 @@ from sae_jax.config import Config, DataConfig, SAEConfig, TrainConfig, choose
 from sae_jax.scaling import grid
 
 # Of each: dictionary sizes, token budgets, the learning rate of the size beside it, batch, warm-up
-# in tokens. The rates are the best at the middle budget of a sweep of rates (grid.learning_rates).
+# in tokens. Of rates 5e-4 to 8e-3 at 128, 512 and 2,048 latents, 4e-3 to 8e-3 were best in `tiny`.
+# The frontier's rate is a place to start: sweep it first (grid.learning_rates with factors).
 COMPUTE = {
     "tiny": {
         "d_sae": [64, 128, 256, 512, 1024, 2048],
         "tokens": [50_000, 100_000, 200_000, 400_000, 800_000],
-        "rate": (6e-3, 512),
-        "batch_size": 512,
-        "warmup_tokens": 10_000,
-    },
-    "small": {
-        "d_sae": [64, 128, 256, 512, 1024, 2048, 4096],
-        "tokens": [75_000, 150_000, 300_000, 600_000, 1_200_000, 2_400_000],
         "rate": (6e-3, 512),
         "batch_size": 512,
         "warmup_tokens": 10_000,

@@ -105,7 +105,7 @@ def sae_jax(directory, *arguments):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("design", ["tiny", "tiny-nk", "small", "frontier", "frontier-nk"])
+@pytest.mark.parametrize("design", ["tiny", "tiny-nk", "frontier", "frontier-nk"])
 def test_every_design_of_scaling_laws_could_start(design):
     spec = f"{ROOT / 'experiments' / 'scaling_laws.py'}:{design}"
     grid = call_in_file(spec, "get_sweep", "")
