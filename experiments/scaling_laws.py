@@ -21,7 +21,7 @@ from sae_jax.config import Config, DataConfig, SAEConfig, TrainConfig, choose
 from sae_jax.scaling import grid
 
 # Of each: dictionary sizes, token budgets, the learning rate of the size beside it, batch, warm-up
-# in tokens. Of rates 5e-4 to 8e-3 at 128, 512 and 2,048 latents 4e-3 to 8e-3 were best on that site.
+# in tokens. Of rates 5e-4 to 8e-3 at 128, 512 and 2,048 latents, 4e-3 to 8e-3 were best.
 # The frontier's rate is a place to start: sweep it first (grid.learning_rates with factors).
 COMPUTE = {
     "tiny": {
