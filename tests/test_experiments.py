@@ -161,8 +161,15 @@ def test_a_tiny_sweep_gives_loss_against_size_and_k(directory):
     assert fit["params"]["gamma"] < 0 and fit["params"]["eta"] < 0, "as Gao et al. found"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", FOUND)
+# These wait for a hand: all take ten minutes, and the others try the same code.
+BY_HAND = """scaling_monosemanticity:tiny anthropic_jan2025:tiny matryoshka:tiny
+transcoder:tiny""".split()
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(r, marks=pytest.mark.long if r in BY_HAND else pytest.mark.slow) for r in FOUND],
+)
 def test_tiny_gives_a_sensible_sae_in_a_minute(recipe, directory):
     name, size = recipe.split(":")
     run = directory / "runs" / name / size
