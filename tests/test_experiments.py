@@ -151,7 +151,7 @@ def test_the_readme_from_a_sweep_to_the_run_it_plans(directory):
     assert least < result["eval_loss"] < most
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_tiny_sweep_gives_loss_against_size_and_k(directory):
     config = f"{ROOT}/experiments/scaling_laws.py:tiny-nk"
     sae_jax(directory, "sweep", f"--config={config}", "--workdir=sweeps/nk")

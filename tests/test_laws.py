@@ -232,7 +232,7 @@ def coverage(law, estimator, first, last):
     "law, estimator",
     [
         pytest.param("chinchilla", "huber", marks=pytest.mark.slow),
-        pytest.param("openai_nk", "log_least_squares", marks=pytest.mark.slow),
+        pytest.param("openai_nk", "log_least_squares", marks=pytest.mark.long),
         pytest.param("chinchilla", "log_least_squares", marks=pytest.mark.long),
         pytest.param("power", "huber", marks=pytest.mark.long),
     ],
