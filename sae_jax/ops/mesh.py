@@ -33,7 +33,8 @@ def in_any_run(flag: jax.Array) -> jax.Array:
     """`flag` (a bool), or that of any run in the same `jax.vmap(axis_name=BATCHED_RUNS)`: a branch
     on it is taken by all of them or none, and so stays a branch."""
     try:
-        return jax.lax.pmax(flag.astype(jnp.int32), BATCHED_RUNS) > 0
+        # Gathered, since jax 0.12 cannot lower a pmax of scalars here.
+        return jax.lax.all_gather(flag, BATCHED_RUNS).any()
     except NameError:  # no such axis: one run by itself
         return flag
 
