@@ -527,3 +527,18 @@ def test_isoflop_keeps_budgets_to_fit(world):
     rows = results.Results("runs", world, np.arange(len(world["loss"])), "loss")
     with pytest.raises(config.UserError, match="--holdout=5"):
         isoflop.fit(rows, fit.Options(holdout=5))
+
+
+@pytest.mark.parametrize("law", ["power", "chinchilla", "joint"])
+def test_the_command_predicts_by_every_law_that_can(tmp_path, capsys, law):
+    design = {"power": "power", "joint": "joint"}.get(law, "chinchilla")
+    columns = runs(design, noise=0.002)
+    if "tokens" in columns:
+        columns |= {"flops": 12 * 64 * columns["d_sae"] * columns["tokens"]}
+    write(tmp_path / "runs.csv", columns)
+    flags = [f"--results={tmp_path}/runs.csv", f"--law={law}", f"--out={tmp_path}/out"]
+    assert cli.main(["fit", *flags, "--predict_flops=1e16"]) == 0, capsys.readouterr().err
+    planned = json.loads((tmp_path / "out" / "fit.json").read_text())["prediction"]
+    said = capsys.readouterr().out
+    assert f"loss {planned['loss']:.5g}, 95% of runs" in said
+    assert (f"{planned['d_sae']} latents" in said) == (law != "power")

@@ -3,10 +3,9 @@
 import dataclasses
 import pathlib
 
-import jinja2
 import numpy as np
 
-from sae_jax import lm, plots
+from sae_jax import lm, pages, plots
 from sae_jax.activations import Store
 from sae_jax.evaluate import Evaluation, LanguageModel, figures
 from sae_jax.interpret.effects import output_tokens
@@ -119,14 +118,8 @@ def write_page(
 
 
 def render(*, title, sae, evaluation, store, figures, latents, tokens, without_effects) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html").render(
+    return pages.render(
+        pathlib.Path(__file__).with_name("page.html"),
         title=title,
         config=sae.config,
         settings=evaluation.settings,

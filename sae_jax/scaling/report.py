@@ -2,9 +2,7 @@
 
 import pathlib
 
-import jinja2
-
-from sae_jax import plots
+from sae_jax import pages, plots
 from sae_jax.config import UserError, save_json
 from sae_jax.scaling import figures, predict
 
@@ -60,9 +58,9 @@ def text(values: dict, out: str | pathlib.Path) -> str:
         lines.append(f"compute-optimal: n* ~ C^{n:.3f}, D* ~ C^{tokens:.3f}")
     if planned := values["prediction"]:
         low, high = planned["interval"]
-        what = f"{planned['d_sae']} latents, {planned['tokens']:,} tokens, " * bool(
-            planned["d_sae"]
-        )
+        what = ""
+        if planned["d_sae"]:  # power says how much loss, not of which size
+            what = f"{planned['d_sae']} latents, {planned['tokens']:,} tokens, "
         lines.append(
             f"for {planned['flops']:.4g} FLOPs: {what}loss {planned['loss']:.5g}, 95% of runs "
             f"{low:.5g} to {high:.5g}"
@@ -72,15 +70,9 @@ def text(values: dict, out: str | pathlib.Path) -> str:
 
 
 def _page(found, values: dict) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     drawn = figures.panels(found, values["prediction"])
-    return environment.get_template("report.html").render(
+    return pages.render(
+        pathlib.Path(__file__).with_name("report.html"),
         fit=values,
         figures=[(title, plots.inline_svg(figure, title)) for title, figure in drawn.items()],
     )

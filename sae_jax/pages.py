@@ -1,0 +1,17 @@
+"""HTML pages from templates that lie beside the code."""
+
+import pathlib
+
+import jinja2
+
+
+def render(template: pathlib.Path, **values) -> str:
+    """The page of a jinja2 template; text is escaped, and a missing value is an error."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(template.parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template.name).render(**values)
