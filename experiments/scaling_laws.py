@@ -58,8 +58,7 @@ NK = {
 
 
 def get_config(design: str = "tiny") -> Config:
-    choose(design, (*COMPUTE, *NK), "the design of scaling_laws")
-    plan = (COMPUTE | NK)[design]
+    plan = _plan(design)
     frontier = design.startswith("frontier")
     if design in COMPUTE:
         sae = SAEConfig(architecture="relu", sparsity_coefficient=5.0)
@@ -82,7 +81,7 @@ def get_config(design: str = "tiny") -> Config:
 
 
 def get_sweep(design: str = "tiny") -> grid.Grid:
-    plan = (COMPUTE | NK)[design]
+    plan = _plan(design)
     rate, at = plan["rate"]
     if design in NK:
         return grid.learning_rates(grid.nk(plan["d_sae"], plan["k"]), rate, at=at)
@@ -94,3 +93,8 @@ def get_sweep(design: str = "tiny") -> grid.Grid:
         sparsity_warmup_tokens=plan["warmup_tokens"],
     )
     return grid.product(sizes, budgets)
+
+
+def _plan(design: str) -> dict:
+    plans = COMPUTE | NK
+    return plans[choose(design, plans, "the design of scaling_laws")]

@@ -128,6 +128,8 @@ def test_every_design_of_scaling_laws_could_start(design):
         assert len(trunks) == len(sizes), "all budgets of a size share a trunk"
     rates = {run.optimizer.learning_rate * run.sae.d_sae**0.5 for run in runs}
     assert max(rates) == pytest.approx(min(rates)), "lr by 1 / sqrt(n)"
+    with pytest.raises(UserError, match="the design of scaling_laws is 'tny'"):
+        call_in_file(spec.replace(design, "tny"), "get_sweep", "")
 
 
 @pytest.mark.slow
