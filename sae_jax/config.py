@@ -118,6 +118,7 @@ class MeshConfig:
     run: int = 1
     data: int = -1
     model: int = 1
+    zero: bool = False  # ZeRO: float32 masters and Adam's moments sharded over `data` too
 
 
 @dataclasses.dataclass(frozen=True)

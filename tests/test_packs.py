@@ -44,12 +44,15 @@ def base(store, architecture="relu", steps=STEPS, **sections):
 
 # ------------------------------------------------------------------------ the program
 
-MESHES = [(2, 1, 2), (1, 1, 1), (1, 2, 1)]
+AXES = ("run", "data", "model", "zero")
+MESHES = [(2, 1, 2), (1, 1, 1), (1, 2, 1), (2, 2, 1, True)]
 QUICK = {("relu", True, MESHES[0])}
 SLOW = {(architecture, True, MESHES[0]) for architecture in ARCHITECTURES} | {
     ("topk", False, MESHES[0]),
     ("gated", False, MESHES[1]),
     ("batchtopk", True, MESHES[2]),
+    ("topk", False, MESHES[3]),
+    ("relu", True, MESHES[3]),
 }
 
 
@@ -68,11 +71,11 @@ def marks_of(case) -> tuple:
 def test_a_step_of_a_pack_is_that_of_each_run(store, monkeypatch, architecture, batched, mesh):
     """Three runs that differ in all that may differ; half of the latents of one begin as dead ones,
     so that AuxK is at work in it alone. Batched: as on an accelerator."""
-    monkeypatch.setattr(pack, "_sequential", lambda: not batched)
+    monkeypatch.setattr(pack, "on_cpu", lambda: not batched)
     for program in (pack._init, pack._step, pack._evaluate):
         program.clear_cache()  # it does not know of the line above
     picks = "k" in ARCHITECTURES[architecture].DEFAULTS
-    one = base(store, architecture, mesh=dict(zip(("run", "data", "model"), mesh, strict=True)))
+    one = base(store, architecture, mesh=dict(zip(AXES, mesh, strict=False)))
     runs = resolved(
         [
             set_fields(

@@ -27,14 +27,16 @@ def config_of(store, mesh=(1, 1), **sae):
     )
 
 
-@pytest.mark.parametrize("mesh", [pytest.param((1, 1), marks=pytest.mark.slow), (2, 2)], ids=str)
+@pytest.mark.parametrize(
+    "mesh", [pytest.param((1, 1), marks=pytest.mark.slow), (2, 2, "zero")], ids=str
+)
 @pytest.mark.parametrize(
     "architecture",
     ["relu_l1_unit"]
     + [pytest.param(n, marks=pytest.mark.slow) for n in ("jumprelu", "gated", "batchtopk")],
 )
 def test_what_resampling_sets(store, architecture, mesh):
-    data = {"data": mesh[0], "model": mesh[1]}
+    data = {"data": mesh[0], "model": mesh[1], "zero": "zero" in mesh}
     sae = {"resample_every_tokens": 20 * BATCH}
     config = make_config(store, architecture, sae=sae, mesh=data)
     stream = open_stream(config.data)

@@ -16,12 +16,13 @@ from sae_jax.train.mesh import BatchPlacement, make_mesh
 from sae_jax.train.preemption import PreemptedError, Preemption
 from sae_jax.train.step import Trainer
 
-MESHES = [(1, 1), (4, 1), (1, 4), (2, 2)]
+MESHES = [(1, 1), (4, 1), (1, 4), (2, 2), (2, 2, "zero")]
 TRAINED = ("relu", "topk")  # test_sae.py has all architectures, for one step
 
 
 def on(mesh, **kwargs):
-    return make_config(**kwargs, mesh={"data": mesh[0], "model": mesh[1]})
+    fields = {"data": mesh[0], "model": mesh[1], "zero": mesh[2:] == ("zero",)}
+    return make_config(**kwargs, mesh=fields)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def runs(store, tmp_path_factory):
     out = {}
     for architecture in TRAINED:
         for mesh in MESHES:
-            path = folder / f"{architecture}-{mesh[0]}x{mesh[1]}"
+            path = folder / f"{architecture}-{'x'.join(map(str, mesh))}"
             config = on(mesh, store=store, architecture=architecture)
             out[architecture, mesh] = path, loop.train(config, path)
     return out
@@ -114,7 +115,7 @@ def test_batches_do_not_depend_on_the_mesh(store):
             np.testing.assert_array_equal(next(batches), want[step])
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 4)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (4, 1, "zero")], ids=str)
 def test_step_holds_nothing_whole_and_needs_no_host(store, shape):
     """512 tokens 32 wide, 4,096 latents: what the compiled step of one device holds."""
     config = on(
@@ -126,7 +127,9 @@ def test_step_holds_nothing_whole_and_needs_no_host(store, shape):
     )
     config = dataclasses.replace(config, sae=saes.resolve(config.sae, 32))
     trainer = Trainer(config, 50, 1.0)
-    shards = shape[1]
+    data, shards = shape[:2]
+    state_shards = data * shards if "zero" in shape else shards
+    tokens = min(256, 512 // data)  # the encoder runs over slices of 256
     with jax.set_mesh(make_mesh(config)):
         x = np.random.default_rng(0).normal(size=(512, 32)).astype(np.float32)
         x = jax.device_put(x, BATCH_SPEC)
@@ -134,8 +137,8 @@ def test_step_holds_nothing_whole_and_needs_no_host(store, shape):
         compiled = trainer.step.lower(state, x).compile()
         found = re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", compiled.as_text())
         shapes = {tuple(map(int, dimensions.split(","))) for dimensions in found}
-        assert {(512, 32), (32, 4096 // shards), (256, 4096 // shards)} <= shapes
-        # The encoder runs over slices of 256 tokens: not even pre-activations are whole.
+        assert {(512 // data, 32), (32, 4096 // shards), (tokens, 4096 // shards)} <= shapes
+        # Not even pre-activations are whole.
         big = {s for s in shapes if np.prod(s) >= 512 * 4096 // shards}
         assert not big, "arrays of batch x d_sae"
         if shards > 1:
@@ -148,4 +151,5 @@ def test_step_holds_nothing_whole_and_needs_no_host(store, shape):
         for array in [*jax.tree.leaves(state), *jax.live_arrays()]:
             if array.size >= 4096 and array.ndim and 4096 in array.shape:
                 sizes = {shard.data.size for shard in array.addressable_shards}
-                assert sizes == {array.size // shards}, array.shape
+                per_token = array is state.idle_tokens
+                assert sizes == {array.size // (shards if per_token else state_shards)}, array.shape

@@ -19,6 +19,7 @@ from sae_jax.ops.mesh import (
     ENCODER,
     PER_LATENT,
     PER_TOKEN,
+    on_cpu,
     per_shard,
     product,
     psum,
@@ -113,7 +114,7 @@ def _backward(activation, compute_dtype, kept_dtype, saved, cotangents):
         n = kept.shape[0] * size
         # A single block is no loop to XLA, whose CPU backend (jax 0.10 to 0.12) lacks some products
         # of transposed bfloat16 operands outside of loops.
-        dtype = jnp.float32 if len(kept) == 1 and _on_cpu() else compute_dtype
+        dtype = jnp.float32 if len(kept) == 1 and on_cpu() else compute_dtype
         x_t = x.astype(dtype).T
         d_decoded = tuple(d.astype(dtype) for d in d_decoded)
 
@@ -158,13 +159,9 @@ autoencode.defvjp(_forward, _backward)
 def _block_size(n: int) -> int:
     """The largest divisor of n that is not above the device's block; n itself where only small
     ones are left."""
-    limit = _CPU_BLOCK if _on_cpu() else _BLOCK
+    limit = _CPU_BLOCK if on_cpu() else _BLOCK
     size = next(size for size in range(min(limit, n), 0, -1) if n % size == 0)
     return size if size >= limit // 8 else n
-
-
-def _on_cpu() -> bool:
-    return jax.default_backend() == "cpu"
 
 
 def _slice(array, start, size: int, axis: int = 0):

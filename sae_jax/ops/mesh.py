@@ -14,6 +14,8 @@ DECODER = P("model", None)  # (d_sae, d_out)
 PER_LATENT = P("model")  # (d_sae,)
 PER_TOKEN = P("data")  # (B,)
 
+ZERO = ("model", "data")  # what `model` shards, when it is spread over `data` too
+
 BATCHED_RUNS = "batched_runs"  # name of the axis of runs that are computed as one
 
 
@@ -71,6 +73,28 @@ def product(a: jax.Array, b: jax.Array, spec: P | None = None) -> jax.Array:
         preferred_element_type=jnp.float32,
         out_sharding=None if spec is None else out_sharding(spec),
     )
+
+
+def spread(tree):
+    """Arrays that `model` shards, each device keeping of its shard what is its own along `data`
+    (ZeRO: Rajbhandari et al. 2020). No communication."""
+    return jax.tree.map(lambda a: _with_axes(a, "model", ZERO), tree)
+
+
+def gathered(tree):
+    """What `spread` spread: one all-gather of each array over `data`."""
+    return jax.tree.map(lambda a: _with_axes(a, ZERO, "model"), tree)
+
+
+def _with_axes(a: jax.Array, old, new) -> jax.Array:
+    spec = P(*(new if axes == old else axes for axes in jax.typeof(a).sharding.spec))
+    return jax.reshard(a, spec)
+
+
+def on_cpu() -> bool:
+    """Whether the program that is traced is for CPUs: the mesh's devices, or the default ones."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (device.platform if device else jax.default_backend()) == "cpu"
 
 
 def _without_mesh() -> bool:

@@ -19,6 +19,7 @@ from sae_jax.ops.mesh import (
     PER_LATENT,
     gather_last,
     in_any_run,
+    on_cpu,
     per_shard,
     product,
     psum,
@@ -152,7 +153,7 @@ def _unzip(pairs):
 def _over_slices(function, x_Bxd, n: int):
     """`function` over slices of the batch, so that (B, d_sae) never exists as a whole."""
     rows = x_Bxd.shape[0]
-    limit = _CPU_SLICE_ROWS if jax.default_backend() == "cpu" else max(1, _SLICE_BYTES // (4 * n))
+    limit = _CPU_SLICE_ROWS if on_cpu() else max(1, _SLICE_BYTES // (4 * n))
     if rows <= limit:
         return function(x_Bxd)
     whole = rows - rows % limit

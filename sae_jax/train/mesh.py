@@ -28,6 +28,11 @@ def make_mesh(config: Config) -> jax.sharding.Mesh:
             f"sae.d_sae {config.sae.d_sae} is not divisible by the {model} devices of the mesh's "
             "model axis; change it or set mesh.model"
         )
+    if config.mesh.zero and config.sae.d_sae % (data * model):
+        raise UserError(
+            f"mesh.zero spreads sae.d_sae over {data} x {model} devices, which do not divide "
+            f"{config.sae.d_sae}; change it or set mesh.zero=false"
+        )
     return jax.make_mesh(sizes, ("run", "data", "model"), devices=devices[: math.prod(sizes)])
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from sae_jax.config import Config
-from sae_jax.ops.mesh import BATCHED_RUNS
+from sae_jax.ops.mesh import BATCHED_RUNS, on_cpu
 from sae_jax.train import controls
 from sae_jax.train.lengths import Lengths
 from sae_jax.train.step import Trainer, TrainState
@@ -240,7 +240,7 @@ def _on_groups(function: Callable, stacked: int, out: P | None = None) -> Callab
 
 def _one_by_one(function: Callable, stacked):
     """`function` of each run, its results stacked."""
-    if _sequential():
+    if on_cpu():
         return jax.lax.map(function, stacked)
     return jax.vmap(function, axis_name=BATCHED_RUNS)(stacked)
 
@@ -248,7 +248,7 @@ def _one_by_one(function: Callable, stacked):
 def _in_place(update: Callable, states: TrainState, values: dict):
     """`update(state, own values) -> (state, metrics)` of each run; the states' memory is used
     again."""
-    if not _sequential():
+    if not on_cpu():
         return jax.vmap(update, axis_name=BATCHED_RUNS)(states, values)
 
     def take(tree, i):
@@ -266,7 +266,3 @@ def _in_place(update: Callable, states: TrainState, values: dict):
     _, shapes = jax.eval_shape(update, take(states, 0), take(values, 0))
     metrics = jax.tree.map(lambda s: jnp.zeros((count, *s.shape), s.dtype), shapes)
     return jax.lax.fori_loop(0, count, advance, (states, metrics))
-
-
-def _sequential() -> bool:
-    return jax.default_backend() == "cpu"

@@ -96,17 +96,18 @@ def _revive(trainer: Trainer, state: TrainState, inputs: jax.Array) -> TrainStat
         x = x - parameters["b_dec"]
     encoder_norm = _mean(jnp.linalg.norm(parameters["w_enc"], axis=0), ~dead)
     decoder_norm = _mean(jnp.linalg.norm(parameters["w_dec"], axis=1), ~dead)
-    fresh = {
+    rows = {
         "w_enc": (_unit(x) * _ENCODER_NORM * encoder_norm).T,
         "w_dec": _unit(y - parameters["b_dec"]) * decoder_norm,
-        **{n: v for n, v in sae.fresh_latent(config).items() if n not in sae.RUNNING_MEANS},
     }
+    others = {n: v for n, v in sae.fresh_latent(config).items() if n not in sae.RUNNING_MEANS}
+    fresh = trainer.stored(rows) | others
+    replaced = trainer.stored({n: dead[:, None] if n == "w_dec" else dead for n in fresh})
     moments = dict.fromkeys(fresh, 0.0)
 
     def put(values, new):
         """`values` with those of dead latents replaced."""
-        where = {name: dead[:, None] if name == "w_dec" else dead for name in new}
-        return values | {n: jnp.where(where[n], new[n], values[n]) for n in new}
+        return values | {n: jnp.where(replaced[n], new[n], values[n]) for n in new}
 
     def is_moments(node):
         return isinstance(node, dict) and "w_enc" in node
@@ -118,7 +119,7 @@ def _revive(trainer: Trainer, state: TrainState, inputs: jax.Array) -> TrainStat
     )
     return dataclasses.replace(
         state,
-        parameters=put(parameters, fresh),
+        parameters=put(state.parameters, fresh),
         optimizer=optimizer,
         idle_tokens=jnp.where(dead, 0, state.idle_tokens),
     )

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from sae_jax import sae as saes
 from sae_jax.config import Config
-from sae_jax.ops.mesh import PER_LATENT, out_sharding
+from sae_jax.ops.mesh import PER_LATENT, gathered, out_sharding, spread
 from sae_jax.sae import SAE, Controls, Losses
 from sae_jax.train import controls, optimizer
 from sae_jax.train.lengths import Lengths
@@ -24,8 +24,8 @@ _NEVER = -1
 class TrainState:
     """All that a run is, between two steps. The data's place is the step."""
 
-    parameters: dict[str, jax.Array]  # float32
-    optimizer: optax.OptState
+    parameters: dict[str, jax.Array]  # float32; with mesh.zero spread over `data`,
+    optimizer: optax.OptState  # and so are the moments
     idle_tokens: jax.Array  # (d_sae,) int32: tokens since the latent last fired
     scale: jax.Array  # float32: the inputs' normalisation; a crosscoder's (d_in,)
     target_scale: jax.Array  # float32: the targets'
@@ -86,7 +86,9 @@ class Trainer:
     def fresh(self, b_dec: jax.Array, scale: jax.Array, target_scale: jax.Array) -> TrainState:
         """`init`, to be traced."""
         key = jax.random.key(self.config.train.seed)
-        parameters = self._architecture.init_parameters(key, self.config.sae, b_dec * target_scale)
+        parameters = self.stored(
+            self._architecture.init_parameters(key, self.config.sae, b_dec * target_scale)
+        )
         return TrainState(
             parameters=parameters,
             optimizer=self._optimizer.init(parameters),
@@ -101,9 +103,17 @@ class Trainer:
             nonfinite_step=jnp.full((), _NEVER, jnp.int32),
         )
 
+    def stored(self, per_parameter: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Parameters, or what there is one of for each, as the state keeps them."""
+        return spread(per_parameter) if self.config.mesh.zero else per_parameter
+
+    def working(self, state: TrainState) -> dict[str, jax.Array]:
+        """The parameters as the operations take them."""
+        return gathered(state.parameters) if self.config.mesh.zero else state.parameters
+
     def scaled(self, state: TrainState, rows) -> tuple[SAE, jax.Array, jax.Array]:
         """The SAE in its own units, and inputs and targets of rows (B, width) in them."""
-        sae = self._architecture(self.config.sae, state.parameters)
+        sae = self._architecture(self.config.sae, self.working(state))
         x, y = sae.split(rows.astype(jnp.float32))
         return sae, x * state.scale, y * state.target_scale
 
@@ -123,14 +133,15 @@ class Trainer:
             losses = self._architecture(self.config.sae, parameters).loss(x, y, now)
             return losses.total, losses
 
-        (_, losses), gradients = jax.value_and_grad(total, has_aux=True)(state.parameters)
+        (_, losses), gradients = jax.value_and_grad(total, has_aux=True)(sae.parameters())
+        gradients = self.stored(gradients)
         gradient_norm = optax.tree.norm(gradients)
         updates, optimizer_state = self._optimizer.update(
             gradients, state.optimizer, state.parameters
         )
         parameters = optax.apply_updates(state.parameters, updates)
         weight = controls.running_mean_weight(state.step, self._lengths.horizon)
-        for name, value in losses.running.items():
+        for name, value in self.stored(losses.running).items():
             before = state.parameters[name]
             parameters[name] = before + weight * (value - before)
         finite = jnp.isfinite(losses.total) & jnp.isfinite(gradient_norm)
