@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import difflib
 import importlib.util
-import json
 import math
 import pathlib
 import types
@@ -225,13 +224,6 @@ def _mistakes_in(path: str):
         raise
     except Exception as error:
         raise UserError(f"config file {path} fails: {type(error).__name__}: {error}") from error
-
-
-def save_json(values: dict, path: pathlib.Path) -> None:
-    """Writes to a temporary name, then renames: a reader never sees half a file."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(values, indent=1) + "\n")
-    temporary.replace(path)
 
 
 def difference(a: dict, b: dict, prefix: str = "") -> list[str]:

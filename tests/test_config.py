@@ -18,9 +18,9 @@ from sae_jax.config import (
     identity,
     load_file,
     override,
-    save_json,
     to_dict,
 )
+from sae_jax.paths import save_json
 
 
 @pytest.mark.parametrize(

@@ -1,44 +1,49 @@
-"""Where a store's bytes live: one directory, local or gs://, and the arrays in it.
+"""Where a store's bytes live: one directory, local or in an object store, and its arrays.
 
 Everything else in this room names files relative to the store and leaves paths to this module.
 """
 
+import contextlib
 import pathlib
 import shutil
 
 import tensorstore as ts
+
+from sae_jax import paths
 
 _CRC_BYTES = 4
 _INDEX_BYTES_PER_CHUNK = 16  # offset and length, uint64 each
 
 
 class Folder:
-    """A directory as bytes by name. Writes are atomic: a temporary name, then a rename."""
+    """A directory as bytes by name. Writes are atomic: a temporary name, then a rename; an object
+    store's are so by themselves."""
 
     def __init__(self, path):
-        self.path = str(path).rstrip("/")
-        self.remote = "://" in self.path
-        if not self.remote:
-            self.path = str(pathlib.Path(self.path).absolute())
+        self._where = paths.path(path).absolute()
+        self.path = str(self._where)
+        self.remote = paths.is_remote(self.path)
         self._store = ts.KvStore.open(self.kvstore("")).result()
 
-    def kvstore(self, name: str):
+    def kvstore(self, name: str) -> dict:
         """TensorStore's spec of the file or folder `name` inside this one."""
         if self.remote:
-            return f"{self.path}/{name}"
+            return paths.kvstore(self._where, name)
         return {"driver": "file", "path": f"{self.path}/{name}"}
 
     def read(self, name: str) -> bytes | None:
         """The bytes of `name`; None where there is no such file."""
-        found = self._store.read(name).result()
+        with self._explained(name):
+            found = self._store.read(name).result()
         return found.value if found.state == "value" else None
 
     def write(self, name: str, data: bytes) -> None:
-        self._store.write(name, data).result()
+        with self._explained(name):
+            self._store.write(name, data).result()
 
     def delete_folder(self, name: str) -> None:
         if self.remote:
-            self._store.delete_range(ts.KvStore.KeyRange(f"{name}/", f"{name}0")).result()
+            (self._where / name).rmtree()
         else:
             shutil.rmtree(f"{self.path}/{name}")  # with the locks that a killed writer left
 
@@ -46,11 +51,14 @@ class Folder:
         """Size in bytes of every file under `folder`. Remote sizes are None: an object there is
         whole or absent, and asking costs a request each."""
         if self.remote:
-            keys = self._store.list(ts.KvStore.KeyRange(f"{folder}/", f"{folder}0")).result()
-            return {key.decode(): None for key in keys}
+            return {f"{folder}/{name}": None for name in (self._where / folder).files()}
         root = pathlib.Path(self.path)
         files = (file for file in (root / folder).rglob("*") if file.is_file())
         return {file.relative_to(root).as_posix(): file.stat().st_size for file in files}
+
+    def _explained(self, name: str):
+        where = f"{self.path}/{name}"
+        return paths.explained(where) if self.remote else contextlib.nullcontext()
 
 
 class Array:

@@ -12,9 +12,11 @@ r % context_length of sequence r // context_length. A chunk holds whole sequence
 of reading; all arrays but usable_rows and checksums are cut at the same sequences.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
+import textwrap
 import zlib
 
 import numpy as np
@@ -202,7 +204,8 @@ class Store:
         """Rows [rows.start, rows.stop) of a site as stored: (rows, width). A slow path for a few
         rows; training reads through `Stream`."""
         start, stop, step = rows.indices(self.num_rows)
-        return self.site(site)[start : max(start, stop) : step].read().result()
+        with self._damage_named(f"sites/{site}"):
+            return self.site(site)[start : max(start, stop) : step].read().result()
 
     def read_excluded(self, chunks) -> np.ndarray:
         """(len(chunks), chunk_rows) uint8; rows beyond the store's end are PADDING."""
@@ -240,8 +243,20 @@ class Store:
             first = int(chunk) * chunk_rows
             stop = min(first + chunk_rows, self.num_rows)
             pending.append(ts.array(target[: stop - first]).write(handle[first:stop]))
-        for write in pending:
-            write.result()
+        with self._damage_named(name):
+            for write in pending:
+                write.result()
+
+    @contextlib.contextmanager
+    def _damage_named(self, name: str):
+        try:
+            yield
+        except ValueError as error:  # TensorStore has no class of its own
+            reason = textwrap.shorten(str(error), 300)
+            raise UserError(
+                f"{self.path}/{name} cannot be read: {reason}; if it is damaged, make the store "
+                "again"
+            ) from error
 
     def _handle(self, name: str) -> ts.TensorStore:
         if name not in self._handles:

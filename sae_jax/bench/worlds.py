@@ -29,11 +29,11 @@ from sae_jax.config import (
     OptimizerConfig,
     SAEConfig,
     TrainConfig,
-    save_json,
 )
 from sae_jax.evaluate.recovery import Recovery, RecoveryMeter, measure_recovery
 from sae_jax.evaluate.worlds import WorldRows
 from sae_jax.interop import load
+from sae_jax.paths import save_json
 from sae_jax.train import train
 
 OURS = "sae-jax"

@@ -2,7 +2,7 @@ import pathlib
 
 from absl import flags
 
-from sae_jax.config import save_json
+from sae_jax.paths import save_json
 
 SUMMARY = """Measure a training step, or the reading of batches, on this machine.
 

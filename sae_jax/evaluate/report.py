@@ -7,7 +7,7 @@ import pathlib
 
 import numpy as np
 
-from sae_jax.config import UserError, difference, save_json
+from sae_jax.config import UserError, difference
 from sae_jax.evaluate.metrics import RowMetrics, measure_rows
 from sae_jax.evaluate.progress import progress
 from sae_jax.evaluate.recovery import Recovery, measure_recovery
@@ -20,6 +20,7 @@ from sae_jax.evaluate.sources import (
 )
 from sae_jax.evaluate.spliced import measure_spliced
 from sae_jax.evaluate.worlds import WorldRows
+from sae_jax.paths import save_json
 from sae_jax.sae import SAE
 
 _LATENTS = 2**25  # elements of one batch's dense latents

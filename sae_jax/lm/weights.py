@@ -17,9 +17,10 @@ import safetensors
 import safetensors.numpy
 from jax.sharding import NamedSharding
 
-from sae_jax.config import UserError, choose, save_json
+from sae_jax.config import UserError, choose
 from sae_jax.lm.decoder import ACTIVATIONS, DecoderConfig, Leaf, layout
 from sae_jax.lm.text import read_json
+from sae_jax.paths import save_json
 
 OWN_TYPE = "sae_jax_decoder"
 FAMILIES = ("llama", "mistral", "qwen2", OWN_TYPE)

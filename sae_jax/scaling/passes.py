@@ -5,7 +5,6 @@ and result; either can go on with a run of the other's.
 """
 
 import contextlib
-import pathlib
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from absl import logging
 
 from sae_jax.activations import open_stream
 from sae_jax.config import Config
+from sae_jax.paths import AnyPath
 from sae_jax.scaling.packs import Pack, Pass
 from sae_jax.train import loop, resample
 from sae_jax.train.checkpoints import Checkpoints
@@ -23,13 +23,14 @@ from sae_jax.train.directory import RunDirectory, is_writer
 from sae_jax.train.mesh import BatchPlacement, make_mesh
 from sae_jax.train.pack import PackTrainer, get_run, put_run
 from sae_jax.train.preemption import PreemptedError, Preemption
+from sae_jax.train.watchdog import PROGRESS
 
 _KEPT = 2  # checkpoints a run, at least: a kill leaves some runs one behind the others
 
 
 def train_pass(
     work: Pass,
-    runs_directory: pathlib.Path,
+    runs_directory: AnyPath,
     check: Callable[[], None] = lambda: None,
     run_ended: Callable[[], None] = lambda: None,
 ) -> None:
@@ -53,6 +54,7 @@ def train_pass(
         packs = [_Training(pack, runs_directory, data, check, run_ended) for pack in work.packs]
         for pack in packs:
             stack.enter_context(contextlib.closing(pack))
+        stack.enter_context(PROGRESS)
         _restore(packs)
         _train(work.name, packs, data)
 
@@ -91,8 +93,10 @@ def _train(name: str, packs: list["_Training"], data: "_Data") -> None:
                 if branch.awaits and branch.plan.start == step:
                     branch.leave(packs[branch.plan.trunk])
             moving = [p for p in active if not p.awaits and p.step == step < p.until]
+            PROGRESS.begin(step + 1)
             for pack in moving:
                 pack.advance(rows)
+            PROGRESS.end(step)
             stop = preemption.reached(step + 1)
             for pack in moving:
                 pack.follow_up(stop)
@@ -129,7 +133,7 @@ class _Data:
 class _Run:
     """One run's directory."""
 
-    def __init__(self, config: Config, path: pathlib.Path):
+    def __init__(self, config: Config, path: AnyPath):
         self.config = config
         self.directory = RunDirectory(path, config)
         self.checkpoints = Checkpoints(path, max(_KEPT, config.train.keep_checkpoints))
@@ -158,7 +162,7 @@ class _Training:
     def __init__(
         self,
         plan: Pack,
-        runs_directory: pathlib.Path,
+        runs_directory: AnyPath,
         data: _Data,
         check: Callable[[], None],
         run_ended: Callable[[], None],
@@ -230,6 +234,8 @@ class _Training:
     def advance(self, rows: jax.Array) -> None:
         """Dispatches a step, then waits for the one before: the device is never idle, and never
         has more than two batches."""
+        if self._logged is None:
+            PROGRESS.rest()  # it compiles
         self._states, metrics = self._trainer.step(self._states, rows)
         self.step += 1
         if self.step in self._resampling:
@@ -277,9 +283,11 @@ class _Training:
         run.directory.log(loop.metrics_line(run.config, step, values, rate))
 
     def _save(self) -> None:
+        PROGRESS.rest()
         self._check()
         for i, run in enumerate(self._runs):
             if run.open and self.step not in run.checkpoints.steps:
+                run.directory.flush()
                 run.checkpoints.save(get_run(self._states, i), self.step)
                 if jax.process_count() > 1:  # Orbax's barriers are one set for all checkpointers
                     run.checkpoints.finish()
@@ -289,6 +297,7 @@ class _Training:
             run.checkpoints.finish()
 
     def _resample(self) -> None:
+        PROGRESS.rest()
         data = self._data
         for i, trainer in enumerate(self._trainer.trainers):
             state = get_run(self._states, i)
@@ -297,6 +306,7 @@ class _Training:
 
     def end(self) -> None:
         """Evaluates all runs and writes their results."""
+        PROGRESS.rest()
         self.finish_saving()
         means = loop.heldout_means(
             lambda rows: self._trainer.evaluate(self._states, rows),

@@ -3,7 +3,8 @@
 import pathlib
 
 from sae_jax import pages, plots
-from sae_jax.config import UserError, save_json
+from sae_jax.config import UserError
+from sae_jax.paths import save_json
 from sae_jax.scaling import figures, predict
 
 

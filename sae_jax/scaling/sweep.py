@@ -17,6 +17,7 @@ import pathlib
 import socket
 
 from sae_jax import config as configs
+from sae_jax import paths
 from sae_jax.activations import open_stream
 from sae_jax.config import Config, UserError
 from sae_jax.scaling import grid as grids
@@ -205,7 +206,7 @@ def _make(file: pathlib.Path, runs: list[Run], passes: int) -> None:
         "environment": environment(),
     }
     temporary = path / f".sweep.json.{_this_process()}"
-    configs.save_json(values, temporary)
+    paths.save_json(values, temporary)
     try:
         os.link(temporary, file)  # unlike a rename, refuses to replace what is there
     except FileExistsError:

@@ -1,4 +1,5 @@
-"""Saving and restoring a training state with Orbax: asynchronous, atomic, onto any mesh."""
+"""Saving and restoring a training state: asynchronous, atomic, onto any mesh. Orbax's format in
+a local directory, object_checkpoints' in an object store."""
 
 import contextlib
 import dataclasses
@@ -10,38 +11,34 @@ from orbax.checkpoint import v1 as ocp
 
 from sae_jax import sae as saes
 from sae_jax.config import UserError
+from sae_jax.paths import AnyPath, ObjectPath
 from sae_jax.train.directory import read_config
+from sae_jax.train.object_checkpoints import ObjectCheckpointer
 from sae_jax.train.step import TrainState
 
 
 class Checkpoints:
     """RUN/checkpoints. A checkpoint appears under its step only when it is whole; what a killed
-    process left half-written has another name and is removed here."""
+    process left half-written is no checkpoint, and is removed here."""
 
-    def __init__(self, run: pathlib.Path, keep: int):
+    def __init__(self, run: AnyPath, keep: int):
         self._directory = run / "checkpoints"
-        self._checkpointer = ocp.training.Checkpointer(
-            self._directory.absolute(),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            cleanup_tmp_directories=True,
-        )
+        self._checkpointer = _checkpointer(self._directory, keep)
 
     @property
     def latest_step(self) -> int | None:
-        latest = self._checkpointer.latest
-        return None if latest is None else latest.step
+        return max(self.steps, default=None)
 
     @property
     def steps(self) -> list[int]:
         """Those there are checkpoints of."""
-        return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+        return self._checkpointer.steps
 
     def save(self, state: TrainState, step: int) -> None:
         """Copies the state and returns; the writing goes on behind the next steps. A failure
         of the previous writing is raised here."""
         with self._failures_named():
-            self._checkpointer.save_async(step, _as_dict(state))
+            self._checkpointer.save(step, _as_dict(state))
 
     def finish(self) -> None:
         """Waits for the writing under way."""
@@ -53,7 +50,7 @@ class Checkpoints:
         ShapeDtypeStructs), whatever mesh it was saved from."""
         step = self.latest_step if step is None else step
         try:
-            return _from_dict(self._checkpointer.load(step, abstract_state=_as_dict(like)), like)
+            return _from_dict(self._checkpointer.load(step, _as_dict(like)), like)
         except (ValueError, KeyError, OSError) as error:
             raise UserError(
                 f"checkpoint {step} under {self._directory} cannot be read "
@@ -79,31 +76,68 @@ class Checkpoints:
             ) from error
 
 
-def load_sae(run: pathlib.Path, step: int | None = None) -> saes.SAE:
+def load_sae(run: AnyPath, step: int | None = None) -> saes.SAE:
     """The SAE of a run's checkpoint at `step`, by default its latest, on the default device and
     without the optimiser."""
     config = read_config(run)
-    with ocp.training.Checkpointer((run / "checkpoints").absolute()) as checkpointer:
-        steps = [checkpoint.step for checkpoint in checkpointer.checkpoints]
+    with contextlib.closing(_checkpointer(run / "checkpoints", keep=None)) as checkpointer:
+        steps = checkpointer.steps
         if not steps:
             raise UserError(f"{run} holds no checkpoint yet; train it first")
         step = max(steps) if step is None else step
         if step not in steps:
             raise UserError(f"{run} holds no checkpoint of step {step}, only of {steps}")
-        saved = checkpointer.metadata(step).metadata
+        saved = checkpointer.shapes(step)
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        wanted = jax.tree.map(lambda _: ocp.PLACEHOLDER, saved) | {
+        wanted = {
             name: jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
                 saved[name],
             )
             for name in ("parameters", "scale", "target_scale")
         }
-        state = checkpointer.load(step, abstract_state=wanted)
+        state = checkpointer.load_part(step, wanted)
     scales = [
         value if value.ndim else float(value) for value in (state["scale"], state["target_scale"])
     ]
     return saes.architecture(config.sae)(config.sae, state["parameters"], *scales)
+
+
+class _OrbaxCheckpointer:
+    """As `ObjectCheckpointer`, for local directories. What is half-written has another name."""
+
+    def __init__(self, directory: pathlib.Path, keep: int | None):
+        policies = {
+            "preservation_policy": ocp.training.preservation_policies.LatestN(keep),
+            "save_decision_policy": ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            "cleanup_tmp_directories": True,
+        }
+        self._checkpointer = ocp.training.Checkpointer(
+            directory.absolute(), **(policies if keep else {})
+        )
+        self.save = self._checkpointer.save_async
+        self.wait = self._checkpointer.wait
+        self.close = self._checkpointer.close
+
+    @property
+    def steps(self) -> list[int]:
+        return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+
+    def shapes(self, step: int) -> dict:
+        return self._checkpointer.metadata(step).metadata
+
+    def load(self, step: int, like: dict) -> dict:
+        return self._checkpointer.load(step, abstract_state=like)
+
+    def load_part(self, step: int, like: dict) -> dict:
+        rest = jax.tree.map(lambda _: ocp.PLACEHOLDER, self.shapes(step))
+        return self.load(step, rest | like)
+
+
+def _checkpointer(directory: AnyPath, keep: int | None) -> ObjectCheckpointer | _OrbaxCheckpointer:
+    """keep: of the latest checkpoints; None: only to read, and nothing is removed."""
+    kind = ObjectCheckpointer if isinstance(directory, ObjectPath) else _OrbaxCheckpointer
+    return kind(directory, keep)
 
 
 def _as_dict(state: TrainState) -> dict:

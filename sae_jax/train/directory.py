@@ -1,6 +1,5 @@
 """A run's directory: its config, its metrics, its result. One writer, process 0."""
 
-import contextlib
 import importlib.metadata
 import json
 import pathlib
@@ -10,7 +9,10 @@ import jax
 from jax.experimental import multihost_utils
 
 from sae_jax import config as configs
+from sae_jax import paths
 from sae_jax.config import Config, UserError
+from sae_jax.paths import AnyPath
+from sae_jax.train import metrics
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
 
@@ -18,10 +20,10 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "ten
 class RunDirectory:
     """`path`, made new for `config`, or the one of an interrupted run of the same config."""
 
-    def __init__(self, path: pathlib.Path, config: Config):
+    def __init__(self, path: AnyPath, config: Config):
         self.path = path
-        self._metrics = path / "metrics.jsonl"
-        self._file = None
+        self._metrics_path = path / "metrics.jsonl"
+        self._metrics = None
         new = not (path / "config.json").exists()
         if not new:
             _check_same(path, config)
@@ -36,7 +38,7 @@ class RunDirectory:
         multihost_utils.sync_global_devices(f"looked at {path}")
         if new and is_writer():
             path.mkdir(parents=True, exist_ok=True)
-            configs.save_json(
+            paths.save_json(
                 configs.to_dict(config) | {"environment": environment()}, path / "config.json"
             )
 
@@ -54,45 +56,40 @@ class RunDirectory:
 
     def save_failure(self, failure: dict) -> None:
         if is_writer():
-            configs.save_json(failure, self.path / "failed.json")
+            paths.save_json(failure, self.path / "failed.json")
 
     def copy_metrics(self, other: "RunDirectory", step: int) -> None:
         """Makes another run's metrics up to `step` this one's."""
         if is_writer():
-            _write(self._metrics, _lines_until(other._metrics, step))
+            paths.write(self._metrics_path, metrics.lines_until(other._metrics_path, step))
 
     def save_result(self, result: dict) -> None:
         if is_writer():
-            configs.save_json(result, self.path / "result.json")
+            self.flush()
+            paths.save_json(result, self.path / "result.json")
 
     def start_metrics(self, step: int) -> None:
         """Opens metrics.jsonl to go on after `step`: what was logged beyond the checkpoint
         that the run restarts from will be logged again."""
-        if not is_writer():
-            return
-        if self._metrics.exists():
-            _write(self._metrics, _lines_until(self._metrics, step))
-        self._file = self._metrics.open("a")
+        if is_writer():
+            self._metrics = metrics.open_after(self._metrics_path, step)
 
-    def log(self, metrics: dict) -> None:
-        if not self._file:
-            return
-        try:
-            self._file.write(json.dumps(metrics) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise UserError(
-                f"could not write {self._metrics}: {error.strerror}; the last checkpoint is "
-                "intact; make room and start the run again"
-            ) from error
+    def log(self, line: dict) -> None:
+        if self._metrics:
+            self._metrics.add(json.dumps(line) + "\n")
+
+    def flush(self) -> None:
+        """What was logged is safe when this returns: before a checkpoint, from which a run goes
+        on without logging again what was before it."""
+        if self._metrics:
+            self._metrics.flush()
 
     def close(self) -> None:
-        if self._file:
-            with contextlib.suppress(OSError):  # a line that `log` could not write either
-                self._file.close()
+        if self._metrics:
+            self._metrics.close()
 
 
-def read_config(path: pathlib.Path) -> Config:
+def read_config(path: AnyPath) -> Config:
     """The config of the run at `path`."""
     file = path / "config.json"
     if not file.is_file():
@@ -105,26 +102,11 @@ def read_config(path: pathlib.Path) -> Config:
     return configs.from_dict(values)
 
 
-def _lines_until(metrics: pathlib.Path, step: int) -> str:
-    kept = []
-    for line in metrics.read_text().splitlines(keepends=True):
-        with contextlib.suppress(json.JSONDecodeError):  # the last line, cut by a kill
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-    return "".join(kept)
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 def is_writer() -> bool:
     return jax.process_index() == 0
 
 
-def _check_same(path: pathlib.Path, config: Config) -> None:
+def _check_same(path: AnyPath, config: Config) -> None:
     there = read_config(path)
     changed = configs.difference(configs.identity(there), configs.identity(config))
     if changed:

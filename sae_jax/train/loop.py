@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import pathlib
 import sys
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import tqdm
 from absl import logging
 
 from sae_jax import config as configs
+from sae_jax import paths
 from sae_jax import sae as saes
 from sae_jax.activations import Stream, WorldStream, open_stream
 from sae_jax.config import Config, UserError
@@ -27,6 +27,7 @@ from sae_jax.train.median import geometric_median
 from sae_jax.train.mesh import BatchPlacement, make_mesh
 from sae_jax.train.preemption import PreemptedError, Preemption
 from sae_jax.train.step import Trainer, TrainState
+from sae_jax.train.watchdog import PROGRESS
 
 _MEDIAN_ROWS = 32_768  # sample for the geometric median (Gao et al. 2024, A.1)
 _EVAL_ROWS = 65_536
@@ -36,7 +37,7 @@ class NonFiniteError(Exception):
     """The loss or the gradient became NaN or infinite."""
 
 
-def train(config: Config, workdir: str | pathlib.Path) -> dict:
+def train(config: Config, workdir: str | paths.AnyPath) -> dict:
     """Trains `config` in `workdir`, from the last checkpoint there if there is one, and returns
     the run's result (the content of result.json).
 
@@ -50,7 +51,7 @@ def train(config: Config, workdir: str | pathlib.Path) -> dict:
         raise UserError("mesh.run shards the runs of a sweep; train has one: leave it at 1")
     mesh = make_mesh(config)
     heldout = heldout_stream(config, mesh)
-    directory = RunDirectory(pathlib.Path(workdir), config)
+    directory = RunDirectory(paths.path(workdir), config)
     if directory.result is not None:
         logging.info("%s is finished; its result stands", workdir)
         return directory.result
@@ -85,17 +86,18 @@ def _train(config, stream, heldout, steps, mesh, directory) -> dict:
     trainer = Trainer(config, steps, variance)
     placement = BatchPlacement(mesh, config.data.batch_size)
     checkpoints = Checkpoints(directory.path, config.train.keep_checkpoints)
-    with contextlib.closing(checkpoints), contextlib.closing(directory):
+    with contextlib.closing(checkpoints), contextlib.closing(directory), PROGRESS:
         if checkpoints.latest_step is None:
             state = trainer.init(initial_b_dec(config, stream), scale, target_scale)
             start = 0
         else:
             state = checkpoints.restore(trainer.abstract())
-            start = checkpoints.latest_step
+            start = PROGRESS.saved = checkpoints.latest_step
             logging.info("resumed %s at step %d of %d", directory.path, start, steps)
         directory.start_metrics(start)
         begin = time.monotonic()
         state = _run_steps(trainer, state, start, steps, stream, placement, checkpoints, directory)
+        PROGRESS.rest()
         checkpoints.finish()
         means = heldout_means(lambda rows: trainer.evaluate(state, rows), heldout, mesh)
         result = make_result(trainer, state, means, time.monotonic() - begin)
@@ -113,8 +115,11 @@ def _run_steps(trainer, state, start, steps, stream, placement, checkpoints, dir
     before = None  # (step, its metrics, whether to log them): dispatched, not waited for
     with Preemption() as preemption, meter:
         for step in range(start + 1, steps + 1):
-            state, metrics = trainer.step(state, next(batches))
+            batch = next(batches)
+            PROGRESS.begin(step)
+            state, metrics = trainer.step(state, batch)
             if step in resampling:
+                PROGRESS.rest()
                 state = resample.resample(trainer, state, step, stream, placement)
             if before:
                 meter.done(*before)
@@ -124,6 +129,7 @@ def _run_steps(trainer, state, start, steps, stream, placement, checkpoints, dir
             if save:
                 meter.done(*before)  # raises if the state is not one to save
                 before = None
+                directory.flush()
                 checkpoints.save(state, step)
             if stop:
                 checkpoints.finish()
@@ -154,6 +160,7 @@ class _Meter:
     def done(self, step: int, metrics: dict[str, jax.Array], log: bool) -> None:
         """Waits for a step, counts it, and logs it if asked to."""
         jax.block_until_ready(metrics)
+        PROGRESS.end(step)
         self._bar.update()
         if self._last is None:  # the first step compiled; the rate is of the others
             self._last = (step, time.monotonic())

@@ -1,0 +1,105 @@
+"""metrics.jsonl: a line a logged step, that a killed run goes on with from its last checkpoint."""
+
+import concurrent.futures
+import contextlib
+import json
+import time
+
+from sae_jax import paths
+from sae_jax.config import UserError
+from sae_jax.paths import AnyPath, ObjectPath
+
+_SECONDS = 30  # until people who watch a run in an object store see new lines
+
+
+def lines_until(file: AnyPath, step: int) -> str:
+    """The lines of `file` up to `step`; what was logged later will be logged again."""
+    kept = []
+    for line in file.read_text().splitlines(keepends=True):
+        with contextlib.suppress(json.JSONDecodeError):  # the last line, cut by a kill
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+    return "".join(kept)
+
+
+def open_after(file: AnyPath, step: int) -> "_LocalMetrics | _ObjectMetrics":
+    """`file`, cut to go on after `step`."""
+    if isinstance(file, ObjectPath):
+        return _ObjectMetrics(file, step)
+    if file.exists():
+        paths.write(file, lines_until(file, step))
+    return _LocalMetrics(file)
+
+
+class _LocalMetrics:
+    def __init__(self, file):
+        self._path = file
+        self._file = file.open("a")
+
+    def add(self, line: str) -> None:
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            raise UserError(
+                f"could not write {self._path}: {error.strerror}; the last checkpoint is "
+                "intact; make room and start the run again"
+            ) from error
+
+    def flush(self) -> None:
+        """Nothing: every line is written when it is added."""
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # a line that `add` could not write either
+            self._file.close()
+
+
+class _ObjectMetrics:
+    """Object stores cannot append: the whole file is written anew, at every `flush` and every 30
+    seconds, then by a thread behind the steps. UserError where another process writes it too."""
+
+    def __init__(self, file: ObjectPath, step: int):
+        self._path = file
+        self._lines, self._generation = [], None
+        with contextlib.suppress(FileNotFoundError):
+            self._generation = file.read()[1]
+            self._lines = [lines_until(file, step)]
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+        self._writing: concurrent.futures.Future | None = None
+        self._written = 0  # lines
+        self._due = time.monotonic() + _SECONDS
+
+    def add(self, line: str) -> None:
+        self._lines.append(line)
+        if time.monotonic() > self._due and (self._writing is None or self._writing.done()):
+            self._start()
+
+    def flush(self) -> None:
+        """Returns when all lines are in the store."""
+        self._settle()
+        if self._written < len(self._lines):
+            self._start()
+            self._settle()
+
+    def close(self) -> None:
+        with contextlib.suppress(UserError):  # what was logged since the last checkpoint
+            self.flush()
+        self._thread.shutdown()
+
+    def _start(self) -> None:
+        self._settle()
+        self._written, self._due = len(self._lines), time.monotonic() + _SECONDS
+        self._writing = self._thread.submit(self._write, "".join(self._lines).encode())
+
+    def _settle(self) -> None:
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, data: bytes) -> None:
+        generation = self._path.write_if(self._generation, data)
+        if generation is None:
+            raise UserError(
+                f"another process writes {self._path}; let one of them end, and start again"
+            )
+        self._generation = generation

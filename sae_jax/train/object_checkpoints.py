@@ -1,0 +1,143 @@
+"""Checkpoints in an object store. Orbax 0.12 writes gs:// but not s3:// (google/orbax, pull request
+2739), so both go the same way here, with JAX's own writer of sharded arrays.
+
+    CHECKPOINTS/STEP/NAME/...        a zarr3 array for each leaf of the state: parameters/w_enc
+    CHECKPOINTS/STEP/complete.json   the arrays, and how many files they have; written last
+
+There is no rename, so a checkpoint is what has its complete.json and all its files. What a killed
+process left has none, and is removed by the next.
+"""
+
+import json
+import math
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental.array_serialization import serialization
+
+from sae_jax import paths
+from sae_jax.paths import ObjectPath
+
+_CHUNK_BYTES = 1 << 30  # of one object: S3 takes 5 GB in a request
+_PATIENCE = 1800  # seconds that processes wait for the slowest of them to upload
+
+
+class ObjectCheckpointer:
+    """The checkpoints in `directory`, of which the `keep` latest stay; keep None: only to read.
+    Trees are dicts of arrays, nested at will. Several processes: each writes and reads its own
+    shards, process 0 the rest.
+
+    What TensorStore cannot do it raises as ValueError."""
+
+    def __init__(self, directory: ObjectPath, keep: int | None):
+        self._directory = directory
+        self._keep = keep
+        self._manager = serialization.GlobalAsyncCheckpointManager(timeout_secs=_PATIENCE)
+        self._saving: int | None = None
+        self.steps = self._whole()
+        if keep and jax.process_index() == 0:
+            for name in {file.partition("/")[0] for file in directory.files()}:
+                if name not in map(str, self.steps):
+                    (directory / name).rmtree()
+
+    def save(self, step: int, tree: dict) -> None:
+        """Copies the tree and returns; it is written behind the next steps. Raises what the
+        previous writing met."""
+        self.wait()
+        arrays = _named(tree)
+        specs = [
+            self._spec(step, name)
+            | {"store_data_equal_to_fill_value": True, "metadata": _metadata(array)}
+            for name, array in arrays.items()
+        ]
+        self._manager.serialize(
+            list(arrays.values()), specs, on_commit_callback=lambda: self._commit(step, arrays)
+        )
+        self._saving = step
+
+    def wait(self) -> None:
+        """Until what is being written is a checkpoint."""
+        saving, self._saving = self._saving, None
+        self._manager.wait_until_finished()
+        if saving is not None:
+            self.steps = [*self.steps, saving][-self._keep :]
+
+    def load(self, step: int, like: dict) -> dict:
+        """The arrays that `like` names, on its shardings."""
+        wanted = _named(like)
+        arrays = self._manager.deserialize(
+            [leaf.sharding for leaf in wanted.values()],
+            [self._spec(step, name) for name in wanted],
+        )
+        return jax.tree.unflatten(jax.tree.structure(like), arrays)
+
+    load_part = load
+
+    def shapes(self, step: int) -> dict:
+        """The tree of `step`, of jax.ShapeDtypeStruct."""
+        tree: dict = {}
+        for name, (shape, dtype) in self._complete(step)["arrays"].items():
+            *folders, leaf = name.split("/")
+            at = tree
+            for folder in folders:
+                at = at.setdefault(folder, {})
+            at[leaf] = jax.ShapeDtypeStruct(shape, np.dtype(dtype))
+        return tree
+
+    def close(self) -> None:
+        self.wait()
+
+    def _commit(self, step: int, arrays: dict[str, jax.Array]) -> None:
+        """Process 0, when all processes have written."""
+        files = (self._directory / str(step)).files()
+        described = {name: [array.shape, array.dtype.name] for name, array in arrays.items()}
+        paths.save_json(
+            {"arrays": described, "files": len(files)},
+            self._directory / str(step) / "complete.json",
+        )
+        for old in [*self.steps, step][: -self._keep]:
+            (self._directory / str(old) / "complete.json").unlink()
+            (self._directory / str(old)).rmtree()
+
+    def _whole(self) -> list[int]:
+        """The steps that there are checkpoints of, in order."""
+        steps = []
+        for entry in self._directory.iterdir():
+            files = set(entry.files())
+            if not entry.name.isdecimal() or "complete.json" not in files:
+                continue
+            if len(files) - 1 < self._complete(int(entry.name))["files"]:
+                logging.warning("%s lacks files and is no checkpoint any more", entry)
+                continue
+            steps.append(int(entry.name))
+        return sorted(steps)
+
+    def _complete(self, step: int) -> dict:
+        return json.loads((self._directory / str(step) / "complete.json").read_text())
+
+    def _spec(self, step: int, name: str) -> dict:
+        return {"driver": "zarr3", "kvstore": paths.kvstore(self._directory, f"{step}/{name}/")}
+
+
+def _named(tree: dict) -> dict[str, jax.Array]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _metadata(array: jax.Array) -> dict:
+    """Chunks that no two shards share, of a size that one request takes, with a checksum."""
+    chunk = list(array.sharding.shard_shape(array.shape))
+    if chunk:
+        pieces = -(-math.prod(chunk) * array.dtype.itemsize // _CHUNK_BYTES)
+        chunk[0] = next(n for n in range(max(1, chunk[0] // max(1, pieces)), 0, -1)
+                        if chunk[0] % n == 0)  # fmt: skip
+    return {
+        "shape": list(array.shape),
+        "data_type": array.dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+        "codecs": [
+            {"name": "bytes", "configuration": {"endian": "little"}},
+            {"name": "crc32c"},
+        ],
+    }
