@@ -29,7 +29,8 @@ from sae_jax.ops.mesh import (
 from sae_jax.ops.topk import top_k
 
 _CPU_SLICE_ROWS = 256  # pre-activations of so many tokens stay in cache
-_SLICE_BYTES = 2**30  # elsewhere: at most so many bytes of pre-activations at once
+_CPU_PRODUCT_ROWS = 16  # and the decoder rows that so many tokens picked
+_SLICE_BYTES = 2**30  # elsewhere: at most so many bytes of either at once
 _UNROLL = 32  # latents whose decoder rows are added in one fused pass
 
 
@@ -81,7 +82,10 @@ def _encode_forward(x, w_enc, b_enc, dead, k, aux_k, compute_dtype):
             )
 
         main, aux = _over_slices(encode_slice, x, w_enc.shape[1])
-        return _winners(*main), None if aux is None else _winners(*aux)
+        if aux is None:
+            return _winners(*main), None
+        none = Code(jnp.zeros_like(aux[0]), aux[1]), jnp.zeros(aux[0].shape, bool)
+        return _winners(*main), jax.lax.cond(any_dead, lambda: _winners(*aux), lambda: none)
 
     specs = (BATCH, ENCODER, PER_LATENT, PER_LATENT, P())
     codes, kept = _unzip(per_shard(local, specs, CODE)(x, w_enc, b_enc, dead, any_dead))
@@ -215,9 +219,11 @@ def _decode_forward(code, aux, any_dead, w_dec):
         if aux is None:
             return psum(x_hat, "model"), None
         aux_hat = jax.lax.cond(
-            any_dead, lambda: _weighted_rows(*aux, w_dec), lambda: jnp.zeros_like(x_hat)
+            any_dead,
+            lambda: psum(_weighted_rows(*aux, w_dec), "model"),
+            lambda: jnp.zeros_like(x_hat),
         )
-        return psum(x_hat, "model"), psum(aux_hat, "model")
+        return psum(x_hat, "model"), aux_hat
 
     decoded = per_shard(local, (CODE, CODE, P(), DECODER), BATCH)(code, aux, any_dead, w_dec)
     return decoded, (code, aux, any_dead, w_dec)
@@ -294,9 +300,10 @@ def _over_columns(add, total, values_Bxk, indices_Bxk):
 
 def _picked_products(g_Bxd, indices_Bxk, w_Nxd):
     """g . w[index] for each picked latent: (B, k). In blocks of tokens whose gathered rows
-    stay in cache."""
+    stay in cache; elsewhere than on a CPU of at most _SLICE_BYTES."""
     B, k = indices_Bxk.shape
-    block = next(b for b in (16, 8, 4, 2, 1) if B % b == 0)
+    limit = _CPU_PRODUCT_ROWS if on_cpu() else max(1, _SLICE_BYTES // (4 * k * w_Nxd.shape[1]))
+    block = next(b for b in range(min(limit, B), 0, -1) if B % b == 0)
 
     def products(args):
         g, indices = args
@@ -310,25 +317,41 @@ def _rows_gradient(terms, n: int):
     """Sum of coefficient * vector of its token into the picked rows: (n, d) float32. `terms`:
     (coefficients (B, k), indices (B, k), vectors (B, d), whether the term counts, a scalar)."""
     total = jnp.zeros((n, terms[0][2].shape[1]), jnp.float32)
+    return jax.lax.platform_dependent(
+        total, terms, cpu=_add_token_by_token, default=_add_blocks_of_columns
+    )
 
-    def token_by_token(total, terms):
-        for coefficients, indices, vectors, counts in terms:
 
-            def add(b, total, coefficients=coefficients, indices=indices, vectors=vectors):
-                rows = coefficients[b][:, None] * vectors[b].astype(jnp.float32)
-                return total.at[indices[b]].add(rows, mode="promise_in_bounds")
+def _add_token_by_token(total, terms):
+    """For one thread, whose cache holds a token's vector."""
+    for coefficients, indices, vectors, counts in terms:
 
-            total = jax.lax.fori_loop(0, jnp.where(counts, len(vectors), 0), add, total)
-        return total
+        def add(b, total, coefficients=coefficients, indices=indices, vectors=vectors):
+            rows = coefficients[b][:, None] * vectors[b].astype(jnp.float32)
+            return total.at[indices[b]].add(rows, mode="promise_in_bounds")
 
-    def at_once(total, terms):
-        for coefficients, indices, vectors, counts in terms:
+        total = jax.lax.fori_loop(0, jnp.where(counts, len(vectors), 0), add, total)
+    return total
 
-            def add(total, coefficients=coefficients, indices=indices, vectors=vectors):
-                rows = coefficients[:, :, None] * vectors[:, None, :].astype(jnp.float32)
-                return total.at[indices].add(rows, mode="promise_in_bounds")
 
-            total = jax.lax.cond(counts, add, lambda total: total, total)
-        return total
+def _add_blocks_of_columns(total, terms):
+    """For many threads: of all tokens at once so many columns that their rows are at most
+    _SLICE_BYTES."""
+    for coefficients, indices, vectors, counts in terms:
+        B, k = indices.shape
+        limit = max(1, _SLICE_BYTES // (4 * vectors.size))
+        block = next(b for b in range(min(limit, k), 0, -1) if k % b == 0)
 
-    return jax.lax.platform_dependent(total, terms, cpu=token_by_token, default=at_once)
+        def add(total, columns, vectors=vectors):
+            coefficients, indices = columns
+            rows = coefficients[:, :, None] * vectors[:, None, :].astype(jnp.float32)
+            return total.at[indices].add(rows, mode="promise_in_bounds"), None
+
+        def add_all(total, blocks, add=add):
+            return jax.lax.scan(add, total, blocks)[0]
+
+        blocks = tuple(
+            a.reshape(B, k // block, block).swapaxes(0, 1) for a in (coefficients, indices)
+        )
+        total = jax.lax.cond(counts, add_all, lambda total, _: total, total, blocks)
+    return total
