@@ -197,7 +197,11 @@ def create(file, data: str, by: str) -> bool:
 
 
 def save_json(values: dict, file) -> None:
-    write(file, json.dumps(values, indent=1) + "\n")
+    write(file, as_json(values))
+
+
+def as_json(values: dict) -> str:
+    return json.dumps(values, indent=1) + "\n"
 
 
 @contextlib.contextmanager

@@ -5,8 +5,8 @@ import dataclasses
 import datetime
 import json
 import os
-import pathlib
 
+from sae_jax.paths import AnyPath, ObjectPath
 from sae_jax.scaling import grid as grids
 from sae_jax.scaling import packs
 from sae_jax.scaling.leases import Holder, Leases
@@ -102,12 +102,18 @@ def _status(
     )
 
 
-def last_line(file: pathlib.Path) -> dict:
+def last_line(file: AnyPath) -> dict:
     """The last whole line of a run's metrics.jsonl; {} before there is one."""
     try:
+        if isinstance(file, ObjectPath):
+            return _last_of(file.read_bytes())
         with file.open("rb") as lines:
             lines.seek(max(0, os.fstat(lines.fileno()).st_size - _TAIL))
-            whole = lines.read().rpartition(b"\n")[0]
+            return _last_of(lines.read())
     except FileNotFoundError:
         return {}
+
+
+def _last_of(lines: bytes) -> dict:
+    whole = lines.rpartition(b"\n")[0]
     return json.loads(whole.rpartition(b"\n")[2]) if whole else {}

@@ -13,13 +13,13 @@ import io
 import itertools
 import json
 import os
-import pathlib
 import socket
 
 from sae_jax import config as configs
 from sae_jax import paths
 from sae_jax.activations import open_stream
 from sae_jax.config import Config, UserError
+from sae_jax.paths import AnyPath
 from sae_jax.scaling import grid as grids
 from sae_jax.train import loop
 from sae_jax.train.directory import environment
@@ -97,7 +97,7 @@ def expand(base: Config, grid: grids.Grid) -> list[Run]:
 class SweepDirectory:
     """A sweep's directory, and what is known of its runs from their files."""
 
-    def __init__(self, path: pathlib.Path):
+    def __init__(self, path: AnyPath):
         """Of a sweep that has been started. UserError if there is none."""
         self.path = path
         file = path / "sweep.json"
@@ -111,7 +111,7 @@ class SweepDirectory:
         self.runs = [_from_json(run_id, run) for run_id, run in values["runs"].items()]
 
     @classmethod
-    def start(cls, path: pathlib.Path, runs: list[Run], passes: int | None = None):
+    def start(cls, path: AnyPath, runs: list[Run], passes: int | None = None):
         """Makes `path` the directory of a new sweep, or opens that of the same sweep. passes: into
         which its work is cut; None: as it was, 1 for a new one. UserError that shows the difference
         where it holds another sweep."""
@@ -124,7 +124,7 @@ class SweepDirectory:
         there.runs = [by_id[run.id] for run in there.runs]
         return there
 
-    def run_path(self, run: Run) -> pathlib.Path:
+    def run_path(self, run: Run) -> AnyPath:
         return self.path / "runs" / run.id
 
     def state(self, run: Run) -> str:
@@ -135,7 +135,7 @@ class SweepDirectory:
                 return state
         return "waiting"
 
-    def write_results(self) -> pathlib.Path:
+    def write_results(self) -> AnyPath:
         """results.csv: a row for each run in the grid's order, with its state, what the grid sets
         and the columns of result.json but wall_seconds and devices, which tell of the workers: the
         file is the same, byte for byte, whoever did the work. Of a run without a result, what its
@@ -147,9 +147,9 @@ class SweepDirectory:
         writer = csv.DictWriter(text, list(columns), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        temporary = self.path / f".results.csv.{_this_process()}"
-        temporary.write_text(text.getvalue())
-        return temporary.replace(self.path / "results.csv")
+        file = self.path / "results.csv"
+        paths.write(file, text.getvalue(), by=_this_process())
+        return file
 
     def _row(self, run: Run) -> dict:
         state = self.state(run)
@@ -192,7 +192,7 @@ def _differences(gone: list[Run], new: list[Run]) -> list[str]:
     return words
 
 
-def _make(file: pathlib.Path, runs: list[Run], passes: int) -> None:
+def _make(file: AnyPath, runs: list[Run], passes: int) -> None:
     """Writes sweep.json whole, unless another worker is faster."""
     path = file.parent
     if path.exists() and not path.is_dir():
@@ -205,13 +205,7 @@ def _make(file: pathlib.Path, runs: list[Run], passes: int) -> None:
         },
         "environment": environment(),
     }
-    temporary = path / f".sweep.json.{_this_process()}"
-    paths.save_json(values, temporary)
-    try:
-        os.link(temporary, file)  # unlike a rename, refuses to replace what is there
-    except FileExistsError:
-        pass
-    temporary.unlink()
+    paths.create(file, paths.as_json(values), by=_this_process())
 
 
 def _from_json(run_id: str, values: dict) -> Run:
@@ -220,4 +214,4 @@ def _from_json(run_id: str, values: dict) -> Run:
 
 
 def _this_process() -> str:
-    return f"{socket.gethostname()}.{os.getpid()}"
+    return f".{socket.gethostname()}.{os.getpid()}"
