@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sae_jax import ops
-from sae_jax.ops import sparse
+from sae_jax.ops import sparse as sparse_ops
 from sae_jax.ops.mesh import BATCH, DECODER, ENCODER, PER_LATENT, PER_TOKEN
 
 
@@ -221,7 +221,7 @@ def test_fired_latents(mesh):
 @pytest.mark.parametrize("blocks_of", [1, 3, 6])
 def test_gradient_rows_are_added_as_well_by_columns_as_by_tokens(monkeypatch, blocks_of):
     """The way of accelerators, which no test of a whole step on a CPU takes."""
-    monkeypatch.setattr(sparse, "_SLICE_BYTES", blocks_of * 4 * 32 * 8)
+    monkeypatch.setattr(sparse_ops, "_SLICE_BYTES", blocks_of * 4 * 32 * 8)
     rng = np.random.default_rng(0)
     terms = [
         (rng.normal(size=(32, k)), rng.integers(0, 20, (32, k)), rng.normal(size=(32, 8)), counts)
@@ -231,6 +231,6 @@ def test_gradient_rows_are_added_as_well_by_columns_as_by_tokens(monkeypatch, bl
     for coefficients, indices, vectors, counts in terms:
         if counts:
             np.add.at(want, indices, coefficients[:, :, None] * vectors[:, None, :])
-    for add in (sparse._add_token_by_token, sparse._add_blocks_of_columns):
+    for add in (sparse_ops._add_token_by_token, sparse_ops._add_blocks_of_columns):
         got = jax.jit(add)(jnp.zeros((20, 8)), jax.tree.map(jnp.asarray, terms))
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
