@@ -5,11 +5,12 @@ text of an SVG whose ink is the page's text colour, for light and dark pages ali
 """
 
 import io
-import pathlib
 import re
 
 import matplotlib
 from matplotlib.figure import Figure
+
+from sae_jax import paths
 
 INK = "#1a1a1b"  # stands for the page's text colour in inline_svg
 BLUE, ORANGE = "#3b7dd8", "#e07b39"
@@ -37,12 +38,11 @@ STYLE = {
 
 
 def save(figure: Figure, path) -> None:
-    """A PNG at `path`, written under a temporary name first."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(f"tmp.{path.name}")
+    """A PNG at `path`, which is there whole or not at all."""
+    buffer = io.BytesIO()
     with matplotlib.rc_context(STYLE):
-        figure.savefig(temporary, dpi=200)
-    temporary.replace(path)
+        figure.savefig(buffer, format="png", dpi=200)
+    paths.write(paths.path(path), buffer.getvalue())
 
 
 def inline_svg(figure: Figure, label: str) -> str:

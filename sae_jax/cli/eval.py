@@ -62,9 +62,8 @@ def define(values: flags.FlagValues) -> None:
 def run(args, overrides) -> None:
     del overrides
     import dataclasses
-    import pathlib
 
-    from sae_jax import interop, lm
+    from sae_jax import interop, lm, paths
     from sae_jax.activations import Store, is_world
     from sae_jax.config import DataConfig, UserError
     from sae_jax.evaluate import LanguageModel, check_model, evaluate, figures, save
@@ -72,7 +71,7 @@ def run(args, overrides) -> None:
 
     if (args.run is None) == (args.sae is None):
         raise UserError("give either --run=RUN or --sae=PATH")
-    path = pathlib.Path(args.run or args.sae)
+    path = paths.path(args.run or args.sae)
     sae = interop.load(path)
     is_run = (path / "config.json").is_file()
     data = read_config(path).data if is_run else DataConfig()

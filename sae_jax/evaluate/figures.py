@@ -5,20 +5,21 @@ Each function returns a matplotlib Figure, for `save` and `inline_svg` of sae_ja
 """
 
 import json
-import pathlib
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+from sae_jax import paths
 from sae_jax.config import UserError
 from sae_jax.evaluate.recovery import Recovery
 from sae_jax.evaluate.report import Evaluation
+from sae_jax.paths import AnyPath
 from sae_jax.plots import BLUE, INK, ORANGE, STYLE, save
 
 
-def save_all(evaluation: Evaluation, out, metrics_file=None) -> list[pathlib.Path]:
+def save_all(evaluation: Evaluation, out, metrics_file=None) -> list[AnyPath]:
     """Writes the figures of an evaluation beside its JSON `out`: STEM_density.png,
     STEM_strength.png, on a synthetic world STEM_recovery.png and, given a run's metrics.jsonl,
     STEM_training.png."""
@@ -31,7 +32,7 @@ def save_all(evaluation: Evaluation, out, metrics_file=None) -> list[pathlib.Pat
         drawn["recovery"] = recovery_by_rate(evaluation.recovery)
     if metrics_file is not None:
         drawn["training"] = training_curves(metrics_file)
-    out, files = pathlib.Path(out), []
+    out, files = paths.path(out), []
     for name, figure in drawn.items():
         files.append(out.with_name(f"{out.stem}_{name}.png"))
         save(figure, files[-1])
@@ -142,7 +143,7 @@ def recovery_by_rate(recovery: Recovery) -> Figure:
 
 def read_metrics(file) -> list[dict]:
     """The lines of a metrics.jsonl; a last line that was cut by a kill is left out."""
-    file = pathlib.Path(file)
+    file = paths.path(file)
     if not file.is_file():
         raise UserError(f"no {file.name} in {file.parent}; it is not a run's directory")
     steps = []

@@ -1,12 +1,13 @@
 """An evaluation as a whole: run it, print it, keep it."""
 
 import dataclasses
+import io
 import json
 import math
-import pathlib
 
 import numpy as np
 
+from sae_jax import paths
 from sae_jax.config import UserError, difference
 from sae_jax.evaluate.metrics import RowMetrics, measure_rows
 from sae_jax.evaluate.progress import progress
@@ -20,7 +21,7 @@ from sae_jax.evaluate.sources import (
 )
 from sae_jax.evaluate.spliced import measure_spliced
 from sae_jax.evaluate.worlds import WorldRows
-from sae_jax.paths import save_json
+from sae_jax.paths import AnyPath
 from sae_jax.sae import SAE
 
 _LATENTS = 2**25  # elements of one batch's dense latents
@@ -177,7 +178,7 @@ def save(evaluation: Evaluation, out) -> None:
     """Writes the JSON to `out` and arrays beside it (`latents_file`, and for a world
     `recovery_file`). UserError where `out` holds an evaluation with other settings, which stays as
     it is."""
-    out = pathlib.Path(out)
+    out = paths.path(out)
     _check_out(out, evaluation.settings)
     out.parent.mkdir(parents=True, exist_ok=True)
     rows = evaluation.rows
@@ -185,15 +186,15 @@ def save(evaluation: Evaluation, out) -> None:
     _save_arrays(latents_file(out), arrays)
     if evaluation.recovery is not None:
         _save_arrays(recovery_file(out), evaluation.recovery.arrays())
-    save_json(evaluation.to_dict(), out)
+    paths.save_json(evaluation.to_dict(), out)
 
 
 def load(file) -> Evaluation:
     """What `save` wrote to `file`. UserError where it is missing or damaged."""
-    file = pathlib.Path(file)
+    file = paths.path(file)
     try:
         values = json.loads(file.read_text())
-        with np.load(latents_file(file)) as arrays:
+        with np.load(io.BytesIO(latents_file(file).read_bytes())) as arrays:
             arrays = {name: arrays[name] for name in _ARRAYS}
         scalars = {name: (values["reconstruction"] | values["sparsity"])[name] for name in _ROWS}
         rows = RowMetrics(values["rows"], _with_nan(scalars), **arrays)
@@ -201,14 +202,14 @@ def load(file) -> Evaluation:
         sites = {site: _with_nan(found) for site, found in values["sites"].items()}
         recovery = None
         if values["recovery"]:
-            with np.load(recovery_file(file)) as arrays:
+            with np.load(io.BytesIO(recovery_file(file).read_bytes())) as arrays:
                 recovery = Recovery.of(rows.rows, _with_nan(values["recovery"]), arrays)
         return Evaluation(values["settings"], rows, spliced and _with_nan(spliced), sites, recovery)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is no evaluation, or a damaged one: {error}") from None
 
 
-def _check_out(out: pathlib.Path, settings: dict) -> None:
+def _check_out(out: AnyPath, settings: dict) -> None:
     """UserError if `out` holds anything but an evaluation with these settings."""
     if not out.exists():
         return
@@ -221,24 +222,24 @@ def _check_out(out: pathlib.Path, settings: dict) -> None:
         raise UserError(f"{out} holds another evaluation ({changes[0]}); choose another --out")
 
 
-def latents_file(out) -> pathlib.Path:
+def latents_file(out) -> AnyPath:
     """Where the arrays of the evaluation `out` are: density, mean_activation and max_activation,
     each (d_sae,) float32, the mean (d_out,) of the targets, and site_fvu (sites,)."""
-    out = pathlib.Path(out)
+    out = paths.path(out)
     return out.with_name(f"{out.stem}_latents.npz")
 
 
-def recovery_file(out) -> pathlib.Path:
+def recovery_file(out) -> AnyPath:
     """Where the arrays of the evaluation `out` over a world's features are, and those over latents
     that need the features (`Recovery`)."""
-    out = pathlib.Path(out)
+    out = paths.path(out)
     return out.with_name(f"{out.stem}_recovery.npz")
 
 
-def _save_arrays(file: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
-    temporary = file.with_name("tmp." + file.name)
-    np.savez(temporary, **arrays)
-    temporary.replace(file)
+def _save_arrays(file: AnyPath, arrays: dict[str, np.ndarray]) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    paths.write(file, buffer.getvalue())
 
 
 def _finite(values: dict[str, float]) -> dict:

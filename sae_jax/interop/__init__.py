@@ -1,7 +1,6 @@
 """Formats of other frameworks, one file each, and one door to all of them."""
 
-import pathlib
-
+from sae_jax import paths
 from sae_jax.config import UserError
 from sae_jax.interop.saelens import is_saelens, read_saelens, saelens_site
 from sae_jax.sae import SAE
@@ -11,13 +10,13 @@ from sae_jax.train import load_sae
 def load(path) -> SAE:
     """The SAE at `path`: a run of ours (its last checkpoint), one of its checkpoints
     (RUN/checkpoints/STEP), or a folder of SAELens'. UserError where it is none of them."""
-    path = pathlib.Path(path)
+    path = paths.path(path)
     if is_saelens(path):
         return read_saelens(path)
     if (path / "config.json").is_file():
         return load_sae(path)
     if path.parent.name == "checkpoints" and path.name.isdecimal():
-        return load_sae(path.parents[1], int(path.name))
+        return load_sae(path.parent.parent, int(path.name))
     raise UserError(
         f"no SAE at {path}: neither a run (config.json, checkpoints/) nor a SAELens folder "
         "(cfg.json, sae_weights.safetensors)"

@@ -16,6 +16,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from sae_jax import paths
 from sae_jax.config import SAEConfig, UserError
 from sae_jax.lm.text import read_json
 from sae_jax.sae import ARCHITECTURES, SAE, resolve
@@ -31,6 +32,9 @@ _SITES = {  # hook names: TransformerLens', and modules of Hugging Face's decode
 
 
 def is_saelens(directory) -> bool:
+    """Of local directories."""
+    if paths.is_remote(directory):
+        return False
     directory = pathlib.Path(directory)
     return (directory / "cfg.json").is_file() and (directory / "sae_weights.safetensors").is_file()
 
@@ -72,6 +76,8 @@ def read_saelens(directory) -> SAE:
 def saelens_site(directory) -> str | None:
     """Our name of the site that the SAE was trained on, where its cfg.json says so in a way that
     has a counterpart here."""
+    if paths.is_remote(directory):
+        return None
     metadata = read_json(pathlib.Path(directory) / "cfg.json").get("metadata", {})
     hook = metadata.get("hook_name") or ""
     for pattern, site in _SITES.items():

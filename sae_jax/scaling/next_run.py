@@ -3,14 +3,15 @@
 import dataclasses
 import json
 import math
-import pathlib
 import pprint
 import textwrap
 
 import numpy as np
 
 from sae_jax import config as configs
+from sae_jax import paths
 from sae_jax.config import Config, UserError
+from sae_jax.paths import AnyPath
 from sae_jax.scaling import results
 
 _FILE = "next_run.py"
@@ -36,10 +37,10 @@ def base(file: str | None, overrides: dict[str, str]) -> Config:
     return configs.override(configs.load_file(file) if file else Config(), overrides)
 
 
-def save(planned: dict, source: str, start: Config | None, out: str | pathlib.Path) -> Config:
+def save(planned: dict, source: str, start: Config | None, out: str | AnyPath) -> Config:
     """Writes OUT/next_run.py: `start`, or else the sweep's run nearest to the plan, or else the
     defaults, with the planned size, tokens and k."""
-    sweep = pathlib.Path(source)
+    sweep = paths.path(source)
     low, high = planned["interval"]
     notes = [f"Expected loss {planned['loss']:.5g}, 95% of runs between {low:.5g} and {high:.5g}."]
     if start is None and (sweep / "runs").is_dir():
@@ -49,7 +50,7 @@ def save(planned: dict, source: str, start: Config | None, out: str | pathlib.Pa
         start = Config()
         notes.append("It has the defaults but for these; say --config.data.store=STORE.")
     config = _planned(start, planned)
-    file = pathlib.Path(out) / _FILE
+    file = paths.path(out) / _FILE
     epochs = config.data.epochs
     notes.append(
         f"data.epochs is {epochs}: if the store has fewer tokens than that gives, training says "
@@ -63,9 +64,7 @@ def save(planned: dict, source: str, start: Config | None, out: str | pathlib.Pa
         notes=textwrap.fill(" ".join(notes), 98),
         values=pprint.pformat(configs.to_dict(config), width=96, sort_dicts=False),
     )
-    temporary = file.with_name(f"tmp.{_FILE}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(file)
+    paths.write(file, text)
     return config
 
 
@@ -83,12 +82,13 @@ def _planned(start: Config, planned: dict) -> Config:
     return dataclasses.replace(start, sae=sae, train=train)
 
 
-def _nearest(sweep: pathlib.Path, planned: dict) -> tuple[Config, str]:
+def _nearest(sweep: AnyPath, planned: dict) -> tuple[Config, str]:
     """The finished run of the sweep nearest to the plan, its learning rate by the sweep's own
     rule for the planned size, and what is to be known of that."""
     finished = {}
-    for file in sorted((sweep / "runs").glob("*/result.json")):
-        finished[file.parent] = json.loads(file.read_text())
+    for run in sorted((sweep / "runs").iterdir(), key=str):
+        if (run / "result.json").is_file():
+            finished[run] = json.loads((run / "result.json").read_text())
     if not finished:
         raise UserError(f"{sweep}/runs has no finished run to take the next one's config from")
 

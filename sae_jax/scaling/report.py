@@ -2,15 +2,15 @@
 
 import pathlib
 
-from sae_jax import pages, plots
+from sae_jax import pages, paths, plots
 from sae_jax.config import UserError
-from sae_jax.paths import save_json
+from sae_jax.paths import AnyPath
 from sae_jax.scaling import figures, predict
 
 
-def check_out(out: str | pathlib.Path) -> None:
+def check_out(out: str | AnyPath) -> None:
     """Raises UserError where the fit's directory cannot be made."""
-    out = pathlib.Path(out)
+    out = paths.path(out)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out={out} is a file; give a directory")
     theirs = out / "fit.json"
@@ -26,21 +26,18 @@ def summary(found, planned: dict | None, accountings: dict[str, dict]) -> dict:
     return values
 
 
-def save(found, values: dict, out: str | pathlib.Path) -> None:
+def save(found, values: dict, out: str | AnyPath) -> None:
     """Writes the fit to the directory `out`, each file under a temporary name first."""
-    out = pathlib.Path(out)
+    out = paths.path(out)
     check_out(out)
     out.mkdir(parents=True, exist_ok=True)
     planned = values["prediction"]
-    save_json(values, out / "fit.json")
+    paths.save_json(values, out / "fit.json")
     plots.save(figures.overview(found, planned), out / "fit.png")
-    page = out / "report.html"
-    temporary = page.with_name(f"tmp.{page.name}")
-    temporary.write_text(_page(found, values), encoding="utf-8")
-    temporary.replace(page)
+    paths.write(out / "report.html", _page(found, values))
 
 
-def text(values: dict, out: str | pathlib.Path) -> str:
+def text(values: dict, out: str | AnyPath) -> str:
     """What a user wants to know first."""
     lines = [f"{values['law']}: {values['formula']}", ""]
     for name, value in values["params"].items():

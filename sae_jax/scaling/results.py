@@ -4,11 +4,12 @@ import csv
 import dataclasses
 import json
 import math
-import pathlib
 
 import numpy as np
 
+from sae_jax import paths
 from sae_jax.config import UserError, choose
+from sae_jax.paths import AnyPath
 
 COLUMNS = ("d_sae", "tokens", "k", "flops", "loss")
 _OPTIONAL = ("dead_fraction", "flops_executed")
@@ -76,7 +77,7 @@ class Results:
 
 
 def read(
-    path: str | pathlib.Path,
+    path: str | AnyPath,
     needed: tuple[str, ...],
     names: dict[str, str] | None = None,
     flops_factor: float | None = None,
@@ -88,7 +89,7 @@ def read(
     default 12 d_in where the file has that column. Raises UserError, with the row's line, for a
     missing column, a value that is no number, not finite, or not positive.
     """
-    file = pathlib.Path(path)
+    file = paths.path(path)
     if file.is_dir():
         file = file / "results.csv"
         if not file.is_file():
@@ -134,7 +135,7 @@ def distinct(values: np.ndarray) -> np.ndarray:
     return ordered[np.concatenate([[True], np.diff(ordered) > _SAME * ordered[1:]])]
 
 
-def _read_rows(file: pathlib.Path) -> list[tuple[int, dict]]:
+def _read_rows(file: AnyPath) -> list[tuple[int, dict]]:
     """(line of the file, row)."""
     try:
         text = file.read_text(encoding="utf-8-sig")
