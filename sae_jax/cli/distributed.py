@@ -1,10 +1,13 @@
-"""Flags and start of the processes of one JAX program, for the commands that can be several."""
+"""Flags, start and end of one program's processes, for the commands that can be several."""
+
+import contextlib
+from collections.abc import Iterator
 
 from absl import flags
 
 from sae_jax.config import UserError
 
-_HEARTBEAT_SECONDS = 30  # until the others end too when one process of a program has died
+_SETTLING_SECONDS = 30  # JAX's own heartbeat, a backstop, must never be faster than the watchdog
 
 flags.disclaim_key_flags()  # they are the command's that defines them, in its --help
 
@@ -22,20 +25,63 @@ def define(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_integer("process_id", None, "This process, from 0.", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "How many there are.", flag_values=values)
+    flags.DEFINE_float(
+        "heartbeat_seconds",
+        60.0,
+        "A process that is silent for so long is dead: the others say so and end, to be started "
+        "again.",
+        lower_bound=2.0,
+        flag_values=values,
+    )
+    flags.DEFINE_float(
+        "watchdog_seconds",
+        600.0,
+        "A step that takes longer is stuck: all processes say so and end, to be started again. 0: "
+        "wait for ever.",
+        lower_bound=0.0,
+        flag_values=values,
+    )
 
 
-def join(args: flags.FlagValues) -> None:
-    """Joins the other processes if the flags say that there are some."""
+@contextlib.contextmanager
+def joined(args: flags.FlagValues, stops_at_a_step: bool = True) -> Iterator[None]:
+    """Within it this process is one of the program's, if the flags say that there are some, and is
+    watched (`train.watchdog`). An error in one ends them all; an orderly end waits for all.
+
+    stops_at_a_step: whether the command asks JAX, step by step, if it was told to stop; if not,
+    SIGTERM raises PreemptedError in the process that gets it."""
+    from sae_jax.train import preemption, watchdog
+
+    limits = args.heartbeat_seconds, args.watchdog_seconds
+    several = bool(args.distributed or args.coordinator)
+    if several:
+        _join(args)
+        watch = watchdog.of_this_program(*limits)
+    else:
+        watch = watchdog.Watchdog(*limits)
+    watch.start()
+    try:
+        with contextlib.nullcontext() if stops_at_a_step else preemption.sigterm_raises():
+            yield
+    except BaseException as error:
+        if several:
+            own = isinstance(error, UserError) and error.__cause__ is None
+            watch.fail(_exit_code(error), str(error) or type(error).__name__, own)
+        else:
+            watch.stop()
+        raise
+    watch.end()
+
+
+def _join(args: flags.FlagValues) -> None:
     import jax
 
-    if not (args.distributed or args.coordinator):
-        return
     try:
         jax.distributed.initialize(
             args.coordinator,
             args.num_processes,
             args.process_id,
-            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+            heartbeat_timeout_seconds=int(2 * args.heartbeat_seconds) + _SETTLING_SECONDS,
         )
     except (ValueError, RuntimeError) as error:
         raise UserError(
@@ -43,3 +89,14 @@ def join(args: flags.FlagValues) -> None:
             "outside of Slurm, TPU and Kubernetes give each one --coordinator=HOST:PORT, "
             "--num_processes and its --process_id"
         ) from error
+
+
+def _exit_code(error: BaseException) -> int:
+    """What `cli.main` makes of an error that it is given."""
+    from sae_jax.train import preemption
+
+    if isinstance(error, preemption.PreemptedError):
+        return preemption.EXIT_CODE
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return 2 if isinstance(error, (UserError, OSError)) else 1

@@ -67,13 +67,12 @@ def define(values: flags.FlagValues) -> None:
 
 
 def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
-    import pathlib
-
+    from sae_jax import paths
     from sae_jax.scaling import dry_run, leases, status, sweep
     from sae_jax.train import preemption
     from sae_jax.train.directory import is_writer
 
-    path = pathlib.Path(args.workdir) if args.workdir else None
+    path = paths.path(args.workdir) if args.workdir else None
     if path is None and not args.dry_run:
         raise configs.UserError("--workdir=SWEEP is needed: the directory of the sweep")
     if args.status:
@@ -91,13 +90,13 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
 
     from sae_jax.scaling import worker
 
-    distributed.join(args)
-    try:
-        worker.work(directory, args.lease_seconds)
-    except preemption.PreemptedError:
-        print("sae-jax sweep: stopped by SIGTERM; start it again to go on", file=sys.stderr)
-        return preemption.EXIT_CODE
-    if is_writer():
-        print(status.view(directory, leases.Leases(path / "leases", args.lease_seconds)))
-        print(f"\n{path / 'results.csv'}")
+    with distributed.joined(args):
+        try:
+            worker.work(directory, args.lease_seconds)
+        except preemption.PreemptedError:
+            print("sae-jax sweep: stopped by SIGTERM; start it again to go on", file=sys.stderr)
+            return preemption.EXIT_CODE
+        if is_writer():
+            print(status.view(directory, leases.Leases(path / "leases", args.lease_seconds)))
+            print(f"\n{path / 'results.csv'}")
     return 0

@@ -38,15 +38,15 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
 
     from sae_jax.train import loop, preemption
 
-    distributed.join(args)
-    try:
-        result = loop.train(config, args.workdir)
-    except preemption.PreemptedError as stopped:
-        print(f"sae-jax train: {stopped}; start it again to go on", file=sys.stderr)
-        return preemption.EXIT_CODE
-    except loop.NonFiniteError as error:
-        print(f"sae-jax train: error: {error}", file=sys.stderr)
-        return 3
-    if jax.process_index() == 0:
-        print(json.dumps(result, indent=1))
+    with distributed.joined(args):
+        try:
+            result = loop.train(config, args.workdir)
+        except preemption.PreemptedError as stopped:
+            print(f"sae-jax train: {stopped}; start it again to go on", file=sys.stderr)
+            return preemption.EXIT_CODE
+        except loop.NonFiniteError as error:
+            print(f"sae-jax train: error: {error}", file=sys.stderr)
+            return 3
+        if jax.process_index() == 0:
+            print(json.dumps(result, indent=1))
     return 0

@@ -5,10 +5,7 @@ processes: process 0 claims, and the others learn from it what to do.
 """
 
 import contextlib
-import signal
-import threading
 import time
-from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -21,7 +18,7 @@ from sae_jax.scaling.leases import Lease, LeaseLostError, Leases
 from sae_jax.scaling.sweep import SweepDirectory, counted
 from sae_jax.train import loop
 from sae_jax.train.directory import is_writer
-from sae_jax.train.preemption import PreemptedError
+from sae_jax.train.preemption import PreemptedError, sigterm_raises
 
 _ALL_DONE, _WAIT = -1, -2  # instead of the index of a pass
 _SECONDS_BETWEEN_LINES = 30  # of the log, while waiting for others
@@ -31,7 +28,8 @@ def work(directory: SweepDirectory, lease_seconds: float) -> None:
     """Trains what nobody else does, and takes over from those who die, until every run of the
     sweep has ended. Raises PreemptedError after SIGTERM, when what it trained is saved."""
     worker = _Worker(directory, Leases(directory.path / "leases", lease_seconds))
-    with _sigterm_raises():
+    # Under jax.distributed its service listens, all the time; else `train.preemption` during steps.
+    with contextlib.nullcontext() if jax.distributed.is_initialized() else sigterm_raises():
         while True:
             index, lease = worker.claim()
             if index == _ALL_DONE:
@@ -124,22 +122,3 @@ def _from_process_0(value: int) -> int:
     if jax.process_count() == 1:
         return value
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
-
-
-@contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """SIGTERM ends what this worker does between steps: compiling, evaluating, waiting. During
-    steps `train.preemption` listens; under jax.distributed its service does, all the time."""
-    on_main_thread = threading.current_thread() is threading.main_thread()
-    if jax.distributed.is_initialized() or not on_main_thread:
-        yield
-        return
-
-    def stop(*_):
-        raise PreemptedError(0)
-
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -87,12 +87,13 @@ def _train(config, stream, heldout, steps, mesh, directory) -> dict:
     placement = BatchPlacement(mesh, config.data.batch_size)
     checkpoints = Checkpoints(directory.path, config.train.keep_checkpoints)
     with contextlib.closing(checkpoints), contextlib.closing(directory), PROGRESS:
-        if checkpoints.latest_step is None:
+        PROGRESS.saved = checkpoints.latest_step
+        if PROGRESS.saved is None:
             state = trainer.init(initial_b_dec(config, stream), scale, target_scale)
             start = 0
         else:
             state = checkpoints.restore(trainer.abstract())
-            start = PROGRESS.saved = checkpoints.latest_step
+            start = PROGRESS.saved
             logging.info("resumed %s at step %d of %d", directory.path, start, steps)
         directory.start_metrics(start)
         begin = time.monotonic()
@@ -113,6 +114,7 @@ def _run_steps(trainer, state, start, steps, stream, placement, checkpoints, dir
     resampling = resample.steps(config)
     meter = _Meter(config, start, steps, directory)
     before = None  # (step, its metrics, whether to log them): dispatched, not waited for
+    saving = PROGRESS.saved  # the step whose checkpoint may still be being written
     with Preemption() as preemption, meter:
         for step in range(start + 1, steps + 1):
             batch = next(batches)
@@ -129,8 +131,10 @@ def _run_steps(trainer, state, start, steps, stream, placement, checkpoints, dir
             if save:
                 meter.done(*before)  # raises if the state is not one to save
                 before = None
+                PROGRESS.rest()
                 directory.flush()
                 checkpoints.save(state, step)
+                PROGRESS.saved, saving = saving, step  # the one before has been written
             if stop:
                 checkpoints.finish()
                 raise PreemptedError(step)

@@ -1,7 +1,9 @@
 """SIGTERM: every process learns of it at the same step, saves, and exits."""
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 
 import jax
 from jax.experimental import multihost_utils
@@ -42,3 +44,20 @@ class Preemption:
 
     def _hear(self, *_) -> None:
         self._told = True
+
+
+@contextlib.contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """SIGTERM raises PreemptedError, in this process alone: for work that is not in steps."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_):
+        raise PreemptedError(0)
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

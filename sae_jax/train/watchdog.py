@@ -1,0 +1,419 @@
+"""A watch over the processes of one program: whoever dies, hangs or fails ends all of them, soon,
+with one line on stderr that names it.
+
+    what happened                          what the others do
+    a process is killed or its host dies   name it after 5 s where a collective has raised an error
+                                           meanwhile (as on CPUs), else after --heartbeat_seconds
+    process 0 is killed                    name it within 5 s, after the trace that JAX prints
+    a process is stopped, or cut off       name it after --heartbeat_seconds
+    a step hangs                           name, after --watchdog_seconds, who has not begun it
+    a process ends with an error           tell its error, and end with its exit code
+    a process is told to stop (SIGTERM)    nothing here: all save at one step (`train.preemption`)
+
+The exit code is 75 but for the last two lines: the same command goes on from the last checkpoint,
+and what was done since is lost. A process that finds its own error tells that one. No clock but a
+process's own monotonic one is read, so clocks may differ, and time during which this very process
+was stopped does not count. A step is timed from the end of the one before; compiling, saving and
+evaluating are not timed.
+
+How: a thread of each process writes its record (host, pid, a beat, its steps) to the key-value
+store of jax.distributed once a second. Process 0 reads all records and judges; the others read its
+verdict, so that all tell the same. They judge process 0, with which the store dies, themselves.
+JAX's own heartbeat stays as a backstop. Where there is one process there is no store, and only its
+steps are watched. Nothing waits for a device.
+"""
+
+import atexit
+import ctypes
+import dataclasses
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+
+from jax._src import distributed  # the key-value store has no public name
+
+from sae_jax.train.preemption import EXIT_CODE, PreemptedError
+
+_INTERVAL = 1.0  # seconds between two beats
+_SUSPICIOUS_SECONDS = 5.0  # of silence, once a collective has raised an error somewhere
+_FAREWELL_SECONDS = 5.0  # for the others to hear a verdict before the store goes with process 0
+_KEY = "sae_jax/watchdog"
+
+
+class Progress:
+    """What the main thread tells of itself. As a context it notes an error on its way out, before
+    what closes files can hang on the collective that raised it."""
+
+    def __init__(self):
+        self.begun = self.done = 0  # steps
+        self.saved: int | None = None  # the step of a checkpoint that is there
+        self.resting = True  # until a step ends, no clock runs
+        self.trouble = False
+
+    def begin(self, step: int) -> None:
+        """The batch of `step` is there, and it is about to be dispatched."""
+        self.begun = step
+
+    def end(self, step: int) -> None:
+        self.done = step
+        self.resting = False
+
+    def rest(self) -> None:
+        """What comes next takes its time: the clock stands until a step ends."""
+        self.resting = True
+
+    def __enter__(self) -> "Progress":
+        self.trouble = False
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        self.trouble = kind is not None and not issubclass(kind, PreemptedError)
+
+
+PROGRESS = Progress()
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What the others know of a process. `code` and `text` are those of its own error."""
+
+    host: str
+    pid: int
+    beat: int = 0
+    begun: int = 0
+    done: int = 0
+    saved: int | None = None
+    resting: bool = True
+    trouble: bool = False
+    ended: bool = False  # with its work, or told of a verdict
+    code: int = 0
+    text: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """Why all end, and how. `silent` are the processes that will not hear of it."""
+
+    code: int
+    text: str
+    silent: tuple[int, ...] = ()
+
+
+class Judge:
+    """Who is dead, stuck or failed, from the records of `count` processes, given again and again.
+    heartbeat, step: seconds after which a process is dead, and a step stuck (0: never)."""
+
+    def __init__(self, count: int, heartbeat: float, step: float):
+        self._count, self._heartbeat, self._step = count, heartbeat, step
+        self._last: dict = {}  # key: (value, when it was first seen)
+
+    def __call__(self, records: dict[int, Record], now: float) -> Verdict | None:
+        records = {i: records.get(i) for i in range(self._count)}
+        return self._dead(records, now) or self._failed(records) or self._stuck(records, now)
+
+    def _dead(self, records: dict[int, Record | None], now: float) -> Verdict | None:
+        suspicious = any(record and record.trouble for record in records.values())
+        limit = min(_SUSPICIOUS_SECONDS, self._heartbeat) if suspicious else self._heartbeat
+        silent = {
+            i: age
+            for i, record in records.items()
+            if (age := self._unchanged(("beat", i), record and record.beat, now)) > limit
+            and not (record and record.ended)
+        }
+        if not silent:
+            return None
+        return Verdict(EXIT_CODE, silence(silent, records), tuple(silent))
+
+    def _failed(self, records: dict[int, Record | None]) -> Verdict | None:
+        for i, record in records.items():
+            if record and record.code:
+                return Verdict(record.code, f"{_name(i, record)} ended: {record.text}")
+        return None
+
+    def _stuck(self, records: dict[int, Record | None], now: float) -> Verdict | None:
+        ages = {
+            i: self._unchanged(("step", i), (record.begun, record.done, record.resting), now)
+            for i, record in records.items()
+            if record
+        }
+        timed = {i for i in ages if not (records[i].resting or records[i].ended)}
+        if not self._step or not any(ages[i] > self._step for i in timed):
+            return None
+        # Who was seen last before the limit hangs too, a moment later.
+        stuck = {i: records[i] for i in timed if ages[i] > self._step - 2 * _INTERVAL}
+        first = min(record.begun for record in stuck.values())
+        behind = {i: record for i, record in stuck.items() if record.begun == first}
+        if len(behind) < len(stuck):
+            step = first + 1
+            who = f"; {_names(behind)} {_have(behind)} not begun it, the others have"
+        else:
+            step = min(record.done for record in stuck.values()) + 1
+            who = f" in {_names(stuck)}" if self._count > 1 else ""
+        return Verdict(
+            EXIT_CODE,
+            f"step {step} has not ended for {self._step:.0f} s (--watchdog_seconds){who}; "
+            f"{_again(records)}",
+        )
+
+    def _unchanged(self, key, value, now: float) -> float:
+        """Seconds since the value of `key` was another."""
+        if key not in self._last or self._last[key][0] != value:
+            self._last[key] = (value, now)
+        return now - self._last[key][1]
+
+
+def silence(ages: dict[int, float], records: dict[int, Record | None]) -> str:
+    """Says that processes have been silent for so many seconds."""
+    who = {i: records.get(i) for i in ages}
+    return (
+        f"{_names(who)} {_have(who)} not been heard of for {max(ages.values()):.0f} s: dead, "
+        f"stopped or cut off; {_again(records)}"
+    )
+
+
+def _names(records: dict[int, Record | None]) -> str:
+    """Of at most three processes."""
+    shown = [_name(i, record) for i, record in list(records.items())[:3]]
+    if len(records) > len(shown):
+        shown.append(f"{len(records) - len(shown)} more")
+    return ", ".join(shown)
+
+
+def _have(subjects) -> str:
+    return "has" if len(subjects) == 1 else "have"
+
+
+def _name(i: int, record: Record | None) -> str:
+    where = f"pid {record.pid} on {record.host}" if record else "which had not begun"
+    return f"process {i} ({where})"
+
+
+def _again(records: dict[int, Record | None]) -> str:
+    saved = [record.saved for record in records.values() if record and record.saved is not None]
+    step = f", step {max(saved)} or later" if saved else ""
+    return f"start the same command again: it goes on from what was saved last{step}"
+
+
+class Watchdog:
+    """The watch of this process. `store` is the client of the key-value store, None where there
+    is one process; `address` is where process 0 serves it.
+
+    Ends the process by os._exit: its main thread may be stuck in a collective for ever."""
+
+    def __init__(
+        self, heartbeat: float, step: float, store=None, me: int = 0, count: int = 1, address=""
+    ):
+        self._store, self._me, self._count, self._address = store, me, count, address
+        self._heartbeat = heartbeat
+        self._judge = Judge(count, heartbeat, step)
+        self._own = Record(socket.gethostname(), os.getpid())
+        self._last_words: dict = {}  # fields of the record that the main thread does not tell
+        self._records: dict[int, Record] = {}
+        self._verdict: Verdict | None = None
+        self._clock = _Clock()
+        self._heard = 0.0  # when the store last answered
+        self._unreachable = False
+        self._code = 0  # of this process's own error
+        self._failed_at: float | None = None
+        self._wake, self._told, self._off = (threading.Event() for _ in range(3))
+        self._threads = [threading.Thread(target=self._watch, name="watchdog", daemon=True)]
+        if store is not None:
+            talk = threading.Thread(target=self._talk, name="watchdog-beat", daemon=True)
+            self._threads.append(talk)
+            _delay_abort()
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def end(self) -> None:
+        """Waits until all processes have done their work, then lets them go."""
+        PROGRESS.rest()
+        self._tell(ended=True)
+        if self._store is not None:
+            self._store.wait_at_barrier(f"{_KEY}/ended", timeout_in_ms=2**31 - 1)
+        self.stop()
+
+    def stop(self) -> None:
+        self._off.set()
+        self._wake.set()
+        for thread in self._threads:
+            thread.join()
+
+    def fail(self, code: int, text: str, own: bool) -> None:
+        """This process has an error, to be printed when this returns. Unless it is surely its
+        `own`, another's death may be behind it: then this waits for the verdict, which ends the
+        process."""
+        PROGRESS.trouble = True
+        self._wake.set()
+        if not own and self._count > 1:
+            time.sleep(_SUSPICIOUS_SECONDS + 4 * _INTERVAL)
+        self._failed_at = self._clock.now
+        if self._me == 0:
+            self._verdict = Verdict(code, f"{_name(0, self._own)} ended: {text}")
+        self._tell(code=code, text=text)
+        self._code = code
+        atexit.register(self._leave)
+
+    def _leave(self) -> None:
+        """Instead of JAX's orderly end, which would wait for those that are stuck."""
+        if self._me == 0:
+            self._await_others()
+        _exit(self._code)
+
+    # ------------------------------------------------------------------ the thread that judges
+
+    def _watch(self) -> None:
+        while not self._off.wait(_INTERVAL / 4):
+            now = self._clock.tick()
+            if self._failed_at is not None:
+                if now - self._failed_at > 2 * _FAREWELL_SECONDS:  # something waits at the exit
+                    _exit(self._code)
+            elif self._store is None:
+                self._obey(self._judge({0: self._record()}, now))
+            elif self._me == 0:
+                self._obey(self._judge(self._records, now) if self._records else None)
+            else:
+                self._obey(self._verdict or self._process_0_gone(now))
+
+    def _process_0_gone(self, now: float) -> Verdict | None:
+        """The store is served by process 0."""
+        silent = now - self._heard
+        records = self._records | {self._me: self._own}
+        if silent > self._heartbeat:
+            return Verdict(EXIT_CODE, silence({0: silent}, records))
+        late = silent > 2 * _INTERVAL  # JAX locks the store when it gives up
+        if (late or self._unreachable) and not _answers(self._address):
+            text = f"{_name(0, records.get(0))} has died; {_again(records)}"
+            return Verdict(EXIT_CODE, text)
+        return None
+
+    def _obey(self, verdict: Verdict | None) -> None:
+        if verdict is None:
+            return
+        line = f"sae-jax: {' '.join(verdict.text.split())}\n"
+        sys.stderr.write("\n" + line if sys.stderr.isatty() else line)
+        self._verdict = verdict
+        self._tell(ended=True)
+        if self._me == 0:
+            self._await_others()
+        _exit(verdict.code)
+
+    def _await_others(self) -> None:
+        """Until they have heard of it, or are past hearing."""
+        deadline = time.monotonic() + _FAREWELL_SECONDS
+        while time.monotonic() < deadline and self._store is not None:
+            others = set(range(1, self._count)) - set(self._verdict.silent)
+            records = map(self._records.get, others)
+            if all(record and (record.ended or record.code) for record in records):
+                return
+            self._wake.set()
+            time.sleep(_INTERVAL / 4)
+
+    # ------------------------------------------------- the thread that talks, which may be stuck
+
+    def _talk(self) -> None:
+        while not self._off.is_set():
+            self._wake.clear()
+            own = self._record()
+            try:
+                self._exchange(own)
+                self._heard, self._unreachable = self._clock.now, False
+                if own.ended or own.code:
+                    self._told.set()
+            except RuntimeError:  # JaxRuntimeError: what it means the other thread finds out
+                self._unreachable = True
+            self._wake.wait(_INTERVAL)
+
+    def _exchange(self, own: Record) -> None:
+        key = f"{_KEY}/records/{self._me}"
+        self._store.key_value_set(key, json.dumps(dataclasses.asdict(own)), allow_overwrite=True)
+        if self._me == 0:
+            self._records = self._read("records", Record)
+            if self._verdict is not None:
+                text = json.dumps(dataclasses.asdict(self._verdict))
+                self._store.key_value_set(f"{_KEY}/verdict/0", text, allow_overwrite=True)
+            return
+        if 0 not in self._records:  # who it is, for when it cannot be asked any more
+            self._records = self._read("records", Record)
+        self._verdict = self._read("verdict", Verdict).get(0)
+
+    def _read(self, what: str, kind: type) -> dict:
+        pairs = self._store.key_value_dir_get(f"{_KEY}/{what}/")
+        return {int(key.rpartition("/")[2]): kind(**json.loads(value)) for key, value in pairs}
+
+    def _record(self) -> Record:
+        self._own = dataclasses.replace(
+            self._own,
+            beat=self._own.beat + 1,
+            begun=PROGRESS.begun,
+            done=PROGRESS.done,
+            saved=PROGRESS.saved,
+            resting=PROGRESS.resting,
+            trouble=PROGRESS.trouble,
+            **self._last_words,
+        )
+        return self._own
+
+    def _tell(self, **last_words) -> None:
+        """Changes the record and waits, for a moment, until the store has it."""
+        self._last_words |= last_words
+        if self._store is not None:
+            self._told.clear()
+            self._wake.set()
+            self._told.wait(_INTERVAL)
+
+
+def of_this_program(heartbeat: float, step: float) -> Watchdog:
+    """The watch of this process among those that jax.distributed has joined."""
+    program = distributed.global_state
+    store, address = program.client, program.coordinator_address
+    return Watchdog(heartbeat, step, store, program.process_id, program.num_processes, address)
+
+
+class _Clock:
+    """Seconds that this process has been awake: no tick is longer than two intervals, so that a
+    process that was stopped does not take the others for dead when it goes on."""
+
+    def __init__(self):
+        self.now = 0.0
+        self._last = time.monotonic()
+
+    def tick(self) -> float:
+        now = time.monotonic()
+        self.now += min(now - self._last, 2 * _INTERVAL)
+        self._last = now
+        return self.now
+
+
+def _answers(address: str) -> bool:
+    """Whether something listens there. A host that is silent may be alive: True."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_INTERVAL).close()
+    except ConnectionError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _delay_abort() -> None:
+    """When process 0 dies JAX aborts the others within milliseconds, and says "another task died".
+    With C's `sleep` as the handler of SIGABRT, the thread that aborts first sleeps for as many
+    seconds as the signal has for a number, 6: time for this watch to say which one it was."""
+    c = ctypes.CDLL(None)
+    c.signal.argtypes, c.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    c.signal(signal.SIGABRT, ctypes.cast(c.sleep, ctypes.c_void_p))
+
+
+def _exit(code: int) -> None:
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
