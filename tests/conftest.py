@@ -17,6 +17,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+import s3_server  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
@@ -31,3 +32,10 @@ def mesh(request):
     )
     with jax.set_mesh(mesh):
         yield mesh
+
+
+@pytest.fixture(scope="session")
+def s3():
+    """The address of a server that speaks S3; it has the bucket s3_server.BUCKET."""
+    with s3_server.serve() as address:
+        yield address
