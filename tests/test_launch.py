@@ -1,15 +1,24 @@
 """local.py's promises about processes, and what can be checked of the other launchers here."""
 
+import importlib
 import os
 import pathlib
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
+from absl import flags
 
-LAUNCH = pathlib.Path(__file__).parents[1] / "launch"
+from sae_jax import cli, config
+
+ROOT = pathlib.Path(__file__).parents[1]
+LAUNCH = ROOT / "launch"
+FILES = sorted(path for path in LAUNCH.rglob("*") if path.is_file())
 
 # ------------------------------------------------------------------------------------ local.py
 
@@ -89,3 +98,214 @@ def test_a_signal_goes_to_all_and_starts_nothing_again(local, number):
     process.send_signal(number)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 75 and "starting again" not in err
+
+
+# ------------------------------------------------------------------- tpu_vm.sh, without a cloud
+
+
+@pytest.fixture
+def tpu_vm(tmp_path):
+    """Starts launch/tpu_vm.sh with a gcloud that answers with `states` and `codes`, one after the
+    other, when asked for the slice's state and told to run, and notes what it heard. The code
+    "wait" is 75, once the program is told to stop."""
+    (tmp_path / "gcloud").write_text(
+        f"#!/bin/bash\ncd {tmp_path}\n"
+        """next() { head -1 "$1"; sed -i 1d "$1"; }
+all="$*"
+case $all in
+  *describe*)
+    state=$(next states)
+    if [ "$state" = ABSENT ]; then echo "ERROR: NOT_FOUND" >&2; exit 1; fi
+    echo "$state" ;;
+  *create*) echo request >> heard ;;
+  *delete*) echo delete >> heard ;;
+  *" scp "*) echo copy >> heard ;;
+  *uv*) echo install >> heard ;;
+  *sae-jax" "*)
+    echo "run ${all##*sae-jax }" >> heard
+    code=$(next codes)
+    if [ "$code" = wait ]; then until [ -e stopped ]; do /bin/sleep 0.02; done; code=75; fi
+    exit "$code" ;;
+  *pkill*) echo stop >> heard; touch stopped ;;
+esac
+"""
+    )
+    (tmp_path / "sleep").write_text("#!/bin/sh\n")
+    for program in ("gcloud", "sleep"):
+        (tmp_path / program).chmod(0o755)
+    heard = tmp_path / "heard"
+    heard.touch()
+
+    def start(states: str, codes: str) -> subprocess.Popen:
+        (tmp_path / "states").write_text("\n".join(states.split()) + "\n")
+        (tmp_path / "codes").write_text("\n".join(codes.split()) + "\n")
+        place = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "ZONE": "z", "TYPE": "v5p-128"}
+        command = [LAUNCH / "tpu_vm.sh", "slice", "train", "--workdir=gs://a b"]
+        return subprocess.Popen(command, env=os.environ | place, stderr=subprocess.DEVNULL)
+
+    return start, lambda: heard.read_text().splitlines()
+
+
+RUN = r"run train --workdir=gs://a\ b --distributed"
+
+
+def test_a_slice_that_is_taken_away_is_asked_for_again_until_the_program_is_done(tpu_vm):
+    start, heard = tpu_vm
+    asked = "ABSENT WAITING_FOR_RESOURCES PROVISIONING ACTIVE"
+    process = start(f"{asked} ACTIVE SUSPENDING SUSPENDED {asked}", "137 255 0")
+    there = ["request", "copy", "install", RUN]
+    assert process.wait(timeout=30) == 0
+    assert heard() == [*there, RUN, "delete", *there, "delete"]
+
+
+def test_a_mistake_leaves_the_slice(tpu_vm):
+    start, heard = tpu_vm
+    assert start("ACTIVE", "2").wait(timeout=30) == 2
+    assert heard() == ["copy", "install", RUN]
+
+
+def test_a_signal_to_the_launcher_stops_the_program_and_leaves_the_slice(tpu_vm):
+    start, heard = tpu_vm
+    process = start("ACTIVE", "wait")
+    while RUN not in heard():
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(timeout=30) == 75
+    assert heard() == ["copy", "install", RUN, "stop"]
+
+
+# ------------------------------------------------------------------------------------ kubernetes
+
+
+def documents(name: str) -> dict[str, dict]:
+    """What a manifest asks for, by kind."""
+    yaml = pytest.importorskip("yaml", reason="needs the extra [launch]")
+    text = (LAUNCH / "kubernetes" / name).read_text()
+    return {document["kind"]: document for document in yaml.safe_load_all(text)}
+
+
+def job(name: str) -> dict:
+    """The manifest's job; a JobSet's, whose own schema is not a part of Kubernetes, is in it."""
+    found = documents(name)
+    if "Job" in found:
+        return found["Job"]
+    (replicated,) = found["JobSet"]["spec"]["replicatedJobs"]
+    metadata = {"name": replicated["name"]}
+    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": metadata, **replicated["template"]}
+
+
+MANIFESTS = [path.name for path in FILES if path.suffix == ".yaml"]
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_manifests_obey_the_published_schemas(name):
+    kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="needs extra [launch]")
+    known = [document for kind, document in documents(name).items() if kind != "JobSet"]
+    for document in [*known, job(name)]:
+        kubernetes_validate.validate(document, "1.31", strict=True)  # first with all that is used
+
+
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_mistakes_fail_a_job_at_once_and_what_was_saved_goes_on(name):
+    spec = job(name)["spec"]
+    (container,) = spec["template"]["spec"]["containers"]
+
+    def action(code: int) -> str | None:
+        for rule in spec["podFailurePolicy"]["rules"]:
+            if code in rule.get("onExitCodes", {}).get("values", ()):
+                assert rule["onExitCodes"]["containerName"] == container["name"]
+                return rule["action"]
+        return None
+
+    assert action(2) == "FailJob" and action(137) is None
+    if spec["backoffLimit"]:
+        assert action(75) == "Ignore"
+    else:  # one pod that ends badly ends the job, and the set starts it again
+        policy = documents(name)["JobSet"]["spec"]["failurePolicy"]
+        rule = {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+        assert policy["rules"] == [rule] and policy["maxRestarts"] > 0
+        assert action(75) is None
+    assert spec["completionMode"] == "Indexed" and spec["completions"] == spec["parallelism"]
+    assert spec["template"]["spec"]["terminationGracePeriodSeconds"] >= 60
+
+
+def test_a_job_has_what_jax_reads_of_the_cluster():
+    """jax/_src/clusters/k8s_cluster.py: the pod by its address, its job's size and labels, and
+    process 0 at JOB-0.SUBDOMAIN."""
+    found = documents("gpu.yaml")
+    name, pod = found["Job"]["metadata"]["name"], found["Job"]["spec"]["template"]["spec"]
+    service = found["Service"]
+    assert found["Job"]["metadata"]["labels"]
+    assert service["metadata"]["name"] == pod["subdomain"]
+    assert service["spec"]["clusterIP"] == "None" and service["spec"]["publishNotReadyAddresses"]
+    assert service["spec"]["selector"] == {"job-name": name}
+    allowed = {
+        (resource, verb)
+        for rule in found["Role"]["rules"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+    assert allowed == {("pods", "list"), ("jobs", "get")}
+    (subject,) = found["RoleBinding"]["subjects"]
+    assert (
+        subject["name"] == pod["serviceAccountName"] == found["ServiceAccount"]["metadata"]["name"]
+    )
+    assert found["RoleBinding"]["roleRef"]["name"] == found["Role"]["metadata"]["name"]
+
+
+# --------------------------------------------------------------------------------- what is written
+
+
+def checked_by(program: str, *arguments) -> None:
+    path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
+    if not shutil.which(program, path=path):
+        pytest.skip(f"{program} is not installed (extra [launch])")
+    command = [shutil.which(program, path=path), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_shell_scripts():
+    scripts = [path for path in FILES if path.suffix in (".sh", ".sbatch")]
+    assert len(scripts) == 2
+    checked_by("shellcheck", *scripts, ROOT / ".ci" / "run")
+
+
+def test_containerfile():
+    checked_by("hadolint", LAUNCH / "Containerfile")
+    copied = re.findall(r"^COPY (.*) \S+$", (LAUNCH / "Containerfile").read_text(), re.MULTILINE)
+    assert all((ROOT / name).exists() for line in copied for name in line.split())
+
+
+def parse(argv: list[str]) -> None:
+    """As `sae-jax` does, up to where it would begin."""
+    name, *rest = argv
+    assert name in cli.COMMANDS
+    values = flags.FlagValues()
+    importlib.import_module(f"sae_jax.cli.{name}").define(values)
+    overrides, others = cli._split_overrides(rest)
+    assert values([name, *others])[1:] == []
+    path, _, argument = values.config.partition(":")
+    config.override(config.load_file(f"{ROOT / path}:{argument}"), overrides)
+
+
+def commands(path: pathlib.Path) -> list[list[str]]:
+    """The sae-jax commands in a file's examples that are written out in full."""
+    text = re.sub(r"\\\n#?", " ", path.read_text())
+    launcher = r"^#? *\S.*(?:local\.py .* --|slurm\.sbatch|tpu_vm\.sh \w+) (\w+ .*)$"
+    found = re.findall(launcher, text, re.MULTILINE)
+    return [shlex.split(line) for line in found if not line.endswith("...")]
+
+
+def test_the_commands_here_are_commands_of_the_program():
+    readme = commands(LAUNCH / "README.md")
+    assert len(readme) == 4
+    manifests = [job(name)["spec"]["template"]["spec"]["containers"][0] for name in MANIFESTS]
+    for argv in [*readme, *(container["args"] for container in manifests)]:
+        parse(argv)
+
+
+def test_readme_names_every_file():
+    readme = (LAUNCH / "README.md").read_text()
+    unnamed = [path.name for path in FILES if path.name != "README.md" and path.name not in readme]
+    assert not [name for name in unnamed if not name.endswith(".pyc")]
