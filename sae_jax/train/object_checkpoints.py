@@ -117,7 +117,11 @@ class ObjectCheckpointer:
         return json.loads((self._directory / str(step) / "complete.json").read_text())
 
     def _spec(self, step: int, name: str) -> dict:
-        return {"driver": "zarr3", "kvstore": paths.kvstore(self._directory, f"{step}/{name}/")}
+        return {
+            "driver": "zarr3",
+            "kvstore": paths.kvstore(self._directory, f"{step}/{name}/"),
+            "context": {"cache_pool": {"total_bytes_limit": 0}},  # all is read or written once
+        }
 
 
 def _named(tree: dict) -> dict[str, jax.Array]:

@@ -1,0 +1,319 @@
+"""Stores, runs and sweeps in an object store, against a real server that speaks S3 (moto's)."""
+
+import contextlib
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+import uuid
+
+import jax
+import numpy as np
+import pytest
+import s3_server
+from training import (
+    assert_same_arrays,
+    make_config,
+    run_to_end,
+    saved_arrays,
+    sparse_rows,
+    start,
+)
+
+import sae_jax
+from sae_jax import paths
+from sae_jax.activations import Store, write_store
+from sae_jax.activations.writer import StoreWriter
+from sae_jax.config import UserError, to_dict
+from sae_jax.paths import ObjectPath
+from sae_jax.scaling import sweep, worker
+from sae_jax.train import loop
+from sae_jax.train.metrics import open_after
+from sae_jax.train.object_checkpoints import ObjectCheckpointer
+
+ROOT = pathlib.Path(__file__).parents[1]
+DEVICE = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+@pytest.fixture
+def place(s3):
+    """A new folder in the bucket."""
+    return paths.path(s3_server.BUCKET) / str(uuid.uuid4())
+
+
+@pytest.fixture(scope="module")
+def store(s3):
+    """Of few chunks: moto's server takes 5 ms for a request, one after another."""
+    url = f"{s3_server.BUCKET}/store-{uuid.uuid4()}"
+    write_store(url, [sparse_rows(8192)], context_length=128)
+    return url
+
+
+# ------------------------------------------------------------------------------------- files
+
+
+def test_an_object_path_does_what_a_local_one_does(place, tmp_path):
+    def seen(root):
+        root.mkdir(parents=True, exist_ok=True)
+        paths.write(root / "a.json", "one")
+        (root / "b").mkdir(parents=True, exist_ok=True)
+        paths.write(root / "b" / "c.x", b"two")
+        paths.write(root / "a.json", "three")
+        with pytest.raises(FileNotFoundError):
+            (root / "none").read_bytes()
+        (root / "gone").write_bytes(b"")
+        (root / "gone").unlink()
+        return {
+            "entries": {e.name: (e.is_file(), e.is_dir()) for e in root.iterdir()},
+            "made": [paths.create(root / "b" / "new", text, by=text) for text in ("my", "your")],
+            "text": [(root / name).read_text() for name in ("a.json", "b/c.x", "b/new")],
+            "there": [(root / name).exists() for name in ("a.json", "b/c.x", "b", "a.js", "gone")],
+            "named": [(root / "x.tar").with_name("y").name, (root / "x.tar").stem, root.suffix],
+            "parent": (root / "b").parent == root,
+        }
+
+    assert seen(place) == seen(tmp_path / "root")
+    assert paths.path(f"{place}//b/") == place / "b"
+
+
+@pytest.mark.parametrize(
+    "break_it,url,says",
+    [
+        ({}, "az://bucket/run", "the scheme of az://bucket/run is 'az'; it must be one of: s3, gs"),
+        ({}, "s3:///run", "names no bucket; write s3://BUCKET/PATH"),
+        ({}, "s3://absent/run", "there is no such bucket; make it, or correct its name"),
+        ({"AWS_SECRET_ACCESS_KEY": ""}, "s3://no-secret/run", "set AWS_ACCESS_KEY_ID and AWS_"),
+        (
+            {"AWS_ENDPOINT_URL": "http://127.0.0.1:1"},
+            "s3://away/run",
+            "cannot reach the server",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_bucket_is_one_line(s3, monkeypatch, break_it, url, says):
+    for name, value in break_it.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as raised:
+        paths.path(url).exists()
+    assert says in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_metrics_of_two_writers_do_not_mix(place):
+    file = place / "metrics.jsonl"
+    paths.write(file, '{"step": 1}\n{"step": 2}\n{"st')
+    first = open_after(file, 1)
+    first.add('{"step": 2}\n')
+    first.flush()
+    assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
+    second = open_after(file, 2)
+    second.add('{"step": 3}\n')
+    second.flush()
+    first.add('{"step": 3, "late": true}\n')
+    with pytest.raises(UserError, match="another process writes"):
+        first.flush()
+    first.close()
+    second.close()
+    assert file.read_text().splitlines()[1:] == ['{"step": 2}', '{"step": 3}']
+
+
+# ------------------------------------------------------------------------------------- store
+
+
+def test_a_store_is_resumed_read_and_checked(place):
+    rows = sparse_rows(512)
+
+    def writer():
+        return StoreWriter.create_or_resume(
+            str(place), sites={"x": 16}, num_sequences=64, context_length=8, dtype="float32"
+        )
+
+    def write(writer, shards):
+        for shard in shards:
+            block = rows[shard.sequences.start * 8 : shard.sequences.stop * 8]
+            writer.write_shard(shard.index, {"x": block})
+
+    interrupted = writer()
+    shards = interrupted.missing_shards()
+    write(interrupted, shards[:3])
+    (place / "written" / f"{shards[1].index:06d}.npz").unlink()  # as if killed before it
+    with pytest.raises(UserError, match="incomplete"):
+        Store.open(str(place))
+    again = writer()
+    assert again.missing_shards() == [shards[1], *shards[3:]]
+    write(again, again.missing_shards())
+    found = again.finish()
+    found.check()
+    np.testing.assert_array_equal(found.read("x", slice(0, 512)), rows)
+
+    file = next(place / name for name in place.files() if name.startswith("sites/x/c/3"))
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="sites/x cannot be read: .*make the store again"):
+        Store.open(str(place)).check()
+    file.unlink()
+    with pytest.raises(UserError, match=f"{file} is missing"):
+        Store.open(str(place))
+
+
+# --------------------------------------------------------------------------------------- runs
+
+
+def tree(value: float) -> dict:
+    rows = np.arange(48, dtype=np.float32).reshape(8, 6)
+    return {"a": {"b": jax.device_put(rows + value, DEVICE)}, "c": jax.device_put(value, DEVICE)}
+
+
+def test_only_whole_checkpoints_count(place):
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=DEVICE), tree(0))
+    with contextlib.closing(ObjectCheckpointer(place, keep=2)) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, tree(step))
+        checkpoints.wait()
+        assert checkpoints.steps == [2, 3]
+    assert not (place / "1").exists()
+    (place / "3" / "complete.json").unlink()  # as a kill in the middle of the upload leaves it
+    (place / "4" / "c").mkdir()
+    paths.write(place / "4" / "c" / "zarr.json", "{}")
+    assert ObjectCheckpointer(place, keep=None).steps == [2]
+    assert (place / "3").exists(), "who only reads removes nothing"
+    with contextlib.closing(ObjectCheckpointer(place, keep=2)) as checkpoints:
+        assert checkpoints.steps == [2]
+        assert [entry.name for entry in place.iterdir()] == ["2"]
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), checkpoints.shapes(2)) == (
+            jax.tree.map(lambda x: (x.shape, x.dtype), like)
+        )
+        got = checkpoints.load(2, like)
+        assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), got, tree(2)))
+        chunk = place / "2" / "a" / "b" / "c" / "0" / "0"
+        whole = chunk.read_bytes()
+        for damaged in (whole[:-8], bytes([whole[0] ^ 1]) + whole[1:]):
+            chunk.write_bytes(damaged)
+            with pytest.raises(ValueError):
+                checkpoints.load(2, like)
+    chunk.unlink()
+    assert ObjectCheckpointer(place, keep=None).steps == []
+
+
+def unfinished(run: ObjectPath) -> set[str]:
+    """Checkpoints that are being written."""
+    files = (run / "checkpoints").files()
+    whole = {name.partition("/")[0] for name in files if name.endswith("/complete.json")}
+    return {name.partition("/")[0] for name in files} - whole
+
+
+def whole(run: ObjectPath) -> int:
+    """The last whole checkpoint."""
+    files = (run / "checkpoints").files()
+    names = (name.partition("/") for name in files)
+    return max((int(step) for step, _, rest in names if rest == "complete.json"), default=0)
+
+
+def wait_until(condition, processes, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        for process in processes:
+            assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+
+
+def object_arrays(run: ObjectPath) -> dict[str, np.ndarray]:
+    """As training.saved_arrays."""
+    with contextlib.closing(ObjectCheckpointer(run / "checkpoints", keep=None)) as checkpoints:
+        step = max(checkpoints.steps)
+        like = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=DEVICE),
+            checkpoints.shapes(step),
+        )
+        leaves = jax.tree_util.tree_leaves_with_path(checkpoints.load(step, like))
+    arrays = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+    return arrays | {"step of the folder": np.asarray(step)}
+
+
+def losses(run) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines]
+
+
+def without_times(result: dict) -> dict:
+    return {k: v for k, v in result.items() if k not in ("wall_seconds", "devices")}
+
+
+@pytest.mark.slow
+def test_a_run_killed_on_s3_ends_as_one_undisturbed_on_disk(store, place, tmp_path):
+    config = make_config(
+        store, steps=160, data={"epochs": 2}, train={"log_every": 5, "checkpoint_every": 20}
+    )
+    seed = random.SystemRandom().randrange(2**32)
+    print("seed", seed)  # shown when the test fails
+    moments = random.Random(seed)
+    in_a_save = 0
+    for target in (0, 60):
+        process = start(place, config)
+        wait_until(lambda t=target: whole(place) >= t and unfinished(place), [process])
+        time.sleep(moments.uniform(0, 0.1) if target else 0)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        in_a_save += bool(unfinished(place))
+        print("killed after", whole(place), "while saving", unfinished(place))
+    assert in_a_save, "no kill hit a save"
+    code, _, err = run_to_end(place, config)
+    assert code == 0, err
+    assert "resumed" in err
+
+    undisturbed = tmp_path / "run"
+    result = loop.train(config, undisturbed)
+    assert_same_arrays(object_arrays(place), saved_arrays(undisturbed))
+    assert losses(place) == losses(undisturbed)
+    saved = json.loads((place / "result.json").read_text())
+    assert without_times(saved) == without_times(result)
+    assert not unfinished(place)
+    x = sparse_rows(4)
+    here, there = sae_jax.load(undisturbed), sae_jax.load(str(place))
+    np.testing.assert_array_equal(here.encode(x), there.encode(x))
+
+
+# ------------------------------------------------------------------------------------- sweep
+
+SWEEP = """
+from sae_jax.config import Config, from_dict
+def get_config(): return from_dict({config!r})
+def get_sweep(): return [{{"train.seed": 0}}, {{"train.seed": 1}}]
+"""
+
+
+@pytest.mark.slow
+def test_a_sweep_goes_on_without_the_worker_that_was_killed(store, place, tmp_path):
+    base = make_config(store, steps=60, train={"log_every": 5, "checkpoint_every": 10})
+    file = tmp_path / "sweep.py"
+    file.write_text(SWEEP.format(config=to_dict(base)))
+    command = [sys.executable, "-m", "sae_jax", "sweep", f"--config={file}", "--passes=2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    workers = [
+        subprocess.Popen(
+            [*command, f"--workdir={place}", "--lease_seconds=2"], env=environment, **pipes
+        )
+        for _ in range(2)
+    ]
+    runs = sweep.load(str(file), {})
+    places = [place / "runs" / run.id for run in runs]
+    wait_until(lambda: all(whole(run) >= 10 for run in places), workers)
+    workers[0].kill()
+    workers[0].communicate()
+    out, err = workers[1].communicate(timeout=200)
+    assert workers[1].returncode == 0, err
+    assert "Traceback" not in err
+    claims = [name.rpartition(".")[0] for name in (place / "leases").files()]
+    assert len(claims) == 3 and len(set(claims)) == 2, "the dead worker's pass was claimed again"
+
+    undisturbed = sweep.SweepDirectory.start(tmp_path / "sweep", runs, 2)
+    worker.work(undisturbed, lease_seconds=60)
+    assert (place / "results.csv").read_text() == ((undisturbed.path / "results.csv").read_text())
+    for run, on_s3 in zip(runs, places, strict=True):
+        assert losses(on_s3) == losses(undisturbed.run_path(run))
