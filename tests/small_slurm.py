@@ -48,7 +48,9 @@ def cluster():
         idle = ["sinfo", "--noheader", "--format=%T %D"]
         _wait(lambda: _output(idle, environment) == "idle 2", "two idle nodes", place)
         yield environment
-        _output(["scancel", f"--user={getpass.getuser()}", "--signal=KILL"], environment)
+        # Jobs that a failed test leaves; a job's processes would outlive the daemons.
+        _output(["scancel", f"--user={getpass.getuser()}"], environment)
+        _wait(lambda: not _output(["squeue", "--noheader"], environment), "end of jobs", place)
     finally:
         for process in reversed(daemons):
             process.send_signal(signal.SIGTERM)
@@ -85,6 +87,7 @@ MpiDefault=none
 FirstJobId={random.SystemRandom().randrange(1, 4000)}
 SchedulerParameters=sched_interval=1,batch_sched_delay=0
 SlurmdParameters=config_overrides
+KillWait=20
 NodeName={",".join(nodes)} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]},{ports[2]} CPUs=4
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
