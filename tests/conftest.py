@@ -15,6 +15,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
+import gcs_server  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 import s3_server  # noqa: E402
@@ -39,3 +40,10 @@ def s3():
     """The address of a server that speaks S3; it has the bucket s3_server.BUCKET."""
     with s3_server.serve() as address:
         yield address
+
+
+@pytest.fixture(scope="session")
+def gcs():
+    """A stand-in for Google's server; it has the bucket gcs_server.BUCKET."""
+    with gcs_server.serve():
+        yield

@@ -11,6 +11,7 @@ import sys
 import time
 import uuid
 
+import gcs_server
 import pytest
 import s3_server
 
@@ -58,12 +59,19 @@ time.time_ns = lambda: real_ns() + int(ahead * 1e9)
 """
 
 
-@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
+@pytest.fixture(
+    params=[
+        "local",
+        pytest.param("s3", marks=pytest.mark.slow),
+        pytest.param("gcs", marks=pytest.mark.long),
+    ]
+)
 def directory(request, tmp_path):
     if request.param == "local":
         return tmp_path
-    request.getfixturevalue("s3")
-    return paths.path(s3_server.BUCKET) / f"leases-{uuid.uuid4()}"
+    request.getfixturevalue(request.param)
+    bucket = {"s3": s3_server, "gcs": gcs_server}[request.param].BUCKET
+    return paths.path(bucket) / f"leases-{uuid.uuid4()}"
 
 
 @pytest.fixture

@@ -49,14 +49,8 @@ class Checkpoints:
         """The checkpoint of `step`, by default the latest, on the shardings of `like` (arrays or
         ShapeDtypeStructs), whatever mesh it was saved from."""
         step = self.latest_step if step is None else step
-        try:
+        with _damage_named(self._directory, step):
             return _from_dict(self._checkpointer.load(step, _as_dict(like)), like)
-        except (ValueError, KeyError, OSError) as error:
-            raise UserError(
-                f"checkpoint {step} under {self._directory} cannot be read "
-                f"({textwrap.shorten(str(error), 200)}); delete that step's folder to go on from "
-                "the one before"
-            ) from error
 
     def close(self) -> None:
         with self._failures_named():
@@ -96,11 +90,24 @@ def load_sae(run: AnyPath, step: int | None = None) -> saes.SAE:
             )
             for name in ("parameters", "scale", "target_scale")
         }
-        state = checkpointer.load_part(step, wanted)
+        with _damage_named(run / "checkpoints", step):
+            state = checkpointer.load_part(step, wanted)
     scales = [
         value if value.ndim else float(value) for value in (state["scale"], state["target_scale"])
     ]
     return saes.architecture(config.sae)(config.sae, state["parameters"], *scales)
+
+
+@contextlib.contextmanager
+def _damage_named(directory: AnyPath, step: int):
+    try:
+        yield
+    except (ValueError, KeyError, OSError) as error:
+        raise UserError(
+            f"checkpoint {step} under {directory} cannot be read "
+            f"({textwrap.shorten(str(error), 200)}); delete that step's folder to go on from "
+            "the one before"
+        ) from error
 
 
 class _OrbaxCheckpointer:
