@@ -3,6 +3,9 @@
   sae-jax train --config=experiments/scaling_monosemanticity.py --workdir=runs/relu \\
       --config.data.store=stores/residual --config.mesh.model=8
 
+  sae-jax plan --config=experiments/scaling_monosemanticity.py:34m --topology=v5p:4x4x4 \\
+      --mesh=1,1,64
+
 L1 weighted by decoder norms, lambda 5 with E||x||^2 = d, reached linearly over the first 5% of
 steps; gradient clipped to norm 1; 200,000 steps of 4,096 tokens, the learning rate linear to 0
 over the last 20%. By default 131,072 latents, the April update's; `:1m`, `:4m` and `:34m` are the
@@ -24,7 +27,9 @@ def get_config(size: str = "131k") -> Config:
             train=TrainConfig(tokens=500_000, log_every=20),
         )
     return Config(
-        sae=SAEConfig(architecture="relu", d_sae=SIZES[size]),
+        # Products of float32 would leave the tensor cores of a GPU idle, and take a TPU six times
+        # as long; parameters, moments and sums stay float32.
+        sae=SAEConfig(architecture="relu", d_sae=SIZES[size], compute_dtype="bfloat16"),
         data=DataConfig(batch_size=4096),
         optimizer=OptimizerConfig(learning_rate=5e-5, schedule="linear_tail", warmup_fraction=0.0),
         train=TrainConfig(tokens=200_000 * 4096),

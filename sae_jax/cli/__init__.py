@@ -19,7 +19,7 @@ from absl import logging as absl_logging
 
 from sae_jax.config import Config, UserError, choose, to_dict
 
-COMMANDS = ("demo", "harvest", "store", "train", "eval", "sweep", "fit", "bench")
+COMMANDS = ("demo", "harvest", "store", "train", "eval", "sweep", "fit", "plan", "bench")
 
 
 def entry() -> int:

@@ -1,5 +1,7 @@
 """Running a per-shard function on the ambient mesh (`jax.set_mesh`), or plainly without one."""
 
+import contextlib
+import contextvars
 from collections.abc import Callable
 
 import jax
@@ -15,6 +17,8 @@ PER_LATENT = P("model")  # (d_sae,)
 PER_TOKEN = P("data")  # (B,)
 
 ZERO = ("model", "data")  # what `model` shards, when it is spread over `data` too
+
+_for_accelerator = contextvars.ContextVar("for_accelerator", default=False)
 
 BATCHED_RUNS = "batched_runs"  # name of the axis of runs that are computed as one
 
@@ -94,7 +98,19 @@ def _with_axes(a: jax.Array, old, new) -> jax.Array:
 def on_cpu() -> bool:
     """Whether the program that is traced is for CPUs: the mesh's devices, or the default ones."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return (device.platform if device else jax.default_backend()) == "cpu"
+    platform = device.platform if device else jax.default_backend()
+    return platform == "cpu" and not _for_accelerator.get()
+
+
+@contextlib.contextmanager
+def as_for_accelerators():
+    """Traces programs as for accelerators on a mesh of CPUs, which stand for some that are not
+    here."""
+    token = _for_accelerator.set(True)
+    try:
+        yield
+    finally:
+        _for_accelerator.reset(token)
 
 
 def _without_mesh() -> bool:

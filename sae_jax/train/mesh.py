@@ -11,12 +11,12 @@ from sae_jax.config import Config, MeshConfig, UserError
 from sae_jax.ops.mesh import BATCH
 
 
-def make_mesh(config: Config) -> jax.sharding.Mesh:
-    """A mesh with the axes (run, data, model) over this program's devices.
+def make_mesh(config: Config, devices: list | None = None) -> jax.sharding.Mesh:
+    """A mesh with the axes (run, data, model) over `devices`, by default this program's.
 
     Raises UserError if the axes ask for other devices than there are, or do not divide the
     batch or the dictionary."""
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     run, data, model = sizes = _axis_sizes(config.mesh, len(devices))
     if config.data.batch_size % data:
         raise UserError(

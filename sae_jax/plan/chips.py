@@ -1,0 +1,124 @@
+"""Published peaks of accelerators, and the topologies that `--topology` names.
+
+TPUs: Google's "How to Scale Your Model" (2025), the table of its chapter on TPUs. GPUs: NVIDIA's
+data sheets, dense (not sparse) figures of the SXM variants; links of the DGX systems, one way.
+"""
+
+import dataclasses
+import math
+import os
+import re
+
+import jax
+import numpy as np
+
+from sae_jax.config import UserError
+
+_GIB = 2**30
+_GPU_FRACTION = 0.75  # of its memory that JAX takes unless it is told otherwise
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Per chip, in FLOP/s, bytes, bytes/s."""
+
+    name: str
+    bfloat16: float  # products of bfloat16 with float32 sums
+    float32: float  # products of float32 as such, never rounded to TF32 or bfloat16
+    memory: float
+    memory_rate: float
+    link_rate: float  # to its neighbours: along one axis of a TPU's torus both ways, or NVLink
+    network_rate: float = math.inf  # of a GPU, to other nodes
+
+
+def _tpu(name: str, bfloat16: float, memory: float, memory_rate: float, link: float) -> Chip:
+    """A float32 product is six of bfloat16 parts (XLA's precision "highest")."""
+    return Chip(name, bfloat16, bfloat16 / 6, memory, memory_rate, 2 * link)
+
+
+CHIPS = {
+    "v4": _tpu("TPU v4", 275e12, 32 * _GIB, 1.2e12, 45e9),
+    "v5e": _tpu("TPU v5e", 197e12, 16 * _GIB, 0.81e12, 45e9),
+    "v5p": _tpu("TPU v5p", 459e12, 95 * _GIB, 2.8e12, 90e9),
+    "v6e": _tpu("TPU v6e", 918e12, 32 * _GIB, 1.6e12, 90e9),
+    "a100": Chip("A100 80 GB", 312e12, 19.5e12, 80e9, 2.04e12, 300e9, 25e9),
+    "h100": Chip("H100", 989e12, 67e12, 80e9, 3.35e12, 450e9, 50e9),
+    "h200": Chip("H200", 989e12, 67e12, 141e9, 4.8e12, 450e9, 50e9),
+    "b200": Chip("B200", 2250e12, 75e12, 180e9, 8e12, 900e9, 50e9),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Chips and their places: `devices` to compile for, and how many share a node."""
+
+    name: str
+    chip: Chip | None  # None: CPUs
+    devices: list
+    per_node: int
+
+    @property
+    def is_tpu(self) -> bool:
+        return self.devices[0].platform == "tpu"
+
+    @property
+    def capacity(self) -> float:
+        """Bytes of a chip's memory that a program may take."""
+        if self.chip is None:
+            return math.inf
+        fraction = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", _GPU_FRACTION))
+        return self.chip.memory * (1.0 if self.is_tpu else fraction)
+
+    def link_rate(self, group: tuple[int, ...]) -> float:
+        """Bytes/s at which each of a group of devices sends around its ring. Between nodes the
+        members in one node share its network links, one a GPU."""
+        nodes: dict[int, int] = {}
+        for place in group:
+            nodes[place // self.per_node] = nodes.get(place // self.per_node, 0) + 1
+        if len(nodes) == 1:
+            return self.chip.link_rate
+        return min(self.chip.link_rate, min(nodes.values()) * self.chip.network_rate)
+
+
+def find(name: str) -> Topology:
+    """The topology "v5p:4x4x4" (a TPU slice), "h100:8x8" (nodes x GPUs of a node) or "cpu:8".
+    Decides which devices this process has: called before anything else uses JAX.
+
+    Raises UserError for other names, and where the TPU compiler is not installed."""
+    kind, _, shape = name.lower().partition(":")
+    if kind not in (*CHIPS, "cpu") or not re.fullmatch(r"\d+(x\d+)*", shape):
+        raise UserError(
+            f"--topology={name} is not one of KIND:SIZES with a kind of {', '.join(CHIPS)} or cpu, "
+            "such as v5p:4x4x4, h100:8x8 (nodes x GPUs) or cpu:8"
+        )
+    sizes = [int(size) for size in shape.split("x")]
+    count = math.prod(sizes)
+    chip = CHIPS.get(kind)
+    jax.config.update("jax_platforms", "cpu")
+    if chip is not None and chip.network_rate == math.inf:
+        return Topology(name, chip, _tpu_devices(name), per_node=count)
+    if chip is not None and len(sizes) > 2:
+        raise UserError(f"--topology={name}: GPUs are nodes x GPUs of a node, such as {kind}:8x8")
+    # CPUs stand for the GPUs: XLA compiles for a GPU only where there is one.
+    jax.config.update("jax_num_cpu_devices", count)
+    return Topology(name, chip, jax.devices(), per_node=sizes[-1])
+
+
+def _tpu_devices(name: str) -> list:
+    # Nobody is to be asked what this machine is.
+    os.environ |= {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_ACCELERATOR_TYPE": "v5p-8",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_WORKER_ID": "0",
+    }
+    from jax.experimental import topologies
+
+    try:
+        return list(np.ravel(topologies.get_topology_desc(name, platform="tpu").devices))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise UserError(
+            f"the TPU compiler gives no topology {name} ({reason}); it comes with "
+            'pip install "sae-jax[tpu]", and takes slices as Google names them, such as v5p:4x4x4'
+        ) from error

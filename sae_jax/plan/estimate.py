@@ -1,0 +1,182 @@
+"""What a training step takes of each device of a mesh, from the step compiled for it."""
+
+import contextlib
+import dataclasses
+import math
+import re
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from sae_jax import sae as saes
+from sae_jax.config import Config, MeshConfig, UserError
+from sae_jax.ops.mesh import BATCH, as_for_accelerators
+from sae_jax.plan.chips import Topology
+from sae_jax.plan.flops import matmul_flops
+from sae_jax.plan.hlo import Collective, Program
+from sae_jax.train import optimizer
+from sae_jax.train.mesh import make_mesh
+from sae_jax.train.step import Trainer, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Of one device and one step. Times are None for CPUs, whose peaks are not in a table; all but
+    the bytes are None where the compiler found no room."""
+
+    config: Config
+    topology: Topology
+    mesh: dict[str, int]
+    bytes: dict[str, int]
+    total: int  # the most at a time
+    flops: Counter | None = None  # {dtype: FLOPs of matrix products}
+    memory_bytes: int | None = None  # read and written
+    collectives: tuple[Collective, ...] = ()
+    compiler_seconds: float | None = None  # a TPU compiler's own estimate
+
+    @property
+    def fits(self) -> bool:
+        """On a TPU the compiler, which knows, has said so."""
+        compiled = self.flops is not None
+        return compiled and (self.topology.is_tpu or self.total <= self.topology.capacity)
+
+    @property
+    def seconds(self) -> dict[str, float] | None:
+        """At the published peaks: the matrix products and the traffic through memory, which go on
+        at the same time, and the network, which waits for both."""
+        chip = self.topology.chip
+        if chip is None or self.flops is None:
+            return None
+        return {
+            "products": sum(n / getattr(chip, dtype) for dtype, n in self.flops.items()),
+            "memory": self.memory_bytes / chip.memory_rate,
+            "network": sum(c.sent / self.topology.link_rate(c.group) for c in self.collectives),
+        }
+
+    @property
+    def step_seconds(self) -> float | None:
+        times = self.seconds
+        return times and max(times["products"], times["memory"]) + times["network"]
+
+    def axes(self, collective: Collective) -> tuple[str, ...]:
+        """The mesh axes that a collective runs over."""
+        sizes = tuple(self.mesh.values())
+        places = [_place(member, sizes) for member in collective.group]
+        return tuple(
+            name for name, along in zip(self.mesh, zip(*places, strict=True), strict=True)
+            if len(set(along)) > 1
+        )  # fmt: skip
+
+
+def estimate(config: Config, topology: Topology) -> Estimate:
+    """Compiles the training step of a resolved `config` for the topology. No array is made."""
+    mesh = make_mesh(config, topology.devices)
+    trainer = Trainer(
+        config, steps=max(1, config.train.tokens // config.data.batch_size), variance=1.0
+    )
+    with jax.set_mesh(mesh), _tracing_for(topology):
+        state = trainer.abstract()
+        rows = jax.ShapeDtypeStruct(
+            (config.data.batch_size, _row_width(config)),
+            jnp.bfloat16,
+            sharding=NamedSharding(mesh, BATCH),
+        )
+        traced = trainer.step.trace(state, rows)
+        sizes = _state_bytes(state) | {"batch": _bytes_of_a_shard(rows)}
+        known = Estimate(config, topology, dict(mesh.shape), sizes, sum(sizes.values()))
+        try:
+            compiled = traced.lower().compile()
+        except jax.errors.JaxRuntimeError as error:
+            found = re.search(r"RESOURCE_EXHAUSTED.*?\(([\d.]+)G\)", str(error), re.DOTALL)
+            if not found:
+                raise
+            return dataclasses.replace(known, total=round(float(found.group(1)) * 2**30))
+    memory = compiled.memory_analysis()
+    sizes |= {
+        "temporaries": memory.temp_size_in_bytes,
+        "program": memory.generated_code_size_in_bytes,
+    }
+    # What the state of the next step takes beyond the memory of this one's.
+    beyond = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    traffic = Program(compiled.as_text()).traffic
+    own = (compiled.cost_analysis() or {}).get("optimal_seconds", -1.0)
+    return dataclasses.replace(
+        known,
+        bytes=sizes,
+        total=sum(sizes.values()) + max(0, beyond),
+        flops=matmul_flops(traced.jaxpr.jaxpr, mesh),
+        memory_bytes=traffic.memory_bytes,
+        collectives=traffic.collectives,
+        compiler_seconds=own if topology.is_tpu and own > 0 else None,
+    )
+
+
+def least_bytes(config: Config) -> int:
+    """Of one device: parameters, moments, gradients, and what ZeRO gathers; what no compiler can
+    avoid. The mesh has no -1."""
+    sae, mesh = config.sae, config.mesh
+    one = 4 * (sae.d_in + sae.d_out) * sae.d_sae // mesh.model
+    state = 3 * one // (mesh.data if mesh.zero else 1)
+    return state + one + (one if mesh.zero and mesh.data > 1 else 0)
+
+
+def candidates(config: Config, count: int) -> list[Config]:
+    """`config` on every mesh of `count` devices that divides its batch and dictionary, with and
+    without ZeRO; the fewer shards of the dictionary the earlier."""
+    found = []
+    for model in (n for n in range(1, count + 1) if count % n == 0):
+        data = count // model
+        for zero in (False, True) if data > 1 else (False,):
+            shards = model * data if zero else model
+            if config.data.batch_size % data == 0 and config.sae.d_sae % shards == 0:
+                mesh = MeshConfig(run=1, data=data, model=model, zero=zero)
+                found.append(dataclasses.replace(config, mesh=mesh))
+    return found
+
+
+def resolve(config: Config, widths: tuple[int, ...], target: int | None = None) -> Config:
+    """`config` with what the architecture decides filled in, for sites of these widths."""
+    optimizer.check(config.optimizer)
+    if config.mesh.run != 1:
+        raise UserError(
+            "plan is for one run: its groups of devices along mesh.run need the same each; give "
+            "the data and model axes of one"
+        )
+    rate = config.optimizer.learning_rate or 1e-4  # which one makes no difference here
+    adam = dataclasses.replace(config.optimizer, learning_rate=rate)
+    return dataclasses.replace(config, sae=saes.resolve(config.sae, widths, target), optimizer=adam)
+
+
+def _tracing_for(topology: Topology):
+    is_gpu = topology.chip is not None and not topology.is_tpu
+    return as_for_accelerators() if is_gpu else contextlib.nullcontext()
+
+
+def _row_width(config: Config) -> int:
+    sae = config.sae
+    return sae.d_in + (sae.d_out if sae.kind in ("transcoder", "skip_transcoder") else 0)
+
+
+def _state_bytes(state: TrainState) -> dict[str, int]:
+    """Bytes of a device's shards, by part of the state."""
+    total = {"parameters": state.parameters, "optimizer": state.optimizer, "all": state}
+    sizes = {
+        name: sum(map(_bytes_of_a_shard, jax.tree.leaves(part))) for name, part in total.items()
+    }
+    rest = sizes.pop("all") - sum(sizes.values())
+    return sizes | {"counters": rest}
+
+
+def _bytes_of_a_shard(array: jax.ShapeDtypeStruct) -> int:
+    return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+
+
+def _place(member: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Coordinates in the mesh of its device number `member`."""
+    place = []
+    for size in reversed(sizes):
+        member, along = divmod(member, size)
+        place.append(along)
+    return tuple(reversed(place))

@@ -1,0 +1,53 @@
+"""FLOPs of a traced program's matrix products, for one device."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+
+import jax
+from jax.extend import core
+
+
+def matmul_flops(jaxpr: core.Jaxpr, mesh: jax.sharding.Mesh) -> Counter:
+    """{dtype name: FLOPs} of one device, a multiply and an add being two. Loops count as often as
+    they run, a branch as the lesser one: the others are for dead latents, of which a healthy run
+    has none. Where the program is written per shard (`jax.shard_map`) shapes are a device's own;
+    elsewhere the operands' shardings divide the work."""
+    total: Counter = Counter()
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name == "dot_general":
+            total[equation.invars[0].aval.dtype.name] += _of_product(equation, mesh)
+        elif name == "cond":
+            branches = [matmul_flops(b.jaxpr, mesh) for b in equation.params["branches"]]
+            total += min(branches, key=Counter.total)
+        elif name != "while":  # only the loops over dead latents' picks, which have no products
+            times = equation.params["length"] if name == "scan" else 1
+            for inner in _inner(equation.params):
+                for dtype, flops in matmul_flops(inner, mesh).items():
+                    total[dtype] += times * flops
+    return total
+
+
+def _of_product(equation, mesh) -> int:
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    left, out = equation.invars[0].aval, equation.outvars[0].aval
+    axes = [_axes(left, i) for i in contracted] + [_axes(out, i) for i in range(out.ndim)]
+    shards = math.prod(mesh.shape[axis] for group in axes for axis in group)
+    depth = math.prod(left.shape[i] for i in contracted)
+    return 2 * depth * math.prod(out.shape) // shards
+
+
+def _axes(aval, i: int) -> tuple[str, ...]:
+    """Mesh axes that shard dimension i."""
+    spec = aval.sharding.spec
+    axes = spec[i] if i < len(spec) else None
+    return () if axes is None else axes if isinstance(axes, tuple) else (axes,)
+
+
+def _inner(parameters: dict) -> Iterator[core.Jaxpr]:
+    for value in parameters.values():
+        if isinstance(value, core.ClosedJaxpr):
+            yield value.jaxpr
+        elif isinstance(value, core.Jaxpr):
+            yield value

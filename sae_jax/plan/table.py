@@ -1,0 +1,128 @@
+"""An estimate in words and figures."""
+
+from sae_jax.plan.estimate import Estimate
+
+
+def text(estimate: Estimate) -> str:
+    """Everything about one mesh."""
+    return "\n".join([*_head(estimate), *_memory(estimate), *_work(estimate), *_run(estimate)])
+
+
+def row(estimate: Estimate) -> str:
+    """One mesh in a line, under `HEADER`."""
+    mesh = estimate.mesh
+    step = estimate.step_seconds
+    return (
+        f"{mesh['data']:6}{mesh['model']:7}  {'yes' if estimate.config.mesh.zero else 'no':6}"
+        f"{estimate.total / 1e9:10.2f}  {'yes' if estimate.fits else 'no':6}"
+        + (f"{step * 1e3:10.1f}" if step else f"{'':>10}")
+    )
+
+
+HEADER = f"{'data':>6}{'model':>7}  {'ZeRO':6}{'GB':>10}  {'fits':6}{'ms a step':>10}"
+
+
+def as_dict(estimate: Estimate) -> dict:
+    """For --json: bytes, FLOPs and seconds of one device and one step, and of the whole run."""
+    times = estimate.seconds
+    out = {
+        "topology": estimate.topology.name,
+        "devices": len(estimate.topology.devices),
+        "mesh": estimate.mesh | {"zero": estimate.config.mesh.zero},
+        "fits": estimate.fits,
+        "bytes": estimate.bytes | {"total": estimate.total},
+    }
+    if estimate.flops is None:
+        return out
+    return out | {
+        "flops": dict(estimate.flops),
+        "memory_bytes": estimate.memory_bytes,
+        "collectives": [
+            {"kind": c.kind, "axes": estimate.axes(c), "bytes": c.bytes, "times": c.times,
+             "sent": c.sent}
+            for c in estimate.collectives
+        ],
+        "seconds": times and times | {"step": estimate.step_seconds},
+        "compiler_seconds": estimate.compiler_seconds,
+        "run": times and _hours(estimate),
+    }  # fmt: skip
+
+
+def _head(estimate: Estimate) -> list[str]:
+    sae, topology = estimate.config.sae, estimate.topology
+    chips = f"{len(topology.devices)} x {topology.chip.name if topology.chip else 'CPU'}"
+    mesh = f"data {estimate.mesh['data']} x model {estimate.mesh['model']}"
+    return [
+        f"{sae.architecture} {sae.kind}, {sae.d_sae:,} latents, d_in {sae.d_in:,}, batches of "
+        f"{estimate.config.data.batch_size:,} tokens, {sae.compute_dtype} products",
+        f"{topology.name}: {chips}, mesh {mesh}{', ZeRO' if estimate.config.mesh.zero else ''}",
+        "",
+    ]
+
+
+def _memory(estimate: Estimate) -> list[str]:
+    names = {
+        "parameters": "parameters",
+        "optimizer": "Adam's moments",
+        "counters": "dead-latent counters and scalars",
+        "batch": "batch",
+        "temporaries": "gradients, activations, temporaries",
+        "program": "program",
+    }
+    lines = [f"{'Memory of a device':38}{'GB':>12}"]
+    lines += [f"  {names[name]:36}{size / 1e9:12.3f}" for name, size in estimate.bytes.items()]
+    lines += [f"  {'in all, at most':36}{estimate.total / 1e9:12.3f}"]
+    if estimate.topology.chip is not None:
+        verdict = "fits" if estimate.fits else "DOES NOT FIT"
+        there = f"of {estimate.topology.capacity / 1e9:.1f} GB"
+        if not estimate.topology.is_tpu:
+            there += (
+                f", JAX's part of {estimate.topology.chip.memory / 1e9:.0f} "
+                "(XLA_PYTHON_CLIENT_MEM_FRACTION)"
+            )
+        lines += [f"  {verdict}: {there}"]
+    return [*lines, ""]
+
+
+def _work(estimate: Estimate) -> list[str]:
+    if estimate.flops is None:
+        return []
+    products = ", ".join(f"{n / 1e12:.3f} T{dtype}" for dtype, n in estimate.flops.items() if n)
+    lines = [
+        "Work of a device in a step, where no latent is dead",
+        f"  FLOPs of matrix products: {products.replace('Tb', 'T b').replace('Tf', 'T f')}",
+        f"  through memory: {estimate.memory_bytes / 1e9:.2f} GB",
+        f"  {'collective':20}{'over':14}{'times':>6}{'MB each':>12}{'MB sent':>12}",
+    ]
+    for c in sorted(estimate.collectives, key=lambda c: -c.sent):
+        over = "+".join(estimate.axes(c))
+        lines.append(f"  {c.kind:20}{over:14}{c.times:6}{c.bytes / 1e6:12.3f}{c.sent / 1e6:12.3f}")
+    return [*lines, ""]
+
+
+def _run(estimate: Estimate) -> list[str]:
+    times = estimate.seconds
+    if times is None:
+        return []
+    parts = ", ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in times.items())
+    total = _hours(estimate)
+    own = estimate.compiler_seconds
+    return [
+        f"Step at the published peaks: {estimate.step_seconds * 1e3:.1f} ms ({parts})"
+        + (f"; by the compiler's estimate {own * 1e3:.1f} ms" if own else ""),
+        f"{estimate.config.data.batch_size / estimate.step_seconds:,.0f} tokens/s; "
+        f"{total['tokens']:.4g} tokens: {total['hours']:,.1f} h, "
+        f"{total['chip_hours']:,.0f} chip-hours ({total['chip_hours'] / 24:,.1f} chip-days)",
+        "The peaks are a bound: a real step takes longer.",
+    ]
+
+
+def _hours(estimate: Estimate) -> dict[str, float]:
+    """Of the whole run."""
+    batch, tokens = estimate.config.data.batch_size, estimate.config.train.tokens
+    hours = tokens // batch * estimate.step_seconds / 3600
+    return {
+        "tokens": tokens,
+        "hours": hours,
+        "chip_hours": hours * len(estimate.topology.devices),
+    }

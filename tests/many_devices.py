@@ -1,0 +1,86 @@
+"""Run by tests/test_plan.py in a process with 256 CPU devices: what `plan` says of the training
+step on some of them (their numbers are the arguments), a line of JSON each, when the batch grows
+with the `data` axis or the dictionary with `model`; and what the design says that it sends."""
+
+import json
+import sys
+
+from sae_jax.plan import chips
+
+chips.find("cpu:256")
+
+import jax  # noqa: E402
+
+from sae_jax.config import Config, DataConfig, MeshConfig, SAEConfig  # noqa: E402
+from sae_jax.plan.estimate import estimate, resolve  # noqa: E402
+
+TOKENS, LATENTS, WIDTH, K = 64, 512, 32, 4  # of one device
+SMALL = 4096  # bytes: sums of scalars, biases and counts
+
+
+def designed(architecture: str, zero: bool, data: int, model: int) -> dict[tuple[str, str], int]:
+    """Bytes of the arrays that a step of the design puts together or sums up, by kind and axes: the
+    reconstruction over `model`, gradients over `data`, top-k's candidates over `model`, and with
+    ZeRO the weights over `data`."""
+    tokens, latents = TOKENS, LATENTS
+    weights = 4 * 2 * WIDTH * latents
+    per_latent = 4 * 4 * latents
+    sent = {
+        ("all-reduce", "model"): 4 * WIDTH * tokens,
+        ("all-reduce", "data"): weights + per_latent,
+        ("all-reduce", "data+model"): 0,
+    }
+    if architecture == "topk":
+        sent["all-gather", "model"] = 4 * K * model * tokens
+        sent["all-reduce", "model"] += 4 * tokens  # L1
+    if zero:
+        sent["all-gather", "data"] = weights + per_latent
+    return {key: size + SMALL for key, size in sent.items()}
+
+
+def told(architecture: str, zero: bool, data: int, model: int):
+    sae = SAEConfig(
+        architecture=architecture, d_sae=LATENTS * model, k=K if architecture == "topk" else None
+    )
+    config = Config(
+        sae=sae,
+        data=DataConfig(batch_size=TOKENS * data),
+        mesh=MeshConfig(data=data, model=model, zero=zero),
+    )
+    count = data * model
+    topology = chips.Topology(f"cpu:{count}", None, jax.devices()[:count], count)
+    return estimate(resolve(config, (WIDTH,)), topology)
+
+
+def main():
+    for architecture, zero, axis in [
+        ("relu", False, "data"),
+        ("relu", True, "data"),
+        ("relu", False, "model"),
+        ("topk", False, "data"),
+        ("topk", False, "model"),
+    ]:
+        one = told(architecture, zero, 1, 1)
+        for count in map(int, sys.argv[1:]):
+            mesh = {"data": 1, "model": 1} | {axis: count}
+            found = told(architecture, zero, **mesh) if count > 1 else one
+            allowed = designed(architecture, zero, **mesh)
+            payload = dict.fromkeys(map("|".join, allowed), 0)
+            for c in found.collectives:
+                key = "|".join((c.kind, "+".join(found.axes(c))))
+                payload[key] = payload.get(key, 0) + c.bytes * c.times
+            line = {
+                "architecture": architecture + (" with ZeRO" if zero else ""),
+                "axis": axis,
+                "devices": count,
+                "flops": found.flops.total(),
+                "flops_of_one": one.flops.total(),
+                "memory_bytes": found.memory_bytes,
+                "payload": payload,
+                "designed": {"|".join(key): size for key, size in allowed.items()},
+            }
+            print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,232 @@
+"""`sae-jax plan`: what it says against what is there."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from sae_jax.config import Config, DataConfig, MeshConfig, SAEConfig, UserError
+from sae_jax.ops.mesh import BATCH
+from sae_jax.plan import chips, hlo
+from sae_jax.plan.estimate import candidates, estimate, least_bytes, resolve
+from sae_jax.plan.flops import matmul_flops
+from sae_jax.train.mesh import make_mesh
+from sae_jax.train.step import Trainer
+
+HERE = pathlib.Path(__file__).parent
+
+
+def a_config(architecture="relu", batch=256, d_sae=2048, d_in=64, **mesh) -> Config:
+    config = Config(
+        sae=SAEConfig(architecture=architecture, d_sae=d_sae),
+        data=DataConfig(batch_size=batch),
+        mesh=MeshConfig(**{"data": 1, "model": 1} | mesh),
+    )
+    return resolve(config, (d_in,))
+
+
+def cpus(count: int) -> chips.Topology:
+    return chips.Topology(f"cpu:{count}", None, jax.devices()[:count], count)
+
+
+def test_loops_slices_and_collectives_are_counted_as_often_as_they_run():
+    """Five rounds on a mesh of 2 x 2: of a product of (8, 16) by a slice (16, 32) of five, summed
+    over `model`; then one gathering over `data`."""
+    mesh = jax.make_mesh((2, 2), ("data", "model"), devices=jax.devices()[:4])
+
+    def local(x, w):
+        def body(total, w):
+            return total + jax.lax.psum(x @ w, "model"), None
+
+        total, _ = jax.lax.scan(body, jnp.zeros((8, 32)), w)
+        return jax.lax.all_gather(total, "data", axis=0, tiled=True)
+
+    with jax.set_mesh(mesh):
+        specs = (P("data", "model"), P(None, "model", None))
+        f = jax.jit(jax.shard_map(local, in_specs=specs, out_specs=P(None, None), check_vma=False))
+        x = jax.ShapeDtypeStruct((16, 32), jnp.float32, sharding=jax.NamedSharding(mesh, specs[0]))
+        w = jax.ShapeDtypeStruct(
+            (5, 32, 32), jnp.float32, sharding=jax.NamedSharding(mesh, specs[1])
+        )
+        traced = f.trace(x, w)
+    assert matmul_flops(traced.jaxpr.jaxpr, mesh) == {"float32": 5 * 2 * 8 * 16 * 32}
+    traffic = hlo.Program(traced.lower().compile().as_text()).traffic
+    found = {(c.kind, c.group, c.bytes, c.times): c.sent for c in traffic.collectives}
+    each = 8 * 32 * 4
+    assert found == {
+        ("all-reduce", (0, 1), each, 5): 5 * each,
+        ("all-gather", (0, 2), 2 * each, 1): each,
+    }
+    slices = 5 * 16 * 32 * 4  # of w; each once, not the whole w five times
+    assert slices < traffic.memory_bytes < 3 * slices + 5 * 12 * each
+
+
+@pytest.mark.parametrize(
+    "text,group",
+    [
+        ("replica_groups={{0,2},{1,3}}, more", (0, 2)),
+        ("source_target_pairs={{0,3},{3,0}}", (0, 3)),
+        ("replica_groups=[2,4]<=[8], use_global_device_ids=true", (0, 1, 2, 3)),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", (0, 4)),
+        ("replica_groups=mesh['a'=2,'b'=3] {'b'}, channel_id=1", (0, 1, 2)),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}", (0, 4)),
+    ],
+)
+def test_replica_groups_as_xla_prints_them(text, group):
+    assert hlo._group(text) == group
+
+
+@pytest.mark.parametrize(
+    "mesh", [pytest.param((1, 4, False), marks=pytest.mark.slow), (2, 2, True)], ids=str
+)
+def test_bytes_are_those_of_the_live_arrays(mesh):
+    data, model, zero = mesh
+    config = a_config(data=data, model=model, zero=zero)
+    predicted = estimate(config, cpus(4))
+    with jax.set_mesh(make_mesh(config)):
+        trainer = Trainer(config, 10, 1.0)
+        state = trainer.init(np.zeros(64, np.float32), 1.0)
+        rows = jax.device_put(np.zeros((256, 64), jnp.bfloat16), BATCH)
+        state, metrics = trainer.step(state, rows)
+    device = jax.devices()[3]
+
+    def held(tree) -> int:
+        shards = [s for a in jax.tree.leaves(tree) for s in a.addressable_shards]
+        return sum(s.data.nbytes for s in shards if s.device == device)
+
+    assert predicted.bytes["parameters"] == held(state.parameters)
+    assert predicted.bytes["optimizer"] == held(state.optimizer)
+    assert predicted.bytes["batch"] == held(rows)
+    whole = sum(predicted.bytes[n] for n in ("parameters", "optimizer", "counters"))
+    assert whole == held(state)
+    assert predicted.total >= least_bytes(config)
+
+
+@pytest.mark.parametrize("architecture", ["relu", pytest.param("topk", marks=pytest.mark.slow)])
+def test_flops_are_those_of_xla(architecture):
+    """Where no loop hides any from XLA's own count: one block, one slice."""
+    config = a_config(architecture, batch=128, d_sae=1024, d_in=128)
+    predicted = estimate(config, cpus(1))
+    with jax.set_mesh(make_mesh(config, jax.devices()[:1])):
+        trainer = Trainer(config, 10, 1.0)
+        rows = jax.device_put(np.zeros((128, 128), jnp.bfloat16), BATCH)
+        compiled = trainer.step.lower(trainer.abstract(), rows).compile()
+    counted = compiled.cost_analysis()["flops"]
+    elementwise = 40 * 2 * 128 * 1024 + 40 * 128 * 1024  # the update's and the activations'
+    assert predicted.flops.total() <= counted <= predicted.flops.total() + elementwise
+    products, picked = {"relu": (5, 0), "topk": (1, 32)}[architecture]
+    expected = products * 2 * 128 * 1024 * 128 + 2 * 128 * picked * 128
+    assert predicted.flops["float32"] == pytest.approx(expected, rel=0.01)
+
+
+def test_candidates_divide_what_they_shard():
+    config = a_config(batch=6, d_sae=48)
+    meshes = [(c.mesh.data, c.mesh.model, c.mesh.zero) for c in candidates(config, 12)]
+    assert meshes == [
+        (6, 2, False), (6, 2, True), (3, 4, False), (3, 4, True), (2, 6, False), (2, 6, True),
+        (1, 12, False),
+    ]  # fmt: skip
+
+
+def test_rings_between_nodes_share_the_nodes_links():
+    topology = chips.Topology("h100:2x4", chips.CHIPS["h100"], [None] * 8, per_node=4)
+    assert topology.link_rate((0, 1, 2, 3)) == 450e9
+    assert topology.link_rate((0, 4)) == 50e9
+    assert topology.link_rate(tuple(range(8))) == 200e9
+
+
+@pytest.mark.parametrize("name", ["v9:4x4", "h100", "h100:8x", "h100:2x2x2"])
+def test_unknown_topologies_are_named(name):
+    with pytest.raises(UserError, match=name):
+        chips.find(name)
+
+
+# ------------------------------------------------------------------------- the command
+
+
+def plan(*flags: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])}
+    environment.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None)
+    command = [sys.executable, "-m", "sae_jax", "plan", *flags]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+PAPER = f"--config={HERE.parent / 'experiments' / 'scaling_monosemanticity.py'}"
+
+
+@pytest.mark.slow
+def test_a_mesh_that_does_not_fit_names_one_that_does():
+    refused = plan(f"{PAPER}:4m", "--topology=h100:4x8", "--mesh=1,4,8")
+    assert refused.returncode == 1, refused.stderr
+    assert "DOES NOT FIT" in refused.stdout
+    named = refused.stderr.split("It would fit with ")[1].split(":")[0].split()
+    accepted = plan(f"{PAPER}:4m", "--topology=h100:4x8", *named, "--json")
+    assert accepted.returncode == 0, accepted.stderr
+    told = json.loads(accepted.stdout)
+    assert told["fits"] and told["bytes"]["total"] < 60e9
+    steps = told["run"]["tokens"] // 4096
+    assert told["run"]["hours"] == pytest.approx(steps * told["seconds"]["step"] / 3600)
+
+
+@pytest.mark.slow
+def test_find_takes_the_least_and_nothing_fits_is_said():
+    found = plan(f"{PAPER}:131k", "--topology=h100:1x4", "--find=memory", "--json")
+    assert found.returncode == 0, found.stderr
+    rows = [line.split() for line in found.stderr.splitlines() if line[:6].strip().isdigit()]
+    assert len(rows) == 5  # 4 x 1, 2 x 2 and 1 x 4, with and without ZeRO
+    least = min(rows, key=lambda row: float(row[3]))
+    told = json.loads(found.stdout)["mesh"]
+    assert [str(told["data"]), str(told["model"])] == least[:2]
+    none = plan(f"{PAPER}:34m", "--topology=h100:1x8", "--find=time")
+    assert none.returncode == 1
+    assert "No mesh of 8 devices fits" in none.stderr
+
+
+@pytest.mark.slow
+def test_34_million_latents_on_a_tpu_slice():
+    pytest.importorskip("libtpu", reason="the TPU compiler is not installed: extra [tpu]")
+    told = plan(f"{PAPER}:34m", "--topology=v5p:4x4x4", "--mesh=1,1,64", "--json")
+    assert told.returncode == 0, told.stderr
+    told = json.loads(told.stdout)
+    assert told["bytes"]["parameters"] == pytest.approx(4 * 2 * 4096 * 2**25 / 64, rel=1e-3)
+    assert told["flops"]["bfloat16"] == pytest.approx(10 * 4096 * 4096 * 2**25 / 64)
+    assert {(c["kind"], *c["axes"]) for c in told["collectives"]} == {("all-reduce", "model")}
+    assert told["compiler_seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        pytest.param(["256"], marks=pytest.mark.slow),
+        pytest.param(["1", "4", "16", "64", "256"], marks=pytest.mark.long),
+    ],
+    ids=len,
+)
+def test_weak_scaling_and_the_collectives_of_the_design(counts):
+    """Compiled for up to 256 devices: what a device computes and sends stays the same when the
+    batch grows with the `data` axis, or the dictionary with `model`; and no other collectives
+    appear. Of what is sent only top-k's candidates grow, with the shards of the dictionary."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])}
+    script = [sys.executable, str(HERE / "many_devices.py"), *counts]
+    done = subprocess.run(script, capture_output=True, text=True, env=environment, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(lines) == 5 * len(counts)
+    for line in lines:
+        case = f"{line['architecture']} along {line['axis']} at {line['devices']}"
+        assert line["flops"] == line["flops_of_one"], case
+        for collective, size in line["payload"].items():
+            assert size <= line["designed"].get(collective, 0), f"{collective} in {case}"
+
+
+def test_plan_is_of_one_run():
+    with pytest.raises(UserError, match="one run"):
+        resolve(dataclasses.replace(Config(), mesh=MeshConfig(run=2)), (64,))
