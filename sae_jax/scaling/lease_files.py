@@ -79,7 +79,7 @@ class _LocalClaim:
 
 class ObjectFiles:
     """Of an object store, whose clock cannot be asked: a file is as old as this reader, by its own
-    monotonic clock, has seen no change in it. At the first look that is 0."""
+    monotonic clock, has seen no change in it."""
 
     def __init__(self, directory: ObjectPath):
         self._directory = directory
@@ -92,14 +92,17 @@ class ObjectFiles:
         claim = _ObjectClaim(self._directory / name, text)
         return claim if claim.beat() else None
 
-    def look(self, name: str) -> tuple[float, str] | None:
+    def look(self, name: str) -> tuple[float | None, str] | None:
+        """As `LocalFiles.look`; of the first look at a file its age is None."""
         data = (self._directory / name).read_bytes()
         if data == _GIVEN_BACK:
             return None
         now = time.monotonic()
-        if name not in self._seen or self._seen[name][0] != data:
+        before, since = self._seen.get(name, (None, now))
+        if before != data:
             self._seen[name] = (data, now)
-        return now - self._seen[name][1], data.decode().partition("\n")[0]
+            since = now
+        return None if before is None else now - since, data.decode().partition("\n")[0]
 
 
 class _ObjectClaim:

@@ -34,11 +34,18 @@ class LeaseLostError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Holder:
-    """Who claimed a piece of work last. age: seconds since the last heartbeat."""
+    """Who claimed a piece of work last. age: seconds since the last heartbeat; None at the first
+    look into an object store, which cannot tell."""
 
     owner: str
-    age: float
+    age: float | None
     alive: bool
+
+    @property
+    def heard_of(self) -> str:
+        if self.age is None:
+            return "alive or dead, which one look at an object store cannot tell"
+        return f"heard of {self.age:.0f} s ago"
 
 
 class Leases:
@@ -72,7 +79,7 @@ class Leases:
         age, text = looked
         seconds, _, owner = text.partition(" ")
         # Empty in the moment in which it is made, and where its maker died in that moment.
-        return Holder(owner or "?", age, age <= float(seconds or self._seconds))
+        return Holder(owner or "?", age, (age or 0) <= float(seconds or self._seconds))
 
     def _newest(self, name: str) -> int:
         """The newest generation of `name`, from 1; 0 before the first."""

@@ -69,7 +69,7 @@ def _line(status: PassStatus) -> str:
     if status.states["done"] + status.states["failed"] == status.states.total():
         who = "all runs have ended"
     elif status.holder:
-        who = f"{status.holder.owner}, heard of {status.holder.age:.0f} s ago"
+        who = f"{status.holder.owner}, {status.holder.heard_of}"
         who += "" if status.holder.alive else ": dead, free to be taken over"
     step = f"{status.step:,}/{status.steps:,}"
     return f"{status.name:22}{step:>19}  {states:27}{losses:>21}{left:>10}  {who}"

@@ -6,6 +6,7 @@ SWEEP/leases/        which worker trains which pass (leases.py)
 SWEEP/results.csv    a row for each run, in the grid's order
 """
 
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -108,6 +109,7 @@ class SweepDirectory:
         except json.JSONDecodeError as error:
             raise UserError(f"{file} is damaged: {error}") from error
         self.passes: int = values["passes"]
+        self._results: dict[str, dict] = {}  # of runs that are done, read once
         self.runs = [_from_json(run_id, run) for run_id, run in values["runs"].items()]
 
     @classmethod
@@ -129,9 +131,10 @@ class SweepDirectory:
 
     def state(self, run: Run) -> str:
         """One of STATES. Who trains a run that has been started, if anyone, the leases tell."""
-        files = {"result.json": "done", "failed.json": "failed", "config.json": "started"}
-        for name, state in files.items():
-            if (self.run_path(run) / name).exists():
+        if self._result(run) is not None:
+            return "done"
+        for name, state in {"failed.json": "failed", "config.json": "started"}.items():
+            if (self.run_path(run) / name).is_file():
                 return state
         return "waiting"
 
@@ -155,8 +158,16 @@ class SweepDirectory:
         state = self.state(run)
         row = {"run_id": run.id, "status": state, **run.swept, **loop.planned(run.config)}
         if state == "done":
-            row |= json.loads((self.run_path(run) / "result.json").read_text())
+            row |= self._result(run)
         return {name: value for name, value in row.items() if name not in _VOLATILE}
+
+    def _result(self, run: Run) -> dict | None:
+        """The result of a run that is done, which stands."""
+        if run.id not in self._results:
+            with contextlib.suppress(FileNotFoundError):
+                text = (self.run_path(run) / "result.json").read_text()
+                self._results[run.id] = json.loads(text)
+        return self._results.get(run.id)
 
     def _check_same(self, runs: list[Run], passes: int | None) -> None:
         how = _HOW_TO_CHANGE.format(file=self.path / "sweep.json")

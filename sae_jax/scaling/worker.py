@@ -111,7 +111,7 @@ class _Worker:
             if not self._ended(work)
         }
         return "; ".join(
-            f"{name} of {holder.owner}, heard of {holder.age:.0f} s ago"
+            f"{name} of {holder.owner}, {holder.heard_of}"
             for name, holder in holders.items()
             if holder
         )
