@@ -46,6 +46,13 @@ def path(text) -> "AnyPath":
     return ObjectPath(scheme, bucket, posixpath.normpath(f"/{key}").lstrip("/"))
 
 
+def local(text) -> pathlib.Path:
+    """Of what is made on this machine only. UserError for another place."""
+    if is_remote(text):
+        raise UserError(f"{text} is not a path of this machine, and here it must be one")
+    return pathlib.Path(text)
+
+
 @dataclasses.dataclass(frozen=True)
 class ObjectPath:
     """A file or folder of an object store. A file is there whole or not at all, and whoever asks

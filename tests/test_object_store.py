@@ -33,7 +33,7 @@ from sae_jax.activations.writer import StoreWriter
 from sae_jax.config import UserError, to_dict
 from sae_jax.paths import ObjectPath
 from sae_jax.scaling import sweep, worker
-from sae_jax.train import loop
+from sae_jax.train import loop, object_checkpoints
 from sae_jax.train.metrics import open_after
 from sae_jax.train.object_checkpoints import ObjectCheckpointer
 
@@ -184,7 +184,8 @@ def tree(value: float) -> dict:
     return {"a": {"b": jax.device_put(rows + value, DEVICE)}, "c": jax.device_put(value, DEVICE)}
 
 
-def test_only_whole_checkpoints_count(either):
+def test_only_whole_checkpoints_count(either, monkeypatch):
+    monkeypatch.setattr(object_checkpoints, "_CHUNK_BYTES", 64)  # 2 of the 8 rows
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=DEVICE), tree(0))
     with contextlib.closing(ObjectCheckpointer(either, keep=2)) as checkpoints:
         for step in (1, 2, 3):
@@ -192,6 +193,7 @@ def test_only_whole_checkpoints_count(either):
         checkpoints.wait()
         assert checkpoints.steps == [2, 3]
     assert not (either / "1").exists()
+    assert len((either / "3" / "a" / "b" / "c").files()) == 4
     (either / "3" / "complete.json").unlink()  # as a kill in the middle of the upload leaves it
     (either / "4" / "c").mkdir()
     paths.write(either / "4" / "c" / "zarr.json", "{}")
@@ -261,7 +263,8 @@ def without_times(result: dict) -> dict:
 
 
 @pytest.mark.slow
-def test_a_run_killed_on_s3_ends_as_one_undisturbed_on_disk(store, place, tmp_path):
+@pytest.mark.parametrize("kills", [2, pytest.param(8, marks=pytest.mark.long)])
+def test_a_run_killed_on_s3_ends_as_one_undisturbed_on_disk(store, place, tmp_path, kills):
     config = make_config(
         store, steps=160, data={"epochs": 2}, train={"log_every": 5, "checkpoint_every": 20}
     )
@@ -269,7 +272,7 @@ def test_a_run_killed_on_s3_ends_as_one_undisturbed_on_disk(store, place, tmp_pa
     print("seed", seed)  # shown when the test fails
     moments = random.Random(seed)
     in_a_save = 0
-    for target in (0, 60):
+    for target in [0, *sorted(moments.sample(range(20, 140), kills - 1))]:
         process = start(place, config)
         wait_until(lambda t=target: whole(place) >= t and unfinished(place), [process])
         time.sleep(moments.uniform(0, 0.1) if target else 0)

@@ -1,8 +1,6 @@
-import pathlib
-
 from absl import flags
 
-from sae_jax.paths import save_json
+from sae_jax.paths import path, save_json
 
 SUMMARY = """Measure a training step, or the reading of batches, on this machine.
 
@@ -72,7 +70,7 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
             figures = measure_step(config, args.rounds, args.peers)
             _print_step(figures)
     if args.out:
-        save_json(figures, pathlib.Path(args.out))
+        save_json(figures, path(args.out))
     return 0
 
 

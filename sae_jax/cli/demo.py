@@ -28,12 +28,12 @@ def define(values: flags.FlagValues) -> None:
 
 def run(args, overrides) -> int:
     del overrides
-    from sae_jax import lm
+    from sae_jax import lm, paths
     from sae_jax.train import preemption
 
     try:
         demo(
-            pathlib.Path(args.out),
+            paths.local(args.out),
             model_directory=lm.DEMO_MODEL,
             texts=lm.standard_library(),
             site=SITE,
