@@ -7,6 +7,7 @@ import os
 import pathlib
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -296,6 +297,38 @@ def test_a_run_killed_on_s3_ends_as_one_undisturbed_on_disk(store, place, tmp_pa
     x = sparse_rows(4)
     here, there = sae_jax.load(undisturbed), sae_jax.load(str(place))
     np.testing.assert_array_equal(here.encode(x), there.encode(x))
+
+
+@pytest.mark.long
+def test_two_processes_killed_on_s3_end_as_two_on_disk(store, place, tmp_path):
+    """Each writes and reads its own shards."""
+    config = make_config(
+        store,
+        steps=120,
+        data={"epochs": 1},
+        train={"log_every": 5, "checkpoint_every": 20},
+        mesh={"data": 2, "model": 2},
+    )
+
+    def start_two(run):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        flags = [f"--coordinator=localhost:{port}", "--num_processes=2", "--cpu_devices=2"]
+        return [start(run, config, *flags, f"--process_id={i}") for i in range(2)]
+
+    pair = start_two(place)
+    wait_until(lambda: whole(place) >= 20 and unfinished(place), pair)
+    for process in pair:
+        process.kill()
+    for process in pair:
+        process.communicate()
+    for run in (place, tmp_path / "run"):
+        for process in start_two(run):
+            _, err = process.communicate(timeout=120)
+            assert process.returncode == 0, err
+    assert_same_arrays(object_arrays(place), saved_arrays(tmp_path / "run"))
+    assert losses(place) == losses(tmp_path / "run")
 
 
 # ------------------------------------------------------------------------------------- sweep
