@@ -191,6 +191,20 @@ def test_find_takes_the_least_and_nothing_fits_is_said():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("case", ["relu,2,4,zero", "topk,2,4,"])
+def test_memory_of_a_real_step_on_eight_devices(case):
+    """All arrays, temporaries too: what the process takes more at its highest."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])}
+    script = [sys.executable, str(HERE / "measured_memory.py"), *case.split(",")]
+    done = subprocess.run(script, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads(done.stdout)
+    assert told["held"] == told["predicted_held"]
+    assert told["peak"] == pytest.approx(told["predicted_peak"], rel=0.05)
+
+
+@pytest.mark.slow
 def test_34_million_latents_on_a_tpu_slice():
     pytest.importorskip("libtpu", reason="the TPU compiler is not installed: extra [tpu]")
     told = plan(f"{PAPER}:34m", "--topology=v5p:4x4x4", "--mesh=1,1,64", "--json")

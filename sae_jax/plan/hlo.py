@@ -69,8 +69,8 @@ class _Instruction:
     arguments: str  # as printed
 
     def called(self, attribute: str) -> list[str]:
-        """Names of the computations in an attribute such as body=%loop."""
-        found = re.search(rf"\b{attribute}=(%[\w.-]+|\{{[^}}]*\}})", self.rest)
+        """Names of the computations in an attribute such as body=%loop (or one of "a|b")."""
+        found = re.search(rf"\b(?:{attribute})=(%[\w.-]+|\{{[^}}]*\}})", self.rest)
         return re.findall(r"%([\w.-]+)", found.group(1)) if found else []
 
 
