@@ -193,6 +193,15 @@ def test_only_whole_checkpoints_count(either, monkeypatch):
             checkpoints.save(step, tree(step))
         checkpoints.wait()
         assert checkpoints.steps == [2, 3]
+        write = checkpoints._commit
+        checkpoints._commit = lambda step, about: (
+            (either / "4" / "c").rmtree(),
+            write(step, about),
+        )
+        checkpoints.save(4, tree(4))
+        with pytest.raises(UserError, match="4/c/c was removed .* does another process train"):
+            checkpoints.wait()
+        assert checkpoints.steps == [2, 3]
     assert not (either / "1").exists()
     assert len((either / "3" / "a" / "b" / "c").files()) == 4
     (either / "3" / "complete.json").unlink()  # as a kill in the middle of the upload leaves it

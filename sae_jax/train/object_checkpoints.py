@@ -17,6 +17,7 @@ from absl import logging
 from jax.experimental.array_serialization import serialization
 
 from sae_jax import paths
+from sae_jax.config import UserError
 from sae_jax.paths import ObjectPath
 
 _CHUNK_BYTES = 1 << 30  # of one object: S3 takes 5 GB in a request
@@ -46,13 +47,13 @@ class ObjectCheckpointer:
         previous writing met."""
         self.wait()
         arrays = _named(tree)
+        metadata = {name: _metadata(array) for name, array in arrays.items()}
         specs = [
-            self._spec(step, name)
-            | {"store_data_equal_to_fill_value": True, "metadata": _metadata(array)}
-            for name, array in arrays.items()
+            self._spec(step, name) | {"store_data_equal_to_fill_value": True, "metadata": about}
+            for name, about in metadata.items()
         ]
         self._manager.serialize(
-            list(arrays.values()), specs, on_commit_callback=lambda: self._commit(step, arrays)
+            list(arrays.values()), specs, on_commit_callback=lambda: self._commit(step, metadata)
         )
         self._saving = step
 
@@ -88,14 +89,17 @@ class ObjectCheckpointer:
     def close(self) -> None:
         self.wait()
 
-    def _commit(self, step: int, arrays: dict[str, jax.Array]) -> None:
+    def _commit(self, step: int, metadata: dict[str, dict]) -> None:
         """Process 0, when all processes have written."""
-        files = (self._directory / str(step)).files()
-        described = {name: [array.shape, array.dtype.name] for name, array in arrays.items()}
-        paths.save_json(
-            {"arrays": described, "files": len(files)},
-            self._directory / str(step) / "complete.json",
-        )
+        folder = self._directory / str(step)
+        files = {file for name, about in metadata.items() for file in _files(name, about)}
+        if missing := files.difference(folder.files()):
+            raise UserError(
+                f"{folder}/{min(missing)} was removed while the checkpoint was written; does "
+                "another process train this run?"
+            )
+        arrays = {name: [about["shape"], about["data_type"]] for name, about in metadata.items()}
+        paths.save_json({"arrays": arrays, "files": len(files)}, folder / "complete.json")
         for old in [*self.steps, step][: -self._keep]:
             (self._directory / str(old) / "complete.json").unlink()
             (self._directory / str(old)).rmtree()
@@ -127,6 +131,14 @@ class ObjectCheckpointer:
 def _named(tree: dict) -> dict[str, jax.Array]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _files(name: str, metadata: dict) -> list[str]:
+    """Those that an array consists of."""
+    chunk = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+    grid = [size // part for size, part in zip(metadata["shape"], chunk, strict=True)]
+    chunks = ["/".join([name, "c", *map(str, place)]) for place in np.ndindex(*grid)]
+    return [f"{name}/zarr.json", *chunks]
 
 
 def _metadata(array: jax.Array) -> dict:
