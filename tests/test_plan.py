@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -202,6 +203,19 @@ def test_memory_of_a_real_step_on_eight_devices(case):
     told = json.loads(done.stdout)
     assert told["held"] == told["predicted_held"]
     assert told["peak"] == pytest.approx(told["predicted_peak"], rel=0.05)
+
+
+@pytest.mark.slow
+def test_the_tables_of_the_readme():
+    """Those of GPUs; the TPU's command is the next test's."""
+    readme = (HERE.parent / "README.md").read_text()
+    rows = re.findall(r"^\| (\w+) \| (\d+) H100, `(--mesh=\S+)` \| (\S+) \| (\S+) \|", readme, re.M)
+    assert len(rows) == 3
+    for size, count, mesh, gigabytes, milliseconds in rows[-1:]:
+        topology = f"--topology=h100:{int(count) // 8}x8"
+        told = json.loads(plan(f"{PAPER}:{size.lower()}", topology, mesh, "--json").stdout)
+        assert told["bytes"]["total"] / 1e9 == pytest.approx(float(gigabytes), rel=0.02)
+        assert told["seconds"]["step"] * 1e3 == pytest.approx(float(milliseconds), rel=0.02)
 
 
 @pytest.mark.slow
