@@ -350,7 +350,10 @@ def get_sweep(): return [{{"train.seed": 0}}, {{"train.seed": 1}}]
 
 
 @pytest.mark.slow
-def test_a_sweep_goes_on_without_the_worker_that_was_killed(store, place, tmp_path):
+@pytest.mark.parametrize(
+    "sign", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.long)]
+)
+def test_a_sweep_goes_on_without_a_worker_that_dies_or_sleeps(store, place, tmp_path, sign):
     base = make_config(store, steps=60, train={"log_every": 5, "checkpoint_every": 10})
     file = tmp_path / "sweep.py"
     file.write_text(SWEEP.format(config=to_dict(base)))
@@ -365,14 +368,28 @@ def test_a_sweep_goes_on_without_the_worker_that_was_killed(store, place, tmp_pa
     ]
     runs = sweep.load(str(file), {})
     places = [place / "runs" / run.id for run in runs]
-    wait_until(lambda: all(whole(run) >= 10 for run in places), workers)
-    workers[0].kill()
+
+    def claims():
+        return [name.rpartition(".")[0] for name in (place / "leases").files()]
+
+    def owners():
+        texts = [entry.read_text() for entry in (place / "leases").iterdir()]
+        held = [text.splitlines()[0] for text in texts if text != "given back"]
+        return [int(text.rpartition(" ")[2]) for text in held]
+
+    wait_until(lambda: owners() and any(10 <= whole(run) < 60 for run in places), workers)
+    workers.sort(key=lambda worker: worker.pid != owners()[0])
+    workers[0].send_signal(sign)
+
+    if sign == signal.SIGSTOP:
+        wait_until(lambda: len(claims()) == 3, workers)
+        workers[0].send_signal(signal.SIGCONT)
+        _, err = workers[0].communicate(timeout=200)
+        assert workers[0].returncode == 0 and "Traceback" not in err, err
+    _, err = workers[1].communicate(timeout=200)
+    assert workers[1].returncode == 0 and "Traceback" not in err, err
     workers[0].communicate()
-    out, err = workers[1].communicate(timeout=200)
-    assert workers[1].returncode == 0, err
-    assert "Traceback" not in err
-    claims = [name.rpartition(".")[0] for name in (place / "leases").files()]
-    assert len(claims) == 3 and len(set(claims)) == 2, "the dead worker's pass was claimed again"
+    assert len(claims()) == 3 and len(set(claims())) == 2, "the lost pass was claimed again"
 
     undisturbed = sweep.SweepDirectory.start(tmp_path / "sweep", runs, 2)
     worker.work(undisturbed, lease_seconds=60)
