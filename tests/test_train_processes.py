@@ -35,30 +35,6 @@ def long_store(tmp_path_factory):
     return make_store(tmp_path_factory.mktemp("store") / "long", sparse_rows(1 << 17))
 
 
-def wait_until(condition, process: subprocess.Popen, seconds: float = 120) -> None:
-    """Until `condition()` or the process has ended."""
-    end = time.monotonic() + seconds
-    while not condition() and process.poll() is None:
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.002)
-
-
-def logged_step(run: pathlib.Path) -> int:
-    """The last step in metrics.jsonl, 0 before there is one."""
-    try:
-        lines = (run / "metrics.jsonl").read_bytes().rpartition(b"\n")[0].splitlines()
-    except FileNotFoundError:
-        return 0
-    return int(lines[-1].split(b",")[0].split(b":")[1]) if lines else 0
-
-
-def assert_each_step_once(run: pathlib.Path, steps: int, every: int) -> None:
-    """Regular lines; a step at which the run was stopped may have one besides."""
-    got = [line["step"] for line in metrics(run)]
-    assert got == sorted(set(got))
-    assert set(range(every, steps + 1, every)) <= set(got)
-
-
 def long_run(store: str):
     return make_config(
         store, steps=1800, train={"log_every": 5, "checkpoint_every": 20, "keep_checkpoints": 2}
@@ -128,28 +104,6 @@ def test_stopped_by_a_signal(long_store, uninterrupted, tmp_path, sign, code):
     assert done == 0, err
     assert_same_arrays(saved_arrays(run), saved_arrays(uninterrupted))
     assert_each_step_once(run, 1800, 5)
-
-
-def start_two(run: pathlib.Path, config) -> list[subprocess.Popen]:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    return [
-        start(
-            run,
-            config,
-            f"--coordinator=localhost:{port}",
-            "--num_processes=2",
-            f"--process_id={i}",
-            "--cpu_devices=2",
-        )
-        for i in range(2)
-    ]
-
-
-def finish_both(processes) -> list[tuple[int, str, str]]:
-    out = [process.communicate(timeout=180) for process in processes]
-    return [(p.returncode, *texts) for p, texts in zip(processes, out, strict=True)]
 
 
 @pytest.mark.parametrize("mesh", [(2, 2), (4, 1), (1, 4)], ids=str)

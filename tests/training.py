@@ -4,8 +4,10 @@ import dataclasses
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -96,19 +98,65 @@ def command(workdir: pathlib.Path, config: Config, *flags: str) -> list[str]:
     return [*program, *fields, *flags]
 
 
-def start(workdir: pathlib.Path, config: Config, *flags: str) -> subprocess.Popen:
+def start(
+    workdir: pathlib.Path, config: Config, *flags: str, environment: dict | None = None
+) -> subprocess.Popen:
+    return launch(command(workdir, config, *flags), environment)
+
+
+def launch(arguments: list[str], environment: dict | None = None) -> subprocess.Popen:
+    """A process of this checkout, on the CPU."""
     root = str(pathlib.Path(__file__).parents[1])
-    environment = os.environ | {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
-        command(workdir, config, *flags),
-        env=environment,
+        arguments,
+        env=os.environ | {"PYTHONPATH": root, "JAX_PLATFORMS": "cpu"} | (environment or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
+def together(count: int, devices: int = 1) -> list[list[str]]:
+    """The flags of each of `count` processes that are one program."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    flags = [f"--coordinator=localhost:{port}", f"--num_processes={count}"]
+    flags.append(f"--cpu_devices={devices}")
+    return [[*flags, f"--process_id={i}"] for i in range(count)]
+
+
+def finish_all(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+    """(exit code, stdout, stderr) of each."""
+    out = [process.communicate(timeout=180) for process in processes]
+    return [(p.returncode, *texts) for p, texts in zip(processes, out, strict=True)]
+
+
 def run_to_end(workdir: pathlib.Path, config: Config, *flags: str) -> tuple[int, str, str]:
     process = start(workdir, config, *flags)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
+
+
+def wait_until(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+    """Until `condition()` or the process has ended."""
+    end = time.monotonic() + seconds
+    while not condition() and process.poll() is None:
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.002)
+
+
+def logged_step(run: pathlib.Path) -> int:
+    """The last step in metrics.jsonl, 0 before there is one."""
+    try:
+        lines = (run / "metrics.jsonl").read_bytes().rpartition(b"\n")[0].splitlines()
+    except FileNotFoundError:
+        return 0
+    return int(lines[-1].split(b",")[0].split(b":")[1]) if lines else 0
+
+
+def assert_each_step_once(run: pathlib.Path, steps: int, every: int) -> None:
+    """Regular lines; a step at which the run was stopped may have one besides."""
+    got = [line["step"] for line in metrics(run)]
+    assert got == sorted(set(got))
+    assert set(range(every, steps + 1, every)) <= set(got)

@@ -65,8 +65,7 @@ def joined(args: flags.FlagValues, stops_at_a_step: bool = True) -> Iterator[Non
             yield
     except BaseException as error:
         if several:
-            own = isinstance(error, UserError) and error.__cause__ is None
-            watch.fail(_exit_code(error), str(error) or type(error).__name__, own)
+            watch.fail(error)
         else:
             watch.stop()
         raise
@@ -89,14 +88,3 @@ def _join(args: flags.FlagValues) -> None:
             "outside of Slurm, TPU and Kubernetes give each one --coordinator=HOST:PORT, "
             "--num_processes and its --process_id"
         ) from error
-
-
-def _exit_code(error: BaseException) -> int:
-    """What `cli.main` makes of an error that it is given."""
-    from sae_jax.train import preemption
-
-    if isinstance(error, preemption.PreemptedError):
-        return preemption.EXIT_CODE
-    if isinstance(error, KeyboardInterrupt):
-        return 130
-    return 2 if isinstance(error, (UserError, OSError)) else 1

@@ -1,6 +1,10 @@
 """sae-jax eval: how good an SAE is, alone and inside its language model."""
 
+import sys
+
 from absl import flags
+
+from sae_jax.cli import distributed
 
 SUMMARY = """Evaluate an SAE, alone and inside its language model.
 
@@ -18,7 +22,8 @@ A run on a synthetic world (config.data.store=world:...) is evaluated on rows of
 did not train on, with how much of the world's features it found.
 
 Excluded positions (BOS and other high-norm ones) are neither counted nor replaced, unless you give
---include_excluded. What each number is: `python -m pydoc sae_jax.evaluate.metrics`.
+--include_excluded. Several processes (--distributed) share the batches out, each on its first
+device; process 0 writes. What each number is: `python -m pydoc sae_jax.evaluate.metrics`.
 """
 
 
@@ -57,10 +62,23 @@ def define(values: flags.FlagValues) -> None:
     string("sequences", "START:STOP of --tokens_file or --text for the SAE alone; all.")
     string("lm_sequences", "START:STOP for the language model's part; as --sequences.")
     string("out", "Where the JSON goes; RUN/eval.json, and nowhere for --sae.")
+    distributed.define(values)
 
 
-def run(args, overrides) -> None:
+def run(args, overrides) -> int:
     del overrides
+    from sae_jax.train import preemption
+
+    try:
+        with distributed.joined(args, stops_at_a_step=False):
+            _evaluate(args)
+    except preemption.PreemptedError:
+        print("sae-jax eval: stopped by SIGTERM; nothing was written", file=sys.stderr)
+        return preemption.EXIT_CODE
+    return 0
+
+
+def _evaluate(args) -> None:
     import dataclasses
 
     from sae_jax import interop, lm, paths
@@ -68,6 +86,7 @@ def run(args, overrides) -> None:
     from sae_jax.config import DataConfig, UserError
     from sae_jax.evaluate import LanguageModel, check_model, evaluate, figures, save
     from sae_jax.train import read_config
+    from sae_jax.train.directory import is_writer
 
     if (args.run is None) == (args.sae is None):
         raise UserError("give either --run=RUN or --sae=PATH")
@@ -96,6 +115,8 @@ def run(args, overrides) -> None:
     settings = {"sae": str(path.absolute()), "model": directory and str(directory)}
     out = args.out or (path / "eval.json" if args.run else None)
     evaluation = evaluate(sae, source, model, args.lm_tokens, settings)
+    if not is_writer():
+        return
     print(evaluation.table())
     if model is None and not is_world(data.store):
         print("No cross-entropy: it needs --model=DIR, the language model's directory.")

@@ -1,13 +1,18 @@
 """sae-jax harvest: activations of a language model over text, into a store."""
 
+import sys
+
 from absl import flags
+
+from sae_jax.cli import distributed
 
 SUMMARY = """Write a language model's activations over text to a store.
 
 Reads a Hugging Face directory (config.json, model.safetensors, tokenizer.json) and text; packs the
 text into contexts, each starting with BOS; runs the model on this machine's devices; writes the
-activations of the sites you name. Stopped at any moment and started again with the same flags, it
-goes on at the first shard that is missing.
+activations of the sites you name. Several processes (--distributed) share the store's shards out,
+each with the model on its own devices. Stopped at any moment and started again with the same flags,
+it goes on at the first shard that is missing.
 
 Sites are NAME.LAYER, NAME being resid_pre, attn_out, resid_mid, mlp_in, mlp_act, mlp_out or
 resid_post. For example:
@@ -49,10 +54,23 @@ def define(values: flags.FlagValues) -> None:
     string("model_dtype", "float32", "In which the model computes: float32 or bfloat16.")
     integer("mesh_data", -1, "Devices that share a batch; -1: all that are left.")
     integer("mesh_model", 1, "Devices that share the model's heads, MLP and vocabulary.")
+    distributed.define(values)
 
 
-def run(args, overrides) -> None:
+def run(args, overrides) -> int:
     del overrides
+    from sae_jax.train import preemption
+
+    try:
+        with distributed.joined(args, stops_at_a_step=False):
+            _harvest(args)
+    except preemption.PreemptedError:
+        print("sae-jax harvest: stopped by SIGTERM; start it again to go on", file=sys.stderr)
+        return preemption.EXIT_CODE
+    return 0
+
+
+def _harvest(args) -> None:
     import jax
 
     from sae_jax import lm
@@ -79,6 +97,8 @@ def run(args, overrides) -> None:
         mesh=mesh,
         provenance={"text": args.text, "collapse_newlines": args.collapse_newlines},
     )
+    if jax.process_index() != 0:
+        return
     meta = store.meta
     rows = meta.num_sequences * meta.context_length
     print(f"{args.out}: {rows:,} rows ({meta.num_sequences:,} contexts of {meta.context_length})")

@@ -23,13 +23,14 @@ splits length between encoder, decoder and normalisation.
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sae_jax.config import UserError
+from sae_jax.evaluate.processes import add_up_all, from_all
 from sae_jax.sae import SAE
 
 _TINY = 1e-12  # norms below count as zero: such a row has cosine similarity and ratio 0
@@ -52,40 +53,37 @@ class RowMetrics:
 
 def measure_rows(sae: SAE, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> RowMetrics:
     """Metrics over the rows of `batches`: pairs of rows (B, width) of any float type, a stream's
-    columns, and used (B,) bool, those that count. Batches of one size compile once. UserError if
-    no row counts."""
+    columns, and used (B,) bool, those that count; where there are several processes, each one's own
+    share. Batches of one size compile once. UserError if no row counts."""
     batches = iter(batches)
     first = next((batch for batch in batches if batch[1].any()), None)
-    if first is None:
+    mean = None if first is None else np.asarray(first[0], np.float32)[first[1]].mean(axis=0)
+    mean = next((mean for mean in from_all(mean) if mean is not None), None)
+    if mean is None:
         raise UserError("there are no rows to evaluate on: all of them are excluded")
     # Of the first batch, so that the variance is not the difference of two large sums.
-    _, shift = sae.split(np.asarray(first[0], np.float32)[first[1]].mean(axis=0))
+    _, shift = sae.split(mean)
     totals = add_up(
         batch_sums(sae, jnp.asarray(rows), jnp.asarray(used), jnp.asarray(shift))
-        for rows, used in itertools.chain([first], batches)
+        for rows, used in itertools.chain([] if first is None else [first], batches)
     )
     return _finish(totals, shift.astype(np.float64), sae.config.site_widths or (len(shift),))
 
 
 def add_up(steps: Iterable[dict[str, jax.Array]]) -> dict[str, np.ndarray]:
-    """Sums by name over steps, in float64 on the host; of `max_*` the maximum. Reads a step's
-    sums after the next one was dispatched."""
-    totals: dict[str, np.ndarray] = {}
+    """Sums by name over steps, and over all processes, in float64 on the host; of `max_*` the
+    maximum. Reads a step's sums after the next one was dispatched."""
+    return add_up_all(from_all(add_up_all(_one_behind(steps))))
 
-    def add(sums):
-        for name, value in jax.device_get(sums).items():
-            combine = np.maximum if name.startswith("max_") else np.add
-            value = np.asarray(value, np.float64)
-            totals[name] = combine(totals[name], value) if name in totals else value
 
+def _one_behind(steps: Iterable[dict[str, jax.Array]]) -> Iterator[dict[str, np.ndarray]]:
     pending = None
     for sums in steps:
         if pending is not None:
-            add(pending)
+            yield jax.device_get(pending)
         pending = sums
     if pending is not None:
-        add(pending)
-    return totals
+        yield jax.device_get(pending)
 
 
 @jax.jit

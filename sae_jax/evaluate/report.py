@@ -5,6 +5,7 @@ import io
 import json
 import math
 
+import jax
 import numpy as np
 
 from sae_jax import paths
@@ -134,6 +135,8 @@ def evaluate(
 ) -> Evaluation:
     """Metrics of `sae` on the source's rows and, given its model, inside the model on about
     `spliced_tokens` of the source's tokens. Mean ablation uses the mean of the evaluated rows.
+    Several processes share the batches out and all return the same, but for the recovery of a
+    world's features, which process 0 alone computes and has.
     UserError where the source's sites are not of the SAE's number and widths."""
     check_sites(sae, source)
     size = min(max(128, _LATENTS // sae.config.d_sae), 8192)
@@ -160,7 +163,7 @@ def evaluate(
         settings["spliced_tokens"] = spliced_tokens
     by_site = by_site if len(targets) > 1 else {}
     recovery = None
-    if isinstance(source, WorldRows):
+    if isinstance(source, WorldRows) and jax.process_index() == 0:
         recovery = _with_optimum(measure_recovery(sae, source), sae, source, rows.scalars["mse"])
     return Evaluation(settings, rows, spliced, by_site, recovery)
 

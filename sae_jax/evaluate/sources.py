@@ -3,9 +3,10 @@ given tokens.
 
 Both sources have `site_names` and `site_widths`; `batches(rows)`, pairs of activations (B, sum of
 widths), the columns of the sites in their order, B at most about `rows`, and the mask (B,) of rows
-that count; `num_batches(rows)`; `sequences(limit)`, tokens (n, T) with the mask (n, T) of positions
-that count, or None where there are no tokens; `origin`, a short name for messages; and `settings`,
-which say in plain words what it is.
+that count, of several processes each one's share; `num_batches(rows)` of that share;
+`sequences(limit)`, tokens (n, T) with the mask (n, T) of positions that count, or None where there
+are no tokens; `origin`, a short name for messages; and `settings`, which say in plain words what it
+is.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from sae_jax.activations.order import split_chunks
 from sae_jax.activations.sites import check_distinct, split_names
 from sae_jax.activations.store import NONFINITE
 from sae_jax.config import UserError
+from sae_jax.evaluate.processes import shared_out
 from sae_jax.sae import SAE
 from sae_jax.sae.resolve import TRANSCODERS
 
@@ -81,13 +83,13 @@ class HeldOutRows:
 
     def num_batches(self, rows: int) -> int:
         chunks, parts = self._layout(rows)
-        return -(-len(self._chunks) // chunks) * parts
+        return len(shared_out(range(0, len(self._chunks), chunks))) * parts
 
     def batches(self, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         meta, sites = self.store.meta, self._sites
         chunks, parts = self._layout(rows)
         size = -(-chunks * meta.chunk_rows // parts)
-        for start in range(0, len(self._chunks), chunks):
+        for start in shared_out(range(0, len(self._chunks), chunks)):
             numbers = self._chunks[start : start + chunks]
             # A new buffer each time: JAX may still be reading the last one.
             x = np.zeros((chunks, meta.chunk_rows, sites.width), sites.dtype)
@@ -162,12 +164,12 @@ class ModelRows:
         }  # fmt: skip
 
     def num_batches(self, rows: int) -> int:
-        return -(-len(self._rows[0]) // self._sequences_at_once(rows))
+        return len(shared_out(range(0, len(self._rows[0]), self._sequences_at_once(rows))))
 
     def batches(self, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         tokens, used = self._rows
         size = self._sequences_at_once(rows)
-        for start in range(0, len(tokens), size):
+        for start in shared_out(range(0, len(tokens), size)):
             batch = jnp.asarray(pad_rows(tokens[start : start + size], size))
             x_BxTxW = _tap(
                 self.model.params, batch, config=self.model.config, sites=self.site_names

@@ -21,6 +21,7 @@ import numpy as np
 from sae_jax import lm
 from sae_jax.config import UserError
 from sae_jax.evaluate.metrics import add_up
+from sae_jax.evaluate.processes import shared_out
 from sae_jax.evaluate.progress import progress
 from sae_jax.evaluate.sources import LanguageModel, input_and_target_sites, pad_rows
 from sae_jax.sae import SAE
@@ -45,7 +46,8 @@ def measure_spliced(
     """
     if not replaced[:, :-1].any():
         raise UserError("there is no position to splice the SAE in at: all of them are excluded")
-    size = model.sequences_at_once(*tokens.shape)
+    share = -(-len(tokens) // jax.process_count())
+    size = model.sequences_at_once(share, tokens.shape[1])
     inputs, targets = input_and_target_sites(sae, sites)
     mean = jnp.asarray(mean, jnp.float32)
     found, first = {}, 0
@@ -54,7 +56,7 @@ def measure_spliced(
         step = functools.partial(
             _batch_sums, config=model.config, inputs=tuple(inputs), site=site, columns=columns
         )
-        starts = range(0, len(tokens), size)
+        starts = shared_out(range(0, len(tokens), size))
         totals = add_up(
             step(
                 model.params,

@@ -8,6 +8,7 @@ import scipy.sparse
 
 from sae_jax.activations import open_stream
 from sae_jax.config import DataConfig
+from sae_jax.evaluate.processes import shared_out
 from sae_jax.evaluate.sources import pad_rows
 from sae_jax.sae import SAE
 
@@ -30,10 +31,10 @@ class WorldRows:
         }
 
     def num_batches(self, rows: int) -> int:
-        return -(-self.num_rows // rows)
+        return len(shared_out(range(0, self.num_rows, rows)))
 
     def batches(self, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for ids in self.ids(rows):
+        for ids in self._ids(shared_out(range(0, self.num_rows, rows)), rows):
             x = self.stream.read_rows(ids)
             yield pad_rows(x, rows), pad_rows(np.ones(len(x), bool), rows)
 
@@ -41,9 +42,12 @@ class WorldRows:
         """There are no tokens."""
 
     def ids(self, rows: int) -> Iterator[np.ndarray]:
-        """Ids of the rows of each batch."""
+        """Ids of the rows of each batch, of all processes."""
+        return self._ids(range(0, self.num_rows, rows), rows)
+
+    def _ids(self, starts: range, rows: int) -> Iterator[np.ndarray]:
         first = self.stream.first_row
-        for start in range(0, self.num_rows, rows):
+        for start in starts:
             yield first + np.arange(start, min(start + rows, self.num_rows))
 
     def optimal_mse(self, sae: SAE) -> float | None:

@@ -19,6 +19,7 @@ from sae_jax.scaling.sweep import SweepDirectory, counted
 from sae_jax.train import loop
 from sae_jax.train.directory import is_writer
 from sae_jax.train.preemption import PreemptedError, sigterm_raises
+from sae_jax.train.watchdog import PROGRESS
 
 _ALL_DONE, _WAIT = -1, -2  # instead of the index of a pass
 _SECONDS_BETWEEN_LINES = 30  # of the log, while waiting for others
@@ -82,6 +83,7 @@ class _Worker:
             # Two owners of one directory trip over each other's files: that is no mistake.
             if isinstance(error, UserError) and not (lease and lease.lost()):
                 raise
+            PROGRESS.error = None
             logging.warning("left %s to the worker that has taken it over", work.name)
 
     def wait(self, seconds: float) -> None:

@@ -37,6 +37,7 @@ import time
 
 from jax._src import distributed  # the key-value store has no public name
 
+from sae_jax.config import UserError
 from sae_jax.train.preemption import EXIT_CODE, PreemptedError
 
 _INTERVAL = 1.0  # seconds between two beats
@@ -47,13 +48,13 @@ _KEY = "sae_jax/watchdog"
 
 class Progress:
     """What the main thread tells of itself. As a context it notes an error on its way out, before
-    what closes files can hang on the collective that raised it."""
+    what closes files can hang because of it."""
 
     def __init__(self):
         self.begun = self.done = 0  # steps
         self.saved: int | None = None  # the step of a checkpoint that is there
         self.resting = True  # until a step ends, no clock runs
-        self.trouble = False
+        self.error: BaseException | None = None
 
     def begin(self, step: int) -> None:
         """The batch of `step` is there, and it is about to be dispatched."""
@@ -68,11 +69,12 @@ class Progress:
         self.resting = True
 
     def __enter__(self) -> "Progress":
-        self.trouble = False
+        self.error = None
         return self
 
-    def __exit__(self, kind, *_) -> None:
-        self.trouble = kind is not None and not issubclass(kind, PreemptedError)
+    def __exit__(self, kind, error, *_) -> None:
+        if not isinstance(error, PreemptedError):
+            self.error = error
 
 
 PROGRESS = Progress()
@@ -142,6 +144,8 @@ class Judge:
             if record
         }
         timed = {i for i in ages if not (records[i].resting or records[i].ended)}
+        if any(records[i].trouble for i in ages):  # they wait for one that will tell its error
+            return None
         if not self._step or not any(ages[i] > self._step for i in timed):
             return None
         # Who was seen last before the limit hangs too, a moment later.
@@ -218,8 +222,9 @@ class Watchdog:
         self._clock = _Clock()
         self._heard = 0.0  # when the store last answered
         self._unreachable = False
-        self._code = 0  # of this process's own error
-        self._failed_at: float | None = None
+        self._sure = self._printed = False  # of this process's own error
+        self._error_since: float | None = None
+        self._declared = threading.Event()
         self._wake, self._told, self._off = (threading.Event() for _ in range(3))
         self._threads = [threading.Thread(target=self._watch, name="watchdog", daemon=True)]
         if store is not None:
@@ -245,41 +250,58 @@ class Watchdog:
         for thread in self._threads:
             thread.join()
 
-    def fail(self, code: int, text: str, own: bool) -> None:
-        """This process has an error, to be printed when this returns. Unless it is surely its
-        `own`, another's death may be behind it: then this waits for the verdict, which ends the
-        process."""
-        PROGRESS.trouble = True
+    def fail(self, error: BaseException) -> None:
+        """Tells the others of an error that ends this process, to be printed when this returns.
+        If another's death may be behind it this waits for the verdict, which ends the process."""
+        PROGRESS.error = error
+        self._sure = isinstance(error, UserError) and error.__cause__ is None
         self._wake.set()
-        if not own and self._count > 1:
-            time.sleep(_SUSPICIOUS_SECONDS + 4 * _INTERVAL)
-        self._failed_at = self._clock.now
-        if self._me == 0:
-            self._verdict = Verdict(code, f"{_name(0, self._own)} ended: {text}")
-        self._tell(code=code, text=text)
-        self._code = code
+        self._declared.wait()
+        self._printed = True
         atexit.register(self._leave)
 
     def _leave(self) -> None:
         """Instead of JAX's orderly end, which would wait for those that are stuck."""
         if self._me == 0:
             self._await_others()
-        _exit(self._code)
+        _exit(self._own.code)
 
     # ------------------------------------------------------------------ the thread that judges
 
     def _watch(self) -> None:
         while not self._off.wait(_INTERVAL / 4):
             now = self._clock.tick()
-            if self._failed_at is not None:
-                if now - self._failed_at > 2 * _FAREWELL_SECONDS:  # something waits at the exit
-                    _exit(self._code)
+            if self._declared.is_set():
+                self._hurry(now)
             elif self._store is None:
                 self._obey(self._judge({0: self._record()}, now))
+            elif PROGRESS.error is not None and self._is_own_error(now):
+                self._declare(PROGRESS.error)
             elif self._me == 0:
                 self._obey(self._judge(self._records, now) if self._records else None)
             else:
                 self._obey(self._verdict or self._process_0_gone(now))
+
+    def _is_own_error(self, now: float) -> bool:
+        """Whether nobody's death is behind it: that would be known by now."""
+        if self._error_since is None:
+            self._error_since = now
+        return self._sure or now - self._error_since > _SUSPICIOUS_SECONDS + 4 * _INTERVAL
+
+    def _declare(self, error: BaseException) -> None:
+        self._error_since = self._clock.now
+        code, text = exit_code(error), str(error) or type(error).__name__
+        if self._me == 0:
+            self._verdict = Verdict(code, f"{_name(0, self._own)} ended: {text}")
+        self._tell(code=code, text=text)
+        self._declared.set()
+
+    def _hurry(self, now: float) -> None:
+        """The main thread may be stuck in closing what its error left open."""
+        if now - self._error_since > 2 * _FAREWELL_SECONDS:
+            if not self._printed:
+                _say(self._own.text)
+            _exit(self._own.code)
 
     def _process_0_gone(self, now: float) -> Verdict | None:
         """The store is served by process 0."""
@@ -296,8 +318,7 @@ class Watchdog:
     def _obey(self, verdict: Verdict | None) -> None:
         if verdict is None:
             return
-        line = f"sae-jax: {' '.join(verdict.text.split())}\n"
-        sys.stderr.write("\n" + line if sys.stderr.isatty() else line)
+        _say(verdict.text)
         self._verdict = verdict
         self._tell(ended=True)
         if self._me == 0:
@@ -355,7 +376,7 @@ class Watchdog:
             done=PROGRESS.done,
             saved=PROGRESS.saved,
             resting=PROGRESS.resting,
-            trouble=PROGRESS.trouble,
+            trouble=PROGRESS.error is not None,
             **self._last_words,
         )
         return self._own
@@ -410,6 +431,20 @@ def _delay_abort() -> None:
     c = ctypes.CDLL(None)
     c.signal.argtypes, c.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
     c.signal(signal.SIGABRT, ctypes.cast(c.sleep, ctypes.c_void_p))
+
+
+def exit_code(error: BaseException) -> int:
+    """What `sae-jax` ends with after an error."""
+    if isinstance(error, PreemptedError):
+        return EXIT_CODE
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return 2 if isinstance(error, (UserError, OSError)) else 1
+
+
+def _say(text: str) -> None:
+    line = f"sae-jax: {' '.join(text.split())}\n"
+    sys.stderr.write("\n" + line if sys.stderr.isatty() else line)
 
 
 def _exit(code: int) -> None:

@@ -1,0 +1,72 @@
+"""Commands run by two processes that are one program do what one process does. (Those of training
+and of a sweep are with the other tests of their processes.)"""
+
+import json
+import pathlib
+import sys
+
+import pytest
+import world
+from training import finish_all, launch, together
+
+from sae_jax import train
+from sae_jax.cli import main
+from sae_jax.config import Config, DataConfig, SAEConfig, TrainConfig
+
+pytestmark = pytest.mark.slow
+SITE = "mlp_act.0"
+
+
+def by_two(arguments: list[str]) -> list[tuple[int, str, str]]:
+    program = [sys.executable, "-m", "sae_jax", *arguments]
+    return finish_all([launch([*program, *flags]) for flags in together(2)])
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+    """A model, and the same store harvested by one process and by two; what the two printed."""
+    root = tmp_path_factory.mktemp("two")
+    world.make_model(root / "model")
+    (root / "text.txt").write_text("\n".join(world.TEXTS * 60))
+    arguments = ["harvest", f"--model={root / 'model'}", f"--text={root / 'text.txt'}",
+                 f"--sites={SITE}", "--context_length=16"]  # fmt: skip
+    assert main([*arguments, f"--out={root / 'one'}", "--mesh_data=1"]) == 0
+    return root, by_two([*arguments, f"--out={root / 'two'}"])
+
+
+def test_harvest(stores):
+    root, ends = stores
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    assert "rows to train on" in ends[0][1] and "rows to train on" not in ends[1][1]
+
+    def contents(store: pathlib.Path) -> dict[str, bytes]:
+        files = (path for path in store.rglob("*") if path.is_file())
+        return {str(path.relative_to(store)): path.read_bytes() for path in files}
+
+    assert contents(root / "two") == contents(root / "one")
+
+
+@pytest.mark.parametrize("data", ["store", "world:orthonormal,width=16,features=16"])
+def test_eval(stores, tmp_path, data):
+    root, _ = stores
+    where = {"store": str(root / "one"), "site": SITE} if data == "store" else {"store": data}
+    config = Config(
+        sae=SAEConfig(architecture="topk", d_sae=128, k=4),
+        data=DataConfig(**where, batch_size=256, epochs=9, holdout_fraction=0.3),
+        train=TrainConfig(tokens=256 * 10),
+    )
+    run = tmp_path / "run"
+    train.train(config, run)
+    model = [f"--model={root / 'model'}"] if data == "store" else []
+    arguments = ["eval", f"--run={run}", "--tokens=20000", *model]
+    assert main([*arguments, f"--out={tmp_path / 'one.json'}"]) == 0
+    ends = by_two([*arguments, f"--out={tmp_path / 'two.json'}"])
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    assert "explained variance" in ends[0][1] and "explained variance" not in ends[1][1]
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert two["settings"] == one["settings"] and two["rows"] == one["rows"]
+    for part in ("reconstruction", "language_model", "recovery"):
+        # Differences of cross-entropies that are nearly the same are less sure.
+        rel = 1e-2 if part == "language_model" else 1e-5
+        assert two[part] == (one[part] and pytest.approx(one[part], rel=rel)), part
+    assert two["sparsity"]["density_histogram"] == one["sparsity"]["density_histogram"]
