@@ -31,6 +31,7 @@ import sae_jax
 from sae_jax import paths
 from sae_jax.activations import Store, write_store
 from sae_jax.activations.writer import StoreWriter
+from sae_jax.cli import main
 from sae_jax.config import UserError, to_dict
 from sae_jax.paths import ObjectPath
 from sae_jax.scaling import sweep, worker
@@ -306,6 +307,13 @@ def test_a_run_killed_on_s3_ends_as_one_undisturbed_on_disk(store, place, tmp_pa
     x = sparse_rows(4)
     here, there = sae_jax.load(undisturbed), sae_jax.load(str(place))
     np.testing.assert_array_equal(here.encode(x), there.encode(x))
+    reports = []
+    for run in (place, undisturbed):
+        assert main(["eval", f"--run={run}"]) == 0
+        report = json.loads((run / "eval.json").read_text())
+        reports.append({name: value for name, value in report.items() if name != "settings"})
+        assert (run / "eval_training.png").read_bytes().startswith(b"\x89PNG")
+    assert reports[0] == reports[1]
 
 
 @pytest.mark.long
