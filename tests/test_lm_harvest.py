@@ -5,7 +5,6 @@ import os
 import pathlib
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -178,26 +177,3 @@ def test_killed_and_started_again_it_writes_the_same_bytes(world, tmp_path):
     assert kills == 3
     assert start(run + command(world, killed, *options)).wait(120) == 0
     assert same_files(whole, killed)
-
-
-TWO_PROCESSES = """
-import sys, jax
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
-from sae_jax import lm
-store = lm.harvest(sys.argv[3], lm.read_texts(sys.argv[4]), sys.argv[5],
-                   sites=("resid_post.0", "mlp_act.1"), context_length=16, tokens=3000)
-assert store.meta.complete
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_write_what_one_does(world, tmp_path):
-    one = jax.make_mesh((1, 1), ("data", "model"), devices=jax.devices()[:1])
-    harvest(world, tmp_path / "one", mesh=one)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    arguments = [str(world[0]), str(world[1]), str(tmp_path / "two")]
-    processes = [start(["-c", TWO_PROCESSES, address, str(i), *arguments]) for i in range(2)]
-    assert [process.wait(120) for process in processes] == [0, 0]
-    assert same_files(tmp_path / "one", tmp_path / "two")

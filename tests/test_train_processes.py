@@ -1,10 +1,10 @@
-"""Real processes of `sae-jax train`: killed, told to stop, several at once, out of disk."""
+"""Real processes of `sae-jax train`: killed, told to stop, two at once. (What can happen to several
+is in test_faults.)"""
 
 import os
 import pathlib
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +12,10 @@ import time
 import numpy as np
 import pytest
 from training import (
+    assert_each_step_once,
     assert_same_arrays,
+    finish_all,
+    logged_step,
     make_config,
     make_store,
     metrics,
@@ -20,6 +23,8 @@ from training import (
     saved_arrays,
     sparse_rows,
     start,
+    together,
+    wait_until,
 )
 
 pytestmark = pytest.mark.slow
@@ -110,7 +115,8 @@ def test_stopped_by_a_signal(long_store, uninterrupted, tmp_path, sign, code):
 def test_two_processes_equal_one(store, tmp_path, mesh):
     shape = {"data": mesh[0], "model": mesh[1]}
     config = make_config(store, mesh=shape)
-    ends = finish_both(start_two(tmp_path / "two", config))
+    flags = together(2, devices=2)
+    ends = finish_all([start(tmp_path / "two", config, *flags[i]) for i in range(2)])
     assert [end[0] for end in ends] == [0, 0], ends
     assert "run_id" in ends[0][1] and "run_id" not in ends[1][1]  # one tells the result
     assert "step 50/50" in ends[0][2] and "step 50/50" not in ends[1][2]
@@ -121,43 +127,6 @@ def test_two_processes_equal_one(store, tmp_path, mesh):
     np.testing.assert_allclose([m["loss"] for m in got], [m["loss"] for m in want], rtol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def by_two(long_store, tmp_path_factory):
-    """A run of 600 steps by two processes: its config and directory."""
-    config = make_config(
-        long_store,
-        steps=600,
-        mesh={"data": 2, "model": 2},
-        train={"log_every": 5, "checkpoint_every": 50},
-    )
-    run = tmp_path_factory.mktemp("runs") / "by_two"
-    ends = finish_both(start_two(run, config))
-    assert [end[0] for end in ends] == [0, 0], ends
-    return config, run
-
-
-@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
-def test_signal_to_one_of_two_processes(by_two, tmp_path, sign):
-    config, whole = by_two
-    run = tmp_path / "run"
-    processes = start_two(run, config)
-    wait_until(lambda: logged_step(run) >= 100, processes[0])
-    processes[1].send_signal(sign)
-    ends = finish_both(processes)
-    step = int(saved_arrays(run)["step of the folder"])
-    assert 50 <= step < 600
-    if sign == signal.SIGTERM:
-        assert [end[0] for end in ends] == [75, 75], ends
-        assert all(f"saved at step {step}" in end[2] for end in ends)
-        assert metrics(run)[-1]["step"] == step
-    else:
-        assert ends[0][0] not in (0, 75), "the survivor must end, for both to be started again"
-    ends = finish_both(start_two(run, config))
-    assert [end[0] for end in ends] == [0, 0], ends
-    assert_same_arrays(saved_arrays(run), saved_arrays(whole))
-    assert_each_step_once(run, 600, 5)
-
-
 @pytest.mark.parametrize("flags", [["--distributed"], ["--coordinator=localhost:1"]])
 def test_processes_that_cannot_find_each_other(store, tmp_path, flags):
     code, _, err = run_to_end(tmp_path / "run", make_config(store), *flags)
@@ -165,44 +134,6 @@ def test_processes_that_cannot_find_each_other(store, tmp_path, flags):
     assert err.count("\n") == 1 and "--coordinator=HOST:PORT" in err
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 4 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(place)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("needs to mount a small tmpfs, as root")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
-def test_full_disk(long_store, uninterrupted, small_disk):
-    run, config = small_disk / "run", long_run(long_store)
-    process = start(run, config)
-    wait_until(lambda: logged_step(run) >= 200, process)
-    filler = (small_disk / "filler").open("wb", buffering=0)
-    try:
-        while True:
-            filler.write(bytes(4096))
-    except OSError:
-        filler.close()
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 2, err
-    assert "Traceback" not in err
-    errors = [line for line in err.splitlines() if line.startswith("sae-jax train: error:")]
-    assert len(errors) == 1 and err.splitlines()[-1] == errors[0]
-    assert "full" in errors[0] or "No space left" in errors[0]
-    step = int(saved_arrays(run)["step of the folder"])
-    assert step >= 100
-    (small_disk / "filler").unlink()
-    code, _, err = run_to_end(run, config)
-    assert code == 0, err
-    assert_same_arrays(saved_arrays(run), saved_arrays(uninterrupted))
-    assert_each_step_once(run, 1800, 5)
-
-
-@pytest.mark.slow
 def test_batchtopk_picks_the_same_latents_on_1_2_4_and_8_devices():
     """Bit for bit, ties and all."""
     script = pathlib.Path(__file__).with_name("eight_devices.py")
