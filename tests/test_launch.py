@@ -7,12 +7,15 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 from absl import flags
+from training import make_config, metrics, start
 
 from sae_jax import cli, config
 
@@ -179,7 +182,7 @@ def test_a_signal_to_the_launcher_stops_the_program_and_leaves_the_slice(tpu_vm)
 
 def documents(name: str) -> dict[str, dict]:
     """What a manifest asks for, by kind."""
-    yaml = pytest.importorskip("yaml", reason="needs the extra [launch]")
+    yaml = pytest.importorskip("yaml", reason="needs the extra [test-launch]")
     text = (LAUNCH / "kubernetes" / name).read_text()
     return {document["kind"]: document for document in yaml.safe_load_all(text)}
 
@@ -199,7 +202,7 @@ MANIFESTS = [path.name for path in FILES if path.suffix == ".yaml"]
 
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_manifests_obey_the_published_schemas(name):
-    kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="needs extra [launch]")
+    kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="needs [test-launch]")
     known = [document for kind, document in documents(name).items() if kind != "JobSet"]
     for document in [*known, job(name)]:
         kubernetes_validate.validate(document, "1.31", strict=True)  # first with all that is used
@@ -253,13 +256,45 @@ def test_a_job_has_what_jax_reads_of_the_cluster():
     assert found["RoleBinding"]["roleRef"]["name"] == found["Role"]["metadata"]["name"]
 
 
+@pytest.mark.long
+def test_processes_that_are_replaced_one_by_one_meet_again(tmp_path):
+    """As an Indexed Job replaces pods, while their peers still run."""
+    world = "world:superposition,width=16,features=64"
+    checkpoints = {"log_every": 5, "checkpoint_every": 50}
+    settings = make_config(world, steps=600, mesh={"data": 2, "model": 2}, train=checkpoints)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        together = [f"--coordinator=localhost:{free.getsockname()[1]}", "--num_processes=2"]
+    first, codes = {}, {0: [], 1: []}
+
+    def pod(i: int) -> None:
+        while not codes[i] or codes[i][-1] not in (0, 2, 3):
+            process = start(tmp_path, settings, *together, f"--process_id={i}", "--cpu_devices=2")
+            first.setdefault(i, process)
+            process.communicate(timeout=300)
+            codes[i].append(process.returncode)
+
+    pods = [threading.Thread(target=pod, args=(i,)) for i in range(2)]
+    for each in pods:
+        each.start()
+    while not (tmp_path / "metrics.jsonl").exists() or len(metrics(tmp_path)) < 20:
+        time.sleep(0.1)
+    first[1].kill()
+    for each in pods:
+        each.join()
+    assert codes[1][0] == -signal.SIGKILL and codes[0][0] == 75
+    assert codes[0][-1] == codes[1][-1] == 0
+    steps = [line["step"] for line in metrics(tmp_path)]
+    assert steps == sorted(set(steps)) and steps[-1] == 600
+
+
 # --------------------------------------------------------------------------------- what is written
 
 
 def checked_by(program: str, *arguments) -> None:
     path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
     if not shutil.which(program, path=path):
-        pytest.skip(f"{program} is not installed (extra [launch])")
+        pytest.skip(f"{program} is not installed ([test-launch])")
     command = [shutil.which(program, path=path), *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
