@@ -5,8 +5,8 @@ Object stores have no rename, no append and no directories, so files are written
 and `create` here, which are atomic in both worlds.
 
 All of it goes through TensorStore, which reads the arrays too: one client, one set of credentials,
-no package besides. (etils.epath would reach S3 through s3fs, which caches listings, so that a
-worker would not see another's files, and cannot create a file exclusively.) Credentials are the
+no package besides. (etils.epath reaches S3 through s3fs, which caches listings, so that a worker
+does not see another's files; and an epath.Path cannot be created exclusively.) Credentials are the
 usual: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ~/.aws, or the instance's role;
 AWS_REGION; AWS_ENDPOINT_URL for another server that speaks S3; GOOGLE_APPLICATION_CREDENTIALS,
 or gcloud's, or the instance's.

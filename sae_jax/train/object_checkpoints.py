@@ -8,6 +8,7 @@ There is no rename, so a checkpoint is what has its complete.json and all its fi
 process left has none, and is removed by the next.
 """
 
+import collections
 import json
 import math
 
@@ -36,11 +37,11 @@ class ObjectCheckpointer:
         self._keep = keep
         self._manager = serialization.GlobalAsyncCheckpointManager(timeout_secs=_PATIENCE)
         self._saving: int | None = None
-        self.steps = self._whole()
+        sizes = collections.Counter(file.partition("/")[0] for file in directory.files())
+        self.steps = sorted(int(name) for name in sizes if self._is_whole(name, sizes[name]))
         if keep and jax.process_index() == 0:
-            for name in {file.partition("/")[0] for file in directory.files()}:
-                if name not in map(str, self.steps):
-                    (directory / name).rmtree()
+            for name in sizes.keys() - set(map(str, self.steps)):
+                (directory / name).rmtree()
 
     def save(self, step: int, tree: dict) -> None:
         """Copies the tree and returns; it is written behind the next steps. Raises what the
@@ -104,20 +105,20 @@ class ObjectCheckpointer:
             (self._directory / str(old) / "complete.json").unlink()
             (self._directory / str(old)).rmtree()
 
-    def _whole(self) -> list[int]:
-        """The steps that there are checkpoints of, in order."""
-        steps = []
-        for entry in self._directory.iterdir():
-            files = set(entry.files())
-            if not entry.name.isdecimal() or "complete.json" not in files:
-                continue
-            if len(files) - 1 < self._complete(int(entry.name))["files"]:
-                logging.warning("%s lacks files and is no checkpoint any more", entry)
-                continue
-            steps.append(int(entry.name))
-        return sorted(steps)
+    def _is_whole(self, name: str, files: int) -> bool:
+        """Whether `name`, a folder of so many files, is a checkpoint."""
+        try:
+            complete = self._complete(name)
+        except FileNotFoundError:
+            return False
+        if files - 1 < complete["files"]:
+            logging.warning(
+                "%s/%s lacks files and is no checkpoint any more", self._directory, name
+            )
+            return False
+        return True
 
-    def _complete(self, step: int) -> dict:
+    def _complete(self, step: int | str) -> dict:
         return json.loads((self._directory / str(step) / "complete.json").read_text())
 
     def _spec(self, step: int, name: str) -> dict:
