@@ -3,9 +3,9 @@
   python launch/local.py --processes=4 --devices=2 -- train --workdir=runs/a --config.mesh.data=8
 
 They find each other by a free port, and each line they write begins with the number of its
-process. SIGTERM, SIGINT and SIGHUP go to all of them. Where one ends badly the others get --grace
-seconds to end too, and are killed then; with --restarts=R all are started again, at most R times,
-unless this launcher itself was told to stop or starting again would not help.
+process. SIGTERM and SIGINT go to all of them, SIGHUP as SIGTERM. Where one ends badly the others
+get --grace seconds to end too, and are killed then; with --restarts=R all are started again, at
+most R times, unless this launcher itself was told to stop or starting again would not help.
 
 Exit code: 0 if all ended with 0, else that of the process that ended badly first: 75 where they
 were told to stop and saved, 128 + the signal where one was killed.
@@ -136,6 +136,8 @@ class _Processes:
 
     def _forward(self, number: int, _) -> None:
         self.told_to_stop = True
+        if number == signal.SIGHUP:  # the terminal is gone; there is time to save
+            number = signal.SIGTERM
         for process in self._all:
             process.send_signal(number)  # nothing, to one that has ended
 

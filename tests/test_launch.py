@@ -93,9 +93,16 @@ def test_a_mistake_is_not_started_again(local):
     assert process.returncode == 2 and "starting again" not in err
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_goes_to_all_and_starts_nothing_again(local, number):
-    code = f"signal.signal({int(number)}, lambda *_: sys.exit(75)); print('up', flush=True)"
+@pytest.mark.parametrize(
+    "number,heard",
+    [
+        (signal.SIGTERM, signal.SIGTERM),
+        (signal.SIGINT, signal.SIGINT),
+        (signal.SIGHUP, signal.SIGTERM),
+    ],
+)
+def test_a_signal_goes_to_all_and_starts_nothing_again(local, number, heard):
+    code = f"signal.signal({int(heard)}, lambda *_: sys.exit(75)); print('up', flush=True)"
     process = local(f"{code}; time.sleep(60)", "--processes=2", "--restarts=3")
     assert [process.stdout.readline()[4:] for _ in range(2)] == ["up\n", "up\n"]
     process.send_signal(number)
