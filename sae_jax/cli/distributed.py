@@ -88,3 +88,7 @@ def _join(args: flags.FlagValues) -> None:
             "outside of Slurm, TPU and Kubernetes give each one --coordinator=HOST:PORT, "
             "--num_processes and its --process_id"
         ) from error
+    if jax.default_backend() == "cpu":
+        # A program that XLA:CPU reads from the cache does its collectives in any order, and gloo
+        # mixes them up: seen with four processes on a mesh of 2 x 2, with jaxlib 0.10.2.
+        jax.config.update("jax_enable_compilation_cache", False)
