@@ -5,7 +5,8 @@ A command is one file here with `SUMMARY` (text; its first line is shown by `sae
 `--config.section.field=value` assignments, which only commands that take a config accept.
 
 Exit codes: 0 done; 2 a mistake of the user's (one line says which); 3 stopped at a non-finite
-loss; 75 stopped by SIGTERM after saving, to be started again.
+loss; 75 to be started again: stopped by SIGTERM after saving, or another process of the program has
+died, or a step hung.
 """
 
 import importlib

@@ -31,7 +31,7 @@ has run out. Runs are in S/runs, named by their configs, and never trained twice
 a row for each.
 
 Exit codes: 0 all runs have ended, including those whose loss became NaN, which are named; 2 a
-mistake in the input; 75 stopped by SIGTERM after saving.
+mistake in the input; 75 to be started again (SIGTERM; a dead process, a step that hangs).
 """
 
 

@@ -13,8 +13,8 @@ SUMMARY = """Train a sparse autoencoder on an activation store; the same command
 
 Without --config it starts from the defaults. RUN gets config.json, metrics.jsonl, checkpoints/
 and, at the end, result.json. Stopped by SIGTERM or Ctrl-C, or killed, it goes on from its last
-checkpoint. Exit codes: 0 done, 2 a mistake in the input, 3 non-finite loss, 75 stopped by
-SIGTERM after saving.
+checkpoint. Exit codes: 0 done, 2 a mistake in the input, 3 non-finite loss, 75 to be started again:
+stopped by SIGTERM after saving, or another process of the run has died, or a step hung.
 """
 
 
