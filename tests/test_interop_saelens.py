@@ -7,8 +7,8 @@ import pytest
 import safetensors.numpy
 
 import sae_jax
+from sae_jax import interop
 from sae_jax.config import UserError
-from sae_jax.interop import saelens_site
 
 D, N, K = 6, 20, 4
 
@@ -104,4 +104,4 @@ def test_a_truncated_file_and_an_empty_directory_are_named(tmp_path):
 )
 def test_sites_of_hooks(tmp_path, hook, site):
     write(tmp_path / "sae", metadata={"hook_name": hook})
-    assert saelens_site(tmp_path / "sae") == site
+    assert interop.site(tmp_path / "sae") == site

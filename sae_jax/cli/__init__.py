@@ -20,7 +20,7 @@ from absl import logging as absl_logging
 
 from sae_jax.config import Config, UserError, choose, to_dict
 
-COMMANDS = ("demo", "harvest", "store", "train", "eval", "sweep", "fit", "plan", "bench")
+COMMANDS = """demo harvest store train eval sweep fit plan export import bench""".split()
 
 
 def entry() -> int:

@@ -101,7 +101,7 @@ def _evaluate(args) -> None:
     }
     data = dataclasses.replace(data, **chosen)
     if not data.site and not is_run:
-        data = dataclasses.replace(data, site=interop.saelens_site(path) or "")
+        data = dataclasses.replace(data, site=interop.site(path) or "")
     store = Store.open(data.store) if data.store and not is_world(data.store) else None
     directory = lm.DEMO_MODEL if args.model == "demo" else args.model
     if directory is None and store is not None and _is_from(store, lm.DEMO_MODEL):

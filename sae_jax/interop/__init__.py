@@ -1,26 +1,96 @@
-"""Formats of other frameworks, one file each, and one door to all of them."""
+"""Formats of other frameworks, one file each, and one door to all of them.
+
+Each has `recognises(path)`, `read(path)`, `write(sae, directory, about)` and `EXPRESSES`: what each
+(architecture, kind) of ours is called there. What is not in it is refused, never approximated.
+"""
+
+import pathlib
+import shutil
 
 from sae_jax import paths
-from sae_jax.config import UserError
-from sae_jax.interop.saelens import is_saelens, read_saelens, saelens_site
+from sae_jax.config import UserError, choose
+from sae_jax.interop import (
+    dictionary_learning,
+    gemma_scope,
+    gemma_scope_2,
+    native,
+    openai,
+    saelens,
+    sparsify,
+)
+from sae_jax.interop.origin import origin
 from sae_jax.sae import SAE
 from sae_jax.train import load_sae
+
+FORMATS = {
+    "saelens": saelens,
+    "dictionary_learning": dictionary_learning,
+    "sparsify": sparsify,
+    "gemma_scope": gemma_scope,
+    "gemma_scope_2": gemma_scope_2,
+    "openai": openai,
+    "sae_jax": native,
+}
 
 
 def load(path) -> SAE:
     """The SAE at `path`: a run of ours (its last checkpoint), one of its checkpoints
-    (RUN/checkpoints/STEP), or a folder of SAELens'. UserError where it is none of them."""
+    (RUN/checkpoints/STEP), or what any of `FORMATS` describes. UserError where it is none."""
     path = paths.path(path)
-    if is_saelens(path):
-        return read_saelens(path)
+    if name := format_of(path):
+        return FORMATS[name].read(path)
     if (path / "config.json").is_file():
         return load_sae(path)
     if path.parent.name == "checkpoints" and path.name.isdecimal():
         return load_sae(path.parent.parent, int(path.name))
     raise UserError(
-        f"no SAE at {path}: neither a run (config.json, checkpoints/) nor a SAELens folder "
-        "(cfg.json, sae_weights.safetensors)"
+        f"no SAE at {path}: neither a run (config.json, checkpoints/) nor one of the formats "
+        f"{', '.join(FORMATS)}"
     )
 
 
-__all__ = ["is_saelens", "load", "read_saelens", "saelens_site"]
+def format_of(path) -> str | None:
+    """The format of a local folder or file that another framework, or `export`, wrote."""
+    path = paths.path(path)
+    if paths.is_remote(path):
+        return None
+    return next((name for name, one in FORMATS.items() if one.recognises(path)), None)
+
+
+def site(path) -> str | None:
+    """Our name of the site that the SAE at `path` reads, where its format says so."""
+    name = format_of(path)
+    if name == "saelens":
+        return saelens.site(paths.path(path))
+    return native.about(paths.path(path)).get("site") if name == "sae_jax" else None
+
+
+def export(sae: SAE, format: str, directory, about: dict | None = None) -> None:
+    """Writes the SAE to a new `directory` in the named format, as the same function of activations
+    in the model's own units: normalisation and, where the architecture allows it, the norms of the
+    decoder's rows are folded in, in float32. about: what the format can say of its origin.
+
+    UserError for a format that cannot express it exactly, naming those that can, and for a
+    directory that is there."""
+    choose(format, FORMATS, "--format")
+    module, what = FORMATS[format], (sae.config.architecture, sae.config.kind)
+    if what not in module.EXPRESSES:
+        able = [name for name, one in FORMATS.items() if what in one.EXPRESSES]
+        raise UserError(
+            f"{format} cannot express a {what[0]} {what[1]}: {module.WHY_NOT}. These can: "
+            f"{', '.join(able)}"
+        )
+    directory = pathlib.Path(directory)
+    if directory.exists():
+        raise UserError(f"{directory} is there already; give a new directory")
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        module.write(sae if format == "sae_jax" else sae.fold(), temporary, about or {})
+        temporary.rename(directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+__all__ = ["FORMATS", "export", "format_of", "load", "origin", "site"]

@@ -1,28 +1,54 @@
-"""SAELens' folders (6.x): cfg.json and sae_weights.safetensors, read without torch.
+"""SAELens' folders (6.x): cfg.json and sae_weights.safetensors. Also what SAEDashboard, Neuronpedia
+and SAEBench read.
 
-SAELens computes `latents = f((x - b_dec) @ W_enc + b_enc)`, `x_hat = latents @ W_dec + b_dec`,
-with x - b_dec only where `apply_b_dec_to_input`. Our top-k SAE has that field too; for a ReLU SAE
-b_dec is folded, b_enc' = b_enc - b_dec @ W_enc. A top-k SAE with `rescale_acts_by_decoder_norm`
-ranks pre-activations times the norms of the decoder's rows and divides the kept ones by them
-again: the norms go into W_enc and b_enc, and the decoder's rows get norm 1. Either way it is the
-same function to rounding.
+SAELens computes `latents = f((x - b_dec) @ W_enc + b_enc)`, `x_hat = latents @ W_dec + b_dec`, with
+x - b_dec only where `apply_b_dec_to_input`. Where our architecture has no such choice b_dec is
+folded, b_enc' = b_enc - b_dec @ W_enc. A top-k SAE with `rescale_acts_by_decoder_norm` ranks
+pre-activations times the norms of the decoder's rows and divides the kept ones by them again: the
+norms go into W_enc and b_enc, and the decoder's rows get norm 1. Either way it is the same function
+to rounding. BatchTopK has no inference form of its own there: it is written, as SAELens does, as a
+JumpReLU with the estimated threshold.
 """
 
+import json
 import pathlib
 import re
 
-import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 
-from sae_jax import paths
 from sae_jax.config import SAEConfig, UserError
+from sae_jax.interop.weights import (
+    Arrays,
+    check_shapes,
+    float32,
+    make_sae,
+    read_safetensors,
+    without_shift,
+)
 from sae_jax.lm.text import read_json
-from sae_jax.sae import ARCHITECTURES, SAE, resolve
+from sae_jax.sae import SAE
 
-ARCHITECTURE_NAMES = {"standard": "relu", "topk": "topk"}
-_TENSORS = ("W_enc", "W_dec", "b_enc", "b_dec")
+_AUTOENCODERS = {
+    "relu": "standard",
+    "relu_l1_unit": "standard",
+    "topk": "topk",
+    "jumprelu": "jumprelu",
+    "batchtopk": "jumprelu",
+    "matryoshka": "jumprelu",
+    "gated": "gated",
+}
+_JUMPING = ("jumprelu", "batchtopk", "matryoshka")
+EXPRESSES = {(name, "autoencoder"): theirs for name, theirs in _AUTOENCODERS.items()}
+for _kind in ("transcoder", "skip_transcoder"):
+    EXPRESSES |= {(name, _kind): _kind for name in ("relu", "relu_l1_unit")}
+    EXPRESSES |= {(name, _kind): f"jumprelu_{_kind}" for name in _JUMPING}
+WHY_NOT = "it has transcoders with ReLU or thresholds only, and no crosscoders"
+
+_READS = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated"}
+_GATED = {"b_enc": "b_gate", "b_mag": "b_mag", "r_mag": "r_mag"}
+_VERSION = "6.54.12"  # whose format this is
+_WEIGHTS = "sae_weights.safetensors"
 
 _SITES = {  # hook names: TransformerLens', and modules of Hugging Face's decoders
     r"blocks\.(\d+)\.hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out)": r"\2.\1",
@@ -31,74 +57,148 @@ _SITES = {  # hook names: TransformerLens', and modules of Hugging Face's decode
 }
 
 
-def is_saelens(directory) -> bool:
-    """Of local directories."""
-    if paths.is_remote(directory):
-        return False
-    directory = pathlib.Path(directory)
-    return (directory / "cfg.json").is_file() and (directory / "sae_weights.safetensors").is_file()
+def recognises(path: pathlib.Path) -> bool:
+    return (path / "cfg.json").is_file() and (path / _WEIGHTS).is_file()
 
 
-def read_saelens(directory) -> SAE:
+def write(sae: SAE, directory: pathlib.Path, about: dict) -> None:
+    config = sae.config
+    architecture = EXPRESSES[config.architecture, config.kind]
+    subtracts = bool(config.apply_b_dec_to_input)
+    arrays = float32(without_shift(sae, subtracts))
+    names = _names(architecture)
+    if "W_skip" in names:
+        arrays["w_skip"] = np.ascontiguousarray(arrays["w_skip"].T)
+    tensors = {theirs: arrays[ours] for theirs, ours in names.items()}
+    safetensors.numpy.save_file(tensors, directory / _WEIGHTS)
+    cfg = {
+        "architecture": architecture,
+        "d_in": config.d_in,
+        "d_sae": config.d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": subtracts,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        **(
+            {"k": config.k, "rescale_acts_by_decoder_norm": False} if "topk" == architecture else {}
+        ),
+        **({"d_out": config.d_out} if "transcoder" in architecture else {}),
+        "metadata": {
+            "sae_lens_version": _VERSION,
+            "sae_lens_training_version": None,
+            "training_architecture": config.architecture,
+            "trained_with": "sae_jax",
+            "hook_head_index": None,
+            **about,
+        },
+    }
+    (directory / "cfg.json").write_text(json.dumps(cfg, indent=1) + "\n")
+
+
+def read(directory: pathlib.Path) -> SAE:
     """The SAE in `directory`, in float32, as the same function of x.
 
     Raises UserError, naming the field or the tensor, for an architecture that is not implemented,
     a top-k SAE without k (SAELens would silently take 100), a run-time normalisation of the
     inputs, a reshaping hook, and tensors that are missing, additional or of another shape.
     """
-    directory = pathlib.Path(directory)
     file = directory / "cfg.json"
     cfg = read_json(file)
     d_in, d_sae = (_whole_number(cfg, name, file) for name in ("d_in", "d_sae"))
-    config = _config(cfg, d_sae, file)
-    for name in ("normalize_activations", "reshape_activations"):
-        if cfg.get(name, "none") != "none":
+    name, kind = _architecture(cfg, file)
+    d_out = d_in if kind == "autoencoder" else _whole_number(cfg, "d_out", file)
+    for field in ("normalize_activations", "reshape_activations"):
+        if cfg.get(field, "none") != "none":
             raise UserError(
-                f"{file}: {name} {cfg[name]!r} happens at run time in SAELens; fold it "
+                f"{file}: {field} {cfg[field]!r} happens at run time in SAELens; fold it "
                 'into the weights there, so that the field reads "none"'
             )
-    shapes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_enc": (d_sae,), "b_dec": (d_in,)}
-    tensors = _read_tensors(directory / "sae_weights.safetensors", shapes)
-    w_enc, w_dec, b_enc, b_dec = (tensors[name] for name in _TENSORS)
-    if _subtracts_b_dec(cfg) and not config.apply_b_dec_to_input:
-        b_enc = b_enc - b_dec @ w_enc
-    if cfg.get("rescale_acts_by_decoder_norm", False):
-        norms = np.linalg.norm(w_dec, axis=1)
-        w_enc, b_enc = w_enc * norms, b_enc * norms
-        w_dec = w_dec / np.where(norms > 0, norms, 1.0)[:, None]
-    parameters = {"w_enc": w_enc, "w_dec": w_dec, "b_enc": b_enc, "b_dec": b_dec}
-    return ARCHITECTURES[config.architecture](
-        resolve(config, d_in),
-        {name: jnp.asarray(value, jnp.float32) for name, value in parameters.items()},
+    names = _names(cfg["architecture"])
+    ours = {"w_enc": (d_in, d_sae), "w_dec": (d_sae, d_out), "b_dec": (d_out,)}
+    ours |= {"w_skip": (d_out, d_in)}
+    shapes = {theirs: ours.get(name, (d_sae,)) for theirs, name in names.items()}
+    tensors = check_shapes(read_safetensors(directory / _WEIGHTS), shapes, directory / _WEIGHTS)
+    arrays = {name: tensors[theirs] for theirs, name in names.items()}
+    if "w_skip" in arrays:
+        arrays["w_skip"] = arrays["w_skip"].T
+    config = SAEConfig(
+        name, kind=kind, d_sae=d_sae, normalize="none", **_fields(name, kind, cfg, file)
     )
+    return _same_function(config, arrays, cfg, d_in, d_out)
 
 
-def saelens_site(directory) -> str | None:
+def site(directory: pathlib.Path) -> str | None:
     """Our name of the site that the SAE was trained on, where its cfg.json says so in a way that
     has a counterpart here."""
-    if paths.is_remote(directory):
-        return None
-    metadata = read_json(pathlib.Path(directory) / "cfg.json").get("metadata", {})
-    hook = metadata.get("hook_name") or ""
-    for pattern, site in _SITES.items():
+    hook = read_json(directory / "cfg.json").get("metadata", {}).get("hook_name") or ""
+    for pattern, ours in _SITES.items():
         if match := re.fullmatch(pattern, hook):
-            return match.expand(site)
+            return match.expand(ours)
     return None
 
 
-def _config(cfg: dict, d_sae: int, file: pathlib.Path) -> SAEConfig:
-    name = cfg.get("architecture")
-    if name not in ARCHITECTURE_NAMES:
-        known = ", ".join(ARCHITECTURE_NAMES)
-        raise UserError(f"{file}: architecture {name!r} cannot be read yet; known are {known}")
-    architecture = ARCHITECTURE_NAMES[name]
-    fields = {"architecture": architecture, "d_sae": d_sae, "normalize": "none"}
-    if architecture == "topk":
-        fields["k"] = _whole_number(cfg, "k", file)
+def hook_of(site: str) -> str | None:
+    """TransformerLens' name of one of our sites, where it has one."""
+    name, _, layer = site.partition(".")
+    if name in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"):
+        return f"blocks.{layer}.hook_{name}"
+    return {
+        "mlp_act": f"blocks.{layer}.mlp.hook_post",
+        "mlp_in": f"blocks.{layer}.ln2.hook_normalized",
+    }.get(name)
+
+
+def _names(architecture: str) -> dict[str, str]:
+    """Their tensors, and which of our parameters each is."""
+    names = {"W_enc": "w_enc", "W_dec": "w_dec", "b_dec": "b_dec"}
+    if architecture == "gated":
+        return names | {theirs: ours for ours, theirs in _GATED.items()}
+    names["b_enc"] = "b_enc"
+    if architecture.startswith("jumprelu"):
+        names["threshold"] = "threshold"
+    if architecture.endswith("skip_transcoder"):
+        names["W_skip"] = "w_skip"
+    return names
+
+
+def _architecture(cfg: dict, file: pathlib.Path) -> tuple[str, str]:
+    """Our architecture and kind."""
+    theirs = cfg.get("architecture")
+    if theirs in _READS:
+        return _READS[theirs], "autoencoder"
+    transcoders = {their: ours for ours, their in EXPRESSES.items() if "transcoder" in their}
+    if theirs in transcoders:
+        jumps = theirs.startswith("jumprelu")
+        return "jumprelu" if jumps else "relu", transcoders[theirs][1]
+    known = ", ".join([*_READS, *transcoders])
+    raise UserError(f"{file}: architecture {theirs!r} cannot be read; known are {known}")
+
+
+def _fields(name: str, kind: str, cfg: dict, file: pathlib.Path) -> dict:
+    """What our config says of it besides."""
+    fields = {}
+    if name != "relu" and kind == "autoencoder":
         fields["apply_b_dec_to_input"] = _subtracts_b_dec(cfg)
+    if name == "topk":
+        fields["k"] = _whole_number(cfg, "k", file)
         # Without the rescaling SAELens ranks raw pre-activations, whatever the decoder's norms.
         fields["unit_norm_decoder"] = bool(cfg.get("rescale_acts_by_decoder_norm", False))
-    return SAEConfig(**fields)
+    if name == "jumprelu":
+        fields["unit_norm_decoder"] = False
+    return fields
+
+
+def _same_function(config: SAEConfig, arrays: Arrays, cfg: dict, d_in: int, d_out: int) -> SAE:
+    subtracts = _subtracts_b_dec(cfg)
+    if subtracts and not config.apply_b_dec_to_input and config.kind == "autoencoder":
+        arrays["b_enc"] = arrays["b_enc"] - arrays["b_dec"] @ arrays["w_enc"]
+    if cfg.get("rescale_acts_by_decoder_norm", False):
+        norms = np.linalg.norm(arrays["w_dec"], axis=1)
+        arrays["w_enc"], arrays["b_enc"] = arrays["w_enc"] * norms, arrays["b_enc"] * norms
+        arrays["w_dec"] = arrays["w_dec"] / np.where(norms > 0, norms, 1.0)[:, None]
+    sae = make_sae(config, d_in, d_out, arrays)
+    return sae.fold() if config.architecture == "gated" else sae  # ours has unit rows only
 
 
 def _subtracts_b_dec(cfg: dict) -> bool:
@@ -111,22 +211,3 @@ def _whole_number(cfg: dict, name: str, file: pathlib.Path) -> int:
         missing = "is missing" if value is None else f"is {value!r}"
         raise UserError(f"{file}: {name} {missing}; it must be a whole number above 0")
     return value
-
-
-def _read_tensors(file: pathlib.Path, shapes: dict[str, tuple]) -> dict[str, np.ndarray]:
-    """Float64, so that folding rounds once."""
-    if not file.is_file():
-        raise UserError(f"no {file.name} in {file.parent}")
-    try:
-        tensors = safetensors.numpy.load_file(file)
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{file} is damaged or truncated: {error}") from None
-    if missing := sorted(shapes.keys() - tensors.keys()):
-        raise UserError(f"{file} has no tensor {missing[0]}")
-    if extra := sorted(tensors.keys() - shapes.keys()):
-        raise UserError(f"{file} has a tensor {extra[0]} that its cfg.json does not explain")
-    for name, shape in shapes.items():
-        found = tensors[name].shape
-        if found != shape:
-            raise UserError(f"{file}: {name} has shape {found}; cfg.json says {shape}")
-    return {name: tensor.astype(np.float64) for name, tensor in tensors.items()}

@@ -14,6 +14,7 @@ from sae_jax.config import SAEConfig, UserError
 from sae_jax.ops.mesh import BATCH, DECODER, PER_LATENT, in_any_run, out_sharding, product
 
 _AUXILIARY_SLOPE = 0.1
+_ROUNDING = 1e-6  # of a norm in float32
 
 
 @jax.tree_util.register_dataclass
@@ -128,8 +129,13 @@ class SAE(nnx.Module):
         """The same function with scales 1 and decoder rows of norm 1: latents are then in the
         model's units, latent * decoder norm of this SAE. Valid where `activate` commutes with
         a positive rescaling of each latent, given the parameters in `PER_LATENT_SCALED`."""
+        return self._rescaled(self._row_norms())
+
+    def _row_norms(self) -> jax.Array:
+        """(d_sae,): of the decoder's rows in the model's units; 1 where they are 0, or 1 but for
+        rounding, so that folding what is folded changes no bit."""
         norms = jnp.linalg.norm(self.w_dec[...] / self.target_scale, axis=1)
-        return self._rescaled(jnp.where(norms > 0, norms, 1.0))  # nothing to scale: as it is
+        return jnp.where((norms > 0) & (jnp.abs(norms - 1) > _ROUNDING), norms, 1.0)
 
     def _rescaled(self, factor: jax.Array) -> "SAE":
         """The same function with scales 1 and every latent times `factor`, () or (d_sae,)."""

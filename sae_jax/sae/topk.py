@@ -48,7 +48,7 @@ class TopK(SAE):
     def fold(self) -> "TopK":
         """The same function with scales 1. Latents get unit decoder rows only where one factor
         does for all: another would change which are largest."""
-        norms = jnp.linalg.norm(self.w_dec[...] / self.target_scale, axis=1)
+        norms = self._row_norms()
         equal = bool(jnp.all(jnp.abs(norms - norms[0]) < 1e-5 * norms[0]))
         return self._rescaled(norms if equal else 1.0)
 

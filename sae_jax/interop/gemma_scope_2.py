@@ -1,0 +1,62 @@
+"""Gemma Scope 2: params.safetensors with a config.json, which says where the SAE reads and writes,
+and whether a transcoder has an affine skip. Otherwise as Gemma Scope's (`gemma_scope.py`)."""
+
+import json
+import pathlib
+
+import safetensors.numpy
+
+from sae_jax.config import UserError
+from sae_jax.interop import gemma_scope
+from sae_jax.interop.weights import read_safetensors
+from sae_jax.lm.text import read_json
+from sae_jax.sae import SAE
+
+EXPRESSES = gemma_scope.EXPRESSES | {
+    (name, "skip_transcoder"): "JumpReLU with an affine skip"
+    for name, kind in gemma_scope.EXPRESSES
+    if kind == "transcoder"
+}
+WHY_NOT = gemma_scope.WHY_NOT
+_FILE = "params.safetensors"
+_SKIP = "affine_skip_connection"
+
+
+def recognises(path: pathlib.Path) -> bool:
+    return (path / _FILE).is_file() and (path / "config.json").is_file()
+
+
+def write(sae: SAE, directory: pathlib.Path, about: dict) -> None:
+    arrays = gemma_scope.parameters(sae)
+    if "w_skip" in arrays:
+        arrays[_SKIP] = arrays.pop("w_skip")
+    safetensors.numpy.save_file(arrays, directory / _FILE)
+    source, target = about.get("hf_module"), about.get("hf_target_module")
+    config = {
+        "architecture": "jump_relu",
+        "model_name": about.get("model_name"),
+        "hf_hook_point_in": source,
+        "hf_hook_point_out": target or source,
+        "affine_connection": _SKIP in arrays,
+        "width": sae.config.d_sae,
+        "l0": about.get("l0"),
+    }
+    (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def read(directory: pathlib.Path) -> SAE:
+    file = directory / "config.json"
+    config = read_json(file)
+    if config.get("architecture") != "jump_relu":
+        raise UserError(
+            f"{file}: architecture {config.get('architecture')!r}; of Gemma Scope 2 only "
+            "'jump_relu' can be read"
+        )
+    tensors = read_safetensors(directory / _FILE)
+    kind = None
+    source, target = (config.get(f"hf_hook_point_{end}") for end in ("in", "out"))
+    if source != target:
+        kind = "transcoder"
+    if _SKIP in tensors:
+        tensors["w_skip"], kind = tensors.pop(_SKIP), "skip_transcoder"
+    return gemma_scope.jump_relu(tensors, directory / _FILE, kind)

@@ -1,0 +1,70 @@
+"""OpenAI's sparse_autoencoder package: a state dict that torch.save wrote, autoencoder.pt.
+
+latents = ReLU((x - pre_bias) @ encoder.weight.T + latent_bias),
+x_hat = latents @ decoder.weight.T + pre_bias. Its TopK always puts a LayerNorm before the encoder
+and takes it back behind the decoder: no SAE of ours does that, so TopK goes neither way.
+"""
+
+import pathlib
+
+import numpy as np
+
+from sae_jax.config import SAEConfig, UserError
+from sae_jax.interop.weights import (
+    check_shapes,
+    float32,
+    import_torch,
+    make_sae,
+    matrix_shape,
+    read_torch,
+    without_shift,
+)
+from sae_jax.sae import SAE
+
+EXPRESSES = {(name, "autoencoder"): "ReLU" for name in ("relu", "relu_l1_unit")}
+WHY_NOT = "it has ReLU, and TopK only with a LayerNorm around it"
+_FILE = "autoencoder.pt"
+# Counters of training that its loader asks for.
+_COUNTERS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
+
+
+def recognises(path: pathlib.Path) -> bool:
+    return (path / _FILE).is_file() or path.suffix == ".pt" and path.is_file()
+
+
+def write(sae: SAE, directory: pathlib.Path, about: dict) -> None:
+    del about
+    torch = import_torch(directory / _FILE)
+    arrays = float32(without_shift(sae, subtracts=True))
+    n = sae.config.d_sae
+    tensors = {
+        "pre_bias": arrays["b_dec"],
+        "latent_bias": arrays["b_enc"],
+        "encoder.weight": np.ascontiguousarray(arrays["w_enc"].T),
+        "decoder.weight": np.ascontiguousarray(arrays["w_dec"].T),
+        "stats_last_nonzero": np.zeros(n, np.int64),
+        "latents_activation_frequency": np.ones(n, np.float32),
+        "latents_mean_square": np.zeros(n, np.float32),
+    }
+    state = {name: torch.from_numpy(array) for name, array in tensors.items()}
+    torch.save(state | {"activation": "ReLU", "activation_state_dict": {}}, directory / _FILE)
+
+
+def read(path: pathlib.Path) -> SAE:
+    file = path / _FILE if path.is_dir() else path
+    state = read_torch(file)
+    activation = state.pop("activation", "ReLU")
+    if activation != "ReLU":
+        raise UserError(
+            f"{file}: activation {activation!r}; OpenAI's TopK has a LayerNorm around it, which no "
+            "SAE here has, so only 'ReLU' can be read"
+        )
+    names = ("pre_bias", "latent_bias", "encoder.weight", "decoder.weight")
+    n, d = matrix_shape(state, "encoder.weight", file)
+    shapes = dict(zip(names, ((d,), (n,), (n, d), (d, n)), strict=True))
+    others = {*_COUNTERS, "activation_state_dict"}
+    kept = {name: value for name, value in state.items() if name not in others}
+    b_dec, b_enc, w_enc, w_dec = check_shapes(kept, shapes, file).values()
+    config = SAEConfig("relu_l1_unit", d_sae=n, unit_norm_decoder=False, normalize="none")
+    arrays = {"w_enc": w_enc.T, "w_dec": w_dec.T, "b_enc": b_enc, "b_dec": b_dec}
+    return make_sae(config, d, d, arrays)

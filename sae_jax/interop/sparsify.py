@@ -1,0 +1,103 @@
+"""EleutherAI's sparsify: cfg.json and sae.safetensors.
+
+latents = TopK(ReLU((x - b_dec) @ encoder.weight.T + encoder.bias)); a transcoder takes no b_dec
+from x, and adds x @ W_skip.T where it has a skip.
+"""
+
+import json
+import pathlib
+
+import numpy as np
+import safetensors.numpy
+
+from sae_jax.config import SAEConfig, UserError
+from sae_jax.interop.weights import (
+    check_shapes,
+    float32,
+    make_sae,
+    matrix_shape,
+    read_safetensors,
+    without_shift,
+)
+from sae_jax.lm.text import read_json
+from sae_jax.sae import SAE
+
+EXPRESSES = {("topk", kind): "topk" for kind in ("autoencoder", "transcoder", "skip_transcoder")}
+WHY_NOT = "it has TopK only, with inputs and outputs of one width"
+_FILE = "sae.safetensors"
+
+
+def recognises(path: pathlib.Path) -> bool:
+    return (path / "cfg.json").is_file() and (path / _FILE).is_file()
+
+
+def write(sae: SAE, directory: pathlib.Path, about: dict) -> None:
+    del about
+    config = sae.config
+    if config.d_in != config.d_out:
+        raise UserError(
+            f"sparsify has no SAE whose inputs ({config.d_in}) and outputs ({config.d_out}) differ "
+            "in width"
+        )
+    transcodes = config.kind != "autoencoder"
+    arrays = float32(without_shift(sae, subtracts=not transcodes))
+    tensors = {
+        "encoder.weight": np.ascontiguousarray(arrays["w_enc"].T),
+        "encoder.bias": arrays["b_enc"],
+        "W_dec": arrays["w_dec"],
+        "b_dec": arrays["b_dec"],
+    }
+    if "w_skip" in arrays:
+        tensors["W_skip"] = np.ascontiguousarray(arrays["w_skip"].T)
+    safetensors.numpy.save_file(tensors, directory / _FILE)
+    cfg = {
+        "activation": "topk",
+        "expansion_factor": max(1, config.d_sae // config.d_in),
+        "normalize_decoder": bool(config.unit_norm_decoder),
+        "num_latents": config.d_sae,
+        "k": config.k,
+        "multi_topk": bool(config.multi_topk),
+        "skip_connection": "w_skip" in arrays,
+        "transcode": transcodes,
+        "d_in": config.d_in,
+    }
+    (directory / "cfg.json").write_text(json.dumps(cfg, indent=1) + "\n")
+
+
+def read(directory: pathlib.Path) -> SAE:
+    file = directory / "cfg.json"
+    cfg = read_json(file)
+    if cfg.get("activation", "topk") != "topk":
+        raise UserError(f"{file}: activation {cfg['activation']!r} is not known here; only 'topk'")
+    if not isinstance(cfg.get("k"), int) or cfg["k"] < 1:
+        raise UserError(f"{file}: k is {cfg.get('k')!r}; it must be a whole number above 0")
+    tensors = read_safetensors(directory / _FILE)
+    n, d = matrix_shape(tensors, "encoder.weight", directory / _FILE)
+    if cfg.get("d_in", d) != d or cfg.get("num_latents") not in (None, 0, n):
+        raise UserError(
+            f"{file} says d_in {cfg.get('d_in')}, num_latents {cfg.get('num_latents')}, but "
+            f"encoder.weight is {(n, d)}"
+        )
+    shapes = {"encoder.weight": (n, d), "encoder.bias": (n,), "W_dec": (n, d), "b_dec": (d,)}
+    kind = "transcoder" if cfg.get("transcode") else "autoencoder"
+    if cfg.get("skip_connection"):
+        shapes["W_skip"], kind = (d, d), "skip_transcoder"
+    arrays = check_shapes(tensors, shapes, directory / _FILE)
+    parameters = {
+        "w_enc": arrays["encoder.weight"].T,
+        "b_enc": arrays["encoder.bias"],
+        "w_dec": arrays["W_dec"],
+        "b_dec": arrays["b_dec"],
+    }
+    if "W_skip" in arrays:
+        parameters["w_skip"] = arrays["W_skip"].T
+    config = SAEConfig(
+        "topk",
+        kind=kind,
+        d_sae=n,
+        k=cfg["k"],
+        multi_topk=bool(cfg.get("multi_topk")),
+        unit_norm_decoder=bool(cfg.get("normalize_decoder", True)),
+        normalize="none",
+    )
+    return make_sae(config, d, d, parameters)
