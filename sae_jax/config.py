@@ -103,6 +103,7 @@ class TrainConfig:
 
     tokens: int = 10_000_000
     seed: int = 0
+    init: str = ""  # an SAE to start from, of any format that is read here; "": a fresh one
     on_nonfinite: str = "stop"  # stop | skip the step
     log_every: int = 50  # steps
     checkpoint_every: int = 1000  # steps

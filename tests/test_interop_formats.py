@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from training import make_config, make_store, sparse_rows
+from training import make_config, make_store, metrics, sparse_rows
 
 import sae_jax
 from sae_jax import interop
+from sae_jax.activations import open_stream
 from sae_jax.cli import main
 from sae_jax.config import SAEConfig, UserError
 from sae_jax.interop import FORMATS
@@ -246,3 +247,48 @@ def test_a_run_goes_out_and_comes_back_by_the_commands(tmp_path, capsys):
     assert refused == 2 and "it looks like saelens" in capsys.readouterr().err
     assert cli("export", "checkpoint", run, "format", "openai", "out", tmp_path / "x") == 2
     assert "These can: saelens, dictionary_learning, sparsify, sae_jax" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    ["topk"]
+    + [pytest.param(n, marks=pytest.mark.slow) for n in ("relu", "jumprelu", "gated", "batchtopk")],
+)
+def test_a_run_goes_on_from_an_sae(tmp_path, architecture):
+    """Its first loss is the SAE's own error on the first batch, in units in which the activations
+    have norm sqrt(d)."""
+    store = make_store(tmp_path / "store")
+    sae = random_sae(architecture)
+    sae = type(sae)(dataclasses.replace(sae.config, d_in=16, d_out=16, d_sae=N), wide(sae), 1 / 3)
+    interop.export(sae, "sae_jax", tmp_path / "sae")
+    fields = {"d_sae": N, "aux_coefficient": 0.0, "sparsity_coefficient": None, "k": sae.config.k}
+    if sae.config.k is None:
+        fields["sparsity_coefficient"] = 1e-6
+    config = make_config(
+        store,
+        architecture,
+        steps=1,
+        sae=fields,
+        train={"init": str(tmp_path / "sae")},
+        optimizer={"learning_rate": 1e-12},
+    )
+    result = loop.train(config, tmp_path / "run", interop.load)
+    x = next(open_stream(config.data).batches(0, prefetch=0)).astype(np.float32)
+    back = sae_jax.load(tmp_path / "run")
+    if architecture != "batchtopk":  # whose threshold is that of the last batch
+        np.testing.assert_allclose(back(x), sae(x), atol=1e-4, rtol=1e-4)
+        error = np.sum(np.square(x - np.asarray(sae(x))), axis=1).mean()
+        assert metrics(tmp_path / "run")[0]["mse"] == pytest.approx(error, rel=1e-3)
+    assert result["d_sae"] == N
+    with pytest.raises(UserError, match="--config.sae.d_sae=24"):
+        wrong = make_config(store, architecture, steps=1, train={"init": str(tmp_path / "sae")})
+        loop.train(wrong, tmp_path / "wrong", interop.load)
+
+
+def wide(sae) -> dict:
+    """The parameters of an SAE of 8, for one of 16."""
+    rng = np.random.default_rng(3)
+    w_dec = rng.normal(size=(N, 16))
+    w_dec /= np.linalg.norm(w_dec, axis=1, keepdims=True)
+    own = {"w_enc": w_dec.T, "w_dec": w_dec, "b_dec": rng.normal(size=16)}
+    return sae.parameters() | {n: jnp.asarray(a, jnp.float32) for n, a in own.items()}

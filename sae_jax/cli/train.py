@@ -11,6 +11,9 @@ SUMMARY = """Train a sparse autoencoder on an activation store; the same command
   sae-jax train --workdir=runs/a --config=experiments/openai_topk.py \\
       --config.data.store=stores/gpt2 --config.sae.d_sae=16384 --config.train.tokens=100e6
 
+  sae-jax train --workdir=runs/b --config.train.init=their_sae --config.sae.d_sae=24576 \\
+      --config.data.store=stores/gpt2          (goes on with an SAE that is there)
+
 Without --config it starts from the defaults. RUN gets config.json, metrics.jsonl, checkpoints/
 and, at the end, result.json. Stopped by SIGTERM or Ctrl-C, or killed, it goes on from its last
 checkpoint. Exit codes: 0 done, 2 a mistake in the input, 3 non-finite loss, 75 to be started again:
@@ -36,11 +39,12 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
 
     import jax  # after the mistakes that need no device
 
+    from sae_jax import interop
     from sae_jax.train import loop, preemption
 
     with distributed.joined(args):
         try:
-            result = loop.train(config, args.workdir)
+            result = loop.train(config, args.workdir, interop.load)
         except preemption.PreemptedError as stopped:
             print(f"sae-jax train: {stopped}; start it again to go on", file=sys.stderr)
             return preemption.EXIT_CODE

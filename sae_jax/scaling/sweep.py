@@ -79,6 +79,8 @@ def expand(base: Config, grid: grids.Grid) -> list[Run]:
                     "no activations given: set data.store in get_config(), or add "
                     "--config.data.store=STORE (make one with: sae-jax harvest)"
                 )
+            if config.train.init:
+                raise UserError("train.init is for sae-jax train; a sweep's runs begin fresh")
             stream = streams(config.data)
             config = loop.resolve(config, stream)
             loop.count_steps(config, stream)

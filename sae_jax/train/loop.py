@@ -23,6 +23,7 @@ from sae_jax.config import Config, UserError
 from sae_jax.train import optimizer, resample
 from sae_jax.train.checkpoints import Checkpoints
 from sae_jax.train.directory import RunDirectory, is_writer
+from sae_jax.train.initial import start_from
 from sae_jax.train.median import geometric_median
 from sae_jax.train.mesh import BatchPlacement, make_mesh
 from sae_jax.train.preemption import PreemptedError, Preemption
@@ -37,9 +38,12 @@ class NonFiniteError(Exception):
     """The loss or the gradient became NaN or infinite."""
 
 
-def train(config: Config, workdir: str | paths.AnyPath) -> dict:
+def train(
+    config: Config, workdir: str | paths.AnyPath, load_sae: Callable[[str], saes.SAE] | None = None
+) -> dict:
     """Trains `config` in `workdir`, from the last checkpoint there if there is one, and returns
-    the run's result (the content of result.json).
+    the run's result (the content of result.json). load_sae: reads `train.init`, which may be of a
+    format that this room knows nothing of.
 
     Raises UserError for a mistake in the config, the store or the directory, before anything
     is computed; NonFiniteError if the loss became NaN; PreemptedError after SIGTERM.
@@ -55,8 +59,11 @@ def train(config: Config, workdir: str | paths.AnyPath) -> dict:
     if directory.result is not None:
         logging.info("%s is finished; its result stands", workdir)
         return directory.result
+    checkpoints = Checkpoints(directory.path, config.train.keep_checkpoints)
+    begins = config.train.init and checkpoints.latest_step is None
+    sae = load_sae(config.train.init) if begins else None
     with jax.set_mesh(mesh):
-        return _train(config, stream, heldout, steps, mesh, directory)
+        return _train(config, stream, heldout, steps, mesh, directory, checkpoints, sae)
 
 
 def resolve(config: Config, stream: Stream | WorldStream) -> Config:
@@ -81,15 +88,15 @@ def resolve(config: Config, stream: Stream | WorldStream) -> Config:
     return dataclasses.replace(config, sae=sae, data=data, optimizer=adam)
 
 
-def _train(config, stream, heldout, steps, mesh, directory) -> dict:
+def _train(config, stream, heldout, steps, mesh, directory, checkpoints, sae) -> dict:
     scale, target_scale, variance = normalisation(config, stream)
     trainer = Trainer(config, steps, variance)
     placement = BatchPlacement(mesh, config.data.batch_size)
-    checkpoints = Checkpoints(directory.path, config.train.keep_checkpoints)
     with contextlib.closing(checkpoints), contextlib.closing(directory), PROGRESS:
         PROGRESS.saved = checkpoints.latest_step
         if PROGRESS.saved is None:
             state = trainer.init(initial_b_dec(config, stream), scale, target_scale)
+            state = state if sae is None else start_from(sae, config, state)
             start = 0
         else:
             state = checkpoints.restore(trainer.abstract())
