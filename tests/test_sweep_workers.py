@@ -1,22 +1,23 @@
 """Workers of a sweep: killed, stopped, asleep, several processes each; no run is done twice."""
 
+import dataclasses
 import json
 import os
 import pathlib
 import random
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 
 import pytest
-from training import BATCH, make_config, make_store
+from training import BATCH, make_config, make_store, together
 
-from sae_jax.config import UserError, to_dict
+from sae_jax.config import MeshConfig, UserError, to_dict
 from sae_jax.scaling import grid, leases, sweep, worker
-from sae_jax.train.loop import planned
+from sae_jax.train.directory import read_config
+from sae_jax.train.loop import planned, train
 from sae_jax.train.preemption import PreemptedError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -330,16 +331,13 @@ def test_a_worker_that_slept_leaves_its_pass_to_its_successor(start, undisturbed
 
 @pytest.mark.slow
 def test_a_worker_of_two_processes(start, tmp_path):
-    """Process 0 claims, the other follows; told to stop, both do; started again, both go on."""
+    """Process 0 claims, the other follows; told to stop, both do; started again, both go on. Each
+    run's result is that of the run alone."""
     directory = tmp_path / "S"
 
     def start_pair():
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        flags = [f"--coordinator=localhost:{port}", "--num_processes=2", "--cpu_devices=1"]
-        flags += ["--config.mesh.data=2", f"--config.train.tokens={200 * BATCH}"]
-        return [start(directory, *flags, f"--process_id={i}", size="small") for i in range(2)]
+        flags = ["--config.mesh.data=2", f"--config.train.tokens={200 * BATCH}"]
+        return [start(directory, *flags, *own, size="small") for own in together(2)]
 
     pair = start_pair()
     wait_until(lambda: sum(step > 60 for step in last_steps(directory)) >= 2, pair)
@@ -350,6 +348,12 @@ def test_a_worker_of_two_processes(start, tmp_path):
     logs = [finish(process) for process in start_pair()]
     assert "waiting" not in logs[0]
     assert_nothing_was_done_twice(directory, kept)
-    results = [json.loads(f.read_text()) for f in (directory / "runs").glob("*/result.json")]
-    assert [result["devices"] for result in results] == [2, 2]
+    for run in (directory / "runs").iterdir():
+        result = json.loads((run / "result.json").read_text())
+        alone = train(
+            dataclasses.replace(read_config(run), mesh=MeshConfig(data=1)), tmp_path / run.name
+        )
+        assert (result["devices"], alone["devices"]) == (2, 1)
+        for name in ("eval_loss", "eval_fvu", "eval_l0"):
+            assert result[name] == pytest.approx(alone[name], rel=1e-4), name
     assert (directory / "results.csv").read_text().count(",done,") == 2

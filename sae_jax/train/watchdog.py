@@ -239,6 +239,7 @@ class Watchdog:
     def end(self) -> None:
         """Waits until all processes have done their work, then lets them go."""
         PROGRESS.rest()
+        PROGRESS.error = None  # one that all have, and that ended the work in good order
         self._tell(ended=True)
         if self._store is not None:
             self._store.wait_at_barrier(f"{_KEY}/ended", timeout_in_ms=2**31 - 1)
@@ -256,15 +257,15 @@ class Watchdog:
         PROGRESS.error = error
         self._sure = isinstance(error, UserError) and error.__cause__ is None
         self._wake.set()
-        self._declared.wait()
+        self._declared.wait(4 * _FAREWELL_SECONDS)
         self._printed = True
-        atexit.register(self._leave)
+        atexit.register(self._leave, exit_code(error))
 
-    def _leave(self) -> None:
+    def _leave(self, code: int) -> None:
         """Instead of JAX's orderly end, which would wait for those that are stuck."""
-        if self._me == 0:
+        if self._me == 0 and self._verdict is not None:
             self._await_others()
-        _exit(self._own.code)
+        _exit(code)
 
     # ------------------------------------------------------------------ the thread that judges
 
