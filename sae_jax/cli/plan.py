@@ -58,6 +58,8 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
     from sae_jax.plan import chips, table
 
     topology = chips.find(args.topology or _cpus(config.mesh))
+    if args.find == "time" and topology.chip is None:
+        raise UserError("--find=time needs a --topology of TPUs or GPUs")
     config = _resolve(config)
     if args.find:
         best = _find(config, topology, args.find)
@@ -130,8 +132,6 @@ def _find(config: Config, topology, by: str):
         tried.append(_estimate(candidate, topology))
     print("\n".join([table.HEADER, *map(table.row, tried), ""]), file=sys.stderr)
     fitting = [e for e in tried if e.fits]
-    if by == "time" and topology.chip is None:
-        raise UserError("--find=time needs a --topology of TPUs or GPUs")
     return min(fitting, key=lambda e: e.total if by == "memory" else e.step_seconds, default=None)
 
 

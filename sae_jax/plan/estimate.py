@@ -73,6 +73,11 @@ class Estimate:
 def estimate(config: Config, topology: Topology) -> Estimate:
     """Compiles the training step of a resolved `config` for the topology. No array is made."""
     mesh = make_mesh(config, topology.devices)
+    if mesh.size != len(topology.devices):
+        raise UserError(
+            f"the mesh has {mesh.size} devices, and {topology.name} has {len(topology.devices)}; "
+            "give axes whose product that is"
+        )
     trainer = Trainer(
         config, steps=max(1, config.train.tokens // config.data.batch_size), variance=1.0
     )
