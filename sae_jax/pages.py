@@ -1,4 +1,4 @@
-"""HTML pages from templates that lie beside the code."""
+"""HTML and Markdown from templates that lie beside the code."""
 
 import pathlib
 
@@ -6,10 +6,10 @@ import jinja2
 
 
 def render(template: pathlib.Path, **values) -> str:
-    """The page of a jinja2 template; text is escaped, and a missing value is an error."""
+    """The page of a jinja2 template; in HTML text is escaped, and a missing value is an error."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(template.parent),
-        autoescape=True,
+        autoescape=template.suffix == ".html",
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

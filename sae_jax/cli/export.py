@@ -5,6 +5,9 @@ SUMMARY = """Write a trained SAE in the format of another framework.
   sae-jax export --checkpoint=runs/a --format=saelens --out=exports/a
   sae-jax export --checkpoint=runs/a/checkpoints/5000 --format=sparsify --out=exports/b
 
+  sae-jax export --results=sweeps/s --select="d_sae=16384 eval_l0<60" --format=saelens --out=many
+  sae-jax export --out=exports/a --push_to=user/name
+
 The export is the same function of activations in the model's own units: the normalisation, and
 where the architecture allows it the norms of the decoder's rows, are folded in. What a format
 cannot express exactly is refused, with the formats that can:
@@ -20,6 +23,18 @@ cannot express exactly is refused, with the formats that can:
 
 Crosscoders go into sae_jax only: a folder of safetensors and JSON, read by `sae_jax.load` like all
 the others. dictionary_learning and openai need PyTorch: pip install "sae-jax[torch]".
+
+Beside the weights is a README.md, the model card of the Hugging Face hub: what the SAE reads, how
+it was trained, its metrics (with those of eval.json, if `sae-jax eval --run` made one), how to use
+it. It names a license only if you do.
+
+Of a sweep, all done runs that meet every term of --select (COLUMN of results.csv, one of = != < <=
+> >=, VALUE) go to OUT/SITE/width_16k/average_l0_32 and the like; OUT/index.json and index.csv list
+width, L0, FVU and CE recovered of each. The same command again goes on where it was.
+
+--push_to uploads OUT, what this command or an earlier one wrote, with your login of the hub
+(pip install "sae-jax[hub]"; hf auth login, or HF_TOKEN). The repository is made private unless you
+say --public.
 """
 
 
@@ -28,19 +43,63 @@ def define(values: flags.FlagValues) -> None:
         flags.DEFINE_string(name, None, text, flag_values=values)
 
     string("checkpoint", "A run, RUN/checkpoints/STEP, or any SAE that sae_jax.load reads.")
+    string("results", "A sweep instead, of which many are exported.")
+    string("select", 'Of the sweep, as in "d_sae=16384 k=32"; all that are done.')
     string("format", "One of the table.")
-    string("out", "A new directory.")
+    string("out", "A new directory; with --push_to alone, what is uploaded.")
+    string("license", "For the model card, as the hub writes it: apache-2.0, mit, cc-by-4.0, ...")
+    string("model_name", "The language model's name on the hub, or SAELens'; the store's.")
+    string("push_to", "Upload OUT to this repository of the Hugging Face hub: user/name.")
+    flags.DEFINE_bool(
+        "public", False, "A repository that --push_to makes is public.", flag_values=values
+    )
 
 
 def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
     del overrides
+    from sae_jax import paths
+    from sae_jax.config import UserError
+    from sae_jax.interop import hub
+
+    if not args.out:
+        raise UserError("--out is needed; see sae-jax export --help")
+    out = paths.local(args.out)
+    if args.push_to:
+        hub.check(args.push_to)
+    elif args.public:
+        raise UserError("--public says how --push_to=user/name makes a repository; give that too")
+    if args.push_to and not (args.checkpoint or args.results):
+        if not (out / "README.md").is_file():
+            raise UserError(
+                f"{out} is no export; make it in the same command with --checkpoint or --results"
+            )
+    else:
+        _write(args, out)
+    if args.push_to:
+        print(f"Uploaded: {hub.push(out, args.push_to, args.public)}")
+
+
+def _write(args: flags.FlagValues, out) -> None:
     from sae_jax import interop, paths
     from sae_jax.config import UserError
+    from sae_jax.interop.many import export_many
 
-    for name in ("checkpoint", "format", "out"):
-        if not getattr(args, name):
-            raise UserError(f"--{name} is needed; see sae-jax export --help")
-    out = paths.local(args.out)
-    sae = interop.load(args.checkpoint)
-    interop.export(sae, args.format, out, interop.origin(args.checkpoint))
-    print(f"Written: {out}")
+    if (args.checkpoint is None) == (args.results is None):
+        raise UserError("give either --checkpoint=RUN or --results=SWEEP")
+    if not args.format:
+        raise UserError("--format is needed; see sae-jax export --help")
+    if args.select and not args.results:
+        raise UserError("--select chooses among the runs of --results=SWEEP; give that too")
+    place = interop.Hub(args.license, args.push_to)
+    named = {"model_name": args.model_name} if args.model_name else {}
+    if args.results:
+        sweep = paths.path(args.results)
+        saes = export_many(sweep, args.format, out, args.select or "", place, named)
+        print(f"Written: {out}: {len(saes)} SAEs, listed in {out / 'index.csv'}")
+    else:
+        sae = interop.load(args.checkpoint)
+        about = interop.origin(args.checkpoint) | named
+        interop.export(sae, args.format, out, about, place)
+        print(f"Written: {out}")
+    if not args.license:
+        print("No license is stated; --license=apache-2.0, say, puts yours in the model card.")

@@ -33,9 +33,8 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
         raise UserError(f"{args.path} is not of the format {args.format}: {what}")
     sae = interop.load(args.path)
     out = paths.local(args.out)
-    site = interop.site(args.path)
-    about = interop.origin(args.path) or ({"site": site} if site else {})
-    interop.export(sae, "sae_jax", out, about | {"imported_from": found or "sae_jax"})
+    about = interop.origin(args.path) | {"imported_from": found or "sae_jax"}
+    interop.export(sae, "sae_jax", out, about)
     config = sae.config
     print(f"Written: {out}: {config.architecture} {config.kind}, {config.d_sae:,} latents, "
           f"d_in {config.d_in:,}")  # fmt: skip

@@ -1,14 +1,15 @@
 """Formats of other frameworks, one file each, and one door to all of them.
 
-Each has `recognises(path)`, `read(path)`, `write(sae, directory, about)` and `EXPRESSES`: what each
-(architecture, kind) of ours is called there. What is not in it is refused, never approximated.
+Each has `recognises(path)`, `read(path)`, `write(sae, directory, about)`, `USAGE`, how its own
+framework is asked for latents, and `EXPRESSES`: what each (architecture, kind) of ours is called
+there. What is not in it is refused, never approximated.
 """
 
 import pathlib
 import shutil
 
 from sae_jax import paths
-from sae_jax.config import UserError, choose
+from sae_jax.config import SAEConfig, UserError, choose
 from sae_jax.interop import (
     dictionary_learning,
     gemma_scope,
@@ -18,6 +19,7 @@ from sae_jax.interop import (
     saelens,
     sparsify,
 )
+from sae_jax.interop.card import Hub, model_card
 from sae_jax.interop.origin import origin
 from sae_jax.sae import SAE
 from sae_jax.train import load_sae
@@ -65,21 +67,18 @@ def site(path) -> str | None:
     return native.about(paths.path(path)).get("site") if name == "sae_jax" else None
 
 
-def export(sae: SAE, format: str, directory, about: dict | None = None) -> None:
+def export(
+    sae: SAE, format: str, directory, about: dict | None = None, hub: Hub | None = None
+) -> None:
     """Writes the SAE to a new `directory` in the named format, as the same function of activations
     in the model's own units: normalisation and, where the architecture allows it, the norms of the
-    decoder's rows are folded in, in float32. about: what the format can say of its origin.
+    decoder's rows are folded in, in float32. Beside it a README.md, the hub's model card. about:
+    what `origin` knows of it.
 
     UserError for a format that cannot express it exactly, naming those that can, and for a
     directory that is there."""
-    choose(format, FORMATS, "--format")
-    module, what = FORMATS[format], (sae.config.architecture, sae.config.kind)
-    if what not in module.EXPRESSES:
-        able = [name for name, one in FORMATS.items() if what in one.EXPRESSES]
-        raise UserError(
-            f"{format} cannot express a {what[0]} {what[1]}: {module.WHY_NOT}. These can: "
-            f"{', '.join(able)}"
-        )
+    check_expressible(sae.config, format)
+    about, module = about or {}, FORMATS[format]
     directory = pathlib.Path(directory)
     if directory.exists():
         raise UserError(f"{directory} is there already; give a new directory")
@@ -87,10 +86,23 @@ def export(sae: SAE, format: str, directory, about: dict | None = None) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        module.write(sae if format == "sae_jax" else sae.fold(), temporary, about or {})
+        module.write(sae if format == "sae_jax" else sae.fold(), temporary, about)
+        readme = model_card(sae, format, module.USAGE, about, hub or Hub())
+        (temporary / "README.md").write_text(readme, encoding="utf-8")
         temporary.rename(directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-__all__ = ["FORMATS", "export", "format_of", "load", "origin", "site"]
+def check_expressible(config: SAEConfig, format: str) -> None:
+    choose(format, FORMATS, "--format")
+    module, what = FORMATS[format], (config.architecture, config.kind)
+    if what not in module.EXPRESSES:
+        able = [name for name, one in FORMATS.items() if what in one.EXPRESSES]
+        raise UserError(
+            f"{format} cannot express a {what[0]} {what[1]}: {module.WHY_NOT}. These can: "
+            f"{', '.join(able)}"
+        )
+
+
+__all__ = ["FORMATS", "Hub", "check_expressible", "export", "format_of", "load", "origin", "site"]

@@ -73,6 +73,15 @@ _CLASSES = {
 }  # fmt: skip
 EXPRESSES = {(c.architecture, "autoencoder"): name for name, c in _CLASSES.items()}
 WHY_NOT = "it has autoencoders only"
+USAGE = """import torch
+from dictionary_learning.utils import load_dictionary
+
+sae, _ = load_dictionary(path, device="cpu")
+x = torch.randn(4, $d_in)  # stands for activations at $site
+with torch.no_grad():
+    latents = sae.encode(x)
+    x_hat = sae.decode(latents)
+"""
 
 
 def recognises(path: pathlib.Path) -> bool:

@@ -27,6 +27,14 @@ EXPRESSES = {
     for kind in ("autoencoder", "transcoder")
 }
 WHY_NOT = "its SAEs have one threshold for each latent, and nothing else"
+USAGE = """import numpy as np
+
+p = np.load(f"{path}/params.npz")
+x = np.random.randn(4, $d_in).astype(np.float32)  # stands for activations at $site
+pre = x @ p["W_enc"] + p["b_enc"]
+latents = np.where(pre > p["threshold"], np.maximum(pre, 0), 0)
+x_hat = latents @ p["W_dec"] + p["b_dec"]
+"""
 _FILE = "params.npz"
 _NAMES = {"W_enc": "w_enc", "W_dec": "w_dec"}  # where they are not ours
 

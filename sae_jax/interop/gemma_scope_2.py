@@ -18,6 +18,17 @@ EXPRESSES = gemma_scope.EXPRESSES | {
     if kind == "transcoder"
 }
 WHY_NOT = gemma_scope.WHY_NOT
+USAGE = """import numpy as np
+import safetensors.numpy
+
+p = safetensors.numpy.load_file(f"{path}/params.safetensors")
+x = np.random.randn(4, $d_in).astype(np.float32)  # stands for activations at $site
+pre = x @ p["w_enc"] + p["b_enc"]
+latents = np.where(pre > p["threshold"], np.maximum(pre, 0), 0)
+x_hat = latents @ p["w_dec"] + p["b_dec"]
+if "affine_skip_connection" in p:
+    x_hat = x_hat + x @ p["affine_skip_connection"]
+"""
 _FILE = "params.safetensors"
 _SKIP = "affine_skip_connection"
 

@@ -21,6 +21,14 @@ from sae_jax.sae.resolve import KINDS
 
 EXPRESSES = {(name, kind): "sae_jax" for name in ARCHITECTURES for kind in KINDS}
 WHY_NOT = ""
+USAGE = """import numpy as np
+import sae_jax
+
+sae = sae_jax.load(path)
+x = np.random.randn(4, $d_in).astype(np.float32)  # stands for activations at $site
+latents = sae.encode(x)
+x_hat = sae(x)
+"""
 _VERSION = 1
 _SCALES = ("scale", "target_scale")
 

@@ -23,6 +23,15 @@ from sae_jax.sae import SAE
 
 EXPRESSES = {(name, "autoencoder"): "ReLU" for name in ("relu", "relu_l1_unit")}
 WHY_NOT = "it has ReLU, and TopK only with a LayerNorm around it"
+USAGE = """import torch
+
+# As sparse_autoencoder.Autoencoder.from_state_dict(state) computes it.
+state = torch.load(f"{path}/autoencoder.pt", weights_only=True)
+x = torch.randn(4, $d_in)  # stands for activations at $site
+pre = (x - state["pre_bias"]) @ state["encoder.weight"].T + state["latent_bias"]
+latents = torch.relu(pre)
+x_hat = latents @ state["decoder.weight"].T + state["pre_bias"]
+"""
 _FILE = "autoencoder.pt"
 # Counters of training that its loader asks for.
 _COUNTERS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")

@@ -45,11 +45,30 @@ for _kind in ("transcoder", "skip_transcoder"):
     EXPRESSES |= {(name, _kind): f"jumprelu_{_kind}" for name in _JUMPING}
 WHY_NOT = "it has transcoders with ReLU or thresholds only, and no crosscoders"
 
+USAGE = """import torch
+from sae_lens import SAE
+
+sae = SAE.load_from_disk(path)
+x = torch.randn(4, $d_in)  # stands for activations at $site
+with torch.no_grad():
+    latents = sae.encode(x)
+    x_hat = sae(x)
+"""
+
 _READS = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated"}
 _GATED = {"b_enc": "b_gate", "b_mag": "b_mag", "r_mag": "r_mag"}
 _VERSION = "6.54.12"  # whose format this is
 _WEIGHTS = "sae_weights.safetensors"
 
+_METADATA = (
+    "model_name",
+    "hook_name",
+    "hook_layer",
+    "dataset_path",
+    "context_size",
+    "prepend_bos",
+    "l0",
+)
 _SITES = {  # hook names: TransformerLens', and modules of Hugging Face's decoders
     r"blocks\.(\d+)\.hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out)": r"\2.\1",
     r"blocks\.(\d+)\.mlp\.hook_post": r"mlp_act.\1",
@@ -128,6 +147,13 @@ def read(directory: pathlib.Path) -> SAE:
     return _same_function(config, arrays, cfg, d_in, d_out)
 
 
+def about(directory: pathlib.Path) -> dict:
+    """Of its metadata, what our exports say too."""
+    metadata = read_json(directory / "cfg.json").get("metadata") or {}
+    told = {name: metadata.get(name) for name in _METADATA} | {"site": site(directory)}
+    return {name: value for name, value in told.items() if value is not None}
+
+
 def site(directory: pathlib.Path) -> str | None:
     """Our name of the site that the SAE was trained on, where its cfg.json says so in a way that
     has a counterpart here."""
@@ -141,6 +167,8 @@ def site(directory: pathlib.Path) -> str | None:
 def hook_of(site: str) -> str | None:
     """TransformerLens' name of one of our sites, where it has one."""
     name, _, layer = site.partition(".")
+    if not layer.isdecimal():
+        return None  # a world's, or a crosscoder's several
     if name in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"):
         return f"blocks.{layer}.hook_{name}"
     return {

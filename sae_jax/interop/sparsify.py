@@ -24,6 +24,17 @@ from sae_jax.sae import SAE
 
 EXPRESSES = {("topk", kind): "topk" for kind in ("autoencoder", "transcoder", "skip_transcoder")}
 WHY_NOT = "it has TopK only, with inputs and outputs of one width"
+USAGE = """import torch
+from sparsify import SparseCoder
+
+sae = SparseCoder.load_from_disk(path)
+x = torch.randn(4, $d_in)  # stands for activations at $site
+with torch.no_grad():
+    picked = sae.encode(x)
+    latents = torch.zeros(len(x), sae.num_latents)
+    latents.scatter_(1, picked.top_indices, picked.top_acts)
+    x_hat = sae(x).sae_out
+"""
 _FILE = "sae.safetensors"
 
 

@@ -1,0 +1,170 @@
+"""README.md of an export: the card that the Hugging Face hub shows, with its YAML front matter."""
+
+import dataclasses
+import pathlib
+import re
+import string
+
+from sae_jax import pages
+from sae_jax.sae import SAE
+
+_HERE = pathlib.Path(__file__).parent
+_LIBRARIES = ("saelens", "dictionary_learning", "sparsify", "sae_jax")  # others are of no package
+_TAGS = ["sparse-autoencoder", "sae", "mechanistic-interpretability", "sae_jax"]
+
+_RECIPE = {
+    "architecture": "architecture",
+    "kind": "kind",
+    "d_sae": "latents",
+    "k": "k, latents a token",
+    "sparsity_coefficient": "sparsity coefficient",
+    "target_l0": "L0 aimed at",
+    "prefix_widths": "nested widths",
+    "aux_coefficient": "coefficient of the auxiliary loss",
+    "tokens": "tokens",
+    "batch_size": "batch, tokens",
+    "epochs": "passes over the data",
+    "learning_rate": "learning rate",
+    "schedule": "schedule of the learning rate",
+    "normalize": "normalisation of activations",
+    "seed": "seed",
+}
+_OF_WHAT = {
+    "model_name": "language model",
+    "site": "site",
+    "hook_name": "hook, as TransformerLens calls it",
+    "target_site": "site that it predicts",
+    "hook_name_out": "hook that it predicts",
+    "dataset_path": "text",
+    "context_size": "context, tokens",
+    "imported_from": "imported from the format",
+    "run_id": "run",
+}
+_AT_THE_END = {"l0": "L0", "eval_fvu": "FVU", "dead_fraction": "latents dead at the end, fraction"}
+_METRICS = {
+    "l0": "L0, latents active a token",
+    "fvu": "FVU, fraction of variance unexplained",
+    "explained_variance": "explained variance",
+    "mse": "mean squared error, summed over the width",
+    "cosine_similarity": "cosine similarity",
+    "dead_fraction": "latents that never fired, fraction",
+    "ce_clean": "cross-entropy of the model, nats",
+    "ce_spliced": "cross-entropy with the SAE spliced in, nats",
+    "ce_zero": "cross-entropy with the site ablated to zero, nats",
+    "ce_recovered_zero": "CE recovered, against zero ablation",
+    "kl_spliced": "KL(model, SAE spliced in), nats",
+    "rows": "rows",
+}
+_PAPERS = {
+    "relu": "Conerly et al., *Update on how we train SAEs*, Transformer Circuits, April 2024. "
+    "https://transformer-circuits.pub/2024/april-update",
+    "relu_l1_unit": "Bricken et al., *Towards Monosemanticity: Decomposing Language Models With "
+    "Dictionary Learning*, Transformer Circuits, 2023. "
+    "https://transformer-circuits.pub/2023/monosemantic-features",
+    "topk": "Gao et al., *Scaling and evaluating sparse autoencoders*, 2024. "
+    "https://arxiv.org/abs/2406.04093",
+    "batchtopk": "Bussmann et al., *BatchTopK Sparse Autoencoders*, 2024. "
+    "https://arxiv.org/abs/2412.06410",
+    "matryoshka": "Bussmann et al., *Learning Multi-Level Features with Matryoshka Sparse "
+    "Autoencoders*, 2025. https://arxiv.org/abs/2503.17547",
+    "jumprelu": "Rajamanoharan et al., *Jumping Ahead: Improving Reconstruction Fidelity with "
+    "JumpReLU Sparse Autoencoders*, 2024. https://arxiv.org/abs/2407.14435",
+    "gated": "Rajamanoharan et al., *Improving Dictionary Learning with Gated Sparse "
+    "Autoencoders*, 2024. https://arxiv.org/abs/2404.16014",
+    "transcoder": "Dunefsky et al., *Transcoders Find Interpretable LLM Feature Circuits*, 2024. "
+    "https://arxiv.org/abs/2406.11944",
+    "skip_transcoder": "Paulo et al., *Transcoders Beat Sparse Autoencoders for "
+    "Interpretability*, 2025. https://arxiv.org/abs/2501.18823",
+    "crosscoder": "Lindsey et al., *Sparse Crosscoders for Cross-Layer Features and Model "
+    "Diffing*, Transformer Circuits, 2024. https://transformer-circuits.pub/2024/crosscoders",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Hub:
+    """Where on the hub an export will be, and under which license: what no run knows."""
+
+    license: str | None = None
+    repo: str | None = None  # user/name
+    folder: str = ""  # in the repo
+
+
+def model_card(sae: SAE, format: str, usage: str, about: dict, hub: Hub) -> str:
+    """Of one SAE. usage: the format's USAGE. about: as `origin` gives it."""
+    config, training = sae.config, about.get("training", {})
+    # An import does not know what it was before its format made, say, a JumpReLU of a BatchTopK.
+    architecture = training.get("architecture", config.architecture)
+    site = about.get("hook_name") or about.get("site")
+    title = f"{architecture} {config.kind.replace('_', ' ')}"
+    title += f" at {site}" if site else ""
+    title += f" of {about['model_name']}" if "model_name" in about else ""
+    return _render(
+        "card.md",
+        title=title,
+        front_matter=_front_matter(format, [architecture, config.kind], about, hub),
+        format=format,
+        config=config,
+        of_what=_rows(_OF_WHAT, about),
+        usage=_with_path(
+            string.Template(usage).substitute(d_in=config.d_in, site=site or "the site"), hub
+        ),
+        recipe=_rows(_RECIPE, training),
+        metrics=_rows(_METRICS, about["evaluation"])
+        if "evaluation" in about
+        else _rows(_AT_THE_END, about),
+        license=hub.license,
+        citations=[_PAPERS[what] for what in (architecture, config.kind) if what in _PAPERS],
+    )
+
+
+def collection_card(title: str, format: str, saes: list[dict], about: dict, hub: Hub) -> str:
+    """Of many, as `many.export_many` lists them. about: what they have in common."""
+    tags = sorted({sae["architecture"] for sae in saes})
+    return _render(
+        "collection.md",
+        title=title,
+        front_matter=_front_matter(format, tags, about, hub),
+        format=format,
+        saes=saes,
+        number=_text,
+        license=hub.license,
+    )
+
+
+def _render(template: str, **values) -> str:
+    return pages.render(_HERE / template, **values).rstrip() + "\n"
+
+
+def _front_matter(format: str, tags: list[str], about: dict, hub: Hub) -> dict:
+    """Values as JSON, which YAML reads. The hub refuses a base_model that is no name of its own,
+    as the name of a local folder is."""
+    values = {"library_name": format} if format in _LIBRARIES else {}
+    if hub.license:
+        values["license"] = hub.license
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", about.get("model_name", "")):
+        values["base_model"] = about["model_name"]
+    return values | {"tags": [*_TAGS, *tags]}
+
+
+def _with_path(usage: str, hub: Hub) -> str:
+    """The snippet, with `path` said behind its imports."""
+    imports, _, rest = usage.rstrip().partition("\n\n")
+    if not hub.repo:
+        return f'{imports}\n\npath = "."  # the folder of this README\n{rest}'
+    call = f'snapshot_download("{hub.repo}")'
+    if hub.folder:
+        only = f'allow_patterns="{hub.folder}/*"'
+        call = f'snapshot_download("{hub.repo}", {only}) + "/{hub.folder}"'
+    return f"from huggingface_hub import snapshot_download\n{imports}\n\npath = {call}\n{rest}"
+
+
+def _rows(labels: dict[str, str], values: dict) -> list[tuple[str, str]]:
+    return [(label, _text(values[name])) for name, label in labels.items() if name in values]
+
+
+def _text(value) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value).replace("|", r"\|")
+    return f"{value:,}" if isinstance(value, int) else f"{value:.5g}"

@@ -1,0 +1,138 @@
+"""Exporting the SAEs of a sweep, in folders as Gemma Scope's are, with an index of them.
+
+DIR/SITE/width_16k/average_l0_32/   an export each; -2, -3, ... where another has the same name
+DIR/index.json, index.csv           path, run_id, architecture, site, width, L0, FVU, CE recovered
+DIR/README.md                       the same table, and the hub's model card
+"""
+
+import csv
+import io
+import json
+import pathlib
+import re
+import sys
+
+import tqdm
+from absl import logging
+
+from sae_jax import interop, paths
+from sae_jax.config import UserError
+from sae_jax.interop.card import Hub, collection_card
+from sae_jax.interop.origin import origin
+from sae_jax.interop.select import select
+from sae_jax.train import read_config
+
+
+def export_many(
+    sweep: paths.AnyPath,
+    format: str,
+    out: pathlib.Path,
+    terms: str = "",
+    hub: Hub | None = None,
+    also: dict | None = None,
+) -> list[dict]:
+    """Exports the runs that `select` finds to `out`, and returns what its index says of all that
+    are there. Started again it goes on with those that are missing; with other terms it adds to
+    them. also: what `origin` cannot know of any of them.
+
+    UserError before anything is written where the format cannot express one of them, and where
+    `out` holds something else."""
+    hub = hub or Hub()
+    runs = {row["run_id"]: sweep / "runs" / row["run_id"] for row in select(sweep, terms)}
+    for run in runs.values():
+        interop.check_expressible(read_config(run).sae, format)
+    index = _read_index(out, format)
+    abouts = {}
+    for run_id, run in runs.items():
+        abouts[run_id] = about = origin(run) | (also or {})
+        taken = [entry["path"] for name, entry in index.items() if name != run_id]
+        entry = _entry(run_id, about)
+        there = index.get(run_id)
+        index[run_id] = {"path": there["path"] if there else _free(_folder(about), taken)} | entry
+    out.mkdir(parents=True, exist_ok=True)
+    # First, so that an export that was stopped finds its folders again.
+    paths.save_json({"format": format, "saes": list(index.values())}, out / "index.json")
+    missing = [run_id for run_id in runs if not (out / index[run_id]["path"]).is_dir()]
+    for run_id in tqdm.tqdm(missing, "exporting", disable=not sys.stderr.isatty()):
+        folder = index[run_id]["path"]
+        place = Hub(hub.license, hub.repo, folder)
+        sae = interop.load(runs[run_id])
+        interop.export(sae, format, out / folder, abouts[run_id], place)
+        if not sys.stderr.isatty():
+            logging.info("exported %s", folder)
+    saes = list(index.values())
+    _write_csv(saes, out / "index.csv")
+    models = {about.get("model_name") for about in abouts.values()}
+    common = {"model_name": models.pop()} if len(models) == 1 and None not in models else {}
+    title = f"Sparse autoencoders of {common.get('model_name', 'a language model')}"
+    paths.write(out / "README.md", collection_card(title, format, saes, common, hub))
+    return saes
+
+
+def _folder(about: dict) -> str:
+    sites = about["site"].replace(",", "+")
+    if "target_site" in about:
+        sites += f"-{about['target_site']}"
+    sites = re.sub(r"[^\w.+-]", "_", sites) or "site"
+    width = _short(about["training"]["d_sae"])
+    l0 = f"{about['l0']:.0f}" if "l0" in about else "unknown"
+    return f"{sites}/width_{width}/average_l0_{l0}"
+
+
+def _short(width: int) -> str:
+    """As Gemma Scope has it: 16384 is 16k, 131072 is 131k, 1048576 is 1m."""
+    for unit, size in (("m", 10**6), ("k", 10**3)):
+        if width >= size:
+            return f"{width // size}{unit}"
+    return str(width)
+
+
+def _free(path: str, taken: list[str]) -> str:
+    number, name = 1, path
+    while name in taken:
+        number += 1
+        name = f"{path}-{number}"
+    return name
+
+
+def _entry(run_id: str, about: dict) -> dict:
+    """What the index says of a run, by eval.json where there is one, else by the run's own
+    held-out rows."""
+    evaluation = about.get("evaluation", {})
+    return {
+        "run_id": run_id,
+        "architecture": about["training"]["architecture"],
+        "site": about["site"],
+        "width": about["training"]["d_sae"],
+        "l0": evaluation.get("l0", about.get("l0")),
+        "fvu": evaluation.get("fvu", about.get("eval_fvu")),
+        "ce_recovered": evaluation.get("ce_recovered_zero"),
+    }
+
+
+def _read_index(out: pathlib.Path, format: str) -> dict[str, dict]:
+    """The entries of `out` by run_id; none where it is new."""
+    file = out / "index.json"
+    if not file.is_file():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{out} is there already and has no index.json; give a new directory")
+        return {}
+    try:
+        index = json.loads(file.read_text())
+        saes = {entry["run_id"]: entry for entry in index["saes"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is no index of an export, or damaged: {error}") from None
+    if index.get("format") != format:
+        raise UserError(
+            f"{out} holds exports of the format {index.get('format')}, not {format}; give another "
+            "--out"
+        )
+    return saes
+
+
+def _write_csv(saes: list[dict], file: pathlib.Path) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(saes[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(saes)
+    paths.write(file, text.getvalue())

@@ -1,0 +1,82 @@
+"""Which runs of a sweep are meant: conditions on the columns of its results.csv."""
+
+import csv
+import io
+import math
+import operator
+import re
+
+from sae_jax import paths
+from sae_jax.config import UserError, choose
+
+_OPERATORS = {
+    "<=": operator.le,
+    ">=": operator.ge,
+    "!=": lambda a, b: not _same(a, b),
+    "<": operator.lt,
+    ">": operator.gt,
+    "=": lambda a, b: _same(a, b),
+}
+_TERM = re.compile(rf"([\w.]+)({'|'.join(_OPERATORS)})(\S+)")
+
+
+def select(sweep: paths.AnyPath, terms: str = "") -> list[dict[str, str]]:
+    """Rows of SWEEP/results.csv of runs that are done and meet every term of `terms`: COLUMN,
+    one of = != < <= > >=, VALUE; spaces between terms. An empty cell meets only !=.
+
+    UserError for a term that cannot be read, an unknown column, or if there is no such run."""
+    file = sweep / "results.csv"
+    if not file.is_file():
+        raise UserError(
+            f"--results: there is no {file}; sae-jax sweep --workdir={sweep} --status writes it"
+        )
+    rows = list(csv.DictReader(io.StringIO(file.read_text())))
+    done = [row for row in rows if row["status"] == "done"]
+    if not done:
+        raise UserError(f"none of the {len(rows)} runs of {sweep} is done")
+    parsed = [_parse(term, list(rows[0])) for term in terms.split()]
+    found = [row for row in done if all(_meets(row, *term) for term in parsed)]
+    if not found:
+        counts = [
+            f"{''.join(term)} by {sum(_meets(row, *term) for row in done)}" for term in parsed
+        ]
+        raise UserError(
+            f"--select: none of the {len(done)} done runs of {sweep} meets it; of its terms, "
+            f"{', '.join(counts)}"
+        )
+    return found
+
+
+def _parse(term: str, columns: list[str]) -> tuple[str, str, str]:
+    match = _TERM.fullmatch(term)
+    if not match:
+        raise UserError(
+            f"--select: {term!r} is not COLUMN, one of = != < <= > >=, and VALUE, as in "
+            '--select="d_sae=16384 eval_l0<60"'
+        )
+    column, sign, value = match.groups()
+    choose(column, columns, "--select: the column")
+    if sign in ("<", "<=", ">", ">=") and _number(value) is None:
+        raise UserError(f"--select: {term} compares with {value!r}, which is no number")
+    return column, sign, value
+
+
+def _meets(row: dict[str, str], column: str, sign: str, value: str) -> bool:
+    cell = row[column]
+    if not cell:
+        return sign == "!="
+    numbers = _number(cell), _number(value)
+    if None not in numbers:
+        return _OPERATORS[sign](*numbers)
+    return sign in ("=", "!=") and _OPERATORS[sign](cell, value)
+
+
+def _same(a, b) -> bool:
+    return a == b if isinstance(a, str) else math.isclose(a, b, rel_tol=1e-9)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text.replace("_", ""))
+    except ValueError:
+        return None
