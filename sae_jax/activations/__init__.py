@@ -1,5 +1,6 @@
 """Where data comes from: stores of activations, synthetic worlds, and their streams of batches."""
 
+from sae_jax.activations.foreign import convert
 from sae_jax.activations.from_arrays import write_store
 from sae_jax.activations.opening import is_world, open_stream, open_world
 from sae_jax.activations.sites import Sites
@@ -15,6 +16,7 @@ __all__ = [
     "Stream",
     "World",
     "WorldStream",
+    "convert",
     "is_world",
     "open_stream",
     "open_world",

@@ -1,24 +1,43 @@
-from absl import flags
+from absl import flags, logging
 
-SUMMARY = """Show what an activation store holds; with --check, read all of it.
+from sae_jax.config import UserError
+
+SUMMARY = """Show what an activation store holds, or make one from files of activations.
 
   sae-jax store --path=STORE           sites, statistics, what is excluded and why, provenance
   sae-jax store --path=STORE --check   also compares every byte with its checksum
+  sae-jax store --from=FOLDER --out=STORE --site=resid_post.8
+
+--from: activations that SAELens cached (arrow files, with their tokens; pip install "sae-jax[lm]"),
+or .npy or .safetensors files, each (rows, width), in the order of their names. Stopped, it goes on
+when it is started again.
 """
 
 
 def define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("path", None, "Directory of the store.", flag_values=values, required=True)
+    def string(name, text):
+        flags.DEFINE_string(name, None, text, flag_values=values)
+
+    string("path", "Directory of the store.")
     flags.DEFINE_bool("check", False, "Read everything, and verify it.", flag_values=values)
+    string("from", "Activations that others saved, to make a store of.")
+    string("out", "With --from: directory of the new store.")
+    string("site", "With --from: what to call it; the hook's name in our terms, else activations.")
+    flags.DEFINE_integer(
+        "context_length", None, "With --from: rows of a plain file that make one text; 1.",
+        flag_values=values, lower_bound=1,
+    )  # fmt: skip
 
 
 def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
     from sae_jax.activations import Store
 
-    store = Store.open(args.path)
+    if (args.path is None) == (args["from"].value is None):
+        raise UserError("give either --path=STORE, or --from=FILES and --out=STORE")
+    store = Store.open(args.path) if args.path else _convert(args)
     print(describe(store))
     if args.check:
-        store.check(_progress)
+        store.check(lambda chunks: _progress(chunks, "checking", "chunk"))
         print(f"checked {store.meta.num_chunks} chunks: all as written, no unmarked NaN")
 
 
@@ -51,9 +70,27 @@ def describe(store) -> str:
     return "\n".join(lines)
 
 
-def _progress(chunks):
+def _convert(args):
+    from sae_jax.activations import convert
+    from sae_jax.interop.saelens import site_of
+
+    if not args.out:
+        raise UserError("--from needs --out=STORE, a new directory")
+    return convert(
+        args["from"].value,
+        args.out,
+        site=args.site or "",
+        context_length=args.context_length,
+        site_of_hook=site_of,
+        progress=lambda shards: _progress(shards, "converting", "shard"),
+    )
+
+
+def _progress(items, what: str, unit: str):
     import sys
 
     import tqdm
 
-    return tqdm.tqdm(chunks, "checking", unit="chunk", disable=not sys.stderr.isatty())
+    if not sys.stderr.isatty():
+        logging.info("%s %d %ss", what, len(items), unit)
+    return tqdm.tqdm(items, what, unit=unit, disable=not sys.stderr.isatty())

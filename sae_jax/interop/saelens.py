@@ -59,6 +59,7 @@ _READS = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu", "gated": "
 _GATED = {"b_enc": "b_gate", "b_mag": "b_mag", "r_mag": "r_mag"}
 _VERSION = "6.54.12"  # whose format this is
 _WEIGHTS = "sae_weights.safetensors"
+_ROUNDING = 1e-6  # of a norm of 1, in float32
 
 _METADATA = (
     "model_name",
@@ -99,9 +100,7 @@ def write(sae: SAE, directory: pathlib.Path, about: dict) -> None:
         "apply_b_dec_to_input": subtracts,
         "normalize_activations": "none",
         "reshape_activations": "none",
-        **(
-            {"k": config.k, "rescale_acts_by_decoder_norm": False} if "topk" == architecture else {}
-        ),
+        **(_top_k(config.k, arrays["w_dec"]) if architecture == "topk" else {}),
         **({"d_out": config.d_out} if "transcoder" in architecture else {}),
         "metadata": {
             "sae_lens_version": _VERSION,
@@ -113,6 +112,12 @@ def write(sae: SAE, directory: pathlib.Path, about: dict) -> None:
         },
     }
     (directory / "cfg.json").write_text(json.dumps(cfg, indent=1) + "\n")
+
+
+def _top_k(k: int, w_dec: np.ndarray) -> dict:
+    """With rows of norm 1 the rescaling changes nothing, but without it SAEDashboard refuses."""
+    unit = bool(np.allclose(np.linalg.norm(w_dec, axis=1), 1, atol=_ROUNDING))
+    return {"k": k, "rescale_acts_by_decoder_norm": unit}
 
 
 def read(directory: pathlib.Path) -> SAE:
@@ -157,7 +162,11 @@ def about(directory: pathlib.Path) -> dict:
 def site(directory: pathlib.Path) -> str | None:
     """Our name of the site that the SAE was trained on, where its cfg.json says so in a way that
     has a counterpart here."""
-    hook = read_json(directory / "cfg.json").get("metadata", {}).get("hook_name") or ""
+    return site_of(read_json(directory / "cfg.json").get("metadata", {}).get("hook_name") or "")
+
+
+def site_of(hook: str) -> str | None:
+    """Our name of a hook of theirs, where it has a counterpart here."""
     for pattern, ours in _SITES.items():
         if match := re.fullmatch(pattern, hook):
             return match.expand(ours)
@@ -223,6 +232,7 @@ def _same_function(config: SAEConfig, arrays: Arrays, cfg: dict, d_in: int, d_ou
         arrays["b_enc"] = arrays["b_enc"] - arrays["b_dec"] @ arrays["w_enc"]
     if cfg.get("rescale_acts_by_decoder_norm", False):
         norms = np.linalg.norm(arrays["w_dec"], axis=1)
+        norms = np.where(np.abs(norms - 1) > _ROUNDING, norms, 1.0)  # what is unit stays the same
         arrays["w_enc"], arrays["b_enc"] = arrays["w_enc"] * norms, arrays["b_enc"] * norms
         arrays["w_dec"] = arrays["w_dec"] / np.where(norms > 0, norms, 1.0)[:, None]
     sae = make_sae(config, d_in, d_out, arrays)

@@ -1,0 +1,283 @@
+"""A store from activations that lie in files of others: SAELens' cached activations, and plain
+folders of .npy or .safetensors.
+
+SAELens' CacheActivationsRunner saves a data set in Hugging Face's arrow format: a column by the
+name of each hook, sequences of shape (context length, width), and perhaps `token_ids`. A plain
+folder holds matrices (rows, width), one in each file, in the order of the files' names.
+"""
+
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+import safetensors
+from absl import logging
+
+from sae_jax.activations import statistics
+from sae_jax.activations.store import DTYPES, Store
+from sae_jax.activations.writer import StoreWriter
+from sae_jax.config import UserError
+
+_STATE, _FEATURES = "state.json", "dataset_info.json"  # of a data set saved by Hugging Face
+_TOKENS = "token_ids"
+_SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def convert(
+    source,
+    out,
+    site: str = "",
+    context_length: int | None = None,
+    site_of_hook=lambda hook: hook,
+    progress=lambda shards: shards,
+) -> Store:
+    """Writes the activations in `source`, a file or a folder, to a new store, one shard (about 256
+    MiB) in memory; a conversion that was stopped goes on when it is started again.
+
+    site: what to call it in the store; where a column or tensor of that name is there, the one to
+    take. site_of_hook: our name of SAELens' hook. context_length: rows of a plain file that make
+    one text (None: 1); a cache says it itself. Half precision stays, all else becomes float32. Rows
+    with NaN or infinity are kept, logged by file, and marked, so that no run trains on them.
+    UserError, naming the file, for what is cut off, of another width or not numbers."""
+    source = pathlib.Path(source)
+    if _is_cache(source):
+        found = _open_cache(source, site, site_of_hook)
+    else:
+        found = _open_plain(source, site, context_length or 1)
+    writer = StoreWriter.create_or_resume(
+        out,
+        sites={name: parts[0].width for name, parts in found.sites.items()},
+        num_sequences=found.rows // found.context_length,
+        context_length=found.context_length,
+        dtype=found.dtype,
+        tokens=found.tokens,
+        provenance={"converted_from": str(source.absolute())},
+    )
+    for shard in progress(writer.missing_shards()):
+        first, stop = (
+            n * found.context_length for n in (shard.sequences.start, shard.sequences.stop)
+        )
+        values = {name: _rows(parts, first, stop) for name, parts in found.sites.items()}
+        writer.write_shard(shard.index, values)
+    return writer.finish()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A matrix (rows, width) in one file."""
+
+    file: pathlib.Path
+    rows: int
+    width: int
+    dtype: str
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        raise NotImplementedError
+
+
+class _Npy(_Part):
+    def read(self, start, stop):
+        return np.load(self.file, mmap_mode="r")[start:stop]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Safetensors(_Part):
+    name: str
+
+    def read(self, start, stop):
+        with safetensors.safe_open(self.file, "np") as tensors:
+            return tensors.get_slice(self.name)[start:stop]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Arrow(_Part):
+    """Of a column of sequences: the file is mapped, and its numbers are not copied."""
+
+    name: str
+    context_length: int
+
+    def read(self, start, stop):
+        first, last = start // self.context_length, -(-stop // self.context_length)
+        column = _arrow_table(self.file)[self.name].slice(first, last - first)
+        rows = _numbers(column, (-1, self.width), self.file, self.name)
+        if len(rows) != (last - first) * self.context_length:
+            raise UserError(
+                f"{self.file}: sequences of {self.name} are not all of {self.context_length} tokens"
+            )
+        offset = first * self.context_length
+        return rows[start - offset : stop - offset]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    sites: dict[str, list[_Part]]
+    context_length: int
+    tokens: np.ndarray | None = None
+
+    @property
+    def rows(self) -> int:
+        return sum(part.rows for part in next(iter(self.sites.values())))
+
+    @property
+    def dtype(self) -> str:
+        dtypes = {part.dtype for parts in self.sites.values() for part in parts}
+        return dtypes.pop() if len(dtypes) == 1 and dtypes <= set(DTYPES) else "float32"
+
+
+def _rows(parts: list[_Part], first: int, stop: int) -> np.ndarray:
+    """Rows [first, stop) of the parts, one after the other."""
+    taken, start = [], 0
+    for part in parts:
+        low, high = max(first - start, 0), min(stop - start, part.rows)
+        if low < high:
+            try:
+                x = part.read(low, high)
+            except (ValueError, OSError, safetensors.SafetensorError) as error:
+                raise _damaged(part.file, error) from None
+            if bad := int((~statistics.finite_rows(x)).sum()):
+                logging.warning(
+                    "%s: %d of rows %d to %d hold NaN or infinity; they are marked, and no run "
+                    "trains on them", part.file, bad, low, high - 1,
+                )  # fmt: skip
+            taken.append(x)
+        start += part.rows
+    return np.concatenate(taken)
+
+
+# ------------------------------------------------------------------------------- plain files
+
+
+def _open_plain(source: pathlib.Path, site: str, context_length: int) -> _Found:
+    files = sorted(source.iterdir()) if source.is_dir() else [source]
+    files = [file for file in files if file.suffix in (".npy", ".safetensors") and file.is_file()]
+    if not files:
+        raise UserError(
+            f"no activations at {source}: neither .npy or .safetensors files nor a data set that "
+            f"SAELens cached ({_STATE}, {_FEATURES})"
+        )
+    parts = []
+    for file in files:
+        part = _npy(file) if file.suffix == ".npy" else _safetensors(file, site)
+        if part.rows % context_length:
+            raise UserError(
+                f"{file} has {part.rows} rows, not whole sequences of {context_length}; leave "
+                "--context_length out where rows are not tokens of texts"
+            )
+        if parts and part.width != parts[0].width:
+            raise UserError(
+                f"{file} is {part.width} wide, but {parts[0].file.name} is {parts[0].width}; the "
+                "files of a folder must be of one site"
+            )
+        parts.append(part)
+    return _Found({site or "activations": parts}, context_length)
+
+
+def _npy(file: pathlib.Path) -> _Part:
+    try:
+        x = np.load(file, mmap_mode="r")
+    except (ValueError, OSError, EOFError) as error:
+        raise _damaged(file, error) from None
+    return _Npy(file, *_matrix(x.shape, x.dtype.name, file))
+
+
+def _safetensors(file: pathlib.Path, site: str) -> _Part:
+    try:
+        with safetensors.safe_open(file, "np") as tensors:
+            names = list(tensors.keys())
+            name = names[0] if len(names) == 1 else site
+            if name not in names:
+                raise UserError(
+                    f"{file} holds {len(names)} tensors ({', '.join(names[:5])}); say which with "
+                    "--site"
+                )
+            header = tensors.get_slice(name)
+            shape, dtype = tuple(header.get_shape()), header.get_dtype()
+    except (OSError, safetensors.SafetensorError) as error:
+        raise _damaged(file, error) from None
+    dtype = _SAFETENSORS_DTYPES.get(dtype, dtype)
+    return _Safetensors(file, *_matrix(shape, dtype, file), name)
+
+
+def _matrix(shape: tuple, dtype: str, file) -> tuple[int, int, str]:
+    if dtype not in _SAFETENSORS_DTYPES.values():
+        raise UserError(f"{file} holds {dtype}, not activations in floating point")
+    if len(shape) != 2 or 0 in shape:
+        raise UserError(f"{file} has shape {shape}; it must be (rows, width)")
+    return *shape, dtype
+
+
+def _damaged(file, error) -> UserError:
+    reason = str(error).strip().splitlines()[0][:200]
+    return UserError(f"{file} cannot be read, it is damaged or cut off: {reason}")
+
+
+# -------------------------------------------------------------------- SAELens' cached activations
+
+
+def _is_cache(source: pathlib.Path) -> bool:
+    return (source / _STATE).is_file() and (source / _FEATURES).is_file()
+
+
+def _open_cache(source: pathlib.Path, site: str, site_of_hook) -> _Found:
+    try:
+        features = json.loads((source / _FEATURES).read_text())["features"]
+        files = [
+            entry["filename"] for entry in json.loads((source / _STATE).read_text())["_data_files"]
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{source}: {_STATE} or {_FEATURES} is garbled ({error})") from None
+    hooks = {
+        name: (*feature["shape"], feature["dtype"])
+        for name, feature in features.items()
+        if feature.get("_type") == "Array2D"
+    }
+    if site in hooks:
+        hooks = {site: hooks[site]}
+    if not hooks:
+        raise UserError(f"{source} has no column of activations, but {', '.join(features)}")
+    if site and len(hooks) > 1:
+        raise UserError(f"{source} has columns {', '.join(hooks)}; --site names one of them")
+    lengths = {shape[0] for shape in hooks.values()}
+    if len(lengths) > 1:
+        raise UserError(f"{source} has columns of different context lengths, {sorted(lengths)}")
+    context_length, sites, tokens = lengths.pop(), {}, []
+    for file in (source / name for name in files):
+        table = _arrow_table(file)
+        for hook, (_, width, dtype) in hooks.items():
+            if hook not in table.column_names:
+                raise UserError(f"{file} has no column {hook}")
+            part = _Arrow(file, len(table) * context_length, width, dtype, hook, context_length)
+            sites.setdefault(site or site_of_hook(hook) or hook, []).append(part)
+        if _TOKENS in features:
+            ids = _numbers(table[_TOKENS], (-1, context_length), file, _TOKENS)
+            tokens.append(ids.astype(np.int32))
+    return _Found(sites, context_length, np.concatenate(tokens) if tokens else None)
+
+
+def _arrow_table(file: pathlib.Path):
+    try:
+        import pyarrow as pa
+    except ImportError:
+        raise UserError(f'{file} is in the arrow format: pip install "sae-jax[lm]"') from None
+    try:
+        with pa.memory_map(str(file)) as stream:
+            return pa.ipc.open_stream(stream).read_all()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise _damaged(file, error) from None
+
+
+def _numbers(column, shape: tuple, file, name: str) -> np.ndarray:
+    """A column of nested lists of numbers, as an array of `shape`."""
+    chunks = []
+    for chunk in column.chunks:
+        values = getattr(chunk, "storage", chunk)  # where the package datasets is loaded as well
+        while hasattr(values, "flatten") and hasattr(values.type, "value_type"):
+            values = values.flatten()
+        if values.null_count:
+            raise UserError(f"{file}: {name} has gaps")
+        chunks.append(values.to_numpy())
+    try:
+        return np.concatenate(chunks).reshape(shape)
+    except ValueError:
+        raise UserError(f"{file}: {name} is not rows of {shape[1]} numbers") from None
