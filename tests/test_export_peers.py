@@ -1,0 +1,198 @@
+"""Our SAEs inside SAELens' world: its evaluation gives our figures, and SAEBench and SAEDashboard,
+where they are installed, run on what we export. A real model, real text, no network."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from sae_jax import lm, train
+from sae_jax.cli import main
+from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig
+
+SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
+MODEL = SHARED / "models" / "stories260K"
+TOKENS = SHARED / "saes" / "saelens_6.54.12_topk_stories260K_L2" / "eval_tokens.npz"
+SEQUENCES, CONTEXT = 16, 128
+
+pytestmark = [
+    pytest.mark.peers,
+    pytest.mark.filterwarnings("default"),  # of what the peers import
+    pytest.mark.skipif(not TOKENS.is_file(), reason="no shared data: ../shared/data/saes"),
+]
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return np.load(TOKENS)["tokens"].reshape(-1, CONTEXT)[:SEQUENCES].astype(np.int64)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    texts = lm.read_texts(SHARED / "text" / "tinystories_1000.json", collapse_newlines=True)
+    path = tmp_path_factory.mktemp("export") / "stories"
+    lm.harvest(MODEL, texts, path, sites=("resid_post.2",), context_length=CONTEXT, tokens=40_000)
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(store, tmp_path_factory):
+    """By architecture: (run, its export to SAELens' format)."""
+    made = {}
+
+    def make(architecture):
+        if architecture not in made:
+            root = tmp_path_factory.mktemp(architecture)
+            config = Config(
+                sae=SAEConfig(architecture=architecture, d_sae=256, k=16),
+                data=DataConfig(store=str(store), site="resid_post.2", batch_size=256, epochs=9),
+                optimizer=OptimizerConfig(learning_rate=2e-3),
+                train=TrainConfig(tokens=256 * 150),
+            )
+            train.train(config, root / "run")
+            arguments = [f"--checkpoint={root / 'run'}", f"--out={root / 'export'}"]
+            assert main(["export", "--format=saelens", *arguments]) == 0
+            made[architecture] = root / "run", root / "export"
+        return made[architecture]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def hooked():
+    """The model as TransformerLens has it, whose names of hooks our exports use."""
+    torch = pytest.importorskip("torch")
+    sae_lens = pytest.importorskip("sae_lens")
+    import transformers
+    from transformer_lens import HookedTransformerConfig
+    from transformer_lens.pretrained.weight_conversions import convert_llama_weights
+
+    theirs = transformers.LlamaForCausalLM.from_pretrained(MODEL, attn_implementation="eager")
+    c = theirs.config
+    config = HookedTransformerConfig(
+        model_name="stories260K", d_model=c.hidden_size, d_head=c.head_dim,
+        n_heads=c.num_attention_heads, n_key_value_heads=c.num_key_value_heads,
+        n_layers=c.num_hidden_layers, d_mlp=c.intermediate_size, d_vocab=c.vocab_size,
+        n_ctx=CONTEXT, act_fn=c.hidden_act, normalization_type="RMS", final_rms=True,
+        gated_mlp=True, eps=c.rms_norm_eps, positional_embedding_type="rotary",
+        rotary_dim=c.head_dim, rotary_adjacent_pairs=False, rotary_base=10_000, device="cpu",
+        dtype=torch.float32,
+    )  # fmt: skip
+    tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
+    model = sae_lens.HookedSAETransformer(config, tokenizer)
+    model.load_state_dict(convert_llama_weights(theirs, config), strict=False)
+    return model.eval()
+
+
+def token_source(model, sae, tokens):
+    """The evaluation's tokens as SAELens takes them: a data set that is tokenised already."""
+    import datasets
+    from sae_lens.training.activations_store import ActivationsStore
+
+    return ActivationsStore.from_sae(
+        model, sae, datasets.Dataset.from_dict({"tokens": tokens.tolist()}), streaming=False,
+        context_size=CONTEXT, store_batch_size_prompts=len(tokens),
+    )  # fmt: skip
+
+
+def evaluated_by_us(run, tokens, directory, flag):
+    np.save(directory / "tokens.npy", tokens)
+    out = directory / f"eval{flag}.json"
+    arguments = [
+        f"--run={run}", f"--model={MODEL}", f"--tokens_file={directory / 'tokens.npy'}",
+        f"--out={out}",
+    ]  # fmt: skip
+    assert main(["eval", *arguments, flag]) == 0
+    return json.loads(out.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
+def test_saelens_evaluates_an_export_as_we_do(exported, hooked, tokens, tmp_path, architecture):
+    """Once over every position, once without BOS: an SAE whose normalisation, decoder norms and
+    threshold were folded in on export, in the model as TransformerLens computes it."""
+    from sae_lens import SAE
+    from sae_lens.evals import get_eval_everything_config, run_evals
+    from sae_lens.training.activation_scaler import ActivationScaler
+
+    run, export = exported(architecture)
+    sae = SAE.load_from_disk(str(export), device="cpu")
+    config = get_eval_everything_config(len(tokens), n_eval_reconstruction_batches=1)
+    special = list(lm.load_tokenizer(MODEL).special_tokens)
+    for excluded, flag in ((False, "--include_excluded"), (special, "--noinclude_excluded")):
+        source = token_source(hooked, sae, tokens)
+        metrics, _ = run_evals(
+            sae, source, hooked, ActivationScaler(), config, exclude_special_tokens=excluded
+        )
+        theirs = {name: value for part in metrics.values() for name, value in part.items()}
+        ours = in_their_words(evaluated_by_us(run, tokens, tmp_path, flag))
+        if excluded:  # SAELens' ablation takes the special tokens too, which it does not count
+            for name in ("ce_loss_with_ablation", "ce_loss_score", "kl_div_with_ablation"):
+                del ours[name]
+        apart = {name: value / theirs[name] - 1 for name, value in ours.items()}
+        print(architecture, excluded, apart)
+        assert max(map(abs, apart.values())) < 1e-4, apart
+
+
+@pytest.mark.slow
+def test_saebench_evaluates_an_export(exported, hooked, tokens, tmp_path):
+    """Its core evaluation, which refuses decoders whose rows are not of norm 1. Its mean squared
+    error is divided by the number of tokens twice, its explained variance goes column by column."""
+    general_utils = pytest.importorskip("sae_bench.sae_bench_utils.general_utils")
+    from sae_bench.evals.core.eval_config import CoreEvalConfig
+    from sae_bench.evals.core.main import run_evals
+    from sae_lens import SAE
+
+    run, export = exported("batchtopk")
+    sae = SAE.load_from_disk(str(export), device="cpu")
+    _, sae, _ = general_utils.load_and_format_sae("ours", sae, "cpu")
+    config = CoreEvalConfig(
+        batch_size_prompts=len(tokens), n_eval_reconstruction_batches=1,
+        n_eval_sparsity_variance_batches=1, compute_kl=True, compute_ce_loss=True,
+        compute_l2_norms=True, compute_sparsity_metrics=True, compute_variance_metrics=True,
+        compute_featurewise_density_statistics=True,
+    )  # fmt: skip
+    metrics, _ = run_evals(sae, token_source(hooked, sae, tokens), hooked, config)
+    theirs = {name: value for part in metrics.values() for name, value in part.items()}
+    ours = in_their_words(evaluated_by_us(run, tokens, tmp_path, "--include_excluded"))
+    del ours["explained_variance"]
+    ours["mse"] /= tokens.size
+    apart = {name: value / theirs[name] - 1 for name, value in ours.items()}
+    print("sae_bench", apart)
+    assert max(map(abs, apart.values())) < 1e-4, apart
+
+
+@pytest.mark.slow
+def test_saedashboard_builds_its_page_from_an_export(exported, hooked, tokens, tmp_path):
+    torch = pytest.importorskip("torch")
+    runner = pytest.importorskip("sae_dashboard.sae_vis_runner")
+    from sae_dashboard.data_writing_fns import save_feature_centric_vis
+    from sae_dashboard.sae_vis_data import SaeVisConfig
+    from sae_lens import SAE
+
+    _, export = exported("topk")
+    sae = SAE.load_from_disk(str(export), device="cpu")
+    config = SaeVisConfig(hook_point=sae.cfg.metadata.hook_name, features=range(4))
+    data = runner.SaeVisRunner(config).run(sae, hooked, torch.from_numpy(tokens))
+    data.model, data.encoder = hooked, sae
+    save_feature_centric_vis(data, tmp_path / "features.html")
+    assert sorted(data.feature_data_dict) == list(range(4))
+    assert len((tmp_path / "features.html").read_text()) > 10_000
+
+
+def in_their_words(found: dict) -> dict[str, float]:
+    rows, model = found["reconstruction"] | found["sparsity"], found["language_model"]
+    return {
+        "explained_variance": rows["explained_variance"],
+        "mse": rows["mse"],
+        "cossim": rows["cosine_similarity"],
+        "l0": rows["l0"],
+        "l2_ratio": rows["norm_ratio"],
+        "ce_loss_without_sae": model["ce_clean"],
+        "ce_loss_with_sae": model["ce_spliced"],
+        "ce_loss_with_ablation": model["ce_zero"],
+        "ce_loss_score": model["ce_recovered_zero"],
+        "kl_div_with_sae": model["kl_spliced"],
+        "kl_div_with_ablation": model["kl_zero"],
+    }
