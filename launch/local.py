@@ -47,7 +47,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--processes", type=int, required=True)
     parser.add_argument("--devices", type=int, help="CPU devices of each; without it, as JAX finds")
     parser.add_argument("--restarts", type=int, default=0)
-    parser.add_argument("--grace", type=float, default=60.0, help="longer than a peer is missed")
+    parser.add_argument("--grace", type=float, default=90.0, help="longer than a peer is missed")
     split = argv.index("--") if "--" in argv else len(argv)
     args = parser.parse_args(argv[:split])
     if not argv[split + 1 :]:

@@ -12,10 +12,10 @@ EXIT_CODE = 75  # EX_TEMPFAIL: start the same command again
 
 
 class PreemptedError(Exception):
-    """The run was told to stop; its state is saved at `step`."""
+    """The run was told to stop; its state is saved at `step`, 0 where there is none to save."""
 
     def __init__(self, step: int):
-        super().__init__(f"stopped by SIGTERM; saved at step {step}")
+        super().__init__("stopped by SIGTERM" + (f"; saved at step {step}" if step else ""))
         self.step = step
 
 

@@ -255,7 +255,8 @@ class Watchdog:
         """Tells the others of an error that ends this process, to be printed when this returns.
         If another's death may be behind it this waits for the verdict, which ends the process."""
         PROGRESS.error = error
-        self._sure = isinstance(error, UserError) and error.__cause__ is None
+        told = isinstance(error, (PreemptedError, KeyboardInterrupt))
+        self._sure = told or (isinstance(error, UserError) and error.__cause__ is None)
         self._wake.set()
         self._declared.wait(4 * _FAREWELL_SECONDS)
         self._printed = True
