@@ -1,9 +1,12 @@
 """Exports as the hub has them: the model card, the upload, and many from a sweep."""
 
+import base64
 import csv
+import http.server
 import json
 import re
 import sys
+import threading
 from unittest import mock
 
 import numpy as np
@@ -12,7 +15,8 @@ from test_interop_formats import NEEDS_TORCH, random_sae
 from training import make_config, make_store
 
 import sae_jax
-from sae_jax import interop, lm
+from sae_jax import evaluate, interop, lm
+from sae_jax.activations import Store
 from sae_jax.cli import main
 from sae_jax.config import UserError, to_dict
 from sae_jax.interop import FORMATS, Hub
@@ -129,12 +133,70 @@ def test_a_selection_of_nothing_is_explained(tmp_path, terms, complaint):
         select(write_results(tmp_path, ROWS), terms)
 
 
+class StandIn(http.server.BaseHTTPRequestHandler):
+    """As much of the hub as an upload of small files asks for; keeps what it was sent."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.seen[self.path] = body
+        url = f"{self.server.url}/me/sae"
+        if self.path == "/api/repos/create":
+            answer = {"url": url}
+        elif self.path == "/api/validate-yaml":
+            answer = {"errors": [], "warnings": []}
+        elif self.path == "/api/models/me/sae/preupload/main":
+            files = [file["path"] for file in json.loads(body)["files"]]
+            fields = {"uploadMode": "regular", "shouldIgnore": False}
+            answer = {"files": [{"path": path, **fields} for path in files]}
+        elif self.path == "/api/models/me/sae/commit/main":
+            answer = {"commitUrl": f"{url}/commit/0", "commitOid": "0"}
+        else:
+            return self.send_error(404)
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    constants = pytest.importorskip("huggingface_hub.constants")
+    server = http.server.ThreadingHTTPServer(("localhost", 0), StandIn)
+    server.seen, server.url = {}, f"http://localhost:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    with server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.mark.slow
+def test_push_sends_the_files(tmp_path, stand_in):
+    out = tmp_path / "out"
+    interop.export(random_sae("topk"), "saelens", out)
+    (out / "part").mkdir()
+    (out / "part" / ".a.tmp").write_text("what an export that was stopped left")
+    assert cli("export", f"--out={out}", "--push_to=me/sae") == 0
+    made = json.loads(stand_in.seen["/api/repos/create"])
+    assert (made["organization"], made["name"]) == ("me", "sae")
+    assert made.get("visibility") == "private" or made.get("private") is True
+    commit = stand_in.seen["/api/models/me/sae/commit/main"].splitlines()
+    sent = [line["value"] for line in map(json.loads, commit) if line["key"] == "file"]
+    files = {file["path"]: base64.b64decode(file["content"]) for file in sent}
+    assert files == {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+
+
 class Refusal(Exception):
     pass
 
 
-def test_push(tmp_path, monkeypatch, capsys):
-    """With huggingface_hub's own signatures, but no hub behind them."""
+def test_push_is_private_unless_asked_and_its_failures_are_told(tmp_path, monkeypatch, capsys):
+    """With HfApi's own signatures, but nothing behind them."""
     huggingface_hub = pytest.importorskip("huggingface_hub")
     api = mock.create_autospec(huggingface_hub.HfApi, instance=True)
     api.create_repo.return_value = "https://hub/me/sae"
@@ -174,7 +236,11 @@ def test_metadata_of_a_run_on_a_harvested_store(tmp_path):
     assert cli(*harvest, "--context_length=32", f"--out={store}") == 0
     run = tmp_path / "run"
     loop.train(make_config(str(store), steps=10, sae={"aux_coefficient": 0.0}), run)
-    assert cli("eval", f"--run={run}", "--lm_tokens=320") == 0
+    rows = evaluate.HeldOutRows(
+        Store.open(store), "resid_post.0", tokens=320, holdout_fraction=0.05
+    )
+    model = evaluate.LanguageModel.load(lm.DEMO_MODEL)
+    evaluate.save(evaluate.evaluate(sae_jax.load(run), rows, model, 320), run / "eval.json")
     export = ["export", f"--checkpoint={run}", "--format=saelens", "--model_name=me/model"]
     assert cli(*export, f"--out={tmp_path / 'out'}") == 0
     metadata = json.loads((tmp_path / "out" / "cfg.json").read_text())["metadata"]

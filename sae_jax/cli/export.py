@@ -4,7 +4,6 @@ SUMMARY = """Write a trained SAE in the format of another framework.
 
   sae-jax export --checkpoint=runs/a --format=saelens --out=exports/a
   sae-jax export --checkpoint=runs/a/checkpoints/5000 --format=sparsify --out=exports/b
-
   sae-jax export --results=sweeps/s --select="d_sae=16384 eval_l0<60" --format=saelens --out=many
   sae-jax export --out=exports/a --push_to=user/name
 
