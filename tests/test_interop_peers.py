@@ -55,6 +55,7 @@ def by_sae_lens(directory, kind):
 
     del kind
     sae = SAE.load_from_disk(str(directory), device="cpu")
+    sae.fold_W_dec_norm()  # SAEDashboard does it first of all
 
     def run(x):
         latents = sae.encode(x)
