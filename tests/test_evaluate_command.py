@@ -51,6 +51,24 @@ def test_saelens_figures_of_saelens_sae(tmp_path, capsys):
     assert ours == pytest.approx({name: theirs[name] for name in ours}, rel=1e-4)
     assert found["settings"]["positions"] == "all"
 
+    # SAEBench divides the squared error by the tokens of a batch, 16 x 128, once more; its
+    # explained variance goes column by column. Its own KL is 3e-4 from SAELens'.
+    theirs = json.loads((SAELENS / "saebench_core.json").read_text())
+    theirs = {name: value for section in theirs.values() for name, value in section.items()}
+    same = ours | {"mse": ours["mse"] / (16 * 128)}
+    del same["explained_variance"]
+    assert same == pytest.approx({name: theirs[name] for name in same}, rel=4e-4)
+
+    # dictionary_learning drew rows of the same text at random; its untouched model is another.
+    theirs = json.loads((SAELENS / "dictionary_learning_evaluate.json").read_text())
+    names = {
+        "cossim": "cossim", "l2_ratio": "l2_ratio", "l0": "l0", "l1_loss": "l1",
+        "frac_variance_explained": "explained_variance", "loss_zero": "ce_loss_with_ablation",
+        "relative_reconstruction_bias": "relative_reconstruction_bias",
+    }  # fmt: skip
+    same = {theirs: ours[name] for theirs, name in names.items()}
+    assert same == pytest.approx({name: theirs[name] for name in names}, rel=1e-2)
+
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):

@@ -1,6 +1,7 @@
 """Reading SAELens folders: the same function as SAELens' formulas, and what is refused."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -8,9 +9,11 @@ import safetensors.numpy
 
 import sae_jax
 from sae_jax import interop
+from sae_jax.cli import main
 from sae_jax.config import UserError
 
 D, N, K = 6, 20, 4
+RECORDED = pathlib.Path(__file__).parents[2] / "shared" / "data" / "saes"
 
 
 def write(directory, drop=(), tensors=None, **fields):
@@ -105,3 +108,27 @@ def test_a_truncated_file_and_an_empty_directory_are_named(tmp_path):
 def test_sites_of_hooks(tmp_path, hook, site):
     write(tmp_path / "sae", metadata={"hook_name": hook})
     assert interop.site(tmp_path / "sae") == site
+
+
+@pytest.mark.skipif(not RECORDED.is_dir(), reason="no shared data: ../shared/data/saes")
+@pytest.mark.parametrize(
+    "name, format, file",
+    [
+        ("saelens_6.54.12_topk_stories260K_L2", "saelens", "sae_weights.safetensors"),
+        ("sparsify_1.3.3_topk_stories260K_L2", "sparsify", "sae.safetensors"),
+    ],
+)
+def test_what_the_packages_saved_comes_in_and_goes_out_byte_for_byte(tmp_path, name, format, file):
+    ours, out = tmp_path / "ours", tmp_path / "out"
+    assert main(["import", f"--path={RECORDED / name}", f"--out={ours}"]) == 0
+    assert main(["export", f"--checkpoint={ours}", f"--format={format}", f"--out={out}"]) == 0
+    before, after = (
+        safetensors.numpy.load_file(directory / file) for directory in (RECORDED / name, out)
+    )
+    assert before.keys() == after.keys()
+    for tensor in before:
+        assert before[tensor].dtype == after[tensor].dtype
+        assert before[tensor].tobytes() == after[tensor].tobytes(), tensor
+    if format == "saelens":
+        hook = json.loads((out / "cfg.json").read_text())["metadata"]["hook_name"]
+        assert hook == "blocks.2.hook_resid_post"  # SAELens' own evaluation asks for it
