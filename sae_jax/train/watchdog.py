@@ -38,10 +38,18 @@ import time
 from jax._src import distributed  # the key-value store has no public name
 
 from sae_jax.config import UserError
+from sae_jax.train.judge import (
+    INTERVAL,
+    SUSPICIOUS_SECONDS,
+    Judge,
+    Record,
+    Verdict,
+    again,
+    name,
+    silence,
+)
 from sae_jax.train.preemption import EXIT_CODE, PreemptedError
 
-_INTERVAL = 1.0  # seconds between two beats
-_SUSPICIOUS_SECONDS = 5.0  # of silence, once a collective has raised an error somewhere
 _FAREWELL_SECONDS = 5.0  # for the others to hear a verdict before the store goes with process 0
 _KEY = "sae_jax/watchdog"
 
@@ -78,129 +86,6 @@ class Progress:
 
 
 PROGRESS = Progress()
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """What the others know of a process. `code` and `text` are those of its own error."""
-
-    host: str
-    pid: int
-    beat: int = 0
-    begun: int = 0
-    done: int = 0
-    saved: int | None = None
-    resting: bool = True
-    trouble: bool = False
-    ended: bool = False  # with its work, or told of a verdict
-    code: int = 0
-    text: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """Why all end, and how. `silent` are the processes that will not hear of it."""
-
-    code: int
-    text: str
-    silent: tuple[int, ...] = ()
-
-
-class Judge:
-    """Who is dead, stuck or failed, from the records of `count` processes, given again and again.
-    heartbeat, step: seconds after which a process is dead, and a step stuck (0: never)."""
-
-    def __init__(self, count: int, heartbeat: float, step: float):
-        self._count, self._heartbeat, self._step = count, heartbeat, step
-        self._last: dict = {}  # key: (value, when it was first seen)
-
-    def __call__(self, records: dict[int, Record], now: float) -> Verdict | None:
-        records = {i: records.get(i) for i in range(self._count)}
-        return self._dead(records, now) or self._failed(records) or self._stuck(records, now)
-
-    def _dead(self, records: dict[int, Record | None], now: float) -> Verdict | None:
-        suspicious = any(record and record.trouble for record in records.values())
-        limit = min(_SUSPICIOUS_SECONDS, self._heartbeat) if suspicious else self._heartbeat
-        silent = {
-            i: age
-            for i, record in records.items()
-            if (age := self._unchanged(("beat", i), record and record.beat, now)) > limit
-            and not (record and record.ended)
-        }
-        if not silent:
-            return None
-        return Verdict(EXIT_CODE, silence(silent, records), tuple(silent))
-
-    def _failed(self, records: dict[int, Record | None]) -> Verdict | None:
-        for i, record in records.items():
-            if record and record.code:
-                return Verdict(record.code, f"{_name(i, record)} ended: {record.text}")
-        return None
-
-    def _stuck(self, records: dict[int, Record | None], now: float) -> Verdict | None:
-        ages = {
-            i: self._unchanged(("step", i), (record.begun, record.done, record.resting), now)
-            for i, record in records.items()
-            if record
-        }
-        timed = {i for i in ages if not (records[i].resting or records[i].ended)}
-        if any(records[i].trouble for i in ages):  # they wait for one that will tell its error
-            return None
-        if not self._step or not any(ages[i] > self._step for i in timed):
-            return None
-        # Who was seen last before the limit hangs too, a moment later.
-        stuck = {i: records[i] for i in timed if ages[i] > self._step - 2 * _INTERVAL}
-        first = min(record.begun for record in stuck.values())
-        behind = {i: record for i, record in stuck.items() if record.begun == first}
-        if len(behind) < len(stuck):
-            step = first + 1
-            who = f"; {_names(behind)} {_have(behind)} not begun it, the others have"
-        else:
-            step = min(record.done for record in stuck.values()) + 1
-            who = f" in {_names(stuck)}" if self._count > 1 else ""
-        return Verdict(
-            EXIT_CODE,
-            f"step {step} has not ended for {self._step:.0f} s (--watchdog_seconds){who}; "
-            f"{_again(records)}",
-        )
-
-    def _unchanged(self, key, value, now: float) -> float:
-        """Seconds since the value of `key` was another."""
-        if key not in self._last or self._last[key][0] != value:
-            self._last[key] = (value, now)
-        return now - self._last[key][1]
-
-
-def silence(ages: dict[int, float], records: dict[int, Record | None]) -> str:
-    """Says that processes have been silent for so many seconds."""
-    who = {i: records.get(i) for i in ages}
-    return (
-        f"{_names(who)} {_have(who)} not been heard of for {max(ages.values()):.0f} s: dead, "
-        f"stopped or cut off; {_again(records)}"
-    )
-
-
-def _names(records: dict[int, Record | None]) -> str:
-    """Of at most three processes."""
-    shown = [_name(i, record) for i, record in list(records.items())[:3]]
-    if len(records) > len(shown):
-        shown.append(f"{len(records) - len(shown)} more")
-    return ", ".join(shown)
-
-
-def _have(subjects) -> str:
-    return "has" if len(subjects) == 1 else "have"
-
-
-def _name(i: int, record: Record | None) -> str:
-    where = f"pid {record.pid} on {record.host}" if record else "which had not begun"
-    return f"process {i} ({where})"
-
-
-def _again(records: dict[int, Record | None]) -> str:
-    saved = [record.saved for record in records.values() if record and record.saved is not None]
-    step = f", step {max(saved)} or later" if saved else ""
-    return f"start the same command again: it goes on from what was saved last{step}"
 
 
 class Watchdog:
@@ -271,7 +156,7 @@ class Watchdog:
     # ------------------------------------------------------------------ the thread that judges
 
     def _watch(self) -> None:
-        while not self._off.wait(_INTERVAL / 4):
+        while not self._off.wait(INTERVAL / 4):
             now = self._clock.tick()
             if self._declared.is_set():
                 self._hurry(now)
@@ -288,13 +173,13 @@ class Watchdog:
         """Whether nobody's death is behind it: that would be known by now."""
         if self._error_since is None:
             self._error_since = now
-        return self._sure or now - self._error_since > _SUSPICIOUS_SECONDS + 4 * _INTERVAL
+        return self._sure or now - self._error_since > SUSPICIOUS_SECONDS + 4 * INTERVAL
 
     def _declare(self, error: BaseException) -> None:
         self._error_since = self._clock.now
         code, text = exit_code(error), str(error) or type(error).__name__
         if self._me == 0:
-            self._verdict = Verdict(code, f"{_name(0, self._own)} ended: {text}")
+            self._verdict = Verdict(code, f"{name(0, self._own)} ended: {text}")
         self._tell(code=code, text=text)
         self._declared.set()
 
@@ -311,9 +196,9 @@ class Watchdog:
         records = self._records | {self._me: self._own}
         if silent > self._heartbeat:
             return Verdict(EXIT_CODE, silence({0: silent}, records))
-        late = silent > 2 * _INTERVAL  # JAX locks the store when it gives up
+        late = silent > 2 * INTERVAL  # JAX locks the store when it gives up
         if (late or self._unreachable) and not _answers(self._address):
-            text = f"{_name(0, records.get(0))} has died; {_again(records)}"
+            text = f"{name(0, records.get(0))} has died; {again(records)}"
             return Verdict(EXIT_CODE, text)
         return None
 
@@ -336,7 +221,7 @@ class Watchdog:
             if all(record and (record.ended or record.code) for record in records):
                 return
             self._wake.set()
-            time.sleep(_INTERVAL / 4)
+            time.sleep(INTERVAL / 4)
 
     # ------------------------------------------------- the thread that talks, which may be stuck
 
@@ -351,7 +236,7 @@ class Watchdog:
                     self._told.set()
             except RuntimeError:  # JaxRuntimeError: what it means the other thread finds out
                 self._unreachable = True
-            self._wake.wait(_INTERVAL)
+            self._wake.wait(INTERVAL)
 
     def _exchange(self, own: Record) -> None:
         key = f"{_KEY}/records/{self._me}"
@@ -389,7 +274,7 @@ class Watchdog:
         if self._store is not None:
             self._told.clear()
             self._wake.set()
-            self._told.wait(_INTERVAL)
+            self._told.wait(INTERVAL)
 
 
 def of_this_program(heartbeat: float, step: float) -> Watchdog:
@@ -409,7 +294,7 @@ class _Clock:
 
     def tick(self) -> float:
         now = time.monotonic()
-        self.now += min(now - self._last, 2 * _INTERVAL)
+        self.now += min(now - self._last, 2 * INTERVAL)
         self._last = now
         return self.now
 
@@ -418,7 +303,7 @@ def _answers(address: str) -> bool:
     """Whether something listens there. A host that is silent may be alive: True."""
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_INTERVAL).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=INTERVAL).close()
     except ConnectionError:
         return False
     except OSError:
