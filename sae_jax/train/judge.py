@@ -1,5 +1,5 @@
-"""Who among a program's processes is dead, stuck or failed, from what each tells of itself. It reads
-no clock and ends nobody; `watchdog` does."""
+"""Who among a program's processes is dead, stuck or failed, from what each tells of itself. It
+reads no clock and ends nobody; `watchdog` does."""
 
 import dataclasses
 
