@@ -20,6 +20,7 @@ from sae_jax.activations import Store
 from sae_jax.cli import main
 from sae_jax.config import UserError, to_dict
 from sae_jax.interop import FORMATS, Hub
+from sae_jax.interop.many import width_name
 from sae_jax.interop.select import select
 from sae_jax.train import loop
 
@@ -131,6 +132,12 @@ def test_select(tmp_path, terms, runs):
 def test_a_selection_of_nothing_is_explained(tmp_path, terms, complaint):
     with pytest.raises(UserError, match=complaint):
         select(write_results(tmp_path, ROWS), terms)
+
+
+def test_widths_are_named_as_in_gemma_scope():
+    widths = [2**n for n in (9, 14, 15, 16, 17, 18, 19, 20)]
+    names = "512 16k 32k 65k 131k 262k 524k 1m".split()
+    assert [width_name(width) for width in widths] == names
 
 
 class StandIn(http.server.BaseHTTPRequestHandler):
@@ -268,8 +275,9 @@ def test_metadata_of_a_run_on_a_harvested_store(tmp_path):
     assert cli("import", f"--path={tmp_path / 'out'}", f"--out={imported}") == 0
     assert interop.origin(imported)["dataset_path"] == str(text)
 
-    (run / "checkpoints" / "10").rename(run / "checkpoints" / "5")  # as if training had gone on
-    about = interop.origin(run / "checkpoints" / "5")
+    (run / "checkpoints" / "10").rename(run / "checkpoints" / "5")  # as if the run had not ended
+    about = interop.origin(run)
+    assert about == interop.origin(run / "checkpoints" / "5")
     assert about["training"]["tokens"] == 320 and "l0" not in about and "evaluation" not in about
     assert about["model_name"] == lm.load_tokenizer(lm.DEMO_MODEL).name
 

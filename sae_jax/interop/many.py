@@ -74,12 +74,12 @@ def _folder(about: dict) -> str:
     if "target_site" in about:
         sites += f"-{about['target_site']}"
     sites = re.sub(r"[^\w.+-]", "_", sites) or "site"
-    width = _short(about["training"]["d_sae"])
+    width = width_name(about["training"]["d_sae"])
     l0 = f"{about['l0']:.0f}" if "l0" in about else "unknown"
     return f"{sites}/width_{width}/average_l0_{l0}"
 
 
-def _short(width: int) -> str:
+def width_name(width: int) -> str:
     """As Gemma Scope has it: 16384 is 16k, 131072 is 131k, 1048576 is 1m."""
     for unit, size in (("m", 10**6), ("k", 10**3)):
         if width >= size:
@@ -114,7 +114,8 @@ def _read_index(out: pathlib.Path, format: str) -> dict[str, dict]:
     """The entries of `out` by run_id; none where it is new."""
     file = out / "index.json"
     if not file.is_file():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        started = {file.with_name("index.json.tmp")}  # by an export that was stopped there
+        if out.exists() and (not out.is_dir() or set(out.iterdir()) - started):
             raise UserError(f"{out} is there already and has no index.json; give a new directory")
         return {}
     try:

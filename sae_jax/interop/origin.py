@@ -24,36 +24,36 @@ def origin(path) -> dict:
     Names as in SAELens' metadata where it has one: hook_name and hook_layer in TransformerLens'
     terms, model_name, dataset_path, context_size, prepend_bos, l0; then site, run_id, how well it
     did, `training` (how it was trained) and `evaluation` (of eval.json). What cannot be known, as
-    when the store is not at hand any more, or of a checkpoint that training went beyond, is left
-    out."""
+    when the store is not at hand any more, or how well a checkpoint does that is not a run's end,
+    is left out."""
     path = paths.path(path)
     if not paths.is_remote(path):
         if native.recognises(path):
             return native.about(path)
         if saelens.recognises(path):
             return saelens.about(path)
-    is_checkpoint = path.parent.name == "checkpoints"
-    run = path.parent.parent if is_checkpoint else path
+    step = int(path.name) if path.parent.name == "checkpoints" else None
+    run = path if step is None else path.parent.parent
     if not (run / "config.json").is_file() or not (run / "checkpoints").is_dir():
         return {}
     config = read_config(run)
-    data, step = config.data, int(path.name) if is_checkpoint else None
-    last = config.train.tokens // data.batch_size
+    data, last = config.data, config.train.tokens // config.data.batch_size
+    if step is None:
+        names = [entry.name for entry in (run / "checkpoints").iterdir()]
+        step = max((int(name) for name in names if name.isdecimal()), default=0)
     about = _of_sites(data.site, data.target_site) | _of_store(data.store)
-    about["training"] = _recipe(config, last if step is None else step)
-    if step not in (None, last):
-        return about
-    return about | result(run) | evaluation(run)
+    about["training"] = _recipe(config, step)
+    return about | _result(run) | _evaluation(run) if step == last else about
 
 
-def result(run: paths.AnyPath) -> dict:
+def _result(run: paths.AnyPath) -> dict:
     """What result.json says of a run that has ended."""
     values = _read(run / "result.json")
     told = {"run_id": values.get("run_id"), "l0": values.get("eval_l0")}
     return _known(told | {name: values.get(name) for name in _MEASURED})
 
 
-def evaluation(run: paths.AnyPath) -> dict:
+def _evaluation(run: paths.AnyPath) -> dict:
     """{"evaluation": {...}} of the eval.json that `sae-jax eval --run` left, {} without one."""
     values = _read(run / "eval.json")
     told = {

@@ -31,7 +31,7 @@ def select(sweep: paths.AnyPath, terms: str = "") -> list[dict[str, str]]:
             f"--results: there is no {file}; sae-jax sweep --workdir={sweep} --status writes it"
         )
     rows = list(csv.DictReader(io.StringIO(file.read_text())))
-    done = [row for row in rows if row["status"] == "done"]
+    done = [row for row in rows if row.get("status") == "done"]
     if not done:
         raise UserError(f"none of the {len(rows)} runs of {sweep} is done")
     parsed = [_parse(term, list(rows[0])) for term in terms.split()]
