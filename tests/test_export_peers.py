@@ -1,5 +1,13 @@
 """Our SAEs inside SAELens' world: its evaluation gives our figures, and SAEBench and SAEDashboard,
-where they are installed, run on what we export. A real model, real text, no network."""
+where they are installed, run on what we export. A real model, real text, no network.
+
+Those two are in no extra: they pin numpy < 2, datasets < 4 and transformers < 4.57. By hand:
+
+    pip install --target=PEERS --no-deps sae-bench sae-dashboard collectibles sae-probes seaborn \\
+        tabulate dataclasses-json marshmallow typing-inspect mypy-extensions typer eindex-callum \\
+        decode-clt openai xgboost
+    PYTHONPATH=PEERS pytest -m "peers and slow" tests/test_export_peers.py
+"""
 
 import json
 import pathlib
@@ -108,9 +116,7 @@ def evaluated_by_us(run, tokens, directory, flag):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "architecture", ["batchtopk", pytest.param("topk", marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
 def test_saelens_evaluates_an_export_as_we_do(exported, hooked, tokens, tmp_path, architecture):
     """Once over every position, once without BOS: an SAE whose normalisation, decoder norms and
     threshold were folded in on export, in the model as TransformerLens computes it."""

@@ -131,4 +131,4 @@ def test_what_the_packages_saved_comes_in_and_goes_out_byte_for_byte(tmp_path, n
         assert before[tensor].tobytes() == after[tensor].tobytes(), tensor
     if format == "saelens":
         hook = json.loads((out / "cfg.json").read_text())["metadata"]["hook_name"]
-        assert hook == "blocks.2.hook_resid_post"  # SAELens' own evaluation asks for it
+        assert hook == "model.layers.2"  # SAELens' own evaluation asks for it

@@ -107,7 +107,6 @@ def write(sae: SAE, directory: pathlib.Path, about: dict) -> None:
             "sae_lens_training_version": None,
             "training_architecture": config.architecture,
             "trained_with": "sae_jax",
-            "hook_name": hook_of(about.get("site") or ""),
             "hook_head_index": None,
             **about,
         },
