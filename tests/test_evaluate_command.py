@@ -51,8 +51,8 @@ def test_saelens_figures_of_saelens_sae(tmp_path, capsys):
     assert ours == pytest.approx({name: theirs[name] for name in ours}, rel=1e-4)
     assert found["settings"]["positions"] == "all"
 
-    # SAEBench divides the squared error by the tokens of a batch, 16 x 128, once more; its
-    # explained variance goes column by column. Its own KL is 3e-4 from SAELens'.
+    # SAEBench divides the squared error by the tokens of a batch, 16 x 128, once more, and its
+    # explained variance takes the mean of squares for the mean. Its own KL is 3e-4 from SAELens'.
     theirs = json.loads((SAELENS / "saebench_core.json").read_text())
     theirs = {name: value for section in theirs.values() for name, value in section.items()}
     same = ours | {"mse": ours["mse"] / (16 * 128)}

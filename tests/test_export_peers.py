@@ -145,7 +145,8 @@ def test_saelens_evaluates_an_export_as_we_do(exported, hooked, tokens, tmp_path
 @pytest.mark.slow
 def test_saebench_evaluates_an_export(exported, hooked, tokens, tmp_path):
     """Its core evaluation, which refuses decoders whose rows are not of norm 1. Its mean squared
-    error is divided by the number of tokens twice, its explained variance goes column by column."""
+    error is divided by the number of tokens twice, and its explained variance takes the mean of
+    squares for the mean."""
     general_utils = pytest.importorskip("sae_bench.sae_bench_utils.general_utils")
     from sae_bench.evals.core.eval_config import CoreEvalConfig
     from sae_bench.evals.core.main import run_evals
