@@ -31,8 +31,11 @@ def designed(architecture: str, zero: bool, data: int, model: int) -> dict[tuple
         ("all-reduce", "data+model"): 0,
     }
     if architecture == "topk":
-        sent["all-gather", "model"] = 4 * K * model * tokens
         sent["all-reduce", "model"] += 4 * tokens  # L1
+        if K * model <= 256:
+            sent["all-gather", "model"] = 4 * K * model * tokens
+        else:  # counts, in 8 rounds for the value and at most 8 for the latent
+            sent["all-reduce", "model"] += (4 * 15 * 16 + 4) * tokens
     if zero:
         sent["all-gather", "data"] = weights + per_latent
     return {key: size + SMALL for key, size in sent.items()}

@@ -52,8 +52,20 @@ def sparse(x, w_enc, b_enc, w_dec, dead, k, aux_k):
     return ops.sparse_decode(main, aux, dead.any(), w_dec)
 
 
-@pytest.mark.parametrize("dead,k,aux_k", [("none", 4, 6), ("few", 4, 6), ("many", 40, 50)])
-def test_sparse_autoencoder_equals_dense(mesh, dead, k, aux_k):
+@pytest.mark.parametrize(
+    "dead,k,aux_k,winners",
+    [
+        ("none", 4, 6, "gathered"),
+        ("few", 4, 6, "gathered"),
+        ("many", 40, 50, "gathered"),
+        pytest.param("few", 4, 6, "searched", marks=pytest.mark.slow),
+        pytest.param("many", 40, 50, "searched", marks=pytest.mark.slow),
+    ],
+)
+def test_sparse_autoencoder_equals_dense(monkeypatch, mesh, dead, k, aux_k, winners):
+    """winners: how candidates of the shards are compared, which depends on how many there are."""
+    if winners == "searched":
+        monkeypatch.setattr(sparse_ops, "_FEW_CANDIDATES", 0)
     B, d, n = 8, 5, 64
     share = {"none": 0.0, "few": 0.1, "many": 0.7}[dead]
     is_dead = np.random.default_rng(9).random(n) < share

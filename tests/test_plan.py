@@ -241,7 +241,7 @@ def test_34_million_latents_on_a_tpu_slice():
 def test_weak_scaling_and_the_collectives_of_the_design(counts):
     """Compiled for up to 256 devices: what a device computes and sends stays the same when the
     batch grows with the `data` axis, or the dictionary with `model`; and no other collectives
-    appear. Of what is sent only top-k's candidates grow, with the shards of the dictionary."""
+    appear. Top-k's candidates are gathered, up to 1 KiB a token, or searched, for less."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])}
     script = [sys.executable, str(HERE / "many_devices.py"), *counts]
     done = subprocess.run(script, capture_output=True, text=True, env=environment, timeout=500)

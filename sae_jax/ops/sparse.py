@@ -31,6 +31,7 @@ from sae_jax.ops.topk import top_k
 _CPU_SLICE_ROWS = 256  # pre-activations of so many tokens stay in cache
 _CPU_PRODUCT_ROWS = 16  # and the decoder rows that so many tokens picked
 _SLICE_BYTES = 2**30  # elsewhere: at most so many bytes of either at once
+_FEW_CANDIDATES = 256  # of a token over all shards: gathered in one go
 _UNROLL = 32  # latents whose decoder rows are added in one fused pass
 
 
@@ -81,11 +82,12 @@ def _encode_forward(x, w_enc, b_enc, dead, k, aux_k, compute_dtype):
                 lambda: _no_candidates(x_slice.shape[0], aux_k),
             )
 
-        main, aux = _over_slices(encode_slice, x, w_enc.shape[1])
+        n = w_enc.shape[1]
+        main, aux = _over_slices(encode_slice, x, n)
         if aux is None:
-            return _winners(*main), None
+            return _winners(*main, n), None
         none = Code(jnp.zeros_like(aux[0]), aux[1]), jnp.zeros(aux[0].shape, bool)
-        return _winners(*main), jax.lax.cond(any_dead, lambda: _winners(*aux), lambda: none)
+        return _winners(*main, n), jax.lax.cond(any_dead, lambda: _winners(*aux, n), lambda: none)
 
     specs = (BATCH, ENCODER, PER_LATENT, PER_LATENT, P())
     codes, kept = _unzip(per_shard(local, specs, CODE)(x, w_enc, b_enc, dead, any_dead))
@@ -141,9 +143,10 @@ def _no_candidates(rows: int, k: int):
     return jnp.full((rows, k), -jnp.inf), jnp.zeros((rows, k), jnp.int32)
 
 
-def _winners(values_Bxk, indices_Bxk):
-    """This shard's part of the global code, and which of its slots are in it."""
-    kept = _wins_globally(values_Bxk) & (values_Bxk != -jnp.inf)
+def _winners(values_Bxk, indices_Bxk, n: int):
+    """This shard's part of the global code, and which of its slots are in it. n: latents of a
+    shard."""
+    kept = _wins_globally(values_Bxk, indices_Bxk, n) & (values_Bxk != -jnp.inf)
     return Code(jnp.where(kept, values_Bxk, 0.0), indices_Bxk), kept
 
 
@@ -168,18 +171,45 @@ def _over_slices(function, x_Bxd, n: int):
     return jax.tree.map(lambda *slices: jnp.concatenate(slices), *parts)
 
 
-def _wins_globally(values_Bxk):
-    """Which of this shard's k candidates are among the k largest over all shards (B, k)."""
-    k = values_Bxk.shape[1]
-    everyone = gather_last(values_Bxk, "model")
-    if everyone.shape[1] == k:
+def _wins_globally(values_Bxk, indices_Bxk, n: int):
+    """Which of this shard's k candidates are among the k largest over all shards (B, k); ties go to
+    the lower latent. Candidates are in order of (value, index)."""
+    k, shards = values_Bxk.shape[1], shard_count("model")
+    if shards == 1:
         return jnp.ones(values_Bxk.shape, bool)
-    # Shards are in order of their latents and candidates in order of (value, index), so that
-    # ties again go to the lower latent.
-    _, winners = jax.lax.top_k(everyone, k)
+    if k * shards > _FEW_CANDIDATES:
+        return _wins_by_search(values_Bxk, indices_Bxk + shard_index("model") * n, n * shards)
+    # Shards are in order of their latents, so that here too ties go to the lower one.
+    _, winners = jax.lax.top_k(gather_last(values_Bxk, "model"), k)
     mine = winners - shard_index("model") * k
     slot = jnp.arange(k, dtype=mine.dtype)
     return (mine[:, :, None] == slot).any(axis=1)
+
+
+def _wins_by_search(values_Bxk, latents_Bxk, d_sae: int):
+    """The same without gathering candidates, which grow with the shards: what is summed over
+    `model` are counts, 60 bytes a token in each of 8 rounds that find the k-th largest value, and
+    in a round for every 4 bits of d_sae that find the last latent to win among equal values."""
+    k = values_Bxk.shape[1]
+    bits = jax.lax.bitcast_convert_type(values_Bxk, jnp.uint32)
+    keys = jnp.where(bits >> 31, ~bits, bits | jnp.uint32(1 << 31))  # in the order of the values
+    last = _kth_largest(keys, k, 32)
+    above, equal = keys > last[:, None], keys == last[:, None]
+    left = k - psum(above.sum(axis=1), "model")
+    order = jnp.where(equal, d_sae - latents_Bxk, 0).astype(jnp.uint32)
+    return above | (equal & (order >= _kth_largest(order, left, d_sae.bit_length())[:, None]))
+
+
+def _kth_largest(keys_Bxk, k, bits: int):
+    """(B,): of uint32 keys below 2^bits, the k-th largest over all shards; k may be (B,)."""
+    found = jnp.zeros(len(keys_Bxk), jnp.uint32)
+    digits = jnp.arange(1, 16, dtype=jnp.uint32)
+    for shift in reversed(range(0, bits, 4)):
+        tried = found[:, None] | (digits << shift)
+        count = psum((keys_Bxk[:, :, None] >= tried[:, None, :]).sum(axis=1), "model")
+        enough = (count >= jnp.reshape(k, (-1, 1))).sum(axis=1)
+        found |= enough.astype(jnp.uint32) << shift
+    return found
 
 
 def strongest(code: Code, k, slots: int) -> Code:

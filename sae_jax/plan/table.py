@@ -94,9 +94,14 @@ def _work(estimate: Estimate) -> list[str]:
         f"  through memory: {estimate.memory_bytes / 1e9:.2f} GB",
         f"  {'collective':20}{'over':14}{'times':>6}{'MB each':>12}{'MB sent':>12}",
     ]
-    for c in sorted(estimate.collectives, key=lambda c: -c.sent):
-        over = "+".join(estimate.axes(c))
-        lines.append(f"  {c.kind:20}{over:14}{c.times:6}{c.bytes / 1e6:12.3f}{c.sent / 1e6:12.3f}")
+    alike: dict[tuple, list] = {}
+    for c in estimate.collectives:
+        alike.setdefault((c.kind, "+".join(estimate.axes(c)), c.bytes), []).append(c)
+    for (kind, over, size), group in sorted(
+        alike.items(), key=lambda item: -sum(c.sent for c in item[1])
+    ):
+        times, sent = sum(c.times for c in group), sum(c.sent for c in group)
+        lines.append(f"  {kind:20}{over:14}{times:6}{size / 1e6:12.3f}{sent / 1e6:12.3f}")
     return [*lines, ""]
 
 
