@@ -25,7 +25,7 @@ def results(out: pathlib.Path) -> dict[str, int]:
     return {str(p): p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_again_and_again_it_goes_on_and_ends_with_the_page(tmp_path):
     out, run = tmp_path / "demo", tmp_path / "demo" / "run"
     moments = [out / "store" / "written", run / "metrics.jsonl", run / "result.json"]

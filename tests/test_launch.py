@@ -31,6 +31,7 @@ def local(tmp_path):
     """Starts launch/local.py with a `sae_jax` that runs the Python code it is given as its
     command, where `i` is its --process_id, in place of the real one."""
     (tmp_path / "sae_jax").mkdir()
+    (tmp_path / "sae_jax" / "__init__.py").touch()  # without it an installed one would come first
     (tmp_path / "sae_jax" / "__main__.py").write_text(
         "import os, pathlib, signal, sys, time\n"
         "flags = dict(argument.lstrip('-').split('=') for argument in sys.argv[2:])\n"

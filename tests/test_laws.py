@@ -228,13 +228,14 @@ def coverage(law, estimator, first, last):
     return hits
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "law, estimator",
     [
-        pytest.param("chinchilla", "huber", marks=pytest.mark.slow),
-        pytest.param("openai_nk", "log_least_squares", marks=pytest.mark.long),
-        pytest.param("chinchilla", "log_least_squares", marks=pytest.mark.long),
-        pytest.param("power", "huber", marks=pytest.mark.long),
+        ("chinchilla", "huber"),
+        ("openai_nk", "log_least_squares"),
+        ("chinchilla", "log_least_squares"),
+        ("power", "huber"),
     ],
 )
 def test_intervals_hold_the_truth_as_often_as_they_say(law, estimator):
