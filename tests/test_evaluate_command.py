@@ -18,6 +18,7 @@ STORIES = SHARED / "models" / "stories260K"
 SITE = "mlp_act.0"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SAELENS.is_dir(), reason="no shared data: ../shared/data/saes")
 def test_saelens_figures_of_saelens_sae(tmp_path, capsys):
     """SAELens took the first 64 sequences for cross-entropy and KL, the last 64 for the rest."""
@@ -109,11 +110,12 @@ def test_a_run_is_evaluated_on_what_it_did_not_train_on(demo, capsys):
         assert name in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, sites",
     [
         ("skip_transcoder", {"site": "mlp_in.0", "target_site": "mlp_out.0"}),
-        pytest.param("crosscoder", {"site": "mlp_in.0,resid_post.0"}, marks=pytest.mark.slow),
+        ("crosscoder", {"site": "mlp_in.0,resid_post.0"}),
     ],
 )
 def test_runs_of_several_sites_are_evaluated_from_their_config(demo, tmp_path, kind, sites):

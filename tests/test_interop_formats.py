@@ -249,11 +249,8 @@ def test_a_run_goes_out_and_comes_back_by_the_commands(tmp_path, capsys):
     assert "These can: saelens, dictionary_learning, sparsify, sae_jax" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "architecture",
-    ["topk"]
-    + [pytest.param(n, marks=pytest.mark.slow) for n in ("relu", "jumprelu", "gated", "batchtopk")],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["topk", "relu", "jumprelu", "gated", "batchtopk"])
 def test_a_run_goes_on_from_an_sae(tmp_path, architecture):
     """Its first loss is the SAE's own error on the first batch, in units in which the activations
     have norm sqrt(d)."""

@@ -46,8 +46,8 @@ def base(store, architecture="relu", steps=STEPS, **sections):
 
 AXES = ("run", "data", "model", "zero")
 MESHES = [(2, 1, 2), (1, 1, 1), (1, 2, 1), (2, 2, 1, True)]
-QUICK = {("relu", True, MESHES[0])}
 SLOW = {
+    ("relu", True, MESHES[0]),
     ("topk", True, MESHES[0]),
     ("batchtopk", True, MESHES[0]),
     ("jumprelu", True, MESHES[0]),
@@ -58,7 +58,7 @@ SLOW = {
 
 
 def marks_of(case) -> tuple:
-    return () if case in QUICK else pytest.mark.slow if case in SLOW else pytest.mark.long
+    return pytest.mark.slow if case in SLOW else pytest.mark.long
 
 
 @pytest.mark.parametrize(
@@ -239,6 +239,7 @@ def trained(store, tmp_path_factory):
     return work, folder
 
 
+@pytest.mark.slow
 def test_each_run_is_as_if_it_had_been_alone(trained, tmp_path):
     work, folder = trained
     for run in work.runs:

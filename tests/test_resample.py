@@ -88,6 +88,7 @@ def test_inputs_are_picked_by_the_square_of_their_loss():
     assert sorted(resample._pick(losses[:5], 7, 0))[-1] == 4  # fewer inputs than latents
 
 
+@pytest.mark.slow
 def test_run_with_resampling_is_exact_and_on_every_mesh_the_same(store, tmp_path, monkeypatch):
     config = config_of(store, sparsity_coefficient=30.0)
     with monkeypatch.context() as patch:

@@ -1,6 +1,7 @@
 """One run is the same run on every mesh."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -17,7 +18,8 @@ from sae_jax.train.preemption import PreemptedError, Preemption
 from sae_jax.train.step import Trainer
 
 MESHES = [(1, 1), (4, 1), (1, 4), (2, 2), (2, 2, "zero")]
-TRAINED = ("relu", "topk")  # test_sae.py has all architectures, for one step
+# test_sae.py has all architectures, for one step.
+TRAINED = ("topk", pytest.param("relu", marks=pytest.mark.slow))
 
 
 def on(mesh, **kwargs):
@@ -32,21 +34,21 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(store, tmp_path_factory):
-    """Directories of 50 steps on each mesh, by architecture."""
+    """(architecture, mesh) -> (directory, result) of 50 steps."""
     folder = tmp_path_factory.mktemp("runs")
-    out = {}
-    for architecture in TRAINED:
-        for mesh in MESHES:
-            path = folder / f"{architecture}-{'x'.join(map(str, mesh))}"
-            config = on(mesh, store=store, architecture=architecture)
-            out[architecture, mesh] = path, loop.train(config, path)
-    return out
+
+    @functools.cache
+    def run(architecture, mesh):
+        path = folder / f"{architecture}-{'x'.join(map(str, mesh))}"
+        return path, loop.train(on(mesh, store=store, architecture=architecture), path)
+
+    return run
 
 
 @pytest.mark.parametrize("architecture", TRAINED)
 @pytest.mark.parametrize("mesh", MESHES[1:], ids=str)
 def test_losses_do_not_depend_on_the_mesh(runs, architecture, mesh):
-    (path, result), (path_1, result_1) = runs[architecture, mesh], runs[architecture, (1, 1)]
+    (path, result), (path_1, result_1) = runs(architecture, mesh), runs(architecture, (1, 1))
     got, want = metrics(path), metrics(path_1)
     assert [line["step"] for line in got] == list(range(1, 51))
     for name in ("loss", "mse", "fvu", "l1", "grad_norm", "lr", "sparsity_coefficient"):
@@ -64,7 +66,7 @@ def test_losses_do_not_depend_on_the_mesh(runs, architecture, mesh):
 @pytest.mark.parametrize("source", MESHES, ids=str)
 @pytest.mark.parametrize("target", MESHES, ids=str)
 def test_checkpoint_restores_on_every_mesh(runs, store, source, target):
-    path, _ = runs["topk", source]
+    path, _ = runs("topk", source)
     config = on(target, store=store)
     config = loop.resolve(config, open_stream(config.data))
     with jax.set_mesh(make_mesh(config)):
@@ -90,7 +92,7 @@ def test_run_that_moves_from_mesh_to_mesh(runs, store, tmp_path, monkeypatch):
                 loop.train(on(mesh, store=store), tmp_path / "run")
         else:
             loop.train(on(mesh, store=store), tmp_path / "run")
-    path, _ = runs["topk", (1, 1)]
+    path, _ = runs("topk", (1, 1))
     got, want = metrics(tmp_path / "run"), metrics(path)
     assert [line["step"] for line in got] == list(range(1, 51))
     np.testing.assert_allclose([m["loss"] for m in got], [m["loss"] for m in want], rtol=1e-5)
@@ -102,7 +104,7 @@ def test_stop_and_resume_on_one_mesh_is_exact(runs, store, tmp_path, monkeypatch
         with pytest.raises(PreemptedError, match="step 23"):
             loop.train(on((1, 1), store=store), tmp_path / "run")
     loop.train(on((1, 1), store=store), tmp_path / "run")
-    assert_same_arrays(saved_arrays(tmp_path / "run"), saved_arrays(runs["topk", (1, 1)][0]))
+    assert_same_arrays(saved_arrays(tmp_path / "run"), saved_arrays(runs("topk", (1, 1))[0]))
 
 
 def test_batches_do_not_depend_on_the_mesh(store):
