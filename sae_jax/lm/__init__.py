@@ -13,6 +13,7 @@ from sae_jax.lm.decoder import (
     site_width,
 )
 from sae_jax.lm.harvest import harvest
+from sae_jax.lm.model import Model
 from sae_jax.lm.text import PACKING_RULE, Tokenizer, load_tokenizer, pack, read_texts, text_files
 from sae_jax.lm.weights import fingerprint, load_config, load_params, save_model
 
@@ -21,6 +22,7 @@ __all__ = [
     "PACKING_RULE",
     "SITES",
     "DecoderConfig",
+    "Model",
     "Tokenizer",
     "fingerprint",
     "forward",

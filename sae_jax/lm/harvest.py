@@ -17,14 +17,11 @@ import numpy as np
 import tqdm
 from absl import logging
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from sae_jax.activations import Store, StoreWriter
 from sae_jax.config import UserError, difference
-from sae_jax.lm.decoder import forward, site_width
-from sae_jax.lm.text import PACKING_RULE, load_tokenizer, pack
-from sae_jax.lm.weights import fingerprint, load_config, load_params
+from sae_jax.lm.model import Model
+from sae_jax.lm.text import PACKING_RULE, pack
 
 DEFAULT_CONTEXT = 1024  # where the model allows it
 TOKENS_PER_DEVICE = 8192  # of a batch along `data`
@@ -58,27 +55,25 @@ def harvest(
     it does nothing. UserError before the model runs: an unknown site, text that fills no context,
     a store made from other text or another model, a disk that cannot hold the result.
     """
-    config, tokenizer = load_config(model_dir), load_tokenizer(model_dir)
+    model = Model(model_dir, model_dtype, mesh)
+    tokenizer = model.tokenizer
     if not sites:
         raise UserError("no sites to harvest; name some, such as resid_post.0")
-    widths = {site: site_width(config, site) for site in sites}
+    widths = {site: model.site_width(site) for site in sites}
     if context_length is None:
-        context_length = min(config.max_context, DEFAULT_CONTEXT)
-    if not 2 <= context_length <= config.max_context:
+        context_length = min(model.max_context, DEFAULT_CONTEXT)
+    if not 2 <= context_length <= model.max_context:
         raise UserError(
-            f"context_length {context_length} is not between 2 and the model's {config.max_context}"
+            f"context_length {context_length} is not between 2 and the model's {model.max_context}"
         )
-    mesh = mesh or jax.make_mesh(
-        (jax.local_device_count(), 1), ("data", "model"), devices=jax.local_devices()
-    )
-    batch_size = _batch_size(batch_size, context_length, mesh)
+    batch_size = _batch_size(batch_size, context_length, model.mesh)
     tokens_NxT = pack(_with_progress(texts), tokenizer, context_length, tokens)
-    if tokens_NxT.max() >= config.vocab_size:
+    if tokens_NxT.max() >= model.vocab_size:
         raise UserError(
             f"the tokenizer of {model_dir} gives token {tokens_NxT.max()}, but the model has "
-            f"{config.vocab_size}; they do not belong together"
+            f"{model.vocab_size}; they do not belong together"
         )
-    function = {"model_fingerprint": fingerprint(model_dir), "model_dtype": model_dtype}
+    function = {"model_fingerprint": model.fingerprint, "model_dtype": model_dtype}
     _check_disk(out, tokens_NxT.size, sum(widths.values()) * jnp.dtype(dtype).itemsize)
     writer = StoreWriter.create_or_resume(
         out,
@@ -103,8 +98,7 @@ def harvest(
         if shard.index % jax.process_count() == jax.process_index()
     ]
     if mine:
-        params = load_params(model_dir, jnp.dtype(model_dtype), mesh)
-        run = _runner(params, config, tuple(widths), jnp.dtype(dtype), mesh)
+        run = model.runner(tuple(widths), jnp.dtype(dtype))
         _write_shards(writer, mine, tokens_NxT, widths, jnp.dtype(dtype), batch_size, run)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("harvest: all shards are written")
@@ -113,18 +107,6 @@ def harvest(
         multihost_utils.sync_global_devices("harvest: the store is finished")
         return Store.open(out)
     return writer.finish()
-
-
-def _runner(params, config, sites, dtype, mesh):
-    """tokens (B, T) on the host -> {site: (B, T, width)} of `dtype` on the devices, not awaited."""
-    sharding = NamedSharding(mesh, P("data", None))
-
-    @jax.jit
-    def run(params, tokens):
-        _, taps = forward(params, tokens, config, taps=sites, logits=False)
-        return {site: taps[site].astype(dtype) for site in sites}
-
-    return lambda tokens: run(params, jax.device_put(tokens, sharding))
 
 
 def _write_shards(writer, shards, tokens_NxT, widths, dtype, batch_size, run):

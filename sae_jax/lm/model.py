@@ -1,0 +1,62 @@
+"""A language model that is ready to run: what harvest, live stores and evaluation ask of one.
+
+The parameters are read when the model is first run, so that what is wrong with a request is said
+before that.
+"""
+
+import functools
+import pathlib
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sae_jax.lm.decoder import forward, site_width
+from sae_jax.lm.text import load_tokenizer
+from sae_jax.lm.weights import fingerprint, load_config, load_params
+
+
+class Model:
+    """The model of a Hugging Face directory, to be computed in `dtype` over `mesh` (axes `data` and
+    `model`; None: all of this process's devices along `data`)."""
+
+    def __init__(self, directory, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None):
+        self.directory = pathlib.Path(directory)
+        self.dtype = dtype
+        self.mesh = mesh or jax.make_mesh(
+            (jax.local_device_count(), 1), ("data", "model"), devices=jax.local_devices()
+        )
+        self.config = load_config(directory)
+        self.vocab_size = self.config.vocab_size
+        self.max_context = self.config.max_context
+
+    @functools.cached_property
+    def tokenizer(self):
+        return load_tokenizer(self.directory)
+
+    @functools.cached_property
+    def params(self) -> dict:
+        return load_params(self.directory, jnp.dtype(self.dtype), self.mesh)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.directory)
+
+    def site_width(self, site: str) -> int:
+        """UserError for a site that the model does not have."""
+        return site_width(self.config, site)
+
+    def runner(self, sites: Sequence[str], dtype) -> Callable[[np.ndarray], dict]:
+        """tokens (B, T) on the host, B a multiple of the mesh's `data` -> {site: (B, T, width)} of
+        `dtype` on the devices, not awaited."""
+        sharding, sites = NamedSharding(self.mesh, P("data", None)), tuple(sites)
+
+        @jax.jit
+        def run(params, tokens):
+            _, taps = forward(params, tokens, self.config, taps=sites, logits=False)
+            return {site: taps[site].astype(dtype) for site in sites}
+
+        return lambda tokens: run(self.params, jax.device_put(tokens, sharding))
