@@ -1,5 +1,6 @@
 """The decoder against transformers' stored results, and against itself."""
 
+import dataclasses
 import pathlib
 
 import jax
@@ -15,6 +16,7 @@ from sae_jax.config import UserError
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "lm"
 STORIES = pathlib.Path(__file__).parents[2] / "shared" / "data" / "models" / "stories260K"
 MODELS = sorted(path.parent.name for path in FIXTURES.glob("*/config.json"))
+QUICK = ("gemma3", "gpt2", "llama_tied_gqa")
 needs_stories = pytest.mark.skipif(not STORIES.is_dir(), reason=f"no model at {STORIES}")
 
 # Attention, then a ReLU MLP of width 4d: the transformer of Towards Monosemanticity.
@@ -28,7 +30,8 @@ forward = jax.jit(lm.forward, static_argnames=("config", "taps", "logits"))  # w
 
 
 def all_sites(config):
-    return tuple(f"{name}.{layer}" for layer in range(config.num_layers) for name in lm.SITES)
+    names = [name for name in lm.SITES if not (config.parallel and name == "resid_mid")]
+    return tuple(f"{name}.{layer}" for layer in range(config.num_layers) for name in names)
 
 
 def relative_error(ours, theirs):
@@ -139,7 +142,7 @@ def test_an_edit_of_another_shape_and_an_unknown_site_are_refused():
     with pytest.raises(UserError, match="resid_post.0 turned shape"):
         edits = {"resid_post.0": lambda x: x[:1]}
         lm.forward(params, expected["tokens"], config, edits=edits)
-    for site in ("resid_post.2", "resid_post", "resid.0", "mlp_act.-1"):
+    for site in ("resid_post.3", "resid_post", "resid.0", "mlp_act.-1"):
         with pytest.raises(UserError, match="unknown site"):
             lm.forward(params, expected["tokens"], config, (site,))
 
@@ -169,14 +172,17 @@ def test_bfloat16_is_close():
 @pytest.mark.parametrize(
     "name, shape",
     [
-        ("llama_tied_gqa", (2, 2)),
+        *(
+            pytest.param(name, (2, 2), marks=() if name in QUICK else pytest.mark.slow)
+            for name in MODELS
+        ),
         ("llama_biases", (1, 4)),
-        ("llama_head_dim", (2, 2)),
         ("one_layer", (4, 1)),
     ],
 )
 def test_sharded_equals_unsharded(name, shape):
-    """Axes that `model` does not divide (in llama_head_dim one key/value head) stay whole."""
+    """Where `model` does not divide the key/value heads (llama_head_dim, gemma3: one) or the
+    vocabulary (gpt2: 41) another axis is sharded."""
     if name == "one_layer":
         config, params = ONE_LAYER, random_params(ONE_LAYER)
         tokens = np.arange(36).reshape(4, 9)
@@ -187,7 +193,7 @@ def test_sharded_equals_unsharded(name, shape):
 
     @jax.jit
     def run(params, tokens):
-        edits = {"resid_mid.0": lambda x: 1.1 * x, "mlp_act.0": lambda x: 0.9 * x}
+        edits = {name: lambda x: 1.1 * x for name in ("mlp_in.0", "mlp_act.0", "z.0")}
         logits, taps = lm.forward(params, tokens, config, sites, edits)
         return logits, taps, lm.next_token_loss(logits, tokens)
 
@@ -197,6 +203,46 @@ def test_sharded_equals_unsharded(name, shape):
         assert relative_error(a, np.asarray(b)) < 1e-5
     shard = ours[1]["mlp_act.0"].addressable_shards[0].data.shape
     assert shard == (4 // shape[0], 9, config.d_mlp // shape[1])
+
+
+@pytest.mark.parametrize("name", [*QUICK, pytest.param("gemma2", marks=pytest.mark.slow)])
+def test_looping_over_layers_changes_nothing(name):
+    """With taps and edits at some layers only, on one device and on four."""
+    config, params, expected = model_and_tokens(name)
+    tokens = np.concatenate([expected["tokens"], expected["tokens"][:, ::-1]])
+    last = config.num_layers - 1
+    stacked = lm.load_params(FIXTURES / name, scan=True)
+    mesh = jax.make_mesh((2, 2), ("data", "model"))
+    sharded = lm.load_params(FIXTURES / name, mesh=mesh, scan=True)
+    for leaf in jax.tree.leaves(sharded["layers"]):
+        assert leaf.shape[0] == config.num_layers
+    for site in (None, f"mlp_in.{last}"):
+        taps, edits = ((site,), {site: lambda x: 0.9 * x}) if site else ((), None)
+        run = jax.jit(lambda p, t, taps=taps, edits=edits: lm.forward(p, t, config, taps, edits))
+        whole = run(params, tokens)
+        here = run(stacked, tokens)
+        there = run(sharded, jax.device_put(tokens, NamedSharding(mesh, P("data", None))))
+        for ours in (here, there):
+            for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(whole), strict=True):
+                assert relative_error(a, np.asarray(b)) < 1e-5
+
+
+def test_a_loop_over_layers_is_compiled_once():
+    config = dataclasses.replace(ONE_LAYER, num_layers=12)
+    layers = [random_params(ONE_LAYER)["layers"][0]] * 12
+    params = random_params(ONE_LAYER) | {"layers": layers}
+    stacked = params | {"layers": jax.tree.map(lambda *leaves: np.stack(leaves), *layers)}
+    tokens = np.zeros((1, 8), int)
+    sizes = [
+        len(jax.jit(lambda p: lm.forward(p, tokens, config)[0]).lower(p).as_text())
+        for p in (params, stacked)
+    ]
+    assert sizes[1] < sizes[0] / 4
+
+
+def test_a_context_longer_than_the_models_is_refused():
+    with pytest.raises(UserError, match="33 tokens is longer than the model's 32"):
+        lm.forward(random_params(ONE_LAYER), np.zeros((1, 33), int), ONE_LAYER)
 
 
 def test_next_token_loss_is_the_cross_entropy():

@@ -2,20 +2,22 @@
 
 import pathlib
 
-from sae_jax.lm.corpus import standard_library
-from sae_jax.lm.decoder import (
+from sae_jax.lm.architecture import (
     SITES,
     DecoderConfig,
-    forward,
+    Rope,
+    hook_name,
     init,
     layout,
-    next_token_loss,
     site_width,
 )
+from sae_jax.lm.corpus import standard_library
+from sae_jax.lm.decoder import forward, next_token_loss
+from sae_jax.lm.families import load_config
 from sae_jax.lm.harvest import harvest
 from sae_jax.lm.model import Model
 from sae_jax.lm.text import PACKING_RULE, Tokenizer, load_tokenizer, pack, read_texts, text_files
-from sae_jax.lm.weights import fingerprint, load_config, load_params, save_model
+from sae_jax.lm.weights import fingerprint, load_params, save_model
 
 __all__ = [
     "DEMO_MODEL",
@@ -23,10 +25,12 @@ __all__ = [
     "SITES",
     "DecoderConfig",
     "Model",
+    "Rope",
     "Tokenizer",
     "fingerprint",
     "forward",
     "harvest",
+    "hook_name",
     "init",
     "layout",
     "load_config",

@@ -1,27 +1,11 @@
 """One functional decoder with switches: parameters are a plain dict, `forward` is a function.
 
-Families today: Llama (RMSNorm, rotary positions, grouped-query attention, SwiGLU) and the
-one-layer transformer of Towards Monosemanticity (Bricken et al. 2023: attention, then a ReLU MLP
-of width 4d; here with RMSNorm and rotary positions, as those are the switches we have).
-
-Sites, for a layer L and activations of shape (B, T, width):
-
-    resid_pre.L   d_model  the residual stream that enters the layer
-    attn_out.L    d_model  what attention adds to it
-    resid_mid.L   d_model  the residual stream between attention and MLP
-    mlp_in.L      d_model  what the MLP reads: resid_mid after its norm
-    mlp_act.L     d_mlp    what the MLP's last matrix reads: the activation function's output
-                           (gated MLPs: times the other branch)
-    mlp_out.L     d_model  what the MLP adds to the residual stream
-    resid_post.L  d_model  the residual stream that leaves the layer (= resid_pre.L+1)
-
-On a mesh, `model` shards the key/value heads with the query heads they serve, the width of the
-MLP and the vocabulary, each where it divides; `data` shards the batch. The mesh is read off the
-arrays' types (Explicit axes), so nothing here is told about it.
+The mesh is read off the arrays' types (Explicit axes), so nothing here is told about it: `model`
+shards heads, the MLP's width and the vocabulary (`architecture.layout`), `data` the batch. Each
+layer's attention and MLP end in one all-reduce over `model`, and no activation is gathered.
 """
 
-import dataclasses
-import math
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -29,142 +13,49 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sae_jax.config import UserError
+from sae_jax.lm.architecture import DecoderConfig, LayerKind, site_width
+from sae_jax.lm.attention import attend, rotate
 
-RESIDUAL_SITES = ("resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
-SITES = (*RESIDUAL_SITES, "mlp_act")
-ACTIVATIONS = {"silu": jax.nn.silu, "relu": jax.nn.relu}
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """The function that the parameters are put into. Hashable: pass it to jit as static."""
-
-    vocab_size: int
-    d_model: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    d_mlp: int
-    max_context: int
-    activation: str = "silu"
-    gated_mlp: bool = True  # down(act(gate x) * up x); otherwise down(act(up x))
-    qkv_bias: bool = False
-    attn_out_bias: bool = False
-    mlp_bias: bool = False
-    tie_embeddings: bool = False
-    norm_eps: float = 1e-5
-    rope_theta: float = 10_000.0
-
-    @property
-    def group(self) -> int:
-        """Query heads that share a key/value head."""
-        return self.num_heads // self.num_kv_heads
-
-
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-    """A parameter: its shape, the axis that the mesh's `model` may shard, and how many of its
-    leading axes are inputs of the matrix (0: a vector)."""
-
-    shape: tuple[int, ...]
-    model_axis: int | None = None
-    inputs: int = 0
-
-    def spec(self, model_size: int) -> P:
-        """Sharded where `model` divides the axis, whole otherwise."""
-        axes = [None] * len(self.shape)
-        if self.model_axis is not None and self.shape[self.model_axis] % model_size == 0:
-            axes[self.model_axis] = "model"
-        return P(*axes)
-
-
-def layout(config: DecoderConfig) -> dict:
-    """The tree of parameters, a `Leaf` for each."""
-    d, n, g, k = config.d_model, config.num_kv_heads, config.group, config.head_dim
-    f, v = config.d_mlp, config.vocab_size
-    layer = {
-        "attn_norm": Leaf((d,)),
-        "w_q": Leaf((d, n, g, k), 1, 1),
-        "w_k": Leaf((d, n, k), 1, 1),
-        "w_v": Leaf((d, n, k), 1, 1),
-        "w_o": Leaf((n, g, k, d), 0, 3),
-        "mlp_norm": Leaf((d,)),
-        "w_up": Leaf((d, f), 1, 1),
-        "w_down": Leaf((f, d), 0, 1),
-    }
-    if config.gated_mlp:
-        layer["w_gate"] = Leaf((d, f), 1, 1)
-    if config.qkv_bias:
-        layer |= {"b_q": Leaf((n, g, k), 0), "b_k": Leaf((n, k), 0), "b_v": Leaf((n, k), 0)}
-    if config.attn_out_bias:
-        layer["b_o"] = Leaf((d,))
-    if config.mlp_bias:
-        layer |= {"b_up": Leaf((f,), 0), "b_down": Leaf((d,))}
-        if config.gated_mlp:
-            layer["b_gate"] = Leaf((f,), 0)
-    tree = {
-        "embed": Leaf((v, d), 0),
-        "layers": [dict(layer) for _ in range(config.num_layers)],
-        "final_norm": Leaf((d,)),
-    }
-    if not config.tie_embeddings:
-        tree["unembed"] = Leaf((d, v), 1, 1)
-    return tree
-
-
-def init(key: jax.Array, config: DecoderConfig, dtype=jnp.float32) -> dict:
-    """Random parameters: norms one, biases zero, embeddings N(0, 0.02^2), matrices N(0, 1/fan_in)
-    with those that write to the residual stream divided by sqrt(2 * layers), as in GPT-2."""
-    paths, tree = jax.tree_util.tree_flatten_with_path(layout(config))
-    keys = jax.random.split(key, len(paths))
-    leaves = []
-    for (path, leaf), leaf_key in zip(paths, keys, strict=True):
-        name = path[-1].key
-        if name.endswith("norm"):
-            leaves.append(jnp.ones(leaf.shape, dtype))
-        elif name.startswith("b_"):
-            leaves.append(jnp.zeros(leaf.shape, dtype))
-        else:
-            std = 0.02 if name == "embed" else math.prod(leaf.shape[: leaf.inputs]) ** -0.5
-            if name in ("w_o", "w_down"):
-                std /= math.sqrt(2 * config.num_layers)
-            leaves.append(std * jax.random.normal(leaf_key, leaf.shape, dtype))
-    return jax.tree_util.tree_unflatten(tree, leaves)
-
-
-def site_width(config: DecoderConfig, site: str) -> int:
-    """The width of a site's activations. UserError for a site that the model does not have."""
-    name, _, layer = site.rpartition(".")
-    if name not in SITES or not layer.isdecimal() or int(layer) >= config.num_layers:
-        raise UserError(
-            f"unknown site {site!r}; a site is NAME.LAYER with NAME one of {', '.join(SITES)} "
-            f"and LAYER from 0 to {config.num_layers - 1}"
-        )
-    return config.d_mlp if name == "mlp_act" else config.d_model
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+}
 
 
 def forward(params, tokens, config: DecoderConfig, taps=(), edits=None, logits=True):
     """The model on `tokens` (B, T) -> (logits float32 (B, T, vocab), {tap: (B, T, width)}).
 
     taps: names of sites to return. edits: {site: fn}; fn takes the site's activations (B, T,
-    width) and returns their replacement, which the rest of the model goes on with. A tap at an
-    edited site gives the replacement. logits=False returns None for them and stops after the
-    layer of the last tap.
+    width) and returns their replacement, which the rest of the model goes on with (`lm.edits` has
+    some). A tap at an edited site gives the replacement. logits=False returns None for them and
+    stops after the layer of the last tap.
 
     Positions count from 0 at every row, and a row's documents see each other. Norms, rotations
     and the softmax of attention are float32 whatever the parameters are; the residual stream has
-    the parameters' dtype. UserError for an unknown site or an edit that changes the shape.
+    the parameters' dtype. Products of float32 are of full float32 precision on every device.
+
+    params["layers"] is a list of layers, or one dict of their parameters stacked along a leading
+    axis (`load_params(scan=True)`): then layers without taps and edits run in one loop, which
+    compiles once whatever the depth. UserError for an unknown site, an edit that changes the
+    shape, or a context longer than the model's.
     """
     edits = edits or {}
     for site in (*taps, *edits):
         site_width(config, site)
+    if tokens.shape[1] > config.max_context:
+        raise UserError(
+            f"a context of {tokens.shape[1]} tokens is longer than the model's {config.max_context}"
+        )
+    visited = {int(site.rpartition(".")[2]) for site in (*taps, *edits)}
     depth = config.num_layers
     if not logits:
         depth = 1 + max((int(site.rpartition(".")[2]) for site in taps), default=-1)
     tapped = {}
 
-    def visit(name, layer, x_BxTxW):
+    def visit(layer, name, x_BxTxW):
         site = f"{name}.{layer}"
         if site in edits:
             x_BxTxW = _replacement(edits[site](x_BxTxW), x_BxTxW, site)
@@ -172,22 +63,21 @@ def forward(params, tokens, config: DecoderConfig, taps=(), edits=None, logits=T
             tapped[site] = x_BxTxW
         return x_BxTxW
 
-    x_BxTxD = _look_up(params["embed"], tokens)
-    for layer, p in enumerate(params["layers"][:depth]):
-        x_BxTxD = visit("resid_pre", layer, x_BxTxD)
-        attn_in = _rms_norm(x_BxTxD, p["attn_norm"], config.norm_eps)
-        attn_out = visit("attn_out", layer, _attention(attn_in, p, config))
-        x_BxTxD = visit("resid_mid", layer, x_BxTxD + attn_out)
-        mlp_in = visit("mlp_in", layer, _rms_norm(x_BxTxD, p["mlp_norm"], config.norm_eps))
-        act_BxTxF = visit("mlp_act", layer, _mlp_activation(mlp_in, p, config))
-        mlp_out = _sum_over_model("btf,fd->btd", act_BxTxF, p["w_down"])
-        mlp_out = visit("mlp_out", layer, _add_bias(mlp_out, p, "b_down"))
-        x_BxTxD = visit("resid_post", layer, x_BxTxD + mlp_out)
-    if not logits:
-        return None, tapped
-    x_BxTxD = _rms_norm(x_BxTxD, params["final_norm"], config.norm_eps)
-    equation, w = ("btd,vd->btv", "embed") if config.tie_embeddings else ("btd,dv->btv", "unembed")
-    return jnp.einsum(equation, x_BxTxD, params[w], preferred_element_type=jnp.float32), tapped
+    full = params["embed"].dtype == jnp.float32
+    with jax.default_matmul_precision("highest" if full else "default"):
+        x_BxTxD = _embed(params, jnp.asarray(tokens), config)
+        layer = 0
+        while layer < depth:
+            stop = min((site for site in visited if layer <= site < depth), default=depth)
+            if stop - layer > 1 and isinstance(params["layers"], dict):
+                x_BxTxD = _loop(x_BxTxD, params["layers"], layer, stop, config)
+                layer = stop
+                continue
+            p = _layer_of(params["layers"], layer)
+            see = functools.partial(visit, layer) if layer in visited else None
+            x_BxTxD = _layer(x_BxTxD, p, config, config.kind(layer), see)
+            layer += 1
+        return (_unembed(params, x_BxTxD, config) if logits else None), tapped
 
 
 def next_token_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -199,20 +89,80 @@ def next_token_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
-def _attention(x_BxTxD, p, config: DecoderConfig):
-    """Causal attention. b: batch; t, s: positions of queries and keys; n: key/value heads; g:
-    query heads of each; k: head_dim."""
+def _loop(x_BxTxD, stacked, first: int, stop: int, config: DecoderConfig):
+    """Layers without taps and edits, compiled once for each kind of layer."""
+    kinds = list(dict.fromkeys(config.kind(layer) for layer in range(first, stop)))
+    bodies = [functools.partial(_layer, config=config, kind=kind) for kind in kinds]
+    number = jnp.array([kinds.index(config.kind(layer)) for layer in range(first, stop)])
+
+    def body(layer, x_BxTxD):
+        p = _layer_of(stacked, layer)
+        if len(bodies) == 1:
+            return bodies[0](x_BxTxD, p)
+        return jax.lax.switch(number[layer - first], bodies, x_BxTxD, p)
+
+    return jax.lax.fori_loop(first, stop, body, x_BxTxD)
+
+
+def _layer_of(layers, layer) -> dict:
+    if isinstance(layers, list):
+        return layers[layer]
+    return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), layers)
+
+
+def _layer(x_BxTxD, p, config: DecoderConfig, kind: LayerKind, see=None):
+    """`see(name, x)` is shown the activations of each site, and says what to go on with."""
+    visit = see or (lambda name, x: x)
+    x_BxTxD = resid_pre = visit("resid_pre", x_BxTxD)
+    z = _heads(_norm(x_BxTxD, p, "attn_norm", config), p, config, kind)
+    if see is not None:
+        z = _apart(visit("z", _side_by_side(z)), z)
+    attn_out = _add_bias(_sum_over_model("btngk,ngkd->btd", z, p["w_o"]), p, "b_o")
+    if config.post_norms:
+        attn_out = _norm(attn_out, p, "attn_post_norm", config)
+    x_BxTxD = x_BxTxD + visit("attn_out", attn_out)
+    if not config.parallel:
+        x_BxTxD = visit("resid_mid", x_BxTxD)
+    reads = resid_pre if config.parallel else x_BxTxD
+    mlp_in = visit("mlp_in", _norm(reads, p, "mlp_norm", config))
+    act_BxTxF = visit("mlp_act", _mlp_activation(mlp_in, p, config))
+    mlp_out = _add_bias(_sum_over_model("btf,fd->btd", act_BxTxF, p["w_down"]), p, "b_down")
+    if config.post_norms:
+        mlp_out = _norm(mlp_out, p, "mlp_post_norm", config)
+    return visit("resid_post", x_BxTxD + visit("mlp_out", mlp_out))
+
+
+def _heads(x_BxTxD, p, config: DecoderConfig, kind: LayerKind):
+    """What the heads give: (b, t, n, g, k), as in `attention`."""
     q = _add_bias(jnp.einsum("btd,dngk->btngk", x_BxTxD, p["w_q"]), p, "b_q")
     k = _add_bias(jnp.einsum("btd,dnk->btnk", x_BxTxD, p["w_k"]), p, "b_k")
     v = _add_bias(jnp.einsum("btd,dnk->btnk", x_BxTxD, p["w_v"]), p, "b_v")
-    q, k = _rotate(q, config.rope_theta), _rotate(k, config.rope_theta)
-    scores = jnp.einsum("btngk,bsnk->bngts", q, k, preferred_element_type=jnp.float32)
-    length = x_BxTxD.shape[1]
-    causal = jnp.tril(jnp.ones((1, 1, 1, length, length), bool))
-    scores = jnp.where(causal, scores * config.head_dim**-0.5, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    mixed = jnp.einsum("bngts,bsnk->btngk", weights, v)
-    return _add_bias(_sum_over_model("btngk,ngkd->btd", mixed, p["w_o"]), p, "b_o")
+    if config.qk_norm:
+        q, k = _norm(q, p, "q_norm", config), _norm(k, p, "k_norm", config)
+    if kind.rope is not None:
+        q, k = rotate(q, kind.rope), rotate(k, kind.rope)
+    return attend(q, k, v, kind, config.attn_softcap)
+
+
+def _side_by_side(z):
+    """(b, t, n, g, k) -> (b, t, heads * k). Where `model` shards the heads of each group (g) they
+    are not neighbours there, and so come whole."""
+    shape, sharding = (*z.shape[:2], -1), jax.typeof(z).sharding
+    if sharding.mesh.empty:
+        return z.reshape(shape)
+    batch, _, n, g, _ = sharding.spec
+    if g is not None:
+        z = jax.reshard(z, NamedSharding(sharding.mesh, P(batch)))
+    return z.reshape(shape, out_sharding=NamedSharding(sharding.mesh, P(batch, None, n)))
+
+
+def _apart(z_BxTxH, like):
+    sharding = jax.typeof(like).sharding
+    if sharding.mesh.empty:
+        return z_BxTxH.reshape(like.shape)
+    batch, _, n, *_ = sharding.spec
+    own = NamedSharding(sharding.mesh, P(batch, None, n))
+    return jax.reshard(z_BxTxH.reshape(like.shape, out_sharding=own), sharding)
 
 
 def _mlp_activation(x_BxTxD, p, config: DecoderConfig):
@@ -223,22 +173,43 @@ def _mlp_activation(x_BxTxD, p, config: DecoderConfig):
     return act(_add_bias(jnp.einsum("btd,df->btf", x_BxTxD, p["w_gate"]), p, "b_gate")) * up
 
 
-def _rotate(x_BxTxHxK, theta: float):
-    """Rotary positions, halves convention (Hugging Face's): feature i turns with i + K/2. Any
-    number of head axes between T and K."""
-    length, width = x_BxTxHxK.shape[1], x_BxTxHxK.shape[-1]
-    inverse = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-    angle = jnp.arange(length, dtype=jnp.float32)[:, None] * inverse[None, :]
-    angle = angle.reshape(1, length, *[1] * (x_BxTxHxK.ndim - 3), width // 2)
-    a, b = jnp.split(x_BxTxHxK.astype(jnp.float32), 2, axis=-1)
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_BxTxHxK.dtype)
+def _norm(x, p, name: str, config: DecoderConfig):
+    """Over the last axis. Rounded to x's dtype where each family rounds."""
+    y, weight = x.astype(jnp.float32), p[name].reshape(*[1] * (x.ndim - 1), -1)
+    if config.norm == "layer":
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + config.norm_eps)
+    if config.norm == "layer":
+        return _add_bias(y * weight, p, f"b_{name}").astype(x.dtype)
+    if config.norm_plus_one:
+        return (y * (1.0 + weight.astype(jnp.float32))).astype(x.dtype)
+    return y.astype(x.dtype) * weight
 
 
-def _rms_norm(x_BxTxD, weight_D, eps: float):
-    x = x_BxTxD.astype(jnp.float32)
-    x = x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
-    return x.astype(x_BxTxD.dtype) * weight_D[None, None]
+def _embed(params, tokens_BxT, config: DecoderConfig):
+    x_BxTxD = _look_up(params["embed"], tokens_BxT)
+    if config.embed_scale != 1.0:
+        x_BxTxD = x_BxTxD * jnp.asarray(config.embed_scale, x_BxTxD.dtype)
+    if "positions" in params:
+        x_BxTxD = x_BxTxD + params["positions"][None, : tokens_BxT.shape[1]]
+    return x_BxTxD
+
+
+def _unembed(params, x_BxTxD, config: DecoderConfig):
+    x_BxTxD = _norm(x_BxTxD, params, "final_norm", config)
+    tied = config.tie_embeddings
+    w, equation = (params["embed"], "vd") if tied else (params["unembed"], "dv")
+    multiply = functools.partial(
+        jnp.einsum, f"btd,{equation}->btv", preferred_element_type=jnp.float32
+    )
+    if _is_sharded(w, equation.index("d")):
+        like = _like_batch(x_BxTxD, w)
+        x_BxTxD = jax.reshard(x_BxTxD, NamedSharding(like.mesh, P(*like.spec, None, "model")))
+        logits = multiply(x_BxTxD, w, out_sharding=like)
+    else:
+        logits = multiply(x_BxTxD, w)
+    cap = config.logit_softcap
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def _add_bias(x, p, name: str):
@@ -246,7 +217,11 @@ def _add_bias(x, p, name: str):
 
 
 def _look_up(embed_VxD, tokens_BxT):
-    return embed_VxD.at[tokens_BxT].get(out_sharding=_like_batch(tokens_BxT, embed_VxD))
+    like = _like_batch(tokens_BxT, embed_VxD)
+    if like is None or not _is_sharded(embed_VxD, 1):
+        return embed_VxD.at[tokens_BxT].get(out_sharding=like)
+    own = NamedSharding(like.mesh, P(*like.spec, None, "model"))
+    return jax.reshard(embed_VxD.at[tokens_BxT].get(out_sharding=own), like)
 
 
 def _sum_over_model(equation: str, x, w):
@@ -258,6 +233,11 @@ def _like_batch(x, w) -> NamedSharding | None:
     """Sharded over the batch as `x` is and whole otherwise; None where there is no mesh."""
     mesh = jax.typeof(w).sharding.mesh
     return None if mesh.empty else NamedSharding(mesh, P(jax.typeof(x).sharding.spec[0]))
+
+
+def _is_sharded(w, axis: int) -> bool:
+    sharding = jax.typeof(w).sharding
+    return not sharding.mesh.empty and sharding.spec[axis] is not None
 
 
 def _replacement(new, old, site: str):

@@ -14,9 +14,11 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sae_jax.lm.decoder import forward, site_width
+from sae_jax.lm.architecture import site_width
+from sae_jax.lm.decoder import forward
+from sae_jax.lm.families import load_config
 from sae_jax.lm.text import load_tokenizer
-from sae_jax.lm.weights import fingerprint, load_config, load_params
+from sae_jax.lm.weights import fingerprint, load_params
 
 
 class Model:
