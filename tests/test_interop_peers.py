@@ -171,3 +171,15 @@ def test_the_package_loads_an_export_as_the_same_function(tmp_path, name, archit
     want, want_hat = sae.fold().encode(x), sae(x)
     np.testing.assert_allclose(latents, want, atol=1e-5 * np.abs(want).max())
     np.testing.assert_allclose(x_hat, want_hat, atol=1e-5 * np.abs(want_hat).max())
+
+
+def test_saelens_takes_heads_apart_where_an_export_is_of_z(tmp_path):
+    torch, sae_lens = pytest.importorskip("torch"), pytest.importorskip("sae_lens")
+    sae, x = random_sae("relu", "autoencoder"), inputs()
+    interop.export(sae, "saelens", tmp_path / "out", {"hook_name": "blocks.1.attn.hook_z"})
+    theirs = sae_lens.SAE.load_from_disk(str(tmp_path / "out"))
+    apart = torch.from_numpy(x).reshape(1, len(x), 2, -1)
+    with torch.no_grad():
+        x_hat = theirs(apart)
+    assert x_hat.shape == apart.shape
+    np.testing.assert_allclose(x_hat.reshape(x.shape), sae(x), atol=1e-5 * np.abs(sae(x)).max())

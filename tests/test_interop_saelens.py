@@ -71,7 +71,7 @@ def test_the_same_function(tmp_path, architecture, rescale, subtract):
         ({"drop": ["architecture"]}, "architecture None"),
         ({"architecture": "temporal"}, "architecture 'temporal' cannot be read"),
         ({"normalize_activations": "layer_norm"}, "normalize_activations 'layer_norm'"),
-        ({"reshape_activations": "hook_z"}, "reshape_activations 'hook_z'"),
+        ({"reshape_activations": "hook_q"}, "reshape_activations 'hook_q'"),
         ({"tensors": {"threshold": np.ones(N)}}, "tensor threshold that its config does not"),
         ({"tensors": {"b_enc": None}}, "no tensor b_enc"),
         ({"d_sae": N + 1}, r"W_enc has shape \(6, 20\); it must be \(6, 21\)"),
@@ -101,7 +101,8 @@ def test_a_truncated_file_and_an_empty_directory_are_named(tmp_path):
         ("blocks.11.hook_mlp_out", "mlp_out.11"),
         ("blocks.0.mlp.hook_post", "mlp_act.0"),
         ("model.layers.2", "resid_post.2"),
-        ("blocks.0.attn.hook_z", None),
+        ("blocks.0.attn.hook_z", "z.0"),
+        ("blocks.0.attn.hook_q", None),
         (None, None),
     ],
 )
@@ -132,3 +133,15 @@ def test_what_the_packages_saved_comes_in_and_goes_out_byte_for_byte(tmp_path, n
     if format == "saelens":
         hook = json.loads((out / "cfg.json").read_text())["metadata"]["hook_name"]
         assert hook == "model.layers.2"  # SAELens' own evaluation asks for it
+
+
+def test_of_heads_side_by_side(tmp_path):
+    """SAELens joins the heads' axes itself for such an SAE, if its file says so."""
+    write(
+        tmp_path / "z", reshape_activations="hook_z", metadata={"hook_name": "blocks.3.attn.hook_z"}
+    )
+    about = {"hook_name": "blocks.3.attn.hook_z"}
+    interop.export(interop.load(tmp_path / "z"), "saelens", tmp_path / "out", about)
+    assert (
+        json.loads((tmp_path / "out" / "cfg.json").read_text())["reshape_activations"] == "hook_z"
+    )

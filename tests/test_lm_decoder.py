@@ -205,7 +205,10 @@ def test_sharded_equals_unsharded(name, shape):
     assert shard == (4 // shape[0], 9, config.d_mlp // shape[1])
 
 
-@pytest.mark.parametrize("name", [*QUICK, pytest.param("gemma2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name",
+    ["gemma3", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gemma2", "gpt2", "mistral"))],
+)
 def test_looping_over_layers_changes_nothing(name):
     """With taps and edits at some layers only, on one device and on four."""
     config, params, expected = model_and_tokens(name)

@@ -6,6 +6,7 @@ from sae_jax import paths
 from sae_jax.activations import Store, is_world
 from sae_jax.config import Config, UserError
 from sae_jax.interop import native, saelens
+from sae_jax.lm import hook_name
 from sae_jax.train import read_config
 
 _MEASURED = ("tokens", "eval_loss", "eval_fvu", "dead_fraction")
@@ -41,7 +42,7 @@ def origin(path) -> dict:
     if step is None:
         names = [entry.name for entry in (run / "checkpoints").iterdir()]
         step = max((int(name) for name in names if name.isdecimal()), default=0)
-    about = _of_sites(data.site, data.target_site) | _of_store(data.store)
+    about = _of_sites(data.site, data.target_site) | _of_store(data.store, data.site)
     about["training"] = _recipe(config, step)
     return about | _result(run) | _evaluation(run) if step == last else about
 
@@ -66,16 +67,14 @@ def _evaluation(run: paths.AnyPath) -> dict:
 
 
 def _of_sites(site: str, target: str) -> dict:
-    hook, layer = saelens.hook_of(site), site.rpartition(".")[2]
+    hook, layer = hook_name(site), site.rpartition(".")[2]
     told = {"site": site, "hook_name": hook, "hook_layer": int(layer) if hook else None}
     if target:
-        told |= {"target_site": target, "hook_name_out": saelens.hook_of(target)}
-    if hook and site.startswith("resid_post."):
-        told["hf_module"] = f"model.layers.{layer}.output"
+        told |= {"target_site": target, "hook_name_out": hook_name(target)}
     return _known(told)
 
 
-def _of_store(path: str) -> dict:
+def _of_store(path: str, site: str) -> dict:
     if is_world(path):
         return {"dataset_path": path}
     try:
@@ -88,6 +87,9 @@ def _of_store(path: str) -> dict:
         "prepend_bos": True if meta.model else None,  # as `lm.pack` does
         "dataset_path": _dataset(meta.provenance.get("text")),
     }
+    name, _, layer = site.rpartition(".")
+    if name == "resid_post" and "layers_module" in meta.provenance:
+        told["hf_module"] = f"{meta.provenance['layers_module']}.{layer}.output"
     return _known(told)
 
 

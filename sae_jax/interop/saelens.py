@@ -73,6 +73,7 @@ _METADATA = (
 _SITES = {  # hook names: TransformerLens', and modules of Hugging Face's decoders
     r"blocks\.(\d+)\.hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out)": r"\2.\1",
     r"blocks\.(\d+)\.mlp\.hook_post": r"mlp_act.\1",
+    r"blocks\.(\d+)\.attn\.hook_z": r"z.\1",
     r"(?:model\.layers|transformer\.h|gpt_neox\.layers)\.(\d+)": r"resid_post.\1",
 }
 
@@ -99,7 +100,7 @@ def write(sae: SAE, directory: pathlib.Path, about: dict) -> None:
         "device": "cpu",
         "apply_b_dec_to_input": subtracts,
         "normalize_activations": "none",
-        "reshape_activations": "none",
+        "reshape_activations": "hook_z" if _of_heads(about.get("hook_name")) else "none",
         **(_top_k(config.k, arrays["w_dec"]) if architecture == "topk" else {}),
         **({"d_out": config.d_out} if "transcoder" in architecture else {}),
         "metadata": {
@@ -125,15 +126,19 @@ def read(directory: pathlib.Path) -> SAE:
 
     Raises UserError, naming the field or the tensor, for an architecture that is not implemented,
     a top-k SAE without k (SAELens would silently take 100), a run-time normalisation of the
-    inputs, a reshaping hook, and tensors that are missing, additional or of another shape.
+    inputs, an unknown reshaping, and tensors that are missing, additional or of another shape.
     """
     file = directory / "cfg.json"
     cfg = read_json(file)
     d_in, d_sae = (_whole_number(cfg, name, file) for name in ("d_in", "d_sae"))
     name, kind = _architecture(cfg, file)
     d_out = d_in if kind == "autoencoder" else _whole_number(cfg, "d_out", file)
-    for field in ("normalize_activations", "reshape_activations"):
-        if cfg.get(field, "none") != "none":
+    # hook_z: the heads side by side, which is how our site z has them.
+    for field, known in (
+        ("normalize_activations", ("none",)),
+        ("reshape_activations", ("none", "hook_z")),
+    ):
+        if cfg.get(field, "none") not in known:
             raise UserError(
                 f"{file}: {field} {cfg[field]!r} happens at run time in SAELens; fold it "
                 'into the weights there, so that the field reads "none"'
@@ -173,17 +178,8 @@ def site_of(hook: str) -> str | None:
     return None
 
 
-def hook_of(site: str) -> str | None:
-    """TransformerLens' name of one of our sites, where it has one."""
-    name, _, layer = site.partition(".")
-    if not layer.isdecimal():
-        return None  # a world's, or a crosscoder's several
-    if name in ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"):
-        return f"blocks.{layer}.hook_{name}"
-    return {
-        "mlp_act": f"blocks.{layer}.mlp.hook_post",
-        "mlp_in": f"blocks.{layer}.ln2.hook_normalized",
-    }.get(name)
+def _of_heads(hook: str | None) -> bool:
+    return bool(hook) and hook.endswith("attn.hook_z")
 
 
 def _names(architecture: str) -> dict[str, str]:

@@ -15,6 +15,7 @@ from sae_jax import lm
 from sae_jax.evaluate import LanguageModel
 from sae_jax.sae import SAE
 
+_MATRICES = {"mlp_act": ("w_down", "mlp_post_norm"), "z": ("w_o", "attn_post_norm")}
 _INTO_RESIDUAL = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 
 
@@ -33,8 +34,12 @@ def output_tokens(
     stream by a linear map (mlp_in)."""
     name, _, layer = site.partition(".")
     rows_LxW = sae.w_dec[...][jnp.asarray(latents)]
-    if name == "mlp_act":
-        rows_LxD = rows_LxW @ model.params["layers"][int(layer)]["w_down"].astype(jnp.float32)
+    if name in _MATRICES:
+        matrix, norm = _MATRICES[name]
+        p = model.params["layers"][int(layer)]
+        rows_LxD = rows_LxW @ p[matrix].astype(jnp.float32).reshape(rows_LxW.shape[1], -1)
+        if model.config.post_norms:
+            rows_LxD = _through_norm(rows_LxD, p[norm], model.config)
     elif name in _INTO_RESIDUAL:
         rows_LxD = rows_LxW
     else:
@@ -46,7 +51,14 @@ def output_tokens(
 
 
 def _unembed(params, rows_LxD, config: lm.DecoderConfig):
-    scaled = rows_LxD * params["final_norm"].astype(jnp.float32)
+    scaled = _through_norm(rows_LxD, params["final_norm"], config)
     unembed = params["embed"].T if config.tie_embeddings else params["unembed"]
     logits = scaled @ unembed.astype(jnp.float32)
     return logits - logits.mean(axis=1, keepdims=True)
+
+
+def _through_norm(rows_LxD, weight_D, config: lm.DecoderConfig):
+    weight_D = weight_D.astype(jnp.float32) + config.norm_plus_one
+    if config.norm == "layer":
+        rows_LxD = rows_LxD - rows_LxD.mean(axis=1, keepdims=True)
+    return rows_LxD * weight_D

@@ -13,6 +13,7 @@ from sae_jax.lm.architecture import (
 )
 from sae_jax.lm.corpus import standard_library
 from sae_jax.lm.decoder import forward, next_token_loss
+from sae_jax.lm.edits import add_direction, at, clamp, reconstruct
 from sae_jax.lm.families import load_config
 from sae_jax.lm.harvest import harvest
 from sae_jax.lm.model import Model
@@ -27,6 +28,9 @@ __all__ = [
     "Model",
     "Rope",
     "Tokenizer",
+    "add_direction",
+    "at",
+    "clamp",
     "fingerprint",
     "forward",
     "harvest",
@@ -39,6 +43,7 @@ __all__ = [
     "next_token_loss",
     "pack",
     "read_texts",
+    "reconstruct",
     "save_model",
     "site_width",
     "standard_library",

@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 
 from sae_jax.activations import Store, StoreWriter
 from sae_jax.config import UserError, difference
+from sae_jax.lm.architecture import hook_name
 from sae_jax.lm.model import Model
 from sae_jax.lm.text import PACKING_RULE, pack
 
@@ -73,6 +74,11 @@ def harvest(
             f"the tokenizer of {model_dir} gives token {tokens_NxT.max()}, but the model has "
             f"{model.vocab_size}; they do not belong together"
         )
+    told = {
+        "packing": PACKING_RULE,
+        "hooks": {site: hook_name(site) for site in sites},  # TransformerLens' names
+        "layers_module": model.layers_module,
+    }
     function = {"model_fingerprint": model.fingerprint, "model_dtype": model_dtype}
     _check_disk(out, tokens_NxT.size, sum(widths.values()) * jnp.dtype(dtype).itemsize)
     writer = StoreWriter.create_or_resume(
@@ -85,7 +91,7 @@ def harvest(
         model=tokenizer.name,
         tokenizer=tokenizer.name,
         special_tokens=tokenizer.special_tokens,
-        provenance={"packing": PACKING_RULE, **(provenance or {}), **function},
+        provenance={**told, **(provenance or {}), **function},
     )
     begun_with = {name: writer.meta.provenance.get(name) for name in function}
     if changes := difference(begun_with, function):

@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec as P
 from sae_jax.lm.architecture import site_width
 from sae_jax.lm.decoder import forward
 from sae_jax.lm.families import load_config
-from sae_jax.lm.text import load_tokenizer
+from sae_jax.lm.tensors import names_of
+from sae_jax.lm.text import load_tokenizer, read_json
 from sae_jax.lm.weights import fingerprint, load_params
 
 
@@ -46,6 +47,12 @@ class Model:
     @functools.cached_property
     def fingerprint(self) -> str:
         return fingerprint(self.directory)
+
+    @property
+    def layers_module(self) -> str:
+        """Where transformers' model has its layers, such as model.layers."""
+        names = names_of(read_json(self.directory / "config.json")["model_type"])
+        return names.base + names.layers
 
     def site_width(self, site: str) -> int:
         """UserError for a site that the model does not have."""
