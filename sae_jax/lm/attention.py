@@ -52,11 +52,14 @@ def _attend(q, k, v, *, kind: LayerKind, softcap):
         local_window_size=before,
     )
     plain = functools.partial(attention, implementation="xla")
-    half = q.dtype in (jnp.bfloat16, jnp.float16)
     heads = (q.reshape(b, t, n * g, width), k, v)
-    if half and width <= _FUSED_HEAD and width % 8 == 0:
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    if jax.default_backend() == "gpu" and half and width <= _FUSED_HEAD and width % 8 == 0:
         fused = functools.partial(attention, implementation="cudnn")
-        mixed = jax.lax.platform_dependent(*heads, cuda=fused, default=plain)
+        try:
+            mixed = jax.lax.platform_dependent(*heads, cuda=fused, default=plain)
+        except RuntimeError:  # no cuDNN, or a GPU older than its kernel
+            mixed = plain(*heads)
     else:
         mixed = plain(*heads)
     return mixed.reshape(b, t, n, g, width)
