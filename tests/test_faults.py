@@ -51,6 +51,12 @@ def hang(*arguments):
 BatchPlacement.place = hang
 raise SystemExit(entry())
 """
+WRITES_LITTLE = """
+import resource
+from sae_jax.cli import entry
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+raise SystemExit(entry())
+"""
 CONFIG = make_config(
     "world:orthonormal,width=16,features=16",
     steps=STEPS,
@@ -214,6 +220,21 @@ def test_full_disk(program, disk):
         assert code == 2, err
         assert re.search("full|No space left", err.splitlines()[-1]), err
     assert any("sae-jax train: error: " in err for _, err in ends)
+
+
+@pytest.mark.slow
+def test_one_that_cannot_save(program):
+    """The others have written their part, and wait for its."""
+    program.start(code={2: WRITES_LITTLE})
+    pid = program.processes[2].pid
+    ends = program.finish("one that cannot save")
+    for i, (code, err) in enumerate(ends):
+        last = err.splitlines()[-1]
+        who = "sae-jax train: error: " if i == 2 else f"sae-jax: process 2 (pid {pid} on "
+        assert code == 2 and last.startswith(who), err
+        assert f"could not save a checkpoint under {program.run / 'checkpoints'}: " in last
+        assert f"the last good one (step {program.saved}) is intact" in last
+    assert newest_checkpoint(program.run) == program.saved
 
 
 @pytest.mark.slow

@@ -4,9 +4,11 @@ a local directory, object_checkpoints' in an object store."""
 import contextlib
 import dataclasses
 import pathlib
+import sys
 import textwrap
 
 import jax
+from orbax.checkpoint import multihost
 from orbax.checkpoint import v1 as ocp
 
 from sae_jax import sae as saes
@@ -110,17 +112,29 @@ def _damage_named(directory: AnyPath, step: int):
         ) from error
 
 
+def _barrier(*, key: str, timeout_ms: int) -> None:
+    """Where a thread of Orbax's waits for those of the other processes. One that has met an error
+    would wait here too, in a `finally`, and the others elsewhere for what it has not written: 20
+    minutes, until which nobody would hear of the error."""
+    if error := sys.exc_info()[1]:
+        raise error
+    multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+
+
 class _OrbaxCheckpointer:
     """As `ObjectCheckpointer`, for local directories. What is half-written has another name."""
 
     def __init__(self, directory: pathlib.Path, keep: int | None):
+        context = ocp.Context()
+        waiting = dataclasses.replace(context.asynchronous.v0(), barrier_sync_fn=_barrier)
+        context.asynchronous.v0 = lambda: waiting  # version 1 has no option for it
         policies = {
             "preservation_policy": ocp.training.preservation_policies.LatestN(keep),
             "save_decision_policy": ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             "cleanup_tmp_directories": True,
         }
         self._checkpointer = ocp.training.Checkpointer(
-            directory.absolute(), **(policies if keep else {})
+            directory.absolute(), context=context, **(policies if keep else {})
         )
         self.save = self._checkpointer.save_async
         self.wait = self._checkpointer.wait
