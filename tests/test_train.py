@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import threading
 
 import jax
 import numpy as np
@@ -56,6 +57,14 @@ def test_what_a_run_leaves(done):
     assert resolved.sae.d_in == 16 and resolved.sae.aux_k == 8
     assert resolved.optimizer.learning_rate > 0
     assert json.loads((run / "config.json").read_text())["environment"]["jax"] == jax.__version__
+
+
+def test_checkpoints_leave_no_threads(store, tmp_path):
+    """Each with files of its own, of which a process may have a thousand open."""
+    before = threading.active_count()
+    config = make_config(store, steps=24, train={"checkpoint_every": 1, "keep_checkpoints": 1})
+    loop.train(config, tmp_path / "run")
+    assert threading.active_count() < before + 12
 
 
 def test_loaded_sae_is_the_trained_one(done):

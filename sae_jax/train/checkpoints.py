@@ -136,9 +136,25 @@ class _OrbaxCheckpointer:
         self._checkpointer = ocp.training.Checkpointer(
             directory.absolute(), context=context, **(policies if keep else {})
         )
-        self.save = self._checkpointer.save_async
-        self.wait = self._checkpointer.wait
-        self.close = self._checkpointer.close
+        self._saving = None
+
+    def save(self, step: int, tree: dict) -> None:
+        self.wait()
+        self._saving = self._checkpointer.save_async(step, tree)
+
+    def wait(self) -> None:
+        saving, self._saving = self._saving, None
+        try:
+            self._checkpointer.wait()
+        finally:
+            if saving is not None:
+                saving.result()  # else each save leaves a thread and its files behind, for good
+
+    def close(self) -> None:
+        try:
+            self.wait()
+        finally:
+            self._checkpointer.close()
 
     @property
     def steps(self) -> list[int]:
