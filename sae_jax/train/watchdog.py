@@ -14,7 +14,8 @@ The exit code is 75 but for the last two lines: the same command goes on from th
 and what was done since is lost. A process that finds its own error tells that one. No clock but a
 process's own monotonic one is read, so clocks may differ, and time during which this very process
 was stopped does not count. A step is timed from the end of the one before; compiling, saving and
-evaluating are not timed.
+evaluating are not timed; writing a checkpoint fails by itself after 20 minutes (30 to an object
+store).
 
 How: a thread of each process writes its record (host, pid, a beat, its steps) to the key-value
 store of jax.distributed once a second. Process 0 reads all records and judges; the others read its
