@@ -60,6 +60,8 @@ def fields_of(family, rng):
             hidden_act=activations, attention_bias=[True, False],
         )  # fmt: skip
     fields |= {"num_key_value_heads": kv_heads, "rms_norm_eps": float(10.0 ** rng.integers(-6, -1))}
+    if family == "gemma":
+        return fields | some(rng, head_dim=[4, 6], hidden_act=["gelu", "gelu_pytorch_tanh"])
     if family.startswith("gemma"):
         fields |= some(rng, head_dim=[4, 6, 16], query_pre_attn_scalar=[7, 30],
                        sliding_window=[2, 5, 100])  # fmt: skip

@@ -42,21 +42,23 @@ def run_python(directory, *arguments):
 
 @pytest.mark.slow
 def test_the_way_from_text_to_an_evaluated_sae(tmp_path):
-    (commands,) = (block for block in blocks("bash") if "sae-jax harvest" in block)
+    commands, more = (block for block in blocks("bash") if "sae-jax harvest" in block)
     texts = tmp_path / "my_texts"
     texts.mkdir()
     for file in (ROOT / "sae_jax").rglob("*.py"):
         (texts / f"{file.parent.name}_{file.name}.txt").write_text(file.read_text())
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
-    lines = [line for line in commands.replace("\\\n", " ").splitlines() if line]
-    assert len(lines) == 4
+    lines = [line for line in (commands + more).replace("\\\n", " ").splitlines() if line]
+    assert len(lines) == 4 + 3
     for line in lines:
         program, *arguments = shlex.split(line)
         assert program == "sae-jax"
         run_python(tmp_path, "-m", "sae_jax", *arguments)
 
     check = "import numpy, sys; x = numpy.ones((3, 512), 'float32'); "
+    check += "tokens = numpy.arange(20).reshape(2, 10); "
     check += "batches = [numpy.ones((2000, 8), 'float32')]\n" + "".join(blocks("python"))
     check += "assert latents.shape == (3, 1024) and x_hat.shape == (3, 512)\n"
+    check += "assert numpy.abs(steered - logits).max() > 0.01\n"
     run_python(tmp_path, "-c", check)
     assert (tmp_path / "my_store" / "meta.json").exists()

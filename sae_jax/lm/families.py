@@ -13,8 +13,8 @@ from sae_jax.lm.text import read_json
 
 OWN_TYPE = "sae_jax_decoder"
 FAMILIES = (
-    "gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3_text",
-    OWN_TYPE,
+    "gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3",
+    "gemma3_text", OWN_TYPE,
 )  # fmt: skip
 
 _ACTIVATIONS = {
@@ -190,17 +190,20 @@ def _gpt_neox(fields: _Fields, head_dim: int, context: int) -> dict:
 
 
 def _gemma(family: str, fields: _Fields, d_model: int) -> dict:
-    fields.take("hidden_act")  # theirs reads the other one
+    common = {"norm_plus_one": True, "embed_scale": math.sqrt(d_model)}
+    if family == "gemma":
+        fields.take("hidden_activation")  # transformers reads the other one, and its
+        act = _activation(fields, "hidden_act", "gelu_pytorch_tanh")  # "gelu" as the approximation
+        return common | {"activation": "gelu_tanh" if act == "gelu" else act}
+    fields.take("hidden_act")  # transformers reads the other one
     second = family == "gemma2"
-    return {
-        "norm_plus_one": True,
+    return common | {
         "post_norms": True,
         "qk_norm": not second,
         "attn_scale": fields.take("query_pre_attn_scalar", 256) ** -0.5,
         "attn_softcap": _attention_cap(family, fields),
         "logit_softcap": fields.take("final_logit_softcapping", 30.0 if second else None),
         "activation": _activation(fields, "hidden_activation", "gelu_pytorch_tanh"),
-        "embed_scale": math.sqrt(d_model),
     }
 
 
@@ -216,7 +219,7 @@ def _activation(fields: _Fields, name: str, default: str) -> str:
 
 def _windows(family: str, fields: _Fields, layers: int) -> tuple:
     """How far each layer sees, () where all see everything."""
-    if family not in ("mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3_text"):
+    if family not in ("mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gemma3_text"):
         return ()
     window = fields.take("sliding_window", 4096)
     if family == "mistral":

@@ -182,7 +182,7 @@ _NEOX = Names(
 
 def names_of(family: str) -> Names:
     own = {"gpt2": _GPT2, "gpt_neox": _NEOX}
-    return own.get(family, _GEMMA if family.startswith("gemma") else _LLAMA)
+    return own.get(family, _GEMMA if family.startswith(("gemma2", "gemma3")) else _LLAMA)
 
 
 def in_files(names: Names, tensors) -> Names:

@@ -143,7 +143,10 @@ def _weight_files(directory: pathlib.Path) -> list[str]:
         names = ["model.safetensors"]
     for name in names:
         if not (directory / name).is_file():
-            raise UserError(f"no {name} in {directory}")
+            raise UserError(
+                f"no {name} in {directory}; transformers' save_pretrained writes one, or "
+                f"--model=torch:{directory} runs what is there"
+            )
     return names
 
 
