@@ -45,7 +45,7 @@ _GPT2_NAMES = {
     "activation_function": "hidden_act", "layer_norm_epsilon": "norm_eps",
 }  # fmt: skip
 
-# What Gemma 3's larger models leave out of their text_config.
+# What Gemma 3's models leave out of their config, the larger ones of their text_config.
 _GEMMA3 = {
     "vocab_size": 262_208, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
     "max_position_embeddings": 131_072, "rope_theta": 1e6, "query_pre_attn_scalar": 256,
@@ -66,7 +66,7 @@ def load_config(directory) -> DecoderConfig:
             f"model_type in {file} is {family!r}, which is not one of {', '.join(FAMILIES)}; "
             f"transformers can run it: --model=torch:{directory}"
         )
-    if family == "gemma3":
+    if family.startswith("gemma3"):
         text = values.pop("text_config", {})
         values = _GEMMA3 | values | text
     fields = _Fields(file, values)
@@ -255,17 +255,16 @@ def _ropes(
         "partial_rotary_factor": fields.take("partial_rotary_factor", partial),
     }
     local_theta = fields.take("rope_local_base_freq", local_theta)
-    values = plain | (fields.take("rope_scaling") or {}) | (fields.take("rope_parameters") or {})
-    by_kind = {kind: values.pop(kind) for kind in (_FULL, _SLIDING) if kind in values}
+    local = plain if local_theta is None else plain | {"rope_theta": local_theta}
+    written = (fields.take("rope_scaling") or {}) | (fields.take("rope_parameters") or {})
+    full = plain | written
+    if _FULL in written or _SLIDING in written:
+        full, local = plain | written.get(_FULL, {}), local | written.get(_SLIDING, {})
+    elif local_theta is None:
+        local = full
     where = f"{fields.file}: rope_parameters"
-    if by_kind:
-        full, local = (plain | by_kind.get(kind, {}) for kind in (_FULL, _SLIDING))
-        return _rope(full, head_dim, context, where), _rope(local, head_dim, context, where)
-    local = None if local_theta is None else plain | {"rope_theta": local_theta}
-    return (
-        _rope(values, head_dim, context, where),
-        None if local is None else _rope(local, head_dim, context, where),
-    )
+    full, local = (_rope(values, head_dim, context, where) for values in (full, local))
+    return full, None if local == full else local
 
 
 def _rope(values: dict, head_dim: int, context: int, where: str) -> Rope:
