@@ -4,6 +4,7 @@ b: batch; t, s: positions of queries and keys; n: key/value heads; g: query head
 features of a head.
 """
 
+import contextlib
 import functools
 
 import jax
@@ -13,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 from sae_jax.lm.architecture import LayerKind, Rope
 
 _FUSED_HEAD = 128  # the widest head that cuDNN's kernel takes on every GPU that has it
+_QUERIES = 64  # of a block: its scores stay in a CPU's cache
+_MAX_BLOCKS = 16  # each is a part of the compiled program
 
 
 def attend(q, k, v, kind: LayerKind, softcap: float | None):
@@ -41,35 +44,60 @@ def rotate(x, rope: Rope):
 
 
 def _attend(q, k, v, *, kind: LayerKind, softcap):
-    if softcap is not None:
-        return _capped(q, k, v, kind=kind, softcap=softcap)
+    plain = functools.partial(_in_blocks, kind=kind, softcap=softcap)
+    half, width = q.dtype in (jnp.bfloat16, jnp.float16), q.shape[-1]
+    takes = half and softcap is None and width <= _FUSED_HEAD and width % 8 == 0
+    if jax.default_backend() == "gpu" and takes:
+        fused = functools.partial(_fused, kind=kind)
+        with contextlib.suppress(RuntimeError):  # no cuDNN, or a GPU older than its kernel
+            return jax.lax.platform_dependent(q, k, v, cuda=fused, default=plain)
+    return plain(q, k, v)
+
+
+def _fused(q, k, v, *, kind: LayerKind):
     b, t, n, g, width = q.shape
-    before = None if kind.window is None else (kind.window - 1, 0)
-    attention = functools.partial(
-        jax.nn.dot_product_attention,
+    mixed = jax.nn.dot_product_attention(
+        q.reshape(b, t, n * g, width),
+        k,
+        v,
         scale=kind.attn_scale,
         is_causal=True,
-        local_window_size=before,
+        local_window_size=None if kind.window is None else (kind.window - 1, 0),
+        implementation="cudnn",
     )
-    plain = functools.partial(attention, implementation="xla")
-    heads = (q.reshape(b, t, n * g, width), k, v)
-    half = q.dtype in (jnp.bfloat16, jnp.float16)
-    if jax.default_backend() == "gpu" and half and width <= _FUSED_HEAD and width % 8 == 0:
-        fused = functools.partial(attention, implementation="cudnn")
-        try:
-            mixed = jax.lax.platform_dependent(*heads, cuda=fused, default=plain)
-        except RuntimeError:  # no cuDNN, or a GPU older than its kernel
-            mixed = plain(*heads)
-    else:
-        mixed = plain(*heads)
-    return mixed.reshape(b, t, n, g, width)
+    return mixed.reshape(q.shape)
 
 
-def _capped(q, k, v, *, kind: LayerKind, softcap: float):
-    """With scores between -softcap and softcap (Gemma 2), which the fused kernels cannot."""
-    scores = jnp.einsum("btngk,bsnk->bngts", q, k, preferred_element_type=jnp.float32)
-    scores = softcap * jnp.tanh(scores * (kind.attn_scale / softcap))
-    past = jnp.arange(q.shape[1])[:, None] - jnp.arange(k.shape[1])[None, :]
-    seen = past >= 0 if kind.window is None else (past >= 0) & (past < kind.window)
-    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1).astype(v.dtype)
-    return jnp.einsum("bngts,bsnk->btngk", weights, v)
+def _in_blocks(q, k, v, *, kind: LayerKind, softcap: float | None):
+    """A block of queries meets only the keys that some of them see: half of all where there is no
+    window. The (t, t) scores never exist; on 2 CPU cores this took half the time of torch's fused
+    kernel at 512 tokens, and a fifth of that with all scores at once.
+
+    softcap: scores lie between -softcap and softcap (Gemma 2), which the fused kernels cannot."""
+    length = q.shape[1]
+    block = max(_QUERIES, -(-length // _MAX_BLOCKS))
+    q, k, v = (jnp.moveaxis(x, 1, -2) for x in (q, k, v))
+    mixed = []
+    for start in range(0, length, block):
+        stop = min(start + block, length)
+        first = 0 if kind.window is None else max(0, start - kind.window + 1)
+        scores = kind.attn_scale * jnp.einsum(
+            "bngtk,bnsk->bngts",
+            q[:, :, :, start:stop],
+            k[:, :, first:stop],
+            preferred_element_type=jnp.float32,
+        )
+        if softcap is not None:
+            scores = softcap * jnp.tanh(scores / softcap)
+        past = jnp.arange(start, stop)[:, None] - jnp.arange(first, stop)[None, :]
+        seen = past >= 0 if kind.window is None else (past >= 0) & (past < kind.window)
+        scores = jnp.where(seen[None, None, None], scores, -jnp.inf)
+        weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+        sums = jnp.einsum(
+            "bngts,bnsk->bngtk",
+            weights.astype(v.dtype),
+            v[:, :, first:stop],
+            preferred_element_type=jnp.float32,
+        )
+        mixed.append((sums / jnp.sum(weights, axis=-1, keepdims=True)).astype(v.dtype))
+    return jnp.moveaxis(jnp.concatenate(mixed, axis=-2), -2, 1)
