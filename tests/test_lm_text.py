@@ -1,7 +1,9 @@
 """Reading documents, special tokens, packing."""
 
+import bz2
 import gzip
 import json
+import lzma
 import pathlib
 import sys
 
@@ -13,6 +15,7 @@ from sae_jax import lm
 from sae_jax.config import UserError
 
 BOS = 0
+_NOISE = bytes(i * i % 89 + 33 for i in range(9000))
 
 
 def letters(directory, **config):
@@ -52,6 +55,65 @@ def test_special_tokens_by_id_and_by_name(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0"')
     with pytest.raises(UserError, match="tokenizer.json is not a tokenizer"):
         lm.load_tokenizer(tmp_path)
+
+
+def family(directory, special, template=None, **configs):
+    """The tokenizer of a directory with what a family's files say: `special` tokens from id 3 on,
+    `template` put before a text by tokenizer.json itself."""
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, "?"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    backend.add_special_tokens(special)
+    if template:
+        backend.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{template} $A", special_tokens=[(template, backend.token_to_id(template))]
+        )
+    backend.save(str(directory / "tokenizer.json"))
+    for name, values in configs.items():
+        (directory / f"{name}.json").write_text(json.dumps(values))
+    return lm.load_tokenizer(directory)
+
+
+END, IM_END = "<|endoftext|>", "<|im_end|>"
+FAMILIES = {
+    "gpt2, pythia": (([END],), {"config": {"bos_token_id": 3, "eos_token_id": 3}}, 3, (3,),
+                     "bos_token_id of config.json"),
+    "llama 2": ((["<s>", "</s>"], "<s>"), {"config": {"bos_token_id": 3, "eos_token_id": 4}},
+                3, (3, 4), "puts it before every text"),
+    # An early conversion of Llama named the wrong ids in config.json.
+    "wrong ids": ((["<s>", "</s>"], "<s>"), {"config": {"bos_token_id": 0, "eos_token_id": 4}},
+                  3, (3, 4), "puts it before every text"),
+    "llama 3 chat": ((["<|begin_of_text|>", END, "<|eot_id|>"], "<|begin_of_text|>"),
+                     {"config": {"bos_token_id": 3, "eos_token_id": [4, 5]}}, 3, (3, 4, 5),
+                     "puts it before every text"),
+    "qwen": (([END, "<|im_start|>", IM_END],),
+             {"config": {"bos_token_id": 3, "eos_token_id": 3},
+              "tokenizer_config": {"bos_token": None, "pad_token": END}}, 3, (3,),
+             "bos_token_id of config.json"),
+    "qwen chat, no id": (([END, "<|im_start|>", IM_END],),
+                         {"config": {"eos_token_id": 5},
+                          "tokenizer_config": {"bos_token": None, "pad_token": END}}, 3, (3, 5),
+                         "stands between documents"),
+    "gemma 3 chat": ((["<pad>", "<eos>", "<bos>", "<end_of_turn>"], "<bos>"),
+                     {"config": {"eos_token_id": [4, 6],
+                                 "text_config": {"bos_token_id": 5, "pad_token_id": 3}}},
+                     5, (3, 4, 5, 6), "puts it before every text"),
+    "gemma without template": ((["<pad>", "<eos>", "<bos>"],),
+                               {"config": {"text_config": {"bos_token_id": 5}}}, 5, (5,),
+                               "bos_token_id of config.json"),
+    "only an eos": ((["</s>"],), {"config": {"eos_token_id": 3}}, 3, (3,), "EOS serves as one"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_bos_of_each_family(tmp_path, name):
+    tokens, configs, bos, special, why = FAMILIES[name]
+    tokenizer = family(tmp_path, *tokens, **configs)
+    assert (tokenizer.bos, tokenizer.special_tokens) == (bos, special)
+    about = tokenizer.about_bos()
+    assert why in about["why"] and about["id"] == bos
+    assert about["token"] == tokenizer.decode([bos])
+    contexts = lm.pack(["abab", "bb"], tokenizer, 4)
+    np.testing.assert_array_equal(contexts, [[bos, 0, 1, 0], [bos, 1, bos, 1]])
 
 
 def test_encoding_adds_nothing_and_decodes_back(tokenizer):
@@ -128,6 +190,61 @@ def test_every_kind_of_source(tmp_path):
     assert list(lm.read_texts([str(tmp_path)])) == in_order
 
 
+@pytest.mark.parametrize("module, suffix", [(bz2, ".bz2"), (lzma, ".xz"), (gzip, ".gz")])
+def test_compressed_files_by_their_suffix(tmp_path, module, suffix):
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(module.compress('{"text": "семь"}\n'.encode()))
+    (tmp_path / f"b.json{suffix}").write_bytes(module.compress(b'["eight"]'))
+    (tmp_path / f"c{suffix}").write_bytes(module.compress(b"nine"))
+    (tmp_path / f"d.png{suffix}").write_bytes(module.compress(b"\x89PNG\xff\xfe"))
+    assert list(lm.read_texts(tmp_path)) == ["семь", "eight", "nine"]
+
+
+def test_zstandard_of_several_frames_and_a_truncated_one(tmp_path):
+    compress = pytest.importorskip("zstandard").ZstdCompressor().compress
+    lines = [json.dumps({"text": f"{i} " + _NOISE.decode()}) + "\n" for i in range(300)]
+    halves = ["".join(lines[:100]).encode(), "".join(lines[100:]).encode()]
+    whole = compress(halves[0]) + compress(halves[1])
+    file = tmp_path / "x.jsonl.zst"
+    file.write_bytes(whole)
+    assert [text.split()[0] for text in lm.read_texts(file)] == [str(i) for i in range(300)]
+    for damaged in (whole[:-30], b"not zstandard"):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match="cannot read .*x.jsonl.zst"):
+            list(lm.read_texts(file))
+
+
+def test_zstandard_needs_its_package(tmp_path, monkeypatch):
+    monkeypatch.setattr("sae_jax.lm.compressed.zstandard", None)
+    (tmp_path / "x.txt.zst").write_bytes(b"")
+    with pytest.raises(UserError, match=r"x.txt.zst needs .* pip install 'sae-jax\[lm\]'"):
+        list(lm.read_texts(tmp_path / "x.txt.zst"))
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore")
+def test_datasets_by_path(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    texts = [f"text {i}" for i in range(20)]
+    rows = datasets.Dataset.from_dict({"text": texts})
+    rows.to_parquet(str(tmp_path / "rows.parquet"))
+    rows.save_to_disk(str(tmp_path / "saved"))
+    datasets.DatasetDict({"test": rows}).save_to_disk(str(tmp_path / "splits"))
+    (tmp_path / "folder").mkdir()
+    rows.to_json(str(tmp_path / "folder" / "train.jsonl"))
+    for source in ("rows.parquet", "saved", "splits:test", "folder:train"):
+        assert list(lm.read_texts(f"datasets:{tmp_path / source}")) == texts, source
+    assert next(lm.read_texts(f"datasets:{tmp_path}/rows.parquet", field="text")) == "text 0"
+    for source, message in (
+        ("splits:dev", "splits:dev does not open"),
+        ("folder:dev", "folder:dev does not open"),
+        ("rows.parquet:train[:10]", "write datasets:.*/rows.parquet:train and limit it"),
+    ):
+        with pytest.raises(UserError, match=message):
+            list(lm.read_texts(f"datasets:{tmp_path / source}"))
+    with pytest.raises(UserError, match="row 0 has no text in field 'body'; it has text"):
+        list(lm.read_texts(f"datasets:{tmp_path / 'saved'}", field="body"))
+
+
 def test_a_large_text_file_is_cut_at_line_ends(tmp_path):
     line = "x" * 999_999 + "\n"
     (tmp_path / "large.txt").write_text(9 * line)
@@ -145,6 +262,10 @@ def test_a_large_text_file_is_cut_at_line_ends(tmp_path):
         ("x.jsonl", b'{"text": "a"}\n{"te', "x.jsonl is not valid JSON"),
         ("x.txt", b"good \xff", "x.txt is not UTF-8 text .byte 5"),
         ("x.txt.gz", b"not gzip", "cannot read .*x.txt.gz"),
+        ("x.txt.gz", gzip.compress(_NOISE)[:-30], "cannot read .*x.txt.gz"),
+        ("x.txt.bz2", bz2.compress(_NOISE)[:-30], "cannot read .*x.txt.bz2"),
+        ("x.txt.xz", lzma.compress(_NOISE)[:-30], "cannot read .*x.txt.xz"),
+        ("x.txt.xz", b"not xz", "cannot read .*x.txt.xz"),
     ],
 )
 def test_sources_that_do_not_read_are_named(tmp_path, name, content, message):
@@ -157,7 +278,7 @@ def test_missing_sources(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no text at .*/nowhere.txt; give a file"):
         list(lm.read_texts(tmp_path / "nowhere.txt"))
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"pip install sae-jax\[lm\]"):
+    with pytest.raises(UserError, match=r"pip install 'sae-jax\[lm\]'"):
         list(lm.read_texts("datasets:some/name"))
 
 

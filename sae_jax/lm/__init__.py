@@ -13,11 +13,12 @@ from sae_jax.lm.architecture import (
 )
 from sae_jax.lm.corpus import standard_library
 from sae_jax.lm.decoder import forward, next_token_loss
+from sae_jax.lm.documents import read_texts, text_files
 from sae_jax.lm.edits import add_direction, at, clamp, reconstruct
 from sae_jax.lm.families import load_config
 from sae_jax.lm.harvest import harvest
 from sae_jax.lm.model import Model
-from sae_jax.lm.text import PACKING_RULE, Tokenizer, load_tokenizer, pack, read_texts, text_files
+from sae_jax.lm.text import PACKING_RULE, Tokenizer, load_tokenizer, pack
 from sae_jax.lm.weights import fingerprint, load_params, save_model
 
 __all__ = [

@@ -4,7 +4,7 @@ import hashlib
 import pathlib
 import sysconfig
 
-from sae_jax.lm.text import text_files
+from sae_jax.lm.documents import text_files
 
 # Tests, tables of character sets and quoted manuals: most of its bytes, little of its language.
 _LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}

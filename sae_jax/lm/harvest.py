@@ -76,6 +76,7 @@ def harvest(
         )
     told = {
         "packing": PACKING_RULE,
+        "bos": tokenizer.about_bos(),
         "hooks": {site: hook_name(site) for site in sites},  # TransformerLens' names
         "layers_module": model.layers_module,
     }

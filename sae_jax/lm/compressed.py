@@ -1,0 +1,77 @@
+"""Text files, compressed or not, by their suffix: .gz, .bz2, .xz, .zst."""
+
+import bz2
+import gzip
+import io
+import lzma
+import pathlib
+import zlib
+from typing import TextIO
+
+from sae_jax.config import UserError
+
+try:
+    import zstandard
+except ImportError:
+    zstandard = None
+
+DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)
+"""What reading a damaged or truncated file raises."""
+_BLOCK_BYTES = 1 << 20
+
+
+def suffix(path: pathlib.Path) -> str:
+    """That of the text itself: .jsonl of x.jsonl.gz."""
+    return pathlib.Path(path.stem).suffix if path.suffix in _OPENERS else path.suffix
+
+
+def open_text(path: pathlib.Path) -> TextIO:
+    """UTF-8. UserError for .zst without the zstandard package."""
+    opener = _OPENERS.get(path.suffix, open)
+    return opener(path, "rt", encoding="utf-8")
+
+
+def _open_zstandard(path: pathlib.Path, mode: str, encoding: str) -> TextIO:
+    del mode  # as the others have it
+    if zstandard is None:
+        raise UserError(f"{path} needs the zstandard package: pip install 'sae-jax[lm]'")
+    reader = io.BufferedReader(_ZstandardReader(path), _BLOCK_BYTES)
+    return io.TextIOWrapper(reader, encoding=encoding)
+
+
+class _ZstandardReader(io.RawIOBase):
+    """All frames of a file. The package's own reader takes a truncated file for a whole one."""
+
+    def __init__(self, path: pathlib.Path):
+        self._file = path.open("rb")
+        self._frame, self._compressed, self._text = None, b"", b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._text:
+            self._compressed = self._compressed or self._file.read(_BLOCK_BYTES)
+            if not self._compressed:
+                if self._frame is not None:
+                    raise EOFError("the file ends in the middle of a zstandard frame")
+                return 0
+            if self._frame is None:
+                self._frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+            try:
+                self._text = self._frame.decompress(self._compressed)
+            except zstandard.ZstdError as error:
+                raise OSError(str(error)) from None
+            self._compressed = b""
+            if self._frame.eof:
+                self._compressed, self._frame = self._frame.unused_data, None
+        count = min(len(buffer), len(self._text))
+        buffer[:count], self._text = self._text[:count], self._text[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+_OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstandard}
