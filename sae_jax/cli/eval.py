@@ -4,7 +4,7 @@ import sys
 
 from absl import flags
 
-from sae_jax.cli import distributed
+from sae_jax.cli import counts, distributed
 
 SUMMARY = """Evaluate an SAE, alone and inside its language model.
 
@@ -40,8 +40,10 @@ def define(values: flags.FlagValues) -> None:
     string("site", "Site of the store or of the model; the run's, or what the SAE's file says.")
     string("target_site", "The site that a transcoder predicts; the run's.")
     string("model", "Directory of the language model; demo: the one that ships here.")
-    integer("tokens", 1_000_000, "Evaluate on at most about so many tokens.")
-    integer("lm_tokens", 262_144, "Run the language model on at most about so many tokens.")
+    counts.define("tokens", 1_000_000, "Evaluate on at most about so many tokens.", values)
+    counts.define(
+        "lm_tokens", 262_144, "Run the language model on at most about so many tokens.", values
+    )
     string("tokens_file", "An .npy or .npz of token ids (sequences, length), instead of a store.")
     flags.DEFINE_list(
         "text", None, "Text files instead of a store, as for harvest.", flag_values=values

@@ -4,7 +4,7 @@ import sys
 
 from absl import flags
 
-from sae_jax.cli import distributed
+from sae_jax.cli import counts, distributed
 
 SUMMARY = """Write a language model's activations over text to a store.
 
@@ -13,6 +13,9 @@ text into contexts, each starting with BOS; runs the model on this machine's dev
 activations of the sites you name. Several processes (--distributed) share the store's shards out,
 each with the model on its own devices. Stopped at any moment and started again with the same flags,
 it goes on at the first shard that is missing.
+
+The progress shows tokens/s, GB/s and how near that is to the FLOP floor: the time that the model's
+matrix products take at the devices' published peak (on a CPU: at the rate of a product timed here).
 
 Sites are NAME.LAYER, NAME being resid_pre, attn_out, resid_mid, mlp_in, mlp_act, mlp_out or
 resid_post. For example:
@@ -34,7 +37,9 @@ def define(values: flags.FlagValues) -> None:
         "text",
         None,
         "Files (.txt and the like: a document each; .json, .jsonl: a document for each item or "
-        "line; all also .gz), directories, or datasets:NAME[:SPLIT] for a Hugging Face dataset.",
+        "line; all also .gz, .bz2, .xz, .zst), directories, or datasets:NAME[@CONFIG][:SPLIT] for "
+        "a Hugging Face dataset: its name, a directory of save_to_disk's or of data files, or a "
+        ".parquet file.",
         flag_values=values,
         required=True,
     )
@@ -48,7 +53,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_list("sites", None, "What to harvest.", flag_values=values, required=True)
     string("out", None, "Directory of the store.", required=True)
     integer("context_length", None, "Tokens of a context, BOS included; the model's own, <= 1024.")
-    integer("tokens", None, "Stop after so many tokens; all the text's.")
+    counts.define("tokens", None, "Stop after so many tokens (1e9, 1B); all the text's.", values)
     integer("batch_size", None, "Contexts in a batch; 2k tokens per CPU, 8k per other device.")
     string("dtype", "bfloat16", "Of the store: bfloat16, float16 or float32.")
     string("model_dtype", "float32", "In which the model computes: float32 or bfloat16.")
@@ -95,6 +100,7 @@ def _harvest(args) -> None:
         dtype=args.dtype,
         model_dtype=args.model_dtype,
         mesh=mesh,
+        peak_flops=_peak_flops(mesh, args.model_dtype),
         provenance={"text": args.text, "collapse_newlines": args.collapse_newlines},
     )
     if jax.process_index() != 0:
@@ -105,3 +111,18 @@ def _harvest(args) -> None:
     for name, site in meta.sites.items():
         print(f"  {name:16}width {site.width}, {site.dtype}, {site.rows_used:,} rows to train on")
     print(f"Left out of training: {meta.excluded_why}.")
+
+
+def _peak_flops(mesh, dtype: str) -> float | None:
+    """Published, of all devices; None for those that `plan` does not know."""
+    from absl import logging
+
+    from sae_jax.plan.chips import chip_of
+
+    chip = chip_of(mesh.devices.flat[0].device_kind)
+    if chip is None:
+        logging.info(
+            "the FLOP floor is at the rate of a product timed here, not at a published one"
+        )
+        return None
+    return mesh.size * getattr(chip, dtype)

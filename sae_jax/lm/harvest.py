@@ -5,6 +5,7 @@ harvest that was killed and started again writes the very bytes of one that was 
 """
 
 import concurrent.futures
+import math
 import pathlib
 import shutil
 import sys
@@ -43,6 +44,7 @@ def harvest(
     model_dtype: str = "float32",
     mesh: jax.sharding.Mesh | None = None,
     provenance: dict | None = None,
+    peak_flops: float | None = None,
 ) -> Store:
     """Writes the activations of `sites` over `texts` to a store at `out`, and opens it.
 
@@ -51,6 +53,10 @@ def harvest(
     axis. dtype: of the store; model_dtype: in which the model computes. mesh: axes `data` and
     `model` over this process's devices (None: all of them along `data`). Where jax.distributed
     runs several processes, each computes every n-th shard; the directory must be one they share.
+
+    peak_flops: FLOP/s of the mesh's devices together, of which the progress shows how much is used
+    (None: a product is timed here). The tokens take 8 bytes each of memory while they are packed,
+    and 4 after.
 
     Started again on an unfinished store it goes on at the first missing shard; on a finished one
     it does nothing. UserError before the model runs: an unknown site, text that fills no context,
@@ -106,7 +112,9 @@ def harvest(
     ]
     if mine:
         run = model.runner(tuple(widths), jnp.dtype(dtype))
-        _write_shards(writer, mine, tokens_NxT, widths, jnp.dtype(dtype), batch_size, run)
+        needed = model.flops_per_token(tuple(widths), context_length)
+        floor = needed / (peak_flops or matmul_rate(model.mesh, model_dtype))
+        write_shards(writer, mine, tokens_NxT, batch_size, run, floor)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("harvest: all shards are written")
         if jax.process_index() == 0:
@@ -116,19 +124,23 @@ def harvest(
     return writer.finish()
 
 
-def _write_shards(writer, shards, tokens_NxT, widths, dtype, batch_size, run):
+def write_shards(writer, shards, tokens_NxT, batch_size: int, run, floor: float) -> None:
     """The device computes a batch while the host copies the one before, and while a thread writes
-    the shard before."""
+    the shard before. run: a model's runner; floor: the least seconds of a token."""
     context_length = tokens_NxT.shape[1]
+    dtypes = {site: jnp.dtype(meta.dtype) for site, meta in writer.meta.sites.items()}
+    widths = {site: meta.width for site, meta in writer.meta.sites.items()}
+    row_bytes = sum(width * dtypes[site].itemsize for site, width in widths.items())
     total = sum(shard.sequences.stop - shard.sequences.start for shard in shards)
     with concurrent.futures.ThreadPoolExecutor(1) as pool, _Progress(
-        total * context_length
+        total * context_length, row_bytes, floor
     ) as progress:  # fmt: skip
         written = None
         for shard in shards:
             sequences = tokens_NxT[shard.sequences]
             values = {
-                site: np.empty((*sequences.shape, width), dtype) for site, width in widths.items()
+                site: np.empty((*sequences.shape, width), dtypes[site])
+                for site, width in widths.items()
             }
             for start, batch in _one_ahead(run, sequences, batch_size):
                 for site, array in batch.items():
@@ -204,11 +216,31 @@ def _with_progress(texts: Iterable[str]) -> Iterator[str]:
     )
 
 
-class _Progress:
-    """Tokens done, tokens/s and time left: a bar on a terminal, a line now and then elsewhere."""
+def matmul_rate(mesh: jax.sharding.Mesh, dtype: str) -> float:
+    """FLOP/s of the mesh's devices together: the best of a few large products on one of them, in
+    about 0.2 s. Devices of a CPU are all the same cores."""
+    device = mesh.devices.flat[0]
+    size = 1024 if device.platform == "cpu" else 8192
+    with jax.default_device(device):
+        x = jnp.ones((size, size), dtype)
+        product = jax.jit(lambda x: jnp.matmul(x, x, preferred_element_type=jnp.float32))
+        product(x).block_until_ready()
+        best = math.inf
+        for _ in range(4):
+            begin = time.perf_counter()
+            product(x).block_until_ready()
+            best = min(best, time.perf_counter() - begin)
+    return 2 * size**3 / best * (1 if device.platform == "cpu" else mesh.size)
 
-    def __init__(self, total: int):
-        self.total, self.done = total, 0
+
+class _Progress:
+    """Tokens done, tokens/s, GB/s, how much of the floor, time left: a bar on a terminal, a line
+    now and then elsewhere, and one at the end. The first batch, which is compiled, does not count
+    where there are others."""
+
+    def __init__(self, total: int, row_bytes: int, floor: float):
+        self.total, self.row_bytes, self.floor = total, row_bytes, floor
+        self.done = self.uncounted = 0
         self.started = self.logged = time.monotonic()
 
     def __enter__(self):
@@ -218,16 +250,28 @@ class _Progress:
         )  # fmt: skip
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, failed, *_):
         self.bar.close()
+        if not failed:
+            logging.info("%s tokens: %s", f"{self.done:,}", self._rates())
 
     def add(self, tokens: int) -> None:
         self.done += tokens
+        self.bar.set_postfix_str(self._rates(), refresh=False)
         self.bar.update(tokens)
         now = time.monotonic()
-        if self.bar.disable and (now - self.logged > _LOG_EVERY or self.done == self.total):
-            rate = self.done / (now - self.started)
-            left = (self.total - self.done) / rate
-            logging.info("%d of %d tokens, %.0f tokens/s, %.0f s left",
-                         self.done, self.total, rate, left)  # fmt: skip
+        if self.done == tokens < self.total:
+            self.uncounted, self.started = tokens, now
+            self.logged = now - _LOG_EVERY  # the next batch tells how long all will take
+        elif self.bar.disable and now - self.logged > _LOG_EVERY and self.done < self.total:
+            left = (self.total - self.done) * (now - self.started) / (self.done - self.uncounted)
+            logging.info("%d of %d tokens, %s, %.0f s left",
+                         self.done, self.total, self._rates(), left)  # fmt: skip
             self.logged = now
+
+    def _rates(self) -> str:
+        rate = (self.done - self.uncounted) / max(time.monotonic() - self.started, 1e-9)
+        return (
+            f"{rate:,.0f} tokens/s, {rate * self.row_bytes / 1e9:.3f} GB/s, "
+            f"{rate * self.floor:.0%} of the FLOP floor"
+        )

@@ -5,6 +5,7 @@ before that.
 """
 
 import functools
+import math
 import pathlib
 from collections.abc import Callable, Sequence
 
@@ -14,7 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sae_jax.lm.architecture import site_width
+from sae_jax.lm.architecture import layout, site_width
 from sae_jax.lm.decoder import forward
 from sae_jax.lm.families import load_config
 from sae_jax.lm.tensors import names_of
@@ -57,6 +58,19 @@ class Model:
     def site_width(self, site: str) -> int:
         """UserError for a site that the model does not have."""
         return site_width(self.config, site)
+
+    def flops_per_token(self, sites: Sequence[str], context_length: int) -> float:
+        """FLOPs of the products that `sites` need, whole layers, a multiply and an add being two;
+        attention's for the keys that a query sees on average."""
+        config = self.config
+        depth = 1 + max(int(site.rpartition(".")[2]) for site in sites)
+        matrices = [leaf for leaf in layout(config)["layers"][0].values() if leaf.inputs]
+        total = 2.0 * depth * sum(math.prod(leaf.shape) for leaf in matrices)
+        for layer in range(depth):
+            window = config.kind(layer).window or context_length
+            keys = np.minimum(np.arange(1, context_length + 1), window).mean()
+            total += 4.0 * config.num_heads * config.head_dim * keys
+        return total
 
     def runner(self, sites: Sequence[str], dtype) -> Callable[[np.ndarray], dict]:
         """tokens (B, T) on the host, B a multiple of the mesh's `data` -> {site: (B, T, width)} of

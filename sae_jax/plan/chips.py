@@ -47,6 +47,16 @@ CHIPS = {
     "b200": Chip("B200", 2250e12, 75e12, 180e9, 8e12, 900e9, 50e9),
 }
 
+# What JAX calls them (`device_kind`), where that is not the name above.
+_KINDS = {"v5 lite": "v5e", "v6 lite": "v6e", "tpu v5": "v5p"}
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip of a device that is there, such as NVIDIA H100 80GB HBM3; None: not in the table."""
+    kind = device_kind.lower()
+    names = _KINDS | {name: name for name in CHIPS}
+    return next((CHIPS[name] for part, name in names.items() if part in kind), None)
+
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
