@@ -2,17 +2,18 @@ from absl import flags
 
 from sae_jax.paths import path, save_json
 
-SUMMARY = """Measure a training step, or the reading of batches, on this machine.
+SUMMARY = """Measure a training step, the reading of batches, or a harvest, on this machine.
 
   sae-jax bench                                         the top-k step at the default shape
   sae-jax bench --architecture=relu --d_in=512 --d_sae=8192
   sae-jax bench --peers                                 beside the installed peers, in turn
   sae-jax bench --reading                               the stream against a sequential read
+  sae-jax bench --harvest --model=DIR --text=FILE       harvest beside transformers with hooks
   sae-jax bench --packs=8 --d_in=64 --d_sae=512         a pack of 8 runs against each alone
   sae-jax bench --packs=8 --d_sae=512 --store=STORE     a whole sweep of 3 sizes x 8 runs, as well
 
 Every figure of one call comes from one run, so that its ratios hold on a machine whose speed
-drifts. --peers needs: pip install "sae-jax[peers]".
+drifts. --peers, and transformers for --harvest, need: pip install "sae-jax[peers]".
 """
 
 
@@ -29,6 +30,13 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("rounds", 7, "Timed steps of each contestant.", flag_values=values)
     flags.DEFINE_bool("peers", False, "Time the installed peers too.", flag_values=values)
     flags.DEFINE_bool("reading", False, "Measure the stream instead.", flag_values=values)
+    flags.DEFINE_bool("harvest", False, "Measure a harvest instead.", flag_values=values)
+    flags.DEFINE_string("model", "demo", "With --harvest: as for harvest.", flag_values=values)
+    flags.DEFINE_list("text", None, "With --harvest: as for harvest.", flag_values=values)
+    flags.DEFINE_list(
+        "sites", None, "With --harvest; five of the middle layer.", flag_values=values
+    )
+    flags.DEFINE_integer("context_length", 128, "With --harvest.", flag_values=values)
     flags.DEFINE_integer(
         "packs", None, "Measure packs of so many runs instead.", lower_bound=2, flag_values=values
     )
@@ -41,7 +49,10 @@ def define(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_string("site", "", "Of the store, where it has several.", flag_values=values)
     flags.DEFINE_integer(
-        "tokens", 204_800, "With --packs and --store: of each run.", flag_values=values
+        "tokens",
+        204_800,
+        "With --packs and --store: of each run. With --harvest: of a round.",
+        flag_values=values,
     )
     flags.DEFINE_string("out", None, "Write the figures there as JSON.", flag_values=values)
 
@@ -52,6 +63,9 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
 
         figures = measure_reading(args.store)
         _print_reading(figures)
+    elif args.harvest:
+        figures = _measure_harvest(args)
+        _print_harvest(figures)
     else:
         from sae_jax.bench.step import bench_config, measure_step
 
@@ -72,6 +86,39 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
     if args.out:
         save_json(figures, path(args.out))
     return 0
+
+
+def _measure_harvest(args) -> dict:
+    from sae_jax import lm
+    from sae_jax.bench.harvest import measure_harvest
+
+    model = lm.DEMO_MODEL if args.model == "demo" else args.model
+    middle = lm.load_config(model).num_layers // 2
+    names = ("resid_pre", "attn_out", "mlp_act", "mlp_out", "resid_post")
+    sites = tuple(args.sites or (f"{name}.{middle}" for name in names))
+    texts = lm.read_texts(args.text or lm.standard_library())
+    return measure_harvest(
+        model, texts, sites, args.context_length, args.tokens, rounds=args.rounds
+    )
+
+
+def _print_harvest(figures: dict) -> None:
+    print(
+        f"{figures['tokens']:,} tokens in contexts of {figures['context_length']}, batches of "
+        f"{figures['batch_size']}, {len(figures['sites'])} sites, {figures['device']}"
+    )
+    print(f"{'':28}{'tokens/s':>12}{'GB/s':>8}{'of floor':>10}{'processor s':>13}")
+    for name, rate in figures["tokens_per_second"].items():
+        print(
+            f"{name:28}{rate:12,.0f}{figures['gb_per_second'][name]:8.3f}"
+            f"{figures['fraction_of_floor'][name]:10.0%}{figures['processor_seconds'][name]:13.2f}"
+        )
+    if "times_faster" in figures:
+        print(
+            f"ours is {figures['times_faster']:.2f}x as fast as transformers, with "
+            f"{1 / figures['times_less_processor']:.2f}x the processor time; largest difference "
+            f"of an activation {figures['largest_difference']:.1e}"
+        )
 
 
 def _print_step(figures: dict) -> None:

@@ -142,7 +142,7 @@ def write_shards(writer, shards, tokens_NxT, batch_size: int, run, floor: float)
                 site: np.empty((*sequences.shape, width), dtypes[site])
                 for site, width in widths.items()
             }
-            for start, batch in _one_ahead(run, sequences, batch_size):
+            for start, batch in one_ahead(run, sequences, batch_size):
                 for site, array in batch.items():
                     block = values[site][start : start + batch_size]
                     block[...] = np.asarray(array)[: len(block)]
@@ -165,7 +165,7 @@ def _await(written: concurrent.futures.Future) -> None:
         raise
 
 
-def _one_ahead(run, sequences, batch_size) -> Iterator[tuple[int, dict]]:
+def one_ahead(run, sequences, batch_size) -> Iterator[tuple[int, dict]]:
     """(start, activations) of each batch, the next one already dispatched. The last is padded to
     the batch's size, so that one compiled program serves all."""
     ahead = None
@@ -179,11 +179,17 @@ def _one_ahead(run, sequences, batch_size) -> Iterator[tuple[int, dict]]:
     yield ahead
 
 
+def default_batch(context_length: int, mesh: jax.sharding.Mesh) -> int:
+    """Contexts in a batch."""
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    tokens = TOKENS_PER_CPU if on_cpu else TOKENS_PER_DEVICE
+    return mesh.shape["data"] * max(1, tokens // context_length)
+
+
 def _batch_size(batch_size: int | None, context_length: int, mesh: jax.sharding.Mesh) -> int:
     data = mesh.shape["data"]
     if batch_size is None:
-        on_cpu = mesh.devices.flat[0].platform == "cpu"
-        return data * max(1, (TOKENS_PER_CPU if on_cpu else TOKENS_PER_DEVICE) // context_length)
+        return default_batch(context_length, mesh)
     if batch_size < 1 or batch_size % data:
         raise UserError(
             f"batch_size {batch_size} is not a multiple of the mesh's data axis, {data}"
