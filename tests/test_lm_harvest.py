@@ -3,6 +3,7 @@
 import filecmp
 import os
 import pathlib
+import random
 import shutil
 import signal
 import subprocess
@@ -13,9 +14,11 @@ import jax
 import numpy as np
 import pytest
 import tokenizers
+from absl import flags
 
 from sae_jax import lm
-from sae_jax.cli import main
+from sae_jax.activations import StoreWriter
+from sae_jax.cli import counts, main
 from sae_jax.config import UserError
 
 CONTEXT = 16
@@ -85,6 +88,7 @@ def test_rows_are_the_models_activations(world, tmp_path):
     excluded = np.asarray(store.excluded.read().result())
     assert (excluded[::CONTEXT] > 0).all() and (excluded > 0).sum() >= len(tokens)
     assert store.meta.provenance["packing"] == lm.PACKING_RULE
+    assert store.meta.provenance["bos"]["token"] == "<s>"
 
 
 def test_mesh_gives_the_same_rows(world, tmp_path):
@@ -144,14 +148,67 @@ def test_mistakes_are_refused_before_anything_is_written(world, tmp_path, monkey
         harvest(world, world[1])
 
 
+def test_what_is_there_already_needs_no_room(world, tmp_path, monkeypatch):
+    """3,000 tokens of 40 values in bfloat16 are 0.26 MB; of those, a quarter is written."""
+    out = tmp_path / "store"
+
+    class Stopped(Exception):
+        pass
+
+    write_shard = StoreWriter.write_shard
+
+    def stop_after_two(writer, index, values):
+        if index == 2:
+            raise Stopped
+        write_shard(writer, index, values)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(StoreWriter, "write_shard", stop_after_two)
+        harvest(world, out)
+    there = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    needed = 187 * CONTEXT * (40 * 2 + 5)
+    assert 0 < there < needed
+    for free, enough in ((needed - there - 1, False), (needed - there + 1, True)):
+        usage = shutil.disk_usage(tmp_path)._replace(free=free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
+        if enough:
+            assert harvest(world, out).meta.complete
+        else:
+            with pytest.raises(UserError, match="fewer tokens or sites"):
+                harvest(world, out)
+
+
+def test_flops_are_those_of_the_layers_up_to_the_last_site(world):
+    """Against the shapes of the fixture's products, by hand: a layer has q 16x16, k and v 16x8, o
+    16x16, three 16x24; a query of 4 tokens meets 2.5 keys, in 4 heads of 4, twice."""
+    model = lm.Model(world[0])
+    layer = 2 * (16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 24) + 4 * 4 * 4 * 2.5
+    assert model.flops_per_token(("resid_post.0",), 4) == layer
+    assert model.flops_per_token(("resid_post.0", "mlp_act.1"), 4) == 2 * layer
+
+
+NUMBERS = {"2000": 2000, "2e3": 2000, "2_000": 2000, "2K": 2000, "0.5M": 500_000, "1B": 10**9}
+
+
+@pytest.mark.parametrize("text, number", NUMBERS.items())
+def test_large_numbers_as_people_write_them(text, number):
+    values = flags.FlagValues()
+    counts.define("tokens", None, "", values)
+    values(["x", f"--tokens={text}"])
+    assert values.tokens == number
+
+
 def test_command_line(world, tmp_path, capsys):
     out = tmp_path / "store"
-    assert main(["harvest", *command(world, out, "--tokens=2000", "--mesh_model=2")]) == 0
+    assert main(["harvest", *command(world, out, "--tokens=2e3", "--mesh_model=2")]) == 0
     printed = capsys.readouterr().out
     assert "2,000 rows (125 contexts of 16)" in printed
     assert "Left out of training: 125 rows of special tokens [0]" in printed
     assert main(["harvest", *command(world, out, "--mesh_model=3", "--mesh_data=2")]) == 2
     assert "a mesh of 2 x 3 devices does not fit the 4 here" in capsys.readouterr().err
+    for wrong in ("1.5", "many", "-3", "1e"):
+        assert main(["harvest", *command(world, out, f"--tokens={wrong}")]) == 2
+        assert "not a whole number; write" in capsys.readouterr().err
     assert main(["harvest", *command((tmp_path, world[1]), tmp_path / "b")]) == 2
     assert "no config.json in" in capsys.readouterr().err
 
@@ -168,10 +225,12 @@ def test_killed_and_started_again_it_writes_the_same_bytes(world, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert start(run + command(world, whole, *options)).wait(120) == 0
     kills = 0
-    for shard in range(1, 8, 3):
+    moments = random.Random(0)
+    for shard in (0, 2, 4):  # of 9
         process = start(run + command(world, killed, *options))
         while not (killed / "written" / f"{shard:06d}.npz").exists() and process.poll() is None:
             time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.1))
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
     assert kills == 3

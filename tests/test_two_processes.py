@@ -3,11 +3,12 @@ and of a sweep are with the other tests of their processes.)"""
 
 import json
 import pathlib
+import signal
 import sys
 
 import pytest
 import world
-from training import finish_all, launch, together
+from training import finish_all, launch, together, wait_until
 
 from sae_jax import train
 from sae_jax.cli import main
@@ -39,11 +40,33 @@ def test_harvest(stores):
     assert [code for code, _, _ in ends] == [0, 0], ends
     assert "rows to train on" in ends[0][1] and "rows to train on" not in ends[1][1]
 
-    def contents(store: pathlib.Path) -> dict[str, bytes]:
-        files = (path for path in store.rglob("*") if path.is_file())
-        return {str(path.relative_to(store)): path.read_bytes() for path in files}
-
     assert contents(root / "two") == contents(root / "one")
+
+
+def test_harvest_with_one_of_two_killed(tmp_path):
+    """Then the other ends too, and both, started again, write what was missing."""
+    world.make_model(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("\n".join(world.TEXTS * 300))
+    arguments = ["harvest", f"--model={tmp_path / 'model'}", f"--text={tmp_path / 'text.txt'}",
+                 f"--sites={SITE}", "--context_length=16", "--batch_size=1",
+                 "--heartbeat_seconds=2"]  # fmt: skip
+    assert main([*arguments, f"--out={tmp_path / 'one'}", "--mesh_data=1"]) == 0
+    two = tmp_path / "two"
+    program = [sys.executable, "-m", "sae_jax", *arguments, f"--out={two}"]
+    processes = [launch([*program, *flags]) for flags in together(2)]
+    wait_until(lambda: (two / "written" / "000001.npz").exists(), processes[1])
+    processes[1].kill()
+    ends = finish_all(processes)
+    assert [code for code, _, _ in ends] == [75, -signal.SIGKILL], ends
+    assert not json.loads((two / "meta.json").read_text())["complete"]
+    ends = by_two([*arguments, f"--out={two}"])
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    assert contents(two) == contents(tmp_path / "one")
+
+
+def contents(store: pathlib.Path) -> dict[str, bytes]:
+    files = (path for path in store.rglob("*") if path.is_file())
+    return {str(path.relative_to(store)): path.read_bytes() for path in files}
 
 
 @pytest.mark.parametrize("data", ["store", "world:orthonormal,width=16,features=16"])

@@ -47,7 +47,11 @@ def measure_harvest(
     if theirs is not None:
         name = f"transformers {importlib.metadata.version('transformers')}"
         contestants[name], their_values = theirs
-    contestants["sae_jax to disk"] = lambda: _to_disk(model, run_stored, widths, tokens_NxT, batch)
+    flops = model.flops_per_token(sites, context_length)
+    floor = flops / matmul_rate(model.mesh, model.dtype)
+    contestants["sae_jax to disk"] = lambda: _to_disk(
+        model, run_stored, widths, tokens_NxT, batch, floor
+    )
 
     wall: dict[str, list[float]] = {name: [] for name in contestants}
     processor: dict[str, list[float]] = {name: [] for name in contestants}
@@ -63,7 +67,6 @@ def measure_harvest(
 
     size = tokens_NxT.size
     seconds = {name: float(np.median(times)) for name, times in wall.items()}
-    flops = size * model.flops_per_token(sites, context_length)
     figures = {
         "device": jax.devices()[0].device_kind,
         "sites": list(sites),
@@ -80,7 +83,7 @@ def measure_harvest(
         },
         "matmul_flops_per_second": float(np.median(rates)),
         "fraction_of_floor": {
-            name: flops / float(np.median(rates)) / s for name, s in seconds.items()
+            name: size * flops / float(np.median(rates)) / s for name, s in seconds.items()
         },
     }
     if theirs is not None:
@@ -92,7 +95,7 @@ def measure_harvest(
     return figures
 
 
-def _to_disk(model, run, widths, tokens_NxT, batch) -> None:
+def _to_disk(model, run, widths, tokens_NxT, batch: int, floor: float) -> None:
     with tempfile.TemporaryDirectory(dir=os.getcwd()) as directory:  # not in memory, as /tmp may be
         writer = StoreWriter.create_or_resume(
             pathlib.Path(directory) / "store",
@@ -103,5 +106,5 @@ def _to_disk(model, run, widths, tokens_NxT, batch) -> None:
             special_tokens=model.tokenizer.special_tokens,
         )
         shards = writer.missing_shards()
-        write_shards(writer, shards, tokens_NxT, batch, run, floor=0.0)
+        write_shards(writer, shards, tokens_NxT, batch, run, floor)
         writer.finish()
