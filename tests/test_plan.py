@@ -258,3 +258,14 @@ def test_weak_scaling_and_the_collectives_of_the_design(counts):
 def test_plan_is_of_one_run():
     with pytest.raises(UserError, match="one run"):
         resolve(dataclasses.replace(Config(), mesh=MeshConfig(run=2)), (64,))
+
+
+@pytest.mark.parametrize(
+    "device_kind, name",
+    [("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA A100-SXM4-80GB", "A100 80 GB"),
+     ("TPU v5 lite", "TPU v5e"), ("TPU v5", "TPU v5p"), ("TPU v6 lite", "TPU v6e"), ("cpu", None),
+     ("NVIDIA GeForce RTX 4090", None)],
+)  # fmt: skip
+def test_chips_by_what_jax_calls_them(device_kind, name):
+    chip = chips.chip_of(device_kind)
+    assert (chip and chip.name) == name
