@@ -70,8 +70,8 @@ def _fused(q, k, v, *, kind: LayerKind):
 
 def _in_blocks(q, k, v, *, kind: LayerKind, softcap: float | None):
     """A block of queries meets only the keys that some of them see: half of all where there is no
-    window. The (t, t) scores never exist; on 2 CPU cores this took half the time of torch's fused
-    kernel at 512 tokens, and a fifth of that with all scores at once.
+    window. The (t, t) scores never exist. With 512 tokens and 8 heads of 8, on 2 CPU cores, this
+    took two thirds of the time of torch's fused kernel and a seventh of that of all scores at once.
 
     softcap: scores lie between -softcap and softcap (Gemma 2), which the fused kernels cannot."""
     length = q.shape[1]
