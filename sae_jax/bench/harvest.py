@@ -14,7 +14,8 @@ import numpy as np
 from sae_jax import lm
 from sae_jax.activations import StoreWriter
 from sae_jax.bench import torch_hooks
-from sae_jax.lm.harvest import default_batch, matmul_rate, one_ahead, write_shards
+from sae_jax.lm.harvest import default_batch, matmul_rate, write_shards
+from sae_jax.lm.model import in_batches
 
 
 def measure_harvest(
@@ -38,7 +39,7 @@ def measure_harvest(
     ours = {site: np.empty((*tokens_NxT.shape, w), np.float32) for site, w in widths.items()}
 
     def to_host():
-        for start, arrays in one_ahead(run, tokens_NxT, batch):
+        for start, arrays in in_batches(run, tokens_NxT, batch):
             for site, array in arrays.items():
                 ours[site][start : start + batch] = np.asarray(array)[: len(tokens_NxT) - start]
 

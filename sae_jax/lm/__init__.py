@@ -17,7 +17,7 @@ from sae_jax.lm.documents import read_texts, text_files
 from sae_jax.lm.edits import add_direction, at, clamp, reconstruct
 from sae_jax.lm.families import load_config
 from sae_jax.lm.harvest import harvest
-from sae_jax.lm.model import Model
+from sae_jax.lm.model import Model, in_batches, open_model
 from sae_jax.lm.text import PACKING_RULE, Tokenizer, load_tokenizer, pack
 from sae_jax.lm.weights import fingerprint, load_params, save_model
 
@@ -36,12 +36,14 @@ __all__ = [
     "forward",
     "harvest",
     "hook_name",
+    "in_batches",
     "init",
     "layout",
     "load_config",
     "load_params",
     "load_tokenizer",
     "next_token_loss",
+    "open_model",
     "pack",
     "read_texts",
     "reconstruct",

@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from sae_jax.activations import Store, StoreWriter
 from sae_jax.config import UserError, difference
 from sae_jax.lm.architecture import hook_name
-from sae_jax.lm.model import Model
+from sae_jax.lm.model import in_batches, open_model
 from sae_jax.lm.text import PACKING_RULE, pack
 
 DEFAULT_CONTEXT = 1024  # where the model allows it
@@ -62,7 +62,7 @@ def harvest(
     it does nothing. UserError before the model runs: an unknown site, text that fills no context,
     a store made from other text or another model, a disk that cannot hold the result.
     """
-    model = Model(model_dir, model_dtype, mesh)
+    model = open_model(model_dir, model_dtype, mesh)
     tokenizer = model.tokenizer
     if not sites:
         raise UserError("no sites to harvest; name some, such as resid_post.0")
@@ -142,7 +142,7 @@ def write_shards(writer, shards, tokens_NxT, batch_size: int, run, floor: float)
                 site: np.empty((*sequences.shape, width), dtypes[site])
                 for site, width in widths.items()
             }
-            for start, batch in one_ahead(run, sequences, batch_size):
+            for start, batch in in_batches(run, sequences, batch_size):
                 for site, array in batch.items():
                     block = values[site][start : start + batch_size]
                     block[...] = np.asarray(array)[: len(block)]
@@ -163,20 +163,6 @@ def _await(written: concurrent.futures.Future) -> None:
                 "the disk is full; the shards written so far are kept: make room and start again"
             ) from None
         raise
-
-
-def one_ahead(run, sequences, batch_size) -> Iterator[tuple[int, dict]]:
-    """(start, activations) of each batch, the next one already dispatched. The last is padded to
-    the batch's size, so that one compiled program serves all."""
-    ahead = None
-    for start in range(0, len(sequences), batch_size):
-        tokens = sequences[start : start + batch_size]
-        missing = batch_size - len(tokens)
-        result = run(np.pad(tokens, ((0, missing), (0, 0)), mode="edge"))
-        if ahead:
-            yield ahead
-        ahead = start, result
-    yield ahead
 
 
 def default_batch(context_length: int, mesh: jax.sharding.Mesh) -> int:

@@ -7,7 +7,7 @@ before that.
 import functools
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ class Model:
 
     def __init__(self, directory, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None):
         self.directory = pathlib.Path(directory)
+        self.spec = str(self.directory.absolute())  # what `open_model` takes, from anywhere
         self.dtype = dtype
         self.mesh = mesh or jax.make_mesh(
             (jax.local_device_count(), 1), ("data", "model"), devices=jax.local_devices()
@@ -82,4 +83,30 @@ class Model:
             _, taps = forward(params, tokens, self.config, taps=sites, logits=False)
             return {site: taps[site].astype(dtype) for site in sites}
 
-        return lambda tokens: run(self.params, jax.device_put(tokens, sharding))
+        def run_on(tokens):
+            # The ambient mesh may be a trainer's: a live store runs its model amid the training.
+            with jax.set_mesh(self.mesh):
+                return run(self.params, jax.device_put(tokens, sharding))
+
+        return run_on
+
+
+def open_model(spec, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None) -> Model:
+    """The model of a Hugging Face directory."""
+    return Model(spec, dtype, mesh)
+
+
+def in_batches(
+    run: Callable[[np.ndarray], dict], sequences: np.ndarray, batch_size: int
+) -> Iterator[tuple[int, dict]]:
+    """(start, activations) of each batch of `sequences` (n, T) by a `runner`, the next one already
+    dispatched. The last is padded to the batch's size, so that one compiled program serves all."""
+    ahead = None
+    for start in range(0, len(sequences), batch_size):
+        tokens = sequences[start : start + batch_size]
+        missing = batch_size - len(tokens)
+        result = run(np.pad(tokens, ((0, missing), (0, 0)), mode="edge"))
+        if ahead:
+            yield ahead
+        ahead = start, result
+    yield ahead
