@@ -159,11 +159,12 @@ def test_a_reader_reads_only_the_chunks_of_its_rows(store, monkeypatch):
     read = []
     store = Store.open(store.path)
     read_chunks = store.read_chunks
-    monkeypatch.setattr(
-        store,
-        "read_chunks",
-        lambda site, chunks, out: read.extend(chunks.tolist()) or read_chunks(site, chunks, out),
-    )
+
+    def note(sites, chunks, outs):
+        read.extend(chunks.tolist())
+        read_chunks(sites, chunks, outs)
+
+    monkeypatch.setattr(store, "read_chunks", note)
     stream = make_stream(store, window_rows=10**9)
     list(stream.batches(rows=slice(0, BATCH // 8), prefetch=0))  # one of 8 virtual shards
     rows = all_rows(stream)[:, : BATCH // 8]

@@ -23,7 +23,7 @@ class Sites:
         metas = [store.meta.sites[name] for name in self.names]
         self.widths = tuple(meta.width for meta in metas)
         self.width = sum(self.widths)
-        dtypes = {store.site(name).dtype.numpy_dtype for name in self.names}
+        dtypes = {meta.numpy_dtype for meta in metas}
         self.dtype = dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
         self.mean = np.concatenate([np.asarray(meta.mean) for meta in metas])  # (width,)
         self.mean_squared_norms = tuple(meta.mean_squared_norm for meta in metas)
@@ -31,19 +31,17 @@ class Sites:
     def read_chunks(self, chunks, out: np.ndarray) -> None:
         """Reads whole chunks into out[i] (chunk_rows, width), each site straight into its own
         columns. Rows of `out` beyond the store's end are left as they are."""
-        for name, columns in zip(self.names, self._columns(), strict=True):
-            self.store.read_chunks(name, chunks, out[..., columns])
+        self.store.read_chunks(self.names, chunks, self._by_site(out))
 
     def read_rows(self, ids) -> np.ndarray:
         """Store rows `ids` (n,), in any order: (n, width). A slow path for a few rows."""
         out = np.empty((len(ids), self.width), self.dtype)
-        for name, columns in zip(self.names, self._columns(), strict=True):
-            out[:, columns] = self.store.site(name)[ids].read().result()
+        self.store.read_rows(self.names, np.asarray(ids), self._by_site(out))
         return out
 
-    def _columns(self) -> list[slice]:
-        stops = np.cumsum(self.widths)
-        return [slice(stop - width, stop) for stop, width in zip(stops, self.widths, strict=True)]
+    def _by_site(self, x: np.ndarray) -> list[np.ndarray]:
+        """Views of the columns of each site."""
+        return np.split(x, np.cumsum(self.widths)[:-1], axis=-1)
 
 
 def split_names(names: str | Sequence[str]) -> list[str]:

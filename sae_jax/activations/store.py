@@ -10,6 +10,8 @@
 All are uncompressed zarr3 with shards (`files.Array`). Row r of every site is token
 r % context_length of sequence r // context_length. A chunk holds whole sequences and is the unit
 of reading; all arrays but usable_rows and checksums are cut at the same sequences.
+
+A live store has neither sites nor checksums: whoever reads its rows has them computed (`live`).
 """
 
 import contextlib
@@ -18,11 +20,14 @@ import functools
 import json
 import textwrap
 import zlib
+from collections.abc import Sequence
 
+import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
 from sae_jax.activations.files import Array, Folder
+from sae_jax.activations.live import LiveMeta, LiveRows
 from sae_jax.config import UserError, choose
 
 FORMAT_VERSION = 1
@@ -52,6 +57,10 @@ class SiteMeta:
     rows_used: int = 0
     nonfinite_rows: int = 0
 
+    @property
+    def numpy_dtype(self) -> np.dtype:
+        return np.dtype(getattr(ml_dtypes, self.dtype, self.dtype))
+
 
 @dataclasses.dataclass(frozen=True)
 class StoreMeta:
@@ -69,6 +78,7 @@ class StoreMeta:
     excluded_positions: list = dataclasses.field(default_factory=list)
     excluded_why: str = ""
     provenance: dict = dataclasses.field(default_factory=dict)
+    live: LiveMeta | None = None  # None: the sites are in the store
 
     @property
     def num_rows(self) -> int:
@@ -90,19 +100,20 @@ class StoreMeta:
         """Every array of the store by name ("sites/NAME", "tokens", ...)."""
         shard_chunks = self.shard_sequences // self.chunk_sequences
         rows, chunk_rows = self.num_rows, self.chunk_rows
-        arrays = [
+        arrays = [] if self.live else [
             Array(f"sites/{name}", (rows, s.width), s.dtype, chunk_rows, shard_chunks, "NaN")
             for name, s in sorted(self.sites.items())
-        ]
+        ]  # fmt: skip
         arrays.append(Array("excluded", (rows,), "uint8", chunk_rows, shard_chunks, PADDING))
         if self.tokens_sha256 is not None:
             shape = (self.num_sequences, self.context_length)
             arrays.append(Array("tokens", shape, "int32", self.chunk_sequences, shard_chunks, -1))
         summary = min(self.num_chunks, _SUMMARY_CHUNK)
         arrays.append(Array("usable_rows", (self.num_chunks, 2), "int32", summary, 1, -1))
-        shape = (self.num_chunks, len(self.sites))
-        # A checksum may be any number, 0 too: a missing file is caught by its size.
-        arrays.append(Array("checksums", shape, "uint32", summary, 1, 0))
+        if not self.live:
+            shape = (self.num_chunks, len(self.sites))
+            # A checksum may be any number, 0 too: a missing file is caught by its size.
+            arrays.append(Array("checksums", shape, "uint32", summary, 1, 0))
         return {array.name: array for array in arrays}
 
     def to_json(self) -> bytes:
@@ -129,7 +140,8 @@ def read_meta(folder: Folder) -> StoreMeta | None:
         )
     try:
         sites = {name: SiteMeta(**site) for name, site in values.pop("sites").items()}
-        meta = StoreMeta(sites=sites, **values)
+        live = values.pop("live", None)
+        meta = StoreMeta(sites=sites, live=live and LiveMeta(**live), **values)
         meta.arrays()
     except (TypeError, KeyError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise UserError(
@@ -148,12 +160,14 @@ class Store:
         self._arrays = meta.arrays()
         self._context = ts.Context(_READING)
         self._handles = {}
+        self._live = meta.live and LiveRows(self)
 
     @classmethod
     def open(cls, path) -> "Store":
         """Raises UserError, naming the file, if the store is missing, incomplete, of another
         version, or if any of its files is missing or has another size or shape than meta.json
-        says. Altered bytes of the right size are found by `check` only."""
+        says; a live one if its model is not where it was, or is another. Altered bytes of the
+        right size are found by `check` only."""
         folder = Folder(path)
         meta = read_meta(folder)
         if meta is None:
@@ -167,6 +181,8 @@ class Store:
         for name in store._arrays:
             store._check_files(name)
             store._handle(name)
+        if store._live:
+            store._live.check_model()
         return store
 
     @property
@@ -183,7 +199,12 @@ class Store:
         return sites[0]
 
     def site(self, name: str = "") -> ts.TensorStore:
-        """Handle (rows, width)."""
+        """Handle (rows, width). UserError for a live store, which has none."""
+        if self._live:
+            raise UserError(
+                f"{self.path} is live: its rows are not there but computed when they are read; "
+                "harvest without --live to have them as an array"
+            )
         return self._handle(f"sites/{self.resolve_site(name)}")
 
     def tokens(self) -> ts.TensorStore | None:
@@ -203,9 +224,24 @@ class Store:
     def read(self, site: str, rows: slice) -> np.ndarray:
         """Rows [rows.start, rows.stop) of a site as stored: (rows, width). A slow path for a few
         rows; training reads through `Stream`."""
+        site = self.resolve_site(site)
         start, stop, step = rows.indices(self.num_rows)
+        if self._live:
+            meta, ids = self.meta.sites[site], np.arange(start, max(start, stop), step)
+            out = np.empty((len(ids), meta.width), meta.numpy_dtype)
+            self.read_rows([site], ids, [out])
+            return out
         with self._damage_named(f"sites/{site}"):
             return self.site(site)[start : max(start, stop) : step].read().result()
+
+    def read_rows(self, sites: Sequence[str], ids: np.ndarray, outs: Sequence[np.ndarray]) -> None:
+        """Rows `ids` (n,), in any order, of each site into its `out` (n, width). A slow path for
+        a few rows."""
+        if self._live:
+            return self._live.read_rows(sites, ids, outs)
+        for site, out in zip(sites, outs, strict=True):
+            with self._damage_named(f"sites/{site}"):
+                out[...] = self.site(site)[ids].read().result()
 
     def read_excluded(self, chunks) -> np.ndarray:
         """(len(chunks), chunk_rows) uint8; rows beyond the store's end are PADDING."""
@@ -214,14 +250,24 @@ class Store:
         self._read_chunks("excluded", chunks, out)
         return out
 
-    def read_chunks(self, site: str, chunks, out: np.ndarray) -> None:
-        """Reads whole chunks of a site, all in flight at once, into out[i] (chunk_rows, width).
-        Rows of `out` beyond the store's end are left as they are."""
-        self._read_chunks(f"sites/{site}", chunks, out)
+    def is_nonfinite(self, row: int) -> bool:
+        """Whether a row is marked as not finite in some site."""
+        return bool(self.excluded[row].read().result() & NONFINITE)
+
+    def read_chunks(self, sites: Sequence[str], chunks, outs: Sequence[np.ndarray]) -> None:
+        """Reads whole chunks of each site, all in flight at once, into its `out` (len(chunks),
+        chunk_rows, width). Rows of it beyond the store's end are left as they are."""
+        if self._live:
+            return self._live.read_chunks(sites, chunks, outs)
+        for site, out in zip(sites, outs, strict=True):
+            self._read_chunks(f"sites/{site}", chunks, out)
 
     def check(self, progress=lambda chunks: chunks) -> None:
         """Reads every byte of every site. UserError names the site and chunk that do not have
-        the checksum of when they were written, or hold non-finite rows not marked as such."""
+        the checksum of when they were written, or hold non-finite rows not marked as such; or
+        says that the store is live, and has none."""
+        if self._live:
+            raise UserError(f"{self.path} is live: it holds no activations whose bytes to check")
         recorded = self._handle("checksums").read().result()
         for chunk in progress(range(self.meta.num_chunks)):
             excluded = self.read_excluded([chunk])[0]

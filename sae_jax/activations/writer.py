@@ -11,11 +11,11 @@ import hashlib
 import io
 import json
 
-import ml_dtypes
 import numpy as np
 
 from sae_jax.activations import statistics
 from sae_jax.activations.files import Folder
+from sae_jax.activations.live import LiveMeta
 from sae_jax.activations.store import (
     DTYPES,
     FORMAT_VERSION,
@@ -66,11 +66,13 @@ class StoreWriter:
         tokenizer: str | None = None,
         special_tokens=(),
         provenance: dict | None = None,
+        live: LiveMeta | None = None,
     ) -> "StoreWriter":
         """A writer for a new store, or for an unfinished one of the very same content.
 
         `sites` maps names to widths, `tokens` is (num_sequences, context_length) int,
-        `special_tokens` are ids whose rows are kept but never trained on. Several processes may
+        `special_tokens` are ids whose rows are kept but never trained on. A store that is `live`
+        keeps all but the activations, whose statistics it takes. Several processes may
         call this at once with the same arguments. A finished store with the same content gives a
         writer with nothing missing; any other existing store is a UserError that says what
         differs."""
@@ -88,7 +90,9 @@ class StoreWriter:
                 )
         elif special_tokens:
             raise UserError("special_tokens were given without tokens to find them in")
-        chunk, shard = _layout(max(sites.values()), dtype, num_sequences, context_length)
+        sites = {name: SiteMeta(int(width), dtype) for name, width in sites.items()}
+        widest = max(sites.values(), key=lambda site: site.width)
+        chunk, shard = _layout(widest, num_sequences, context_length)
         meta = StoreMeta(
             format_version=FORMAT_VERSION,
             complete=False,
@@ -96,12 +100,13 @@ class StoreWriter:
             num_sequences=num_sequences,
             chunk_sequences=chunk,
             shard_sequences=shard,
-            sites={name: SiteMeta(int(width), dtype) for name, width in sites.items()},
+            sites=sites,
             model=model,
             tokenizer=tokenizer,
             tokens_sha256=None if tokens is None else hashlib.sha256(tokens).hexdigest(),
             excluded_tokens=[int(token) for token in special_tokens],
             provenance=provenance or {},
+            live=live,
         )
         folder = Folder(path)
         existing = read_meta(folder)
@@ -127,16 +132,20 @@ class StoreWriter:
             if _notes_name(i) not in written
         ]
 
-    def write_shard(self, index: int, values: dict[str, np.ndarray]) -> None:
+    def write_shard(self, index: int, values: dict[str, np.ndarray] | None) -> None:
         """`values[site]`: (sequences of the shard * context_length, width), of any float type;
-        stored as the store's dtype. Rows that are not finite then are marked as such."""
+        stored as the store's dtype. Rows that are not finite then are marked as such. None, where
+        the store is live: the shard has no part in the statistics."""
         meta, arrays = self.meta, self._arrays
         first = index * meta.shard_sequences
         stop = min(first + meta.shard_sequences, meta.num_sequences)
         rows = slice(first * meta.context_length, stop * meta.context_length)
-        values = {name: self._as_stored(name, values[name], rows) for name in sorted(meta.sites)}
+        names = sorted(meta.sites) if values is not None else []
+        values = {name: self._as_stored(name, values[name], rows) for name in names}
         pending = [
-            arrays[f"sites/{name}"].open(self.folder)[rows].write(x) for name, x in values.items()
+            arrays[f"sites/{name}"].open(self.folder)[rows].write(x)
+            for name, x in values.items()
+            if not meta.live
         ]
         excluded = np.zeros((stop - first, meta.context_length), np.uint8)
         if self._tokens is not None:
@@ -144,16 +153,20 @@ class StoreWriter:
             pending.append(arrays["tokens"].open(self.folder)[first:stop].write(tokens))
             excluded[np.isin(tokens, meta.excluded_tokens)] |= SPECIAL_TOKEN
         finite = {name: statistics.finite_rows(x) for name, x in values.items()}
-        excluded[~np.logical_and.reduce(list(finite.values())).reshape(excluded.shape)] |= NONFINITE
-        notes = {"excluded": excluded, "count": (excluded == 0).sum(axis=0)}
+        for rows_finite in finite.values():
+            excluded[~rows_finite.reshape(excluded.shape)] |= NONFINITE
+        notes = {"excluded": excluded}
+        if values:
+            notes["count"] = (excluded == 0).sum(axis=0)
         for name, x in values.items():
             sums = statistics.site_sums(x, excluded == 0, int((~finite[name]).sum()))
             notes |= {f"{name}/{key}": value for key, value in vars(sums).items()}
-        starts = range(0, len(excluded) * meta.context_length, meta.chunk_rows)
-        notes["checksums"] = np.array(
-            [[checksum(x[s : s + meta.chunk_rows]) for x in values.values()] for s in starts],
-            np.uint32,
-        )
+        if not meta.live:
+            starts = range(0, excluded.size, meta.chunk_rows)
+            notes["checksums"] = np.array(
+                [[checksum(x[s : s + meta.chunk_rows]) for x in values.values()] for s in starts],
+                np.uint32,
+            )
         for write in pending:
             write.result()
         buffer = io.BytesIO()
@@ -218,17 +231,19 @@ class StoreWriter:
                 f"of {self.path}, which take ({rows.stop - rows.start}, {site.width})"
             )
         with np.errstate(over="ignore"):  # becomes infinity, which is then counted
-            return np.ascontiguousarray(x, dtype=getattr(ml_dtypes, site.dtype, site.dtype))
+            return np.ascontiguousarray(x, dtype=site.numpy_dtype)
 
     def _notes(self):
         for index in range(self.meta.num_shards):
             yield index, np.load(io.BytesIO(self.folder.read(_notes_name(index))))
 
     def _merge(self):
-        """(count (T,), {site: SiteSums}) over all shards, added in order of shards."""
+        """(count (T,), {site: SiteSums}) over the shards with values, added in their order."""
         count, sums = 0, {}
         fields = [field.name for field in dataclasses.fields(statistics.SiteSums)]
         for _, notes in self._notes():
+            if "count" not in notes:
+                continue
             count = count + notes["count"]
             for name in self.meta.sites:
                 shard = statistics.SiteSums(*(notes[f"{name}/{field}"] for field in fields))
@@ -251,9 +266,11 @@ class StoreWriter:
             for start in range(0, len(excluded), meta.chunk_sequences):
                 chunk = excluded[start : start + meta.chunk_sequences]
                 usable.append([(chunk == 0).sum(), (chunk & NONFINITE == 0).sum()])
-            checksums.append(notes["checksums"])
+            if not meta.live:
+                checksums.append(notes["checksums"])
         summaries = {"usable_rows": np.array(usable, np.int32)}
-        summaries["checksums"] = np.concatenate(checksums)
+        if not meta.live:
+            summaries["checksums"] = np.concatenate(checksums)
         for name, summary in summaries.items():
             self._arrays[name].open(self.folder, create=True).write(summary).result()
         return rows_by_reason
@@ -267,9 +284,9 @@ def _notes_name(index: int) -> str:
     return f"written/{index:06d}.npz"
 
 
-def _layout(width: int, dtype: str, num_sequences: int, context_length: int) -> tuple[int, int]:
-    """(sequences of a chunk, sequences of a shard)."""
-    row_bytes = width * np.dtype(getattr(ml_dtypes, dtype, dtype)).itemsize
+def _layout(site: SiteMeta, num_sequences: int, context_length: int) -> tuple[int, int]:
+    """(sequences of a chunk, sequences of a shard) by the widest site."""
+    row_bytes = site.width * site.numpy_dtype.itemsize
     rows = min(max(CHUNK_BYTES // row_bytes, _CHUNK_ROWS[0]), _CHUNK_ROWS[1])
     chunk = max(1, min(rows // context_length, num_sequences // MIN_CHUNKS))
     chunks = -(-num_sequences // chunk)

@@ -17,6 +17,10 @@ it goes on at the first shard that is missing.
 The progress shows tokens/s, GB/s and how near that is to the FLOP floor: the time that the model's
 matrix products take at the devices' published peak (on a CPU: at the rate of a product timed here).
 
+With --live the store keeps all but the activations: training and evaluation read it as any other,
+and have the model compute the rows as they go. The model runs once over all the text at first, for
+the statistics; --statistics_tokens makes that a sample.
+
 Sites are NAME.LAYER, NAME being resid_pre, attn_out, resid_mid, mlp_in, mlp_act, mlp_out or
 resid_post. For example:
 
@@ -59,6 +63,11 @@ def define(values: flags.FlagValues) -> None:
     string("model_dtype", "float32", "In which the model computes: float32 or bfloat16.")
     integer("mesh_data", -1, "Devices that share a batch; -1: all that are left.")
     integer("mesh_model", 1, "Devices that share the model's heads, MLP and vocabulary.")
+    flags.DEFINE_bool(
+        "live", False, "Store no activations: the model computes them whenever they are read.",
+        flag_values=values,
+    )  # fmt: skip
+    integer("statistics_tokens", None, "With --live: take the statistics from so many; all.")
     distributed.define(values)
 
 
@@ -102,14 +111,19 @@ def _harvest(args) -> None:
         mesh=mesh,
         peak_flops=_peak_flops(mesh, args.model_dtype),
         provenance={"text": args.text, "collapse_newlines": args.collapse_newlines},
+        live=args.live,
+        statistics_tokens=args.statistics_tokens,
     )
     if jax.process_index() != 0:
         return
     meta = store.meta
     rows = meta.num_sequences * meta.context_length
     print(f"{args.out}: {rows:,} rows ({meta.num_sequences:,} contexts of {meta.context_length})")
+    usable = int(store.usable_rows[:, 0].sum())
     for name, site in meta.sites.items():
-        print(f"  {name:16}width {site.width}, {site.dtype}, {site.rows_used:,} rows to train on")
+        print(f"  {name:16}width {site.width}, {site.dtype}, {usable:,} rows to train on")
+    if meta.live:
+        print(f"Live: {meta.live.model} computes them when they are read.")
     print(f"Left out of training: {meta.excluded_why}.")
 
 

@@ -46,7 +46,8 @@ def describe(store) -> str:
     lines = [
         f"{store.path}: format {meta.format_version}, {meta.num_sequences:,} sequences of "
         f"{meta.context_length} tokens = {meta.num_rows:,} rows",
-        f"{meta.num_chunks:,} chunks of {meta.chunk_rows:,} rows in {meta.num_shards:,} shards",
+        f"{meta.num_chunks:,} chunks of {meta.chunk_rows:,} rows in {meta.num_shards:,} shards"
+        + (f", live: computed by {meta.live.model} when they are read" if meta.live else ""),
         f"model {meta.model}, tokenizer {meta.tokenizer}, "
         + ("no tokens" if tokens is None else f"tokens sha256 {meta.tokens_sha256[:12]}"),
         "",
@@ -54,7 +55,7 @@ def describe(store) -> str:
         f"{'NaN rows':>10}",
     ]
     for name, site in sorted(meta.sites.items()):
-        gigabytes = meta.num_rows * site.width * store.site(name).dtype.numpy_dtype.itemsize / 1e9
+        gigabytes = meta.num_rows * site.width * site.numpy_dtype.itemsize / 1e9
         mean_norm = sum(x * x for x in site.mean) ** 0.5
         lines.append(
             f"{name:24}{site.width:7}{site.dtype:>10}{gigabytes:9.3f}{mean_norm:10.4g}"

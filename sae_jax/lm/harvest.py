@@ -19,7 +19,7 @@ import tqdm
 from absl import logging
 from jax.experimental import multihost_utils
 
-from sae_jax.activations import Store, StoreWriter
+from sae_jax.activations import LiveMeta, Store, StoreWriter
 from sae_jax.config import UserError, difference
 from sae_jax.lm.architecture import hook_name
 from sae_jax.lm.model import in_batches, open_model
@@ -45,6 +45,8 @@ def harvest(
     mesh: jax.sharding.Mesh | None = None,
     provenance: dict | None = None,
     peak_flops: float | None = None,
+    live: bool = False,
+    statistics_tokens: int | None = None,
 ) -> Store:
     """Writes the activations of `sites` over `texts` to a store at `out`, and opens it.
 
@@ -53,6 +55,9 @@ def harvest(
     axis. dtype: of the store; model_dtype: in which the model computes. mesh: axes `data` and
     `model` over this process's devices (None: all of them along `data`). Where jax.distributed
     runs several processes, each computes every n-th shard; the directory must be one they share.
+    live: the store keeps all but the activations, which whoever reads it has the model compute
+    (`activations.live`). Its statistics, with the rows to leave out for their norm or for NaN, are
+    of all rows, or with `statistics_tokens` of so many or a little more, spread over the text.
 
     peak_flops: FLOP/s of the mesh's devices together, of which the progress shows how much is used
     (None: a product is timed here). The tokens take 8 bytes each of memory while they are packed,
@@ -86,8 +91,14 @@ def harvest(
         "hooks": {site: hook_name(site) for site in sites},  # TransformerLens' names
         "layers_module": model.layers_module,
     }
+    if statistics_tokens is not None and (not live or statistics_tokens < 1):
+        raise UserError(f"statistics_tokens {statistics_tokens} is for live stores, and 1 or more")
     function = {"model_fingerprint": model.fingerprint, "model_dtype": model_dtype}
-    _check_disk(out, tokens_NxT.size, sum(widths.values()) * jnp.dtype(dtype).itemsize)
+    made_by, shared_by = None, model.mesh.shape["model"]
+    if live:
+        made_by = LiveMeta(model.spec, *function.values(), batch_size, shared_by, statistics_tokens)
+    row_bytes = 0 if live else sum(widths.values()) * jnp.dtype(dtype).itemsize
+    _check_disk(out, tokens_NxT.size, row_bytes)
     writer = StoreWriter.create_or_resume(
         out,
         sites=widths,
@@ -99,6 +110,7 @@ def harvest(
         tokenizer=tokenizer.name,
         special_tokens=tokenizer.special_tokens,
         provenance={**told, **(provenance or {}), **function},
+        live=made_by,
     )
     begun_with = {name: writer.meta.provenance.get(name) for name in function}
     if changes := difference(begun_with, function):
@@ -110,6 +122,12 @@ def harvest(
         for shard in writer.missing_shards()
         if shard.index % jax.process_count() == jax.process_index()
     ]
+    if statistics_tokens:
+        sampled = _spread_shards(writer.meta, statistics_tokens)
+        for shard in mine:
+            if shard.index not in sampled:
+                writer.write_shard(shard.index, None)
+        mine = [shard for shard in mine if shard.index in sampled]
     if mine:
         run = model.runner(tuple(widths), jnp.dtype(dtype))
         needed = model.flops_per_token(tuple(widths), context_length)
@@ -181,6 +199,12 @@ def _batch_size(batch_size: int | None, context_length: int, mesh: jax.sharding.
             f"batch_size {batch_size} is not a multiple of the mesh's data axis, {data}"
         )
     return batch_size
+
+
+def _spread_shards(meta, tokens: int) -> set[int]:
+    """Shards of a store, spread evenly, that hold so many tokens: those of its statistics."""
+    count = min(-(-tokens // (meta.shard_sequences * meta.context_length)), meta.num_shards)
+    return {i * meta.num_shards // count for i in range(count)}
 
 
 def _check_disk(out, num_tokens: int, row_bytes: int) -> None:
