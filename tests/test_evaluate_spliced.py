@@ -9,6 +9,7 @@ import world
 from sae_jax import lm
 from sae_jax.config import SAEConfig, UserError
 from sae_jax.evaluate import LanguageModel, ModelRows, evaluate, measure_spliced
+from sae_jax.evaluate.sources import sequences_at_once
 from sae_jax.sae import ReLU, resolve
 
 SITE, D, T = "resid_post.0", 16, 20
@@ -94,7 +95,7 @@ def test_the_last_short_batch_counts_like_the_others(model, tokens, monkeypatch)
     where = np.ones(tokens.shape, bool)
     whole = measure(make_sae(0.7), model, tokens, where)
     monkeypatch.setattr("sae_jax.evaluate.sources._LOGITS", 2 * T * model.config.vocab_size)
-    assert model.sequences_at_once(*tokens.shape) == 2
+    assert sequences_at_once(model.vocab_size, *tokens.shape) == 2
     assert measure(make_sae(0.7), model, tokens, where) == pytest.approx(whole, rel=1e-4)
 
 

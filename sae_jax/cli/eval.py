@@ -39,10 +39,14 @@ def define(values: flags.FlagValues) -> None:
     string("store", "Evaluate on this store's held-out rows; the run's.")
     string("site", "Site of the store or of the model; the run's, or what the SAE's file says.")
     string("target_site", "The site that a transcoder predicts; the run's.")
-    string("model", "Directory of the language model; demo: the one that ships here.")
     counts.define("tokens", 1_000_000, "Evaluate on at most about so many tokens.", values)
     counts.define(
         "lm_tokens", 262_144, "Run the language model on at most about so many tokens.", values
+    )
+    string(
+        "model",
+        "Directory of the language model; demo: the one that ships here; torch:DIRECTORY: run by "
+        "transformers, whatever its family.",
     )
     string("tokens_file", "An .npy or .npz of token ids (sequences, length), instead of a store.")
     flags.DEFINE_list(
@@ -86,7 +90,7 @@ def _evaluate(args) -> None:
     from sae_jax import interop, lm, paths
     from sae_jax.activations import Store, is_world
     from sae_jax.config import DataConfig, UserError
-    from sae_jax.evaluate import LanguageModel, check_model, evaluate, figures, save
+    from sae_jax.evaluate import check_model, evaluate, figures, load_model, save
     from sae_jax.train import read_config
     from sae_jax.train.directory import is_writer
 
@@ -112,7 +116,7 @@ def _evaluate(args) -> None:
     if directory is not None:
         if store is not None and not (args.tokens_file or args.text):
             check_model(store, directory)
-        model = LanguageModel.load(directory)
+        model = load_model(directory)
     source = _source(args, data, store, model, directory)
     settings = {"sae": str(path.absolute()), "model": directory and str(directory)}
     out = args.out or (path / "eval.json" if args.run else None)
@@ -165,8 +169,8 @@ def _source(args, data, store, model, directory):
         tokens, what = read_tokens(args.tokens_file), args.tokens_file
     else:
         texts = lm.read_texts(args.text, collapse_newlines=args.collapse_newlines)
-        length = args.context_length or min(model.config.max_context, 1024)
-        tokens = lm.pack(texts, lm.load_tokenizer(directory), length, args.tokens)
+        length = args.context_length or min(model.max_context, 1024)
+        tokens = lm.pack(texts, lm.open_model(directory).tokenizer, length, args.tokens)
         what = ", ".join(args.text)
     excluded = {}
     if not data.include_excluded:
@@ -174,7 +178,7 @@ def _source(args, data, store, model, directory):
             names = ("excluded_tokens", "excluded_positions")
             excluded = {name: getattr(store.meta, name) for name in names}
         else:
-            excluded = {"excluded_tokens": lm.load_tokenizer(directory).special_tokens}
+            excluded = {"excluded_tokens": lm.open_model(directory).tokenizer.special_tokens}
     return ModelRows(
         model,
         sites,

@@ -22,7 +22,10 @@ and have the model compute the rows as they go. The model runs once over all the
 the statistics; --statistics_tokens makes that a sample.
 
 Sites are NAME.LAYER, NAME being resid_pre, attn_out, resid_mid, mlp_in, mlp_act, mlp_out or
-resid_post. For example:
+resid_post. A model of a family that we do not know runs by transformers' own code (pip install
+"sae-jax[hf]") as --model=torch:DIRECTORY; its sites are these, where its modules show them, and
+any module by its path: hf:model.layers.3.mlp (what comes out of it), hf:model.layers.3.mlp:in.
+For example:
 
   sae-jax harvest --model=stories260K --text=stories.json --collapse_newlines \\
       --sites=resid_post.2,mlp_act.1 --context_length=128 --tokens=1000000 --out=stories_store
@@ -36,7 +39,12 @@ def define(values: flags.FlagValues) -> None:
     def integer(name, default, text):
         flags.DEFINE_integer(name, default, text, flag_values=values)
 
-    string("model", "demo", "Directory of the model; demo: the one-layer model that ships here.")
+    string(
+        "model",
+        "demo",
+        "Directory of the model; demo: the one-layer model that ships here; torch:DIRECTORY or "
+        "torch:NAME of the Hugging Face hub: run by transformers.",
+    )
     flags.DEFINE_list(
         "text",
         None,

@@ -8,6 +8,7 @@ from sae_jax.evaluate.sources import (
     LanguageModel,
     ModelRows,
     check_model,
+    load_model,
     read_tokens,
 )
 from sae_jax.evaluate.spliced import measure_spliced
@@ -27,6 +28,7 @@ __all__ = [
     "evaluate",
     "latents_file",
     "load",
+    "load_model",
     "measure_recovery",
     "measure_rows",
     "measure_spliced",

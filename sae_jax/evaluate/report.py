@@ -8,7 +8,7 @@ import math
 import jax
 import numpy as np
 
-from sae_jax import paths
+from sae_jax import lm, paths
 from sae_jax.config import UserError, difference
 from sae_jax.evaluate.metrics import RowMetrics, measure_rows
 from sae_jax.evaluate.progress import progress
@@ -129,7 +129,7 @@ class Evaluation:
 def evaluate(
     sae: SAE,
     source: HeldOutRows | ModelRows,
-    model: LanguageModel | None = None,
+    model: LanguageModel | lm.TorchModel | None = None,
     spliced_tokens: int = 262_144,
     settings: dict | None = None,
 ) -> Evaluation:

@@ -33,6 +33,9 @@ _LOGITS = 2**25  # elements of one batch's logits, of which four or so exist at 
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
+    """Our decoder with its parameters. `lm.TorchModel` can take its place where only `vocab_size`,
+    `max_context`, `site_width` and `forward` are asked for."""
+
     params: dict
     config: lm.DecoderConfig
 
@@ -40,8 +43,42 @@ class LanguageModel:
     def load(cls, directory) -> "LanguageModel":
         return cls(lm.load_params(directory), lm.load_config(directory))
 
-    def sequences_at_once(self, sequences: int, context_length: int) -> int:
-        return min(sequences, max(1, _LOGITS // (context_length * self.config.vocab_size)))
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def max_context(self) -> int:
+        return self.config.max_context
+
+    def site_width(self, site: str) -> int:
+        return lm.site_width(self.config, site)
+
+    def forward(self, tokens, taps=(), replacements=None, logits=True):
+        """`lm.forward` with edits that are data: replacements {site: (where (B, T) bool, new (B, T,
+        width))} put `new` in the place of the activations where it is true."""
+        return _forward(
+            self.params, tokens, replacements or {}, config=self.config, taps=tuple(taps),
+            logits=logits,
+        )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("config", "taps", "logits"))
+def _forward(params, tokens_BxT, replacements, *, config, taps, logits):
+    def edit(where_BxT, new_BxTxW):
+        return lambda x: jnp.where(where_BxT[:, :, None], new_BxTxW.astype(x.dtype), x)
+
+    edits = {site: edit(*pair) for site, pair in replacements.items()}
+    return lm.forward(params, tokens_BxT, config, taps=taps, edits=edits, logits=logits)
+
+
+def load_model(spec) -> LanguageModel | lm.TorchModel:
+    """The model of a directory, or transformers' own of "torch:DIRECTORY" (`lm.open_model`)."""
+    return lm.open_model(spec) if lm.is_torch(spec) else LanguageModel.load(spec)
+
+
+def sequences_at_once(vocab_size: int, sequences: int, context_length: int) -> int:
+    return min(sequences, max(1, _LOGITS // (context_length * vocab_size)))
 
 
 class HeldOutRows:
@@ -126,7 +163,7 @@ class ModelRows:
 
     def __init__(
         self,
-        model: LanguageModel,
+        model: LanguageModel | lm.TorchModel,
         sites: str | Sequence[str],
         tokens: np.ndarray,
         *,
@@ -139,11 +176,11 @@ class ModelRows:
         self.model, self.origin = model, "the model"
         self.site_names = tuple(split_names(sites))
         check_distinct(self.site_names, self.origin)
-        self.site_widths = tuple(lm.site_width(model.config, site) for site in self.site_names)
-        if tokens.max() >= model.config.vocab_size or tokens.min() < 0:
+        self.site_widths = tuple(model.site_width(site) for site in self.site_names)
+        if tokens.max() >= model.vocab_size or tokens.min() < 0:
             raise UserError(
                 f"{what} has token {tokens.max()}, but the model's vocabulary has "
-                f"{model.config.vocab_size}; they do not belong together"
+                f"{model.vocab_size}; they do not belong together"
             )
         used = ~np.isin(tokens, excluded_tokens)
         used[:, [p for p in excluded_positions if p < tokens.shape[1]]] = False
@@ -171,11 +208,10 @@ class ModelRows:
         size = self._sequences_at_once(rows)
         for start in shared_out(range(0, len(tokens), size)):
             batch = jnp.asarray(pad_rows(tokens[start : start + size], size))
-            x_BxTxW = _tap(
-                self.model.params, batch, config=self.model.config, sites=self.site_names
-            )
+            _, tapped = self.model.forward(batch, taps=self.site_names, logits=False)
+            x_BxTxW = np.concatenate([tapped[site] for site in self.site_names], axis=-1)
             mask = pad_rows(used[start : start + size], size).reshape(-1)
-            yield np.asarray(x_BxTxW).reshape(len(mask), -1), mask
+            yield x_BxTxW.reshape(len(mask), -1), mask
 
     def sequences(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
         tokens, used = self._spliced
@@ -190,7 +226,7 @@ class ModelRows:
 def check_model(store: Store, directory) -> None:
     """UserError if the store says that its activations are another model's."""
     made_by = store.meta.provenance.get("model_fingerprint")
-    if made_by is not None and made_by != lm.fingerprint(directory):
+    if made_by is not None and made_by != lm.open_model(directory).fingerprint:
         raise UserError(
             f"{directory} is not the model that {store.path} was harvested from "
             f"({store.meta.model}); give that model's directory"
@@ -246,12 +282,6 @@ def read_tokens(path) -> np.ndarray:
 def pad_rows(x: np.ndarray, rows: int) -> np.ndarray:
     """`x` with zero rows added up to `rows`, so that a last short batch compiles nothing new."""
     return np.pad(x, [(0, rows - len(x)), *[(0, 0)] * (x.ndim - 1)]) if len(x) < rows else x
-
-
-@functools.partial(jax.jit, static_argnames=("config", "sites"))
-def _tap(params, tokens_BxT, *, config, sites):
-    _, tapped = lm.forward(params, tokens_BxT, config, taps=sites, logits=False)
-    return jnp.concatenate([tapped[site] for site in sites], axis=-1)
 
 
 def spread(items: np.ndarray, count: int) -> np.ndarray:

@@ -23,15 +23,18 @@ from sae_jax.config import UserError
 from sae_jax.evaluate.metrics import add_up
 from sae_jax.evaluate.processes import shared_out
 from sae_jax.evaluate.progress import progress
-from sae_jax.evaluate.sources import LanguageModel, input_and_target_sites, pad_rows
+from sae_jax.evaluate.sources import (
+    LanguageModel,
+    input_and_target_sites,
+    pad_rows,
+    sequences_at_once,
+)
 from sae_jax.sae import SAE
-
-_REPLACEMENTS = ("spliced", "zero", "mean")
 
 
 def measure_spliced(
     sae: SAE,
-    model: LanguageModel,
+    model: LanguageModel | lm.TorchModel,
     sites: Sequence[str],
     tokens: np.ndarray,
     replaced: np.ndarray,
@@ -47,23 +50,23 @@ def measure_spliced(
     if not replaced[:, :-1].any():
         raise UserError("there is no position to splice the SAE in at: all of them are excluded")
     share = -(-len(tokens) // jax.process_count())
-    size = model.sequences_at_once(share, tokens.shape[1])
+    size = sequences_at_once(model.vocab_size, share, tokens.shape[1])
     inputs, targets = input_and_target_sites(sae, sites)
     mean = jnp.asarray(mean, jnp.float32)
     found, first = {}, 0
     for site in targets:
-        columns = (first, first + lm.site_width(model.config, site))
-        step = functools.partial(
-            _batch_sums, config=model.config, inputs=tuple(inputs), site=site, columns=columns
-        )
+        columns = (first, first + model.site_width(site))
         starts = shared_out(range(0, len(tokens), size))
         totals = add_up(
-            step(
-                model.params,
+            _batch_sums(
+                model,
                 sae,
                 jnp.asarray(pad_rows(tokens[start : start + size], size)),
                 jnp.asarray(pad_rows(replaced[start : start + size], size)),
                 mean,
+                tuple(inputs),
+                site,
+                columns,
             )
             for start in progress(starts, f"splicing the SAE into its model at {site}")
         )
@@ -72,38 +75,39 @@ def measure_spliced(
     return found
 
 
-@functools.partial(jax.jit, static_argnames=("config", "inputs", "site", "columns"))
-def _batch_sums(
-    params, sae, tokens_BxT, replaced_BxT, mean_D, *, config, inputs, site, columns
-) -> dict:
-    """Sums for one target site, which has `columns` (first, stop) of the SAE's d_out."""
-    clean, tapped = lm.forward(params, tokens_BxT, config, taps=inputs)
-    log_p_BxTxV = jax.nn.log_softmax(clean)
-    x_BxTxD = jnp.concatenate([tapped[name] for name in inputs], axis=-1)
-    y_hat_BxTxD = sae(x_BxTxD.astype(jnp.float32))[..., slice(*columns)]
+def _batch_sums(model, sae, tokens_BxT, replaced_BxT, mean_D, inputs, site, columns) -> dict:
+    """Sums for one target site, which has `columns` (first, stop) of the SAE's d_out. The model
+    runs four times, one after the other: a batch of its logits is large."""
+    clean, tapped = model.forward(tokens_BxT, taps=inputs)
+    y_hat_BxTxD = _reconstruction(sae, [tapped[name] for name in inputs], columns)
     mean_BxTxD = jnp.broadcast_to(mean_D[slice(*columns)], y_hat_BxTxD.shape)
-    predicts = replaced_BxT[:, :-1]
-
-    def losses(new_BxTxD):
-        def edit(y_BxTxD):
-            return jnp.where(replaced_BxT[:, :, None], new_BxTxD.astype(y_BxTxD.dtype), y_BxTxD)
-
-        logits, _ = lm.forward(params, tokens_BxT, config, edits={site: edit})
-        difference = log_p_BxTxV - jax.nn.log_softmax(logits)
-        kl_BxT = jnp.sum(jnp.exp(log_p_BxTxV) * difference, axis=-1)
-        ce = jnp.sum(lm.next_token_loss(logits, tokens_BxT), where=predicts)
-        return ce, jnp.sum(kl_BxT, where=replaced_BxT)
-
-    # One after the other: the model is compiled once, and one batch of their logits held.
-    new_3xBxTxD = jnp.stack([y_hat_BxTxD, jnp.zeros_like(mean_BxTxD), mean_BxTxD])
-    ce, kl = jax.lax.map(losses, new_3xBxTxD)
-    return {
+    new = {"spliced": y_hat_BxTxD, "zero": jnp.zeros_like(mean_BxTxD), "mean": mean_BxTxD}
+    sums = {
         "replaced": jnp.sum(replaced_BxT),
-        "predicted": jnp.sum(predicts),
-        "ce_clean": jnp.sum(lm.next_token_loss(clean, tokens_BxT), where=predicts),
-        **{f"ce_{name}": ce[i] for i, name in enumerate(_REPLACEMENTS)},
-        **{f"kl_{name}": kl[i] for i, name in enumerate(_REPLACEMENTS)},
+        "predicted": jnp.sum(replaced_BxT[:, :-1]),
+        "ce_clean": _losses(clean, clean, tokens_BxT, replaced_BxT)[0],
     }
+    for name, new_BxTxD in new.items():
+        logits, _ = model.forward(tokens_BxT, replacements={site: (replaced_BxT, new_BxTxD)})
+        sums[f"ce_{name}"], sums[f"kl_{name}"] = _losses(clean, logits, tokens_BxT, replaced_BxT)
+    return sums
+
+
+@functools.partial(jax.jit, static_argnames="columns")
+def _reconstruction(sae, inputs, columns):
+    x_BxTxD = jnp.concatenate(inputs, axis=-1)
+    return sae(x_BxTxD.astype(jnp.float32))[..., slice(*columns)]
+
+
+@jax.jit
+def _losses(clean_BxTxV, logits_BxTxV, tokens_BxT, replaced_BxT):
+    """Cross-entropy of `logits` summed over the tokens after replaced positions, and KL to them
+    over these positions."""
+    log_p_BxTxV = jax.nn.log_softmax(clean_BxTxV)
+    difference = log_p_BxTxV - jax.nn.log_softmax(logits_BxTxV)
+    kl_BxT = jnp.sum(jnp.exp(log_p_BxTxV) * difference, axis=-1)
+    ce_BxT = lm.next_token_loss(logits_BxTxV, tokens_BxT)
+    return jnp.sum(ce_BxT, where=replaced_BxT[:, :-1]), jnp.sum(kl_BxT, where=replaced_BxT)
 
 
 def _finish(totals: dict[str, float]) -> dict[str, float]:

@@ -11,6 +11,7 @@ from sae_jax.lm.architecture import (
     layout,
     site_width,
 )
+from sae_jax.lm.bridge import TorchModel, is_torch
 from sae_jax.lm.corpus import standard_library
 from sae_jax.lm.decoder import forward, next_token_loss
 from sae_jax.lm.documents import read_texts, text_files
@@ -29,6 +30,7 @@ __all__ = [
     "Model",
     "Rope",
     "Tokenizer",
+    "TorchModel",
     "add_direction",
     "at",
     "clamp",
@@ -38,6 +40,7 @@ __all__ = [
     "hook_name",
     "in_batches",
     "init",
+    "is_torch",
     "layout",
     "load_config",
     "load_params",

@@ -15,6 +15,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sae_jax.config import UserError
+from sae_jax.lm import bridge
 from sae_jax.lm.architecture import layout, site_width
 from sae_jax.lm.decoder import forward
 from sae_jax.lm.families import load_config
@@ -91,9 +93,16 @@ class Model:
         return run_on
 
 
-def open_model(spec, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None) -> Model:
-    """The model of a Hugging Face directory."""
-    return Model(spec, dtype, mesh)
+def open_model(
+    spec, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None
+) -> Model | bridge.TorchModel:
+    """The model of a Hugging Face directory; of "torch:DIRECTORY", or "torch:NAME" of one on the
+    hub, transformers' own, which knows nothing of the mesh."""
+    if not bridge.is_torch(spec):
+        return Model(spec, dtype, mesh)
+    if mesh is not None and mesh.shape["model"] > 1:
+        raise UserError(f"{spec} runs on one device; leave the mesh's model axis (mesh_model) at 1")
+    return bridge.TorchModel(spec, dtype)
 
 
 def in_batches(

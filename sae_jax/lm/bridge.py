@@ -1,0 +1,268 @@
+"""Models of families that our decoder does not know, run by transformers and torch themselves.
+
+`TorchModel` has the members of `lm.Model` that harvest and live stores ask for, and `forward` for
+evaluation. Its sites are what hooks see: what goes into a module of transformers' own, or what
+comes out. By the names that our decoder has, where the tree of modules says which module it is:
+
+    resid_pre.L  resid_post.L  into and out of the L-th layer (of the longest list of modules)
+    mlp_in.L     into the layer's MLP
+    z.L  attn_out.L    into and out of the attention's output projection
+    mlp_act.L  mlp_out.L  into and out of the MLP's last projection
+                 (where a norm follows before the residual stream, *_out.L is what leaves the norm)
+
+And of any module by its path: hf:model.layers.3.mlp is what comes out of it, hf:PATH:in what goes
+in (the first tensor in both cases).
+"""
+
+import contextlib
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from sae_jax.config import UserError, choose
+from sae_jax.lm.text import load_tokenizer
+from sae_jax.lm.weights import fingerprint
+
+_PREFIX = "torch:"  # of a model's name, for one that transformers runs
+_HOOK = "hf:"  # of a site's name, for a module by its path
+
+_ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+_MLP = ("mlp", "feed_forward", "ffn")
+_LAST_OF_ATTENTION = ("o_proj", "out_proj", "c_proj", "dense", "wo")
+_LAST_OF_MLP = ("down_proj", "fc2", "c_proj", "dense_4h_to_h", "fc_out", "w2", "wo")
+_NORM_AFTER_MLP = "post_feedforward_layernorm"  # of OLMo 2 and others; these have one after both:
+_NORM_AFTER_ATTENTION = "post_attention_layernorm"
+
+
+def is_torch(spec) -> bool:
+    """Whether `spec` names a model for transformers to run, and no directory for our decoder."""
+    return str(spec).startswith(_PREFIX)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """What goes into the module at `path`, or what comes out."""
+
+    path: str
+    inward: bool = False
+
+
+class TorchModel:
+    """Transformers' own model of "torch:DIRECTORY" or "torch:NAME", the name of one on the Hugging
+    Face hub, on the first GPU that torch has, else on the CPU. `mesh` is one of JAX's devices, for
+    those who ask how a batch is shared: it is not.
+
+    UserError without torch and transformers, or where there is no such model."""
+
+    def __init__(self, spec, dtype: str = "float32"):
+        self._torch, self._transformers = _import(spec)
+        self.directory = _directory(str(spec).removeprefix(_PREFIX))
+        self.spec = f"{_PREFIX}{self.directory.absolute()}"
+        self.dtype = dtype
+        self.mesh = jax.make_mesh((1, 1), ("data", "model"), devices=jax.local_devices()[:1])
+        config = self._load(self._transformers.AutoConfig).get_text_config()
+        self.vocab_size = config.vocab_size
+        # Without a bound of their own: models whose positions have none (ALiBi).
+        self.max_context = getattr(config, "max_position_embeddings", None) or 2048
+
+    @functools.cached_property
+    def tokenizer(self):
+        return load_tokenizer(self.directory)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.directory)
+
+    @functools.cached_property
+    def _module(self):
+        torch = self._torch
+        dtype = getattr(torch, self.dtype)
+        module = self._load(self._transformers.AutoModelForCausalLM, dtype=dtype)
+        return module.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+    @functools.cached_property
+    def layers_module(self) -> str:
+        """The path of the layers: of the longest list of modules that is in no other list."""
+        torch, lists = self._torch, {}
+        for name, module in self._module.named_modules():
+            inner = any(name.startswith(f"{outer}.") for outer in lists)
+            if isinstance(module, torch.nn.ModuleList) and not inner:
+                lists[name] = len(module)
+        if not lists:
+            raise UserError(f"{self.directory} has no list of layers; name modules as {_HOOK}PATH")
+        return max(lists, key=lists.get)
+
+    def site_width(self, site: str) -> int:
+        """UserError for a site that the model does not have. Runs the model on a few tokens."""
+        _, taps = self._run(np.zeros((2, 3), np.int32), (site,), {}, head=False)
+        return taps[site].shape[-1]
+
+    def runner(self, sites: Sequence[str], dtype) -> Callable[[np.ndarray], dict]:
+        """tokens (B, T) -> {site: (B, T, width)} of `dtype`, on the host."""
+        sites, dtype = tuple(sites), getattr(self._torch, np.dtype(dtype).name)
+
+        def run(tokens):
+            _, taps = self._run(tokens, sites, {}, head=False)
+            return {site: self._to_numpy(taps[site].to(dtype)) for site in sites}
+
+        return run
+
+    def forward(self, tokens, taps=(), replacements=None, logits=True):
+        """As `evaluate.LanguageModel.forward`."""
+        torch, device = self._torch, self._module.device
+
+        def edit(where_BxT, new_BxTxW):
+            where = torch.tensor(np.asarray(where_BxT), device=device)[..., None]
+            new = torch.tensor(np.asarray(new_BxTxW, np.float32), device=device)
+            return lambda x: torch.where(where, new.to(x.dtype), x)
+
+        edits = {site: edit(*pair) for site, pair in (replacements or {}).items()}
+        out, tapped = self._run(np.asarray(tokens), tuple(taps), edits, head=logits)
+        tapped = {site: jnp.asarray(self._to_numpy(x)) for site, x in tapped.items()}
+        return (jnp.asarray(self._to_numpy(out.float())) if logits else None), tapped
+
+    def _run(self, tokens_BxT: np.ndarray, taps: tuple, edits: dict, head: bool):
+        """(logits or None, {tap: tensor (B, T, width)}); a tap at an edited site gives the
+        replacement. edits: {site: function of such a tensor}."""
+        torch, tapped = self._torch, {}
+        places = {site: self._place(site) for site in (*taps, *edits)}
+
+        def visit(site, x):
+            """What the model goes on with for `x`."""
+            if site in tapped:
+                raise UserError(f"{site} runs several times in one pass of {self.directory}")
+            x_BxTxW = _by_token(x, tokens_BxT.shape, site)
+            if site in edits:
+                x_BxTxW = edits[site](x_BxTxW)
+            tapped[site] = x_BxTxW.clone()  # some add to it in place, Falcon's layers for one
+            return x_BxTxW.reshape(x.shape)
+
+        module = self._module
+        prefix = f"{module.base_model_prefix}."
+        if not head and all(place.path.startswith(prefix) for place in places.values()):
+            run = module.base_model  # without the unembedding, which may be most of the work
+        else:
+            run = module
+        with torch.inference_mode(), contextlib.ExitStack() as hooks:
+            for site, place in places.items():
+                hooks.enter_context(_hook(module, place, functools.partial(visit, site), torch))
+            ids = torch.tensor(tokens_BxT, dtype=torch.long, device=module.device)
+            out = run(input_ids=ids, use_cache=False)
+        for site in places:
+            if site not in tapped:
+                raise UserError(f"{site} has no part in a pass of {self.directory}; name another")
+        return out.logits if head else None, {site: tapped[site] for site in taps}
+
+    def _place(self, site: str) -> _Place:
+        if site.startswith(_HOOK):
+            path = site.removeprefix(_HOOK)
+            inward = path.endswith(":in")
+            modules = [name for name, _ in self._module.named_modules() if name]
+            return _Place(choose(path.removesuffix(":in"), modules, f"the module {site}"), inward)
+        if site not in self._named:
+            names = sorted({name.partition(".")[0] for name in self._named})
+            raise UserError(
+                f"unknown site {site!r}; {self.directory} has {', '.join(names)}, each with .LAYER "
+                f"from 0 to {self._num_layers - 1}, and {_HOOK}PATH for any module, such as "
+                f"{_HOOK}{self.layers_module}.0, with :in for what goes into it"
+            )
+        return self._named[site]
+
+    @property
+    def _num_layers(self) -> int:
+        return len(self._module.get_submodule(self.layers_module))
+
+    @functools.cached_property
+    def _named(self) -> dict[str, _Place]:
+        """Where our names of sites are, of those that can be found."""
+        places = {}
+        for number, layer in enumerate(self._module.get_submodule(self.layers_module)):
+            own = f"{self.layers_module}.{number}"
+            found = {"resid_pre": _Place(own, inward=True), "resid_post": _Place(own)}
+            attention, mlp = _child(layer, _ATTENTION), _child(layer, _MLP)
+            if attention and (last := _child(layer.get_submodule(attention), _LAST_OF_ATTENTION)):
+                path = f"{own}.{attention}.{last}"
+                found |= {"z": _Place(path, inward=True), "attn_out": _Place(path)}
+            if mlp:
+                found["mlp_in"] = _Place(f"{own}.{mlp}", inward=True)
+            if last := _child(layer.get_submodule(mlp or ""), _LAST_OF_MLP):
+                path = f"{own}.{mlp}.{last}" if mlp else f"{own}.{last}"
+                found |= {"mlp_act": _Place(path, inward=True), "mlp_out": _Place(path)}
+            if _child(layer, (_NORM_AFTER_MLP,)):
+                found["attn_out"] = _Place(f"{own}.{_NORM_AFTER_ATTENTION}")
+                found["mlp_out"] = _Place(f"{own}.{_NORM_AFTER_MLP}")
+            places |= {f"{name}.{number}": place for name, place in found.items()}
+        return places
+
+    def _load(self, auto, **options):
+        try:
+            return auto.from_pretrained(self.directory, **options)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(f"transformers cannot read {self.directory}: {reason}") from None
+
+    def _to_numpy(self, x) -> np.ndarray:
+        if x.dtype == self._torch.bfloat16:  # which torch does not give to numpy
+            return x.contiguous().view(self._torch.int16).cpu().numpy().view(ml_dtypes.bfloat16)
+        return x.contiguous().cpu().numpy()
+
+
+def _hook(module, place: _Place, visit: Callable, torch):
+    """Has `visit` see, and replace, what is at the place; undone by the handle's exit."""
+
+    def before(_, args, kwargs):
+        for i, x in enumerate(args):
+            if torch.is_tensor(x):
+                return (*args[:i], visit(x), *args[i + 1 :]), kwargs
+        name = next(name for name, x in kwargs.items() if torch.is_tensor(x))
+        return args, kwargs | {name: visit(kwargs[name])}
+
+    def after(_, args, out):
+        return visit(out) if torch.is_tensor(out) else (visit(out[0]), *out[1:])
+
+    target = module.get_submodule(place.path)
+    if place.inward:
+        return target.register_forward_pre_hook(before, with_kwargs=True)
+    return target.register_forward_hook(after)
+
+
+def _by_token(x, shape: tuple[int, int], site: str):
+    """(B, T, width), also of what has the tokens of all sequences in one axis."""
+    if x.shape[:2] != shape and x.shape[0] != shape[0] * shape[1]:
+        raise UserError(f"{site} has shape {tuple(x.shape)}, no row for each token; name another")
+    return x.reshape(*shape, -1)
+
+
+def _child(module, names: Sequence[str]) -> str | None:
+    children = dict(module.named_children())
+    return next((name for name in names if name in children), None)
+
+
+def _directory(name: str) -> pathlib.Path:
+    """The directory, or that of the copy of the hub's model of that name."""
+    if pathlib.Path(name).is_dir():
+        return pathlib.Path(name)
+    try:
+        import huggingface_hub
+
+        return pathlib.Path(huggingface_hub.snapshot_download(name))
+    except Exception as error:  # its own classes, and requests' or httpx's, as its version goes
+        reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+        raise UserError(
+            f"{name} is no directory, and no model that the Hugging Face hub gives: {reason}"
+        ) from None
+
+
+def _import(spec):
+    try:
+        import torch
+        import transformers
+    except ImportError:
+        raise UserError(f'{spec} needs torch and transformers: pip install "sae-jax[hf]"') from None
+    return torch, transformers
