@@ -148,7 +148,7 @@ def test_a_family_that_we_do_not_know_is_harvested_trained_on_and_evaluated(tmp_
     for a, b in zip(*streams, strict=True):
         np.testing.assert_array_equal(a, b)
     run = tmp_path / "run"
-    fields = {"data.store": tmp_path / "store", "data.site": "resid_post.0", "data.batch_size": 64,
+    fields = {"data.store": tmp_path / "live", "data.site": "resid_post.0", "data.batch_size": 64,
               "data.epochs": 5, "sae.d_sae": 32, "sae.k": 4, "train.tokens": 64 * 30}  # fmt: skip
     flags = [f"--config.{name}={value}" for name, value in fields.items()]
     assert main(["train", f"--workdir={run}", *flags]) == 0
@@ -173,6 +173,12 @@ def test_mistakes_in_words(tmp_path):
     mesh = jax.make_mesh((1, 2), ("data", "model"), devices=jax.devices()[:2])
     with pytest.raises(UserError, match="runs on one device; leave the mesh's model axis"):
         lm.open_model(model.spec, mesh=mesh)
+    torch = pytest.importorskip("torch")
+    before, weights = model.fingerprint, model._module.state_dict()
+    (model.directory / "model.safetensors").unlink()
+    torch.save(weights, model.directory / "pytorch_model.bin")  # as models of before 2023 have it
+    old = lm.open_model(model.spec)
+    assert old.site_width("z.0") == WIDTH and old.fingerprint != before
     (model.directory / "config.json").write_text('{"model_type": "unheard_of"}')
     with pytest.raises(UserError, match="transformers cannot read"):
         lm.open_model(model.spec)

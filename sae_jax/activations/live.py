@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
+from absl import logging
 
 from sae_jax.activations import statistics
 from sae_jax.config import UserError
@@ -63,6 +64,10 @@ class LiveRows:
 
     def read_chunks(self, sites: Sequence[str], chunks, outs: Sequence[np.ndarray]) -> None:
         meta = self._store.meta
+        logging.log_every_n_seconds(
+            logging.INFO, "computing %d chunks of %s of %s, as a live store's are", 10,
+            len(chunks), ",".join(sites), self._store.path,
+        )  # fmt: skip
         numbers = np.asarray(chunks)[:, None] * meta.chunk_sequences
         numbers = (numbers + np.arange(meta.chunk_sequences)).reshape(-1)
         places = np.flatnonzero(numbers < meta.num_sequences)

@@ -77,7 +77,8 @@ class TorchModel:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        return fingerprint(self.directory)
+        old = sorted(file.name for file in self.directory.glob("pytorch_model*.bin"))
+        return fingerprint(self.directory, [] if any(self.directory.glob("*.safetensors")) else old)
 
     @functools.cached_property
     def _module(self):
@@ -251,7 +252,8 @@ def _directory(name: str) -> pathlib.Path:
     try:
         import huggingface_hub
 
-        return pathlib.Path(huggingface_hub.snapshot_download(name))
+        others = ["*.h5", "*.msgpack", "*.onnx*", "*.ot", "*.tflite", "*.gguf"]  # weights again
+        return pathlib.Path(huggingface_hub.snapshot_download(name, ignore_patterns=others))
     except Exception as error:  # its own classes, and requests' or httpx's, as its version goes
         reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
         raise UserError(
