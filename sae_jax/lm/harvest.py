@@ -96,6 +96,10 @@ def harvest(
     function = {"model_fingerprint": model.fingerprint, "model_dtype": model_dtype}
     made_by, shared_by = None, model.mesh.shape["model"]
     if live:
+        told["statistics"] = "of all rows" if not statistics_tokens else (
+            f"of {statistics_tokens:,} tokens or a little more, in whole shards spread evenly, as "
+            "are the exclusions by norm; rows with NaN elsewhere are not known"
+        )  # fmt: skip
         made_by = LiveMeta(model.spec, *function.values(), batch_size, shared_by, statistics_tokens)
     row_bytes = 0 if live else sum(widths.values()) * jnp.dtype(dtype).itemsize
     _check_disk(out, tokens_NxT.size, row_bytes)
