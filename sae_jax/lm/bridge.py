@@ -104,6 +104,9 @@ class TorchModel:
         _, taps = self._run(np.zeros((2, 3), np.int32), (site,), {}, head=False)
         return taps[site].shape[-1]
 
+    def flops_per_token(self, sites: Sequence[str], context_length: int) -> None:
+        """Not known of other families."""
+
     def runner(self, sites: Sequence[str], dtype) -> Callable[[np.ndarray], dict]:
         """tokens (B, T) -> {site: (B, T, width)} of `dtype`, on the host."""
         sites, dtype = tuple(sites), getattr(self._torch, np.dtype(dtype).name)

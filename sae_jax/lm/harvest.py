@@ -135,7 +135,7 @@ def harvest(
     if mine:
         run = model.runner(tuple(widths), jnp.dtype(dtype))
         needed = model.flops_per_token(tuple(widths), context_length)
-        floor = needed / (peak_flops or matmul_rate(model.mesh, model_dtype))
+        floor = needed and needed / (peak_flops or matmul_rate(model.mesh, model_dtype))
         write_shards(writer, mine, tokens_NxT, batch_size, run, floor)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("harvest: all shards are written")
@@ -146,9 +146,10 @@ def harvest(
     return writer.finish()
 
 
-def write_shards(writer, shards, tokens_NxT, batch_size: int, run, floor: float) -> None:
+def write_shards(writer, shards, tokens_NxT, batch_size: int, run, floor: float | None) -> None:
     """The device computes a batch while the host copies the one before, and while a thread writes
-    the shard before. run: a model's runner; floor: the least seconds of a token."""
+    the shard before. run: a model's runner; floor: the least seconds of a token, where
+    they are known."""
     context_length = tokens_NxT.shape[1]
     dtypes = {site: jnp.dtype(meta.dtype) for site, meta in writer.meta.sites.items()}
     widths = {site: meta.width for site, meta in writer.meta.sites.items()}
@@ -258,7 +259,7 @@ class _Progress:
     now and then elsewhere, and one at the end. The first batch, which is compiled, does not count
     where there are others."""
 
-    def __init__(self, total: int, row_bytes: int, floor: float):
+    def __init__(self, total: int, row_bytes: int, floor: float | None):
         self.total, self.row_bytes, self.floor = total, row_bytes, floor
         self.done = self.uncounted = 0
         self.started = self.logged = time.monotonic()
@@ -291,7 +292,5 @@ class _Progress:
 
     def _rates(self) -> str:
         rate = (self.done - self.uncounted) / max(time.monotonic() - self.started, 1e-9)
-        return (
-            f"{rate:,.0f} tokens/s, {rate * self.row_bytes / 1e9:.3f} GB/s, "
-            f"{rate * self.floor:.0%} of the FLOP floor"
-        )
+        used = f", {rate * self.floor:.0%} of the FLOP floor" if self.floor else ""
+        return f"{rate:,.0f} tokens/s, {rate * self.row_bytes / 1e9:.3f} GB/s{used}"
