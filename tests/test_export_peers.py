@@ -104,14 +104,26 @@ def token_source(model, sae, tokens):
     )  # fmt: skip
 
 
-def evaluated_by_us(run, tokens, directory, flag):
+def evaluated_by_saelens(sae, model, tokens, excluded) -> dict[str, float]:
+    from sae_lens.evals import get_eval_everything_config, run_evals
+    from sae_lens.training.activation_scaler import ActivationScaler
+
+    config = get_eval_everything_config(len(tokens), n_eval_reconstruction_batches=1)
+    metrics, _ = run_evals(
+        sae, token_source(model, sae, tokens), model, ActivationScaler(), config,
+        exclude_special_tokens=excluded,
+    )  # fmt: skip
+    return {name: value for part in metrics.values() for name, value in part.items()}
+
+
+def evaluated_by_us(run, tokens, directory, flag, *more):
     np.save(directory / "tokens.npy", tokens)
-    out = directory / f"eval{flag}.json"
+    out = directory / f"eval{flag}{''.join(more)}.json"
     arguments = [
         f"--run={run}", f"--model={MODEL}", f"--tokens_file={directory / 'tokens.npy'}",
         f"--out={out}",
     ]  # fmt: skip
-    assert main(["eval", *arguments, flag]) == 0
+    assert main(["eval", *arguments, flag, *more]) == 0
     return json.loads(out.read_text())
 
 
@@ -121,25 +133,34 @@ def test_saelens_evaluates_an_export_as_we_do(exported, hooked, tokens, tmp_path
     """Once over every position, once without BOS: an SAE whose normalisation, decoder norms and
     threshold were folded in on export, in the model as TransformerLens computes it."""
     from sae_lens import SAE
-    from sae_lens.evals import get_eval_everything_config, run_evals
-    from sae_lens.training.activation_scaler import ActivationScaler
 
     run, export = exported(architecture)
     sae = SAE.load_from_disk(str(export), device="cpu")
-    config = get_eval_everything_config(len(tokens), n_eval_reconstruction_batches=1)
     special = list(lm.load_tokenizer(MODEL).special_tokens)
     for excluded, flag in ((False, "--include_excluded"), (special, "--noinclude_excluded")):
-        source = token_source(hooked, sae, tokens)
-        metrics, _ = run_evals(
-            sae, source, hooked, ActivationScaler(), config, exclude_special_tokens=excluded
-        )
-        theirs = {name: value for part in metrics.values() for name, value in part.items()}
+        theirs = evaluated_by_saelens(sae, hooked, tokens, excluded)
         ours = in_their_words(evaluated_by_us(run, tokens, tmp_path, flag))
         if excluded:  # SAELens' ablation takes the special tokens too, which it does not count
             for name in ("ce_loss_with_ablation", "ce_loss_score", "kl_div_with_ablation"):
                 del ours[name]
         apart = {name: value / theirs[name] - 1 for name, value in ours.items()}
         assert max(map(abs, apart.values())) < 1e-4, apart
+
+
+@pytest.mark.slow
+def test_in_bfloat16_loss_recovered_is_what_it_is_in_float32(exported, hooked, tokens, tmp_path):
+    """Of the model: the SAE computes in float32 in any case."""
+    from sae_lens import SAE
+
+    run, export = exported("topk")
+    sae = SAE.load_from_disk(str(export), device="cpu")
+    scores = {"saelens": evaluated_by_saelens(sae, hooked, tokens, False)["ce_loss_score"]}
+    for dtype in ("float32", "bfloat16"):
+        arguments = (run, tokens, tmp_path, "--include_excluded", f"--model_dtype={dtype}")
+        scores[dtype] = in_their_words(evaluated_by_us(*arguments))["ce_loss_score"]
+    print(scores)
+    assert abs(scores["float32"] / scores["saelens"] - 1) < 1e-4
+    assert 0 < abs(scores["bfloat16"] - scores["float32"]) < 3e-3, scores
 
 
 @pytest.mark.slow

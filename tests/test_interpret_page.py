@@ -156,7 +156,7 @@ def test_a_tokenizer_that_falls_back_to_bytes():
     decoders = tokenizers.decoders
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
-    fallback = lm.Tokenizer(backend, 0, None, None, "fallback")
+    fallback = lm.Tokenizer(backend, 0, None, None, "fallback", (0,), "")
     ids = np.array([0, 1, *(byte + 2 for byte in "世界人🙂".encode()), 1])
     assert [p.text for p in pieces(fallback, ids)] == ["<s>", " a", *"世界人🙂", " a"]
     assert "".join(p.text for p in pieces(fallback, ids[3:])).endswith("界人🙂 a")

@@ -48,6 +48,13 @@ def define(values: flags.FlagValues) -> None:
         "Directory of the language model; demo: the one that ships here; torch:DIRECTORY: run by "
         "transformers, whatever its family.",
     )
+    flags.DEFINE_enum(
+        "model_dtype",
+        "float32",
+        ["float32", "bfloat16"],
+        "In which the language model computes; losses are float32 in any case.",
+        flag_values=values,
+    )
     string("tokens_file", "An .npy or .npz of token ids (sequences, length), instead of a store.")
     flags.DEFINE_list(
         "text", None, "Text files instead of a store, as for harvest.", flag_values=values
@@ -116,9 +123,11 @@ def _evaluate(args) -> None:
     if directory is not None:
         if store is not None and not (args.tokens_file or args.text):
             check_model(store, directory)
-        model = load_model(directory)
+        model = load_model(directory, args.model_dtype)
     source = _source(args, data, store, model, directory)
     settings = {"sae": str(path.absolute()), "model": directory and str(directory)}
+    if model is not None:
+        settings["model_dtype"] = args.model_dtype
     out = args.out or (path / "eval.json" if args.run else None)
     evaluation = evaluate(sae, source, model, args.lm_tokens, settings)
     if not is_writer():

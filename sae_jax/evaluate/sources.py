@@ -40,8 +40,8 @@ class LanguageModel:
     config: lm.DecoderConfig
 
     @classmethod
-    def load(cls, directory) -> "LanguageModel":
-        return cls(lm.load_params(directory), lm.load_config(directory))
+    def load(cls, directory, dtype: str = "float32") -> "LanguageModel":
+        return cls(lm.load_params(directory, jnp.dtype(dtype)), lm.load_config(directory))
 
     @property
     def vocab_size(self) -> int:
@@ -72,9 +72,10 @@ def _forward(params, tokens_BxT, replacements, *, config, taps, logits):
     return lm.forward(params, tokens_BxT, config, taps=taps, edits=edits, logits=logits)
 
 
-def load_model(spec) -> LanguageModel | lm.TorchModel:
-    """The model of a directory, or transformers' own of "torch:DIRECTORY" (`lm.open_model`)."""
-    return lm.open_model(spec) if lm.is_torch(spec) else LanguageModel.load(spec)
+def load_model(spec, dtype: str = "float32") -> LanguageModel | lm.TorchModel:
+    """The model of a directory, or transformers' own of "torch:DIRECTORY" (`lm.open_model`), that
+    computes in `dtype`. Losses are float32 in any case."""
+    return lm.open_model(spec, dtype) if lm.is_torch(spec) else LanguageModel.load(spec, dtype)
 
 
 def sequences_at_once(vocab_size: int, sequences: int, context_length: int) -> int:
