@@ -59,7 +59,13 @@ def model_and_tokens(name):
     return lm.load_config(directory), lm.load_params(directory), expected
 
 
-@pytest.mark.parametrize("name", MODELS)
+LIKE_ANOTHER = ("gpt2_scaled", "gpt_neox_serial", "llama_biases", "mistral", "qwen2")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n in LIKE_ANOTHER else ()) for n in MODELS],
+)
 def test_every_switch_agrees_with_transformers_at_every_site(name):
     config, params, expected = model_and_tokens(name)
     sites = all_sites(config)

@@ -59,6 +59,7 @@ def test_what_a_run_leaves(done):
     assert json.loads((run / "config.json").read_text())["environment"]["jax"] == jax.__version__
 
 
+@pytest.mark.slow
 def test_checkpoints_leave_no_threads(store, tmp_path):
     """Each with files of its own, of which a process may have a thousand open."""
     before = threading.active_count()

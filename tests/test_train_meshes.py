@@ -117,6 +117,16 @@ def test_batches_do_not_depend_on_the_mesh(store):
             np.testing.assert_array_equal(next(batches), want[step])
 
 
+def branches(program: str) -> list[str]:
+    """The computations of a compiled program that are branches."""
+    names = re.findall(r"branch_computations=\{(.*?)\}", program)
+    names += re.findall(r"(?:true|false)_computation=(%[\w.-]+)", program)
+    names = {name.strip() for listed in names for name in listed.split(",")}
+    bodies = {part.split(" ", 1)[0]: part for part in program.split("\n\n")}
+    assert names and names <= bodies.keys()
+    return [bodies[name] for name in names]
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 4), (4, 1, "zero")], ids=str)
 def test_step_holds_nothing_whole_and_needs_no_host(store, shape):
     """512 tokens 32 wide, 4,096 latents: what the compiled step of one device holds."""
@@ -146,6 +156,9 @@ def test_step_holds_nothing_whole_and_needs_no_host(store, shape):
         assert not big, "arrays of batch x d_sae"
         if shards > 1:
             assert not {(32, 4096), (4096, 32)} & shapes, "a whole parameter on one device"
+
+        for body in branches(compiled.as_text()):  # on CPUs it would run out of order there
+            assert not re.search(r"all-(reduce|gather)\(", body), "a collective in a branch"
 
         with jax.transfer_guard("disallow"):
             for _ in range(3):

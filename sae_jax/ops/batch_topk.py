@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from sae_jax.ops.mesh import per_shard, psum, shard_count, shard_index
+from sae_jax.ops.mesh import branch, per_shard, psum, shard_count, shard_index
 
 _LATENTS = P("data", "model")  # (B, d_sae)
 
@@ -33,7 +33,7 @@ def over_batch(values_BxN: jax.Array, count) -> tuple[jax.Array, jax.Array]:
         threshold = jnp.maximum(threshold, 1)
         above, level = bits > threshold, bits == threshold
         wanted = count - _total(above)
-        picked = jax.lax.cond(
+        picked = branch(
             _total(level) > wanted,
             lambda: above | _first(level, wanted),
             lambda: above | level,

@@ -45,6 +45,18 @@ def in_any_run(flag: jax.Array) -> jax.Array:
         return flag
 
 
+def branch(flag: jax.Array, taken: Callable, otherwise: Callable):
+    """`jax.lax.cond(flag, taken, otherwise)` for branches that communicate.
+
+    On several CPU devices both are computed: XLA's runtime there keeps collectives in order, but
+    not those in a branch with those outside it. Two that ran at once crashed it, and may as well
+    have added up each other's arrays. Seen with jax 0.10."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.size > 1 and on_cpu():
+        return jax.tree.map(lambda a, b: jnp.where(flag, a, b), taken(), otherwise())
+    return jax.lax.cond(flag, taken, otherwise)
+
+
 def psum(x: jax.Array, axis: str) -> jax.Array:
     return x if shard_count(axis) == 1 else jax.lax.psum(x, axis)
 

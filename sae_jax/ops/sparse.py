@@ -17,6 +17,7 @@ from sae_jax.ops.mesh import (
     DECODER,
     ENCODER,
     PER_LATENT,
+    branch,
     gather_last,
     in_any_run,
     on_cpu,
@@ -87,7 +88,7 @@ def _encode_forward(x, w_enc, b_enc, dead, k, aux_k, compute_dtype):
         if aux is None:
             return _winners(*main, n), None
         none = Code(jnp.zeros_like(aux[0]), aux[1]), jnp.zeros(aux[0].shape, bool)
-        return _winners(*main, n), jax.lax.cond(any_dead, lambda: _winners(*aux, n), lambda: none)
+        return _winners(*main, n), branch(any_dead, lambda: _winners(*aux, n), lambda: none)
 
     specs = (BATCH, ENCODER, PER_LATENT, PER_LATENT, P())
     codes, kept = _unzip(per_shard(local, specs, CODE)(x, w_enc, b_enc, dead, any_dead))
@@ -248,7 +249,7 @@ def _decode_forward(code, aux, any_dead, w_dec):
         x_hat = _weighted_rows(*code, w_dec)
         if aux is None:
             return psum(x_hat, "model"), None
-        aux_hat = jax.lax.cond(
+        aux_hat = branch(
             any_dead,
             lambda: psum(_weighted_rows(*aux, w_dec), "model"),
             lambda: jnp.zeros_like(x_hat),

@@ -11,7 +11,15 @@ from flax import nnx
 
 from sae_jax import ops
 from sae_jax.config import SAEConfig, UserError
-from sae_jax.ops.mesh import BATCH, DECODER, PER_LATENT, in_any_run, out_sharding, product
+from sae_jax.ops.mesh import (
+    BATCH,
+    DECODER,
+    PER_LATENT,
+    branch,
+    in_any_run,
+    out_sharding,
+    product,
+)
 
 _AUXILIARY_SLOPE = 0.1
 _ROUNDING = 1e-6  # of a norm in float32
@@ -261,15 +269,15 @@ class SAE(nnx.Module):
         """
         if not self.config.aux_coefficient:
             return jnp.zeros(())
-        bias = jnp.where(dead, bias, -jnp.inf)
         w_enc, w_dec, any_dead = self.w_enc[...], self.w_dec[...], dead.any()
+        bias = jnp.where(dead | ~any_dead, bias, -jnp.inf)  # finite where it is not for use
 
         def loss():
             code, _ = ops.encode_top_k(x, w_enc, bias, None, self.config.aux_k, 0, self.dtype)
             error_hat, _ = ops.sparse_decode(auxiliary_code(code), None, None, w_dec)
             return squared_error(jax.lax.stop_gradient(error), error_hat)
 
-        value = jax.lax.cond(in_any_run(any_dead), loss, lambda: jnp.zeros(()))
+        value = branch(in_any_run(any_dead), loss, lambda: jnp.zeros(()))
         return self.config.aux_coefficient * jnp.where(any_dead, value, 0.0)
 
 
