@@ -69,6 +69,12 @@ def define(values: flags.FlagValues) -> None:
     integer("batch_size", None, "Contexts in a batch; 2k tokens per CPU, 8k per other device.")
     string("dtype", "bfloat16", "Of the store: bfloat16, float16 or float32.")
     string("model_dtype", "float32", "In which the model computes: float32 or bfloat16.")
+    flags.DEFINE_bool(
+        "scan_layers",
+        False,
+        "Compile the layers that have no site as one loop: for deep models, in less time.",
+        flag_values=values,
+    )
     integer("mesh_data", -1, "Devices that share a batch; -1: all that are left.")
     integer("mesh_model", 1, "Devices that share the model's heads, MLP and vocabulary.")
     flags.DEFINE_bool(
@@ -121,6 +127,7 @@ def _harvest(args) -> None:
         provenance={"text": args.text, "collapse_newlines": args.collapse_newlines},
         live=args.live,
         statistics_tokens=args.statistics_tokens,
+        scan_layers=args.scan_layers,
     )
     if jax.process_index() != 0:
         return

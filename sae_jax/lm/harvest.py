@@ -47,6 +47,7 @@ def harvest(
     peak_flops: float | None = None,
     live: bool = False,
     statistics_tokens: int | None = None,
+    scan_layers: bool = False,
 ) -> Store:
     """Writes the activations of `sites` over `texts` to a store at `out`, and opens it.
 
@@ -58,6 +59,7 @@ def harvest(
     live: the store keeps all but the activations, which whoever reads it has the model compute
     (`activations.live`). Its statistics, with the rows to leave out for their norm or for NaN, are
     of all rows, or with `statistics_tokens` of so many or a little more, spread over the text.
+    scan_layers: compile the layers before the first site as one loop.
 
     peak_flops: FLOP/s of the mesh's devices together, of which the progress shows how much is used
     (None: a product is timed here). The tokens take 8 bytes each of memory while they are packed,
@@ -67,7 +69,9 @@ def harvest(
     it does nothing. UserError before the model runs: an unknown site, text that fills no context,
     a store made from other text or another model, a disk that cannot hold the result.
     """
-    model = open_model(model_dir, model_dtype, mesh)
+    if live and scan_layers:
+        raise UserError("a live store runs its model without a loop: leave out --scan_layers")
+    model = open_model(model_dir, model_dtype, mesh, scan_layers)
     tokenizer = model.tokenizer
     if not sites:
         raise UserError("no sites to harvest; name some, such as resid_post.0")

@@ -27,12 +27,19 @@ from sae_jax.lm.weights import fingerprint, load_params
 
 class Model:
     """The model of a Hugging Face directory, to be computed in `dtype` over `mesh` (axes `data` and
-    `model`; None: all of this process's devices along `data`)."""
+    `model`; None: all of this process's devices along `data`). scan: in a loop over its layers,
+    which compiles in the same time whatever their number."""
 
-    def __init__(self, directory, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None):
+    def __init__(
+        self,
+        directory,
+        dtype: str = "float32",
+        mesh: jax.sharding.Mesh | None = None,
+        scan: bool = False,
+    ):
         self.directory = pathlib.Path(directory)
         self.spec = str(self.directory.absolute())  # what `open_model` takes, from anywhere
-        self.dtype = dtype
+        self.dtype, self.scan = dtype, scan
         self.mesh = mesh or jax.make_mesh(
             (jax.local_device_count(), 1), ("data", "model"), devices=jax.local_devices()
         )
@@ -46,7 +53,7 @@ class Model:
 
     @functools.cached_property
     def params(self) -> dict:
-        return load_params(self.directory, jnp.dtype(self.dtype), self.mesh)
+        return load_params(self.directory, jnp.dtype(self.dtype), self.mesh, self.scan)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -94,12 +101,14 @@ class Model:
 
 
 def open_model(
-    spec, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None
+    spec, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None, scan: bool = False
 ) -> Model | bridge.TorchModel:
     """The model of a Hugging Face directory; of "torch:DIRECTORY", or "torch:NAME" of one on the
     hub, transformers' own, which knows nothing of the mesh."""
     if not bridge.is_torch(spec):
-        return Model(spec, dtype, mesh)
+        return Model(spec, dtype, mesh, scan)
+    if scan:
+        raise UserError(f"{spec} runs as transformers has it; leave out --scan_layers")
     if mesh is not None and mesh.shape["model"] > 1:
         raise UserError(f"{spec} runs on one device; leave the mesh's model axis (mesh_model) at 1")
     return bridge.TorchModel(spec, dtype)
