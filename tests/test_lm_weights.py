@@ -193,3 +193,60 @@ def test_fingerprint_sees_one_changed_weight(model):
 
     set_tensors(model, change)
     assert lm.fingerprint(model) != before
+
+
+PUBLISHED = {
+    "gpt2": {
+        "activation_function": "gelu_new", "attn_pdrop": 0.1, "model_type": "gpt2", "n_ctx": 1024,
+        "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024, "vocab_size": 50257,
+        "layer_norm_epsilon": 1e-5, "summary_type": "cls_index", "task_specific_params": {},
+    },
+    "pythia-70m": {
+        "hidden_act": "gelu", "hidden_size": 512, "intermediate_size": 2048, "layer_norm_eps": 1e-5,
+        "max_position_embeddings": 2048, "model_type": "gpt_neox", "num_attention_heads": 8,
+        "num_hidden_layers": 6, "rotary_emb_base": 10000, "rotary_pct": 0.25,
+        "tie_word_embeddings": False, "use_parallel_residual": True, "vocab_size": 50304,
+    },
+    "Llama-3.2-1B": {
+        "attention_bias": False, "head_dim": 64, "hidden_act": "silu", "hidden_size": 2048,
+        "intermediate_size": 8192, "max_position_embeddings": 131072, "mlp_bias": False,
+        "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 16,
+        "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-5, "rope_theta": 5e5,
+        "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                         "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+        "tie_word_embeddings": True, "vocab_size": 128256,
+    },
+    "Qwen2.5-0.5B": {
+        "hidden_act": "silu", "hidden_size": 896, "intermediate_size": 4864,
+        "max_position_embeddings": 32768, "max_window_layers": 24, "model_type": "qwen2",
+        "num_attention_heads": 14, "num_hidden_layers": 24, "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-6, "rope_theta": 1e6, "sliding_window": 32768, "use_mrope": False,
+        "tie_word_embeddings": True, "use_sliding_window": False, "vocab_size": 151936,
+    },
+    "gemma-2-2b": {
+        "attention_bias": False, "attn_logit_softcapping": 50.0, "cache_implementation": "hybrid",
+        "final_logit_softcapping": 30.0, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 2304, "intermediate_size": 9216,
+        "max_position_embeddings": 8192, "model_type": "gemma2", "num_attention_heads": 8,
+        "num_hidden_layers": 26, "num_key_value_heads": 4, "query_pre_attn_scalar": 256,
+        "rms_norm_eps": 1e-6, "rope_theta": 1e4, "sliding_window": 4096, "vocab_size": 256000,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, parameters, what",
+    [
+        ("gpt2", 124_439_808, {"rope": None, "head_dim": 64, "d_mlp": 3072}),
+        ("pythia-70m", 70_426_624, {"parallel": True, "rope": lm.Rope(features=16)}),
+        ("Llama-3.2-1B", 1_235_814_400, {"group": 4, "windows": ()}),
+        ("Qwen2.5-0.5B", 494_032_768, {"qkv_bias": True, "attn_out_bias": False, "windows": ()}),
+        ("gemma-2-2b", 2_614_341_888, {"post_norms": True, "windows": (4096, None) * 13}),
+    ],
+)
+def test_published_configs_give_models_of_the_published_size(tmp_path, name, parameters, what):
+    """The fields of the hub's config.json files, from before transformers 5."""
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name]))
+    config = lm.load_config(tmp_path)
+    assert sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(lm.layout(config))) == parameters
+    assert {field: getattr(config, field) for field in what} == what

@@ -26,18 +26,20 @@ _ACTIVATIONS = {
 _WITHOUT_EFFECT = {
     "_name_or_path", "architectures", "attention_dropout", "attn_pdrop", "auto_map",
     "boi_token_index", "bos_token_id", "cache_implementation", "chunk_size_feed_forward",
-    "classifier_dropout", "dtype", "embd_pdrop", "eoi_token_index", "eos_token_id",
+    "classifier_dropout", "do_sample", "dtype", "embd_pdrop", "eoi_token_index", "eos_token_id",
     "gradient_checkpointing", "hidden_dropout", "id2label", "image_token_index",
-    "initializer_range", "is_decoder", "label2id", "mm_tokens_per_image", "model_type", "n_ctx",
-    "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type",
-    "reorder_and_upcast_attn", "resid_pdrop", "return_dict", "sliding_window_size",
-    "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type",
-    "summary_use_proj", "task_specific_params", "torch_dtype", "transformers_version", "use_cache",
-    "vision_config",
+    "initializer_range", "is_decoder", "label2id", "max_length", "mm_tokens_per_image",
+    "model_type", "n_ctx", "output_attentions", "output_hidden_states", "pad_token_id",
+    "pretraining_tp", "problem_type", "reorder_and_upcast_attn", "resid_pdrop", "return_dict",
+    "sliding_window_size", "summary_activation", "summary_first_dropout", "summary_proj_to_labels",
+    "summary_type", "summary_use_proj", "task_specific_params", "temperature", "top_k", "top_p",
+    "torch_dtype", "transformers_version", "use_cache", "vision_config",
 }  # fmt: skip
 
 # Fields that are implemented where they are false, zero or null.
-_MUST_BE_OFF = ("add_cross_attention", "is_encoder_decoder", "use_bidirectional_attention")
+_MUST_BE_OFF = (
+    "add_cross_attention", "is_encoder_decoder", "use_bidirectional_attention", "use_mrope",
+)  # fmt: skip
 
 _GPT2_NAMES = {
     "n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
