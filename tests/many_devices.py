@@ -12,6 +12,7 @@ chips.find("cpu:256")
 import jax  # noqa: E402
 
 from sae_jax.config import Config, DataConfig, MeshConfig, SAEConfig  # noqa: E402
+from sae_jax.ops.mesh import as_for_accelerators  # noqa: E402
 from sae_jax.plan.estimate import estimate, resolve  # noqa: E402
 
 TOKENS, LATENTS, WIDTH, K = 64, 512, 32, 4  # of one device
@@ -52,7 +53,8 @@ def told(architecture: str, zero: bool, data: int, model: int):
     )
     count = data * model
     topology = chips.Topology(f"cpu:{count}", None, jax.devices()[:count], count)
-    return estimate(resolve(config, (WIDTH,)), topology)
+    with as_for_accelerators():  # on CPUs AuxK communicates where nobody is dead, too
+        return estimate(resolve(config, (WIDTH,)), topology)
 
 
 def main():

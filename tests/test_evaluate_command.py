@@ -49,11 +49,15 @@ def test_saelens_figures_of_saelens_sae(tmp_path, capsys):
         "kl_div_with_ablation": found["language_model"]["kl_zero"],
     }
     theirs = {name: value for section in theirs.values() for name, value in section.items()}
+    # Of 131,072 picks one, for token 103 of sequence 44, is a tie to rounding: with the one latent
+    # that token's KL is 0.5 more than with the other, and SAELens and SAEBench got one each.
+    kl = ours.pop("kl_div_with_sae")
+    assert kl in (pytest.approx(0.3579682, rel=1e-5), pytest.approx(0.3580612, rel=1e-5))
     assert ours == pytest.approx({name: theirs[name] for name in ours}, rel=1e-4)
     assert found["settings"]["positions"] == "all"
 
     # SAEBench divides the squared error by the tokens of a batch, 16 x 128, once more, and its
-    # explained variance takes the mean of squares for the mean. Its own KL is 3e-4 from SAELens'.
+    # explained variance takes the mean of squares for the mean.
     theirs = json.loads((SAELENS / "saebench_core.json").read_text())
     theirs = {name: value for section in theirs.values() for name, value in section.items()}
     same = ours | {"mse": ours["mse"] / (16 * 128)}
