@@ -50,7 +50,13 @@ def llama(tmp_path_factory):
     return make_model("llama", tmp_path_factory.mktemp("bridge") / "llama")
 
 
-@pytest.fixture(scope="module", params=list(FAMILIES))
+IN_CI = ("bloom", "falcon", "olmo2", "opt")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(f, marks=() if f in IN_CI else pytest.mark.long) for f in FAMILIES],
+)
 def other(request, tmp_path_factory):
     directory = make_model(request.param, tmp_path_factory.mktemp("bridge") / request.param)
     return lm.open_model(f"torch:{directory}")
