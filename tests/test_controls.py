@@ -102,8 +102,19 @@ def train_on_world(tmp_path, steps=STEPS, **sae) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("factor", [0.1, 10.0])
-@pytest.mark.parametrize("architecture", ["relu", "relu_l1_unit", "jumprelu", "gated"])
+@pytest.mark.parametrize(
+    "architecture, factor",
+    [
+        ("relu", 10.0),
+        ("relu_l1_unit", 0.1),
+        ("jumprelu", 10.0),
+        ("gated", 0.1),
+        pytest.param("relu", 0.1, marks=pytest.mark.long),
+        pytest.param("relu_l1_unit", 10.0, marks=pytest.mark.long),
+        pytest.param("jumprelu", 0.1, marks=pytest.mark.long),
+        pytest.param("gated", 10.0, marks=pytest.mark.long),
+    ],
+)
 def test_l0_ends_at_its_target(tmp_path, architecture, factor):
     result = train_on_world(
         tmp_path, architecture=architecture, target_l0=6.0, sparsity_coefficient=2 * factor

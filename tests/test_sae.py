@@ -179,7 +179,7 @@ def test_shapes(name):
         sae.encode(jnp.ones((2, 7)))
 
 
-@every_case
+@every_case_quickly(*QUICK)
 @some_dead
 def test_loss_is_the_published_formula(name, dead_count):
     config = resolved(name)
@@ -196,7 +196,7 @@ def test_loss_is_the_published_formula(name, dead_count):
     np.testing.assert_array_equal(losses.fired, (want.latents > 0).any(axis=0))
 
 
-@every_case
+@every_case_quickly(*QUICK)
 @some_dead
 def test_gradients_by_finite_differences(name, dead_count):
     """Of the reference in float64, in every entry of every parameter; where the formula gives a

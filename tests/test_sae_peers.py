@@ -244,7 +244,11 @@ def one_torch_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=lambda s: f"{s.d_in}x{s.d_sae}")
+@pytest.mark.parametrize(
+    "setting",
+    [SETTINGS[0], *(pytest.param(s, marks=pytest.mark.long) for s in SETTINGS[1:])],
+    ids=lambda s: f"{s.d_in}x{s.d_sae}",
+)
 @pytest.mark.parametrize("name", CASES)
 def test_loss_follows_the_peer(name, setting):
     ours, theirs = side_by_side(name, setting, mended=True)
@@ -255,6 +259,7 @@ def test_loss_follows_the_peer(name, setting):
         assert 1 < ours[-1]["l0"] < setting.d_sae / 4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", DEFECTIVE)
 def test_loss_does_not_follow_a_peer_that_is_not_mended(name):
     ours, theirs = side_by_side(name, SETTINGS[0], mended=False)

@@ -90,7 +90,10 @@ def unfinished(run: pathlib.Path) -> list[str]:
         return []
 
 
-@pytest.mark.parametrize("sign,code", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "sign,code",
+    [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.long)],
+)
 def test_stopped_by_a_signal(long_store, uninterrupted, tmp_path, sign, code):
     run, config = tmp_path / "run", long_run(long_store)
     process = start(run, config)
@@ -111,7 +114,9 @@ def test_stopped_by_a_signal(long_store, uninterrupted, tmp_path, sign, code):
     assert_each_step_once(run, 1800, 5)
 
 
-@pytest.mark.parametrize("mesh", [(2, 2), (4, 1), (1, 4)], ids=str)
+@pytest.mark.parametrize(
+    "mesh", [(2, 2), pytest.param((4, 1), marks=pytest.mark.long), (1, 4)], ids=str
+)
 def test_two_processes_equal_one(store, tmp_path, mesh):
     shape = {"data": mesh[0], "model": mesh[1]}
     config = make_config(store, mesh=shape)
