@@ -16,7 +16,8 @@ here b_enc starts at 0. `:tiny` is the recipe on a laptop, for the store of `sae
 lambda 5: so short a run at 20 leaves too few latents.
 """
 
-from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig, choose
+from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig
+from sae_jax.errors import choose
 
 
 def get_config(size: str = "paper") -> Config:

@@ -10,7 +10,8 @@ learning rate from 2e-4 / sqrt(d_sae / 2^14). `:tiny` is the recipe on a laptop,
 `sae-jax demo`.
 """
 
-from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig, choose
+from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig
+from sae_jax.errors import choose
 
 
 def get_config(size: str = "paper") -> Config:

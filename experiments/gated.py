@@ -11,7 +11,8 @@ L1 on the gates' pre-activations, an auxiliary reconstruction through the frozen
 to 0.08. `:tiny` is the recipe on a laptop, for the store of `sae-jax demo`.
 """
 
-from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig, choose
+from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig
+from sae_jax.errors import choose
 
 
 def get_config(size: str = "paper") -> Config:

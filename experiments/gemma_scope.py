@@ -13,7 +13,8 @@ learning rate warms up by a cosine from a tenth; here it is linear from 0, over 
 move a threshold: learning rate, kernel and first threshold are larger there.
 """
 
-from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig, choose
+from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig
+from sae_jax.errors import choose
 
 SIZES = {  # latents, tokens
     "16k": (2**14, 4_000_000_000),

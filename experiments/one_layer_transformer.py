@@ -28,7 +28,7 @@ import tqdm
 from absl import app, flags, logging
 
 from sae_jax import lm
-from sae_jax.config import UserError
+from sae_jax.errors import UserError
 from sae_jax.paths import save_json
 
 _OUT = flags.DEFINE_string("out", None, "Directory of the model, made here.", required=True)

@@ -8,7 +8,8 @@ Adam's eps 6.25e-10, AuxK with alpha 1/32 (section 2 and appendix A). `:tiny` is
 on a laptop, for the store that `sae-jax demo` leaves in sae_demo/store.
 """
 
-from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig, choose
+from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig
+from sae_jax.errors import choose
 
 
 def get_config(size: str = "paper") -> Config:

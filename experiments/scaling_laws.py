@@ -17,8 +17,9 @@ at a fixed number of tokens.
   :frontier-nk  L(n, k) at the same sizes
 """
 
-from sae_jax.config import Config, DataConfig, SAEConfig, TrainConfig, choose
-from sae_jax.scaling import grid
+from sae_jax.config import Config, DataConfig, SAEConfig, TrainConfig
+from sae_jax.errors import choose
+from sae_jax.sweep import grid
 
 # Of each: dictionary sizes, token budgets, the learning rate of the size beside it, batch, warm-up
 # in tokens. Of rates 5e-4 to 8e-3 at 128, 512 and 2,048 latents, 4e-3 to 8e-3 were best.

@@ -12,7 +12,8 @@ over the last 20%. By default 131,072 latents, the April update's; `:1m`, `:4m` 
 paper's dictionaries; `:tiny` is the recipe on a laptop, for the store of `sae-jax demo`.
 """
 
-from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig, choose
+from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig
+from sae_jax.errors import choose
 
 SIZES = {"131k": 131_072, "1m": 2**20, "4m": 2**22, "34m": 2**25}
 

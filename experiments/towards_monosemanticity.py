@@ -14,7 +14,8 @@ The paper does not scale its activations, so its lambda does not carry over; 2 h
 d.
 """
 
-from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig, choose
+from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig
+from sae_jax.errors import choose
 
 SIZES = {"512": 512, "4k": 4096, "16k": 16_384, "131k": 131_072}
 

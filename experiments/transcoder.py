@@ -13,7 +13,8 @@ at 0; here its rows have norm 1 all along. The number of tokens, 1B, is ours.
 `:tiny` and `:tiny-skip` are the recipe on a laptop, for the store of `sae-jax demo`.
 """
 
-from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig, choose
+from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig
+from sae_jax.errors import choose
 
 
 def get_config(size: str = "paper") -> Config:

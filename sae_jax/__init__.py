@@ -14,7 +14,7 @@ _HOME = {
     "ARCHITECTURES": "sae_jax.sae",
     "Config": "sae_jax.config",
     "SAE": "sae_jax.sae",
-    "UserError": "sae_jax.config",
+    "UserError": "sae_jax.errors",
     "load": "sae_jax.interop",
     "write_store": "sae_jax.activations",
 }

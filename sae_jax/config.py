@@ -7,16 +7,13 @@ config is a `UserError` that names the field, the value and the nearest right on
 
 import contextlib
 import dataclasses
-import difflib
 import importlib.util
 import math
 import pathlib
 import types
 import typing
 
-
-class UserError(Exception):
-    """A mistake of the user's: one line that says what is wrong and what to do. Exit code 2."""
+from sae_jax.errors import UserError, nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,21 +236,8 @@ def difference(a: dict, b: dict, prefix: str = "") -> list[str]:
     return lines
 
 
-def choose(value: str, choices, what: str) -> str:
-    """`value` if it is one of `choices`; else a UserError that names the nearest."""
-    if value not in choices:
-        raise UserError(f"{what} is {value!r}; {_nearest(value, choices)}")
-    return value
-
-
 def _unknown_field(path: str, known: list[str]) -> str:
-    return f"unknown field {path!r}; {_nearest(path, known)}"
-
-
-def _nearest(value: str, choices) -> str:
-    choices = list(choices)
-    near = difflib.get_close_matches(value, choices, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else f"it must be one of: {', '.join(choices)}"
+    return f"unknown field {path!r}; {nearest(path, known)}"
 
 
 def _parse(text: str, hint, path: str):

@@ -21,7 +21,7 @@ import pathlib
 import posixpath
 import textwrap
 
-from sae_jax.config import UserError, choose
+from sae_jax.errors import UserError, choose
 
 _DRIVERS = {"s3": "s3", "gs": "gcs"}
 _FIRST_LOOK = {"max_retries": 3, "initial_delay": "200ms", "max_delay": "1s"}

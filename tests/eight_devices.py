@@ -15,7 +15,7 @@ import numpy as np  # noqa: E402
 
 from sae_jax import sae as saes  # noqa: E402
 from sae_jax.config import SAEConfig  # noqa: E402
-from sae_jax.ops.mesh import BATCH  # noqa: E402
+from sae_jax.ops.sharding import BATCH  # noqa: E402
 
 
 def picked(shape, rows, config) -> np.ndarray:

@@ -12,7 +12,7 @@ chips.find("cpu:256")
 import jax  # noqa: E402
 
 from sae_jax.config import Config, DataConfig, MeshConfig, SAEConfig  # noqa: E402
-from sae_jax.ops.mesh import as_for_accelerators  # noqa: E402
+from sae_jax.ops.sharding import as_for_accelerators  # noqa: E402
 from sae_jax.plan.estimate import estimate, resolve  # noqa: E402
 
 TOKENS, LATENTS, WIDTH, K = 64, 512, 32, 4  # of one device

@@ -18,7 +18,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from sae_jax.config import Config, DataConfig, MeshConfig, SAEConfig  # noqa: E402
-from sae_jax.ops.mesh import BATCH  # noqa: E402
+from sae_jax.ops.sharding import BATCH  # noqa: E402
 from sae_jax.plan.estimate import estimate, resolve  # noqa: E402
 from sae_jax.train.mesh import make_mesh  # noqa: E402
 from sae_jax.train.step import Trainer  # noqa: E402

@@ -6,7 +6,7 @@ import pytest
 
 from sae_jax.activations import Store, Stream, write_store
 from sae_jax.activations.store import SiteMeta
-from sae_jax.config import UserError
+from sae_jax.errors import UserError
 
 ROWS, CONTEXT, BATCH = 8000, 4, 64
 WIDTHS = {"a": 3, "b": 5, "c": 2}

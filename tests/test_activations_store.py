@@ -14,7 +14,7 @@ import pytest
 
 from sae_jax.activations import Store, StoreWriter, write_store
 from sae_jax.bench.reading import measure_reading
-from sae_jax.config import UserError
+from sae_jax.errors import UserError
 
 BOS, EOS = 1, 2
 CONTEXT, SEQUENCES = 12, 700

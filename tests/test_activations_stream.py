@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sae_jax.activations import Store, Stream, write_store
-from sae_jax.config import UserError
+from sae_jax.errors import UserError
 
 CONTEXT, SEQUENCES, WIDTH = 8, 1500, 3
 ROWS = SEQUENCES * CONTEXT

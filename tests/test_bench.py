@@ -10,7 +10,7 @@ import pytest
 from sae_jax import lm
 from sae_jax.bench import torch_hooks
 from sae_jax.cli import main
-from sae_jax.config import UserError
+from sae_jax.errors import UserError
 
 SHAPE = ["--batch=64", "--d_in=16", "--d_sae=128", "--k=4", "--rounds=2"]
 

@@ -12,7 +12,6 @@ from sae_jax import cli
 from sae_jax.config import (
     Config,
     MeshConfig,
-    UserError,
     difference,
     from_dict,
     identity,
@@ -20,6 +19,7 @@ from sae_jax.config import (
     override,
     to_dict,
 )
+from sae_jax.errors import UserError
 from sae_jax.paths import save_json
 
 

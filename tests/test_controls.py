@@ -9,7 +9,7 @@ from sae_jax import train
 from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig
 from sae_jax.sae import Losses, resolve
 from sae_jax.train import controls
-from sae_jax.train.lengths import Lengths
+from sae_jax.train.schedule_steps import ScheduleSteps
 
 STEPS, WIDTH = 400, 16
 WORLD = "world:superposition,width=32,features=128"
@@ -19,14 +19,14 @@ def resolved(**fields) -> SAEConfig:
     return resolve(SAEConfig(d_sae=512, **fields), WIDTH)
 
 
-def lengths(config: SAEConfig) -> Lengths:
-    return Lengths.of(Config(sae=config), STEPS)
+def lengths(config: SAEConfig) -> ScheduleSteps:
+    return ScheduleSteps.from_config(Config(sae=config), STEPS)
 
 
-def over_a_run(config: SAEConfig) -> controls.Controls:
+def over_a_run(config: SAEConfig) -> controls.LossInputs:
     """The controls of every step, stacked."""
     dead = jnp.zeros(())
-    return jax.vmap(lambda step: controls.at(config, step, lengths(config), 0.0, dead))(
+    return jax.vmap(lambda step: controls.controls_at(config, step, lengths(config), 0.0, dead))(
         jnp.arange(STEPS)
     )
 
@@ -74,7 +74,7 @@ def test_the_controller_without_training(target, factor):
 
     def step_on(state, inputs):
         (log_l0, log_coefficient, last_l0), (step, noise) = state, inputs
-        now = controls.at(config, step, lengths(config), log_coefficient, None)
+        now = controls.controls_at(config, step, lengths(config), log_coefficient, None)
         log_l0 += jnp.clip((jnp.log(60 / now.coefficient) - log_l0) / 20, -0.03, 0.03)
         l0 = jnp.exp(log_l0 + 0.02 * noise)
         losses = Losses(*[jnp.zeros(())] * 5)._replace(l0=l0)

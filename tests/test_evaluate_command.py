@@ -10,7 +10,8 @@ import world
 from sae_jax import evaluate, interop, lm, train
 from sae_jax.activations import write_store
 from sae_jax.cli import main
-from sae_jax.config import Config, DataConfig, SAEConfig, TrainConfig, UserError
+from sae_jax.config import Config, DataConfig, SAEConfig, TrainConfig
+from sae_jax.errors import UserError
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
 SAELENS = SHARED / "saes" / "saelens_6.54.12_topk_stories260K_L2"

@@ -5,7 +5,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from sae_jax.config import SAEConfig, UserError
+from sae_jax.config import SAEConfig
+from sae_jax.errors import UserError
 from sae_jax.evaluate import measure_rows
 from sae_jax.sae import ReLU, TopK, resolve
 

@@ -7,7 +7,8 @@ import pytest
 import world
 
 from sae_jax import lm
-from sae_jax.config import SAEConfig, UserError
+from sae_jax.config import SAEConfig
+from sae_jax.errors import UserError
 from sae_jax.evaluate import LanguageModel, ModelRows, evaluate, measure_spliced
 from sae_jax.evaluate.sources import sequences_at_once
 from sae_jax.sae import ReLU, resolve

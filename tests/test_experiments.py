@@ -14,9 +14,10 @@ import pytest
 
 from sae_jax import lm
 from sae_jax.cli import demo
-from sae_jax.config import UserError, call_in_file, load_file
-from sae_jax.scaling import grid as grids
-from sae_jax.scaling.packs import make_passes
+from sae_jax.config import call_in_file, load_file
+from sae_jax.errors import UserError
+from sae_jax.sweep import grid as grids
+from sae_jax.sweep.design import make_passes
 from sae_jax.train.loop import resolve
 from sae_jax.train.mesh import make_mesh
 

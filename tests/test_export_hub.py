@@ -18,7 +18,8 @@ import sae_jax
 from sae_jax import evaluate, interop, lm
 from sae_jax.activations import Store
 from sae_jax.cli import main
-from sae_jax.config import UserError, to_dict
+from sae_jax.config import to_dict
+from sae_jax.errors import UserError
 from sae_jax.interop import FORMATS, Hub
 from sae_jax.interop.many import width_name
 from sae_jax.interop.select import select
@@ -289,7 +290,7 @@ def test_many_of_a_sweep(tmp_path, monkeypatch, capsys):
     config = make_config(store, steps=2, sae={"aux_coefficient": 0.0, "d_sae": 1088})
     (tmp_path / "sweep.py").write_text(
         "from sae_jax.config import from_dict\n"
-        "from sae_jax.scaling import grid\n"
+        "from sae_jax.sweep import grid\n"
         f"def get_config(): return from_dict({to_dict(config)!r})\n"
         "def get_sweep(): return grid.sweep('train.seed', range(3))\n"
     )

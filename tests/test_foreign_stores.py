@@ -10,7 +10,7 @@ import safetensors.numpy
 from sae_jax.activations import Store, writer
 from sae_jax.activations.foreign import convert
 from sae_jax.cli import main
-from sae_jax.config import UserError
+from sae_jax.errors import UserError
 
 WIDTH = 6
 

@@ -8,11 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from sae_jax.config import Config, UserError
+from sae_jax.config import Config
+from sae_jax.errors import UserError
 from sae_jax.sae import ARCHITECTURES
-from sae_jax.scaling import grid
+from sae_jax.sweep import grid
 from sae_jax.train import controls, optimizer
-from sae_jax.train.lengths import Lengths
+from sae_jax.train.schedule_steps import ScheduleSteps
 
 KS = grid.sweep("sae.k", [8, 16])
 SEEDS = grid.sweep("train.seed", range(3))
@@ -143,18 +144,22 @@ def test_budgets_are_one_run_until_the_smaller_one_decays():
         stable = steps - round(0.25 * steps)
         at = np.arange(stable)
         rates = [
-            jax.vmap(optimizer.schedule(c.optimizer, Lengths.of(c, c.train.tokens // 64)))(at)
+            jax.vmap(
+                optimizer.schedule(c.optimizer, ScheduleSteps.from_config(c, c.train.tokens // 64))
+            )(at)
             for c in (config, longest)
         ]
         np.testing.assert_array_equal(*rates)
         assert rates[0][98] < 1e-3 and rates[0][99] == pytest.approx(1e-3), "warm-up of 100 steps"
-        last = optimizer.schedule(config.optimizer, Lengths.of(config, steps))(steps - 1)
+        last = optimizer.schedule(config.optimizer, ScheduleSteps.from_config(config, steps))(
+            steps - 1
+        )
         assert last < 0.1 * 1e-3, "decayed"
         coefficients = [
             jax.vmap(
                 lambda step, c=c: (
-                    controls.at(
-                        c.sae, step, Lengths.of(c, c.train.tokens // 64), 0.0, None
+                    controls.controls_at(
+                        c.sae, step, ScheduleSteps.from_config(c, c.train.tokens // 64), 0.0, None
                     ).coefficient
                 )
             )(at)

@@ -14,7 +14,8 @@ import sae_jax
 from sae_jax import interop
 from sae_jax.activations import open_stream
 from sae_jax.cli import main
-from sae_jax.config import SAEConfig, UserError
+from sae_jax.config import SAEConfig
+from sae_jax.errors import UserError
 from sae_jax.interop import FORMATS
 from sae_jax.sae import ARCHITECTURES, resolve
 from sae_jax.sae.resolve import KINDS

@@ -10,7 +10,7 @@ import safetensors.numpy
 import sae_jax
 from sae_jax import interop
 from sae_jax.cli import main
-from sae_jax.config import UserError
+from sae_jax.errors import UserError
 
 D, N, K = 6, 20, 4
 RECORDED = pathlib.Path(__file__).parents[2] / "shared" / "data" / "saes"

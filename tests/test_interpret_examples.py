@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from sae_jax.activations import write_store
-from sae_jax.config import SAEConfig, UserError
+from sae_jax.config import SAEConfig
+from sae_jax.errors import UserError
 from sae_jax.evaluate import activation_scale
 from sae_jax.interpret import find_examples
 from sae_jax.sae import ReLU, resolve

@@ -102,7 +102,7 @@ def test_texts_are_escaped_and_their_characters_whole(page):
 def test_other_kinds_have_examples_of_what_they_read(
     model_directory, tokenizer, store, tmp_path, kind, widths, head, speaks
 ):
-    """The text of the strongest example is that of the row with the highest activation."""
+    """The text of the keep_top_k example is that of the row with the highest activation."""
     config = resolve(SAEConfig(architecture="relu", kind=kind, d_sae=6), *widths)
     parameters = ReLU.init_parameters(jax.random.key(0), config, jnp.zeros(config.d_out))
     sae = ReLU(config, parameters)

@@ -14,11 +14,11 @@ import scipy.optimize
 
 from sae_jax import cli, config
 from sae_jax.config import Config, SAEConfig, TrainConfig
-from sae_jax.scaling import fit, isoflop, predict, results
-from sae_jax.scaling.estimate import ESTIMATORS, estimate, last_delta, minimise, rho
-from sae_jax.scaling.frontier import Cost, Frontier
-from sae_jax.scaling.intervals import bootstrap, public_intervals
-from sae_jax.scaling.laws import LAWS
+from sae_jax.laws import fit, isoflop, predict, results
+from sae_jax.laws.estimators import ESTIMATORS, estimate, last_delta, minimise, rho
+from sae_jax.laws.frontier import Cost, Frontier
+from sae_jax.laws.intervals import bootstrap, public_intervals
+from sae_jax.laws.laws import LAWS
 
 CHINCHILLA = pathlib.Path(__file__).parents[2] / "shared/data/fits/chinchilla_replication.csv"
 NK = dict(
@@ -185,7 +185,7 @@ def test_at_any_scale_and_for_other_parameters(seed):
 def test_joint_is_chinchilla_at_one_k():
     theta = LAWS["joint"].internal(TRUE["joint"])
     budgets = np.geomspace(1e12, 1e18, 7)
-    at_k = Frontier.of(LAWS["joint"], theta, Cost(768.0), k=32.0)
+    at_k = Frontier.from_law(LAWS["joint"], theta, Cost(768.0), k=32.0)
     best = at_k.at(budgets)
     loss = LAWS["joint"].log_loss(theta, best | {"k": np.full(7, 32.0)})
     np.testing.assert_allclose(best["loss"], np.exp(loss), rtol=1e-12)
@@ -195,7 +195,7 @@ def test_joint_is_chinchilla_at_one_k():
 def test_the_frontier_is_the_least_loss_of_a_budget(cost):
     law = LAWS["chinchilla"]
     theta = law.internal(TRUE["chinchilla"])
-    best = Frontier.of(law, theta, cost).at(np.array([1e15]))
+    best = Frontier.from_law(law, theta, cost).at(np.array([1e15]))
     n = best["d_sae"] * np.exp(np.linspace(-3, 3, 6001))
     loss = np.exp(law.log_loss(theta, {"d_sae": n, "tokens": 1e15 / cost.flops(n, 1)}))
     assert best["loss"][0] == pytest.approx(loss.min(), rel=1e-6)

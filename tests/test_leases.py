@@ -16,7 +16,7 @@ import pytest
 import s3_server
 
 from sae_jax import paths
-from sae_jax.scaling.leases import Leases
+from sae_jax.sweep.leases import Leases
 
 SECONDS = 1.0  # of a lease
 ROOT = pathlib.Path(__file__).parents[1]
@@ -25,7 +25,7 @@ WORKER = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 from sae_jax import paths
-from sae_jax.scaling.leases import Leases
+from sae_jax.sweep.leases import Leases
 
 directory, seconds = paths.path(sys.argv[2]), float(sys.argv[3])
 leases = Leases(directory, seconds)

@@ -23,7 +23,8 @@ from training import (
 from sae_jax import lm, train
 from sae_jax.activations import Store, Stream, live
 from sae_jax.cli import main
-from sae_jax.config import Config, DataConfig, MeshConfig, SAEConfig, TrainConfig, UserError
+from sae_jax.config import Config, DataConfig, MeshConfig, SAEConfig, TrainConfig
+from sae_jax.errors import UserError
 
 CONTEXT, BATCH = 16, 64
 SITES = ("resid_post.0", "mlp_act.1")

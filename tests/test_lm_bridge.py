@@ -11,7 +11,8 @@ import world
 from sae_jax import evaluate, lm
 from sae_jax.activations import Store, Stream
 from sae_jax.cli import main
-from sae_jax.config import SAEConfig, UserError
+from sae_jax.config import SAEConfig
+from sae_jax.errors import UserError
 from sae_jax.sae import ReLU, resolve
 
 CONTEXT, WIDTH = 16, 16

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sae_jax import lm
-from sae_jax.config import UserError
+from sae_jax.errors import UserError
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "lm"
 STORIES = pathlib.Path(__file__).parents[2] / "shared" / "data" / "models" / "stories260K"

@@ -11,7 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from sae_jax import lm
 from sae_jax import sae as saes
-from sae_jax.config import SAEConfig, UserError
+from sae_jax.config import SAEConfig
+from sae_jax.errors import UserError
 
 MODEL = pathlib.Path(__file__).parent / "fixtures" / "lm" / "llama_tied_gqa"
 SITE, D, N = "resid_mid.0", 16, 24

@@ -19,7 +19,7 @@ from absl import flags
 from sae_jax import lm
 from sae_jax.activations import StoreWriter
 from sae_jax.cli import counts, main
-from sae_jax.config import UserError
+from sae_jax.errors import UserError
 
 CONTEXT = 16
 SITES = ("resid_post.0", "mlp_act.1")

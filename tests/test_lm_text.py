@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 
 from sae_jax import lm
-from sae_jax.config import UserError
+from sae_jax.errors import UserError
 
 BOS = 0
 _NOISE = bytes(i * i % 89 + 33 for i in range(9000))

@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 
 from sae_jax import lm
-from sae_jax.config import UserError
+from sae_jax.errors import UserError
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "lm"
 MODEL = FIXTURES / "llama_biases"

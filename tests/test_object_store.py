@@ -32,9 +32,11 @@ from sae_jax import paths
 from sae_jax.activations import Store, write_store
 from sae_jax.activations.writer import StoreWriter
 from sae_jax.cli import main
-from sae_jax.config import UserError, to_dict
+from sae_jax.config import to_dict
+from sae_jax.errors import UserError
 from sae_jax.paths import ObjectPath
-from sae_jax.scaling import sweep, worker
+from sae_jax.sweep import worker
+from sae_jax.sweep.directory import SweepDirectory, load
 from sae_jax.train import loop, object_checkpoints
 from sae_jax.train.metrics import open_after
 from sae_jax.train.object_checkpoints import ObjectCheckpointer
@@ -363,7 +365,7 @@ def get_sweep(): return [{{"train.seed": 0}}, {{"train.seed": 1}}]
 )
 def test_a_sweep_goes_on_without_a_worker_that_dies_or_sleeps(store, place, tmp_path, sign):
     base = make_config(store, steps=60, train={"log_every": 5, "checkpoint_every": 10})
-    file = tmp_path / "sweep.py"
+    file = tmp_path / "directory.py"
     file.write_text(SWEEP.format(config=to_dict(base)))
     command = [sys.executable, "-m", "sae_jax", "sweep", f"--config={file}", "--passes=2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
@@ -374,7 +376,7 @@ def test_a_sweep_goes_on_without_a_worker_that_dies_or_sleeps(store, place, tmp_
         )
         for _ in range(2)
     ]
-    runs = sweep.load(str(file), {})
+    runs = load(str(file), {})
     places = [place / "runs" / run.id for run in runs]
 
     def claims():
@@ -399,7 +401,7 @@ def test_a_sweep_goes_on_without_a_worker_that_dies_or_sleeps(store, place, tmp_
     workers[0].communicate()
     assert len(claims()) == 3 and len(set(claims())) == 2, "the lost pass was claimed again"
 
-    undisturbed = sweep.SweepDirectory.start(tmp_path / "sweep", runs, 2)
+    undisturbed = SweepDirectory.start(tmp_path / "sweep", runs, 2)
     worker.work(undisturbed, lease_seconds=60)
     assert (place / "results.csv").read_text() == ((undisturbed.path / "results.csv").read_text())
     for run, on_s3 in zip(runs, places, strict=True):

@@ -7,7 +7,7 @@ import pytest
 
 from sae_jax import ops
 from sae_jax.ops import sparse as sparse_ops
-from sae_jax.ops.mesh import BATCH, DECODER, ENCODER, PER_LATENT, PER_TOKEN
+from sae_jax.ops.sharding import BATCH, DECODER, ENCODER, PER_LATENT, PER_TOKEN
 
 
 def normal(seed, *shape):
@@ -76,9 +76,9 @@ def test_sparse_autoencoder_equals_dense(monkeypatch, mesh, dead, k, aux_k, winn
         array[tuple(second)] = array[tuple(first)]
     weights = normal(4, B, d), normal(5, B, d)
 
-    def total(autoencode):
+    def total(dense_autoencode):
         def loss(*arrays):
-            main, aux = autoencode(*arrays, is_dead_here, k, aux_k)
+            main, aux = dense_autoencode(*arrays, is_dead_here, k, aux_k)
             return (main * weights_here[0]).sum() + (aux * weights_here[1]).sum(), (main, aux)
 
         return jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True)
@@ -115,11 +115,11 @@ def test_dense_autoencoder_equals_dense(mesh, n):
         return decoded, out.latent_sums, out.token_sums
 
     def ours(x, *parameters):
-        return tuple(ops.autoencode(two_codes, x, *parameters))
+        return tuple(ops.dense_autoencode(two_codes, x, *parameters))
 
-    def total(autoencode, weights):
+    def total(dense_autoencode, weights):
         def loss(x, *parameters):
-            out = autoencode(x, *parameters)
+            out = dense_autoencode(x, *parameters)
             return jax.tree.reduce(
                 jnp.add, jax.tree.map(lambda a, w: (a * w).sum(), out, weights)
             ), out
@@ -164,7 +164,7 @@ def test_over_batch_is_a_sort(mesh, kind, count):
     want = np.zeros(flat.shape, bool)
     want[order] = True
     placed = jax.device_put(values, jax.P("data", "model"))
-    picked, smallest = jax.jit(ops.over_batch)(placed, count)
+    picked, smallest = jax.jit(ops.batch_top_k)(placed, count)
     np.testing.assert_array_equal(picked, want.reshape(values.shape))
     assert float(smallest) == (flat[order].min() if len(order) else np.inf)
 
@@ -206,7 +206,7 @@ def test_strongest_keeps_the_k_largest_of_each_token(mesh, k):
     @jax.jit
     def decoded(x, w_enc, b_enc, identity, k):
         code, _ = ops.encode_top_k(x, w_enc, b_enc, None, 8, 0)
-        code = ops.strongest(code._replace(values=jax.nn.relu(code.values)), k, 8)
+        code = ops.keep_top_k(code._replace(values=jax.nn.relu(code.values)), k, 8)
         return ops.sparse_decode(code, None, None, identity)[0]
 
     pre = x @ w_enc + b_enc

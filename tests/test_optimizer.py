@@ -6,9 +6,10 @@ import numpy as np
 import optax
 import pytest
 
-from sae_jax.config import Config, OptimizerConfig, UserError
+from sae_jax.config import Config, OptimizerConfig
+from sae_jax.errors import UserError
 from sae_jax.train import optimizer
-from sae_jax.train.lengths import Lengths
+from sae_jax.train.schedule_steps import ScheduleSteps
 
 STEPS = 1000  # warm-up: 100 steps; tail: the last 200
 
@@ -33,8 +34,8 @@ def test_schedule(schedule, points):
     assert min(every) > 0, "a step that learns nothing"
 
 
-def lengths(config: OptimizerConfig) -> Lengths:
-    return Lengths.of(Config(optimizer=config), STEPS)
+def lengths(config: OptimizerConfig) -> ScheduleSteps:
+    return ScheduleSteps.from_config(Config(optimizer=config), STEPS)
 
 
 def normal(seed, *shape):

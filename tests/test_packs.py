@@ -11,11 +11,11 @@ from training import BATCH, make_config, make_store, metrics, saved_arrays
 
 from sae_jax import config as configs
 from sae_jax.activations import open_stream
-from sae_jax.config import UserError
+from sae_jax.errors import UserError
 from sae_jax.sae import ARCHITECTURES
-from sae_jax.scaling import grid
-from sae_jax.scaling.packs import VARIED, make_passes
-from sae_jax.scaling.passes import train_pass
+from sae_jax.sweep import grid
+from sae_jax.sweep.design import VARIED, make_passes
+from sae_jax.sweep.pass_trainer import train_pass
 from sae_jax.train import loop, pack
 from sae_jax.train.mesh import BatchPlacement, make_mesh
 from sae_jax.train.pack import PackTrainer, get_field, get_run, put_run, set_fields

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from sae_jax.config import Config, DataConfig, MeshConfig, SAEConfig, UserError
-from sae_jax.ops.mesh import BATCH
+from sae_jax.config import Config, DataConfig, MeshConfig, SAEConfig
+from sae_jax.errors import UserError
+from sae_jax.ops.sharding import BATCH
 from sae_jax.plan import chips, hlo
 from sae_jax.plan.estimate import candidates, estimate, least_bytes, resolve
 from sae_jax.plan.flops import matmul_flops

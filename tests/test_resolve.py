@@ -8,7 +8,8 @@ import pytest
 
 from sae_jax import sae as saes
 from sae_jax.activations import open_stream, write_store
-from sae_jax.config import Config, DataConfig, SAEConfig, UserError, override
+from sae_jax.config import Config, DataConfig, SAEConfig, override
+from sae_jax.errors import UserError
 from sae_jax.train import loop
 
 REFUSED = [

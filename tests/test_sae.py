@@ -14,13 +14,14 @@ from training import sparse_rows
 
 import sae_jax
 from sae_jax import sae as saes
-from sae_jax.config import Config, OptimizerConfig, SAEConfig, UserError
-from sae_jax.ops.mesh import BATCH, PER_LATENT
-from sae_jax.sae import Controls
+from sae_jax.config import Config, OptimizerConfig, SAEConfig
+from sae_jax.errors import UserError
+from sae_jax.ops.sharding import BATCH, PER_LATENT
+from sae_jax.sae import LossInputs
 from sae_jax.train import optimizer
 from sae_jax.train.checkpoints import Checkpoints
 from sae_jax.train.directory import RunDirectory
-from sae_jax.train.lengths import Lengths
+from sae_jax.train.schedule_steps import ScheduleSteps
 from sae_jax.train.step import Trainer
 
 D, N, B = 6, 20, 16
@@ -126,7 +127,7 @@ def controls(config, dead_count=0):
     dead = jnp.isin(jnp.arange(N), jnp.arange(1, 2 * dead_count + 1, 2))
     k = jnp.int32(4) if config.k_start else None
     p, next_p = (0.6, 0.59) if (config.p_end or 1) < 1 else (1.0, 1.0)
-    return Controls(dead, jnp.float32(0.3), k, p, next_p)
+    return LossInputs(dead, jnp.float32(0.3), k, p, next_p)
 
 
 def loss_of(config, x, y, now):
@@ -292,7 +293,7 @@ def test_loss_falls(name):
     architecture = saes.architecture(config)
     parameters = architecture.init_parameters(jax.random.key(0), config, y.mean(axis=0))
     constant = OptimizerConfig(learning_rate=5e-3, schedule="constant")
-    lengths = Lengths.of(Config(optimizer=constant), 100)
+    lengths = ScheduleSteps.from_config(Config(optimizer=constant), 100)
     adam = optimizer.make(constant, lengths, config.unit_norm_decoder)
     losses = loss_of(
         config, x, y, dataclasses.replace(controls(config), coefficient=jnp.float32(0.03))

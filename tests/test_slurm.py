@@ -13,7 +13,7 @@ import small_slurm
 from training import assert_same_arrays, command, make_config, saved_arrays
 
 from sae_jax.config import to_dict
-from sae_jax.scaling import grid
+from sae_jax.sweep import grid
 
 pytestmark = [
     pytest.mark.slow,

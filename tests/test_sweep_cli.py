@@ -16,8 +16,9 @@ from training import make_config, make_store
 from sae_jax import cli
 from sae_jax.config import to_dict
 from sae_jax.sae import ARCHITECTURES
-from sae_jax.scaling import dry_run, sweep
-from sae_jax.scaling.leases import Leases
+from sae_jax.sweep import dry_run
+from sae_jax.sweep.directory import SweepDirectory, expand, load
+from sae_jax.sweep.leases import Leases
 from sae_jax.train.loop import planned
 from sae_jax.train.step import Trainer
 
@@ -44,7 +45,7 @@ def sweep_file(store, tmp_path):
         file = tmp_path / name
         file.write_text(
             "from sae_jax.config import Config, from_dict\n"
-            "from sae_jax.scaling import grid\n"
+            "from sae_jax.sweep import grid\n"
             f"def get_config(): return from_dict({to_dict(make_config(store))!r})\n"
             f"def get_sweep(): {body}\n"
         )
@@ -75,7 +76,7 @@ def test_a_dry_run_lists_runs_and_costs_without_a_device(sweep_file, store):
     paths = ":".join([str(pathlib.Path(__file__).parents[1]), *sys.path])
     environment = os.environ | {"JAX_PLATFORMS": "none-such", "PYTHONPATH": paths}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    runs = sweep.load(sweep_file(), {})
+    runs = load(sweep_file(), {})
     for run in runs:
         assert run.id in done.stdout
     assert "8 runs in 4 packs, 100 steps of 64 tokens" in done.stdout
@@ -91,7 +92,7 @@ def test_a_dry_run_lists_runs_and_costs_without_a_device(sweep_file, store):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_estimated_parameters_are_those_that_are_trained(store, architecture):
     config = make_config(store, architecture)
-    (run,) = sweep.expand(config, [{}])
+    (run,) = expand(config, [{}])
     with jax.set_mesh(
         jax.make_mesh((1, 1, 1), ("run", "data", "model"), devices=jax.devices()[:1])
     ):
@@ -144,18 +145,18 @@ def test_wrong_commands(sweep_file, run_cli, tmp_path, argv, words):
 
 
 def test_overrides_change_the_base(sweep_file):
-    plain = sweep.load(sweep_file(), {})
-    changed = sweep.load(sweep_file(), {"sae.k": "3", "mesh.model": "2"})
+    plain = load(sweep_file(), {})
+    changed = load(sweep_file(), {"sae.k": "3", "mesh.model": "2"})
     assert {run.config.sae.k for run in changed} == {3}
     assert {run.id for run in plain}.isdisjoint(run.id for run in changed)
-    moved = sweep.load(sweep_file(), {"mesh.model": "2"})
+    moved = load(sweep_file(), {"mesh.model": "2"})
     assert [run.id for run in moved] == [run.id for run in plain], "the same runs elsewhere"
     assert moved[0].config.mesh.model == 2
 
 
 def start(sweep_file, tmp_path, body=THREE_SEEDS, passes=None, **overrides):
-    runs = sweep.load(sweep_file(body), {k.replace("__", "."): v for k, v in overrides.items()})
-    return sweep.SweepDirectory.start(tmp_path / "S", runs, passes)
+    runs = load(sweep_file(body), {k.replace("__", "."): v for k, v in overrides.items()})
+    return SweepDirectory.start(tmp_path / "S", runs, passes)
 
 
 def test_the_same_sweep_is_opened_again(sweep_file, tmp_path):
@@ -163,7 +164,7 @@ def test_the_same_sweep_is_opened_again(sweep_file, tmp_path):
     for again in (
         start(sweep_file, tmp_path, GRID),
         start(sweep_file, tmp_path, GRID, passes=2, mesh__data="2"),
-        sweep.SweepDirectory(tmp_path / "S"),
+        SweepDirectory(tmp_path / "S"),
     ):
         assert [run.id for run in again.runs] == [run.id for run in first.runs]
         assert [run.swept for run in again.runs] == [run.swept for run in first.runs]

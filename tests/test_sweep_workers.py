@@ -14,8 +14,10 @@ import time
 import pytest
 from training import BATCH, make_config, make_store, together
 
-from sae_jax.config import MeshConfig, UserError, to_dict
-from sae_jax.scaling import grid, leases, sweep, worker
+from sae_jax.config import MeshConfig, to_dict
+from sae_jax.errors import UserError
+from sae_jax.sweep import grid, leases, worker
+from sae_jax.sweep.directory import SweepDirectory, expand
 from sae_jax.train.directory import read_config
 from sae_jax.train.loop import planned, train
 from sae_jax.train.preemption import PreemptedError
@@ -48,8 +50,8 @@ def make_base(store: str, steps: int = STEPS):
 @pytest.fixture
 def directory(store, tmp_path):
     """Of a sweep of three passes of one run."""
-    runs = sweep.expand(make_base(store, 50), grid.sweep("data.seed", range(3)))
-    return sweep.SweepDirectory.start(tmp_path / "S", runs)
+    runs = expand(make_base(store, 50), grid.sweep("data.seed", range(3)))
+    return SweepDirectory.start(tmp_path / "S", runs)
 
 
 @pytest.fixture
@@ -154,7 +156,7 @@ def test_sigterm_ends_a_worker_that_waits(directory, training):
 
 @pytest.fixture(scope="module")
 def sweep_file(store, tmp_path_factory):
-    file = tmp_path_factory.mktemp("sweep") / "sweep.py"
+    file = tmp_path_factory.mktemp("sweep") / "directory.py"
     file.write_text(
         "from sae_jax.config import from_dict\n"
         f"def get_config(size=''): return from_dict({to_dict(make_base(store))!r})\n"

@@ -8,7 +8,8 @@ import pytest
 import scipy.stats
 
 from sae_jax.activations import World, WorldStream, open_stream, write_store
-from sae_jax.config import DataConfig, UserError
+from sae_jax.config import DataConfig
+from sae_jax.errors import UserError
 
 TREES = "world:superposition,width=16,features=60,roots=4,branching=3,depth=2,max_rate=0.4"
 COPULA = "world:superposition,width=16,features=40,correlation_rank=2,correlation_scale=0.5"

@@ -13,7 +13,8 @@ from training import BATCH, make_config, make_store, metrics, saved_arrays, spar
 import sae_jax
 from sae_jax import cli
 from sae_jax.activations import open_stream, write_store
-from sae_jax.config import UserError, override
+from sae_jax.config import override
+from sae_jax.errors import UserError
 from sae_jax.train import NonFiniteError, loop, read_config
 from sae_jax.train.median import geometric_median
 from sae_jax.train.step import Trainer

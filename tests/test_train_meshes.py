@@ -11,7 +11,7 @@ from training import BATCH, assert_same_arrays, make_config, make_store, metrics
 
 from sae_jax import sae as saes
 from sae_jax.activations import open_stream
-from sae_jax.ops.mesh import BATCH as BATCH_SPEC
+from sae_jax.ops.sharding import BATCH as BATCH_SPEC
 from sae_jax.train import loop
 from sae_jax.train.mesh import BatchPlacement, make_mesh
 from sae_jax.train.preemption import PreemptedError, Preemption

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from sae_jax.train import watchdog
-from sae_jax.train.judge import Judge, Record, Verdict
+from sae_jax.train.peer_health import Judge, Record, Verdict
 
 HEARTBEAT, STEP = 30.0, 100.0
 

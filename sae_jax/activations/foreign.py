@@ -17,7 +17,7 @@ from absl import logging
 from sae_jax.activations import statistics
 from sae_jax.activations.store import DTYPES, Store
 from sae_jax.activations.writer import StoreWriter
-from sae_jax.config import UserError
+from sae_jax.errors import UserError
 
 _STATE, _FEATURES = "state.json", "dataset_info.json"  # of a data set saved by Hugging Face
 _TOKENS = "token_ids"

@@ -5,7 +5,7 @@ import numpy as np
 from sae_jax.activations.files import Folder
 from sae_jax.activations.store import Store, read_meta
 from sae_jax.activations.writer import SHARD_BYTES, StoreWriter
-from sae_jax.config import UserError
+from sae_jax.errors import UserError
 
 _UNKNOWN_LENGTH = 1 << 40  # sequences; cut to what came when the batches end
 

@@ -21,7 +21,7 @@ import numpy as np
 from absl import logging
 
 from sae_jax.activations import statistics
-from sae_jax.config import UserError
+from sae_jax.errors import UserError
 
 _DISPATCH = threading.Lock()  # a stream's thread and the trainer's may read at the same time
 

@@ -5,7 +5,8 @@ import functools
 from sae_jax.activations.store import Store
 from sae_jax.activations.stream import Stream
 from sae_jax.activations.synthetic import PREFIX, World, WorldStream
-from sae_jax.config import DataConfig, UserError
+from sae_jax.config import DataConfig
+from sae_jax.errors import UserError
 
 
 def open_stream(

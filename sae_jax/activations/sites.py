@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sae_jax.activations.store import Store
-from sae_jax.config import UserError
+from sae_jax.errors import UserError
 
 
 class Sites:

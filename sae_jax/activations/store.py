@@ -28,7 +28,7 @@ import tensorstore as ts
 
 from sae_jax.activations.files import Array, Folder
 from sae_jax.activations.live import LiveMeta, LiveRows
-from sae_jax.config import UserError, choose
+from sae_jax.errors import UserError, choose
 
 FORMAT_VERSION = 1
 DTYPES = ("bfloat16", "float16", "float32")

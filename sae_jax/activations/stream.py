@@ -14,7 +14,7 @@ import numpy as np
 from sae_jax.activations.order import Order, split_chunks
 from sae_jax.activations.sites import Sites
 from sae_jax.activations.store import NONFINITE, Store
-from sae_jax.config import UserError, choose
+from sae_jax.errors import UserError, choose
 
 SPLITS = ("train", "heldout")
 

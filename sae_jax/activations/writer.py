@@ -28,7 +28,8 @@ from sae_jax.activations.store import (
     checksum,
     read_meta,
 )
-from sae_jax.config import UserError, choose, difference
+from sae_jax.config import difference
+from sae_jax.errors import UserError, choose
 
 CHUNK_BYTES = 3 << 19  # 1.5 MiB: reads fast, and rows of many sequences meet in a window
 SHARD_BYTES = 256 << 20

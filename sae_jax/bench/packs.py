@@ -14,8 +14,9 @@ import numpy as np
 
 from sae_jax import config as configs
 from sae_jax.activations import open_stream
-from sae_jax.config import Config, UserError
-from sae_jax.scaling.packs import make_passes
+from sae_jax.config import Config
+from sae_jax.errors import UserError
+from sae_jax.sweep.design import make_passes
 from sae_jax.train import loop
 from sae_jax.train.mesh import BatchPlacement, make_mesh
 from sae_jax.train.pack import PackTrainer, set_fields
@@ -103,8 +104,8 @@ import json, pathlib, sys
 from sae_jax import config as configs
 from sae_jax.cli import _set_up_jax
 _set_up_jax(None)
-from sae_jax.scaling.packs import make_passes
-from sae_jax.scaling.passes import train_pass
+from sae_jax.sweep.design import make_passes
+from sae_jax.sweep.pass_trainer import train_pass
 from sae_jax.train import loop
 def bytes_read():
     return int(pathlib.Path("/proc/self/io").read_text().split()[1])

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from sae_jax.activations import Store, Stream, write_store
-from sae_jax.config import UserError
+from sae_jax.errors import UserError
 
 _BLOCK_BYTES = 6 << 20
 _DROP_CACHES = pathlib.Path("/proc/sys/vm/drop_caches")

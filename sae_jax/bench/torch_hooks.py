@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from sae_jax.config import UserError
+from sae_jax.errors import UserError
 
 _ATTENTION = ("self_attn", "attn", "attention")
 _LAST_MATRIX = ("down_proj", "c_proj", "dense_4h_to_h")

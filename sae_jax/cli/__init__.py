@@ -18,7 +18,8 @@ import sys
 from absl import flags
 from absl import logging as absl_logging
 
-from sae_jax.config import Config, UserError, choose, to_dict
+from sae_jax.config import Config, to_dict
+from sae_jax.errors import UserError, choose
 
 COMMANDS = """demo harvest store train eval sweep fit plan export import bench""".split()
 
@@ -58,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(name: str, rest: list[str]) -> int:
-    command = importlib.import_module(f"sae_jax.cli.{name}")
+    command = _command(name)
     overrides, others = _split_overrides(rest)
     values = flags.FlagValues()
     command.define(values)
@@ -79,6 +80,11 @@ def _run(name: str, rest: list[str]) -> int:
     _set_up_logging(values.v)
     _set_up_jax(values.cpu_devices)
     return command.run(values, overrides) or 0
+
+
+def _command(name: str):
+    """The module of a command. `import` is a word of Python's own, so its file is import_.py."""
+    return importlib.import_module(f"sae_jax.cli.{'import_' if name == 'import' else name}")
 
 
 def _split_overrides(argv: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -129,7 +135,7 @@ def _set_up_jax(cpu_devices: int | None) -> None:
 def _overview() -> str:
     lines = ["sae-jax COMMAND [--flag=value ...]    (sae-jax COMMAND --help for one command)", ""]
     for name in COMMANDS:
-        summary = importlib.import_module(f"sae_jax.cli.{name}").SUMMARY.strip()
+        summary = _command(name).SUMMARY.strip()
         lines.append(f"  {name:9}{summary.splitlines()[0]}")
     return "\n".join(lines)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from absl import flags
 
-from sae_jax.config import UserError
+from sae_jax.errors import UserError
 
 _SETTLING_SECONDS = 30  # JAX's own heartbeat, a backstop, must never be faster than the watchdog
 

@@ -96,7 +96,8 @@ def _evaluate(args) -> None:
 
     from sae_jax import interop, lm, paths
     from sae_jax.activations import Store, is_world
-    from sae_jax.config import DataConfig, UserError
+    from sae_jax.config import DataConfig
+    from sae_jax.errors import UserError
     from sae_jax.evaluate import check_model, evaluate, figures, load_model, save
     from sae_jax.train import read_config
     from sae_jax.train.directory import is_writer
@@ -147,7 +148,7 @@ def _source(args, data, store, model, directory):
     """What to evaluate on: the user's tokens or text if given, else the store or world."""
     from sae_jax import lm
     from sae_jax.activations import is_world
-    from sae_jax.config import UserError
+    from sae_jax.errors import UserError
     from sae_jax.evaluate import HeldOutRows, ModelRows, WorldRows, read_tokens
 
     if is_world(data.store):
@@ -200,7 +201,7 @@ def _source(args, data, store, model, directory):
 
 
 def _slice(text: str | None, flag: str) -> slice:
-    from sae_jax.config import UserError
+    from sae_jax.errors import UserError
 
     if text is None:
         return slice(None)

@@ -57,7 +57,7 @@ def define(values: flags.FlagValues) -> None:
 def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
     del overrides
     from sae_jax import paths
-    from sae_jax.config import UserError
+    from sae_jax.errors import UserError
     from sae_jax.interop import hub
 
     if not args.out:
@@ -80,7 +80,7 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
 
 def _write(args: flags.FlagValues, out) -> None:
     from sae_jax import interop, paths
-    from sae_jax.config import UserError
+    from sae_jax.errors import UserError
     from sae_jax.interop.many import export_many
 
     if (args.checkpoint is None) == (args.results is None):

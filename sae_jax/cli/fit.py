@@ -1,7 +1,6 @@
 from absl import flags
 
-from sae_jax import config as configs
-from sae_jax.config import UserError
+from sae_jax.errors import UserError
 
 SUMMARY = """Fit a scaling law to runs, with intervals, held-out error and the next run.
 
@@ -96,15 +95,16 @@ def define(values: flags.FlagValues) -> None:
 
 
 def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
-    from sae_jax.scaling import fit, next_run, predict, report, results
-    from sae_jax.scaling.estimate import ESTIMATORS
+    from sae_jax.errors import choose
+    from sae_jax.laws import fit, next_run, predict, report, results
+    from sae_jax.laws.estimators import ESTIMATORS
 
     for name in ("results", "law", "out"):
         if not args[name].value:
             raise UserError(f"--{name} is needed; sae-jax fit --help has examples")
-    configs.choose(args.law, fit.LAW_NAMES, "--law")
+    choose(args.law, fit.LAW_NAMES, "--law")
     if args.estimator:
-        configs.choose(args.estimator, ESTIMATORS, "--estimator")
+        choose(args.estimator, ESTIMATORS, "--estimator")
     for name in ("predict_flops", "flops_factor"):
         value = args[name].value
         if value is not None and not 0 < value < float("inf"):

@@ -102,7 +102,7 @@ def _harvest(args) -> None:
     import jax
 
     from sae_jax import lm
-    from sae_jax.config import UserError, choose
+    from sae_jax.errors import UserError, choose
 
     choose(args.dtype, ("bfloat16", "float16", "float32"), "--dtype")
     choose(args.model_dtype, ("bfloat16", "float32"), "--model_dtype")

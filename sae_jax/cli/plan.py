@@ -5,7 +5,8 @@ import sys
 from absl import flags
 
 from sae_jax import config as configs
-from sae_jax.config import Config, UserError
+from sae_jax.config import Config
+from sae_jax.errors import UserError
 
 SUMMARY = """Tell what a run takes of each device, before there is one: memory, work, time.
 

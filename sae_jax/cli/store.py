@@ -1,6 +1,6 @@
 from absl import flags, logging
 
-from sae_jax.config import UserError
+from sae_jax.errors import UserError
 
 SUMMARY = """Show what an activation store holds, or make one from files of activations.
 

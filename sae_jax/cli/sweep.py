@@ -2,14 +2,14 @@ import sys
 
 from absl import flags
 
-from sae_jax import config as configs
 from sae_jax.cli import distributed
+from sae_jax.errors import UserError
 
 SUMMARY = """Train many SAEs over one reading of the data; any number of workers share the work.
 
 A sweep file has get_config(), as for `sae-jax train`, and get_sweep(), which says what differs:
 
-  from sae_jax.scaling import grid
+  from sae_jax.sweep import grid
 
   def get_sweep():
       return grid.product(
@@ -68,27 +68,28 @@ def define(values: flags.FlagValues) -> None:
 
 def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
     from sae_jax import paths
-    from sae_jax.scaling import dry_run, leases, status, sweep
+    from sae_jax.sweep import dry_run, leases, status
+    from sae_jax.sweep.directory import SweepDirectory, load
     from sae_jax.train import preemption
     from sae_jax.train.directory import is_writer
 
     path = paths.path(args.workdir) if args.workdir else None
     if path is None and not args.dry_run:
-        raise configs.UserError("--workdir=SWEEP is needed: the directory of the sweep")
+        raise UserError("--workdir=SWEEP is needed: the directory of the sweep")
     if args.status:
-        directory = sweep.SweepDirectory(path)
+        directory = SweepDirectory(path)
         print(status.view(directory, leases.Leases(path / "leases", args.lease_seconds)))
         print(f"\n{directory.write_results()}")
         return 0
     if not args.config:
-        raise configs.UserError("--config=FILE.py is needed: it has get_config() and get_sweep()")
-    runs = sweep.load(args.config, overrides)
+        raise UserError("--config=FILE.py is needed: it has get_config() and get_sweep()")
+    runs = load(args.config, overrides)
     if args.dry_run:
         print(dry_run.describe(runs, args.passes or 1))
         return 0
-    directory = sweep.SweepDirectory.start(path, runs, args.passes)
+    directory = SweepDirectory.start(path, runs, args.passes)
 
-    from sae_jax.scaling import worker
+    from sae_jax.sweep import worker
 
     with distributed.joined(args):
         try:

@@ -5,6 +5,7 @@ from absl import flags
 
 from sae_jax import config as configs
 from sae_jax.cli import distributed
+from sae_jax.errors import UserError
 
 SUMMARY = """Train a sparse autoencoder on an activation store; the same command resumes it.
 
@@ -29,11 +30,11 @@ def define(values: flags.FlagValues) -> None:
 
 def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
     if not args.workdir:
-        raise configs.UserError("--workdir=RUN is needed: the directory to train in")
+        raise UserError("--workdir=RUN is needed: the directory to train in")
     config = configs.load_file(args.config) if args.config else configs.Config()
     config = configs.override(config, overrides)
     if not config.data.store:
-        raise configs.UserError(
+        raise UserError(
             "no activations given; add --config.data.store=STORE (make one with: sae-jax harvest)"
         )
 

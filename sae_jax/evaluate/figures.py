@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from sae_jax import paths
-from sae_jax.config import UserError
+from sae_jax.errors import UserError
 from sae_jax.evaluate.recovery import Recovery
 from sae_jax.evaluate.report import Evaluation
 from sae_jax.paths import AnyPath

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sae_jax.config import UserError
+from sae_jax.errors import UserError
 from sae_jax.evaluate.processes import add_up_all, from_all
 from sae_jax.sae import SAE
 

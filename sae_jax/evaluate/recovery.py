@@ -66,7 +66,7 @@ class Recovery:
         return {f"{part}/{name}": a for part, arrays in both.items() for name, a in arrays.items()}
 
     @classmethod
-    def of(cls, rows: int, scalars: dict[str, float], arrays) -> "Recovery":
+    def from_parts(cls, rows: int, scalars: dict[str, float], arrays) -> "Recovery":
         """The inverse of `arrays`, a mapping by these names."""
         parts = {"features": {}, "latents": {}}
         for key in arrays:

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from sae_jax import lm, paths
-from sae_jax.config import UserError, difference
+from sae_jax.config import difference
+from sae_jax.errors import UserError
 from sae_jax.evaluate.metrics import RowMetrics, measure_rows
 from sae_jax.evaluate.progress import progress
 from sae_jax.evaluate.recovery import Recovery, measure_recovery
@@ -206,7 +207,7 @@ def load(file) -> Evaluation:
         recovery = None
         if values["recovery"]:
             with np.load(io.BytesIO(recovery_file(file).read_bytes())) as arrays:
-                recovery = Recovery.of(rows.rows, _with_nan(values["recovery"]), arrays)
+                recovery = Recovery.from_parts(rows.rows, _with_nan(values["recovery"]), arrays)
         return Evaluation(values["settings"], rows, spliced and _with_nan(spliced), sites, recovery)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is no evaluation, or a damaged one: {error}") from None

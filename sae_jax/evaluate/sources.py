@@ -23,7 +23,7 @@ from sae_jax.activations import Sites, Store
 from sae_jax.activations.order import split_chunks
 from sae_jax.activations.sites import check_distinct, split_names
 from sae_jax.activations.store import NONFINITE
-from sae_jax.config import UserError
+from sae_jax.errors import UserError
 from sae_jax.evaluate.processes import shared_out
 from sae_jax.sae import SAE
 from sae_jax.sae.resolve import TRANSCODERS

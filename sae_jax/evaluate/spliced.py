@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sae_jax import lm
-from sae_jax.config import UserError
+from sae_jax.errors import UserError
 from sae_jax.evaluate.metrics import add_up
 from sae_jax.evaluate.processes import shared_out
 from sae_jax.evaluate.progress import progress

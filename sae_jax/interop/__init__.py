@@ -9,7 +9,8 @@ import pathlib
 import shutil
 
 from sae_jax import paths
-from sae_jax.config import SAEConfig, UserError, choose
+from sae_jax.config import SAEConfig
+from sae_jax.errors import UserError, choose
 from sae_jax.interop import (
     dictionary_learning,
     gemma_scope,
@@ -20,7 +21,7 @@ from sae_jax.interop import (
     sparsify,
 )
 from sae_jax.interop.card import Hub, model_card
-from sae_jax.interop.origin import origin
+from sae_jax.interop.provenance import origin
 from sae_jax.sae import SAE
 from sae_jax.train import load_sae
 

@@ -10,7 +10,8 @@ import zipfile
 
 import numpy as np
 
-from sae_jax.config import SAEConfig, UserError
+from sae_jax.config import SAEConfig
+from sae_jax.errors import UserError
 from sae_jax.interop.weights import (
     Arrays,
     check_shapes,

@@ -6,7 +6,7 @@ import pathlib
 
 import safetensors.numpy
 
-from sae_jax.config import UserError
+from sae_jax.errors import UserError
 from sae_jax.interop import gemma_scope
 from sae_jax.interop.weights import read_safetensors
 from sae_jax.lm.text import read_json

@@ -3,7 +3,7 @@
 import pathlib
 import re
 
-from sae_jax.config import UserError
+from sae_jax.errors import UserError
 
 
 def check(repo: str) -> None:

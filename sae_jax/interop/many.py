@@ -16,9 +16,9 @@ import tqdm
 from absl import logging
 
 from sae_jax import interop, paths
-from sae_jax.config import UserError
+from sae_jax.errors import UserError
 from sae_jax.interop.card import Hub, collection_card
-from sae_jax.interop.origin import origin
+from sae_jax.interop.provenance import origin
 from sae_jax.interop.select import select
 from sae_jax.train import read_config
 

@@ -17,7 +17,8 @@ import re
 import numpy as np
 import safetensors.numpy
 
-from sae_jax.config import SAEConfig, UserError
+from sae_jax.config import SAEConfig
+from sae_jax.errors import UserError
 from sae_jax.interop.weights import (
     Arrays,
     check_shapes,

@@ -7,7 +7,7 @@ import operator
 import re
 
 from sae_jax import paths
-from sae_jax.config import UserError, choose
+from sae_jax.errors import UserError, choose
 
 _OPERATORS = {
     "<=": operator.le,

@@ -10,7 +10,8 @@ import pathlib
 import numpy as np
 import safetensors.numpy
 
-from sae_jax.config import SAEConfig, UserError
+from sae_jax.config import SAEConfig
+from sae_jax.errors import UserError
 from sae_jax.interop.weights import (
     check_shapes,
     float32,

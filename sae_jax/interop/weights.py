@@ -7,7 +7,8 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from sae_jax.config import SAEConfig, UserError
+from sae_jax.config import SAEConfig
+from sae_jax.errors import UserError
 from sae_jax.sae import ARCHITECTURES, SAE, resolve
 
 Arrays = dict[str, np.ndarray]

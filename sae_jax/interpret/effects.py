@@ -21,7 +21,7 @@ _INTO_RESIDUAL = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 
 @dataclasses.dataclass(frozen=True)
 class OutputTokens:
-    """Token ids (L, n) that each latent promotes and suppresses most, strongest first."""
+    """Token ids (L, n) that each latent promotes and suppresses most, keep_top_k first."""
 
     promoted: np.ndarray
     suppressed: np.ndarray

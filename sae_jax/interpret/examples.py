@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sae_jax.activations import Sites, Store
-from sae_jax.config import UserError
+from sae_jax.errors import UserError
 from sae_jax.evaluate import activation_scale
 from sae_jax.evaluate.progress import progress
 from sae_jax.evaluate.sources import spread

@@ -68,7 +68,7 @@ def write_page(
 ) -> None:
     """Writes the page to `out`, under a temporary name first.
 
-    Shows `count` latents with their strongest texts among about `tokens` tokens of the store.
+    Shows `count` latents with their keep_top_k texts among about `tokens` tokens of the store.
     Without `model` there are no output tokens, nor where a latent's decoder row does not stand for
     one place in the residual stream; without `metrics_file` no training curves.
     """

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from sae_jax.config import UserError
+from sae_jax.errors import UserError
 
 _HOOKS = {
     "resid_pre": "hook_resid_pre",

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from sae_jax.config import UserError, choose
+from sae_jax.errors import UserError, choose
 from sae_jax.lm.text import load_tokenizer
 from sae_jax.lm.weights import fingerprint
 

@@ -8,7 +8,7 @@ import pathlib
 import zlib
 from typing import TextIO
 
-from sae_jax.config import UserError
+from sae_jax.errors import UserError
 
 try:
     import zstandard

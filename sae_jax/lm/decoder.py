@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sae_jax.config import UserError
+from sae_jax.errors import UserError
 from sae_jax.lm.architecture import DecoderConfig, LayerKind, site_width
 from sae_jax.lm.attention import attend, rotate
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from absl import logging
 
-from sae_jax.config import UserError
+from sae_jax.errors import UserError
 from sae_jax.lm import compressed
 
 _DATASET_PREFIX = "datasets:"

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from sae_jax.config import UserError
+from sae_jax.errors import UserError
 
 Edit = Callable[[jax.Array], jax.Array]
 

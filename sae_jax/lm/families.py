@@ -7,7 +7,7 @@ config.json is read here, is known to say nothing about the function, or is an e
 import math
 import pathlib
 
-from sae_jax.config import UserError, choose
+from sae_jax.errors import UserError, choose
 from sae_jax.lm.architecture import DecoderConfig, Rope
 from sae_jax.lm.text import read_json
 

@@ -20,7 +20,8 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from sae_jax.activations import LiveMeta, Store, StoreWriter
-from sae_jax.config import UserError, difference
+from sae_jax.config import difference
+from sae_jax.errors import UserError
 from sae_jax.lm.architecture import hook_name
 from sae_jax.lm.model import in_batches, open_model
 from sae_jax.lm.text import PACKING_RULE, pack

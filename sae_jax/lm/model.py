@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sae_jax.config import UserError
+from sae_jax.errors import UserError
 from sae_jax.lm import bridge
 from sae_jax.lm.architecture import layout, site_width
 from sae_jax.lm.decoder import forward

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import tokenizers
 
-from sae_jax.config import UserError
+from sae_jax.errors import UserError
 
 PACKING_RULE = "documents joined by BOS, cut every context_length - 1 tokens, each cut after a BOS"
 _SEPARATOR = "<|endoftext|>"  # between documents of GPT-2, Pythia, Qwen and their kin

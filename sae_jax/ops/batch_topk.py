@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from sae_jax.ops.mesh import branch, per_shard, psum, shard_count, shard_index
+from sae_jax.ops.sharding import branch, per_shard, psum, shard_count, shard_index
 
 _LATENTS = P("data", "model")  # (B, d_sae)
 
 
-def over_batch(values_BxN: jax.Array, count) -> tuple[jax.Array, jax.Array]:
+def batch_top_k(values_BxN: jax.Array, count) -> tuple[jax.Array, jax.Array]:
     """Which entries are the `count` largest above 0 of the whole array: (B, N) bool, and the
     smallest of them (a scalar; infinity where there is none).
 

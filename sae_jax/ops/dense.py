@@ -13,15 +13,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from sae_jax.ops.mesh import (
+from sae_jax.ops.sharding import (
     BATCH,
     DECODER,
     ENCODER,
     PER_LATENT,
     PER_TOKEN,
+    matmul_f32,
     on_cpu,
     per_shard,
-    product,
     psum,
 )
 
@@ -45,7 +45,7 @@ class Autoencoded(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5, 6))
-def autoencode(
+def dense_autoencode(
     activation: Callable[[jax.Array, dict], Activated],
     x: jax.Array,
     w_enc: jax.Array,
@@ -80,10 +80,10 @@ def _forward(activation, x, w_enc, per_latent, w_dec, compute_dtype, kept_dtype)
         x = x.astype(compute_dtype)
 
         def run_block(totals, start):
-            pre = product(x, _slice(w_enc, start, size, axis=1).astype(compute_dtype))
+            pre = matmul_f32(x, _slice(w_enc, start, size, axis=1).astype(compute_dtype))
             w_block = _slice(w_dec, start, size).astype(compute_dtype)
             out = activation(pre, _slices(per_latent, start, size))
-            decoded = tuple(product(f.astype(compute_dtype), w_block) for f in out.latents)
+            decoded = tuple(matmul_f32(f.astype(compute_dtype), w_block) for f in out.latents)
             totals = jax.tree.map(jnp.add, totals, (decoded, out.token_sums))
             return totals, (pre.astype(kept_dtype), out.latent_sums)
 
@@ -124,13 +124,13 @@ def _backward(activation, compute_dtype, kept_dtype, saved, cotangents):
                 activation, kept[i].astype(jnp.float32), _slices(per_latent, start, size)
             )
             w_block = _slice(w_dec, start, size).astype(dtype)
-            d_latents = tuple(product(d, w_block.T) for d in d_decoded)
+            d_latents = tuple(matmul_f32(d, w_block.T) for d in d_decoded)
             d_pre, d_per_latent = pull(
                 Activated(d_latents, _slices(d_latent_sums, start, size), d_token_sums)
             )
             d_w_enc, d_all_per_latent, d_w_dec = gradients
-            w_enc_part = product(x_t, d_pre.astype(dtype))
-            w_dec_part = product(out.latents[0].astype(dtype).T, d_decoded[0])
+            w_enc_part = matmul_f32(x_t, d_pre.astype(dtype))
+            w_dec_part = matmul_f32(out.latents[0].astype(dtype).T, d_decoded[0])
             return (
                 jax.lax.dynamic_update_slice_in_dim(d_w_enc, w_enc_part, start, axis=1),
                 jax.tree.map(
@@ -153,7 +153,7 @@ def _backward(activation, compute_dtype, kept_dtype, saved, cotangents):
     return None, *gradients
 
 
-autoencode.defvjp(_forward, _backward)
+dense_autoencode.defvjp(_forward, _backward)
 
 
 def _block_size(n: int) -> int:

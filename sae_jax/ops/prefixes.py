@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from sae_jax.ops.mesh import DECODER, per_shard, product, psum, shard_count, shard_index
+from sae_jax.ops.sharding import DECODER, matmul_f32, per_shard, psum, shard_count, shard_index
 
 _LATENTS = P("data", "model")
 _GROUPS = P(None, "data", None)  # (G, B, d_out)
@@ -33,7 +33,7 @@ def _forward(latents, w_dec, ends, compute_dtype):
         empty = jnp.zeros((len(ends), latents.shape[0], w_dec.shape[1]), jnp.float32)
 
         def add_block(i, total):
-            part = product(
+            part = matmul_f32(
                 _block(latents, i, size, axis=1).astype(compute_dtype),
                 _block(w_dec, i, size).astype(compute_dtype),
             )
@@ -53,8 +53,8 @@ def _backward(ends, compute_dtype, saved, d_decoded):
         def add_block(i, gradients):
             d_latents, d_w_dec = gradients
             d_group = d_decoded[groups[i]]
-            d_block = product(d_group, _block(w_dec, i, size).astype(compute_dtype).T)
-            d_rows = product(_block(latents, i, size, axis=1).astype(compute_dtype).T, d_group)
+            d_block = matmul_f32(d_group, _block(w_dec, i, size).astype(compute_dtype).T)
+            d_rows = matmul_f32(_block(latents, i, size, axis=1).astype(compute_dtype).T, d_group)
             return (
                 jax.lax.dynamic_update_slice_in_dim(d_latents, d_block, i * size, axis=1),
                 jax.lax.dynamic_update_slice_in_dim(d_w_dec, d_rows, i * size, axis=0),

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from sae_jax.ops.mesh import (
+from sae_jax.ops.sharding import (
     BATCH,
     CODE,
     DECODER,
@@ -20,9 +20,9 @@ from sae_jax.ops.mesh import (
     branch,
     gather_last,
     in_any_run,
+    matmul_f32,
     on_cpu,
     per_shard,
-    product,
     psum,
     shard_count,
     shard_index,
@@ -73,7 +73,7 @@ def _encode_forward(x, w_enc, b_enc, dead, k, aux_k, compute_dtype):
         w = w_enc.astype(compute_dtype)
 
         def encode_slice(x_slice):
-            product_BxN = product(x_slice.astype(compute_dtype), w)
+            product_BxN = matmul_f32(x_slice.astype(compute_dtype), w)
             main = _candidates(product_BxN, b_enc, k)
             if dead is None:
                 return main, None
@@ -213,7 +213,7 @@ def _kth_largest(keys_Bxk, k, bits: int):
     return found
 
 
-def strongest(code: Code, k, slots: int) -> Code:
+def keep_top_k(code: Code, k, slots: int) -> Code:
     """The k largest values of each token in a code with `slots` slots a shard; k may be a traced
     number. The others become 0. For codes without values below 0; ties as in `encode_top_k`."""
 

@@ -12,7 +12,7 @@ import re
 import jax
 import numpy as np
 
-from sae_jax.config import UserError
+from sae_jax.errors import UserError
 
 _GIB = 2**30
 _GPU_FRACTION = 0.75  # of its memory that JAX takes unless it is told otherwise

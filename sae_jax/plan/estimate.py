@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from sae_jax import sae as saes
-from sae_jax.config import Config, MeshConfig, UserError
-from sae_jax.ops.mesh import BATCH, as_for_accelerators
+from sae_jax.config import Config, MeshConfig
+from sae_jax.errors import UserError
+from sae_jax.ops.sharding import BATCH, as_for_accelerators
 from sae_jax.plan.chips import Topology
 from sae_jax.plan.flops import matmul_flops
 from sae_jax.plan.hlo import Collective, Program

@@ -1,7 +1,8 @@
 """Architectures by name. To add one: a file with a subclass of SAE, and its line here."""
 
-from sae_jax.config import SAEConfig, choose
-from sae_jax.sae.base import SAE, Controls, Losses
+from sae_jax.config import SAEConfig
+from sae_jax.errors import choose
+from sae_jax.sae.base import SAE, Losses, LossInputs
 from sae_jax.sae.batchtopk import BatchTopK
 from sae_jax.sae.gated import Gated
 from sae_jax.sae.jumprelu import JumpReLU
@@ -41,7 +42,7 @@ __all__ = [
     "ARCHITECTURES",
     "SAE",
     "BatchTopK",
-    "Controls",
+    "LossInputs",
     "Gated",
     "JumpReLU",
     "Losses",

@@ -10,15 +10,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sae_jax import ops
-from sae_jax.config import SAEConfig, UserError
-from sae_jax.ops.mesh import (
+from sae_jax.config import SAEConfig
+from sae_jax.errors import UserError
+from sae_jax.ops.sharding import (
     BATCH,
     DECODER,
     PER_LATENT,
     branch,
     in_any_run,
+    matmul_f32,
     out_sharding,
-    product,
 )
 
 _AUXILIARY_SLOPE = 0.1
@@ -27,7 +28,7 @@ _ROUNDING = 1e-6  # of a norm in float32
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Controls:
+class LossInputs:
     """What a step decides and a loss is given."""
 
     dead: jax.Array  # (d_sae,) bool: latents that have not fired for `dead_after_tokens`
@@ -99,11 +100,11 @@ class SAE(nnx.Module):
     def decode(self, latents: jax.Array, x: jax.Array | None = None) -> jax.Array:
         """Reconstruction (..., d_out), in the model's own units, of latents (..., d_sae). A skip
         transcoder needs the x (..., d_in) that it encoded."""
-        y_hat = product(latents, self.w_dec[...]) + self.b_dec[...]
+        y_hat = matmul_f32(latents, self.w_dec[...]) + self.b_dec[...]
         if self.config.kind == "skip_transcoder":
             if x is None:
                 raise UserError("a skip transcoder decodes from x too: decode(latents, x)")
-            y_hat += product(self._scaled(x), self.w_skip[...])
+            y_hat += matmul_f32(self._scaled(x), self.w_skip[...])
         return y_hat / self.target_scale
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -120,7 +121,7 @@ class SAE(nnx.Module):
         x = self._scaled(x)
         if self.config.apply_b_dec_to_input:
             x = x - self.b_dec[...]
-        return product(x, self.w_enc[...]) + self.b_enc[...]
+        return matmul_f32(x, self.w_enc[...]) + self.b_enc[...]
 
     def _scaled(self, x: jax.Array) -> jax.Array:
         if x.shape[-1] != self.config.d_in:
@@ -193,14 +194,14 @@ class SAE(nnx.Module):
         return {"b_enc": 0.0}
 
     @abc.abstractmethod
-    def loss(self, x: jax.Array, y: jax.Array, controls: Controls) -> Losses:
+    def loss(self, x: jax.Array, y: jax.Array, controls: LossInputs) -> Losses:
         """Losses of scaled inputs x (B, d_in) and targets y (B, d_out)."""
 
     def row_losses(self, x: jax.Array, y: jax.Array, coefficient: jax.Array) -> jax.Array:
         """(B,): the squared error of each row of scaled inputs x (B, d_in) and targets y
         (B, d_out), and its penalty where that is of single rows (the L1 family's);
         `train/resample.py` picks inputs by it."""
-        y_hat = self.output(product(self.encode(x), self.w_dec[...], BATCH), x)
+        y_hat = self.output(matmul_f32(self.encode(x), self.w_dec[...], BATCH), x)
         return jnp.sum(jnp.square(y - y_hat), axis=1)
 
     @classmethod
@@ -248,7 +249,7 @@ class SAE(nnx.Module):
         """y_hat (B, d_out) from the decoder's product (B, d_out), in the SAE's own units."""
         y_hat = decoded + self.b_dec[...]
         if self.config.kind == "skip_transcoder":
-            y_hat += product(x, self.w_skip[...])
+            y_hat += matmul_f32(x, self.w_skip[...])
         return y_hat
 
     def decoder_norms(self) -> jax.Array:
@@ -322,7 +323,7 @@ def _bias_forward(b_enc, shift, w_enc):
 
 
 def _bias_backward(w_enc, d_bias):
-    return d_bias, -product(w_enc, d_bias, jax.P(None)), None
+    return d_bias, -matmul_f32(w_enc, d_bias, jax.P(None)), None
 
 
 _bias_of_shifted_inputs.defvjp(_bias_forward, _bias_backward)

@@ -6,8 +6,8 @@ from jax.sharding import PartitionSpec as P
 
 from sae_jax import ops
 from sae_jax.config import SAEConfig
-from sae_jax.ops.mesh import BATCH, product
-from sae_jax.sae.base import SAE, Controls, Losses, squared_error
+from sae_jax.ops.sharding import BATCH, matmul_f32
+from sae_jax.sae.base import SAE, Losses, LossInputs, squared_error
 from sae_jax.sae.topk import TopK
 
 _LATENTS = P("data", "model")
@@ -37,10 +37,10 @@ class BatchTopK(SAE):
     def fresh_latent(cls, config: SAEConfig) -> dict[str, float]:
         return {"b_enc": 0.0, "threshold": 0.0}
 
-    def loss(self, x: jax.Array, y: jax.Array, controls: Controls) -> Losses:
+    def loss(self, x: jax.Array, y: jax.Array, controls: LossInputs) -> Losses:
         x_in, bias = self.encoder_input(x)
         w_enc = self.w_enc[...].astype(self.dtype)
-        pre = product(x_in.astype(self.dtype), w_enc, _LATENTS) + bias
+        pre = matmul_f32(x_in.astype(self.dtype), w_enc, _LATENTS) + bias
         latents, running = self.activate(pre), {}
         if controls.training:
             k = self.config.k if controls.k is None else controls.k
@@ -63,14 +63,14 @@ class BatchTopK(SAE):
         """Latents (B, d_sae) of a whole batch's pre-activations, k a token on average, and the
         smallest of them, 0 where there is none."""
         latents = jax.nn.relu(preactivations)
-        picked, smallest = ops.over_batch(latents, k * latents.shape[0])
+        picked, smallest = ops.batch_top_k(latents, k * latents.shape[0])
         latents = jnp.where(picked, latents, 0.0)
         return latents, jnp.where(jnp.isfinite(smallest), smallest, 0.0)
 
     def reconstructions(self, latents: jax.Array, x: jax.Array) -> jax.Array:
         """What the loss compares with y: (1, B, d_out) from latents (B, d_sae)."""
         w_dec = self.w_dec[...].astype(self.dtype)
-        return self.output(product(latents.astype(self.dtype), w_dec, BATCH), x)[None]
+        return self.output(matmul_f32(latents.astype(self.dtype), w_dec, BATCH), x)[None]
 
     @classmethod
     def learning_rate(cls, d_sae: int) -> float:

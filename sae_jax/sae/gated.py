@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from sae_jax import ops
-from sae_jax.config import SAEConfig, UserError
-from sae_jax.sae.base import SAE, Controls, Losses, squared_error
+from sae_jax.config import SAEConfig
+from sae_jax.errors import UserError
+from sae_jax.sae.base import SAE, Losses, LossInputs, squared_error
 
 
 class Gated(SAE):
@@ -37,7 +38,7 @@ class Gated(SAE):
     def fresh_latent(cls, config: SAEConfig) -> dict[str, float]:
         return {"b_enc": 0.0, "b_mag": 0.0, "r_mag": 0.0}
 
-    def loss(self, x: jax.Array, y: jax.Array, controls: Controls) -> Losses:
+    def loss(self, x: jax.Array, y: jax.Array, controls: LossInputs) -> Losses:
         x_in, bias = self.encoder_input(x)
         # b_mag follows the shift of the inputs as b_enc does, scaled as the product is.
         shift = bias - self.b_enc[...]
@@ -47,7 +48,9 @@ class Gated(SAE):
             "r_mag": self.r_mag[...],
             "norm": self.decoder_norms(),
         }
-        out = ops.autoencode(_activate, x_in, self.w_enc[...], inputs, self.w_dec[...], self.dtype)
+        out = ops.dense_autoencode(
+            _activate, x_in, self.w_enc[...], inputs, self.w_dec[...], self.dtype
+        )
         y_hat = self.output(out.decoded[0], x)
         held = jax.lax.stop_gradient
         gate_y_hat = out.decoded[1] + held(self.output(jnp.zeros_like(y), x))

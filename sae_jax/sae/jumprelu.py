@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from sae_jax import ops
-from sae_jax.config import SAEConfig, UserError, choose
-from sae_jax.sae.base import SAE, Controls, Losses, squared_error
+from sae_jax.config import SAEConfig
+from sae_jax.errors import UserError, choose
+from sae_jax.sae.base import SAE, Losses, LossInputs, squared_error
 
 SPARSITY_LOSSES = ("l0", "tanh", "quadratic")
 
@@ -56,11 +57,11 @@ class JumpReLU(SAE):
     def fresh_latent(cls, config: SAEConfig) -> dict[str, float]:
         return {"b_enc": 0.0, "threshold": config.initial_threshold}
 
-    def loss(self, x: jax.Array, y: jax.Array, controls: Controls) -> Losses:
+    def loss(self, x: jax.Array, y: jax.Array, controls: LossInputs) -> Losses:
         config = self.config
         x_in, bias = self.encoder_input(x)
         inputs = {"b_enc": bias, "threshold": self.threshold[...], "norm": self.decoder_norms()}
-        out = ops.autoencode(
+        out = ops.dense_autoencode(
             functools.partial(_activate, config=config),
             x_in,
             self.w_enc[...],

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from sae_jax import ops
-from sae_jax.config import SAEConfig, UserError
+from sae_jax.config import SAEConfig
+from sae_jax.errors import UserError
 from sae_jax.sae.batchtopk import BatchTopK
 
 _ENDS = (1 / 32, 3 / 32, 7 / 32, 15 / 32, 1)  # of d_sae: each group twice the one before

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from sae_jax import ops
-from sae_jax.config import SAEConfig, UserError
-from sae_jax.sae.base import SAE, Controls, Losses, squared_error
+from sae_jax.config import SAEConfig
+from sae_jax.errors import UserError
+from sae_jax.sae.base import SAE, Losses, LossInputs, squared_error
 
 _SMALL = 1e-3  # added to latents before a power below 1, whose slope at 0 is infinite
 
@@ -39,14 +40,14 @@ class ReLU(SAE):
     def activate(self, preactivations: jax.Array) -> jax.Array:
         return jax.nn.relu(preactivations)
 
-    def loss(self, x: jax.Array, y: jax.Array, controls: Controls) -> Losses:
+    def loss(self, x: jax.Array, y: jax.Array, controls: LossInputs) -> Losses:
         x_in, bias = self.encoder_input(x)
         anneals = self.config.p_end < 1
         per_latent = {"b_enc": bias, "norm": self.decoder_norms()}
         if anneals:  # scalars that blocks of the dictionary share
             ones = jnp.ones_like(bias)
             per_latent |= {"p": controls.p * ones, "next_p": controls.next_p * ones}
-        out = ops.autoencode(
+        out = ops.dense_autoencode(
             functools.partial(_activate, anneals=anneals),
             x_in,
             self.w_enc[...],

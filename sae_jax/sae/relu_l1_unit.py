@@ -3,7 +3,7 @@
 import jax
 
 from sae_jax.config import SAEConfig
-from sae_jax.ops.mesh import ENCODER, out_sharding
+from sae_jax.ops.sharding import ENCODER, out_sharding
 from sae_jax.sae.relu import ReLU
 
 

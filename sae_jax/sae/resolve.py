@@ -4,7 +4,8 @@ import dataclasses
 import math
 from typing import Any
 
-from sae_jax.config import SAEConfig, UserError, choose
+from sae_jax.config import SAEConfig
+from sae_jax.errors import UserError, choose
 from sae_jax.sae.base import SAE
 
 KINDS = ("autoencoder", "transcoder", "skip_transcoder", "crosscoder")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from sae_jax import ops
 from sae_jax.config import SAEConfig
-from sae_jax.sae.base import SAE, Controls, Losses, auxiliary_code, squared_error
+from sae_jax.sae.base import SAE, Losses, LossInputs, auxiliary_code, squared_error
 
 
 class TopK(SAE):
@@ -52,7 +52,7 @@ class TopK(SAE):
         equal = bool(jnp.all(jnp.abs(norms - norms[0]) < 1e-5 * norms[0]))
         return self._rescaled(norms if equal else 1.0)
 
-    def loss(self, x: jax.Array, y: jax.Array, controls: Controls) -> Losses:
+    def loss(self, x: jax.Array, y: jax.Array, controls: LossInputs) -> Losses:
         config = self.config
         k = config.k if controls.k is None else controls.k
         most = max(config.k, config.k_start or 0)
@@ -64,7 +64,7 @@ class TopK(SAE):
             x_in, self.w_enc[...], bias, dead, slots, config.aux_k, self.dtype
         )
         wide = code._replace(values=jax.nn.relu(code.values))
-        code = wide if controls.k is None and slots == k else ops.strongest(wide, k, slots)
+        code = wide if controls.k is None and slots == k else ops.keep_top_k(wide, k, slots)
         any_dead = None if dead is None else dead.any()
         aux = None if aux is None else auxiliary_code(aux)
         decoded, error_hat = ops.sparse_decode(code, aux, any_dead, w_dec)
@@ -76,7 +76,7 @@ class TopK(SAE):
                 any_dead, squared_error(error, error_hat), 0.0
             )
         if config.multi_topk:
-            wide = ops.strongest(wide, 4 * k, slots)
+            wide = ops.keep_top_k(wide, 4 * k, slots)
             decoded, _ = ops.sparse_decode(wide, None, None, w_dec)
             total += squared_error(y, self.output(decoded, x)) / 8
 

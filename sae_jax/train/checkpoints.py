@@ -12,7 +12,7 @@ from orbax.checkpoint import multihost
 from orbax.checkpoint import v1 as ocp
 
 from sae_jax import sae as saes
-from sae_jax.config import UserError
+from sae_jax.errors import UserError
 from sae_jax.paths import AnyPath, ObjectPath
 from sae_jax.train.directory import read_config
 from sae_jax.train.object_checkpoints import ObjectCheckpointer

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from sae_jax.config import SAEConfig
-from sae_jax.sae import Controls, Losses
-from sae_jax.train.lengths import Lengths
+from sae_jax.sae import Losses, LossInputs
+from sae_jax.train.schedule_steps import ScheduleSteps
 
 _MOST = math.log(1e3)  # the controller multiplies the coefficient by up to this, or its inverse
 _GAIN = 2.0  # change of ln(coefficient) for a change of ln(L0)
@@ -23,15 +23,15 @@ _LARGE_ERROR, _ANY_ERROR = 0.35, 3.0  # of ln(L0): what the integral part, and a
 def at(
     config: SAEConfig,
     step: jax.Array | int,
-    lengths: Lengths,
+    lengths: ScheduleSteps,
     log_coefficient,
     dead: jax.Array,
     k: jax.Array | None = None,
-) -> Controls:
+) -> LossInputs:
     """The controls of `step`, from 0. k: the run's own, where config.k is only the largest of its
     pack."""
     steps = lengths.steps
-    return Controls(
+    return LossInputs(
         dead=dead,
         coefficient=_coefficient(config, step, lengths.sparsity_warmup, log_coefficient),
         k=_k(config, config.k if k is None else k, step, steps) if config.k_start else k,
@@ -43,7 +43,7 @@ def at(
 def next_log_coefficient(
     config: SAEConfig,
     step: jax.Array,
-    lengths: Lengths,
+    lengths: ScheduleSteps,
     log_coefficient: jax.Array,
     last_l0: jax.Array,
     losses: Losses,

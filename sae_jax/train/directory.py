@@ -10,7 +10,8 @@ from jax.experimental import multihost_utils
 
 from sae_jax import config as configs
 from sae_jax import paths
-from sae_jax.config import Config, UserError
+from sae_jax.config import Config
+from sae_jax.errors import UserError
 from sae_jax.paths import AnyPath
 from sae_jax.train import metrics
 

@@ -19,15 +19,16 @@ from sae_jax import config as configs
 from sae_jax import paths
 from sae_jax import sae as saes
 from sae_jax.activations import Stream, WorldStream, open_stream
-from sae_jax.config import Config, UserError
+from sae_jax.config import Config
+from sae_jax.errors import UserError, choose
 from sae_jax.train import optimizer, resample
 from sae_jax.train.checkpoints import Checkpoints
 from sae_jax.train.directory import RunDirectory, is_writer
-from sae_jax.train.initial import start_from
 from sae_jax.train.median import geometric_median
 from sae_jax.train.mesh import BatchPlacement, make_mesh
 from sae_jax.train.preemption import PreemptedError, Preemption
 from sae_jax.train.step import Trainer, TrainState
+from sae_jax.train.warm_start import start_from
 from sae_jax.train.watchdog import PROGRESS
 
 _MEDIAN_ROWS = 32_768  # sample for the geometric median (Gao et al. 2024, A.1)
@@ -81,7 +82,7 @@ def resolve(config: Config, stream: Stream | WorldStream) -> Config:
     if adam.learning_rate is None:
         rate = saes.architecture(sae).learning_rate(sae.d_sae)
         adam = dataclasses.replace(adam, learning_rate=rate)
-    configs.choose(config.train.on_nonfinite, ("stop", "skip"), "train.on_nonfinite")
+    choose(config.train.on_nonfinite, ("stop", "skip"), "train.on_nonfinite")
     for name in ("tokens", "log_every", "checkpoint_every", "keep_checkpoints"):
         if getattr(config.train, name) < 1:
             raise UserError(f"train.{name} must be 1 or more, not {getattr(config.train, name)}")

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from sae_jax.config import Config, MeshConfig, UserError
-from sae_jax.ops.mesh import BATCH
+from sae_jax.config import Config, MeshConfig
+from sae_jax.errors import UserError
+from sae_jax.ops.sharding import BATCH
 
 
 def make_mesh(config: Config, devices: list | None = None) -> jax.sharding.Mesh:

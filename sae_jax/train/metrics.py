@@ -6,7 +6,7 @@ import json
 import time
 
 from sae_jax import paths
-from sae_jax.config import UserError
+from sae_jax.errors import UserError
 from sae_jax.paths import AnyPath, ObjectPath
 
 _SECONDS = 30  # until people who watch a run in an object store see new lines

@@ -18,7 +18,7 @@ from absl import logging
 from jax.experimental.array_serialization import serialization
 
 from sae_jax import paths
-from sae_jax.config import UserError
+from sae_jax.errors import UserError
 from sae_jax.paths import ObjectPath
 
 _CHUNK_BYTES = 1 << 30  # of one object: S3 takes 5 GB in a request

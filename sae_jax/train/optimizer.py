@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from sae_jax.config import OptimizerConfig, UserError, choose
-from sae_jax.train.lengths import Lengths
+from sae_jax.config import OptimizerConfig
+from sae_jax.errors import UserError, choose
+from sae_jax.train.schedule_steps import ScheduleSteps
 
 SCHEDULES = ("constant", "cosine", "linear_tail", "warmup_stable_decay")
 
@@ -34,7 +35,7 @@ def check(config: OptimizerConfig) -> None:
         )
 
 
-def schedule(config: OptimizerConfig, lengths: Lengths) -> optax.Schedule:
+def schedule(config: OptimizerConfig, lengths: ScheduleSteps) -> optax.Schedule:
     """The learning rate by step: linear warm-up to the peak, then
 
     constant             the peak
@@ -63,7 +64,10 @@ def schedule(config: OptimizerConfig, lengths: Lengths) -> optax.Schedule:
 
 
 def make(
-    config: OptimizerConfig, lengths: Lengths, unit_norm_decoder: bool, threshold_unit: float = 1.0
+    config: OptimizerConfig,
+    lengths: ScheduleSteps,
+    unit_norm_decoder: bool,
+    threshold_unit: float = 1.0,
 ) -> optax.GradientTransformation:
     """For parameters {name: array}; the decoder is `w_dec`, one latent a row. threshold_unit: the
     norm of the activations, by which JumpReLU's thresholds take longer steps."""
@@ -71,7 +75,7 @@ def make(
     if config.clip_norm is not None:
         parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
     parts.append(optax.scale_by_learning_rate(schedule(config, lengths)))
-    parts.append(move_thresholds(threshold_unit))
+    parts.append(scale_threshold_updates(threshold_unit))
     if unit_norm_decoder:
         parts = [remove_parallel_gradient(), *parts, renormalise_decoder()]
     return optax.chain(*parts)
@@ -100,7 +104,7 @@ def renormalise_decoder() -> optax.GradientTransformation:
     return optax.stateless(update)
 
 
-def move_thresholds(unit: float) -> optax.GradientTransformation:
+def scale_threshold_updates(unit: float) -> optax.GradientTransformation:
     """Makes the update of `threshold`, where there is one, `unit` times as long, and end at 0 or
     above: below it, latents would be negative.
 

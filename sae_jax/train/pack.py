@@ -17,9 +17,9 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from sae_jax.config import Config
-from sae_jax.ops.mesh import BATCHED_RUNS, on_cpu
+from sae_jax.ops.sharding import BATCHED_RUNS, on_cpu
 from sae_jax.train import controls
-from sae_jax.train.lengths import Lengths
+from sae_jax.train.schedule_steps import ScheduleSteps
 from sae_jax.train.step import Trainer, TrainState
 
 # Fields in which the runs of a pack may differ. sae.k: up to the largest of the pack.
@@ -65,7 +65,7 @@ class PackTrainer:
         common = set_fields(configs[0], dict.fromkeys(values))
         if "sae.k" in values:
             common = set_fields(common, {"sae.k": max(values["sae.k"])})
-        lengths = Lengths.of(configs[0], steps)
+        lengths = ScheduleSteps.from_config(configs[0], steps)
         if controls.anneals(common.sae):
             self._shape, own = _Shape(common, variance, lengths), None
         else:  # nor does it matter for the program how long the runs are
@@ -109,7 +109,7 @@ class _Shape(NamedTuple):
 
     config: Config
     variance: float
-    lengths: Lengths | None  # where they matter otherwise than as numbers in the step
+    lengths: ScheduleSteps | None  # where they matter otherwise than as numbers in the step
 
     def trainer(self, own: dict) -> Trainer:
         """Of the run to which the traced values belong."""
@@ -130,7 +130,7 @@ _NO_LENGTHS = {
 @functools.partial(jax.jit, static_argnums=0)
 def _init(shape: _Shape, own: dict, *shared) -> TrainState:
     def local(own, *shared):
-        return _one_by_one(lambda own: shape.trainer(own).fresh(*shared), own)
+        return _one_by_one(lambda own: shape.trainer(own).init_traced(*shared), own)
 
     return _on_groups(local, 1)(_along_runs(own), *shared)
 

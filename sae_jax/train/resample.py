@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from sae_jax.config import Config
-from sae_jax.ops.mesh import DECODER
+from sae_jax.ops.sharding import DECODER
 from sae_jax.train.mesh import BatchPlacement
 from sae_jax.train.step import Trainer, TrainState
 
@@ -101,8 +101,8 @@ def _revive(trainer: Trainer, state: TrainState, inputs: jax.Array) -> TrainStat
         "w_dec": _unit(y - parameters["b_dec"]) * decoder_norm,
     }
     others = {n: v for n, v in sae.fresh_latent(config).items() if n not in sae.RUNNING_MEANS}
-    fresh = trainer.stored(rows) | others
-    replaced = trainer.stored({n: dead[:, None] if n == "w_dec" else dead for n in fresh})
+    fresh = trainer.to_storage(rows) | others
+    replaced = trainer.to_storage({n: dead[:, None] if n == "w_dec" else dead for n in fresh})
     moments = dict.fromkeys(fresh, 0.0)
 
     def put(values, new):

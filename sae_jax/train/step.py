@@ -11,10 +11,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from sae_jax import sae as saes
 from sae_jax.config import Config
-from sae_jax.ops.mesh import PER_LATENT, gathered, out_sharding, spread
-from sae_jax.sae import SAE, Controls, Losses
+from sae_jax.ops.sharding import PER_LATENT, out_sharding, zero_gather, zero_shard
+from sae_jax.sae import SAE, Losses, LossInputs
 from sae_jax.train import controls, optimizer
-from sae_jax.train.lengths import Lengths
+from sae_jax.train.schedule_steps import ScheduleSteps
 
 _NEVER = -1
 
@@ -46,12 +46,12 @@ class Trainer:
         steps: int,
         variance: float,
         k: jax.Array | None = None,
-        lengths: Lengths | None = None,
+        lengths: ScheduleSteps | None = None,
     ):
         self.config = config
         self._variance = variance
         self._k = k
-        self._lengths = lengths or Lengths.of(config, steps)
+        self._lengths = lengths or ScheduleSteps.from_config(config, steps)
         self._architecture = saes.architecture(config.sae)
         self._learning_rate = optimizer.schedule(config.optimizer, self._lengths)
         self._optimizer = optimizer.make(
@@ -68,7 +68,7 @@ class Trainer:
         """A fresh state under the ambient mesh, every array created in its sharding. b_dec
         (d_out,) in the units of the targets; the scales: numbers, or (d_in,) for a crosscoder."""
         target_scale = scale if target_scale is None else target_scale
-        return jax.jit(self.fresh)(b_dec, jnp.float32(scale), jnp.float32(target_scale))
+        return jax.jit(self.init_traced)(b_dec, jnp.float32(scale), jnp.float32(target_scale))
 
     def abstract(self) -> TrainState:
         """The shapes, types and shardings of a state, without its arrays."""
@@ -81,12 +81,14 @@ class Trainer:
         sae = self.config.sae
         scale = (sae.d_in,) if sae.kind == "crosscoder" else ()
         floats = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((sae.d_out,), scale, scale)]
-        return jax.tree.map(placed, jax.eval_shape(self.fresh, *floats))
+        return jax.tree.map(placed, jax.eval_shape(self.init_traced, *floats))
 
-    def fresh(self, b_dec: jax.Array, scale: jax.Array, target_scale: jax.Array) -> TrainState:
+    def init_traced(
+        self, b_dec: jax.Array, scale: jax.Array, target_scale: jax.Array
+    ) -> TrainState:
         """`init`, to be traced."""
         key = jax.random.key(self.config.train.seed)
-        parameters = self.stored(
+        parameters = self.to_storage(
             self._architecture.init_parameters(key, self.config.sae, b_dec * target_scale)
         )
         return TrainState(
@@ -103,17 +105,17 @@ class Trainer:
             nonfinite_step=jnp.full((), _NEVER, jnp.int32),
         )
 
-    def stored(self, per_parameter: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def to_storage(self, per_parameter: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Parameters, or what there is one of for each, as the state keeps them."""
-        return spread(per_parameter) if self.config.mesh.zero else per_parameter
+        return zero_shard(per_parameter) if self.config.mesh.zero else per_parameter
 
-    def working(self, state: TrainState) -> dict[str, jax.Array]:
+    def from_storage(self, state: TrainState) -> dict[str, jax.Array]:
         """The parameters as the operations take them."""
-        return gathered(state.parameters) if self.config.mesh.zero else state.parameters
+        return zero_gather(state.parameters) if self.config.mesh.zero else state.parameters
 
     def scaled(self, state: TrainState, rows) -> tuple[SAE, jax.Array, jax.Array]:
         """The SAE in its own units, and inputs and targets of rows (B, width) in them."""
-        sae = self._architecture(self.config.sae, self.working(state))
+        sae = self._architecture(self.config.sae, self.from_storage(state))
         x, y = sae.split(rows.astype(jnp.float32))
         return sae, x * state.scale, y * state.target_scale
 
@@ -134,14 +136,14 @@ class Trainer:
             return losses.total, losses
 
         (_, losses), gradients = jax.value_and_grad(total, has_aux=True)(sae.parameters())
-        gradients = self.stored(gradients)
+        gradients = self.to_storage(gradients)
         gradient_norm = optax.tree.norm(gradients)
         updates, optimizer_state = self._optimizer.update(
             gradients, state.optimizer, state.parameters
         )
         parameters = optax.apply_updates(state.parameters, updates)
         weight = controls.running_mean_weight(state.step, self._lengths.horizon)
-        for name, value in self.stored(losses.running).items():
+        for name, value in self.to_storage(losses.running).items():
             before = state.parameters[name]
             parameters[name] = before + weight * (value - before)
         finite = jnp.isfinite(losses.total) & jnp.isfinite(gradient_norm)
@@ -209,7 +211,7 @@ class Trainer:
         now = self._controls(state, state.step, dead=jnp.zeros(()))
         return sae.row_losses(x, y, now.coefficient)
 
-    def _controls(self, state: TrainState, step, dead: jax.Array) -> Controls:
-        return controls.at(
+    def _controls(self, state: TrainState, step, dead: jax.Array) -> LossInputs:
+        return controls.controls_at(
             self.config.sae, step, self._lengths, state.log_coefficient, dead, self._k
         )

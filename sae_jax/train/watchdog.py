@@ -38,8 +38,8 @@ import time
 
 from jax._src import distributed  # the key-value store has no public name
 
-from sae_jax.config import UserError
-from sae_jax.train.judge import (
+from sae_jax.errors import UserError
+from sae_jax.train.peer_health import (
     INTERVAL,
     SUSPICIOUS_SECONDS,
     Judge,

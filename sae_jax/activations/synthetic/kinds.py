@@ -9,7 +9,8 @@ import dataclasses
 import numpy as np
 
 from sae_jax.activations.synthetic import sampling
-from sae_jax.config import UserError, choose, from_dict
+from sae_jax.config import from_dict
+from sae_jax.errors import UserError, choose
 
 PREFIX = "world:"
 _MOST_SHARED = 0.95  # of a feature's variance in the copula: what the common factors explain

@@ -6,7 +6,7 @@ import numpy as np
 from sae_jax.activations.sites import check_distinct, split_names
 from sae_jax.activations.stream import SPLITS
 from sae_jax.activations.synthetic.world import World
-from sae_jax.config import UserError, choose
+from sae_jax.errors import UserError, choose
 
 _ROWS = 2**36  # rows of the held-out split, and of the training split for each seed
 _SEEDS = 2**26 - 1

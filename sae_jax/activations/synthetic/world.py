@@ -11,7 +11,7 @@ import scipy.sparse
 import scipy.special
 
 from sae_jax.activations.synthetic import kinds, sampling
-from sae_jax.config import UserError
+from sae_jax.errors import UserError
 
 BLOCK = 512  # rows made together; part of what a world is
 _MOMENT_ROWS = 2**16  # sample for the second moment where it has no closed form

@@ -1,0 +1,40 @@
+from absl import flags
+
+SUMMARY = """Read an SAE of another framework, and write it as a folder of our own.
+
+  sae-jax import --path=their_sae --out=imported
+  sae-jax eval --sae=imported --store=STORE
+
+Formats: saelens, dictionary_learning, sparsify, gemma_scope, gemma_scope_2, openai, sae_jax; which
+one it is is seen from the files. `sae_jax.load(PATH)` reads any of them without this. Files of
+PyTorch are read as tensors only: nothing in them is run.
+"""
+
+
+def define(values: flags.FlagValues) -> None:
+    def string(name, text):
+        flags.DEFINE_string(name, None, text, flag_values=values)
+
+    string("path", "The folder that the other framework wrote, or its .pt file.")
+    string("format", "Refuse it if it is of another format than this.")
+    string("out", "A new directory.")
+
+
+def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
+    del overrides
+    from sae_jax import interop, paths
+    from sae_jax.errors import UserError, choose
+
+    if not args.path or not args.out:
+        raise UserError("--path and --out are needed; see sae-jax import --help")
+    found = interop.format_of(args.path)
+    if args.format and choose(args.format, interop.FORMATS, "--format") != found:
+        what = f"it looks like {found}" if found else "it is of no format that is known here"
+        raise UserError(f"{args.path} is not of the format {args.format}: {what}")
+    sae = interop.load(args.path)
+    out = paths.local(args.out)
+    about = interop.origin(args.path) | {"imported_from": found or "sae_jax"}
+    interop.export(sae, "sae_jax", out, about)
+    config = sae.config
+    print(f"Written: {out}: {config.architecture} {config.kind}, {config.d_sae:,} latents, "
+          f"d_in {config.d_in:,}")  # fmt: skip

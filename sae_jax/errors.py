@@ -1,0 +1,28 @@
+"""The one kind of error that a user is shown, and how a choice is refused."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake that the user can mend.
+
+    Its text is one line that says what is wrong, where, and what to do. The command line prints it
+    without a trace and ends with exit code 2.
+    """
+
+
+def choose(value: str, choices: Iterable[str], what: str) -> str:
+    """Returns `value` if it is one of `choices`.
+
+    Raises UserError if it is not; the text names `what` was chosen and the nearest choice."""
+    if value not in choices:
+        raise UserError(f"{what} is {value!r}; {nearest(value, choices)}")
+    return value
+
+
+def nearest(value: str, choices: Iterable[str]) -> str:
+    """Returns a hint for a message: the choice that is spelt most like `value`, or all of them."""
+    choices = list(choices)
+    near = difflib.get_close_matches(value, choices, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"it must be one of: {', '.join(choices)}"

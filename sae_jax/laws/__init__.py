@@ -1,0 +1,1 @@
+"""Scaling laws: fitted to the results of runs, with intervals, predictions and figures."""

@@ -1,0 +1,53 @@
+"""Which points are held out to see how well a law extrapolates: those of the largest budgets."""
+
+import numpy as np
+
+from sae_jax.errors import UserError
+from sae_jax.laws.results import Results
+
+SAME_BUDGET = 0.02  # relative: runs whose compute differs by less share a budget
+_PART = 0.1  # of the points, that are held out at least unless told otherwise
+
+
+def groups(values: np.ndarray, tolerance: float = SAME_BUDGET) -> np.ndarray:
+    """(N,) which group each value is of, from the smallest: a group spans at most `tolerance`."""
+    order = np.argsort(values, kind="stable")
+    group, first, out = -1, -np.inf, np.empty(len(values), int)
+    for place in order:
+        if values[place] > first * (1 + tolerance) or group < 0:
+            group, first = group + 1, values[place]
+        out[place] = group
+    return out
+
+
+def budget_column(results: Results, needed: tuple[str, ...]) -> tuple[np.ndarray, str]:
+    """What is extrapolated in, (N,), and its name: compute, or the dictionary's size where a law
+    knows no tokens."""
+    columns = results.columns
+    if "tokens" not in needed and "flops" not in needed:
+        return columns["d_sae"], "d_sae"
+    if "flops" in columns:
+        return columns["flops"], "compute"
+    return columns["d_sae"] * columns["tokens"], "d_sae x tokens"
+
+
+def split(results: Results, needed: tuple[str, ...], count: int | None):
+    """(rows kept, rows held out, what they are): the `count` largest budgets, or by default the
+    fewest that hold a tenth of the points."""
+    values, name = budget_column(results, needed)
+    group = groups(values)
+    total = group.max() + 1
+    if count is None:
+        sizes = np.bincount(group)[::-1].cumsum()
+        count = int(np.argmax(sizes >= _PART * len(values))) + 1
+    if not 1 <= count < total:
+        raise UserError(
+            f"--holdout={count}: {results.source} has {total} different budgets; hold out at "
+            f"least 1 and keep at least 1"
+        )
+    held = group >= total - count
+    unit = {"compute": "FLOPs", "d_sae": "latents"}.get(name, "")
+    low, high = values[held].min(), values[held].max()
+    span = f"{low:.3g}" if high <= low * (1 + SAME_BUDGET) else f"{low:.3g} to {high:.3g}"
+    what = f"the {count} largest of {total} values of {name}: {held.sum()} points at {span} {unit}"
+    return np.flatnonzero(~held), np.flatnonzero(held), what.strip()

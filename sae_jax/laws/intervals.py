@@ -1,0 +1,130 @@
+"""How sure the parameters are: a bootstrap over runs, and profile intervals.
+
+The bootstrap draws whole runs with replacement, all rows of a run together, and fits every draw.
+Its percentiles are too narrow or too wide for few runs (on 25 runs with 5 parameters 88% to 100%
+of nominal 95% intervals held the truth). What is reported as ci95 is therefore a profile interval:
+all values of a parameter at which the objective, minimised over the others, lies within
+scale * t^2 / 2 of its minimum, t the 97.5% point of Student's t for (runs - parameters) degrees of
+freedom. It bends with the law's curvature, and the bootstrap gives the scale of the objective:
+at the estimate the objective of a draw lies scale * P / 2 above its minimum on average, whatever
+the distribution of the noise. For least squares of runs of one row each the scale is the variance,
+and the interval that of the F test. On 400 simulated sets of 25 runs the intervals of chinchilla's
+five parameters, fitted by `huber`, held the truth in 95% to 97% (tests/test_laws.py).
+"""
+
+import dataclasses
+
+import numpy as np
+import scipy.stats
+
+from sae_jax.laws.estimators import Estimate, last_delta, minimise, rho
+
+FAR = 30.0  # in internal units: a factor 1e13 of a scale
+_CLOSE = 0.02  # relative: of the threshold's height, from where on a profile is a straight line
+
+
+@dataclasses.dataclass(frozen=True)
+class Bootstrap:
+    """`theta` (R, P): internal parameters of each draw. `scale`: of the objective's rise."""
+
+    theta: np.ndarray
+    scale: float
+    runs: int
+
+
+def bootstrap(estimate: Estimate, run_N: np.ndarray, count: int, seed: int = 0) -> Bootstrap:
+    runs = int(run_N.max()) + 1
+    random = np.random.default_rng(seed)
+    draws_RxN = random.multinomial(runs, np.full(runs, 1 / runs), size=count)[:, run_N]
+    problem, delta = estimate.problem, last_delta(estimate.estimator)
+    start = problem.coordinates(estimate.theta)
+    y_RxN = np.broadcast_to(problem.y_N, draws_RxN.shape)
+    z, value = minimise(problem, start, draws_RxN, y_RxN, delta)
+    residual, _ = problem.residuals(start, problem.y_N)
+    above = draws_RxN @ rho(residual[0], delta) - value
+    parameters = len(estimate.theta)
+    # Residuals of a fit are smaller than the noise, by the degrees of freedom it used.
+    free = max(runs - parameters, 1)
+    scale = 2 * above.mean() / parameters * runs / free
+    if np.isinf(delta) and runs == len(run_N):
+        scale = 2 * estimate.objective / free
+    return Bootstrap(problem.theta(z), float(scale), runs)
+
+
+def widening(runs: int, parameters: int) -> float:
+    """What deviations of a bootstrap are multiplied by, as few runs as there are: degrees of
+    freedom, and Student's t for the normal distribution."""
+    free = max(runs - parameters, 1)
+    return float(np.sqrt(runs / free) * scipy.stats.t.ppf(0.975, free) / 1.96)
+
+
+def spread(values: np.ndarray, at: np.ndarray, factor: float) -> np.ndarray:
+    """95% interval (2, ...): quantiles of draws (R, ...), their distances from `at` widened."""
+    return at + factor * (np.percentile(values, [2.5, 97.5], axis=0) - at)
+
+
+def public_intervals(estimate: Estimate, drawn: Bootstrap) -> dict[str, tuple[float, float]]:
+    """ci95 of the parameters as users see them. Where the data set no bound, the interval ends
+    at `FAR` from the estimate (a scale's lower end at 0)."""
+    law, ends = estimate.law, profile_intervals(estimate, drawn)
+    unbounded = np.isinf(ends)
+    far = estimate.theta[:, None] + np.array([-FAR, FAR])
+    ends = law.public(np.where(unbounded, far, ends).T)
+    ends[0, unbounded[:, 0] & law.positive] = 0.0
+    return {
+        name: (float(low), float(high))
+        for name, (low, high) in zip(law.parameters, ends.T, strict=True)
+    }
+
+
+def profile_intervals(estimate: Estimate, drawn: Bootstrap) -> np.ndarray:
+    """(P, 2) 95% intervals of the internal parameters. An end that the data do not bound is
+    infinite."""
+    problem, delta = estimate.problem, last_delta(estimate.estimator)
+    centre = problem.coordinates(estimate.theta)[0]
+    residual, shares = problem.residuals(centre[None], problem.y_N)
+    lowest = rho(residual, delta).sum()
+    size = len(centre)
+    t = scipy.stats.t.ppf(0.975, max(drawn.runs - size, 1))
+    threshold = 0.5 * drawn.scale * t**2
+    if threshold <= 1e-26 * len(problem.y_N):  # the law holds exactly
+        return np.stack([estimate.theta, estimate.theta], axis=1)
+
+    jacobian = (shares * problem.features_NxP)[0]
+    spread = np.linalg.pinv(jacobian.T @ jacobian + 1e-10 * np.eye(size))
+    rows, signs = np.repeat(np.arange(size), 2), np.tile([-1.0, 1.0], size)
+    constraint = problem.to_theta_PxP[rows]  # (S, P): theta_j = constraint . z
+    free = np.stack([np.linalg.svd(row[None])[2][1:].T for row in constraint])
+    path = constraint @ spread  # how the others go along, to first order
+    path /= (path * constraint).sum(axis=1, keepdims=True)
+    guess = np.diff(np.percentile(drawn.theta, [2.5, 97.5], axis=0), axis=0)[0] / 2
+    distance = np.clip(guess, 1e-12, FAR)[rows]
+    near, far = np.zeros(len(rows)), np.full(len(rows), np.inf)
+    height_near, height_far = np.zeros(len(rows)), np.full(len(rows), np.inf)
+    end = np.full(len(rows), np.inf)
+    open_ = np.ones(len(rows), bool)
+    for _ in range(30):
+        at = np.flatnonzero(open_)
+        if not len(at):
+            break
+        z = centre + (signs * distance)[at, None] * path[at]
+        y_SxN = np.broadcast_to(problem.y_N, (len(at), len(problem.y_N)))
+        z, value = minimise(problem, z, 1.0, y_SxN, delta, free_SxPxQ=free[at])
+        path[at] = (z - centre) / (signs * distance)[at, None]
+        height = np.sqrt(np.maximum(value - lowest, 0) / threshold)
+        below = height < 1
+        near[at[below]], height_near[at[below]] = distance[at[below]], height[below]
+        far[at[~below]], height_far[at[~below]] = distance[at[~below]], height[~below]
+        bracketed = np.isfinite(far[at])
+        with np.errstate(invalid="ignore", divide="ignore"):
+            end[at] = distance[at] / height
+            outward = distance[at] * np.clip(1.05 / height, 1.05, 4.0)
+            part = (1 - height_near[at]) / (height_far[at] - height_near[at])
+            inward = near[at] + (far[at] - near[at]) * np.clip(part, 0.05, 0.95)
+        distance[at] = np.where(bracketed, inward, outward)
+        unbounded = ~bracketed & (distance[at] > FAR)
+        end[at[unbounded]] = np.inf
+        close = np.abs(height - 1) < _CLOSE
+        closed = bracketed & (far[at] - near[at] < 1e-3 * far[at])
+        open_[at[close | closed | unbounded]] = False
+    return estimate.theta[:, None] + (signs * end).reshape(size, 2)

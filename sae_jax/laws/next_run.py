@@ -1,0 +1,124 @@
+"""The next run's config, as a Python file that `sae-jax train` takes."""
+
+import dataclasses
+import json
+import math
+import pprint
+import textwrap
+
+import numpy as np
+
+from sae_jax import config as configs
+from sae_jax import paths
+from sae_jax.config import Config
+from sae_jax.errors import UserError
+from sae_jax.laws import results
+from sae_jax.paths import AnyPath
+
+_FILE = "next_run.py"
+_TEXT = '''"""Planned by `sae-jax fit` for {flops:.4g} FLOPs: {d_sae} latents, {tokens:,} tokens.
+
+  sae-jax train --config={file} --workdir=runs/next
+
+{notes}
+"""
+
+from sae_jax.config import Config, from_dict
+
+VALUES = {values}
+
+
+def get_config() -> Config:
+    return from_dict(VALUES)
+'''
+
+
+def base(file: str | None, overrides: dict[str, str]) -> Config:
+    """The config that a user wants the next run to start from."""
+    return configs.override(configs.load_file(file) if file else Config(), overrides)
+
+
+def save(planned: dict, source: str, start: Config | None, out: str | AnyPath) -> Config:
+    """Writes OUT/next_run.py: `start`, or else the sweep's run nearest to the plan, or else the
+    defaults, with the planned size, tokens and k."""
+    sweep = paths.path(source)
+    low, high = planned["interval"]
+    notes = [f"Expected loss {planned['loss']:.5g}, 95% of runs between {low:.5g} and {high:.5g}."]
+    if start is None and (sweep / "runs").is_dir():
+        start, note = _nearest(sweep, planned)
+        notes.append(note)
+    elif start is None:
+        start = Config()
+        notes.append("It has the defaults but for these; say --config.data.store=STORE.")
+    config = _planned(start, planned)
+    file = paths.path(out) / _FILE
+    epochs = config.data.epochs
+    notes.append(
+        f"data.epochs is {epochs}: if the store has fewer tokens than that gives, training says "
+        "so, and how many epochs it would take."
+    )
+    text = _TEXT.format(
+        flops=planned["flops"],
+        d_sae=planned["d_sae"],
+        tokens=config.train.tokens,
+        file=file,
+        notes=textwrap.fill(" ".join(notes), 98),
+        values=pprint.pformat(configs.to_dict(config), width=96, sort_dicts=False),
+    )
+    paths.write(file, text)
+    return config
+
+
+def _planned(start: Config, planned: dict) -> Config:
+    d_sae, batch = planned["d_sae"], start.data.batch_size
+    sae = dataclasses.replace(start.sae, d_sae=d_sae)
+    if sae.prefix_widths:
+        whole = start.sae.d_sae
+        parts = [max(1, round(width * d_sae / whole)) for width in sae.prefix_widths]
+        sae = dataclasses.replace(sae, prefix_widths=tuple(parts))
+    if planned.get("k") is not None:
+        sae = dataclasses.replace(sae, k=planned["k"])
+    tokens = max(planned["tokens"] // batch, 1) * batch
+    train = dataclasses.replace(start.train, tokens=tokens)
+    return dataclasses.replace(start, sae=sae, train=train)
+
+
+def _nearest(sweep: AnyPath, planned: dict) -> tuple[Config, str]:
+    """The finished run of the sweep nearest to the plan, its learning rate by the sweep's own
+    rule for the planned size, and what is to be known of that."""
+    finished = {}
+    for run in sorted((sweep / "runs").iterdir(), key=str):
+        if (run / "result.json").is_file():
+            finished[run] = json.loads((run / "result.json").read_text())
+    if not finished:
+        raise UserError(f"{sweep}/runs has no finished run to take the next one's config from")
+
+    def distance(result: dict) -> float:
+        names = [name for name in ("d_sae", "tokens", "k") if planned.get(name) and result[name]]
+        return sum(math.log(result[name] / planned[name]) ** 2 for name in names)
+
+    nearest = min(finished, key=lambda path: distance(finished[path]))
+    values = json.loads((nearest / "config.json").read_text())
+    values.pop("environment", None)
+    config = configs.from_dict(values)
+    note = f"All else is as in {nearest.name} of the sweep."
+    rate = _learning_rate(list(finished.values()), planned["d_sae"])
+    if rate is None:
+        return (
+            config,
+            f"{note} Its learning rate is kept: in the sweep it follows no power of d_sae.",
+        )
+    adam = dataclasses.replace(config.optimizer, learning_rate=rate[0])
+    note += f" The learning rate follows the sweep's rule, d_sae^{rate[1]:.3g}."
+    return dataclasses.replace(config, optimizer=adam), note
+
+
+def _learning_rate(finished: list[dict], d_sae: int) -> tuple[float, float] | None:
+    """The rate for `d_sae` and its exponent, where the sweep's rates are one power of the size."""
+    log_n, log_rate = (np.log([result[name] for result in finished]) for name in ("d_sae", "lr"))
+    if len(results.distinct(np.exp(log_n))) < 2:
+        return None
+    slope, at_one = np.polyfit(log_n, log_rate, 1)
+    if np.ptp(log_rate) < 1e-9 or np.abs(at_one + slope * log_n - log_rate).max() > 1e-6:
+        return None
+    return float(np.exp(at_one + slope * math.log(d_sae))), float(slope)

@@ -1,0 +1,76 @@
+"""A fit as files: fit.json, fit.png and report.html; and as text for a terminal."""
+
+import pathlib
+
+from sae_jax import pages, paths, plots
+from sae_jax.errors import UserError
+from sae_jax.laws import figures, predict
+from sae_jax.paths import AnyPath
+
+
+def check_out(out: str | AnyPath) -> None:
+    """Raises UserError where the fit's directory cannot be made."""
+    out = paths.path(out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out={out} is a file; give a directory")
+    theirs = out / "fit.json"
+    if theirs.exists() and '"law"' not in theirs.read_text():
+        raise UserError(f"{theirs} is not of sae-jax fit; give another --out")
+
+
+def summary(found, planned: dict | None, accountings: dict[str, dict]) -> dict:
+    """The content of fit.json."""
+    values = found.summary() | {"accountings": accountings, "prediction": planned}
+    if planned:
+        values["warnings"] = values["warnings"] + predict.warnings(planned)
+    return values
+
+
+def save(found, values: dict, out: str | AnyPath) -> None:
+    """Writes the fit to the directory `out`, each file under a temporary name first."""
+    out = paths.path(out)
+    check_out(out)
+    out.mkdir(parents=True, exist_ok=True)
+    planned = values["prediction"]
+    paths.save_json(values, out / "fit.json")
+    plots.save(figures.overview(found, planned), out / "fit.png")
+    paths.write(out / "report.html", _page(found, values))
+
+
+def text(values: dict, out: str | AnyPath) -> str:
+    """What a user wants to know first."""
+    lines = [f"{values['law']}: {values['formula']}", ""]
+    for name, value in values["params"].items():
+        low, high = values["ci95"][name]
+        lines.append(f"  {name:16}{value:<12.5g}95% {low:.5g} to {high:.5g}")
+    lines += [
+        "",
+        f"{values['n_points']} points, rms error of log-loss {values['rms_log_error']:.3g}",
+    ]
+    if values["holdout"]:
+        error = values["holdout"]["rms_relative_error"]
+        lines.append(f"held out: {values['holdout']['what']}: rms relative error {error:.2%}")
+    shown = {n: values["frontier"].get(n) for n in ("d_sae_exponent", "tokens_exponent")}
+    if None not in shown.values():
+        n, tokens = shown.values()
+        lines.append(f"compute-optimal: n* ~ C^{n:.3f}, D* ~ C^{tokens:.3f}")
+    if planned := values["prediction"]:
+        low, high = planned["interval"]
+        what = ""
+        if planned["d_sae"]:  # power says how much loss, not of which size
+            what = f"{planned['d_sae']} latents, {planned['tokens']:,} tokens, "
+        lines.append(
+            f"for {planned['flops']:.4g} FLOPs: {what}loss {planned['loss']:.5g}, 95% of runs "
+            f"{low:.5g} to {high:.5g}"
+        )
+    lines += [f"warning: {warning}" for warning in values["warnings"]]
+    return "\n".join([*lines, "", f"written: {out}/fit.json, fit.png, report.html"])
+
+
+def _page(found, values: dict) -> str:
+    drawn = figures.panels(found, values["prediction"])
+    return pages.render(
+        pathlib.Path(__file__).with_name("report.html"),
+        fit=values,
+        figures=[(title, plots.inline_svg(figure, title)) for title, figure in drawn.items()],
+    )

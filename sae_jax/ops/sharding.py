@@ -1,0 +1,129 @@
+"""Running a per-shard function on the ambient mesh (`jax.set_mesh`), or plainly without one."""
+
+import contextlib
+import contextvars
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+# Where the two big tensors and the batch live. Axes of size one cost nothing.
+BATCH = P("data", None)  # (B, d)
+CODE = P("data", "model")  # (B, model shards * k): each shard's own slots
+ENCODER = P(None, "model")  # (d_in, d_sae)
+DECODER = P("model", None)  # (d_sae, d_out)
+PER_LATENT = P("model")  # (d_sae,)
+PER_TOKEN = P("data")  # (B,)
+
+ZERO = ("model", "data")  # what `model` shards, when it is spread over `data` too
+
+_for_accelerator = contextvars.ContextVar("for_accelerator", default=False)
+
+BATCHED_RUNS = "batched_runs"  # name of the axis of runs that are computed as one
+
+
+def per_shard(function: Callable, in_specs, out_specs) -> Callable:
+    """`function` on each device's shards. It names its collectives itself (`psum` below), and
+    is never differentiated through: the operations define their gradients."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function
+    axes = set(mesh.axis_names) - set(mesh.manual_axes)  # `run` may be taken apart already
+    return jax.shard_map(
+        function, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False
+    )
+
+
+def in_any_run(flag: jax.Array) -> jax.Array:
+    """`flag` (a bool), or that of any run in the same `jax.vmap(axis_name=BATCHED_RUNS)`: a branch
+    on it is taken by all of them or none, and so stays a branch."""
+    try:
+        # Gathered, since jax 0.12 cannot lower a pmax of scalars here.
+        return jax.lax.all_gather(flag, BATCHED_RUNS).any()
+    except NameError:  # no such axis: one run by itself
+        return flag
+
+
+def branch(flag: jax.Array, taken: Callable, otherwise: Callable):
+    """`jax.lax.cond(flag, taken, otherwise)` for branches that communicate.
+
+    On several CPU devices both are computed: XLA's runtime there keeps collectives in order, but
+    not those in a branch with those outside it. Two that ran at once crashed it, and may as well
+    have added up each other's arrays. Seen with jax 0.10."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.size > 1 and on_cpu():
+        return jax.tree.map(lambda a, b: jnp.where(flag, a, b), taken(), otherwise())
+    return jax.lax.cond(flag, taken, otherwise)
+
+
+def psum(x: jax.Array, axis: str) -> jax.Array:
+    return x if shard_count(axis) == 1 else jax.lax.psum(x, axis)
+
+
+def gather_last(x: jax.Array, axis: str) -> jax.Array:
+    """Every shard's (B, c) side by side: (B, shards * c), in the order of the axis."""
+    return x if shard_count(axis) == 1 else jax.lax.all_gather(x, axis, axis=1, tiled=True)
+
+
+def shard_index(axis: str) -> jax.Array | int:
+    return 0 if _without_mesh() else jax.lax.axis_index(axis)
+
+
+def shard_count(axis: str) -> int:
+    return 1 if _without_mesh() else jax.lax.axis_size(axis)
+
+
+def out_sharding(spec: P):
+    """`spec` for a contraction's `out_sharding=`; None where there is no mesh."""
+    return None if _without_mesh() else spec
+
+
+def matmul_f32(a: jax.Array, b: jax.Array, spec: P | None = None) -> jax.Array:
+    """a @ b with a float32 result. Float32 operands are multiplied as float32: by default a TPU
+    would round them to bfloat16 and a GPU to TF32; who wants that speed asks for bfloat16."""
+    return jnp.matmul(
+        a,
+        b,
+        precision="highest",
+        preferred_element_type=jnp.float32,
+        out_sharding=None if spec is None else out_sharding(spec),
+    )
+
+
+def zero_shard(tree):
+    """Arrays that `model` shards, each device keeping of its shard what is its own along `data`
+    (ZeRO: Rajbhandari et al. 2020). No communication."""
+    return jax.tree.map(lambda a: _with_axes(a, "model", ZERO), tree)
+
+
+def zero_gather(tree):
+    """Undoes `zero_shard`, with one all-gather of each array over `data`."""
+    return jax.tree.map(lambda a: _with_axes(a, ZERO, "model"), tree)
+
+
+def _with_axes(a: jax.Array, old, new) -> jax.Array:
+    spec = P(*(new if axes == old else axes for axes in jax.typeof(a).sharding.spec))
+    return jax.reshard(a, spec)
+
+
+def on_cpu() -> bool:
+    """Whether the program that is traced is for CPUs: the mesh's devices, or the default ones."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = device.platform if device else jax.default_backend()
+    return platform == "cpu" and not _for_accelerator.get()
+
+
+@contextlib.contextmanager
+def as_for_accelerators():
+    """Traces programs as for accelerators on a mesh of CPUs, which stand for some that are not
+    here."""
+    token = _for_accelerator.set(True)
+    try:
+        yield
+    finally:
+        _for_accelerator.reset(token)
+
+
+def _without_mesh() -> bool:
+    return jax.sharding.get_abstract_mesh().empty

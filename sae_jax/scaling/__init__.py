@@ -1,1 +1,0 @@
-"""Scaling: grids, sweeps that share one pass of data, and the laws fitted to their results."""

@@ -1,0 +1,231 @@
+"""A sweep: the runs of a grid, and the directory where workers train them.
+
+SWEEP/sweep.json     the grid: every run's id, config and swept fields; passes; versions
+SWEEP/runs/RUN_ID/   a run's directory, as `sae-jax train` makes it; failed.json if it diverged
+SWEEP/leases/        which worker trains which pass (leases.py)
+SWEEP/results.csv    a row for each run, in the grid's order
+"""
+
+import contextlib
+import csv
+import dataclasses
+import functools
+import io
+import itertools
+import json
+import os
+import socket
+
+from sae_jax import config as configs
+from sae_jax import paths
+from sae_jax.activations import open_stream
+from sae_jax.config import Config
+from sae_jax.errors import UserError
+from sae_jax.paths import AnyPath
+from sae_jax.sweep import grid as grids
+from sae_jax.train import loop
+from sae_jax.train.directory import environment
+
+STATES = ("waiting", "started", "done", "failed")
+_VOLATILE = ("wall_seconds", "devices")  # differ with who did the work, and how often it was killed
+_HOW_TO_CHANGE = (
+    "use another --workdir; or, to change this sweep, end its workers, delete {file} and start "
+    "again: runs that are finished stand, whatever grid they are in"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    id: str
+    config: Config  # resolved
+    swept: grids.Assignment  # what the grid sets
+
+
+def counted(number: int, what: str) -> str:
+    """As in "1 run" and "2 passes"."""
+    plural = "es" if what.endswith("s") else "s"
+    return f"{number:,} {what}{'' if number == 1 else plural}"
+
+
+def load(spec: str, overrides: dict[str, str]) -> list[Run]:
+    """The runs of a sweep file, "FILE.py[:arg]" with get_config and get_sweep, over the base
+    config with `overrides`. UserError for mistakes in any run's config, without a device."""
+    grid = configs.call_in_file(
+        spec, "get_sweep", "a sweep file has get_sweep(), which returns a grid (sweep/grid.py)"
+    )
+    if not isinstance(grid, list) or not all(isinstance(run, dict) for run in grid) or not grid:
+        raise UserError(
+            f"get_sweep() of {spec} returned {grid!r:.60}, not a grid of one run or more; make it "
+            "with sae_jax.sweep.grid"
+        )
+    base = configs.override(configs.load_file(spec), overrides)
+    for field in overrides:
+        if field in grids.fields(grid):
+            raise UserError(
+                f"--config.{field} has no effect: the sweep sets {field} for each run; change it "
+                f"in {spec}, or leave the override out"
+            )
+    return expand(base, grid)
+
+
+def expand(base: Config, grid: grids.Grid) -> list[Run]:
+    """The runs of `grid` over `base`, each resolved against its data. UserError names the run."""
+    streams = functools.lru_cache(open_stream)
+    runs: dict[str, Run] = {}
+    for number, swept in enumerate(grid, 1):
+        try:
+            config = grids.apply(base, swept)
+            if not config.data.store:
+                raise UserError(
+                    "no activations given: set data.store in get_config(), or add "
+                    "--config.data.store=STORE (make one with: sae-jax harvest)"
+                )
+            if config.train.init:
+                raise UserError("train.init is for sae-jax train; a sweep's runs begin fresh")
+            stream = streams(config.data)
+            config = loop.resolve(config, stream)
+            loop.count_steps(config, stream)
+        except UserError as error:
+            where = f"run {number} of {len(grid)} ({grids.describe(swept)})"
+            raise UserError(f"{where}: {error}") from error
+        run = Run(loop.run_id(config), config, swept)
+        if run.id in runs:
+            raise UserError(
+                f"{grids.describe(runs[run.id].swept)} and {grids.describe(swept)} are the same "
+                "run, once the defaults are filled in; leave one out of the grid"
+            )
+        runs[run.id] = run
+    return list(runs.values())
+
+
+class SweepDirectory:
+    """A sweep's directory, and what is known of its runs from their files."""
+
+    def __init__(self, path: AnyPath):
+        """Of a sweep that has been started. UserError if there is none."""
+        self.path = path
+        file = path / "sweep.json"
+        if not file.is_file():
+            raise UserError(f"{path} holds no sweep (no sweep.json); start one with --config")
+        try:
+            values = json.loads(file.read_text())
+        except json.JSONDecodeError as error:
+            raise UserError(f"{file} is damaged: {error}") from error
+        self.passes: int = values["passes"]
+        self._results: dict[str, dict] = {}  # of runs that are done, read once
+        self.runs = [_from_json(run_id, run) for run_id, run in values["runs"].items()]
+
+    @classmethod
+    def start(cls, path: AnyPath, runs: list[Run], passes: int | None = None):
+        """Makes `path` the directory of a new sweep, or opens that of the same sweep. passes: into
+        which its work is cut; None: as it was, 1 for a new one. UserError that shows the difference
+        where it holds another sweep."""
+        file = path / "sweep.json"
+        if not file.exists():
+            _make(file, runs, passes or 1)
+        there = cls(path)
+        there._check_same(runs, passes)
+        by_id = {run.id: run for run in runs}  # with this worker's hardware
+        there.runs = [by_id[run.id] for run in there.runs]
+        return there
+
+    def run_path(self, run: Run) -> AnyPath:
+        return self.path / "runs" / run.id
+
+    def state(self, run: Run) -> str:
+        """One of STATES. Who trains a run that has been started, if anyone, the leases tell."""
+        if self._result(run) is not None:
+            return "done"
+        for name, state in {"failed.json": "failed", "config.json": "started"}.items():
+            if (self.run_path(run) / name).is_file():
+                return state
+        return "waiting"
+
+    def write_results(self) -> AnyPath:
+        """results.csv: a row for each run in the grid's order, with its state, what the grid sets
+        and the columns of result.json but wall_seconds and devices, which tell of the workers: the
+        file is the same, byte for byte, whoever did the work. Of a run without a result, what its
+        config says."""
+        rows = [self._row(run) for run in self.runs]
+        swept = grids.fields([run.swept for run in self.runs])
+        columns = dict.fromkeys(["run_id", "status", *swept, *itertools.chain(*rows)])
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        file = self.path / "results.csv"
+        paths.write(file, text.getvalue(), by=_this_process())
+        return file
+
+    def _row(self, run: Run) -> dict:
+        state = self.state(run)
+        row = {"run_id": run.id, "status": state, **run.swept, **loop.planned(run.config)}
+        if state == "done":
+            row |= self._result(run)
+        return {name: value for name, value in row.items() if name not in _VOLATILE}
+
+    def _result(self, run: Run) -> dict | None:
+        """The result of a run that is done, which stands."""
+        if run.id not in self._results:
+            with contextlib.suppress(FileNotFoundError):
+                text = (self.run_path(run) / "result.json").read_text()
+                self._results[run.id] = json.loads(text)
+        return self._results.get(run.id)
+
+    def _check_same(self, runs: list[Run], passes: int | None) -> None:
+        how = _HOW_TO_CHANGE.format(file=self.path / "sweep.json")
+        there = {run.id: run for run in self.runs}
+        here = {run.id: run for run in runs}
+        differences = _differences(
+            [run for run_id, run in there.items() if run_id not in here],
+            [run for run_id, run in here.items() if run_id not in there],
+        )
+        if differences:
+            raise UserError(
+                f"{self.path} holds a sweep of another grid ({'; '.join(differences)}); {how}"
+            )
+        if passes not in (None, self.passes):
+            raise UserError(
+                f"{self.path} holds a sweep cut into --passes={self.passes}, not {passes}; leave "
+                f"--passes out, or {how}"
+            )
+
+
+def _differences(gone: list[Run], new: list[Run]) -> list[str]:
+    """In words: fields of runs that the grid sets alike, else the runs themselves."""
+    for before, run in itertools.product(gone, new):
+        if before.swept == run.swept:
+            lines = configs.difference(*(configs.identity(r.config) for r in (before, run)))
+            return [f"{grids.describe(run.swept)}: {line}" for line in lines]
+    words = []
+    for what, runs in (("gone", gone), ("new", new)):
+        if runs:
+            some = ", ".join(grids.describe(run.swept) for run in runs[:3])
+            more = f" and {len(runs) - 3} more" if len(runs) > 3 else ""
+            words.append(f"{what}: {some}{more}")
+    return words
+
+
+def _make(file: AnyPath, runs: list[Run], passes: int) -> None:
+    """Writes sweep.json whole, unless another worker is faster."""
+    path = file.parent
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--workdir {path} is a file; give a new or empty directory")
+    path.mkdir(parents=True, exist_ok=True)
+    values = {
+        "passes": passes,
+        "runs": {
+            run.id: {"swept": run.swept, "config": configs.identity(run.config)} for run in runs
+        },
+        "environment": environment(),
+    }
+    paths.create(file, paths.as_json(values), by=_this_process())
+
+
+def _from_json(run_id: str, values: dict) -> Run:
+    swept = {field: configs.typed(field, value) for field, value in values["swept"].items()}
+    return Run(run_id, configs.from_dict(values["config"]), swept)
+
+
+def _this_process() -> str:
+    return f".{socket.gethostname()}.{os.getpid()}"

@@ -1,0 +1,213 @@
+"""Grids: which runs a sweep has, as assignments to dotted fields of its base config.
+
+A grid is a list of {"section.field": value}, one for each run, in the order in which the runs are
+listed. `sweep` makes one, `product`, `zipped` and `chain` combine them:
+
+    grid.product(grid.sweep("sae.d_sae", [512, 1024]), grid.sweep("train.seed", range(3)))
+
+Below them are the designs of the papers. All raise UserError for an unknown field or a value of
+another type, a field that two factors both set, and an assignment that comes twice.
+"""
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from sae_jax import config as configs
+from sae_jax import sae as saes
+from sae_jax.config import Config, SAEConfig
+from sae_jax.errors import UserError
+
+Assignment = dict[str, object]
+Grid = list[Assignment]
+
+
+def sweep(field: str, values: Iterable) -> Grid:
+    """One run for each value of a field."""
+    values = list(values)
+    if not values:
+        raise UserError(f"the sweep of {field} has no values")
+    if field.startswith("mesh."):
+        raise UserError(f"{field} cannot be swept: it says where a run is trained, not which it is")
+    return _checked([{field: value} for value in values])
+
+
+def product(*grids: Grid) -> Grid:
+    """Every combination; the last grid varies fastest."""
+    return _distinct([_merged(parts) for parts in itertools.product(*grids)])
+
+
+def zipped(*grids: Grid) -> Grid:
+    """The first of each together, the second of each, and so on; all of the same length."""
+    lengths = [len(grid) for grid in grids]
+    if len(set(lengths)) > 1:
+        raise UserError(f"zipped grids must be of the same length, not {lengths}")
+    return _distinct([_merged(parts) for parts in zip(*grids, strict=True)])
+
+
+def chain(*grids: Grid) -> Grid:
+    """One grid after the other. A field that only some of them set is the base config's in the
+    others."""
+    return _distinct(list(itertools.chain(*grids)))
+
+
+def apply(config: Config, assignment: Assignment) -> Config:
+    return configs.assign(config, assignment)
+
+
+def fields(grid: Grid) -> list[str]:
+    """Every field that the grid sets, in order of appearance."""
+    return list(dict.fromkeys(itertools.chain(*grid)))
+
+
+def shared(grid: Grid) -> Assignment:
+    """What all runs of the grid set alike."""
+    first, *others = grid
+    return {f: v for f, v in first.items() if all(run.get(f) == v for run in others)}
+
+
+def without(assignment: Assignment, other: Assignment) -> Assignment:
+    return {field: value for field, value in assignment.items() if field not in other}
+
+
+def describe(assignment: Assignment) -> str:
+    """For people: numbers in six digits."""
+    words = [
+        f"{field}={value:.6g}" if isinstance(value, float) else f"{field}={value}"
+        for field, value in assignment.items()
+    ]
+    return " ".join(words) or "the base config"
+
+
+# ------------------------------------------------------------- designs of the papers
+
+
+def isoflop(
+    budgets: Sequence[float],
+    d_sae: Sequence[int],
+    *,
+    d_in: int,
+    d_out: int | None = None,
+    batch_size: int,
+) -> Grid:
+    """Every compute budget C (FLOPs) with every dictionary size n: tokens =
+    C / (6 n (d_in + d_out)), which is C / (12 n d) for an autoencoder, rounded to whole batches
+    ("Scaling Monosemanticity", Templeton et al. 2024, Scaling Laws; approach 2 of Hoffmann et
+    al. 2022). UserError where that is less than 100 batches: the runs of a budget would differ in
+    compute by more than half a percent."""
+    grid = []
+    for budget, size in itertools.product(budgets, d_sae):
+        steps = round(budget / (6 * size * (d_in + (d_out or d_in))) / batch_size)
+        if steps < 100:
+            raise UserError(
+                f"a budget of {budget:.3g} FLOPs is only {steps} batches of {batch_size} tokens at "
+                f"d_sae {size}; give larger budgets or smaller sizes, or a smaller batch_size"
+            )
+        grid.append({"sae.d_sae": size, "train.tokens": steps * batch_size})
+    return _checked(grid)
+
+
+def nk(d_sae: Sequence[int], k: Sequence[int]) -> Grid:
+    """Every dictionary size with every k, for L(n, k) (Gao et al. 2024, section 3.1.3)."""
+    return product(sweep("sae.d_sae", d_sae), sweep("sae.k", k))
+
+
+def sparsity_frontier(settings: Mapping[str, Sequence[float]]) -> Grid:
+    """Sparsities by architecture: {"topk": [16, 32], "relu": [2.0, 5.0]}. They are k where the
+    architecture has one, else coefficients (Rajamanoharan et al. 2024, figure 2)."""
+    grid = []
+    for name, values in settings.items():
+        picks = "k" in saes.architecture(SAEConfig(architecture=name)).DEFAULTS
+        used, unused = "sae.k", "sae.sparsity_coefficient"
+        if not picks:
+            used, unused = unused, used
+        grid += [{"sae.architecture": name, used: value, unused: None} for value in values]
+    return _checked(grid)
+
+
+def learning_rates(grid: Grid, rate: float, *, at: int, factors: Sequence[float] = (1.0,)) -> Grid:
+    """`grid`, which sets sae.d_sae, with optimizer.learning_rate = rate * (d_sae / at)^-0.5: the
+    rate found best at the size `at`, carried to the others (Gao et al. 2024, A.3: proportional to
+    1 / sqrt(n)). More factors than one multiply it: each size has a sweep of its own, around where
+    the rule would put it."""
+    for assignment in grid:
+        if "sae.d_sae" not in assignment:
+            raise UserError(
+                f"learning_rates follows sae.d_sae, which the grid does not set for "
+                f"{describe(assignment)}"
+            )
+    rates = [
+        {**run, "optimizer.learning_rate": factor * rate * (run["sae.d_sae"] / at) ** -0.5}
+        for run in grid
+        for factor in factors
+    ]
+    return _checked(rates)
+
+
+def budgets(
+    tokens: Sequence[int],
+    *,
+    batch_size: int,
+    warmup_tokens: int,
+    decay_fraction: float = 0.2,
+    sparsity_warmup_tokens: int | None = None,
+) -> Grid:
+    """Token budgets that share a trunk: the warm-up/stable/decay schedule, with a warm-up of the
+    same number of steps in each, so that all are one run until the smaller ones decay (Hagele et
+    al. 2024). sparsity_warmup_tokens: for an architecture whose sparsity coefficient warms up
+    (relu, gated, jumprelu), where it must agree too. UserError where a budget is too short."""
+    warmup = round(warmup_tokens / batch_size)
+    sparsity_warmup = sparsity_warmup_tokens and round(sparsity_warmup_tokens / batch_size)
+    grid = []
+    for budget in tokens:
+        steps = int(budget) // batch_size
+        stable = steps - round(decay_fraction * steps)
+        if stable < max(warmup, sparsity_warmup or 0, 1):
+            raise UserError(
+                f"a budget of {budget} tokens begins to decay after {stable} steps of {batch_size} "
+                f"tokens, before the warm-up of {max(warmup, sparsity_warmup or 0)} steps has "
+                "ended; give larger budgets or a shorter warm-up"
+            )
+        run = {
+            "train.tokens": steps * batch_size,
+            "optimizer.schedule": "warmup_stable_decay",
+            "optimizer.warmup_fraction": warmup / steps,
+            "optimizer.decay_fraction": decay_fraction,
+        }
+        if sparsity_warmup is not None:
+            run["sae.sparsity_warmup_fraction"] = sparsity_warmup / steps
+        grid.append(run)
+    return _checked(grid)
+
+
+def _checked(grid: Grid) -> Grid:
+    """With every field known and every value of its type; NumPy's numbers made Python's."""
+    return _distinct([{field: _value(field, v) for field, v in run.items()} for run in grid])
+
+
+def _value(field: str, value):
+    return configs.typed(field, value.item() if isinstance(value, np.generic) else value)
+
+
+def _merged(parts: Iterable[Assignment]) -> Assignment:
+    merged: Assignment = {}
+    for part in parts:
+        for field, value in part.items():
+            if field in merged:
+                raise UserError(
+                    f"{field} is set twice, to {merged[field]!r} and to {value!r}: two grids that "
+                    "are combined must set different fields"
+                )
+            merged[field] = value
+    return merged
+
+
+def _distinct(grid: Grid) -> Grid:
+    seen = set()
+    for assignment in grid:
+        key = tuple(sorted(assignment.items()))
+        if key in seen:
+            raise UserError(f"{describe(assignment)} comes twice in the grid")
+        seen.add(key)
+    return grid

@@ -1,0 +1,127 @@
+"""Leases: which worker does which piece of work, agreed on by nothing but a shared directory.
+
+    LEASES/NAME.GENERATION   one claim of NAME: whose, and for how many seconds without a heartbeat
+
+To claim NAME is to create the file of its next generation exclusively, which one worker alone
+can. The owner touches its file, the heartbeat; whoever finds the newest generation untouched for
+longer than it says may create the next one, and so takes the work over. No file is ever renamed or
+removed, so that no two workers can mistake each other's files. A host whose clock is wrong neither
+loses its leases nor takes those of others: in a directory every time is the file system's own
+(lease_files.py), and in an object store a lease is as old as the time, on the reader's monotonic
+clock, for which it has looked the same.
+
+An owner that was thought dead (stopped, cut off) and wakes up sees a newer generation: it asks
+`Lease.lost` before it writes. Between the answer and the write there is a moment in which the lease
+can be lost: writes must be atomic, and the same whoever makes them.
+"""
+
+import contextlib
+import dataclasses
+import os
+import socket
+import threading
+
+from absl import logging
+
+from sae_jax.errors import UserError
+from sae_jax.paths import AnyPath, ObjectPath
+from sae_jax.sweep.lease_files import Claim, LocalFiles, ObjectFiles
+
+
+class LeaseLostError(Exception):
+    """Another worker has taken the work over: it must not be written any more."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Holder:
+    """Who claimed a piece of work last. age: seconds since the last heartbeat; None at the first
+    look into an object store, which cannot tell."""
+
+    owner: str
+    age: float | None
+    alive: bool
+
+    @property
+    def heard_of(self) -> str:
+        if self.age is None:
+            return "alive or dead, which one look at an object store cannot tell"
+        return f"heard of {self.age:.0f} s ago"
+
+
+class Leases:
+    """The leases in `directory`. seconds: how long those claimed here may be silent."""
+
+    def __init__(self, directory: AnyPath, seconds: float = 60):
+        kind = ObjectFiles if isinstance(directory, ObjectPath) else LocalFiles
+        self._files = kind(directory)
+        self._seconds = seconds
+
+    def claim(self, name: str) -> "Lease | None":
+        """The lease of `name`, its heart already beating, or None if another worker has it."""
+        generation = self._newest(name)
+        if generation and (holder := self._holder(name, generation)) and holder.alive:
+            return None
+        owner = f"{socket.gethostname()} process {os.getpid()}"
+        claim = self._files.create(f"{name}.{generation + 1}", f"{self._seconds} {owner}")
+        if claim is None:  # another worker was faster
+            return None
+        return Lease(self._files, claim, f"{name}.{generation + 2}", self._seconds / 6)
+
+    def holder(self, name: str) -> Holder | None:
+        """None where nobody has claimed `name`, or its last owner gave it back."""
+        generation = self._newest(name)
+        return self._holder(name, generation) if generation else None
+
+    def _holder(self, name: str, generation: int) -> Holder | None:
+        looked = self._files.look(f"{name}.{generation}")
+        if looked is None:
+            return None
+        age, text = looked
+        seconds, _, owner = text.partition(" ")
+        # Empty in the moment in which it is made, and where its maker died in that moment.
+        return Holder(owner or "?", age, (age or 0) <= float(seconds or self._seconds))
+
+    def _newest(self, name: str) -> int:
+        """The newest generation of `name`, from 1; 0 before the first."""
+        parts = [entry.rpartition(".") for entry in self._files.names()]
+        return max((int(number) for before, _, number in parts if before == name), default=0)
+
+
+class Lease:
+    """A claim, until `release` or the end of the `with`. A thread touches its file meanwhile."""
+
+    def __init__(self, files: LocalFiles | ObjectFiles, claim: Claim, next: str, interval: float):
+        self._files = files
+        self._claim = claim
+        self._next = next
+        self._interval = interval
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="sae-jax-lease", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> "Lease":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.release()
+
+    def lost(self) -> bool:
+        """Whether another worker has taken over, or the lease was deleted."""
+        names = self._files.names()
+        return self._next in names or self._claim.name not in names
+
+    def release(self) -> None:
+        """Gives the work back: whoever comes next need not wait for the lease to run out."""
+        if self._ended.is_set():
+            return
+        self._ended.set()
+        self._thread.join()
+        with contextlib.suppress(OSError, UserError):  # deleted; then there is nothing to give back
+            self._claim.release()
+
+    def _beat(self) -> None:
+        while not self._ended.wait(self._interval):
+            try:
+                self._claim.beat()
+            except (OSError, UserError) as error:  # away for a moment; `lost` will tell
+                logging.warning("no heartbeat of %s: %s", self._claim.name, error)

@@ -1,0 +1,57 @@
+"""Starting a run from an SAE that is there, another framework's or an earlier run's."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from sae_jax.config import Config
+from sae_jax.errors import UserError
+from sae_jax.sae import SAE
+from sae_jax.train.step import TrainState
+
+_MUST_AGREE = ("architecture", "kind", "d_sae", "d_in", "d_out", "apply_b_dec_to_input")
+
+
+def start_from(sae: SAE, config: Config, state: TrainState) -> TrainState:
+    """A fresh `state` with the parameters of `sae`, in the run's units: the run's SAE is the same
+    function of activations. Moments and counters are fresh, and k is the run's.
+
+    UserError where the run's config describes another SAE, naming the fields to set."""
+    _check(sae, config)
+    scale, target_scale = float(state.scale), float(state.target_scale)
+    folded = sae.fold()
+    values = {name: np.asarray(value, np.float64) for name, value in folded.parameters().items()}
+    # The run's latents are those of the folded SAE times target_scale, its decoder's rows the same.
+    for name in ("w_enc", "w_skip"):
+        if name in values:
+            values[name] *= target_scale / scale
+    for name in ("b_dec", *folded.PER_LATENT_SCALED):
+        values[name] *= target_scale
+    norms = np.linalg.norm(values["w_dec"], axis=1)
+    if config.sae.unit_norm_decoder and not np.allclose(norms, 1.0, atol=1e-4):
+        raise UserError(
+            "train.init: the rows of its decoder have norms of "
+            f"{norms.min():.3g} to {norms.max():.3g}; add --config.sae.unit_norm_decoder=false"
+        )
+
+    def placed(name: str, like: jax.Array) -> jax.Array:
+        value = values[name].astype(np.float32)
+        return jax.make_array_from_callback(like.shape, like.sharding, lambda index: value[index])
+
+    parameters = {name: placed(name, like) for name, like in state.parameters.items()}
+    return dataclasses.replace(state, parameters=parameters)
+
+
+def _check(sae: SAE, config: Config) -> None:
+    there = {name: getattr(sae.config, name) for name in _MUST_AGREE}
+    asked = {name: getattr(config.sae, name) for name in _MUST_AGREE}
+    if there["kind"] == "crosscoder":
+        raise UserError("train.init: a crosscoder, whose sites have a scale each, cannot go on yet")
+    wrong = [name for name in _MUST_AGREE if there[name] != asked[name]]
+    if wrong:
+        flags = " ".join(f"--config.sae.{name}={str(there[name]).lower()}" for name in wrong)
+        raise UserError(
+            f"train.init is {config.train.init}, which the run's config does not describe; "
+            f"add {flags}"
+        )
