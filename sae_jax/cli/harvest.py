@@ -8,7 +8,8 @@ from sae_jax.cli import counts, distributed
 
 SUMMARY = """Write a language model's activations over text to a store.
 
-Reads a Hugging Face directory (config.json, model.safetensors, tokenizer.json) and text; packs the
+Reads a Hugging Face directory (config.json, model.safetensors, tokenizer.json), or one on the hub
+(--model=hf://org/name, with pip install "sae-jax[hub]"), and text; packs the
 text into contexts, each starting with BOS; runs the model on this machine's devices; writes the
 activations of the sites you name. Several processes (--distributed) share the store's shards out,
 each with the model on its own devices. Stopped at any moment and started again with the same flags,
@@ -42,8 +43,8 @@ def define(values: flags.FlagValues) -> None:
     string(
         "model",
         "demo",
-        "Directory of the model; demo: the one-layer model that ships here; torch:DIRECTORY or "
-        "torch:NAME of the Hugging Face hub: run by transformers.",
+        "Directory of the model, or hf://ORG/REPOSITORY[@REVISION] of the Hugging Face hub; demo: "
+        "the one-layer model that ships here; torch: before either: run by transformers.",
     )
     flags.DEFINE_list(
         "text",

@@ -31,11 +31,12 @@ latents = sae.encode(x)
 x_hat = sae(x)
 """
 _VERSION = 1
+FILES = ("sae.json", "sae.safetensors")
 _SCALES = ("scale", "target_scale")
 
 
 def recognises(path: pathlib.Path) -> bool:
-    return (path / "sae.json").is_file() and (path / "sae.safetensors").is_file()
+    return all((path / name).is_file() for name in FILES)
 
 
 def write(sae: SAE, directory: pathlib.Path, about: dict) -> None:

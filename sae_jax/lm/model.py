@@ -6,7 +6,6 @@ before that.
 
 import functools
 import math
-import pathlib
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -19,6 +18,7 @@ from sae_jax.errors import UserError
 from sae_jax.lm import bridge
 from sae_jax.lm.architecture import layout, site_width
 from sae_jax.lm.decoder import forward
+from sae_jax.lm.directory import model_directory, pinned_spec
 from sae_jax.lm.families import load_config
 from sae_jax.lm.tensors import names_of
 from sae_jax.lm.text import load_tokenizer, read_json
@@ -26,9 +26,11 @@ from sae_jax.lm.weights import fingerprint, load_params
 
 
 class Model:
-    """The model of a Hugging Face directory, to be computed in `dtype` over `mesh` (axes `data` and
-    `model`; None: all of this process's devices along `data`). scan: in a loop over its layers,
-    which compiles in the same time whatever their number."""
+    """The model of a Hugging Face directory, or of hf://org/repository[@revision] on the hub.
+
+    It is computed in `dtype` over `mesh` (axes `data` and `model`; None: all of this process's
+    devices along `data`). scan: in a loop over its layers, which compiles in the same time whatever
+    their number. Of a model on the hub the weights are downloaded when they are needed."""
 
     def __init__(
         self,
@@ -37,27 +39,27 @@ class Model:
         mesh: jax.sharding.Mesh | None = None,
         scan: bool = False,
     ):
-        self.directory = pathlib.Path(directory)
-        self.spec = str(self.directory.absolute())  # what `open_model` takes, from anywhere
+        self.directory = model_directory(directory)
+        self.spec = pinned_spec(directory, self.directory)  # what `open_model` takes, from anywhere
         self.dtype, self.scan = dtype, scan
         self.mesh = mesh or jax.make_mesh(
             (jax.local_device_count(), 1), ("data", "model"), devices=jax.local_devices()
         )
-        self.config = load_config(directory)
+        self.config = load_config(self.spec)
         self.vocab_size = self.config.vocab_size
         self.max_context = self.config.max_context
 
     @functools.cached_property
     def tokenizer(self):
-        return load_tokenizer(self.directory)
+        return load_tokenizer(self.spec)
 
     @functools.cached_property
     def params(self) -> dict:
-        return load_params(self.directory, jnp.dtype(self.dtype), self.mesh, self.scan)
+        return load_params(self.spec, jnp.dtype(self.dtype), self.mesh, self.scan)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        return fingerprint(self.directory)
+        return fingerprint(self.spec)
 
     @property
     def layers_module(self) -> str:
@@ -103,8 +105,8 @@ class Model:
 def open_model(
     spec, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None, scan: bool = False
 ) -> Model | bridge.TorchModel:
-    """The model of a Hugging Face directory; of "torch:DIRECTORY", or "torch:NAME" of one on the
-    hub, transformers' own, which knows nothing of the mesh."""
+    """The model of a Hugging Face directory, or of hf://org/repository[@revision] on the hub; of
+    "torch:" before either, transformers' own, which knows nothing of the mesh."""
     if not bridge.is_torch(spec):
         return Model(spec, dtype, mesh, scan)
     if scan:
