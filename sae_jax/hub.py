@@ -13,6 +13,7 @@ import dataclasses
 import glob
 import pathlib
 import re
+import sys
 import threading
 import time
 import urllib.parse
@@ -84,22 +85,15 @@ def fetch(name, files: Sequence[str], needed: Sequence[str] = ()) -> pathlib.Pat
     hub cannot be reached and the cache does not have the files, and where the download stops.
     Raises MissingFileError where the folder has none of `files`, or lacks one of `needed`."""
     name = parse(name)
-    there, trouble = _files_if_reachable(name)
-    wanted = [name.folder, *map(name.file, files)]
+    there, commit, trouble = _look(name)
+    wanted = [file for file in [name.folder, *map(name.file, files)] if file]
     if there is not None:
         wanted = [file for file in wanted if file in there]
         _check_there(name, wanted, files, needed, there)
-    with _logged(f"{name}: downloading"):
-        try:
-            snapshot = _import().snapshot_download(
-                name.repo,
-                revision=name.revision,
-                allow_patterns=[glob.escape(file) for file in wanted if file],
-                local_files_only=there is None,
-            )
-        except Exception as error:  # its own classes, and requests' or httpx's, as its version goes
-            raise _stopped(name, trouble, error) from error
-    local = pathlib.Path(snapshot) / name.folder
+        if snapshot := _cached(name, commit, wanted):
+            return snapshot / name.folder
+    snapshot = _download(name, wanted, trouble)
+    local = snapshot / name.folder
     if there is None and not local.is_file():
         found = [file for file in files if (local / file).is_file()]
         if not found or set(needed) - set(found):
@@ -119,7 +113,7 @@ def list_files(name) -> list[str]:
 
     Raises UserError as `fetch`, and where the hub cannot be reached."""
     name = parse(name)
-    there, trouble = _files_if_reachable(name)
+    there, _, trouble = _look(name)
     if there is None:
         raise _stopped(name, trouble, trouble)
     return there
@@ -162,6 +156,9 @@ def push(directory: pathlib.Path, repo: str, public: bool = False) -> str:
 def _import():
     try:
         import huggingface_hub
+        import huggingface_hub.constants
+        import huggingface_hub.errors
+        import huggingface_hub.utils
     except ImportError:
         raise UserError(
             'the hub needs the package huggingface_hub: pip install "sae-jax[hub]"'
@@ -169,8 +166,48 @@ def _import():
     return huggingface_hub
 
 
-def _files_if_reachable(name: HubName) -> tuple[list[str] | None, Exception | None]:
-    """(all files of the repository, None), or (None, why) where the hub does not answer."""
+def _cached(name: HubName, commit: str, files: Sequence[str]) -> pathlib.Path | None:
+    """The copy of the repository in the cache, if it is of this commit and has all the files."""
+    for file in files:
+        revision = name.revision or "main"
+        found = _import().try_to_load_from_cache(name.repo, file, revision=revision)
+        if not isinstance(found, str):
+            return None
+        depth = len(pathlib.PurePosixPath(file).parts)
+        snapshot = pathlib.Path(found).parents[depth - 1]
+        if snapshot.name != commit:
+            return None
+    return snapshot
+
+
+def _download(name: HubName, files: Sequence[str], trouble: Exception | None) -> pathlib.Path:
+    """The copy of the repository in the cache, with the files; from the cache alone where there
+    is `trouble` with reaching the hub."""
+    hub, shown = _import(), sys.stderr.isatty() or "ipykernel" in sys.modules
+
+    class SilentBar(hub.utils.tqdm):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options | {"disable": True})
+
+    with _logged(f"{name}: downloading"):
+        try:
+            snapshot = hub.snapshot_download(
+                name.repo,
+                revision=name.revision,
+                allow_patterns=list(map(glob.escape, files)),
+                local_files_only=trouble is not None,
+                tqdm_class=hub.utils.tqdm if shown else SilentBar,
+            )
+        except Exception as error:  # its own classes, and requests' or httpx's, as its version goes
+            if answer := _answer(error):
+                raise _refused(name, answer) from error
+            raise _stopped(name, trouble, error) from error
+    return pathlib.Path(snapshot)
+
+
+def _look(name: HubName) -> tuple[list[str] | None, str | None, Exception | None]:
+    """(all files of the repository, its commit, None), or (None, None, why) where the hub does not
+    answer."""
     hub = _import()
     try:
         timeout = hub.constants.HF_HUB_ETAG_TIMEOUT
@@ -180,10 +217,19 @@ def _files_if_reachable(name: HubName) -> tuple[list[str] | None, Exception | No
     except hub.errors.HfHubHTTPError as error:
         if error.response.status_code < 500:
             raise _refused(name, error) from error
-        return None, error
+        return None, None, error
     except Exception as error:  # requests' or httpx's, as its version goes
-        return None, error
-    return [file.rfilename for file in info.siblings], None
+        return None, None, error
+    return [file.rfilename for file in info.siblings], info.sha, None
+
+
+def _answer(error: BaseException | None):
+    """The hub's answer that led to `error`: the nearest of its causes with a status of 4xx."""
+    while error is not None:
+        if isinstance(error, _import().errors.HfHubHTTPError) and error.response.status_code < 500:
+            return error
+        error = error.__cause__
+    return None
 
 
 def _refused(name: HubName, error) -> UserError:

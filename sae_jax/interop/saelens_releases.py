@@ -24,7 +24,7 @@ def hub_name(release: str, sae_id: str) -> HubName:
 
     Raises UserError for a release or an id that the table does not have, naming the nearest; for
     one in a format that is not read here; and where sae-lens or PyYAML is not installed."""
-    table = _table()
+    table = read_table()
     choose(release, table, f"the release of {SCHEME}{release}/{sae_id}")
     entry = table[release]
     folders = {str(sae["id"]): str(sae["path"]) for sae in entry["saes"]}
@@ -47,7 +47,7 @@ def hub_name(release: str, sae_id: str) -> HubName:
 
 
 @functools.cache
-def _table() -> dict:
+def read_table() -> dict:
     package = importlib.util.find_spec("sae_lens")
     if package is None or not package.submodule_search_locations:
         raise UserError(

@@ -38,8 +38,8 @@ def load_params(
     UserError naming the file or the tensor where one is missing, truncated, of another shape or
     unknown.
     """
+    config = load_config(directory)  # before the weights are downloaded
     directory = with_weights(directory)
-    config = load_config(directory)
     tree = layout(config)
     with contextlib.ExitStack() as stack:
         tensors = _open(directory, stack)
