@@ -214,11 +214,9 @@ def _look(name: HubName) -> tuple[list[str] | None, str | None, Exception | None
         info = hub.HfApi().model_info(name.repo, revision=name.revision, timeout=timeout)
     except hub.errors.HFValidationError as error:
         raise UserError(f"{name} is no name on the hub: {_reason(error)}") from error
-    except hub.errors.HfHubHTTPError as error:
-        if error.response.status_code < 500:
-            raise _refused(name, error) from error
-        return None, None, error
-    except Exception as error:  # requests' or httpx's, as its version goes
+    except Exception as error:  # its own classes, and requests' or httpx's, as its version goes
+        if answer := _answer(error):
+            raise _refused(name, answer) from error
         return None, None, error
     return [file.rfilename for file in info.siblings], info.sha, None
 
@@ -226,8 +224,10 @@ def _look(name: HubName) -> tuple[list[str] | None, str | None, Exception | None
 def _answer(error: BaseException | None):
     """The hub's answer that led to `error`: the nearest of its causes with a status of 4xx."""
     while error is not None:
-        if isinstance(error, _import().errors.HfHubHTTPError) and error.response.status_code < 500:
-            return error
+        if isinstance(error, _import().errors.HfHubHTTPError):
+            response = error.response  # None in what early versions raise without asking the hub
+            if response is not None and response.status_code < 500:
+                return error
         error = error.__cause__
     return None
 

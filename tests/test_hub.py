@@ -172,10 +172,12 @@ def test_a_download_that_breaks_off_goes_on_when_started_again(server, monkeypat
     wanted = ("big.safetensors", "cfg.json")
     text = refused("hf://me/x/a", lambda name: hub.fetch(name, wanted, wanted))
     assert "the download stopped" in text and "start it again" in text
-    ranges = {wanted for method, _, wanted in server.requests if method == "GET" and wanted}
-    assert ranges == {"bytes=1000-"}  # it tried to go on where it was
-    server.cut, _ = {}, server.sent()
+    tries, server.cut = list(server.requests), {}
+    server.requests.clear()
     local = hub.fetch("hf://me/x/a", wanted, wanted)
+    # It goes on where it was: the versions of huggingface_hub differ in when.
+    ranges = {range for method, _, range in tries + server.requests if method == "GET" and range}
+    assert ranges == {"bytes=1000-"}
     assert (local / "big.safetensors").read_bytes() == FILES["a/big.safetensors"]
     assert "a/cfg.json" not in server.sent()  # it had arrived
 
@@ -358,8 +360,9 @@ def test_a_store_knows_its_model_on_the_hub(tmp_path, server, live):
     evaluation = json.loads((run / "eval.json").read_text())
     assert evaluation["settings"]["model"] == name
     assert evaluation["language_model"]["ce_clean"] > 0
-    assert cli("eval", f"--run={run}", "--model=none") == 0
-    assert "language_model" not in json.loads((run / "eval.json").read_text())
+    alone = tmp_path / "alone.json"
+    assert cli("eval", f"--run={run}", "--model=none", f"--out={alone}") == 0
+    assert json.loads(alone.read_text())["language_model"] is None
     assert not server.sent()
 
 
