@@ -1,6 +1,7 @@
 """Names on the Hugging Face hub, beside a small server that speaks its protocol."""
 
-import importlib
+import dataclasses
+import importlib.util
 import json
 import os
 import pathlib
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from hub_server import Repo, files_of
 from test_interop_formats import random_sae
-from training import make_config
+from training import make_config, make_store
 
 import sae_jax
 from sae_jax import hub, interop, lm
@@ -23,7 +24,7 @@ from sae_jax.activations import Store
 from sae_jax.cli import main
 from sae_jax.errors import UserError
 from sae_jax.interop import saelens_releases
-from sae_jax.train import loop
+from sae_jax.train.run import train_run
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "lm"
 FILES = {"a/cfg.json": b"{}", "a/big.safetensors": bytes(range(256)) * 40, "b/cfg.json": b"[]"}
@@ -354,7 +355,7 @@ def test_a_store_knows_its_model_on_the_hub(tmp_path, server, live):
     assert store.meta.live.model == name
     run = tmp_path / "run"
     config = make_config(str(store.path), steps=10, sae={"aux_coefficient": 0.0})
-    loop.train(config, run)
+    train_run(config, run)
     assert interop.read_provenance(run)["model_name"] == "me/lm"
     assert cli("eval", f"--run={run}", "--lm_tokens=64") == 0
     evaluation = json.loads((run / "eval.json").read_text())
@@ -364,6 +365,30 @@ def test_a_store_knows_its_model_on_the_hub(tmp_path, server, live):
     assert cli("eval", f"--run={run}", "--model=none", f"--out={alone}") == 0
     assert json.loads(alone.read_text())["language_model"] is None
     assert not server.sent()
+
+
+@pytest.mark.slow
+def test_every_flag_takes_a_name_on_the_hub(tmp_path, server, monkeypatch):
+    """Of an SAE: train.init, eval, export (which uploads it again). Of a model: bench."""
+    store = make_store(tmp_path / "store")
+    config = make_config(store, steps=3, sae={"aux_coefficient": 0.0})
+    train_run(config, tmp_path / "first")
+    interop.export(sae_jax.load(tmp_path / "first"), "sae_jax", tmp_path / "sae")
+    server.repos["me/sae"] = Repo(files_of(tmp_path / "sae", "a"))
+    server.repos["me/lm"] = Repo(files_of(lm.DEMO_MODEL))
+    begun = dataclasses.replace(config.train, init="hf://me/sae/a")
+    train_run(dataclasses.replace(config, train=begun), tmp_path / "second", load_sae=interop.load)
+    out = tmp_path / "eval.json"
+    evaluate = ["eval", "--sae=hf://me/sae/a", f"--store={store}", "--site=activations"]
+    assert cli(*evaluate, "--holdout_fraction=0.2", f"--out={out}") == 0
+    assert json.loads(out.read_text())["settings"]["sae"] == "hf://me/sae/a"
+    export = ["export", "--checkpoint=hf://me/sae/a", "--format=saelens"]
+    assert cli(*export, f"--out={tmp_path / 'again'}", "--push_to=hf://me/sae") == 0
+    assert "/api/models/me/sae/commit/main" in server.uploads
+    found = importlib.util.find_spec  # transformers does not run the model that ships here
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "torch" else found(n))
+    bench = ["bench", "--harvest", "--model=hf://me/lm", "--tokens=2048", "--rounds=1"]
+    assert cli(*bench, "--sites=resid_post.0", f"--out={tmp_path / 'bench.json'}") == 0
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from sae_jax.interop.formats import FORMATS
 from sae_jax.interop.locate import locate
 from sae_jax.interop.provenance import read_provenance
 from sae_jax.sae import SAE
-from sae_jax.train import load_sae
+from sae_jax.train.checkpoints import load_sae
 
 
 def load(path, sae_id: str | None = None) -> SAE:
