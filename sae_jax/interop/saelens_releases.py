@@ -9,7 +9,7 @@ import importlib.util
 import pathlib
 
 from sae_jax.errors import UserError, choose, nearest
-from sae_jax.hub import HubName, parse
+from sae_jax.hub import HubName
 
 SCHEME = "saelens://"
 
@@ -42,12 +42,14 @@ def hub_name(release: str, sae_id: str) -> HubName:
             f"{SCHEME}{release}/{sae_id}: SAELens changes {changed[0]} to "
             f"{overrides[changed[0]]!r} as it loads it, which is not done here"
         )
-    at = f"@{overrides['revision']}" if "revision" in overrides else ""
-    return parse(f"hf://{entry['repo_id']}{at}/{folder}")
+    return HubName(entry["repo_id"], overrides.get("revision"), folder)
 
 
 @functools.cache
 def read_table() -> dict:
+    """Returns {release: its entry} of the table in the installed package.
+
+    Raises UserError where sae-lens or PyYAML is not installed."""
     package = importlib.util.find_spec("sae_lens")
     if package is None or not package.submodule_search_locations:
         raise UserError(
