@@ -77,7 +77,7 @@ class StoreWriter:
         call this at once with the same arguments. A finished store with the same content gives a
         writer with nothing missing; any other existing store is a UserError that says what
         differs."""
-        _check_sites(sites)
+        check_sites(sites)
         choose(dtype, DTYPES, "the dtype of a store")
         if num_sequences < 1 or context_length < 1:
             raise UserError(
@@ -93,7 +93,7 @@ class StoreWriter:
             raise UserError("special_tokens were given without tokens to find them in")
         sites = {name: SiteMeta(int(width), dtype) for name, width in sites.items()}
         widest = max(sites.values(), key=lambda site: site.width)
-        chunk, shard = _layout(widest, num_sequences, context_length)
+        chunk, shard = layout(widest, num_sequences, context_length)
         meta = StoreMeta(
             format_version=FORMAT_VERSION,
             complete=False,
@@ -285,8 +285,8 @@ def _notes_name(index: int) -> str:
     return f"written/{index:06d}.npz"
 
 
-def _layout(site: SiteMeta, num_sequences: int, context_length: int) -> tuple[int, int]:
-    """(sequences of a chunk, sequences of a shard) by the widest site."""
+def layout(site: SiteMeta, num_sequences: int, context_length: int) -> tuple[int, int]:
+    """Returns the sequences of a chunk and those of a shard, chosen by the widest site."""
     row_bytes = site.width * site.numpy_dtype.itemsize
     rows = min(max(CHUNK_BYTES // row_bytes, _CHUNK_ROWS[0]), _CHUNK_ROWS[1])
     chunk = max(1, min(rows // context_length, num_sequences // MIN_CHUNKS))
@@ -295,7 +295,7 @@ def _layout(site: SiteMeta, num_sequences: int, context_length: int) -> tuple[in
     return chunk, chunk * max(1, min(SHARD_BYTES // chunk_bytes, -(-chunks // MIN_SHARDS)))
 
 
-def _check_sites(sites: dict[str, int]) -> None:
+def check_sites(sites: dict[str, int]) -> None:
     if not sites:
         raise UserError("a store needs at least one site")
     for name, width in sites.items():

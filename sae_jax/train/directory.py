@@ -64,6 +64,12 @@ class RunDirectory:
         if is_writer():
             paths.write(self._metrics_path, metrics.lines_until(other._metrics_path, step))
 
+    def read_metrics(self) -> list[dict]:
+        """Returns the lines of metrics.jsonl, oldest first."""
+        if not self._metrics_path.exists():
+            return []
+        return [json.loads(line) for line in self._metrics_path.read_text().splitlines()]
+
     def save_result(self, result: dict) -> None:
         if is_writer():
             self.flush()

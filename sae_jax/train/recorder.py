@@ -30,7 +30,7 @@ class Recorder:
 
     def __init__(self, config: Config, on_metrics: Sequence[OnMetrics] = ()):
         self.config = config
-        self.lines: list[dict] = []
+        self._lines: list[dict] = []
         self.last_line: dict | None = None
         self.result: dict | None = None
         self.state: TrainState | None = None  # at the end; a run on disk has its checkpoint
@@ -69,7 +69,7 @@ class Recorder:
                 show(line)
 
     def _keep(self, line: dict) -> None:
-        self.lines.append(line)
+        self._lines.append(line)
 
     def fail(self, step: int) -> None:
         """Raises NonFiniteError for the step (from 0) whose loss or gradient was not finite."""
@@ -89,6 +89,10 @@ class Recorder:
     def end(self, result: dict, state: TrainState) -> None:
         """Keeps the result of the run, which has then ended, and its last state."""
         self.result, self.state = result, state
+
+    def read_lines(self) -> list[dict]:
+        """Returns all lines of metrics so far, oldest first."""
+        return self._lines
 
     def close(self) -> None:
         """Closes whatever is open."""
@@ -169,6 +173,9 @@ class RunRecorder(Recorder):
     def end(self, result: dict, state: TrainState) -> None:
         self.result = result
         self.directory.save_result(result)
+
+    def read_lines(self) -> list[dict]:
+        return self.directory.read_metrics()
 
     def close(self) -> None:
         self._checkpoints.close()

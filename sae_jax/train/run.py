@@ -16,8 +16,8 @@ from sae_jax.train.loop import PackInTraining, TrainingData, train_packs
 from sae_jax.train.pack import SingleTrainer
 from sae_jax.train.progress import Progress
 from sae_jax.train.recorder import OnMetrics, Recorder, RunRecorder
-from sae_jax.train.step import Trainer
-from sae_jax.train.warm_start import start_from
+from sae_jax.train.step import Trainer, TrainState
+from sae_jax.train.warm_start import start_fresh, start_from
 
 
 def train_run(
@@ -70,7 +70,11 @@ def train_run(
             [recorder],
             data,
             progress,
-            begin_with=start and (lambda state: start_from(start, config, state)),
+            begin_with=start and functools.partial(_begin_with, start, config),
         )
         train_packs([pack], data, "train", progress)
     return recorder
+
+
+def _begin_with(sae: SAE, config: Config, state: TrainState) -> TrainState:
+    return start_fresh(sae, state) if sae.untrained else start_from(sae, config, state)
