@@ -74,8 +74,8 @@ def mistakes_in(path: str | pathlib.Path):
     """Turns whatever the user's own file raises within it into a UserError that names the file."""
     try:
         yield
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     except Exception as error:
         raise UserError(f"config file {path} fails: {type(error).__name__}: {error}") from error
 

@@ -10,7 +10,7 @@ import pytest
 
 from sae_jax.config import Config
 from sae_jax.errors import UserError
-from sae_jax.sae import ARCHITECTURES
+from sae_jax.sae import ARCHITECTURES, TopKConfig
 from sae_jax.sweep import grid
 from sae_jax.train import controls, optimizer
 from sae_jax.train.schedule_steps import ScheduleSteps
@@ -120,10 +120,10 @@ def test_a_frontier_sets_what_each_architecture_has():
     """Over a base of any architecture: what it set for its own sparsity is taken back."""
     got = grid.sparsity_frontier({"topk": [16, 32], "relu": [2, 5], "batchtopk": [16]})
     for run in got:
-        sae = grid.apply(Config(), {"sae.k": 7} | run).sae
-        used = ARCHITECTURES[sae.architecture].DEFAULTS
-        assert (sae.k is not None) == ("k" in used)
-        assert (sae.sparsity_coefficient is not None) == ("sparsity_coefficient" in used)
+        sae = grid.apply(Config(sae=TopKConfig(k=7, d_sae=64)), run).sae
+        assert type(sae) is ARCHITECTURES[sae.architecture].Config and sae.d_sae == 64
+        assert (sae.k is not None) == (sae.architecture != "relu")
+        assert (sae.sparsity_coefficient is not None) == (sae.architecture == "relu")
     assert len(got) == 5
 
 

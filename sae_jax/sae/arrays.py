@@ -29,8 +29,8 @@ def float32(values, width: int, what: str) -> tuple[jax.Array, Restore]:
         array, restore = _from_numbers(values, what), _unchanged
     if array.ndim == 0 or array.shape[-1] != width:
         raise UserError(
-            f"{what} have shape {tuple(array.shape)}, but the SAE takes (..., {width}): their last "
-            f"axis must be of width {width}"
+            f"{what} of shape {tuple(array.shape)} were given, of width "
+            f"{array.shape[-1] if array.ndim else 'none'}; this SAE takes (..., {width})"
         )
     return array, restore
 
