@@ -16,14 +16,14 @@ here b_enc starts at 0. `:tiny` is the recipe on a laptop, for the store of `sae
 lambda 5: so short a run at 20 leaves too few latents.
 """
 
-from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig
+from sae_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
 from sae_jax.errors import choose
+from sae_jax.sae import JumpReLUConfig
 
 
 def get_config(size: str = "paper") -> Config:
     choose(size, ("paper", "tiny"), "the size of anthropic_jan2025")
     recipe = {
-        "architecture": "jumprelu",
         "sparsity_loss": "tanh",
         "sparsity_warmup_fraction": 1.0,
         "tanh_scale": 4.0,
@@ -37,7 +37,7 @@ def get_config(size: str = "paper") -> Config:
     }
     if size == "tiny":
         return Config(
-            sae=SAEConfig(
+            sae=JumpReLUConfig(
                 d_sae=1024, sparsity_coefficient=2.0, dead_after_tokens=200_000, **recipe
             ),
             data=DataConfig(store="sae_demo/store", site="mlp_act.0", batch_size=1024),
@@ -45,7 +45,7 @@ def get_config(size: str = "paper") -> Config:
             train=TrainConfig(tokens=500_000, log_every=20),
         )
     return Config(
-        sae=SAEConfig(d_sae=131_072, sparsity_coefficient=20.0, **recipe),
+        sae=JumpReLUConfig(d_sae=131_072, sparsity_coefficient=20.0, **recipe),
         data=DataConfig(batch_size=32_768),
         optimizer=OptimizerConfig(learning_rate=2e-4, warmup_fraction=0.0),
         train=TrainConfig(tokens=200_000 * 32_768),

@@ -13,8 +13,9 @@ learning rate warms up by a cosine from a tenth; here it is linear from 0, over 
 move a threshold: learning rate, kernel and first threshold are larger there.
 """
 
-from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig
+from sae_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
 from sae_jax.errors import choose
+from sae_jax.sae import JumpReLUConfig
 
 SIZES = {  # latents, tokens
     "16k": (2**14, 4_000_000_000),
@@ -32,8 +33,7 @@ def get_config(size: str = "16k") -> Config:
     adam = {"schedule": "constant", "b1": 0.0, "clip_norm": None}
     if size == "tiny":
         return Config(
-            sae=SAEConfig(
-                architecture="jumprelu",
+            sae=JumpReLUConfig(
                 d_sae=1024,
                 normalize="unit",
                 sparsity_coefficient=3e-3,
@@ -48,8 +48,7 @@ def get_config(size: str = "16k") -> Config:
     d_sae, tokens = SIZES[size]
     steps = tokens // 4096
     return Config(
-        sae=SAEConfig(
-            architecture="jumprelu",
+        sae=JumpReLUConfig(
             d_sae=d_sae,
             normalize="unit",
             sparsity_coefficient=6e-4,

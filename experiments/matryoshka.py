@@ -11,8 +11,9 @@ more prefix, we do not; SAEBench's prefixes, our architecture's default, are 1/3
 15/32. `:tiny` is the recipe on a laptop, for the store of `sae-jax demo`.
 """
 
-from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig
+from sae_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
 from sae_jax.errors import choose
+from sae_jax.sae import MatryoshkaConfig
 
 
 def get_config(size: str = "paper") -> Config:
@@ -20,8 +21,7 @@ def get_config(size: str = "paper") -> Config:
     adam = {"schedule": "constant", "b2": 0.99}
     if size == "tiny":
         return Config(
-            sae=SAEConfig(
-                architecture="matryoshka",
+            sae=MatryoshkaConfig(
                 d_sae=1024,
                 prefix_widths=nested(1024),
                 k=16,
@@ -32,8 +32,7 @@ def get_config(size: str = "paper") -> Config:
             train=TrainConfig(tokens=500_000, log_every=20),
         )
     return Config(
-        sae=SAEConfig(
-            architecture="matryoshka",
+        sae=MatryoshkaConfig(
             d_sae=36_864,
             prefix_widths=nested(36_864),
             k=32,

@@ -17,8 +17,9 @@ at a fixed number of tokens.
   :frontier-nk  L(n, k) at the same sizes
 """
 
-from sae_jax.config import Config, DataConfig, SAEConfig, TrainConfig
+from sae_jax.config import Config, DataConfig, TrainConfig
 from sae_jax.errors import choose
+from sae_jax.sae import ReLUConfig, TopKConfig
 from sae_jax.sweep import grid
 
 # Of each: dictionary sizes, token budgets, the learning rate of the size beside it, batch, warm-up
@@ -62,9 +63,9 @@ def get_config(design: str = "tiny") -> Config:
     plan = _plan(design)
     frontier = design.startswith("frontier")
     if design in COMPUTE:
-        sae = SAEConfig(architecture="relu", sparsity_coefficient=5.0)
+        sae = ReLUConfig(sparsity_coefficient=5.0)
     else:
-        sae = SAEConfig(architecture="topk")
+        sae = TopKConfig()
     return Config(
         sae=sae,
         data=DataConfig(

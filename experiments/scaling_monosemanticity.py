@@ -12,8 +12,9 @@ over the last 20%. By default 131,072 latents, the April update's; `:1m`, `:4m` 
 paper's dictionaries; `:tiny` is the recipe on a laptop, for the store of `sae-jax demo`.
 """
 
-from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig
+from sae_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
 from sae_jax.errors import choose
+from sae_jax.sae import ReLUConfig
 
 SIZES = {"131k": 131_072, "1m": 2**20, "4m": 2**22, "34m": 2**25}
 
@@ -22,7 +23,7 @@ def get_config(size: str = "131k") -> Config:
     choose(size, (*SIZES, "tiny"), "the size of scaling_monosemanticity")
     if size == "tiny":
         return Config(
-            sae=SAEConfig(architecture="relu", d_sae=1024, dead_after_tokens=200_000),
+            sae=ReLUConfig(d_sae=1024, dead_after_tokens=200_000),
             data=DataConfig(store="sae_demo/store", site="mlp_act.0", batch_size=1024),
             optimizer=OptimizerConfig(learning_rate=1e-3),
             train=TrainConfig(tokens=500_000, log_every=20),
@@ -30,7 +31,7 @@ def get_config(size: str = "131k") -> Config:
     return Config(
         # Products of float32 would leave the tensor cores of a GPU idle, and take a TPU six times
         # as long; parameters, moments and sums stay float32.
-        sae=SAEConfig(architecture="relu", d_sae=SIZES[size], compute_dtype="bfloat16"),
+        sae=ReLUConfig(d_sae=SIZES[size], compute_dtype="bfloat16"),
         data=DataConfig(batch_size=4096),
         optimizer=OptimizerConfig(learning_rate=5e-5, schedule="linear_tail", warmup_fraction=0.0),
         train=TrainConfig(tokens=200_000 * 4096),

@@ -14,8 +14,9 @@ The paper does not scale its activations, so its lambda does not carry over; 2 h
 d.
 """
 
-from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig
+from sae_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
 from sae_jax.errors import choose
+from sae_jax.sae import ReLUL1UnitConfig
 
 SIZES = {"512": 512, "4k": 4096, "16k": 16_384, "131k": 131_072}
 
@@ -24,8 +25,7 @@ def get_config(size: str = "4k") -> Config:
     choose(size, (*SIZES, "tiny"), "the size of towards_monosemanticity")
     if size == "tiny":
         return Config(
-            sae=SAEConfig(
-                architecture="relu_l1_unit",
+            sae=ReLUL1UnitConfig(
                 d_sae=1024,
                 sparsity_coefficient=2.0,
                 resample_every_tokens=125_000,
@@ -37,8 +37,7 @@ def get_config(size: str = "4k") -> Config:
             train=TrainConfig(tokens=500_000, log_every=20),
         )
     return Config(
-        sae=SAEConfig(
-            architecture="relu_l1_unit",
+        sae=ReLUL1UnitConfig(
             d_sae=SIZES[size],
             sparsity_coefficient=2.0,
             resample_every_tokens=25_000 * 8192,

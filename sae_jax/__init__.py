@@ -8,14 +8,14 @@
     x_hat = result.sae.decode(latents)
     result.sae.save("mine"); sae = sae_jax.load("mine")   # or a run, or another framework's SAE
 
-Activations come from `harvest` or `write_store`; `evaluate` says how good an SAE is, `export` writes
-it for other frameworks. The same from a shell: `sae-jax --help`.
+Activations come from `harvest` or `write_store`; `evaluate` says how good an SAE is, and `export`
+writes it for other frameworks. The same from a shell: `sae-jax --help`.
 """
 
 import importlib
 import typing
 
-if typing.TYPE_CHECKING:  # what an editor completes; `_HOME` below says the same
+if typing.TYPE_CHECKING:  # what an editor completes
     from sae_jax.activations import Store, write_store
     from sae_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
     from sae_jax.errors import UserError
@@ -45,22 +45,54 @@ if typing.TYPE_CHECKING:  # what an editor completes; `_HOME` below says the sam
     )
     from sae_jax.train.api import TrainResult, train
 
-_HOME = {
-    "sae_jax.activations": "Store write_store",
-    "sae_jax.config": "Config DataConfig MeshConfig OptimizerConfig TrainConfig",
-    "sae_jax.errors": "UserError",
-    "sae_jax.evaluate.api": "evaluate",
-    "sae_jax.interop": "export load",
-    "sae_jax.lm": "harvest open_store",
-    "sae_jax.sae": "ARCHITECTURES SAE BatchTopK BatchTopKConfig Gated GatedConfig JumpReLU "
-    "JumpReLUConfig Losses LossInputs Matryoshka MatryoshkaConfig ReLU ReLUConfig ReLUL1Unit "
-    "ReLUL1UnitConfig SAEConfig TopK TopKConfig",
-    "sae_jax.train.api": "TrainResult train",
-}
-_MODULE_OF = {name: module for module, names in _HOME.items() for name in names.split()}
-_ROOMS = ("activations", "interop", "interpret", "laws", "lm", "plan", "sweep")
+__all__ = [
+    "ARCHITECTURES",
+    "SAE",
+    "BatchTopK",
+    "BatchTopKConfig",
+    "Config",
+    "DataConfig",
+    "Gated",
+    "GatedConfig",
+    "JumpReLU",
+    "JumpReLUConfig",
+    "LossInputs",
+    "Losses",
+    "Matryoshka",
+    "MatryoshkaConfig",
+    "MeshConfig",
+    "OptimizerConfig",
+    "ReLU",
+    "ReLUConfig",
+    "ReLUL1Unit",
+    "ReLUL1UnitConfig",
+    "SAEConfig",
+    "Store",
+    "TopK",
+    "TopKConfig",
+    "TrainConfig",
+    "TrainResult",
+    "UserError",
+    "activations",
+    "evaluate",
+    "export",
+    "harvest",
+    "interop",
+    "interpret",
+    "laws",
+    "lm",
+    "load",
+    "open_store",
+    "plan",
+    "sweep",
+    "train",
+    "write_store",
+]
 __version__ = "0.2.0"
-__all__ = [*_MODULE_OF, *_ROOMS]
+
+# Where the names above are, in the order in which they are looked for.
+_MODULES = "errors config sae activations train.api lm interop evaluate.api".split()
+_PACKAGES = "activations interop interpret laws lm plan sweep".split()
 
 # `train` and `evaluate` are functions here and packages beside this file. Importing a package puts
 # it under its name; these two are nearly empty, and imported now, it happens before the functions
@@ -73,14 +105,14 @@ for _package in ("train", "evaluate"):
 def __getattr__(name: str):
     """Imports on first use, so that `import sae_jax` is fast, and so that the command line can set
     JAX up before anything imports it."""
-    if name in _MODULE_OF:
-        value = getattr(importlib.import_module(_MODULE_OF[name]), name)
-    elif name in _ROOMS:
-        value = importlib.import_module(f"{__name__}.{name}")
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
+    if name in _PACKAGES:
+        return importlib.import_module(f"{__name__}.{name}")
+    for module in _MODULES if name in __all__ else ():
+        found = importlib.import_module(f"{__name__}.{module}")
+        if hasattr(found, name):
+            globals()[name] = getattr(found, name)
+            return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -28,7 +28,7 @@ from sae_jax.paths import save_json
     [
         ("train.tokens", "200e3", 200_000),
         ("train.tokens", "1_000_000", 1_000_000),
-        ("sae.k", "none", None),
+        ("sae.k_start", "none", None),
         ("sae.k", "32", 32),
         ("optimizer.clip_norm", "None", None),
         ("optimizer.learning_rate", "1", 1.0),
@@ -100,8 +100,8 @@ def test_json_round_trip(tmp_path):
 def test_difference_and_identity():
     a = Config()
     b = override(a, {"sae.k": "7", "mesh.model": "4"})
-    assert difference(to_dict(a), to_dict(b)) == ["mesh.model: 1 -> 4", "sae.k: None -> 7"]
-    assert difference(identity(a), identity(b)) == ["sae.k: None -> 7"]
+    assert difference(to_dict(a), to_dict(b)) == ["mesh.model: 1 -> 4", "sae.k: 32 -> 7"]
+    assert difference(identity(a), identity(b)) == ["sae.k: 32 -> 7"]
     assert identity(a) == identity(dataclasses.replace(a, mesh=MeshConfig(2, 2)))
 
 
@@ -128,7 +128,7 @@ def files(tmp_path):
         "raises.py": "import no_such_module",
         "call.py": "def get_config(): return 1 / 0",
         "dict.py": "def get_config(): return {}",
-        "typo.py": "from sae_jax.config import *\ndef get_config():\n  return SAEConfig(kk=1)\n",
+        "typo.py": "from sae_jax.sae import *\ndef get_config():\n  return TopKConfig(kk=1)\n",
     }
     for name, text in texts.items():
         (tmp_path / name).write_text(text)

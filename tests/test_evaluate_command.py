@@ -10,8 +10,9 @@ import world
 from sae_jax import evaluate, interop, lm
 from sae_jax.activations import write_store
 from sae_jax.cli import main
-from sae_jax.config import Config, DataConfig, SAEConfig, TrainConfig
+from sae_jax.config import Config, DataConfig, TrainConfig
 from sae_jax.errors import UserError
+from sae_jax.sae import TopKConfig
 from sae_jax.train.run import train_run
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
@@ -88,7 +89,7 @@ def demo(tmp_path_factory):
         sites=(SITE, "mlp_in.0", "mlp_out.0", "resid_post.0"),
     )  # fmt: skip
     config = Config(
-        sae=SAEConfig(architecture="topk", d_sae=128, k=8),
+        sae=TopKConfig(d_sae=128, k=8),
         data=DataConfig(
             store=str(root / "store"), site=SITE, batch_size=256, epochs=9, holdout_fraction=0.1
         ),
@@ -127,7 +128,7 @@ def test_a_run_is_evaluated_on_what_it_did_not_train_on(demo, capsys):
 def test_runs_of_several_sites_are_evaluated_from_their_config(demo, tmp_path, kind, sites):
     model, store, _ = demo
     config = Config(
-        sae=SAEConfig(architecture="topk", kind=kind, d_sae=64, k=8),
+        sae=TopKConfig(kind=kind, d_sae=64, k=8),
         data=DataConfig(
             store=store.path, batch_size=256, epochs=9, holdout_fraction=0.1, **sites
         ),

@@ -7,11 +7,10 @@ import pytest
 import world
 
 from sae_jax import lm
-from sae_jax.config import SAEConfig
 from sae_jax.errors import UserError
 from sae_jax.evaluate import LanguageModel, ModelRows, evaluate, measure_spliced
 from sae_jax.evaluate.sources import sequences_at_once
-from sae_jax.sae import ReLU, resolve
+from sae_jax.sae import ReLU, ReLUConfig, resolve
 
 SITE, D, T = "resid_post.0", 16, 20
 
@@ -40,7 +39,7 @@ def make_sae(gain=1.0, b_dec=0.0):
         "b_enc": jnp.zeros(2 * D),
         "b_dec": jnp.full(D, b_dec) if np.isscalar(b_dec) else jnp.asarray(b_dec, jnp.float32),
     }
-    return ReLU(resolve(SAEConfig(architecture="relu", d_sae=2 * D), D), parameters)
+    return ReLU.from_parameters(resolve(ReLUConfig(d_sae=2 * D), D), parameters)
 
 
 def measure(sae, model, tokens, where, mean=None):
@@ -136,8 +135,8 @@ def mlp_as_transcoder(model, scale=1.7, target_scale=0.3):
         "w_dec": p["w_down"] * target_scale,
         "b_dec": p["b_down"] * target_scale,
     }
-    config = resolve(SAEConfig(architecture="relu", kind="transcoder", d_sae=3 * D), D, D)
-    return ReLU(config, parameters, scale, target_scale)
+    config = resolve(ReLUConfig(kind="transcoder", d_sae=3 * D), D, D)
+    return ReLU.from_parameters(config, parameters, scale, target_scale)
 
 
 def test_the_mlp_itself_is_a_perfect_transcoder(mlp_model, some_tokens):
@@ -200,10 +199,10 @@ def test_a_crosscoder_is_spliced_in_at_each_site_in_turn(mlp_model, some_tokens)
         "w_enc": w_enc, "b_enc": jnp.zeros(4 * D), "b_dec": jnp.zeros(2 * D),
         "w_dec": jnp.roll(w_enc.T, D, axis=1),
     }  # fmt: skip
-    config = SAEConfig(architecture="relu", kind="crosscoder", d_sae=4 * D)
+    config = ReLUConfig(kind="crosscoder", d_sae=4 * D)
     scale = jnp.repeat(jnp.asarray([2.0, 0.5]), D)
     parameters["w_dec"] *= scale / jnp.roll(scale, D)
-    sae = ReLU(resolve(config, (D, D)), parameters, scale)
+    sae = ReLU.from_parameters(resolve(config, (D, D)), parameters, scale)
     source = ModelRows(mlp_model, RESIDUAL, some_tokens, what="tokens")
     found = evaluate(sae, source, mlp_model)
     where = np.ones(some_tokens.shape, bool)
@@ -234,8 +233,8 @@ def test_a_crosscoder_is_spliced_in_at_each_site_in_turn(mlp_model, some_tokens)
 )
 def test_sites_that_do_not_fit_are_refused(mlp_model, some_tokens, kind, sites, message):
     widths = {"transcoder": (D, D), "crosscoder": ((D, D),), "autoencoder": (D,)}[kind]
-    config = resolve(SAEConfig(architecture="relu", kind=kind, d_sae=8), *widths)
+    config = resolve(ReLUConfig(kind=kind, d_sae=8), *widths)
     parameters = ReLU.init_parameters(jax.random.key(0), config, jnp.zeros(config.d_out))
     with pytest.raises(UserError, match=message):
         source = ModelRows(mlp_model, sites, some_tokens, what="tokens")
-        evaluate(ReLU(config, parameters), source, mlp_model)
+        evaluate(ReLU.from_parameters(config, parameters), source, mlp_model)

@@ -11,10 +11,9 @@ import tokenizers
 import world
 
 from sae_jax import interpret, lm
-from sae_jax.config import SAEConfig
 from sae_jax.evaluate import HeldOutRows, LanguageModel, activation_scale, evaluate
 from sae_jax.interpret.text import pieces, token_text
-from sae_jax.sae import ReLU, TopK, resolve
+from sae_jax.sae import ReLU, ReLUConfig, TopK, TopKConfig, resolve
 
 SITE = "mlp_act.0"
 
@@ -47,8 +46,10 @@ def page(tmp_path_factory, model_directory, tokenizer, store):
     parameters = {
         "w_enc": w_dec.T, "w_dec": w_dec, "b_enc": np.zeros(d_sae), "b_dec": np.zeros(width)
     }  # fmt: skip
-    config = resolve(SAEConfig(architecture="topk", d_sae=d_sae, k=8), width)
-    sae = TopK(config, {name: jnp.asarray(v, jnp.float32) for name, v in parameters.items()})
+    config = resolve(TopKConfig(d_sae=d_sae, k=8), width)
+    sae = TopK.from_parameters(
+        config, {name: jnp.asarray(v, jnp.float32) for name, v in parameters.items()}
+    )
     model = LanguageModel.load(model_directory)
     source = HeldOutRows(store, SITE, tokens=2000, holdout_fraction=0.2)
     evaluation = evaluate(sae, source, model, spliced_tokens=500)
@@ -103,9 +104,9 @@ def test_other_kinds_have_examples_of_what_they_read(
     model_directory, tokenizer, store, tmp_path, kind, widths, head, speaks
 ):
     """The text of the keep_top_k example is that of the row with the highest activation."""
-    config = resolve(SAEConfig(architecture="relu", kind=kind, d_sae=6), *widths)
+    config = resolve(ReLUConfig(kind=kind, d_sae=6), *widths)
     parameters = ReLU.init_parameters(jax.random.key(0), config, jnp.zeros(config.d_out))
-    sae = ReLU(config, parameters)
+    sae = ReLU.from_parameters(config, parameters)
     rows = HeldOutRows(store, "mlp_in.0,mlp_out.0", tokens=2000, holdout_fraction=0.2)
     out = tmp_path / "index.html"
     interpret.write_page(
@@ -178,8 +179,10 @@ def test_output_tokens_are_those_of_the_decoder_row_through_the_model(model_dire
     parameters = {
         "w_enc": w_dec.T, "w_dec": w_dec, "b_enc": np.zeros(10), "b_dec": np.zeros(64)
     }  # fmt: skip
-    config = resolve(SAEConfig(architecture="topk", d_sae=10, k=2), 64)
-    sae = TopK(config, {name: jnp.asarray(v, jnp.float32) for name, v in parameters.items()})
+    config = resolve(TopKConfig(d_sae=10, k=2), 64)
+    sae = TopK.from_parameters(
+        config, {name: jnp.asarray(v, jnp.float32) for name, v in parameters.items()}
+    )
     found = interpret.output_tokens(sae, model, SITE, np.array([4]), count=5)
     p = {name: np.asarray(model.params[name], np.float64) for name in ("final_norm", "unembed")}
     w_down = np.asarray(model.params["layers"][0]["w_down"], np.float64)

@@ -23,8 +23,9 @@ from training import (
 from sae_jax import lm
 from sae_jax.activations import Store, Stream, live
 from sae_jax.cli import main
-from sae_jax.config import Config, DataConfig, MeshConfig, SAEConfig, TrainConfig
+from sae_jax.config import Config, DataConfig, MeshConfig, TrainConfig
 from sae_jax.errors import UserError
+from sae_jax.sae import TopKConfig
 from sae_jax.train.run import train_run
 
 CONTEXT, BATCH = 16, 64
@@ -213,7 +214,7 @@ def test_command_line(model, tmp_path, capsys):
 
 def make_config(store, steps=20, mesh=(2, 2), **fields) -> Config:
     return Config(
-        sae=SAEConfig(architecture="topk", d_sae=64, k=4),
+        sae=TopKConfig(d_sae=64, k=4),
         data=DataConfig(
             store=store.path, site=SITES[0], batch_size=BATCH, virtual_shards=8, window_rows=256,
             epochs=20,

@@ -11,9 +11,8 @@ import world
 from sae_jax import evaluate, lm
 from sae_jax.activations import Store, Stream
 from sae_jax.cli import main
-from sae_jax.config import SAEConfig
 from sae_jax.errors import UserError
-from sae_jax.sae import ReLU, resolve
+from sae_jax.sae import ReLU, ReLUConfig, resolve
 
 CONTEXT, WIDTH = 16, 16
 SIZE = {"vocab_size": 300, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -87,8 +86,10 @@ def test_figures_are_those_of_our_own_decoder(llama, tmp_path):
         np.testing.assert_allclose(b, a, atol=1e-5 * np.abs(a).max(), rtol=0, err_msg=site)
     assert bridged.meta.provenance["model_fingerprint"] == lm.fingerprint(llama)
 
-    config = resolve(SAEConfig(architecture="relu", d_sae=32), WIDTH)
-    sae = ReLU(config, ReLU.init_parameters(jax.random.key(0), config, np.zeros(WIDTH)))
+    config = resolve(ReLUConfig(d_sae=32), WIDTH)
+    sae = ReLU.from_parameters(
+        config, ReLU.init_parameters(jax.random.key(0), config, np.zeros(WIDTH))
+    )
     found = []
     for spec in (llama, f"torch:{llama}"):
         model = evaluate.load_model(spec)

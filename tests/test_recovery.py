@@ -9,8 +9,9 @@ import scipy.sparse
 from sae_jax import evaluate, interop, sae
 from sae_jax.activations import World
 from sae_jax.cli import main
-from sae_jax.config import Config, DataConfig, SAEConfig, TrainConfig
+from sae_jax.config import Config, DataConfig, TrainConfig
 from sae_jax.evaluate import RecoveryMeter
+from sae_jax.sae import ReLUConfig, TopKConfig
 from sae_jax.train.directory import read_config
 from sae_jax.train.run import train_run
 
@@ -178,13 +179,13 @@ def best_sae(data: DataConfig, world: World, n: int, kind: str) -> sae.SAE:
         "w_dec": q_out / 2,
         "b_dec": scale * (b_dec - amounts @ q_out),
     }
-    config = SAEConfig(architecture="relu", kind=kind, d_sae=n)
+    config = ReLUConfig(kind=kind, d_sae=n)
     widths = tuple(world.site_widths[i] for i in sites)
     config = sae.resolve(
         config, widths, world.site_widths[targets[0]] if data.target_site else None
     )
     parameters = {name: value.astype(np.float32) for name, value in parameters.items()}
-    return sae.ReLU(config, parameters, scale)
+    return sae.ReLU.from_parameters(config, parameters, scale)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +217,7 @@ def test_the_best_sae_of_a_world_reaches_its_optimum(kind, site, target_site):
 def run(tmp_path_factory):
     """A short run on a world."""
     config = Config(
-        sae=SAEConfig(architecture="topk", d_sae=16, k=4),
+        sae=TopKConfig(d_sae=16, k=4),
         data=DataConfig(store="world:superposition,width=8,features=24", batch_size=256),
         train=TrainConfig(tokens=256 * 20, log_every=5),
     )

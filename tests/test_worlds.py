@@ -3,7 +3,8 @@
 import pytest
 
 from sae_jax import evaluate, interop
-from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig
+from sae_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
+from sae_jax.sae import by_name
 from sae_jax.train.run import train_run
 
 pytestmark = pytest.mark.slow
@@ -34,7 +35,7 @@ def test_within_a_percent_of_the_closed_form_optimum(tmp_path, architecture, d_s
     rates another may happen to be rarer among these rows than the one without a latent."""
     learning_rate, fields = SETTINGS[architecture]
     config = Config(
-        sae=SAEConfig(architecture=architecture, d_sae=d_sae, **fields),
+        sae=by_name(architecture).Config(d_sae=d_sae, **fields),
         data=DataConfig(store=ORTHONORMAL, batch_size=1024),
         optimizer=OptimizerConfig(learning_rate=learning_rate),
         train=TrainConfig(tokens=3_000_000, log_every=1000, checkpoint_every=10_000),

@@ -11,6 +11,7 @@ import numpy as np
 from sae_jax import sae as saes
 from sae_jax.bench import peers
 from sae_jax.config import Config
+from sae_jax.sae.registry import by_name
 from sae_jax.train.mesh import BatchPlacement, make_mesh
 from sae_jax.train.step import Trainer
 
@@ -70,13 +71,9 @@ def bench_config(
 ) -> Config:
     """A resolved config of this shape, without a store."""
     config = Config()
-    sae = dataclasses.replace(
-        config.sae,
-        architecture=architecture,
-        d_sae=d_sae,
-        k=k if "k" in saes.ARCHITECTURES[architecture].DEFAULTS else None,
-        compute_dtype=compute_dtype,
-    )
+    section = by_name(architecture).Config
+    picks = {} if section.k is None else {"k": k}
+    sae = section(d_sae=d_sae, compute_dtype=compute_dtype, **picks)
     return dataclasses.replace(
         config,
         sae=saes.resolve(sae, d_in),

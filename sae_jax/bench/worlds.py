@@ -27,13 +27,14 @@ from sae_jax.config import (
     DataConfig,
     MeshConfig,
     OptimizerConfig,
-    SAEConfig,
     TrainConfig,
 )
 from sae_jax.evaluate.recovery import Recovery, RecoveryMeter, measure_recovery
 from sae_jax.evaluate.worlds import WorldRows
 from sae_jax.interop import load
 from sae_jax.paths import save_json
+from sae_jax.sae import SAEConfig
+from sae_jax.sae.registry import by_name
 from sae_jax.train.run import train_run
 
 OURS = "sae-jax"
@@ -106,8 +107,7 @@ def our_fields(recipe: Recipe) -> SAEConfig:
         sparsity = {"k": k, "k_start": 4 * k, "k_anneal_fraction": 0.6}
     else:
         sparsity = {"target_l0": recipe.sparsity, "sparsity_coefficient": 0.5}
-    return SAEConfig(
-        architecture=recipe.architecture,
+    return by_name(recipe.architecture).Config(
         d_sae=recipe.d_sae,
         dead_after_tokens=recipe.dead_steps * recipe.batch,
         aux_coefficient=0.25,

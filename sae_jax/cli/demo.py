@@ -112,7 +112,8 @@ def demo(
 def training_config(store, path, site: str, d_sae: int, epochs: int, k: int, batch_size: int):
     """TopK over all the training rows of a site of the store, `epochs` times."""
     from sae_jax.activations import Stream
-    from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig
+    from sae_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
+    from sae_jax.sae import TopKConfig
 
     data = DataConfig(store=str(path), site=site, batch_size=batch_size, epochs=epochs)
     stream = Stream(
@@ -121,7 +122,7 @@ def training_config(store, path, site: str, d_sae: int, epochs: int, k: int, bat
     tokens = stream.num_steps * batch_size
     return Config(
         # So short a run would never call a latent dead by the default of 10M tokens.
-        sae=SAEConfig(architecture="topk", d_sae=d_sae, k=k, dead_after_tokens=tokens // 8),
+        sae=TopKConfig(d_sae=d_sae, k=k, dead_after_tokens=tokens // 8),
         data=data,
         optimizer=OptimizerConfig(learning_rate=LEARNING_RATE),
         train=TrainConfig(tokens=tokens, log_every=10, checkpoint_every=200),

@@ -84,7 +84,7 @@ def evaluate(
         )
     else:
         if model is not None:
-            raise UserError("rows of an array have no tokens for a model; give store= or token_ids=")
+            raise UserError("an array has no tokens for a model to read; give store= or token_ids=")
         array = ArrayStore(data)
         names = site or tuple(array.meta.sites)
         source = HeldOutRows(array, names, tokens=tokens, holdout_fraction=None)

@@ -26,7 +26,7 @@ from sae_jax.activations.store import NONFINITE
 from sae_jax.errors import UserError
 from sae_jax.evaluate.processes import shared_out
 from sae_jax.sae import SAE
-from sae_jax.sae.resolve import TRANSCODERS
+from sae_jax.sae.config import TRANSCODERS
 
 _LOGITS = 2**25  # elements of one batch's logits, of which four or so exist at once
 

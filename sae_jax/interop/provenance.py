@@ -31,7 +31,7 @@ def read_provenance(path) -> dict:
     path = paths.path(path)
     if not paths.is_remote(path):
         if sae_jax_format.recognises(path):
-            return sae_jax_format.about(path)
+            return sae_jax_format.read_about(path)
         if saelens.recognises(path):
             return saelens.about(path)
     step = int(path.name) if path.parent.name == "checkpoints" else None

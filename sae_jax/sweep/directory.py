@@ -113,7 +113,7 @@ class SweepDirectory:
             raise UserError(f"{file} is damaged: {error}") from error
         self.passes: int = values["passes"]
         self._results: dict[str, dict] = {}  # of runs that are done, read once
-        self.runs = [_from_json(run_id, run) for run_id, run in values["runs"].items()]
+        self.runs = [_from_json(run_id, run, file.parent) for run_id, run in values["runs"].items()]
 
     @classmethod
     def start(cls, path: AnyPath, runs: list[Run], passes: int | None = None):
@@ -215,16 +215,17 @@ def _make(file: AnyPath, runs: list[Run], passes: int) -> None:
     values = {
         "passes": passes,
         "runs": {
-            run.id: {"swept": run.swept, "config": configs.identity(run.config)} for run in runs
+            run.id: {"swept": run.swept, "config": configs.without_hardware(run.config)}
+            for run in runs
         },
         "environment": environment(),
     }
     paths.create(file, paths.as_json(values), by=_this_process())
 
 
-def _from_json(run_id: str, values: dict) -> Run:
-    swept = {field: configs.typed(field, value) for field, value in values["swept"].items()}
-    return Run(run_id, configs.from_dict(values["config"]), swept)
+def _from_json(run_id: str, values: dict, folder: AnyPath) -> Run:
+    swept = {field: configs.typed_field(field, value) for field, value in values["swept"].items()}
+    return Run(run_id, configs.from_dict(values["config"], folder=folder), swept)
 
 
 def _this_process() -> str:

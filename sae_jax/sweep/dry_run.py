@@ -5,7 +5,8 @@ import functools
 
 from sae_jax import sae as saes
 from sae_jax.activations import is_world, open_stream
-from sae_jax.config import Config, SAEConfig
+from sae_jax.config import Config
+from sae_jax.sae import SAEConfig
 from sae_jax.sweep import design
 from sae_jax.sweep import grid as grids
 from sae_jax.sweep.directory import Run, counted

@@ -33,7 +33,7 @@ class TrainResult:
     metrics: list[dict]
     """The lines of metrics, oldest first: step, tokens, loss, fvu, l0, dead_fraction and so on."""
     result: dict
-    """What the run came to, as in result.json: eval_loss, eval_fvu, eval_l0 on held-out rows, ..."""
+    """What the run came to, as in result.json, such as eval_loss and eval_fvu on held-out rows."""
     config: Config
     """The whole config of the run, with everything resolved."""
     workdir: str | None
@@ -74,7 +74,7 @@ def train(
       learning_rate: the peak, by default the architecture's rule for its d_sae.
       epochs: passes over the data, by default 1.
       seed: of the order of the rows and, for a config, of the fresh parameters.
-      holdout_fraction: part of the rows that is kept for the evaluation at the end, 0.05 by default.
+      holdout_fraction: part of the rows that is kept to evaluate on at the end, by default 0.05.
       on_metrics: called with every line of metrics, a dict, while the run goes on.
       extra_loss: extra_loss(sae, x, y) -> scalar, a term to add to the training loss. x (B, d_in)
         and y (B, d_out) are in the SAE's own units, and arrays carry their sharding (see

@@ -96,8 +96,12 @@ class RunDirectory:
             self._metrics.close()
 
 
-def read_config(path: AnyPath) -> Config:
-    """The config of the run at `path`."""
+def read_config(path: AnyPath, trust_code: bool = True) -> Config:
+    """Returns the config of the run at `path`.
+
+    trust_code: whether the file that defines a user's own architecture may be run, where the run
+    names one. It is never run where it lies in the run's directory. Raises UserError if there is
+    no run, or its config cannot be read."""
     file = path / "config.json"
     if not file.is_file():
         raise UserError(f"{path} is not a run: it has no config.json")
@@ -106,7 +110,7 @@ def read_config(path: AnyPath) -> Config:
     except json.JSONDecodeError as error:
         raise UserError(f"{file} is damaged: {error}") from error
     values.pop("environment", None)
-    return configs.from_dict(values)
+    return configs.from_dict(values, folder=path, trust_code=trust_code)
 
 
 def is_writer() -> bool:

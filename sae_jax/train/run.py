@@ -1,6 +1,7 @@
 """One run: from a config to its directory, or to an SAE in memory."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -77,4 +78,4 @@ def train_run(
 
 
 def _begin_with(sae: SAE, config: Config, state: TrainState) -> TrainState:
-    return start_fresh(sae, state) if sae.untrained else start_from(sae, config, state)
+    return start_fresh(sae, state) if sae.is_fresh() else start_from(sae, config, state)

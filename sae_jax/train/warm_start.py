@@ -14,13 +14,11 @@ _MUST_AGREE = ("architecture", "kind", "d_sae", "d_in", "d_out", "apply_b_dec_to
 
 
 def start_fresh(sae: SAE, state: TrainState) -> TrainState:
-    """Returns a fresh `state` with the parameters of an untrained `sae`, taken to be in the run's
-    own units, as those of a run that makes its own are. b_dec stays what the recipe made of the
-    data, unless the SAE's is not zero."""
-    values = {name: np.asarray(value) for name, value in sae.parameters().items()}
-    if not values["b_dec"].any():
-        del values["b_dec"]
-    return _with_parameters(state, values)
+    """Returns a fresh `state` with the directions of an SAE that `is_fresh`, in place of those that
+    the run drew. They are taken to be in the run's own units, as its own are, and b_dec stays what
+    the recipe computed from the data."""
+    names = state.parameters.keys() - {"b_dec"}
+    return _with_parameters(state, {name: np.asarray(sae.parameters()[name]) for name in names})
 
 
 def start_from(sae: SAE, config: Config, state: TrainState) -> TrainState:
