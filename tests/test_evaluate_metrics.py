@@ -7,7 +7,7 @@ import pytest
 
 from sae_jax.config import SAEConfig
 from sae_jax.errors import UserError
-from sae_jax.evaluate import measure_rows
+from sae_jax.evaluate.metrics import measure_rows
 from sae_jax.sae import ReLU, TopK, resolve
 
 D, N, ROWS = 12, 40, 1000

@@ -15,7 +15,9 @@ from sae_jax import cli
 from sae_jax.activations import open_stream, write_store
 from sae_jax.config import override
 from sae_jax.errors import UserError
-from sae_jax.train import NonFiniteError, loop, read_config
+from sae_jax.train import loop
+from sae_jax.train.directory import read_config
+from sae_jax.train.loop import NonFiniteError
 from sae_jax.train.median import geometric_median
 from sae_jax.train.step import Trainer
 

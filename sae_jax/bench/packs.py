@@ -13,9 +13,9 @@ import jax
 import numpy as np
 
 from sae_jax import config as configs
-from sae_jax.activations import open_stream
 from sae_jax.config import Config
 from sae_jax.errors import UserError
+from sae_jax.lm.live import open_stream
 from sae_jax.sweep.design import make_passes
 from sae_jax.train import loop
 from sae_jax.train.mesh import BatchPlacement, make_mesh

@@ -16,7 +16,7 @@ import safetensors.numpy
 from sae_jax.config import SAEConfig, from_dict
 from sae_jax.errors import UserError
 from sae_jax.interop.weights import check_shapes, read_safetensors
-from sae_jax.lm.text import read_json
+from sae_jax.json_files import read_json
 from sae_jax.sae import ARCHITECTURES, SAE
 from sae_jax.sae.resolve import KINDS
 

@@ -27,7 +27,7 @@ from sae_jax.interop.weights import (
     read_safetensors,
     without_shift,
 )
-from sae_jax.lm.text import read_json
+from sae_jax.json_files import read_json
 from sae_jax.sae import SAE
 
 _AUTOENCODERS = {

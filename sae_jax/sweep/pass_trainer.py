@@ -13,8 +13,8 @@ import jax
 import tqdm
 from absl import logging
 
-from sae_jax.activations import open_stream
 from sae_jax.config import Config
+from sae_jax.lm.live import open_stream
 from sae_jax.paths import AnyPath
 from sae_jax.sweep.design import Pack, Pass
 from sae_jax.train import loop, resample

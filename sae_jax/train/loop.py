@@ -18,9 +18,10 @@ from absl import logging
 from sae_jax import config as configs
 from sae_jax import paths
 from sae_jax import sae as saes
-from sae_jax.activations import Stream, WorldStream, open_stream
+from sae_jax.activations import Stream, WorldStream
 from sae_jax.config import Config
 from sae_jax.errors import UserError, choose
+from sae_jax.lm.live import open_stream
 from sae_jax.train import optimizer, resample
 from sae_jax.train.checkpoints import Checkpoints
 from sae_jax.train.directory import RunDirectory, is_writer
