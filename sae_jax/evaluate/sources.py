@@ -87,9 +87,8 @@ class HeldOutRows:
             return None
         numbers = self._chunks[:, None] * meta.chunk_sequences + np.arange(meta.chunk_sequences)
         numbers = numbers.reshape(-1)
-        numbers = evenly_spaced(
-            numbers[numbers < meta.num_sequences], -(-limit // meta.context_length)
-        )
+        numbers = numbers[numbers < meta.num_sequences]
+        numbers = evenly_spaced(numbers, -(-limit // meta.context_length))
         chunks, place = np.unique(numbers // meta.chunk_sequences, return_inverse=True)
         used = self._used(chunks).reshape(len(chunks), meta.chunk_sequences, meta.context_length)
         return tokens[numbers].read().result(), used[place, numbers % meta.chunk_sequences]
