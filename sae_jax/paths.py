@@ -21,6 +21,8 @@ import pathlib
 import posixpath
 import textwrap
 
+import tensorstore as ts
+
 from sae_jax.errors import UserError, choose
 
 _DRIVERS = {"s3": "s3", "gs": "gcs"}
@@ -261,8 +263,6 @@ def _spec(scheme: str, bucket: str) -> dict:
 @functools.cache
 def _open_bucket(scheme: str, bucket: str):
     """The bucket, once a first look, with few retries, found it usable."""
-    import tensorstore as ts  # slow to import, and only needed here
-
     with explained(f"{scheme}://{bucket}"):
         spec = _spec(scheme, bucket)
         context = ts.Context({f"{_DRIVERS[scheme]}_request_retries": _FIRST_LOOK})
@@ -274,12 +274,8 @@ def _open_bucket(scheme: str, bucket: str):
 @functools.cache
 def _absent() -> bytes:
     """TensorStore's generation of a file that is not there."""
-    import tensorstore as ts
-
     return ts.KvStore.open("memory://").result().read("none").result().stamp.generation
 
 
 def _range(start: str, end: str):
-    import tensorstore as ts
-
     return ts.KvStore.KeyRange(start, end)

@@ -15,15 +15,14 @@ import numpy as np
 
 from sae_jax.activations import statistics
 from sae_jax.activations.files import Folder
-from sae_jax.activations.live import LiveMeta
 from sae_jax.activations.store import (
     DTYPES,
     FORMAT_VERSION,
     HIGH_NORM,
     NONFINITE,
     SPECIAL_TOKEN,
+    LiveMeta,
     SiteMeta,
-    Store,
     StoreMeta,
     checksum,
     read_meta,
@@ -174,11 +173,12 @@ class StoreWriter:
         np.savez(buffer, **notes)
         self.folder.write(_notes_name(index), buffer.getvalue())
 
-    def finish(self) -> Store:
-        """Merges what the shards' writers noted, marks the store complete and opens it. One
-        process calls this after all shards are written; UserError if some are not."""
+    def finish(self) -> None:
+        """Merges what the shards' writers noted and marks the store complete. One process calls
+        this after all shards are written. A finished store stays as it is. UserError if some
+        shards are not written."""
         if self.meta.complete:
-            return Store.open(self.path)
+            return
         if missing := self.missing_shards():
             raise UserError(
                 f"{self.path} lacks {len(missing)} of {self.meta.num_shards} shards "
@@ -208,7 +208,6 @@ class StoreWriter:
         self.folder.write("meta.json", meta.to_json())
         self.folder.delete_folder("written")
         self.meta = meta
-        return Store.open(self.path)
 
     def set_num_sequences(self, num_sequences: int) -> None:
         """Shortens a store whose length was not known beforehand (`write_store`)."""

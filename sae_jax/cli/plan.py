@@ -90,13 +90,13 @@ def _cpus(mesh: configs.MeshConfig) -> str:
 
 def _resolve(config: Config) -> Config:
     """With the widths of the store, where there is one."""
-    from sae_jax import activations
     from sae_jax.plan import estimate
 
     if config.data.store:
+        from sae_jax.lm.live import open_stream
         from sae_jax.train import preparation
 
-        return preparation.resolve(config, activations.open_stream(config.data))
+        return preparation.resolve(config, open_stream(config.data))
     d_in = config.sae.d_in
     if d_in is None:
         d_in = _DEFAULT_D_IN

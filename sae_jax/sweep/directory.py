@@ -18,9 +18,9 @@ import socket
 
 from sae_jax import config as configs
 from sae_jax import paths
-from sae_jax.activations import open_stream
 from sae_jax.config import Config
 from sae_jax.errors import UserError
+from sae_jax.lm.live import open_stream
 from sae_jax.paths import AnyPath
 from sae_jax.sweep import grid as grids
 from sae_jax.train import preparation, results

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import jax
 
-from sae_jax.activations import open_stream
+from sae_jax.lm.live import open_stream
 from sae_jax.paths import AnyPath
 from sae_jax.sweep.design import Pass
 from sae_jax.train import preparation

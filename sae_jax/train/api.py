@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 import jax
 import numpy as np
 
-from sae_jax import paths
-from sae_jax.activations import ArrayStore, IterableData, Store, is_world, open_stream
+from sae_jax import activations, lm, paths
+from sae_jax.activations import ArrayStore, IterableData, Store, is_world
 from sae_jax.activations.arrays import as_rows
 from sae_jax.config import Config, DataConfig
 from sae_jax.errors import UserError
@@ -136,7 +136,7 @@ def train(
 def _open(data, section: DataConfig, tokens: int | None, fit_batch: bool):
     """The data section that describes `data`, and what opens its streams."""
     if isinstance(data, str | pathlib.Path | paths.ObjectPath):
-        return dataclasses.replace(section, store=str(data)), open_stream
+        return dataclasses.replace(section, store=str(data)), lm.open_stream
     if isinstance(data, Store):
         store = data
     elif isinstance(data, Mapping) or hasattr(data, "ndim"):
@@ -157,7 +157,7 @@ def _open(data, section: DataConfig, tokens: int | None, fit_batch: bool):
         section = _with_batch_size(section, store.num_rows)
     return (
         dataclasses.replace(section, store=store.path),
-        functools.partial(open_stream, open_store=lambda _: store),
+        functools.partial(activations.open_stream, open_store=lambda _: store),
     )
 
 
@@ -196,7 +196,7 @@ def _all_tokens(section: DataConfig, open_streams: Callable) -> int:
 def _trained(recorder: Recorder) -> SAE:
     """The SAE of a run that was kept in memory, on one device."""
     state = recorder.state
-    device = jax.local_devices()[0]
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     parameters = {name: jax.device_put(x, device) for name, x in state.parameters.items()}
     scales = [
         jax.device_put(x, device) if x.ndim else float(x) for x in (state.scale, state.target_scale)
