@@ -15,7 +15,7 @@ from sae_jax.errors import UserError
 from sae_jax.evaluate import report
 from sae_jax.evaluate.metrics import measure_rows
 from sae_jax.evaluate.sources import HeldOutRows, ModelRows
-from sae_jax.train.loop import train
+from sae_jax.train.run import train_run
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
 SAELENS = SHARED / "saes" / "saelens_6.54.12_topk_stories260K_L2"
@@ -97,7 +97,7 @@ def demo(tmp_path_factory):
         ),
         train=TrainConfig(tokens=256 * 20, log_every=5),
     )
-    train(config, root / "run")
+    train_run(config, root / "run")
     return root / "model", store, root / "run"
 
 
@@ -136,7 +136,7 @@ def test_runs_of_several_sites_are_evaluated_from_their_config(demo, tmp_path, k
         ),
         train=TrainConfig(tokens=256 * 20, log_every=5),
     )  # fmt: skip
-    result = train(config, tmp_path / "run")
+    result = train_run(config, tmp_path / "run").result
     assert main(["eval", f"--run={tmp_path / 'run'}", f"--model={model}", "--lm_tokens=64"]) == 0
     found = json.loads((tmp_path / "run" / "eval.json").read_text())
     assert found["reconstruction"]["fvu"] == pytest.approx(result["eval_fvu"], rel=0.05)

@@ -14,7 +14,7 @@ from sae_jax.evaluate import report
 from sae_jax.evaluate.recovery import RecoveryMeter
 from sae_jax.evaluate.worlds import WorldRows
 from sae_jax.train.directory import read_config
-from sae_jax.train.loop import train
+from sae_jax.train.run import train_run
 
 GENERATOR = np.random.default_rng
 
@@ -221,7 +221,7 @@ def run(tmp_path_factory):
         train=TrainConfig(tokens=256 * 20, log_every=5),
     )
     path = tmp_path_factory.mktemp("world") / "run"
-    train(config, path)
+    train_run(config, path)
     return path
 
 

@@ -18,7 +18,7 @@ from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.lm.live import open_stream
 from sae_jax.sweep.design import make_passes
-from sae_jax.train import loop
+from sae_jax.train import preparation
 from sae_jax.train.mesh import BatchPlacement, make_mesh
 from sae_jax.train.pack import PackTrainer, set_fields
 
@@ -75,7 +75,7 @@ def measure_sweep(runs: list[Config]) -> dict:
     the moment that the package was imported; and the largest relative difference of a run's
     eval_loss between the two."""
     stream = open_stream(runs[0].data)
-    runs = [loop.resolve(run, stream) for run in runs]
+    runs = [preparation.resolve(run, stream) for run in runs]
     if len(make_passes(runs)) > 1:
         raise UserError("the runs read different data; a bench of packs takes runs of one pass")
     with tempfile.TemporaryDirectory() as directory:

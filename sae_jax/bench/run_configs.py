@@ -16,7 +16,8 @@ import jax
 from sae_jax import config as configs
 from sae_jax.sweep.design import make_passes
 from sae_jax.sweep.pass_trainer import train_pass
-from sae_jax.train import loop
+from sae_jax.train.results import run_id
+from sae_jax.train.run import train_run
 
 
 def main() -> None:
@@ -26,7 +27,7 @@ def main() -> None:
     if len(runs) > 1:
         train_pass(make_passes(runs)[0], out)
     else:
-        loop.train(runs[0], out / loop.run_id(runs[0]))
+        train_run(runs[0], out / run_id(runs[0]))
     print(_bytes_read() - before)
 
 

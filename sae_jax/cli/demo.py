@@ -66,7 +66,7 @@ def demo(
     from sae_jax import interop, interpret, lm
     from sae_jax.evaluate import figures, report
     from sae_jax.evaluate.sources import HeldOutRows
-    from sae_jax.train.loop import train
+    from sae_jax.train.run import train_run
 
     run_directory, page = out / "run", out / "index.html"
     evaluation_file, metrics_file = run_directory / "eval.json", run_directory / "metrics.jsonl"
@@ -78,7 +78,7 @@ def demo(
     )
     _say(2, f"training {d_sae:,} latents")
     config = training_config(store, out / "store", site, d_sae, epochs, k, batch_size)
-    train(config, run_directory)
+    train_run(config, run_directory)
 
     sae = interop.load(run_directory)
     model = lm.open_model(model_directory)

@@ -94,9 +94,9 @@ def _resolve(config: Config) -> Config:
 
     if config.data.store:
         from sae_jax.lm.live import open_stream
-        from sae_jax.train import loop
+        from sae_jax.train import preparation
 
-        return loop.resolve(config, open_stream(config.data))
+        return preparation.resolve(config, open_stream(config.data))
     d_in = config.sae.d_in
     if d_in is None:
         d_in = _DEFAULT_D_IN

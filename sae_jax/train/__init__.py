@@ -1,1 +1,1 @@
-"""Training: the state, the step, the loop, what is written as it goes, checkpoints."""
+"""How an SAE is trained: mesh, state, step, optimiser, checkpoints, the loop."""
