@@ -98,7 +98,7 @@ def train_on_world(tmp_path, architecture, steps=STEPS, **sae) -> dict:
         optimizer=OptimizerConfig(learning_rate=3e-3),
         train=TrainConfig(tokens=steps * 512, checkpoint_every=steps),
     )
-    return train_run(config, tmp_path)
+    return train_run(config, tmp_path).result
 
 
 @pytest.mark.slow

@@ -137,7 +137,7 @@ def test_runs_of_several_sites_are_evaluated_from_their_config(demo, tmp_path, k
         ),
         train=TrainConfig(tokens=256 * 20, log_every=5),
     )  # fmt: skip
-    result = train_run(config, tmp_path / "run")
+    result = train_run(config, tmp_path / "run").result
     assert main(["eval", f"--run={tmp_path / 'run'}", f"--model={model}", "--lm_tokens=64"]) == 0
     found = json.loads((tmp_path / "run" / "eval.json").read_text())
     assert found["reconstruction"]["fvu"] == pytest.approx(result["eval_fvu"], rel=0.05)

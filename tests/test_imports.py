@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 ROWS = [
     {"errors"},
     {"paths", "config"},
-    {"json_files", "pages", "plots"},
+    {"json_files", "pages", "plots", "progress_bar"},
     {"ops"},
     {"activations", "sae"},
     {"lm"},

@@ -40,7 +40,7 @@ def train_run(
             recorder holds the lines of metrics and the last state.
         load_sae: reads the SAE that `train.init` names; its format may be another framework's.
         start: an SAE whose parameters a fresh run begins with, instead of `train.init`.
-        open_stream: gives the streams of the data section, as `lm.live.open_stream` does.
+        open_stream: gives the streams of the data section, as `lm.open_stream` does.
         on_metrics: each is called with every line of metrics, on process 0.
         extra_loss: a term to add to the loss (see `Trainer`).
         progress: what a watchdog reads.
