@@ -1,7 +1,7 @@
 """JumpReLU SAEs with a tanh penalty: "Dictionary learning optimization techniques" (Circuits
 Updates, January 2025).
 
-  sae-jax train --config=experiments/anthropic_jan2025.py --workdir=runs/jumprelu_tanh \\
+  sae-jax train --config=anthropic_jan2025 --workdir=runs/jumprelu_tanh \\
       --config.data.store=stores/residual --config.mesh.model=8
 
 lambda sum_i tanh(4 f_i ||W_dec,i||), lambda linear from 0 to 20 over the whole run; a small loss on
@@ -19,9 +19,11 @@ lambda 5: so short a run at 20 leaves too few latents.
 from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig
 from sae_jax.errors import choose
 
+SIZES = ("paper", "tiny")
+
 
 def get_config(size: str = "paper") -> Config:
-    choose(size, ("paper", "tiny"), "the size of anthropic_jan2025")
+    choose(size, SIZES, "the size of anthropic_jan2025")
     recipe = {
         "architecture": "jumprelu",
         "sparsity_loss": "tanh",

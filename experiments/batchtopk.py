@@ -1,6 +1,6 @@
 """BatchTopK SAEs as in "BatchTopK sparse autoencoders" (Bussmann et al. 2024, arXiv:2412.06410).
 
-  sae-jax train --config=experiments/batchtopk.py --workdir=runs/batchtopk \\
+  sae-jax train --config=batchtopk --workdir=runs/batchtopk \\
       --config.data.store=stores/gpt2_resid_8
 
 By default what the authors' repository runs on GPT-2 small: 12,288 latents, k 32 (of 16, 32, 64),
@@ -13,9 +13,11 @@ learning rate from 2e-4 / sqrt(d_sae / 2^14). `:tiny` is the recipe on a laptop,
 from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig
 from sae_jax.errors import choose
 
+SIZES = ("paper", "tiny")
+
 
 def get_config(size: str = "paper") -> Config:
-    choose(size, ("paper", "tiny"), "the size of batchtopk")
+    choose(size, SIZES, "the size of batchtopk")
     adam = {"schedule": "constant", "b2": 0.99}
     if size == "tiny":
         return Config(

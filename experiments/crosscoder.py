@@ -1,7 +1,7 @@
 """Crosscoders over layers of one model: "Sparse crosscoders for cross-layer features and model
 diffing" (Lindsey et al. 2024).
 
-  sae-jax train --config=experiments/crosscoder.py --workdir=runs/crosscoder \\
+  sae-jax train --config=crosscoder --workdir=runs/crosscoder \\
       --config.data.store=stores/residual --config.data.site=resid_post.4,resid_post.8,resid_post.12
 
 All sites share their latents, and the L1 penalty weighs a latent with the sum of the norms of its
@@ -15,9 +15,11 @@ store will do. `:tiny` is the recipe on a laptop, for the store of `sae-jax demo
 from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig
 from sae_jax.errors import choose
 
+SIZES = ("paper", "tiny")
+
 
 def get_config(size: str = "paper") -> Config:
-    choose(size, ("paper", "tiny"), "the size of crosscoder")
+    choose(size, SIZES, "the size of crosscoder")
     recipe = {"architecture": "relu", "kind": "crosscoder", "decoder_init_norm": 0.08}
     if size == "tiny":
         return Config(

@@ -1,7 +1,7 @@
 """Matryoshka SAEs as in "Learning multi-level features with Matryoshka sparse autoencoders"
 (Bussmann, Nabeshima et al. 2025, arXiv:2503.17547).
 
-  sae-jax train --config=experiments/matryoshka.py --workdir=runs/matryoshka \\
+  sae-jax train --config=matryoshka --workdir=runs/matryoshka \\
       --config.data.store=stores/gemma_resid_8
 
 BatchTopK whose first 1/16, 1/8, 1/4 and 1/2 of the latents reconstruct on their own too, all with
@@ -14,9 +14,11 @@ more prefix, we do not; SAEBench's prefixes, our architecture's default, are 1/3
 from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig
 from sae_jax.errors import choose
 
+SIZES = ("paper", "tiny")
+
 
 def get_config(size: str = "paper") -> Config:
-    choose(size, ("paper", "tiny"), "the size of matryoshka")
+    choose(size, SIZES, "the size of matryoshka")
     adam = {"schedule": "constant", "b2": 0.99}
     if size == "tiny":
         return Config(

@@ -18,14 +18,19 @@ _HOME = {
     "load": "sae_jax.interop",
     "write_store": "sae_jax.activations",
 }
-__all__ = list(_HOME)
+_PACKAGES = """activations config errors evaluate interop interpret laws lm ops plan sae sweep
+train""".split()
+__all__ = [*_HOME, *_PACKAGES]  # pdoc writes a page for each package that is listed
 
 
 def __getattr__(name: str):
     """Imports on first use: the command line must set up devices before JAX is there."""
+    if name in _PACKAGES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
+    return globals()[name]
 
 
 def __dir__() -> list[str]:

@@ -9,10 +9,10 @@ import contextlib
 import dataclasses
 import importlib.util
 import math
-import pathlib
 import types
 import typing
 
+from sae_jax import recipe_files
 from sae_jax.errors import UserError, nearest
 
 
@@ -183,7 +183,11 @@ def _hint(path: str):
 
 
 def load_file(spec: str) -> Config:
-    """`get_config()` of a Python file, or `get_config(arg)` for "FILE.py:arg"."""
+    """Returns what `get_config` of a Python file returns.
+
+    spec: "FILE.py", or "FILE.py:arg" for `get_config(arg)`. In place of FILE.py stands the name of
+    a recipe, as in "openai_topk:tiny". Raises UserError if there is no such file, or if it fails.
+    """
     config = call_in_file(spec, "get_config", "a config file defines one that returns Config")
     if not isinstance(config, Config):
         path = spec.partition(":")[0]
@@ -203,9 +207,10 @@ def call_in_file(spec: str, name: str, what: str):
 
 
 def load_module(path: str) -> types.ModuleType:
-    file = pathlib.Path(path)
-    if not file.is_file():
-        raise UserError(f"no config file at {path}")
+    """Returns the module of a Python file, or of a recipe by its name, freshly executed.
+
+    Raises UserError if there is neither, or if the file fails."""
+    file = recipe_files.find(path)
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
     with _mistakes_in(path):
