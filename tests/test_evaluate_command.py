@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import world
 
-from sae_jax import evaluate, interop, lm, train
+from sae_jax import evaluate, interop, lm
 from sae_jax.activations import write_store
 from sae_jax.cli import main
 from sae_jax.config import Config, DataConfig, SAEConfig, TrainConfig
 from sae_jax.errors import UserError
+from sae_jax.train.run import train_run
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
 SAELENS = SHARED / "saes" / "saelens_6.54.12_topk_stories260K_L2"
@@ -93,7 +94,7 @@ def demo(tmp_path_factory):
         ),
         train=TrainConfig(tokens=256 * 20, log_every=5),
     )
-    train.train(config, root / "run")
+    train_run(config, root / "run")
     return root / "model", store, root / "run"
 
 
@@ -132,7 +133,7 @@ def test_runs_of_several_sites_are_evaluated_from_their_config(demo, tmp_path, k
         ),
         train=TrainConfig(tokens=256 * 20, log_every=5),
     )  # fmt: skip
-    result = train.train(config, tmp_path / "run")
+    result = train_run(config, tmp_path / "run")
     assert main(["eval", f"--run={tmp_path / 'run'}", f"--model={model}", "--lm_tokens=64"]) == 0
     found = json.loads((tmp_path / "run" / "eval.json").read_text())
     assert found["reconstruction"]["fvu"] == pytest.approx(result["eval_fvu"], rel=0.05)

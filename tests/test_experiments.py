@@ -18,8 +18,8 @@ from sae_jax.config import call_in_file, load_file
 from sae_jax.errors import UserError
 from sae_jax.sweep import grid as grids
 from sae_jax.sweep.design import make_passes
-from sae_jax.train.loop import resolve
 from sae_jax.train.mesh import make_mesh
+from sae_jax.train.preparation import resolve
 
 ROOT = pathlib.Path(__file__).parents[1]
 NAMES = """towards_monosemanticity scaling_monosemanticity openai_topk gemma_scope

@@ -24,7 +24,7 @@ from sae_jax.errors import UserError
 from sae_jax.interop import FORMATS, Hub
 from sae_jax.interop.many import width_name
 from sae_jax.interop.select import select
-from sae_jax.train import loop
+from sae_jax.train.run import train_run
 
 EXPRESSED_BY = {"sparsify": "topk", "gemma_scope": "jumprelu", "gemma_scope_2": "batchtopk"}
 ABOUT = {"model_name": "google/gemma-2-2b", "site": "resid_post.1", "l0": 5.0}
@@ -246,7 +246,7 @@ def test_metadata_of_a_run_on_a_harvested_store(tmp_path):
     harvest = ["harvest", "--model=demo", f"--text={text}", "--sites=resid_post.0"]
     assert cli(*harvest, "--context_length=32", f"--out={store}") == 0
     run = tmp_path / "run"
-    loop.train(make_config(str(store), steps=10, sae={"aux_coefficient": 0.0}), run)
+    train_run(make_config(str(store), steps=10, sae={"aux_coefficient": 0.0}), run)
     rows = evaluate.HeldOutRows(
         Store.open(store), "resid_post.0", tokens=320, holdout_fraction=0.05
     )

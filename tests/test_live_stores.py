@@ -20,11 +20,12 @@ from training import (
     wait_until,
 )
 
-from sae_jax import lm, train
+from sae_jax import lm
 from sae_jax.activations import Store, Stream, live
 from sae_jax.cli import main
 from sae_jax.config import Config, DataConfig, MeshConfig, SAEConfig, TrainConfig
 from sae_jax.errors import UserError
+from sae_jax.train.run import train_run
 
 CONTEXT, BATCH = 16, 64
 SITES = ("resid_post.0", "mlp_act.1")
@@ -230,7 +231,7 @@ def losses(run) -> list[float]:
 def test_training_is_the_same_as_on_the_harvested_store(both, tmp_path):
     """On a mesh of 2 x 2 over the devices that also run the model; held-out figures too. And by
     two processes, each of which runs the model on its own two devices."""
-    harvested, computed = (train.train(make_config(s), tmp_path / s.path[-4:]) for s in both)
+    harvested, computed = (train_run(make_config(s), tmp_path / s.path[-4:]).result for s in both)
     want = losses(tmp_path / "sted")
     assert losses(tmp_path / "live") == want and len(want) == 20
     assert computed["eval_loss"] == harvested["eval_loss"] > 0
@@ -245,7 +246,7 @@ def test_killed_and_resumed_it_ends_as_an_undisturbed_run_on_the_harvested_store
     harvested, computed = (
         make_config(store, 200, (1, 1), checkpoint_every=20, keep_checkpoints=2) for store in both
     )
-    train.train(harvested, tmp_path / "whole")
+    train_run(harvested, tmp_path / "whole")
     run = tmp_path / "run"
     process = start(run, computed, "--cpu_devices=4")
     wait_until(lambda: logged_step(run) >= 90, process)

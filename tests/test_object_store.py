@@ -37,9 +37,10 @@ from sae_jax.errors import UserError
 from sae_jax.paths import ObjectPath
 from sae_jax.sweep import worker
 from sae_jax.sweep.directory import SweepDirectory, load
-from sae_jax.train import loop, object_checkpoints
+from sae_jax.train import object_checkpoints
 from sae_jax.train.metrics import open_after
 from sae_jax.train.object_checkpoints import ObjectCheckpointer
+from sae_jax.train.run import train_run
 
 ROOT = pathlib.Path(__file__).parents[1]
 DEVICE = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -300,7 +301,7 @@ def test_a_run_killed_on_s3_ends_as_one_undisturbed_on_disk(store, place, tmp_pa
     assert "resumed" in err
 
     undisturbed = tmp_path / "run"
-    result = loop.train(config, undisturbed)
+    result = train_run(config, undisturbed).result
     assert_same_arrays(object_arrays(place), saved_arrays(undisturbed))
     assert losses(place) == losses(undisturbed)
     saved = json.loads((place / "result.json").read_text())

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import scipy.sparse
 
-from sae_jax import evaluate, interop, sae, train
+from sae_jax import evaluate, interop, sae
 from sae_jax.activations import World
 from sae_jax.cli import main
 from sae_jax.config import Config, DataConfig, SAEConfig, TrainConfig
 from sae_jax.evaluate import RecoveryMeter
+from sae_jax.train.directory import read_config
+from sae_jax.train.run import train_run
 
 GENERATOR = np.random.default_rng
 
@@ -219,7 +221,7 @@ def run(tmp_path_factory):
         train=TrainConfig(tokens=256 * 20, log_every=5),
     )
     path = tmp_path_factory.mktemp("world") / "run"
-    train.train(config, path)
+    train_run(config, path)
     return path
 
 
@@ -231,7 +233,7 @@ def test_a_run_on_a_world_is_evaluated_with_its_features(run, capsys):
     assert "cross-entropy" not in out and "least mean squared error" not in out
     assert found.rows.rows == 30_000 and found.spliced is None
     direct = evaluate.evaluate(
-        interop.load(run), evaluate.WorldRows(train.read_config(run).data, tokens=30_000)
+        interop.load(run), evaluate.WorldRows(read_config(run).data, tokens=30_000)
     )
     assert direct.recovery.scalars == pytest.approx(found.recovery.scalars)
     for part in ("features", "latents"):

@@ -4,8 +4,9 @@ import pathlib
 
 import pytest
 
-from sae_jax import evaluate, interop, lm, train
+from sae_jax import evaluate, interop, lm
 from sae_jax.config import load_file
+from sae_jax.train.run import train_run
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -23,7 +24,7 @@ def test_as_good_as_saelens_after_as_many_tokens(tmp_path):
     path = tmp_path / "stories"
     store = lm.harvest(MODEL, texts, path, sites=("resid_post.2",), context_length=128)
     config = load_file(f"{ROOT / 'experiments' / 'stories260k_topk.py'}:{path}")
-    train.train(config, tmp_path / "run")
+    train_run(config, tmp_path / "run")
     heldout = evaluate.HeldOutRows(store, "", tokens=10**6, holdout_fraction=0.05)
     model = evaluate.LanguageModel.load(MODEL)
     ours, theirs = (

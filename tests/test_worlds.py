@@ -2,8 +2,9 @@
 
 import pytest
 
-from sae_jax import evaluate, interop, train
+from sae_jax import evaluate, interop
 from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig
+from sae_jax.train.run import train_run
 
 pytestmark = pytest.mark.slow
 
@@ -38,7 +39,7 @@ def test_within_a_percent_of_the_closed_form_optimum(tmp_path, architecture, d_s
         optimizer=OptimizerConfig(learning_rate=learning_rate),
         train=TrainConfig(tokens=3_000_000, log_every=1000, checkpoint_every=10_000),
     )
-    train.train(config, tmp_path / "run")
+    train_run(config, tmp_path / "run")
     rows = evaluate.WorldRows(config.data, tokens=2**19)
     found = evaluate.evaluate(interop.load(tmp_path / "run"), rows)
     scores = found.recovery.scalars

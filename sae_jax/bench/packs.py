@@ -17,7 +17,7 @@ from sae_jax.activations import open_stream
 from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.sweep.design import make_passes
-from sae_jax.train import loop
+from sae_jax.train import preparation
 from sae_jax.train.mesh import BatchPlacement, make_mesh
 from sae_jax.train.pack import PackTrainer, set_fields
 
@@ -74,7 +74,7 @@ def measure_sweep(runs: list[Config]) -> dict:
     the moment that the package was imported; and the largest relative difference of a run's
     eval_loss between the two."""
     stream = open_stream(runs[0].data)
-    runs = [loop.resolve(run, stream) for run in runs]
+    runs = [preparation.resolve(run, stream) for run in runs]
     if len(make_passes(runs)) > 1:
         raise UserError("the runs read different data; a bench of packs takes runs of one pass")
     with tempfile.TemporaryDirectory() as directory:
@@ -106,7 +106,8 @@ from sae_jax.cli import _set_up_jax
 _set_up_jax(None)
 from sae_jax.sweep.design import make_passes
 from sae_jax.sweep.pass_trainer import train_pass
-from sae_jax.train import loop
+from sae_jax.train.results import run_id
+from sae_jax.train.run import train_run
 def bytes_read():
     return int(pathlib.Path("/proc/self/io").read_text().split()[1])
 runs = [configs.from_dict(run) for run in json.load(sys.stdin)]
@@ -115,7 +116,7 @@ out = pathlib.Path(sys.argv[1])
 if len(runs) > 1:
     train_pass(make_passes(runs)[0], out)
 else:
-    loop.train(runs[0], out / loop.run_id(runs[0]))
+    train_run(runs[0], out / run_id(runs[0]))
 print(bytes_read() - before)
 """
 

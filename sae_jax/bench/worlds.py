@@ -34,7 +34,7 @@ from sae_jax.evaluate.recovery import Recovery, RecoveryMeter, measure_recovery
 from sae_jax.evaluate.worlds import WorldRows
 from sae_jax.interop import load
 from sae_jax.paths import save_json
-from sae_jax.train import train
+from sae_jax.train.run import train_run
 
 OURS = "sae-jax"
 LEARNING_RATES = (1e-2, 3e-3)
@@ -93,7 +93,7 @@ def run_ours(recipe: Recipe, world: World, workdir: pathlib.Path) -> Recovery:
         ),
         mesh=MeshConfig(data=1, model=1),
     )
-    train(config, workdir)
+    train_run(config, workdir)
     return measure_recovery(load(workdir), world.held_out)
 
 

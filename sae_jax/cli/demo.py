@@ -63,8 +63,9 @@ def demo(
 ) -> pathlib.Path:
     """Harvest, train, evaluate and draw into `out`, each unless its result is there; returns the
     page. more_sites: harvested too. UserError where `out` holds a demo with other settings."""
-    from sae_jax import evaluate, interop, interpret, lm, train
+    from sae_jax import evaluate, interop, interpret, lm
     from sae_jax.evaluate import figures
+    from sae_jax.train.run import train_run
 
     run_directory, page = out / "run", out / "index.html"
     evaluation_file, metrics_file = run_directory / "eval.json", run_directory / "metrics.jsonl"
@@ -76,7 +77,7 @@ def demo(
     )
     _say(2, f"training {d_sae:,} latents")
     config = training_config(store, out / "store", site, d_sae, epochs, k, batch_size)
-    train.train(config, run_directory)
+    train_run(config, run_directory)
 
     sae = interop.load(run_directory)
     model = evaluate.LanguageModel.load(model_directory)

@@ -44,15 +44,17 @@ def define(values: flags.FlagValues) -> None:
 
 
 @contextlib.contextmanager
-def joined(args: flags.FlagValues, stops_at_a_step: bool = True) -> Iterator[None]:
+def joined(args: flags.FlagValues, stops_at_a_step: bool = True) -> Iterator:
     """Within it this process is one of the program's, if the flags say that there are some, and is
     watched (`train.watchdog`). An error in one ends them all; an orderly end waits for all.
 
     stops_at_a_step: whether the command asks JAX, step by step, if it was told to stop; if not,
     SIGTERM raises PreemptedError in the process that gets it."""
     from sae_jax.train import preemption, watchdog
+    from sae_jax.train.progress import Progress
 
-    limits = args.heartbeat_seconds, args.watchdog_seconds
+    progress = Progress()
+    limits = progress, args.heartbeat_seconds, args.watchdog_seconds
     several = bool(args.distributed or args.coordinator)
     if several:
         _join(args)
@@ -62,7 +64,7 @@ def joined(args: flags.FlagValues, stops_at_a_step: bool = True) -> Iterator[Non
     watch.start()
     try:
         with contextlib.nullcontext() if stops_at_a_step else preemption.sigterm_raises():
-            yield
+            yield progress
     except BaseException as error:
         if several:
             watch.fail(error)

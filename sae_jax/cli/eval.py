@@ -99,8 +99,7 @@ def _evaluate(args) -> None:
     from sae_jax.config import DataConfig
     from sae_jax.errors import UserError
     from sae_jax.evaluate import check_model, evaluate, figures, load_model, save
-    from sae_jax.train import read_config
-    from sae_jax.train.directory import is_writer
+    from sae_jax.train.directory import is_writer, read_config
 
     if (args.run is None) == (args.sae is None):
         raise UserError("give either --run=RUN or --sae=PATH")

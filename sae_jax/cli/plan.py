@@ -99,9 +99,9 @@ def _resolve(config: Config) -> Config:
     from sae_jax.plan import estimate
 
     if config.data.store:
-        from sae_jax.train import loop
+        from sae_jax.train import preparation
 
-        return loop.resolve(config, activations.open_stream(config.data))
+        return preparation.resolve(config, activations.open_stream(config.data))
     d_in = config.sae.d_in
     if d_in is None:
         d_in = _DEFAULT_D_IN

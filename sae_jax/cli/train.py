@@ -46,15 +46,19 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
     import jax  # after the mistakes that need no device
 
     from sae_jax import interop
-    from sae_jax.train import loop, preemption
+    from sae_jax.train import preemption
+    from sae_jax.train.recorder import NonFiniteError
+    from sae_jax.train.run import train_run
 
-    with distributed.joined(args):
+    with distributed.joined(args) as progress:
         try:
-            result = loop.train(config, args.workdir, interop.load)
+            result = train_run(
+                config, args.workdir, load_sae=interop.load, progress=progress
+            ).result
         except preemption.PreemptedError as stopped:
             print(f"sae-jax train: {stopped}; start it again to go on", file=sys.stderr)
             return preemption.EXIT_CODE
-        except loop.NonFiniteError as error:
+        except NonFiniteError as error:
             print(f"sae-jax train: error: {error}", file=sys.stderr)
             return 3
         if jax.process_index() == 0:

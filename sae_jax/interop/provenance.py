@@ -8,7 +8,7 @@ from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.interop import sae_jax_format, saelens
 from sae_jax.lm import hook_name
-from sae_jax.train import read_config
+from sae_jax.train.directory import read_config
 
 _MEASURED = ("tokens", "eval_loss", "eval_fvu", "dead_fraction")
 _SAE = ("k", "sparsity_coefficient", "target_l0", "prefix_widths", "aux_coefficient", "normalize")

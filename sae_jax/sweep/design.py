@@ -15,8 +15,8 @@ from sae_jax import config as configs
 from sae_jax import sae as saes
 from sae_jax.config import Config
 from sae_jax.train import controls
-from sae_jax.train.loop import flops, run_id
 from sae_jax.train.pack import VARIED, get_field, set_fields
+from sae_jax.train.results import flops, run_id
 from sae_jax.train.schedule_steps import ScheduleSteps
 
 __all__ = ["VARIED", "Pack", "Pass", "make_passes"]

@@ -23,7 +23,7 @@ from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.paths import AnyPath
 from sae_jax.sweep import grid as grids
-from sae_jax.train import loop
+from sae_jax.train import preparation, results
 from sae_jax.train.directory import environment
 
 STATES = ("waiting", "started", "done", "failed")
@@ -83,12 +83,12 @@ def expand(base: Config, grid: grids.Grid) -> list[Run]:
             if config.train.init:
                 raise UserError("train.init is for sae-jax train; a sweep's runs begin fresh")
             stream = streams(config.data)
-            config = loop.resolve(config, stream)
-            loop.count_steps(config, stream)
+            config = preparation.resolve(config, stream)
+            preparation.count_steps(config, stream)
         except UserError as error:
             where = f"run {number} of {len(grid)} ({grids.describe(swept)})"
             raise UserError(f"{where}: {error}") from error
-        run = Run(loop.run_id(config), config, swept)
+        run = Run(results.run_id(config), config, swept)
         if run.id in runs:
             raise UserError(
                 f"{grids.describe(runs[run.id].swept)} and {grids.describe(swept)} are the same "
@@ -159,7 +159,7 @@ class SweepDirectory:
 
     def _row(self, run: Run) -> dict:
         state = self.state(run)
-        row = {"run_id": run.id, "status": state, **run.swept, **loop.planned(run.config)}
+        row = {"run_id": run.id, "status": state, **run.swept, **results.planned(run.config)}
         if state == "done":
             row |= self._result(run)
         return {name: value for name, value in row.items() if name not in _VOLATILE}

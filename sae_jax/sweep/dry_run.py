@@ -9,7 +9,7 @@ from sae_jax.config import Config, SAEConfig
 from sae_jax.sweep import design
 from sae_jax.sweep import grid as grids
 from sae_jax.sweep.directory import Run, counted
-from sae_jax.train import loop
+from sae_jax.train import results
 
 _BYTES_PER_PARAMETER = 16  # float32: the parameter, its gradient, Adam's two moments
 _BATCHES = 3  # on a device: the one in use as it came and in float32, and the next
@@ -63,7 +63,7 @@ def _pass_lines(work: design.Pass, runs: list[Run]) -> list[str]:
         branch = ""
         if pack.trunk is not None:
             branch = f", branches off pack {pack.trunk} at step {pack.start:,}"
-        members = [by_id[loop.run_id(config)] for config in pack.runs]
+        members = [by_id[results.run_id(config)] for config in pack.runs]
         alike = grids.shared([run.swept for run in members])
         size = {"sae.d_sae": pack.runs[0].sae.d_sae, "train.tokens": pack.runs[0].train.tokens}
         lines.append(
@@ -83,8 +83,8 @@ def _run_line(run: Run, own: grids.Assignment) -> str:
 
 def run_cost(config: Config, start: int = 0) -> Cost:
     """Of a run that leaves a trunk at step `start`."""
-    tokens = loop.planned(config)["tokens"] - start * config.data.batch_size
-    return Cost(tokens, tokens * row_bytes(config), **loop.flops(config, tokens))
+    tokens = results.planned(config)["tokens"] - start * config.data.batch_size
+    return Cost(tokens, tokens * row_bytes(config), **results.flops(config, tokens))
 
 
 def pass_cost(work: design.Pass) -> Cost:

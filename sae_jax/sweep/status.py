@@ -11,7 +11,7 @@ from sae_jax.sweep import design
 from sae_jax.sweep import grid as grids
 from sae_jax.sweep.directory import STATES, Run, SweepDirectory, counted
 from sae_jax.sweep.leases import Holder, Leases
-from sae_jax.train import loop
+from sae_jax.train import results
 
 _TAIL = 8192  # bytes of metrics.jsonl that surely hold its last line
 
@@ -31,7 +31,7 @@ def passes(directory: SweepDirectory, leases: Leases) -> list[PassStatus]:
     by_id = {run.id: run for run in directory.runs}
     todo = design.make_passes([run.config for run in directory.runs], directory.passes)
     return [
-        _status(work, [by_id[loop.run_id(config)] for config in work.runs], directory, leases)
+        _status(work, [by_id[results.run_id(config)] for config in work.runs], directory, leases)
         for work in todo
     ]
 

@@ -47,10 +47,13 @@ class Trainer:
         variance: float,
         k: jax.Array | None = None,
         lengths: ScheduleSteps | None = None,
+        extra_loss: Callable | None = None,
     ):
         self.config = config
+        self.steps = steps
         self._variance = variance
         self._k = k
+        self._extra_loss = extra_loss
         self._lengths = lengths or ScheduleSteps.from_config(config, steps)
         self._architecture = saes.architecture(config.sae)
         self._learning_rate = optimizer.schedule(config.optimizer, self._lengths)

@@ -50,43 +50,10 @@ from sae_jax.train.peer_health import (
     silence,
 )
 from sae_jax.train.preemption import EXIT_CODE, PreemptedError
+from sae_jax.train.progress import Progress
 
 _FAREWELL_SECONDS = 5.0  # for the others to hear a verdict before the store goes with process 0
 _KEY = "sae_jax/watchdog"
-
-
-class Progress:
-    """What the main thread tells of itself. As a context it notes an error on its way out, before
-    what closes files can hang because of it."""
-
-    def __init__(self):
-        self.begun = self.done = 0  # steps
-        self.saved: int | None = None  # the step of a checkpoint that is there
-        self.resting = True  # until a step ends, no clock runs
-        self.error: BaseException | None = None
-
-    def begin(self, step: int) -> None:
-        """The batch of `step` is there, and it is about to be dispatched."""
-        self.begun = step
-
-    def end(self, step: int) -> None:
-        self.done = step
-        self.resting = False
-
-    def rest(self) -> None:
-        """What comes next takes its time: the clock stands until a step ends."""
-        self.resting = True
-
-    def __enter__(self) -> "Progress":
-        self.error = None
-        return self
-
-    def __exit__(self, kind, error, *_) -> None:
-        if not isinstance(error, PreemptedError):
-            self.error = error
-
-
-PROGRESS = Progress()
 
 
 class Watchdog:
@@ -96,8 +63,16 @@ class Watchdog:
     Ends the process by os._exit: its main thread may be stuck in a collective for ever."""
 
     def __init__(
-        self, heartbeat: float, step: float, store=None, me: int = 0, count: int = 1, address=""
+        self,
+        progress: Progress,
+        heartbeat: float,
+        step: float,
+        store=None,
+        me: int = 0,
+        count: int = 1,
+        address="",
     ):
+        self._progress = progress
         self._store, self._me, self._count, self._address = store, me, count, address
         self._heartbeat = heartbeat
         self._judge = Judge(count, heartbeat, step)
@@ -124,8 +99,8 @@ class Watchdog:
 
     def end(self) -> None:
         """Waits until all processes have done their work, then lets them go."""
-        PROGRESS.rest()
-        PROGRESS.error = None  # one that all have, and that ended the work in good order
+        self._progress.rest()
+        self._progress.error = None  # one that all have, and that ended the work in good order
         self._tell(ended=True)
         if self._store is not None:
             self._store.wait_at_barrier(f"{_KEY}/ended", timeout_in_ms=2**31 - 1)
@@ -140,7 +115,7 @@ class Watchdog:
     def fail(self, error: BaseException) -> None:
         """Tells the others of an error that ends this process, to be printed when this returns.
         If another's death may be behind it this waits for the verdict, which ends the process."""
-        PROGRESS.error = error
+        self._progress.error = error
         told = isinstance(error, (PreemptedError, KeyboardInterrupt))
         self._sure = told or (isinstance(error, UserError) and error.__cause__ is None)
         self._wake.set()
@@ -163,8 +138,8 @@ class Watchdog:
                 self._hurry(now)
             elif self._store is None:
                 self._obey(self._judge({0: self._record()}, now))
-            elif PROGRESS.error is not None and self._is_own_error(now):
-                self._declare(PROGRESS.error)
+            elif self._progress.error is not None and self._is_own_error(now):
+                self._declare(self._progress.error)
             elif self._me == 0:
                 self._obey(self._judge(self._records, now) if self._records else None)
             else:
@@ -260,11 +235,11 @@ class Watchdog:
         self._own = dataclasses.replace(
             self._own,
             beat=self._own.beat + 1,
-            begun=PROGRESS.begun,
-            done=PROGRESS.done,
-            saved=PROGRESS.saved,
-            resting=PROGRESS.resting,
-            trouble=PROGRESS.error is not None,
+            begun=self._progress.begun,
+            done=self._progress.done,
+            saved=self._progress.saved,
+            resting=self._progress.resting,
+            trouble=self._progress.error is not None,
             **self._last_words,
         )
         return self._own
@@ -278,11 +253,13 @@ class Watchdog:
             self._told.wait(INTERVAL)
 
 
-def of_this_program(heartbeat: float, step: float) -> Watchdog:
+def of_this_program(progress: Progress, heartbeat: float, step: float) -> Watchdog:
     """The watch of this process among those that jax.distributed has joined."""
     program = distributed.global_state
     store, address = program.client, program.coordinator_address
-    return Watchdog(heartbeat, step, store, program.process_id, program.num_processes, address)
+    return Watchdog(
+        progress, heartbeat, step, store, program.process_id, program.num_processes, address
+    )
 
 
 class _Clock:
