@@ -3,6 +3,7 @@
 import base64
 import csv
 import http.server
+import importlib.metadata
 import json
 import re
 import sys
@@ -75,6 +76,8 @@ def test_the_card_states_what_is_known_and_invents_nothing(tmp_path):
     card = (tmp_path / "a" / "README.md").read_text()
     assert front_matter(card).keys() == {"library_name", "tags"}
     assert "Not stated by whoever made this export" in card and "None were measured" in card
+    software = f"The sae_jax authors, .* version {importlib.metadata.version('sae-jax')}, 2026"
+    assert re.search(software, card)
     about = ABOUT | {"training": {"architecture": "topk", "learning_rate": 3e-4}}
     hub = Hub("apache-2.0", "me/saes", "a/b")
     interop.export(random_sae("topk"), "saelens", tmp_path / "b", about, hub)
@@ -329,6 +332,7 @@ def test_many_of_a_sweep(tmp_path, monkeypatch, capsys):
         ours = sae_jax.load(sweep / "runs" / sae["run_id"])
         np.testing.assert_allclose(theirs(x), ours(x), atol=1e-4)
         assert f"]({sae['path']})" in (out / "README.md").read_text()
+    assert "The sae_jax authors" in (out / "README.md").read_text()
     capsys.readouterr()
     assert cli(*export[:2], "--format=openai", f"--out={tmp_path / 'no'}") == 2
     assert "openai cannot express a topk" in capsys.readouterr().err

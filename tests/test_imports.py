@@ -17,10 +17,12 @@ ROOT = pathlib.Path(__file__).parents[1]
 # makes no circle. Files beside the rooms are named as rooms.
 ROWS = [
     {"errors"},
-    {"paths", "config"},
-    {"json_files", "pages", "plots", "progress_bar"},
+    {"paths", "fields", "recipe_files"},
+    {"json_files", "pages", "plots", "progress_bar", "python_files"},
     {"ops"},
-    {"activations", "sae"},
+    {"sae"},
+    {"config"},  # a run's config holds that of its SAE
+    {"activations"},
     {"lm"},
     {"train"},
     {"interop", "evaluate"},

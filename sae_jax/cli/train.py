@@ -9,7 +9,7 @@ from sae_jax.errors import UserError
 
 SUMMARY = """Train a sparse autoencoder on an activation store; the same command resumes it.
 
-  sae-jax train --workdir=runs/a --config=experiments/openai_topk.py \\
+  sae-jax train --workdir=runs/a --config=openai_topk \\
       --config.data.store=stores/gpt2 --config.sae.d_sae=16384 --config.train.tokens=100e6
 
   sae-jax train --workdir=runs/b --config.train.init=their_sae --config.sae.d_sae=24576 \\
@@ -24,7 +24,12 @@ stopped by SIGTERM after saving, or another process of the run has died, or a st
 
 def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, "The run's directory, made if absent.", flag_values=values)
-    flags.DEFINE_string("config", None, "FILE.py[:arg] with get_config(arg).", flag_values=values)
+    flags.DEFINE_string(
+        "config",
+        None,
+        "A recipe, NAME[:ARGUMENT], or FILE.py[:arg] with get_config(arg).",
+        flag_values=values,
+    )
     distributed.define(values)
 
 

@@ -15,7 +15,7 @@ from sae_jax.errors import UserError
 from sae_jax.paths import AnyPath
 from sae_jax.train import metrics
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
+_PACKAGES = """sae-jax jax jaxlib flax optax orbax-checkpoint grain tensorstore numpy""".split()
 
 
 class RunDirectory:
@@ -134,11 +134,14 @@ def environment() -> dict:
 
 
 def _git_revision() -> str | None:
-    """Of the checkout that the package runs from, if it is one."""
+    """Returns the revision of the checkout that the package runs from, or None if there is none.
+
+    An installed package may lie inside a repository of the user's, whose revision says nothing."""
     here = pathlib.Path(__file__).parent
-    git = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    git = ["git", "-C", str(here), "rev-parse", "HEAD", "--show-prefix"]
     try:
         done = subprocess.run(git, capture_output=True, text=True, check=False)
     except FileNotFoundError:  # no git on this machine
         return None
-    return done.stdout.strip() or None
+    revision, _, prefix = done.stdout.partition("\n")
+    return revision if prefix.strip() == "sae_jax/train/" else None
