@@ -3,8 +3,7 @@
 import inspect
 import textwrap
 
-from sae_jax import config as configs
-from sae_jax import recipe_files
+from sae_jax import python_files, recipe_files
 
 
 def table(function: str) -> list[str]:
@@ -12,7 +11,7 @@ def table(function: str) -> list[str]:
     default first), and the first paragraph of its docstring."""
     lines = ["Recipes, as --config=NAME:ARGUMENT; NAME alone has the first of its arguments:"]
     for name in recipe_files.names():
-        module = configs.load_module(name)
+        module = python_files.load_module(name)
         if hasattr(module, function):
             lines += ["", f"  {name}:{_arguments(module)}"]
             summary = inspect.getdoc(module).partition("\n\n")[0]
