@@ -13,6 +13,7 @@ from sae_jax.lm.live import open_stream
 from sae_jax.paths import AnyPath
 from sae_jax.sweep.design import Pass
 from sae_jax.train import preparation
+from sae_jax.train.loggers import Log
 from sae_jax.train.loop import PackInTraining, TrainingData, train_packs
 from sae_jax.train.mesh import make_mesh
 from sae_jax.train.pack import PackTrainer
@@ -29,13 +30,15 @@ def train_pass(
     check: Callable[[], None] = lambda: None,
     run_ended: Callable[[], None] = lambda: None,
     progress: Progress | None = None,
+    log_to: Log | None = None,
 ) -> None:
     """Trains every run of `work` that has not ended, in runs_directory/RUN_ID, from its last
     checkpoint.
 
     `check` is called before anything but a metric is written; what it raises ends the pass.
     `run_ended` is called when a run's result.json, or failed.json where its loss became NaN, has
-    been written. A watchdog reads `progress`.
+    been written. A watchdog reads `progress`. `log_to` says where each run's metrics go besides its
+    metrics.jsonl.
 
     Raises UserError for a mistake before anything is computed; PreemptedError after SIGTERM, when
     all runs are saved."""
@@ -53,6 +56,7 @@ def train_pass(
                 RunRecorder(
                     run,
                     runs_directory / run_id(run),
+                    log_to=log_to,
                     keep=max(_KEPT, run.train.keep_checkpoints),
                     one_of_many=True,
                 )

@@ -81,6 +81,13 @@ class RunDirectory:
         if is_writer():
             self._metrics = metrics.open_after(self._metrics_path, step)
 
+    def lines_until(self, step: int) -> list[dict]:
+        """Returns the lines of metrics.jsonl up to `step`."""
+        if not self._metrics_path.is_file():
+            return []
+        lines = metrics.lines_until(self._metrics_path, step).splitlines()
+        return [json.loads(line) for line in lines]
+
     def log(self, line: dict) -> None:
         if self._metrics:
             self._metrics.add(json.dumps(line) + "\n")

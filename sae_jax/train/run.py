@@ -13,6 +13,7 @@ from sae_jax.errors import UserError
 from sae_jax.lm.live import open_stream
 from sae_jax.sae import SAE
 from sae_jax.train import preparation
+from sae_jax.train.loggers import Log
 from sae_jax.train.loop import PackInTraining, TrainingData, train_packs
 from sae_jax.train.pack import SingleTrainer
 from sae_jax.train.progress import Progress
@@ -29,6 +30,7 @@ def train_run(
     start: SAE | None = None,
     open_stream: Callable = open_stream,
     on_metrics: Sequence[OnMetrics] = (),
+    log_to: Log | None = None,
     extra_loss: Callable | None = None,
     progress: Progress | None = None,
 ) -> Recorder:
@@ -42,6 +44,7 @@ def train_run(
         start: an SAE whose parameters a fresh run begins with, instead of `train.init`.
         open_stream: gives the streams of the data section, as `lm.open_stream` does.
         on_metrics: each is called with every line of metrics, on process 0.
+        log_to: where the lines go besides metrics.jsonl, on process 0 (see `parse_log`).
         extra_loss: a term to add to the loss (see `Trainer`).
         progress: what a watchdog reads.
 
@@ -56,9 +59,9 @@ def train_run(
         raise UserError("mesh.run shards the runs of a sweep; train has one: leave it at 1")
     data = TrainingData.open(config, open_stream)
     if workdir is None:
-        recorder = Recorder(config, on_metrics)
+        recorder = Recorder(config, on_metrics, log_to)
     else:
-        recorder = RunRecorder(config, paths.path(workdir), on_metrics=on_metrics)
+        recorder = RunRecorder(config, paths.path(workdir), on_metrics=on_metrics, log_to=log_to)
     with jax.set_mesh(data.mesh), contextlib.closing(recorder), progress or Progress() as progress:
         if recorder.result is not None:
             logging.info("%s is finished; its result stands", workdir)
