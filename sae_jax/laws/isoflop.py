@@ -93,7 +93,8 @@ class IsoflopFit:
       estimator: one of `estimators.ESTIMATORS`.
       minima: the minima of their isoFLOP curves.
       lines: the power laws of n*, D* and L*.
-      drawn: the log scale and exponent of each line in each resample (R, 3, 2).
+      drawn: the log scale and exponent of each line in each resample (R, 3, 2), widened as the
+        intervals are.
       holdout: the error at the largest budgets of the law fitted without them.
       alternatives: the lines by the other estimators.
       warnings: what to doubt about the fit, in words.
