@@ -17,7 +17,7 @@ import numpy as np
 from sae_jax.laws.laws import Columns, Law, log_terms
 
 ESTIMATORS = ("huber", "log_least_squares", "lad")
-_DELTAS = {  # of Huber's function, in turn: each minimum is the start of the next
+_DELTAS = {  # of Huber's function; each minimum is the start of the next one's search
     "huber": (1e-3,),  # Hoffmann et al. 2022
     "log_least_squares": (np.inf,),
     "lad": (1e-3, 1e-4, 1e-5, 1e-6, 1e-7),  # the last stands for 0
@@ -160,7 +160,7 @@ class Problem:
 
         Returns:
           The residuals (S, N), and for each parameter the share of its term in the fitted loss (S,
-            N, P).
+          N, P).
         """
         t_SxTxN = log_terms(self.features_NxP, self.term_of_P, z_SxP)
         top = t_SxTxN.max(axis=1, keepdims=True)

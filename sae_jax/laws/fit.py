@@ -24,7 +24,7 @@ _INTERVALS = (
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How to fit a law.
+    """Options of a fit.
 
     Attributes:
       estimator: one of `estimators.ESTIMATORS`; None takes the law's own.
@@ -300,7 +300,7 @@ def hold_out(results: Results, law: Law, estimator: str, count: int | None):
 
     Returns:
       The held-out rows (H,), and the error as fit.json shows it. Where the other rows do not
-        identify the law, no row is held out and the error is None.
+      identify the law, no row is held out and the error is None.
 
     Raises UserError where the rest does not identify the law and `count` is given.
     """

@@ -154,7 +154,7 @@ def _shared(results: Results, flops: np.ndarray) -> list[Curve]:
 def _interpolated(results: Results, flops: np.ndarray) -> list[Curve]:
     """Returns curves whose losses are interpolated in tokens for each size."""
     n, tokens = results.columns["d_sae"], results.columns["tokens"]
-    lines = []  # of each size: n, range of log C, log loss and log tokens at log C
+    lines = []  # (n, its values of log C, log-loss at log C, log tokens at log C) of each size
     for size in distinct(n):
         at = np.flatnonzero(np.abs(n / size - 1) < 1e-6)
         log_c, place = np.unique(np.log(flops[at]), return_inverse=True)

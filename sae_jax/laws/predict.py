@@ -8,8 +8,8 @@ from sae_jax.laws.fit import Fit
 from sae_jax.laws.intervals import widening
 from sae_jax.laws.isoflop import IsoflopFit
 
-_MULTIPLE = 64  # of latents, for matrix units and for sharding; of a small dictionary, 8
-_FAR_BEYOND = 3.0  # times the largest budget that was fitted, from which on a prediction says so
+_MULTIPLE = 64  # sizes are multiples of it for matrix units and for sharding; small ones, of 8
+_FAR_BEYOND = 3.0  # times the largest fitted budget; beyond it a prediction has a warning
 _INTERVAL = (
     "95% prediction interval of one more run: the bootstrap's parameters, widened for the degrees "
     "of freedom, and the scatter of the runs about the fit; or twice the rms error held out, if "
@@ -26,9 +26,9 @@ def predict(found: Fit | IsoflopFit, flops: float) -> dict:
 
     Returns:
       A dict: `flops`; `d_sae`, rounded up to a multiple of 64 (of 8 below 512); `tokens`; `loss`;
-        `interval`, the 95% interval of one more run's loss; `interval_is`, what that means;
-        `times_largest_budget`; and `k` for the joint law. The power law has None for d_sae and
-        tokens.
+      `interval`, the 95% interval of one more run's loss; `interval_is`, what that means;
+      `times_largest_budget`; and `k` for the joint law. The power law has None for d_sae and
+      tokens.
 
     Raises UserError for a law without a compute-optimal frontier.
     """

@@ -24,7 +24,7 @@ def batch_top_k(values_BxN: jax.Array, count) -> tuple[jax.Array, jax.Array]:
 
     Returns:
       Which entries are picked, (B, N) bool, and the smallest of them, a scalar. It is infinity
-        where there is none.
+      where there is none.
     """
 
     def local(values, count):

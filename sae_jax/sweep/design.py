@@ -146,8 +146,10 @@ def _can_branch(run: Config) -> bool:
 
 
 def _make_families(runs: list[Config]) -> list[_Family]:
-    """Groups runs with one sharing key into families; runs without a longer twin make a family of
-    their own.
+    """Groups runs with one sharing key into families.
+
+    A run goes into the family of a run that is the same but for a larger budget. Runs without one
+    make a family of their own.
     """
     families = []
     while runs:
@@ -156,10 +158,10 @@ def _make_families(runs: list[Config]) -> list[_Family]:
         family = [budgets[0]]
         left = []
         for budget in budgets[1:]:
-            twins = [run for run in budget if _varied_values(run) in trunk]
+            branches = [run for run in budget if _varied_values(run) in trunk]
             left += [run for run in budget if _varied_values(run) not in trunk]
-            if twins:
-                family.append(twins)
+            if branches:
+                family.append(branches)
         families.append(family)
         runs = left
     return families
@@ -189,8 +191,9 @@ def _make_packs(family: _Family, place: int) -> list[Pack]:
 
 
 def _split_evenly(families: list[_Family], count: int) -> list[list[_Family]]:
-    """Splits families into `count` shares of about equal compute; the largest family is cut in two
-    for as long as that is needed and possible.
+    """Splits families into `count` shares of about equal compute.
+
+    The largest family is cut in two for as long as that is needed and possible.
     """
     while True:
         shares: list[list[_Family]] = [[] for _ in range(min(count, len(families)))]

@@ -134,7 +134,7 @@ class SweepDirectory:
         except json.JSONDecodeError as error:
             raise UserError(f"{file} is damaged: {error}") from error
         self.passes: int = values["passes"]
-        self._results: dict[str, dict] = {}  # of runs that are done, read once
+        self._results: dict[str, dict] = {}  # results of runs that are done, read once
         self.runs = [_from_json(run_id, run) for run_id, run in values["runs"].items()]
 
     @classmethod

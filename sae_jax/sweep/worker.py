@@ -22,7 +22,7 @@ from sae_jax.train.preemption import PreemptedError, sigterm_raises
 from sae_jax.train.progress import Progress
 
 _ALL_DONE, _WAIT = -1, -2  # instead of the index of a pass
-_SECONDS_BETWEEN_LINES = 30  # of the log, while waiting for others
+_SECONDS_BETWEEN_LINES = 30  # between lines of the log, while waiting for others
 
 
 def work(directory: SweepDirectory, lease_seconds: float, progress: Progress | None = None) -> None:
