@@ -91,9 +91,9 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
 
     from sae_jax.sweep import worker
 
-    with distributed.joined(args):
+    with distributed.joined(args) as progress:
         try:
-            worker.work(directory, args.lease_seconds)
+            worker.work(directory, args.lease_seconds, progress)
         except preemption.PreemptedError:
             print("sae-jax sweep: stopped by SIGTERM; start it again to go on", file=sys.stderr)
             return preemption.EXIT_CODE

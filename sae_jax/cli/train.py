@@ -43,9 +43,9 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
     from sae_jax import interop
     from sae_jax.train import loop, preemption
 
-    with distributed.joined(args):
+    with distributed.joined(args) as progress:
         try:
-            result = loop.train(config, args.workdir, interop.load)
+            result = loop.train(config, args.workdir, interop.load, progress=progress)
         except preemption.PreemptedError as stopped:
             print(f"sae-jax train: {stopped}; start it again to go on", file=sys.stderr)
             return preemption.EXIT_CODE

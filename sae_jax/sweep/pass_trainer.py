@@ -23,7 +23,7 @@ from sae_jax.train.directory import RunDirectory, is_writer
 from sae_jax.train.mesh import BatchPlacement, make_mesh
 from sae_jax.train.pack import PackTrainer, get_run, put_run
 from sae_jax.train.preemption import PreemptedError, Preemption
-from sae_jax.train.watchdog import PROGRESS
+from sae_jax.train.progress import Progress
 
 _KEPT = 2  # checkpoints a run, at least: a kill leaves some runs one behind the others
 
@@ -33,12 +33,14 @@ def train_pass(
     runs_directory: AnyPath,
     check: Callable[[], None] = lambda: None,
     run_ended: Callable[[], None] = lambda: None,
+    progress: Progress | None = None,
 ) -> None:
     """Trains every run of `work` that has not ended, in runs_directory/RUN_ID, from its last
     checkpoint.
 
     check: called before anything but a metric is written; what it raises ends the pass. run_ended:
     called when a run's result.json, or failed.json where its loss became NaN, has been written.
+    progress: is told how far the steps are.
 
     Raises UserError for a mistake before anything is computed; PreemptedError after SIGTERM, when
     all runs are saved."""
@@ -50,11 +52,11 @@ def train_pass(
         make_mesh(pack.runs[0])  # raises if it does not divide the dictionary
     heldout = loop.heldout_stream(config, mesh)
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
-        data = _Data(stream, heldout, mesh)
+        data = _Data(stream, heldout, mesh, progress or Progress())
         packs = [_Training(pack, runs_directory, data, check, run_ended) for pack in work.packs]
         for pack in packs:
             stack.enter_context(contextlib.closing(pack))
-        stack.enter_context(PROGRESS)
+        stack.enter_context(data.progress)
         _restore(packs)
         _train(work.name, packs, data)
 
@@ -93,10 +95,10 @@ def _train(name: str, packs: list["_Training"], data: "_Data") -> None:
                 if branch.awaits and branch.plan.start == step:
                     branch.leave(packs[branch.plan.trunk])
             moving = [p for p in active if not p.awaits and p.step == step < p.until]
-            PROGRESS.begin(step + 1)
+            data.progress.begin(step + 1)
             for pack in moving:
                 pack.advance(rows)
-            PROGRESS.end(step)
+            data.progress.end(step)
             stop = preemption.reached(step + 1)
             for pack in moving:
                 pack.follow_up(stop)
@@ -113,8 +115,9 @@ def _train(name: str, packs: list["_Training"], data: "_Data") -> None:
 class _Data:
     """What all packs of a pass read."""
 
-    def __init__(self, stream, heldout, mesh: jax.sharding.Mesh):
+    def __init__(self, stream, heldout, mesh: jax.sharding.Mesh, progress: Progress):
         self.stream, self.heldout, self.mesh = stream, heldout, mesh
+        self.progress = progress
         self.batch_size = stream.batch_size
         self.placement = BatchPlacement(mesh, stream.batch_size)
         self._b_dec = {}
@@ -235,7 +238,7 @@ class _Training:
         """Dispatches a step, then waits for the one before: the device is never idle, and never
         has more than two batches."""
         if self._logged is None:
-            PROGRESS.rest()  # it compiles
+            self._data.progress.rest()  # it compiles
         self._states, metrics = self._trainer.step(self._states, rows)
         self.step += 1
         if self.step in self._resampling:
@@ -283,7 +286,7 @@ class _Training:
         run.directory.log(loop.metrics_line(run.config, step, values, rate))
 
     def _save(self) -> None:
-        PROGRESS.rest()
+        self._data.progress.rest()
         self._check()
         for i, run in enumerate(self._runs):
             if run.open and self.step not in run.checkpoints.steps:
@@ -297,7 +300,7 @@ class _Training:
             run.checkpoints.finish()
 
     def _resample(self) -> None:
-        PROGRESS.rest()
+        self._data.progress.rest()
         data = self._data
         for i, trainer in enumerate(self._trainer.trainers):
             state = get_run(self._states, i)
@@ -306,7 +309,7 @@ class _Training:
 
     def end(self) -> None:
         """Evaluates all runs and writes their results."""
-        PROGRESS.rest()
+        self._data.progress.rest()
         self.finish_saving()
         means = loop.heldout_means(
             lambda rows: self._trainer.evaluate(self._states, rows),

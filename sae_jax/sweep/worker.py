@@ -19,16 +19,19 @@ from sae_jax.sweep.leases import Lease, LeaseLostError, Leases
 from sae_jax.train import loop
 from sae_jax.train.directory import is_writer
 from sae_jax.train.preemption import PreemptedError, sigterm_raises
-from sae_jax.train.watchdog import PROGRESS
+from sae_jax.train.progress import Progress
 
 _ALL_DONE, _WAIT = -1, -2  # instead of the index of a pass
 _SECONDS_BETWEEN_LINES = 30  # of the log, while waiting for others
 
 
-def work(directory: SweepDirectory, lease_seconds: float) -> None:
+def work(directory: SweepDirectory, lease_seconds: float, progress: Progress | None = None) -> None:
     """Trains what nobody else does, and takes over from those who die, until every run of the
-    sweep has ended. Raises PreemptedError after SIGTERM, when what it trained is saved."""
-    worker = _Worker(directory, Leases(directory.path / "leases", lease_seconds))
+    sweep has ended. Raises PreemptedError after SIGTERM, when what it trained is saved.
+
+    progress: is told how far the steps are."""
+    leases = Leases(directory.path / "leases", lease_seconds)
+    worker = _Worker(directory, leases, progress or Progress())
     # Under jax.distributed its service listens, all the time; else `train.preemption` during steps.
     with contextlib.nullcontext() if jax.distributed.is_initialized() else sigterm_raises():
         while True:
@@ -44,9 +47,10 @@ def work(directory: SweepDirectory, lease_seconds: float) -> None:
 
 
 class _Worker:
-    def __init__(self, directory: SweepDirectory, leases: Leases):
+    def __init__(self, directory: SweepDirectory, leases: Leases, progress: Progress):
         self._directory = directory
         self._leases = leases
+        self._progress = progress
         self.passes = design.make_passes([run.config for run in directory.runs], directory.passes)
         self._run_by_id = {run.id: run for run in directory.runs}
         self._waits = 0
@@ -78,12 +82,13 @@ class _Worker:
         if is_writer():
             logging.info("%s: %s", work.name, counted(len(work.runs), "run"))
         try:
-            pass_trainer.train_pass(work, self._directory.path / "runs", check, self.write_results)
+            runs = self._directory.path / "runs"
+            pass_trainer.train_pass(work, runs, check, self.write_results, self._progress)
         except (LeaseLostError, UserError) as error:
             # Two owners of one directory trip over each other's files: that is no mistake.
             if isinstance(error, UserError) and not (lease and lease.lost()):
                 raise
-            PROGRESS.error = None
+            self._progress.error = None
             logging.warning("left %s to the worker that has taken it over", work.name)
 
     def wait(self, seconds: float) -> None:

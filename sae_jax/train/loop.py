@@ -27,9 +27,9 @@ from sae_jax.train.directory import RunDirectory, is_writer
 from sae_jax.train.median import geometric_median
 from sae_jax.train.mesh import BatchPlacement, make_mesh
 from sae_jax.train.preemption import PreemptedError, Preemption
+from sae_jax.train.progress import Progress
 from sae_jax.train.step import Trainer, TrainState
 from sae_jax.train.warm_start import start_from
-from sae_jax.train.watchdog import PROGRESS
 
 _MEDIAN_ROWS = 32_768  # sample for the geometric median (Gao et al. 2024, A.1)
 _EVAL_ROWS = 65_536
@@ -40,11 +40,14 @@ class NonFiniteError(Exception):
 
 
 def train(
-    config: Config, workdir: str | paths.AnyPath, load_sae: Callable[[str], saes.SAE] | None = None
+    config: Config,
+    workdir: str | paths.AnyPath,
+    load_sae: Callable[[str], saes.SAE] | None = None,
+    progress: Progress | None = None,
 ) -> dict:
     """Trains `config` in `workdir`, from the last checkpoint there if there is one, and returns
     the run's result (the content of result.json). load_sae: reads `train.init`, which may be of a
-    format that this room knows nothing of.
+    format that this room knows nothing of. progress: is told how far the steps are.
 
     Raises UserError for a mistake in the config, the store or the directory, before anything
     is computed; NonFiniteError if the loss became NaN; PreemptedError after SIGTERM.
@@ -64,7 +67,17 @@ def train(
     begins = config.train.init and checkpoints.latest_step is None
     sae = load_sae(config.train.init) if begins else None
     with jax.set_mesh(mesh):
-        return _train(config, stream, heldout, steps, mesh, directory, checkpoints, sae)
+        return _train(
+            config,
+            stream,
+            heldout,
+            steps,
+            mesh,
+            directory,
+            checkpoints,
+            sae,
+            progress or Progress(),
+        )
 
 
 def resolve(config: Config, stream: Stream | WorldStream) -> Config:
@@ -89,24 +102,26 @@ def resolve(config: Config, stream: Stream | WorldStream) -> Config:
     return dataclasses.replace(config, sae=sae, data=data, optimizer=adam)
 
 
-def _train(config, stream, heldout, steps, mesh, directory, checkpoints, sae) -> dict:
+def _train(config, stream, heldout, steps, mesh, directory, checkpoints, sae, progress) -> dict:
     scale, target_scale, variance = normalisation(config, stream)
     trainer = Trainer(config, steps, variance)
     placement = BatchPlacement(mesh, config.data.batch_size)
-    with contextlib.closing(checkpoints), contextlib.closing(directory), PROGRESS:
-        PROGRESS.saved = checkpoints.latest_step
-        if PROGRESS.saved is None:
+    with contextlib.closing(checkpoints), contextlib.closing(directory), progress:
+        progress.saved = checkpoints.latest_step
+        if progress.saved is None:
             state = trainer.init(initial_b_dec(config, stream), scale, target_scale)
             state = state if sae is None else start_from(sae, config, state)
             start = 0
         else:
             state = checkpoints.restore(trainer.abstract())
-            start = PROGRESS.saved
+            start = progress.saved
             logging.info("resumed %s at step %d of %d", directory.path, start, steps)
         directory.start_metrics(start)
         begin = time.monotonic()
-        state = _run_steps(trainer, state, start, steps, stream, placement, checkpoints, directory)
-        PROGRESS.rest()
+        state = _run_steps(
+            trainer, state, start, steps, stream, placement, checkpoints, directory, progress
+        )
+        progress.rest()
         checkpoints.finish()
         means = heldout_means(lambda rows: trainer.evaluate(state, rows), heldout, mesh)
         result = make_result(trainer, state, means, time.monotonic() - begin)
@@ -114,22 +129,22 @@ def _train(config, stream, heldout, steps, mesh, directory, checkpoints, sae) ->
         return result
 
 
-def _run_steps(trainer, state, start, steps, stream, placement, checkpoints, directory):
+def _run_steps(trainer, state, start, steps, stream, placement, checkpoints, directory, progress):
     """Steps `start` to `steps`. The host waits for a step only when the next one has been
     dispatched: the device never idles, and never holds more than two batches."""
     config = trainer.config
     batches = placement.place_all(stream.batches(start, placement.rows)) if start < steps else None
     resampling = resample.steps(config)
-    meter = _Meter(config, start, steps, directory)
+    meter = _Meter(config, start, steps, directory, progress)
     before = None  # (step, its metrics, whether to log them): dispatched, not waited for
-    saving = PROGRESS.saved  # the step whose checkpoint may still be being written
+    saving = progress.saved  # the step whose checkpoint may still be being written
     with Preemption() as preemption, meter:
         for step in range(start + 1, steps + 1):
             batch = next(batches)
-            PROGRESS.begin(step)
+            progress.begin(step)
             state, metrics = trainer.step(state, batch)
             if step in resampling:
-                PROGRESS.rest()
+                progress.rest()
                 state = resample.resample(trainer, state, step, stream, placement)
             if before:
                 meter.done(*before)
@@ -139,10 +154,10 @@ def _run_steps(trainer, state, start, steps, stream, placement, checkpoints, dir
             if save:
                 meter.done(*before)  # raises if the state is not one to save
                 before = None
-                PROGRESS.rest()
+                progress.rest()
                 directory.flush()
                 checkpoints.save(state, step)
-                PROGRESS.saved, saving = saving, step  # the one before has been written
+                progress.saved, saving = saving, step  # the one before has been written
             if stop:
                 checkpoints.finish()
                 raise PreemptedError(step)
@@ -152,8 +167,11 @@ def _run_steps(trainer, state, start, steps, stream, placement, checkpoints, dir
 class _Meter:
     """Progress for the user and metrics.jsonl, from a logged step's metrics."""
 
-    def __init__(self, config: Config, start: int, steps: int, directory: RunDirectory):
+    def __init__(
+        self, config: Config, start: int, steps: int, directory: RunDirectory, progress: Progress
+    ):
         self._config = config
+        self._progress = progress
         self._directory = directory
         self._steps = steps
         self._last = None  # (step, time) of the last log line
@@ -172,7 +190,7 @@ class _Meter:
     def done(self, step: int, metrics: dict[str, jax.Array], log: bool) -> None:
         """Waits for a step, counts it, and logs it if asked to."""
         jax.block_until_ready(metrics)
-        PROGRESS.end(step)
+        self._progress.end(step)
         self._bar.update()
         if self._last is None:  # the first step compiled; the rate is of the others
             self._last = (step, time.monotonic())
