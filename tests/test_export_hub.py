@@ -274,11 +274,11 @@ def test_metadata_of_a_run_on_a_harvested_store(tmp_path):
 
     imported = tmp_path / "imported"  # what is known goes with it
     assert cli("import", f"--path={tmp_path / 'out'}", f"--out={imported}") == 0
-    assert interop.origin(imported)["dataset_path"] == str(text)
+    assert interop.read_provenance(imported)["dataset_path"] == str(text)
 
     (run / "checkpoints" / "10").rename(run / "checkpoints" / "5")  # as if the run had not ended
-    about = interop.origin(run)
-    assert about == interop.origin(run / "checkpoints" / "5")
+    about = interop.read_provenance(run)
+    assert about == interop.read_provenance(run / "checkpoints" / "5")
     assert about["training"]["tokens"] == 320 and "l0" not in about and "evaluation" not in about
     assert about["model_name"] == lm.load_tokenizer(lm.DEMO_MODEL).name
 

@@ -97,7 +97,7 @@ def _write(args: flags.FlagValues, out) -> None:
         print(f"Written: {out}: {len(saes)} SAEs, listed in {out / 'index.csv'}")
     else:
         sae = interop.load(args.checkpoint)
-        about = interop.origin(args.checkpoint) | named
+        about = interop.read_provenance(args.checkpoint) | named
         interop.export(sae, args.format, out, about, place)
         print(f"Written: {out}")
     if not args.license:

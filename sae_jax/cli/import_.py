@@ -33,7 +33,7 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
         raise UserError(f"{args.path} is not of the format {args.format}: {what}")
     sae = interop.load(args.path)
     out = paths.local(args.out)
-    about = interop.origin(args.path) | {"imported_from": found or "sae_jax"}
+    about = interop.read_provenance(args.path) | {"imported_from": found or "sae_jax"}
     interop.export(sae, "sae_jax", out, about)
     config = sae.config
     print(f"Written: {out}: {config.architecture} {config.kind}, {config.d_sae:,} latents, "

@@ -15,13 +15,13 @@ from sae_jax.interop import (
     dictionary_learning,
     gemma_scope,
     gemma_scope_2,
-    native,
     openai,
+    sae_jax_format,
     saelens,
     sparsify,
 )
 from sae_jax.interop.card import Hub, model_card
-from sae_jax.interop.provenance import origin
+from sae_jax.interop.provenance import read_provenance
 from sae_jax.sae import SAE
 from sae_jax.train import load_sae
 
@@ -32,7 +32,7 @@ FORMATS = {
     "gemma_scope": gemma_scope,
     "gemma_scope_2": gemma_scope_2,
     "openai": openai,
-    "sae_jax": native,
+    "sae_jax": sae_jax_format,
 }
 
 
@@ -65,7 +65,7 @@ def site(path) -> str | None:
     name = format_of(path)
     if name == "saelens":
         return saelens.site(paths.path(path))
-    return native.about(paths.path(path)).get("site") if name == "sae_jax" else None
+    return sae_jax_format.about(paths.path(path)).get("site") if name == "sae_jax" else None
 
 
 def export(
@@ -106,4 +106,13 @@ def check_expressible(config: SAEConfig, format: str) -> None:
         )
 
 
-__all__ = ["FORMATS", "Hub", "check_expressible", "export", "format_of", "load", "origin", "site"]
+__all__ = [
+    "FORMATS",
+    "Hub",
+    "check_expressible",
+    "export",
+    "format_of",
+    "load",
+    "read_provenance",
+    "site",
+]

@@ -18,7 +18,7 @@ from absl import logging
 from sae_jax import interop, paths
 from sae_jax.errors import UserError
 from sae_jax.interop.card import Hub, collection_card
-from sae_jax.interop.provenance import origin
+from sae_jax.interop.provenance import read_provenance
 from sae_jax.interop.select import select
 from sae_jax.train import read_config
 
@@ -44,7 +44,7 @@ def export_many(
     index = _read_index(out, format)
     abouts = {}
     for run_id, run in runs.items():
-        abouts[run_id] = about = origin(run) | (also or {})
+        abouts[run_id] = about = read_provenance(run) | (also or {})
         taken = [entry["path"] for name, entry in index.items() if name != run_id]
         entry = _entry(run_id, about)
         there = index.get(run_id)

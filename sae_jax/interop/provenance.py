@@ -1,4 +1,4 @@
-"""What a run can tell other frameworks, and the reader of a model card, of its SAE's origin."""
+"""What is known of where an SAE comes from: for other frameworks and the reader of a model card."""
 
 import json
 
@@ -6,7 +6,7 @@ from sae_jax import paths
 from sae_jax.activations import Store, is_world
 from sae_jax.config import Config
 from sae_jax.errors import UserError
-from sae_jax.interop import native, saelens
+from sae_jax.interop import sae_jax_format, saelens
 from sae_jax.lm import hook_name
 from sae_jax.train import read_config
 
@@ -19,7 +19,7 @@ _EVALUATED = {
 }
 
 
-def origin(path) -> dict:
+def read_provenance(path) -> dict:
     """Of the SAE at `path`: a run of ours, one of its checkpoints, our own exchange format, or
     SAELens'.
 
@@ -30,8 +30,8 @@ def origin(path) -> dict:
     is left out."""
     path = paths.path(path)
     if not paths.is_remote(path):
-        if native.recognises(path):
-            return native.about(path)
+        if sae_jax_format.recognises(path):
+            return sae_jax_format.about(path)
         if saelens.recognises(path):
             return saelens.about(path)
     step = int(path.name) if path.parent.name == "checkpoints" else None

@@ -20,7 +20,7 @@ _INTEGRALS = 20  # time constants of the integral part in a run
 _LARGE_ERROR, _ANY_ERROR = 0.35, 3.0  # of ln(L0): what the integral part, and all of it, see
 
 
-def at(
+def controls_at(
     config: SAEConfig,
     step: jax.Array | int,
     lengths: ScheduleSteps,
