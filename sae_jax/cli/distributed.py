@@ -66,21 +66,25 @@ def joined(args: flags.FlagValues, stops_at_a_step: bool = True) -> Iterator["Pr
     SIGTERM raises PreemptedError in the process that gets it.
 
     Raises UserError if the processes do not find each other."""
-    from sae_jax.train import peer_link, preemption, progress, watchdog
+    from sae_jax.train import preemption, watchdog
+    from sae_jax.train.last_words import HeldAbort
+    from sae_jax.train.progress import Progress
 
-    progress = progress.Progress()
-    link = None
-    if args.distributed or args.coordinator:
+    progress, limits = Progress(), (args.heartbeat_seconds, args.watchdog_seconds)
+    several = bool(args.distributed or args.coordinator)
+    if several:
+        abort = HeldAbort(watchdog.LOST)
         _join(args)
         host = args.coordinator and args.coordinator.rpartition(":")[0].strip("[]")
-        link = peer_link.open_link(host, args.watchdog_port)
-    watch = watchdog.Watchdog(progress, args.heartbeat_seconds, args.watchdog_seconds, link)
+        watch = watchdog.of_this_program(progress, *limits, abort, host, args.watchdog_port)
+    else:
+        watch = watchdog.Watchdog(progress, *limits)
     watch.start()
     try:
         with contextlib.nullcontext() if stops_at_a_step else preemption.sigterm_raises():
             yield progress
     except BaseException as error:
-        if link:
+        if several:
             watch.fail(error)
         else:
             watch.stop()

@@ -94,14 +94,23 @@ def open_link(host: str | None, port: int) -> PeerLink:
     Raises UserError if the port cannot be had, or process 0 cannot be reached."""
     listener, invitation = None, {}
     if jax.process_index() == 0:
-        listener = _listener(host, port)
-        hosts = [host] if host else _own_addresses()
-        port = listener.getsockname()[1]
-        invitation = {"hosts": hosts, "port": port, "token": secrets.token_hex(16)}
+        try:
+            listener = _listener(host, port)
+        except OSError as error:
+            invitation = {"error": error.strerror or str(error)}
+        else:
+            hosts = [host] if host else _own_addresses()
+            port = listener.getsockname()[1]
+            invitation = {"hosts": hosts, "port": port, "token": secrets.token_hex(16)}
     # The line is padded to a length that all know.
     line = json.dumps(invitation).encode().ljust(_INVITATION_BYTES)
     line = multihost_utils.broadcast_one_to_all(np.frombuffer(line, np.uint8))
     invitation = json.loads(bytes(line))
+    if "error" in invitation:
+        raise UserError(
+            f"process 0 cannot listen on --watchdog_port={port} ({invitation['error']}); choose "
+            "another, or 0 for any that is free"
+        )
     end = listener or _connect(**invitation)
     return PeerLink(end, invitation["token"])
 
@@ -115,15 +124,9 @@ def _listener(host: str | None, port: int) -> socket.socket:
             return socket.create_server(address[:2], family=family, backlog=jax.process_count())
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
-    try:
-        return socket.create_server(
-            ("", port), family=family, backlog=jax.process_count(), dualstack_ipv6=both
-        )
-    except OSError as error:
-        raise UserError(
-            f"process 0 cannot listen on --watchdog_port={port} ({error.strerror or error}); "
-            "choose another, or 0 for any that is free"
-        ) from error
+    return socket.create_server(
+        ("", port), family=family, backlog=jax.process_count(), dualstack_ipv6=both
+    )
 
 
 def _own_addresses() -> list[str]:

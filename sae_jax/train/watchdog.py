@@ -28,20 +28,22 @@ import asyncio
 import atexit
 import contextlib
 import dataclasses
-import logging
 import os
 import socket
-import sys
 import threading
 import time
 
 from sae_jax.errors import UserError
-from sae_jax.train.held_abort import HeldAbort
+from sae_jax.train.last_words import HeldAbort, exit_now, say
 from sae_jax.train.peer_health import INTERVAL, SUSPICIOUS_SECONDS, Judge, Record, Verdict, name
-from sae_jax.train.peer_link import PeerLink
+from sae_jax.train.peer_link import PeerLink, open_link
 from sae_jax.train.preemption import EXIT_CODE, PreemptedError
 from sae_jax.train.progress import Progress
 
+LOST = (
+    "another process of this program has died, or cannot be reached, before all were connected; "
+    "JAX's lines above may say which; start the same command again"
+)
 _FAREWELL_SECONDS = 5.0  # for the others to hear a verdict and end
 _ABORT_SECONDS = 2.0  # for JAX to abort this process after process 0 has died
 
@@ -51,13 +53,18 @@ class Watchdog:
     or a step hangs, because the main thread may be stuck in a collective for ever.
 
     progress: what the main thread tells of itself. heartbeat, step: seconds after which a silent
-    process is dead, and a step stuck (0: never). link: the connections to the other processes,
-    None where there is one process."""
+    process is dead, and a step stuck (0: never). link, abort: the connections to the other
+    processes, and what holds an abort of this one; None where there is one process."""
 
     def __init__(
-        self, progress: Progress, heartbeat: float, step: float, link: PeerLink | None = None
+        self,
+        progress: Progress,
+        heartbeat: float,
+        step: float,
+        link: PeerLink | None = None,
+        abort: HeldAbort | None = None,
     ):
-        self._progress, self._link = progress, link
+        self._progress, self._link, self._abort = progress, link, abort
         self._me, count = (link.me, link.count) if link else (0, 1)
         self._others = set(range(1, count)) if self._me == 0 else {0}
         # Process 0 judges all; the others judge process 0, whether it lives.
@@ -71,7 +78,6 @@ class Watchdog:
         self._declared, self._released, self._all_ended = (threading.Event() for _ in range(3))
         self._loop, self._awake = asyncio.new_event_loop(), asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
-        self._abort = HeldAbort(_ABORT_SECONDS + _FAREWELL_SECONDS) if link else None
 
     def start(self) -> None:
         """Begins to watch."""
@@ -106,7 +112,7 @@ class Watchdog:
 
     def _leave(self, code: int) -> None:
         self._released.wait(_FAREWELL_SECONDS)
-        _exit(code)
+        exit_now(code)
 
     def _wake(self) -> None:
         self._loop.call_soon_threadsafe(self._awake.set)
@@ -114,8 +120,8 @@ class Watchdog:
     # ---------------------------------------------------------------------- the thread of the watch
 
     def _run(self) -> None:
-        with contextlib.closing(self._loop):
-            self._loop.run_until_complete(self._watch())
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(self._watch())
 
     async def _watch(self) -> None:
         async with self._link or contextlib.nullcontext():
@@ -203,18 +209,18 @@ class Watchdog:
         """The main thread may be stuck in closing what its error left open."""
         if now - self._error_since > 2 * _FAREWELL_SECONDS:
             if not self._printed:
-                _say(self._own.text)
-            _exit(self._own.code)
+                say(self._own.text)
+            exit_now(self._own.code)
 
     async def _obey(self, verdict: Verdict) -> None:
         """Says the verdict, passes it on, and ends this process."""
         if self._me != 0 and 0 in self._link.gone:
             self._abort.begun.wait(_ABORT_SECONDS)  # JAX's trace comes first, not in between
-        _say(verdict.text)
+        say(verdict.text)
         self._verdict = verdict
         self._send()
         await self._await_others()
-        _exit(verdict.code)
+        exit_now(verdict.code)
 
     async def _await_others(self) -> None:
         """On process 0: until all have left, or are past hearing."""
@@ -226,6 +232,33 @@ class Watchdog:
             and time.monotonic() < deadline
         ):
             await asyncio.sleep(INTERVAL / 20)
+
+
+def of_this_program(
+    progress: Progress,
+    heartbeat: float,
+    step: float,
+    abort: HeldAbort,
+    host: str | None,
+    port: int,
+) -> Watchdog:
+    """Returns the watch of this process among those that jax.distributed has joined. It connects
+    them: all call it. abort: was made before they were joined, with LOST for its last words. host,
+    port: where process 0 listens, as `peer_link.open_link` has them.
+
+    Raises UserError if they cannot be connected. If one dies meanwhile the others end, with exit
+    code 75 and LOST: which one it was is not known yet."""
+    try:
+        link = open_link(host, port)
+    except UserError as error:
+        abort.last_words = None
+        atexit.register(exit_now, exit_code(error))  # JAX's end would wait for the others
+        raise
+    except RuntimeError as error:  # of the collective by which they meet
+        say(f"{LOST} ({str(error).splitlines()[0]})")
+        exit_now(EXIT_CODE)
+    abort.last_words = None
+    return Watchdog(progress, heartbeat, step, link, abort)
 
 
 class _Clock:
@@ -250,15 +283,3 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return 130
     return 2 if isinstance(error, (UserError, OSError)) else 1
-
-
-def _say(text: str) -> None:
-    line = f"sae-jax: {' '.join(text.split())}\n"
-    sys.stderr.write("\n" + line if sys.stderr.isatty() else line)
-
-
-def _exit(code: int) -> None:
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
