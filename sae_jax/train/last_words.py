@@ -47,15 +47,20 @@ class HeldAbort:
         self.last_words = last_words
         self._read, self._written = socket.socketpair()
         self._written.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the least there is
-        timeout = struct.pack("ll", 0, 20_000)  # a C timeval, of microseconds
-        self._written.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)
+        self._let_writes_wait(microseconds=20_000)
         faulthandler.enable(self._written.fileno())
         for number in (signal.SIGSEGV, signal.SIGFPE, signal.SIGBUS, signal.SIGILL):
             signal.signal(number, signal.SIG_DFL)  # they end the process at once
         threading.Thread(target=self._hold, name="held-abort", daemon=True).start()
 
+    def _let_writes_wait(self, microseconds: int) -> None:
+        """0: for ever."""
+        timeval = struct.pack("ll", 0, microseconds)
+        self._written.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+
     def _hold(self) -> None:
         traces = self._read.recv(1)
+        self._let_writes_wait(0)
         self.begun.set()
         if self.last_words is not None:
             say(self.last_words)

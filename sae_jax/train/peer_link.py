@@ -32,9 +32,9 @@ class PeerLink:
     whose connection has closed, which happens at once when a process dies, and not at all when its
     host is cut off. It is used by one thread that runs an event loop, within `async with`."""
 
-    def __init__(self, end: socket.socket, token: str):
+    def __init__(self, me: int, count: int, end: socket.socket, token: str):
         """Prefer `open_link`. end: the listening socket of process 0, or a connection to it."""
-        self.me, self.count = jax.process_index(), jax.process_count()
+        self.me, self.count = me, count
         self.heard: dict[int, dict] = {}
         self.gone: set[int] = set()
         self._end, self._token = end, token
@@ -111,8 +111,8 @@ def open_link(host: str | None, port: int) -> PeerLink:
             f"process 0 cannot listen on --watchdog_port={port} ({invitation['error']}); choose "
             "another, or 0 for any that is free"
         )
-    end = listener or _connect(**invitation)
-    return PeerLink(end, invitation["token"])
+    end = listener or connect(jax.process_index(), **invitation)
+    return PeerLink(jax.process_index(), jax.process_count(), end, invitation["token"])
 
 
 def _listener(host: str | None, port: int) -> socket.socket:
@@ -141,13 +141,14 @@ def _own_addresses() -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _connect(hosts: list[str], port: int, token: str) -> socket.socket:
-    """Returns a connection to process 0, which has presented the token, or raises UserError."""
+def connect(process: int, hosts: list[str], port: int, token: str) -> socket.socket:
+    """Returns a connection of `process` to process 0, which presents the token at one of `hosts`.
+    Raises UserError if it is at none."""
     problems = []
     for host in hosts:
         try:
             end = socket.create_connection((host, port), timeout=_PATIENCE)
-            end.sendall(_hello(jax.process_index(), token))
+            end.sendall(_hello(process, token))
             expected, answer = _hello(0, token), b""
             while len(answer) < len(expected) and (part := end.recv(len(expected) - len(answer))):
                 answer += part
@@ -158,7 +159,7 @@ def _connect(hosts: list[str], port: int, token: str) -> socket.socket:
         except OSError as error:
             problems.append(f"{host}: {error.strerror or error}")
     raise UserError(
-        f"process {jax.process_index()} cannot reach process 0 on port {port} "
+        f"process {process} cannot reach process 0 on port {port} "
         f"({'; '.join(problems)}); with --watchdog_port=PORT choose one that is open between hosts"
     )
 
