@@ -103,7 +103,7 @@ def _write(args: flags.FlagValues, out) -> None:
     else:
         path = interop.locate(args.checkpoint)
         about = interop.read_provenance(path) | named
-        sae = interop.load(path)
+        sae = interop.load(args.checkpoint)
         interop.export(sae, args.format, out, about, place)
         print(f"Written: {out}")
     if not args.license:

@@ -38,7 +38,7 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
     if args.format and choose(args.format, interop.FORMATS, "--format") != found:
         what = f"it looks like {found}" if found else "it is of no format that is known here"
         raise UserError(f"{args.path} is not of the format {args.format}: {what}")
-    sae = interop.load(path)
+    sae = interop.load(args.path)
     out = paths.local(args.out)
     about = interop.read_provenance(path) | {"imported_from": found or "sae_jax"}
     interop.export(sae, "sae_jax", out, about)

@@ -5,36 +5,40 @@ about)`, `USAGE`, how its own framework is asked for latents, and `EXPRESSES`: w
 (architecture, kind) of ours is called there. What is not in it is refused, never approximated.
 """
 
-import pathlib
-import shutil
-
-from sae_jax.config import SAEConfig
 from sae_jax.errors import UserError, choose
 from sae_jax.interop import formats, sae_jax_format, saelens
 from sae_jax.interop.card import Hub, model_card
 from sae_jax.interop.formats import FORMATS
-from sae_jax.interop.locate import locate
+from sae_jax.interop.locate import is_fetched, locate
 from sae_jax.interop.provenance import read_provenance
-from sae_jax.sae import SAE
+from sae_jax.sae import SAE, SAEConfig
+from sae_jax.sae.files import new_folder
 from sae_jax.train.checkpoints import load_sae
 
 
-def load(path, sae_id: str | None = None) -> SAE:
+def load(path, sae_id: str | None = None, trust_code: bool = True) -> SAE:
     """Returns the SAE at `path`: a run of ours (its last checkpoint), one of its checkpoints
     (RUN/checkpoints/STEP), or what any of `FORMATS` describes.
 
     `path` may be of another machine too: s3:// and gs:// for runs; hf://org/repository/folder on
     the Hugging Face hub; and of SAELens' public releases saelens://RELEASE/SAE_ID, or RELEASE
-    together with `sae_id` (`locate`). What is fetched is read as data, and none of it is run.
+    together with `sae_id` (`locate`).
 
-    Raises UserError where there is no SAE."""
+    trust_code: whether the user's file that defines the SAE's own architecture may be run, where
+    `path` names one and it is not imported yet. It never is for what is fetched from a hub.
+
+    Raises UserError if there is no SAE at `path`, or it cannot be read."""
+    trust_code = trust_code and not is_fetched(path, sae_id)
     path = locate(path, sae_id)
-    if name := formats.format_of(path):
+    name = formats.format_of(path)
+    if name == "sae_jax":
+        return sae_jax_format.read(path, trust_code)
+    if name:
         return FORMATS[name].read(path)
     if (path / "config.json").is_file():
-        return load_sae(path)
+        return load_sae(path, trust_code=trust_code)
     if path.parent.name == "checkpoints" and path.name.isdecimal():
-        return load_sae(path.parent.parent, int(path.name))
+        return load_sae(path.parent.parent, int(path.name), trust_code)
     raise UserError(
         f"no SAE at {path}: neither a run (config.json, checkpoints/) nor one of the formats "
         f"{', '.join(FORMATS)}"
@@ -54,7 +58,7 @@ def site(path) -> str | None:
     name = formats.format_of(path)
     if name == "saelens":
         return saelens.site(path)
-    return sae_jax_format.about(path).get("site") if name == "sae_jax" else None
+    return sae_jax_format.read_about(path).get("site") if name == "sae_jax" else None
 
 
 def export(
@@ -69,19 +73,10 @@ def export(
     directory that is there."""
     check_expressible(sae.config, format)
     about, module = about or {}, FORMATS[format]
-    directory = pathlib.Path(directory)
-    if directory.exists():
-        raise UserError(f"{directory} is there already; give a new directory")
-    temporary = directory.with_name(f".{directory.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        module.write(sae if format == "sae_jax" else sae.fold(), temporary, about)
+    with new_folder(directory) as folder:
+        module.write(sae if format == "sae_jax" else sae.fold(), folder, about)
         readme = model_card(sae, format, module.USAGE, about, hub or Hub())
-        (temporary / "README.md").write_text(readme, encoding="utf-8")
-        temporary.rename(directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        (folder / "README.md").write_text(readme, encoding="utf-8")
 
 
 def check_expressible(config: SAEConfig, format: str) -> None:

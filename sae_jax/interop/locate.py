@@ -9,6 +9,11 @@ from sae_jax.interop.formats import FILES, FORMATS, folders_of, format_of
 from sae_jax.interop.saelens_releases import SCHEME, hub_name
 
 
+def is_fetched(path, sae_id: str | None = None) -> bool:
+    """Returns whether `locate` fetches what it is given from a hub, where others wrote it."""
+    return sae_id is not None or str(path).startswith((SCHEME, hub.SCHEME))
+
+
 def locate(path, sae_id: str | None = None) -> paths.AnyPath:
     """Returns the path from which the SAE of a name is read.
 
