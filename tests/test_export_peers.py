@@ -15,9 +15,11 @@ import pathlib
 import numpy as np
 import pytest
 
-from sae_jax import lm, train
+from sae_jax import lm
 from sae_jax.cli import main
-from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig
+from sae_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
+from sae_jax.sae import by_name
+from sae_jax.train.run import train_run
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
 MODEL = SHARED / "models" / "stories260K"
@@ -53,12 +55,12 @@ def exported(store, tmp_path_factory):
         if architecture not in made:
             root = tmp_path_factory.mktemp(architecture)
             config = Config(
-                sae=SAEConfig(architecture=architecture, d_sae=256, k=16),
+                sae=by_name(architecture).Config(d_sae=256, k=16),
                 data=DataConfig(store=str(store), site="resid_post.2", batch_size=256, epochs=9),
                 optimizer=OptimizerConfig(learning_rate=2e-3),
                 train=TrainConfig(tokens=256 * 150),
             )
-            train.train(config, root / "run")
+            train_run(config, root / "run")
             arguments = [f"--checkpoint={root / 'run'}", f"--out={root / 'export'}"]
             assert main(["export", "--format=saelens", *arguments]) == 0
             made[architecture] = root / "run", root / "export"
