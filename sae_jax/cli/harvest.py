@@ -146,9 +146,9 @@ def _peak_flops(mesh, dtype: str) -> float | None:
     """Published, of all devices; None for those that `plan` does not know."""
     from absl import logging
 
-    from sae_jax.plan.chips import chip_of
+    from sae_jax.plan.chips import chip_from_kind
 
-    chip = chip_of(mesh.devices.flat[0].device_kind)
+    chip = chip_from_kind(mesh.devices.flat[0].device_kind)
     if chip is None:
         logging.info(
             "the FLOP floor is at the rate of a product timed here, not at a published one"
