@@ -22,6 +22,8 @@ import pathlib
 import posixpath
 import textwrap
 
+import tensorstore as ts
+
 from sae_jax.errors import UserError, choose
 
 _DRIVERS = {"s3": "s3", "gs": "gcs"}
@@ -319,8 +321,6 @@ def _spec(scheme: str, bucket: str) -> dict:
 @functools.cache
 def _open_bucket(scheme: str, bucket: str):
     """Opens a bucket, after a first look with few retries found it usable."""
-    import tensorstore as ts  # slow to import, and only needed here
-
     with explained(f"{scheme}://{bucket}"):
         spec = _spec(scheme, bucket)
         context = ts.Context({f"{_DRIVERS[scheme]}_request_retries": _FIRST_LOOK})
@@ -332,13 +332,9 @@ def _open_bucket(scheme: str, bucket: str):
 @functools.cache
 def _absent() -> bytes:
     """Returns TensorStore's generation of a file that does not exist."""
-    import tensorstore as ts
-
     return ts.KvStore.open("memory://").result().read("none").result().stamp.generation
 
 
 def _range(start: str, end: str):
     """Returns TensorStore's range of the keys from `start` to before `end`."""
-    import tensorstore as ts
-
     return ts.KvStore.KeyRange(start, end)

@@ -14,11 +14,10 @@ import sae_jax
 from sae_jax import interop
 from sae_jax.activations import open_stream
 from sae_jax.cli import main
-from sae_jax.config import SAEConfig
 from sae_jax.errors import UserError
 from sae_jax.interop import FORMATS
-from sae_jax.sae import ARCHITECTURES, resolve
-from sae_jax.sae.resolve import KINDS
+from sae_jax.sae import ARCHITECTURES, by_name, resolve
+from sae_jax.sae.config import KINDS
 from sae_jax.train.run import train_run
 
 D, N = 8, 24
@@ -34,11 +33,11 @@ EXPRESSED = [
 def random_sae(architecture: str, kind: str = "autoencoder", seed: int = 0, d_out: int = D):
     """As after training on activations of norm 3 sqrt(d), whose SAE sees norm sqrt(d)."""
     rng = np.random.default_rng(seed)
-    fields = {"k": 5} if "k" in ARCHITECTURES[architecture].DEFAULTS else {}
+    fields = {"k": 5} if ARCHITECTURES[architecture].Config.k is not None else {}
     if architecture == "matryoshka":
         fields["prefix_widths"] = (6, 12, N)
     config = resolve(
-        SAEConfig(architecture, kind=kind, d_sae=N, **fields),
+        by_name(architecture).Config(kind=kind, d_sae=N, **fields),
         (D,),
         None if kind == "autoencoder" else d_out,
     )

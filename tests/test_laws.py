@@ -13,12 +13,13 @@ import pytest
 import scipy.optimize
 
 from sae_jax import cli, config
-from sae_jax.config import Config, SAEConfig, TrainConfig
+from sae_jax.config import Config, TrainConfig
 from sae_jax.laws import fit, isoflop, predict, results
 from sae_jax.laws.estimators import ESTIMATORS, estimate, huber, last_delta, minimise
 from sae_jax.laws.frontier import Cost, Frontier
 from sae_jax.laws.intervals import bootstrap, public_intervals
 from sae_jax.laws.laws import LAWS
+from sae_jax.sae import TopKConfig
 
 CHINCHILLA = pathlib.Path(__file__).parents[2] / "shared/data/fits/chinchilla_replication.csv"
 NK = dict(
@@ -462,7 +463,7 @@ def sweep(tmp_path):
     columns = runs("chinchilla", noise=0.002)
     rows = []
     for i, (n, tokens, loss) in enumerate(zip(*columns.values(), strict=True)):
-        sae = SAEConfig(d_sae=int(n), d_in=64, d_out=64, k=8)
+        sae = TopKConfig(d_sae=int(n), d_in=64, d_out=64, k=8)
         base = config.to_dict(Config(sae=sae, train=TrainConfig(tokens=int(tokens))))
         base["optimizer"]["learning_rate"] = lr = 1e-3 * (n / 512) ** -0.5
         base["data"]["store"] = "stores/a"

@@ -75,7 +75,8 @@ def convert(
         )
         values = {name: _read_rows(parts, first, stop) for name, parts in found.sites.items()}
         writer.write_shard(shard.index, values)
-    return writer.finish()
+    writer.finish()
+    return Store.open(out)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -81,7 +81,8 @@ def write_store(
         )
     if rows.count:
         writer.write_shard(shard, rows.take(rows.count))
-    return writer.finish()
+    writer.finish()
+    return Store.open(path)
 
 
 class _RowQueue:

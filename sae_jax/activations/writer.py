@@ -15,15 +15,14 @@ import numpy as np
 
 from sae_jax.activations import statistics
 from sae_jax.activations.files import Folder
-from sae_jax.activations.live import LiveMeta
 from sae_jax.activations.store import (
     DTYPES,
     FORMAT_VERSION,
     HIGH_NORM,
     NONFINITE,
     SPECIAL_TOKEN,
+    LiveMeta,
     SiteMeta,
-    Store,
     StoreMeta,
     checksum,
     read_meta,
@@ -104,7 +103,7 @@ class StoreWriter:
 
         Raises UserError, which says what differs, where `path` holds any other store.
         """
-        _check_sites(sites)
+        check_sites(sites)
         choose(dtype, DTYPES, "the dtype of a store")
         if num_sequences < 1 or context_length < 1:
             raise UserError(
@@ -120,7 +119,7 @@ class StoreWriter:
             raise UserError("special_tokens were given without tokens to find them in")
         sites = {name: SiteMeta(int(width), dtype) for name, width in sites.items()}
         widest = max(sites.values(), key=lambda site: site.width)
-        chunk, shard = _layout(widest, num_sequences, context_length)
+        chunk, shard = layout(widest, num_sequences, context_length)
         meta = StoreMeta(
             format_version=FORMAT_VERSION,
             complete=False,
@@ -212,13 +211,14 @@ class StoreWriter:
         np.savez(buffer, **notes)
         self.folder.write(_notes_name(index), buffer.getvalue())
 
-    def finish(self) -> Store:
-        """Merges what the shards' writers noted, marks the store complete and opens it.
+    def finish(self) -> None:
+        """Merges what the shards' writers noted and marks the store complete.
 
-        One process calls this after all shards are written. Raises UserError if some are not.
+        One process calls this after all shards are written. A finished store stays as it is.
+        Raises UserError if some shards are not written.
         """
         if self.meta.complete:
-            return Store.open(self.path)
+            return
         if missing := self.missing_shards():
             raise UserError(
                 f"{self.path} lacks {len(missing)} of {self.meta.num_shards} shards "
@@ -248,7 +248,6 @@ class StoreWriter:
         self.folder.write("meta.json", meta.to_json())
         self.folder.delete_folder("written")
         self.meta = meta
-        return Store.open(self.path)
 
     def set_num_sequences(self, num_sequences: int) -> None:
         """Shortens a store whose length was not known beforehand (`write_store`)."""
@@ -334,7 +333,7 @@ def _notes_name(index: int) -> str:
     return f"written/{index:06d}.npz"
 
 
-def _layout(site: SiteMeta, num_sequences: int, context_length: int) -> tuple[int, int]:
+def layout(site: SiteMeta, num_sequences: int, context_length: int) -> tuple[int, int]:
     """Returns the sequences of a chunk and those of a shard, by the widest site."""
     row_bytes = site.width * site.numpy_dtype.itemsize
     rows = min(max(CHUNK_BYTES // row_bytes, _CHUNK_ROWS[0]), _CHUNK_ROWS[1])
@@ -344,7 +343,7 @@ def _layout(site: SiteMeta, num_sequences: int, context_length: int) -> tuple[in
     return chunk, chunk * max(1, min(SHARD_BYTES // chunk_bytes, -(-chunks // MIN_SHARDS)))
 
 
-def _check_sites(sites: dict[str, int]) -> None:
+def check_sites(sites: dict[str, int]) -> None:
     """Raises UserError for names and widths that sites cannot have."""
     if not sites:
         raise UserError("a store needs at least one site")

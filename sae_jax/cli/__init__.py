@@ -18,10 +18,11 @@ import sys
 from absl import flags
 from absl import logging as absl_logging
 
+from sae_jax.cli import recipes
 from sae_jax.config import Config, to_dict
 from sae_jax.errors import UserError, choose
 
-COMMANDS = """demo harvest store train eval sweep fit plan export import bench""".split()
+COMMANDS = """demo harvest store train eval sweep fit plan export import bench launch""".split()
 
 
 def entry() -> int:
@@ -145,6 +146,7 @@ def _help(name: str, command, values: flags.FlagValues) -> str:
     for module in (command.__name__, __name__):
         lines.append(values.module_help(module).partition(":\n")[2])
     if "config" in values:
+        lines += ["", *recipes.table("get_sweep" if name == "sweep" else "get_config")]
         lines += ["", "Fields of the config, with their defaults:"]
         for section, fields in to_dict(Config()).items():
             lines += [f"  --config.{section}.{field}={value}" for field, value in fields.items()]

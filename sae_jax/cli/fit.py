@@ -89,7 +89,8 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "config",
         None,
-        "FILE.py[:arg] that next_run.py starts from; by default the sweep's run nearest to it.",
+        "The recipe or FILE.py[:arg] that next_run.py starts from; by default the sweep's run that "
+        "is nearest to it.",
         flag_values=values,
     )
 

@@ -5,11 +5,7 @@ framework is asked for latents, and `EXPRESSES`: what each (architecture, kind) 
 there. What is not in it is refused, never approximated.
 """
 
-import pathlib
-import shutil
-
 from sae_jax import paths
-from sae_jax.config import SAEConfig
 from sae_jax.errors import UserError, choose
 from sae_jax.interop import (
     dictionary_learning,
@@ -22,7 +18,8 @@ from sae_jax.interop import (
 )
 from sae_jax.interop.card import Hub, model_card
 from sae_jax.interop.provenance import read_provenance
-from sae_jax.sae import SAE
+from sae_jax.sae import SAE, SAEConfig
+from sae_jax.sae.files import new_folder
 from sae_jax.train.checkpoints import load_sae
 
 FORMATS = {
@@ -65,7 +62,7 @@ def site(path) -> str | None:
     name = format_of(path)
     if name == "saelens":
         return saelens.site(paths.path(path))
-    return sae_jax_format.about(paths.path(path)).get("site") if name == "sae_jax" else None
+    return sae_jax_format.read_about(paths.path(path)).get("site") if name == "sae_jax" else None
 
 
 def export(
@@ -80,19 +77,10 @@ def export(
     directory that is there."""
     check_expressible(sae.config, format)
     about, module = about or {}, FORMATS[format]
-    directory = pathlib.Path(directory)
-    if directory.exists():
-        raise UserError(f"{directory} is there already; give a new directory")
-    temporary = directory.with_name(f".{directory.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        module.write(sae if format == "sae_jax" else sae.fold(), temporary, about)
+    with new_folder(directory) as folder:
+        module.write(sae if format == "sae_jax" else sae.fold(), folder, about)
         readme = model_card(sae, format, module.USAGE, about, hub or Hub())
-        (temporary / "README.md").write_text(readme, encoding="utf-8")
-        temporary.rename(directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        (folder / "README.md").write_text(readme, encoding="utf-8")
 
 
 def check_expressible(config: SAEConfig, format: str) -> None:

@@ -8,9 +8,9 @@ import safetensors.numpy
 
 from sae_jax.errors import UserError
 from sae_jax.interop import gemma_scope
-from sae_jax.interop.weights import read_safetensors
-from sae_jax.lm.text import read_json
+from sae_jax.json_files import read_json
 from sae_jax.sae import SAE
+from sae_jax.sae.files import read_safetensors
 
 EXPRESSES = gemma_scope.EXPRESSES | {
     (name, "skip_transcoder"): "JumpReLU with an affine skip"

@@ -3,7 +3,9 @@
 import json
 
 from sae_jax import paths
-from sae_jax.activations import Store, is_world
+from sae_jax.activations import is_world
+from sae_jax.activations.files import Folder
+from sae_jax.activations.store import read_complete_meta
 from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.interop import sae_jax_format, saelens
@@ -31,7 +33,7 @@ def read_provenance(path) -> dict:
     path = paths.path(path)
     if not paths.is_remote(path):
         if sae_jax_format.recognises(path):
-            return sae_jax_format.about(path)
+            return sae_jax_format.read_about(path)
         if saelens.recognises(path):
             return saelens.about(path)
     step = int(path.name) if path.parent.name == "checkpoints" else None
@@ -79,7 +81,7 @@ def _of_store(path: str, site: str) -> dict:
     if is_world(path):
         return {"dataset_path": path}
     try:
-        meta = Store.open(path).meta
+        meta = read_complete_meta(Folder(path))
     except (UserError, OSError):
         return {}
     told = {

@@ -17,18 +17,17 @@ import re
 import numpy as np
 import safetensors.numpy
 
-from sae_jax.config import SAEConfig
 from sae_jax.errors import UserError
 from sae_jax.interop.weights import (
     Arrays,
     check_shapes,
     float32,
     make_sae,
-    read_safetensors,
     without_shift,
 )
-from sae_jax.lm.text import read_json
-from sae_jax.sae import SAE
+from sae_jax.json_files import read_json
+from sae_jax.sae import ARCHITECTURES, SAE, SAEConfig
+from sae_jax.sae.files import read_safetensors
 
 _AUTOENCODERS = {
     "relu": "standard",
@@ -152,8 +151,8 @@ def read(directory: pathlib.Path) -> SAE:
     arrays = {name: tensors[theirs] for theirs, name in names.items()}
     if "w_skip" in arrays:
         arrays["w_skip"] = arrays["w_skip"].T
-    config = SAEConfig(
-        name, kind=kind, d_sae=d_sae, normalize="none", **_fields(name, kind, cfg, file)
+    config = ARCHITECTURES[name].Config(
+        kind=kind, d_sae=d_sae, normalize="none", **_fields(name, kind, cfg, file)
     )
     return _same_function(config, arrays, cfg, d_in, d_out)
 

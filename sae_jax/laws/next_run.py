@@ -14,6 +14,7 @@ from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.laws import results
 from sae_jax.paths import AnyPath
+from sae_jax.sae import MatryoshkaConfig
 
 _FILE = "next_run.py"
 _TEXT = '''"""Planned by `sae-jax fit` for {flops:.4g} FLOPs: {d_sae} latents, {tokens:,} tokens.
@@ -88,13 +89,13 @@ def save(planned: dict, source: str, start: Config | None, out: str | AnyPath) -
 def _planned(start: Config, planned: dict) -> Config:
     """Returns `start` with the planned size, tokens and k."""
     d_sae, batch = planned["d_sae"], start.data.batch_size
-    sae = dataclasses.replace(start.sae, d_sae=d_sae)
-    if sae.prefix_widths:
-        whole = start.sae.d_sae
-        parts = [max(1, round(width * d_sae / whole)) for width in sae.prefix_widths]
-        sae = dataclasses.replace(sae, prefix_widths=tuple(parts))
+    changes = {"d_sae": d_sae}
+    if isinstance(start.sae, MatryoshkaConfig):
+        parts = [width / start.sae.d_sae for width in start.sae.prefix_widths]
+        changes["prefix_widths"] = tuple(max(1, round(part * d_sae)) for part in parts)
     if planned.get("k") is not None:
-        sae = dataclasses.replace(sae, k=planned["k"])
+        changes["k"] = planned["k"]
+    sae = dataclasses.replace(start.sae, **changes)
     tokens = max(planned["tokens"] // batch, 1) * batch
     train = dataclasses.replace(start.train, tokens=tokens)
     return dataclasses.replace(start, sae=sae, train=train)
@@ -119,7 +120,7 @@ def _nearest(sweep: AnyPath, planned: dict) -> tuple[Config, str]:
     nearest = min(finished, key=lambda path: distance(finished[path]))
     values = json.loads((nearest / "config.json").read_text())
     values.pop("environment", None)
-    config = configs.from_dict(values)
+    config = configs.from_dict(values, folder=nearest)
     note = f"All else is as in {nearest.name} of the sweep."
     rate = _learning_rate(list(finished.values()), planned["d_sae"])
     if rate is None:

@@ -8,8 +8,8 @@ import math
 import pathlib
 
 from sae_jax.errors import UserError, choose
+from sae_jax.json_files import read_json
 from sae_jax.lm.architecture import DecoderConfig, Rope
-from sae_jax.lm.text import read_json
 
 OWN_TYPE = "sae_jax_decoder"
 FAMILIES = (

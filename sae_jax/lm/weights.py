@@ -20,10 +20,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sae_jax.errors import UserError
+from sae_jax.json_files import read_json
 from sae_jax.lm.architecture import DecoderConfig, Leaf, layout
 from sae_jax.lm.families import OWN_TYPE, load_config
 from sae_jax.lm.tensors import IMAGE_PARTS, Names, in_files, names_of
-from sae_jax.lm.text import read_json
 from sae_jax.paths import save_json
 
 

@@ -12,6 +12,7 @@ import re
 
 import jax
 import numpy as np
+from jax.experimental import topologies
 
 from sae_jax.errors import UserError
 
@@ -153,8 +154,6 @@ def _tpu_devices(name: str) -> list:
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_WORKER_ID": "0",
     }
-    from jax.experimental import topologies
-
     try:
         return list(np.ravel(topologies.get_topology_desc(name, platform="tpu").devices))
     except Exception as error:

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Sequence
 from sae_jax import config as configs
 from sae_jax import sae as saes
 from sae_jax.config import Config
-from sae_jax.train import controls
 from sae_jax.train.pack import VARIED, get_field, set_fields
 from sae_jax.train.results import flops, run_id
 from sae_jax.train.schedule_steps import ScheduleSteps
@@ -133,7 +132,7 @@ def _sharing_key(run: Config) -> dict:
     lengths = ScheduleSteps.from_config(run, count_steps(run))
     key["train"].pop("tokens")
     key["optimizer"].pop("warmup_fraction")
-    key["sae"].pop("sparsity_warmup_fraction")
+    key["sae"].pop("sparsity_warmup_fraction", None)
     key["absolute"] = [lengths.warmup, lengths.sparsity_warmup]
     if saes.architecture(run.sae).RUNNING_MEANS:
         key["absolute"].append(lengths.horizon)
@@ -142,7 +141,7 @@ def _sharing_key(run: Config) -> dict:
 
 def _can_branch(run: Config) -> bool:
     """Whether nothing but the decay at its end depends on the run's number of steps."""
-    return run.optimizer.schedule in _BRANCHING_SCHEDULES and not controls.anneals(run.sae)
+    return run.optimizer.schedule in _BRANCHING_SCHEDULES and not run.sae.anneals
 
 
 def _make_families(runs: list[Config]) -> list[_Family]:

@@ -18,9 +18,9 @@ import socket
 
 from sae_jax import config as configs
 from sae_jax import paths
-from sae_jax.activations import open_stream
 from sae_jax.config import Config
 from sae_jax.errors import UserError
+from sae_jax.lm.live import open_stream
 from sae_jax.paths import AnyPath
 from sae_jax.sweep import grid as grids
 from sae_jax.train import preparation, results
@@ -136,7 +136,7 @@ class SweepDirectory:
             raise UserError(f"{file} is damaged: {error}") from error
         self.passes: int = values["passes"]
         self._results: dict[str, dict] = {}  # results of runs that are done, read once
-        self.runs = [_from_json(run_id, run) for run_id, run in values["runs"].items()]
+        self.runs = [_from_json(run_id, run, file.parent) for run_id, run in values["runs"].items()]
 
     @classmethod
     def start(cls, path: AnyPath, runs: list[Run], passes: int | None = None):
@@ -258,17 +258,18 @@ def _make(file: AnyPath, runs: list[Run], passes: int) -> None:
     values = {
         "passes": passes,
         "runs": {
-            run.id: {"swept": run.swept, "config": configs.identity(run.config)} for run in runs
+            run.id: {"swept": run.swept, "config": configs.without_hardware(run.config)}
+            for run in runs
         },
         "environment": environment(),
     }
     paths.create(file, paths.as_json(values), by=_this_process())
 
 
-def _from_json(run_id: str, values: dict) -> Run:
+def _from_json(run_id: str, values: dict, folder: AnyPath) -> Run:
     """Returns a run from its entry in sweep.json."""
-    swept = {field: configs.typed(field, value) for field, value in values["swept"].items()}
-    return Run(run_id, configs.from_dict(values["config"]), swept)
+    swept = {field: configs.typed_field(field, value) for field, value in values["swept"].items()}
+    return Run(run_id, configs.from_dict(values["config"], folder=folder), swept)
 
 
 def _this_process() -> str:

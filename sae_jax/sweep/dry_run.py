@@ -4,8 +4,10 @@ import dataclasses
 import functools
 
 from sae_jax import sae as saes
-from sae_jax.activations import is_world, open_stream
-from sae_jax.config import Config, SAEConfig
+from sae_jax.activations import is_world
+from sae_jax.config import Config
+from sae_jax.lm.live import open_stream
+from sae_jax.sae import SAEConfig
 from sae_jax.sweep import design
 from sae_jax.sweep import grid as grids
 from sae_jax.sweep.directory import Run, counted

@@ -16,9 +16,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from sae_jax import config as configs
-from sae_jax import sae as saes
-from sae_jax.config import Config, SAEConfig
+from sae_jax.config import Config
 from sae_jax.errors import UserError
+from sae_jax.sae.registry import by_name
 
 Assignment = dict[str, object]
 Grid = list[Assignment]
@@ -147,11 +147,8 @@ def sparsity_frontier(settings: Mapping[str, Sequence[float]]) -> Grid:
     """
     grid = []
     for name, values in settings.items():
-        picks = "k" in saes.architecture(SAEConfig(architecture=name)).DEFAULTS
-        used, unused = "sae.k", "sae.sparsity_coefficient"
-        if not picks:
-            used, unused = unused, used
-        grid += [{"sae.architecture": name, used: value, unused: None} for value in values]
+        used = "sae.sparsity_coefficient" if by_name(name).Config.k is None else "sae.k"
+        grid += [{"sae.architecture": name, used: value} for value in values]
     return _checked(grid)
 
 
@@ -238,7 +235,7 @@ def _checked(grid: Grid) -> Grid:
 
 
 def _value(field: str, value):
-    return configs.typed(field, value.item() if isinstance(value, np.generic) else value)
+    return configs.typed_field(field, value.item() if isinstance(value, np.generic) else value)
 
 
 def _merged(parts: Iterable[Assignment]) -> Assignment:

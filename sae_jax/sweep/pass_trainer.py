@@ -9,10 +9,11 @@ from collections.abc import Callable
 
 import jax
 
-from sae_jax.activations import open_stream
+from sae_jax.lm.live import open_stream
 from sae_jax.paths import AnyPath
 from sae_jax.sweep.design import Pass
 from sae_jax.train import preparation
+from sae_jax.train.loggers import Log
 from sae_jax.train.loop import PackInTraining, TrainingData, train_packs
 from sae_jax.train.mesh import make_mesh
 from sae_jax.train.pack import PackTrainer
@@ -29,6 +30,7 @@ def train_pass(
     check: Callable[[], None] = lambda: None,
     run_ended: Callable[[], None] = lambda: None,
     progress: Progress | None = None,
+    log_to: Log | None = None,
 ) -> None:
     """Trains every run of a pass that has not ended, from its last checkpoint.
 
@@ -39,6 +41,7 @@ def train_pass(
       run_ended: is called when a run's result.json has been written, or its failed.json where its
         loss became NaN.
       progress: what a watchdog reads to see that training goes on.
+      log_to: where each run's metrics go besides its metrics.jsonl.
 
     Raises UserError for a mistake before anything is computed, and PreemptedError after SIGTERM,
     when all runs are saved.
@@ -57,6 +60,7 @@ def train_pass(
                 RunRecorder(
                     run,
                     runs_directory / run_id(run),
+                    log_to=log_to,
                     keep=max(_KEPT, run.train.keep_checkpoints),
                     one_of_many=True,
                 )

@@ -18,6 +18,7 @@ from sae_jax.sweep.directory import SweepDirectory, counted
 from sae_jax.sweep.leases import Lease, LeaseLostError, Leases
 from sae_jax.train import results
 from sae_jax.train.directory import is_writer
+from sae_jax.train.loggers import Log
 from sae_jax.train.preemption import PreemptedError, sigterm_raises
 from sae_jax.train.progress import Progress
 
@@ -25,7 +26,12 @@ _ALL_DONE, _WAIT = -1, -2  # instead of the index of a pass
 _SECONDS_BETWEEN_LINES = 30  # between lines of the log, while waiting for others
 
 
-def work(directory: SweepDirectory, lease_seconds: float, progress: Progress | None = None) -> None:
+def work(
+    directory: SweepDirectory,
+    lease_seconds: float,
+    progress: Progress | None = None,
+    log_to: Log | None = None,
+) -> None:
     """Trains the sweep's runs that nobody else trains, until every run of the sweep has ended.
 
     It takes over passes from workers that die.
@@ -34,11 +40,12 @@ def work(directory: SweepDirectory, lease_seconds: float, progress: Progress | N
       directory: the sweep.
       lease_seconds: how long this worker may be silent before others take it for dead.
       progress: what a watchdog reads to see that training goes on.
+      log_to: where each run's metrics go besides its metrics.jsonl.
 
     Raises PreemptedError after SIGTERM, when what it trained is saved.
     """
     leases = Leases(directory.path / "leases", lease_seconds)
-    worker = _Worker(directory, leases, progress or Progress())
+    worker = _Worker(directory, leases, progress or Progress(), log_to)
     # Under jax.distributed its service listens, all the time; else `train.preemption` during steps.
     with contextlib.nullcontext() if jax.distributed.is_initialized() else sigterm_raises():
         while True:
@@ -56,8 +63,10 @@ def work(directory: SweepDirectory, lease_seconds: float, progress: Progress | N
 class _Worker:
     """One process of a worker."""
 
-    def __init__(self, directory: SweepDirectory, leases: Leases, progress: Progress):
-        self._progress = progress
+    def __init__(
+        self, directory: SweepDirectory, leases: Leases, progress: Progress, log_to: Log | None
+    ):
+        self._progress, self._log_to = progress, log_to
         self._directory = directory
         self._leases = leases
         self.passes = design.make_passes([run.config for run in directory.runs], directory.passes)
@@ -95,7 +104,12 @@ class _Worker:
             logging.info("%s: %s", work.name, counted(len(work.runs), "run"))
         try:
             pass_trainer.train_pass(
-                work, self._directory.path / "runs", check, self.write_results, self._progress
+                work,
+                self._directory.path / "runs",
+                check,
+                self.write_results,
+                self._progress,
+                self._log_to,
             )
         except (LeaseLostError, UserError) as error:
             # Two owners of one directory trip over each other's files: that is no mistake.

@@ -1,5 +1,6 @@
 """Where what a run does is written down: its metrics, checkpoints and result, on disk or not."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -9,6 +10,7 @@ from sae_jax.config import Config
 from sae_jax.paths import AnyPath
 from sae_jax.train.checkpoints import Checkpoints
 from sae_jax.train.directory import RunDirectory, is_writer
+from sae_jax.train.loggers import Log, Logger, open_loggers
 from sae_jax.train.results import metrics_line
 from sae_jax.train.step import TrainState
 
@@ -22,20 +24,25 @@ class NonFiniteError(Exception):
 class Recorder:
     """Records one run in memory: its lines of metrics and its result.
 
-    `on_metrics` are called with every line, on process 0. `RunRecorder` writes to disk as well.
+    `on_metrics` are called with every line, on process 0, and so are the loggers of `log`.
+    `RunRecorder` writes to disk as well.
     """
 
     checkpoint_steps: Sequence[int] = ()
     _where_again = ""
 
-    def __init__(self, config: Config, on_metrics: Sequence[OnMetrics] = ()):
+    def __init__(
+        self, config: Config, on_metrics: Sequence[OnMetrics] = (), log_to: Log | None = None
+    ):
         self.config = config
-        self.lines: list[dict] = []
+        self._lines: list[dict] = []
         self.last_line: dict | None = None
         self.result: dict | None = None
         self.state: TrainState | None = None  # at the end; a run on disk has its checkpoint
         self.failed = False  # its loss became NaN or infinite, and it was given up
         self._on_metrics = on_metrics
+        self._log_to = log_to or Log()
+        self._loggers: list[Logger] = []
 
     @property
     def open(self) -> bool:
@@ -44,6 +51,7 @@ class Recorder:
 
     def start(self, step: int) -> None:
         """Gets ready for the lines after `step`."""
+        self._open_loggers(step, None, list)
 
     def log(self, step: int, values: dict[str, float], steps_per_second: float | None) -> None:
         """Records a step's metrics. `values` are those of `Trainer.update` as numbers.
@@ -65,11 +73,11 @@ class Recorder:
         self.last_line = line
         self._keep(line)
         if is_writer():
-            for show in self._on_metrics:
+            for show in (*self._on_metrics, *self._loggers):
                 show(line)
 
     def _keep(self, line: dict) -> None:
-        self.lines.append(line)
+        self._lines.append(line)
 
     def fail(self, step: int) -> None:
         """Raises NonFiniteError for the step (from 0) whose loss or gradient was not finite."""
@@ -89,9 +97,26 @@ class Recorder:
     def end(self, result: dict, state: TrainState) -> None:
         """Keeps the result of the run, which has then ended, and its last state."""
         self.result, self.state = result, state
+        self._close_loggers()
+
+    def read_lines(self) -> list[dict]:
+        """Returns all lines of metrics so far, oldest first."""
+        return self._lines
 
     def close(self) -> None:
         """Closes whatever is open."""
+        self._close_loggers()
+
+    def _open_loggers(
+        self, step: int, path: AnyPath | None, earlier: Callable[[], Sequence[dict]]
+    ) -> None:
+        if is_writer():
+            self._loggers = open_loggers(self._log_to, self.config, path, step, earlier)
+
+    def _close_loggers(self) -> None:
+        for logger in self._loggers:
+            logger.close(self.result)
+        self._loggers = []
 
     def _what_is_left(self) -> str:
         return "nothing was saved, as there is no workdir"
@@ -112,6 +137,7 @@ class RunRecorder(Recorder):
         path: AnyPath,
         *,
         on_metrics: Sequence[OnMetrics] = (),
+        log_to: Log | None = None,
         keep: int | None = None,
         one_of_many: bool = False,
     ):
@@ -119,7 +145,7 @@ class RunRecorder(Recorder):
 
         `keep` is the number of checkpoints that stay, by default the config's. Raises UserError
         where the directory holds something else."""
-        super().__init__(config, on_metrics)
+        super().__init__(config, on_metrics, log_to)
         self.directory = RunDirectory(path, config)
         self.result = self.directory.result
         self.failed = self.directory.failure is not None
@@ -137,6 +163,8 @@ class RunRecorder(Recorder):
 
     def start(self, step: int) -> None:
         self.directory.start_metrics(step)
+        earlier = functools.partial(self.directory.lines_until, step)
+        self._open_loggers(step, self.directory.path, earlier)
 
     def copy_metrics(self, other: "RunRecorder", step: int) -> None:
         """Makes another run's metrics up to `step` this one's, whose trunk it was."""
@@ -151,6 +179,7 @@ class RunRecorder(Recorder):
         reason = f"the loss or its gradient became NaN or infinite at step {step + 1}"
         self.directory.save_failure({"step": step + 1, "reason": reason})
         self.failed = True
+        self._close_loggers()
         logging.warning(
             "%s: non-finite loss at step %d; the run is given up, the others go on",
             self.directory.path,
@@ -169,10 +198,15 @@ class RunRecorder(Recorder):
     def end(self, result: dict, state: TrainState) -> None:
         self.result = result
         self.directory.save_result(result)
+        self._close_loggers()
+
+    def read_lines(self) -> list[dict]:
+        return self.directory.read_metrics()
 
     def close(self) -> None:
         self._checkpoints.close()
         self.directory.close()
+        super().close()
 
     def _what_is_left(self) -> str:
         steps = self.checkpoint_steps

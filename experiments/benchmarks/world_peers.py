@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from sae_jax import sae as saes
-from sae_jax.config import SAEConfig
 
 _BOTH = {"relu", "gated", "topk", "batchtopk", "matryoshka", "jumprelu"}
 # The architectures that each package trains.
@@ -163,7 +162,7 @@ def _dictionary_learning(recipe: Recipe, rows, scale: float) -> Found:
 
 def _prefix_widths(recipe: Recipe) -> tuple[int, ...]:
     """Our default, for all."""
-    config = SAEConfig(architecture="matryoshka", d_sae=recipe.d_sae, k=1)
+    config = saes.MatryoshkaConfig(d_sae=recipe.d_sae, k=1)
     return saes.resolve(config, recipe.d_in).prefix_widths
 
 

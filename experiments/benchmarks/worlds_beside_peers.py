@@ -1,7 +1,9 @@
 """How much of a synthetic world each architecture finds, beside the peers' own trainers.
 
-    python -m sae_jax.bench.worlds --out=worlds.json
-    python -m sae_jax.bench.worlds --architectures=topk,gated --seeds=11,12 --packages=sae-jax
+    python experiments/benchmarks/worlds_beside_peers.py --out=worlds.json
+    python experiments/benchmarks/worlds_beside_peers.py --architectures=topk,gated --seeds=11,12
+
+The peers need: pip install "sae-jax[peers]". Leave them out with --packages=sae-jax.
 
 Everyone trains on the same rows in the same order, with the same dictionary size, batch and
 number of steps. Each contestant tries as many settings on a tuning seed: every sparsity at the
@@ -19,21 +21,22 @@ import tempfile
 
 import numpy as np
 from absl import app, flags, logging
+from world_peers import OFFERED, Recipe, train_peer
 
 from sae_jax.activations import open_stream, write_store
-from sae_jax.bench.world_peers import OFFERED, Recipe, train_peer
 from sae_jax.config import (
     Config,
     DataConfig,
     MeshConfig,
     OptimizerConfig,
-    SAEConfig,
     TrainConfig,
 )
 from sae_jax.evaluate.recovery import Recovery, RecoveryMeter, measure_recovery
 from sae_jax.evaluate.worlds import WorldRows
 from sae_jax.interop import load
 from sae_jax.paths import save_json
+from sae_jax.sae import SAEConfig
+from sae_jax.sae.registry import by_name
 from sae_jax.train.run import train_run
 
 OURS = "sae-jax"
@@ -106,8 +109,7 @@ def our_fields(recipe: Recipe) -> SAEConfig:
         sparsity = {"k": k, "k_start": 4 * k, "k_anneal_fraction": 0.6}
     else:
         sparsity = {"target_l0": recipe.sparsity, "sparsity_coefficient": 0.5}
-    return SAEConfig(
-        architecture=recipe.architecture,
+    return by_name(recipe.architecture).Config(
         d_sae=recipe.d_sae,
         dead_after_tokens=recipe.dead_steps * recipe.batch,
         aux_coefficient=0.25,
