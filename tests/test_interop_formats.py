@@ -53,7 +53,7 @@ def random_sae(architecture: str, kind: str = "autoencoder", seed: int = 0, d_ou
     if kind == "skip_transcoder":
         parameters["w_skip"] = rng.normal(size=(D, d_out))
     arrays = {name: jnp.asarray(value, jnp.float32) for name, value in parameters.items()}
-    return ARCHITECTURES[architecture](
+    return ARCHITECTURES[architecture].from_parameters(
         config, arrays, 1 / 3, 1 / 3 if kind == "autoencoder" else 0.5
     )
 
@@ -156,7 +156,7 @@ def edit_tensors(file, change):
             ),
             "b_dec holds NaN",
         ),
-        ("sae_jax", lambda d: edit_json(d / "sae.json", version=2), "version 2"),
+        ("sae_jax", lambda d: edit_json(d / "sae.json", version=3), "version 3"),
         (
             "sae_jax",
             lambda d: (d / "sae.safetensors").write_bytes(b"\0" * 40),

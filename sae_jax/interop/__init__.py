@@ -33,16 +33,23 @@ FORMATS = {
 }
 
 
-def load(path) -> SAE:
-    """The SAE at `path`: a run of ours (its last checkpoint), one of its checkpoints
-    (RUN/checkpoints/STEP), or what any of `FORMATS` describes. UserError where it is none."""
+def load(path, trust_code: bool = True) -> SAE:
+    """Returns the SAE at `path`: a run of ours (its last checkpoint), one of its checkpoints
+    (RUN/checkpoints/STEP), or what any of `FORMATS` describes.
+
+    trust_code: whether the user's file that defines the SAE's own architecture may be run, where
+    `path` names one and it is not imported yet. A file within `path` is never run. Raises UserError
+    if there is no SAE at `path`, or it cannot be read."""
     path = paths.path(path)
-    if name := format_of(path):
+    name = format_of(path)
+    if name == "sae_jax":
+        return sae_jax_format.read(path, trust_code)
+    if name:
         return FORMATS[name].read(path)
     if (path / "config.json").is_file():
-        return load_sae(path)
+        return load_sae(path, trust_code=trust_code)
     if path.parent.name == "checkpoints" and path.name.isdecimal():
-        return load_sae(path.parent.parent, int(path.name))
+        return load_sae(path.parent.parent, int(path.name), trust_code)
     raise UserError(
         f"no SAE at {path}: neither a run (config.json, checkpoints/) nor one of the formats "
         f"{', '.join(FORMATS)}"
