@@ -200,7 +200,7 @@ def test_a_notebook_completes_the_fields(name):
     signature = inspect.signature(cls)
     assert {"d_in", "d_sae", "rngs", "scale"} <= signature.parameters.keys()
     assert ("k" in signature.parameters) == (cls.Config.k is not None)
-    assert sae_jax.fields.documentation(cls.Config).keys() == set(types_of(cls.Config))
+    assert documentation(cls.Config).keys() == set(types_of(cls.Config))
 
 
 @every_case
