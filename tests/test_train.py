@@ -160,7 +160,7 @@ def test_another_config_in_the_same_directory(done):
 )
 def test_wrong_configs(store, tmp_path, changes, words):
     with pytest.raises(UserError) as error:
-        preparation.train(override(make_config(store), changes), tmp_path / "run")
+        train_run(override(make_config(store), changes), tmp_path / "run")
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
