@@ -3,14 +3,12 @@
 Only process 0 of a program shows anything.
 """
 
-import importlib.util
 import sys
 import time
 from collections.abc import Iterable
 
 import jax
 import tqdm
-import tqdm.notebook
 from absl import logging
 
 _SECONDS_BETWEEN_LINES = 10  # of the log, where there is no bar
@@ -65,9 +63,30 @@ def _has_bar() -> bool:
 
 
 def _make_bar(items: Iterable | None = None, **options) -> tqdm.tqdm:
-    widgets = _in_notebook() and importlib.util.find_spec("ipywidgets") is not None
-    kind = tqdm.notebook.tqdm if widgets else tqdm.tqdm
-    return kind(items, disable=not _has_bar(), **options)
+    if _in_notebook():
+        options |= {"file": _NotebookLine(), "ascii": False, "mininterval": 0.5}
+    return tqdm.tqdm(items, disable=not _has_bar(), **options)
+
+
+class _NotebookLine:
+    """What tqdm writes to in a notebook: one output that shows the last line, so that a notebook
+    which is saved holds that line and not thousands."""
+
+    def __init__(self):
+        self._output = None
+
+    def write(self, text: str) -> None:
+        if not (line := text.strip()):
+            return
+        shown = {"text/plain": line}
+        if self._output is None:
+            display = sys.modules["IPython"].display.display
+            self._output = display(shown, raw=True, display_id=True)
+        else:
+            self._output.update(shown, raw=True)
+
+    def flush(self) -> None:
+        """Outputs are shown at once."""
 
 
 def _in_notebook() -> bool:

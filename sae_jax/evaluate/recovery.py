@@ -36,7 +36,7 @@ import scipy.optimize
 import scipy.sparse
 
 from sae_jax.evaluate.batching import pad_rows
-from sae_jax.evaluate.progress import progress
+from sae_jax.progress_bar import progress
 from sae_jax.evaluate.worlds import WorldRows
 from sae_jax.sae import SAE
 

@@ -12,7 +12,7 @@ from sae_jax import lm, paths
 from sae_jax.config import difference
 from sae_jax.errors import UserError
 from sae_jax.evaluate.metrics import RowMetrics, measure_rows
-from sae_jax.evaluate.progress import progress
+from sae_jax.progress_bar import progress
 from sae_jax.evaluate.recovery import Recovery, measure_recovery
 from sae_jax.evaluate.sources import (
     HeldOutRows,
@@ -68,7 +68,7 @@ _ARRAYS = ("density", "mean_activation", "max_activation", "mean", "site_fvu")
 _SPARSITY = ("l0", "l1", "dead_fraction")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Evaluation:
     """settings: what was evaluated on what, in words and numbers; rows: metrics of the SAE
     alone; spliced: metrics inside the language model, or None; sites: of a crosscoder's sites, each
@@ -80,6 +80,17 @@ class Evaluation:
     spliced: dict[str, float] | None
     sites: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     recovery: Recovery | None = None
+
+    def __repr__(self) -> str:
+        """The table, which is what a notebook shows."""
+        return self.table()
+
+    @property
+    def scalars(self) -> dict[str, float]:
+        """Every number by its name, such as fvu and l0, with ce_spliced and the like where a
+        language model was given, and mcc and the like where the features are known."""
+        recovered = self.recovery.scalars if self.recovery else {}
+        return self.rows.scalars | (self.spliced or {}) | recovered
 
     def to_dict(self) -> dict:
         scalars = self.rows.scalars

@@ -139,15 +139,17 @@ class ModelRows:
             if not len(part[0]):
                 raise UserError(f"{what} has {len(tokens)} sequences, none of those asked for")
         self.num_rows = self._rows[0].size
+        left_out = [
+            f"{name} {', '.join(map(str, values))}"
+            for name, values in (("tokens", excluded_tokens), ("positions", excluded_positions))
+            if len(values)
+        ]
         self.settings = {
             "rows": f"activations on {what}",
             "sequences": _describe(sequences, len(tokens)),
             "spliced_sequences": _describe(spliced_sequences, len(tokens)),
-            "positions": "all" if used.all() else (
-                f"all but tokens {list(map(int, excluded_tokens))} "
-                f"and positions {list(map(int, excluded_positions))}"
-            ),
-        }  # fmt: skip
+            "positions": "all" if used.all() else f"all but {' and '.join(left_out)}",
+        }
 
     def num_batches(self, rows: int) -> int:
         return len(shared_out(range(0, len(self._rows[0]), self._sequences_at_once(rows))))

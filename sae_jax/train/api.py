@@ -24,7 +24,7 @@ _BATCH_SIZE = 2048
 _LINES = 100  # of metrics, about, where the config does not say how many
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class TrainResult:
     """What `train` gives."""
 
@@ -38,6 +38,16 @@ class TrainResult:
     """The whole config of the run, with everything resolved."""
     workdir: str | None
     """The run's directory, which `sae_jax.load` reads too; None where nothing was written."""
+
+    def __repr__(self) -> str:
+        shown = {"tokens": f"{self.result['tokens']:,}"}
+        for name in ("eval_fvu", "eval_l0", "dead_fraction"):
+            value = self.result.get(name)
+            shown[name] = "none" if value is None else f"{value:.4g}"
+        if self.workdir is not None:
+            shown["workdir"] = repr(self.workdir)
+        texts = ", ".join(f"{name} {text}" for name, text in shown.items())
+        return f"TrainResult({self.sae!r}: {texts})"
 
 
 def train(
