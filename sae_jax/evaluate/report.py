@@ -12,7 +12,6 @@ from sae_jax import lm, paths
 from sae_jax.config import difference
 from sae_jax.errors import UserError
 from sae_jax.evaluate.metrics import RowMetrics, measure_rows
-from sae_jax.progress_bar import progress
 from sae_jax.evaluate.recovery import Recovery, measure_recovery
 from sae_jax.evaluate.sources import (
     HeldOutRows,
@@ -23,6 +22,7 @@ from sae_jax.evaluate.sources import (
 from sae_jax.evaluate.spliced import measure_spliced
 from sae_jax.evaluate.worlds import WorldRows
 from sae_jax.paths import AnyPath
+from sae_jax.progress_bar import progress
 from sae_jax.sae import SAE
 
 _LATENTS = 2**25  # elements of one batch's dense latents
