@@ -1,7 +1,7 @@
 """JumpReLU SAEs with a tanh penalty: "Dictionary learning optimization techniques" (Circuits
 Updates, January 2025).
 
-  sae-jax train --config=experiments/anthropic_jan2025.py --workdir=runs/jumprelu_tanh \\
+  sae-jax train --config=anthropic_jan2025 --workdir=runs/jumprelu_tanh \\
       --config.data.store=stores/residual --config.mesh.model=8
 
 lambda sum_i tanh(4 f_i ||W_dec,i||), lambda linear from 0 to 20 over the whole run; a small loss on
@@ -16,14 +16,16 @@ here b_enc starts at 0. `:tiny` is the recipe on a laptop, for the store of `sae
 lambda 5: so short a run at 20 leaves too few latents.
 """
 
-from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig
+from sae_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
 from sae_jax.errors import choose
+from sae_jax.sae import JumpReLUConfig
+
+SIZES = ("paper", "tiny")
 
 
 def get_config(size: str = "paper") -> Config:
-    choose(size, ("paper", "tiny"), "the size of anthropic_jan2025")
+    choose(size, SIZES, "the size of anthropic_jan2025")
     recipe = {
-        "architecture": "jumprelu",
         "sparsity_loss": "tanh",
         "sparsity_warmup_fraction": 1.0,
         "tanh_scale": 4.0,
@@ -37,7 +39,7 @@ def get_config(size: str = "paper") -> Config:
     }
     if size == "tiny":
         return Config(
-            sae=SAEConfig(
+            sae=JumpReLUConfig(
                 d_sae=1024, sparsity_coefficient=2.0, dead_after_tokens=200_000, **recipe
             ),
             data=DataConfig(store="sae_demo/store", site="mlp_act.0", batch_size=1024),
@@ -45,7 +47,7 @@ def get_config(size: str = "paper") -> Config:
             train=TrainConfig(tokens=500_000, log_every=20),
         )
     return Config(
-        sae=SAEConfig(d_sae=131_072, sparsity_coefficient=20.0, **recipe),
+        sae=JumpReLUConfig(d_sae=131_072, sparsity_coefficient=20.0, **recipe),
         data=DataConfig(batch_size=32_768),
         optimizer=OptimizerConfig(learning_rate=2e-4, warmup_fraction=0.0),
         train=TrainConfig(tokens=200_000 * 32_768),

@@ -1,6 +1,6 @@
 """BatchTopK SAEs as in "BatchTopK sparse autoencoders" (Bussmann et al. 2024, arXiv:2412.06410).
 
-  sae-jax train --config=experiments/batchtopk.py --workdir=runs/batchtopk \\
+  sae-jax train --config=batchtopk --workdir=runs/batchtopk \\
       --config.data.store=stores/gpt2_resid_8
 
 By default what the authors' repository runs on GPT-2 small: 12,288 latents, k 32 (of 16, 32, 64),
@@ -10,24 +10,25 @@ learning rate from 2e-4 / sqrt(d_sae / 2^14). `:tiny` is the recipe on a laptop,
 `sae-jax demo`.
 """
 
-from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig
+from sae_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
 from sae_jax.errors import choose
+from sae_jax.sae import BatchTopKConfig
+
+SIZES = ("paper", "tiny")
 
 
 def get_config(size: str = "paper") -> Config:
-    choose(size, ("paper", "tiny"), "the size of batchtopk")
+    choose(size, SIZES, "the size of batchtopk")
     adam = {"schedule": "constant", "b2": 0.99}
     if size == "tiny":
         return Config(
-            sae=SAEConfig(architecture="batchtopk", d_sae=1024, k=16, dead_after_tokens=200_000),
+            sae=BatchTopKConfig(d_sae=1024, k=16, dead_after_tokens=200_000),
             data=DataConfig(store="sae_demo/store", site="mlp_act.0", batch_size=1024),
             optimizer=OptimizerConfig(learning_rate=1e-3, **adam),
             train=TrainConfig(tokens=500_000, log_every=20),
         )
     return Config(
-        sae=SAEConfig(
-            architecture="batchtopk", d_sae=12_288, k=32, aux_k=512, dead_after_tokens=5 * 4096
-        ),
+        sae=BatchTopKConfig(d_sae=12_288, k=32, aux_k=512, dead_after_tokens=5 * 4096),
         data=DataConfig(batch_size=4096),
         optimizer=OptimizerConfig(learning_rate=3e-4, warmup_fraction=0.0, clip_norm=None, **adam),
         train=TrainConfig(tokens=500_000_000),

@@ -1,7 +1,7 @@
 """Crosscoders over layers of one model: "Sparse crosscoders for cross-layer features and model
 diffing" (Lindsey et al. 2024).
 
-  sae-jax train --config=experiments/crosscoder.py --workdir=runs/crosscoder \\
+  sae-jax train --config=crosscoder --workdir=runs/crosscoder \\
       --config.data.store=stores/residual --config.data.site=resid_post.4,resid_post.8,resid_post.12
 
 All sites share their latents, and the L1 penalty weighs a latent with the sum of the norms of its
@@ -12,16 +12,19 @@ last 20%, decoder rows of norm 0.08 at first. It reads one layer of two models; 
 store will do. `:tiny` is the recipe on a laptop, for the store of `sae-jax demo`.
 """
 
-from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig
+from sae_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
 from sae_jax.errors import choose
+from sae_jax.sae import ReLUConfig
+
+SIZES = ("paper", "tiny")
 
 
 def get_config(size: str = "paper") -> Config:
-    choose(size, ("paper", "tiny"), "the size of crosscoder")
-    recipe = {"architecture": "relu", "kind": "crosscoder", "decoder_init_norm": 0.08}
+    choose(size, SIZES, "the size of crosscoder")
+    recipe = {"kind": "crosscoder", "decoder_init_norm": 0.08}
     if size == "tiny":
         return Config(
-            sae=SAEConfig(
+            sae=ReLUConfig(
                 d_sae=1024, sparsity_coefficient=2.0, dead_after_tokens=200_000, **recipe
             ),
             data=DataConfig(
@@ -31,7 +34,7 @@ def get_config(size: str = "paper") -> Config:
             train=TrainConfig(tokens=500_000, log_every=20),
         )
     return Config(
-        sae=SAEConfig(d_sae=2**14, sparsity_coefficient=2.0, **recipe),
+        sae=ReLUConfig(d_sae=2**14, sparsity_coefficient=2.0, **recipe),
         data=DataConfig(site="resid_post.4,resid_post.8,resid_post.12", batch_size=4096),
         optimizer=OptimizerConfig(learning_rate=5e-5, warmup_fraction=0.0),
         train=TrainConfig(tokens=400_000_000),

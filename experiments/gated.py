@@ -1,7 +1,7 @@
 """Gated SAEs as in "Improving dictionary learning with gated sparse autoencoders" (Rajamanoharan
 et al. 2024, arXiv:2404.16014).
 
-  sae-jax train --config=experiments/gated.py --workdir=runs/gated \\
+  sae-jax train --config=gated --workdir=runs/gated \\
       --config.data.store=stores/residual --config.mesh.model=8
 
 L1 on the gates' pre-activations, an auxiliary reconstruction through the frozen decoder (eqs. 5 to
@@ -11,17 +11,19 @@ L1 on the gates' pre-activations, an auxiliary reconstruction through the frozen
 to 0.08. `:tiny` is the recipe on a laptop, for the store of `sae-jax demo`.
 """
 
-from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig
+from sae_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
 from sae_jax.errors import choose
+from sae_jax.sae import GatedConfig
+
+SIZES = ("paper", "tiny")
 
 
 def get_config(size: str = "paper") -> Config:
-    choose(size, ("paper", "tiny"), "the size of gated")
+    choose(size, SIZES, "the size of gated")
     adam = {"schedule": "constant", "b1": 0.0}
     if size == "tiny":
         return Config(
-            sae=SAEConfig(
-                architecture="gated",
+            sae=GatedConfig(
                 d_sae=1024,
                 normalize="unit",
                 sparsity_coefficient=0.2,
@@ -32,9 +34,7 @@ def get_config(size: str = "paper") -> Config:
             train=TrainConfig(tokens=500_000, log_every=20),
         )
     return Config(
-        sae=SAEConfig(
-            architecture="gated", d_sae=131_072, normalize="unit", sparsity_coefficient=0.04
-        ),
+        sae=GatedConfig(d_sae=131_072, normalize="unit", sparsity_coefficient=0.04),
         data=DataConfig(batch_size=4096),
         optimizer=OptimizerConfig(learning_rate=3e-4, **adam),
         train=TrainConfig(tokens=8_000_000_000),

@@ -1,6 +1,6 @@
 """JumpReLU SAEs as in "Gemma Scope" (Lieberum et al. 2024, arXiv:2408.05147), section 3.
 
-  sae-jax train --config=experiments/gemma_scope.py:131k --workdir=runs/jumprelu \\
+  sae-jax train --config=gemma_scope:131k --workdir=runs/jumprelu \\
       --config.data.store=stores/residual --config.mesh.model=8
 
 An L0 penalty with gradients to thresholds only (Rajamanoharan et al. 2024, arXiv:2407.14435) on
@@ -13,10 +13,11 @@ learning rate warms up by a cosine from a tenth; here it is linear from 0, over 
 move a threshold: learning rate, kernel and first threshold are larger there.
 """
 
-from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig
+from sae_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
 from sae_jax.errors import choose
+from sae_jax.sae import JumpReLUConfig
 
-SIZES = {  # latents, tokens
+DICTIONARIES = {  # latents, tokens
     "16k": (2**14, 4_000_000_000),
     "32k": (2**15, 8_000_000_000),
     "65k": (2**16, 8_000_000_000),
@@ -25,15 +26,15 @@ SIZES = {  # latents, tokens
     "524k": (2**19, 8_000_000_000),
     "1m": (2**20, 16_000_000_000),
 }
+SIZES = (*DICTIONARIES, "tiny")
 
 
 def get_config(size: str = "16k") -> Config:
-    choose(size, (*SIZES, "tiny"), "the size of gemma_scope")
+    choose(size, SIZES, "the size of gemma_scope")
     adam = {"schedule": "constant", "b1": 0.0, "clip_norm": None}
     if size == "tiny":
         return Config(
-            sae=SAEConfig(
-                architecture="jumprelu",
+            sae=JumpReLUConfig(
                 d_sae=1024,
                 normalize="unit",
                 sparsity_coefficient=3e-3,
@@ -45,11 +46,10 @@ def get_config(size: str = "16k") -> Config:
             optimizer=OptimizerConfig(learning_rate=1e-3, **adam),
             train=TrainConfig(tokens=500_000, log_every=20),
         )
-    d_sae, tokens = SIZES[size]
+    d_sae, tokens = DICTIONARIES[size]
     steps = tokens // 4096
     return Config(
-        sae=SAEConfig(
-            architecture="jumprelu",
+        sae=JumpReLUConfig(
             d_sae=d_sae,
             normalize="unit",
             sparsity_coefficient=6e-4,

@@ -1,7 +1,7 @@
 """Matryoshka SAEs as in "Learning multi-level features with Matryoshka sparse autoencoders"
 (Bussmann, Nabeshima et al. 2025, arXiv:2503.17547).
 
-  sae-jax train --config=experiments/matryoshka.py --workdir=runs/matryoshka \\
+  sae-jax train --config=matryoshka --workdir=runs/matryoshka \\
       --config.data.store=stores/gemma_resid_8
 
 BatchTopK whose first 1/16, 1/8, 1/4 and 1/2 of the latents reconstruct on their own too, all with
@@ -11,17 +11,19 @@ more prefix, we do not; SAEBench's prefixes, our architecture's default, are 1/3
 15/32. `:tiny` is the recipe on a laptop, for the store of `sae-jax demo`.
 """
 
-from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig
+from sae_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
 from sae_jax.errors import choose
+from sae_jax.sae import MatryoshkaConfig
+
+SIZES = ("paper", "tiny")
 
 
 def get_config(size: str = "paper") -> Config:
-    choose(size, ("paper", "tiny"), "the size of matryoshka")
+    choose(size, SIZES, "the size of matryoshka")
     adam = {"schedule": "constant", "b2": 0.99}
     if size == "tiny":
         return Config(
-            sae=SAEConfig(
-                architecture="matryoshka",
+            sae=MatryoshkaConfig(
                 d_sae=1024,
                 prefix_widths=nested(1024),
                 k=16,
@@ -32,8 +34,7 @@ def get_config(size: str = "paper") -> Config:
             train=TrainConfig(tokens=500_000, log_every=20),
         )
     return Config(
-        sae=SAEConfig(
-            architecture="matryoshka",
+        sae=MatryoshkaConfig(
             d_sae=36_864,
             prefix_widths=nested(36_864),
             k=32,

@@ -1,6 +1,6 @@
 """Sweeps for scaling laws: loss against compute, and loss against dictionary size and k.
 
-  sae-jax sweep --config=experiments/scaling_laws.py:tiny --workdir=sweeps/compute
+  sae-jax sweep --config=scaling_laws:tiny --workdir=sweeps/compute
   sae-jax fit --results=sweeps/compute --law=isoflop --predict_flops=5e12 --out=fits/compute
 
 Loss against compute is the study of "Scaling Monosemanticity" (Templeton et al. 2024, Scaling
@@ -17,8 +17,9 @@ at a fixed number of tokens.
   :frontier-nk  L(n, k) at the same sizes
 """
 
-from sae_jax.config import Config, DataConfig, SAEConfig, TrainConfig
+from sae_jax.config import Config, DataConfig, TrainConfig
 from sae_jax.errors import choose
+from sae_jax.sae import ReLUConfig, TopKConfig
 from sae_jax.sweep import grid
 
 # Of each: dictionary sizes, token budgets, the learning rate of the size beside it, batch, warm-up
@@ -57,14 +58,16 @@ NK = {
     },
 }
 
+SIZES = (*COMPUTE, *NK)
+
 
 def get_config(design: str = "tiny") -> Config:
     plan = _plan(design)
     frontier = design.startswith("frontier")
     if design in COMPUTE:
-        sae = SAEConfig(architecture="relu", sparsity_coefficient=5.0)
+        sae = ReLUConfig(sparsity_coefficient=5.0)
     else:
-        sae = SAEConfig(architecture="topk")
+        sae = TopKConfig()
     return Config(
         sae=sae,
         data=DataConfig(

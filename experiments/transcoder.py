@@ -1,7 +1,7 @@
 """TopK transcoders, from an MLP's input to its output: "Transcoders beat sparse autoencoders for
 interpretability" (Paulo et al. 2025, arXiv:2501.18823).
 
-  sae-jax train --config=experiments/transcoder.py:skip --workdir=runs/transcoder \\
+  sae-jax train --config=transcoder:skip --workdir=runs/transcoder \\
       --config.data.store=stores/mlp --config.data.site=mlp_in.8 --config.data.target_site=mlp_out.8
 
 `:skip` adds an affine skip, which starts at 0; without it, this is the transcoder of Dunefsky et
@@ -13,21 +13,23 @@ at 0; here its rows have norm 1 all along. The number of tokens, 1B, is ours.
 `:tiny` and `:tiny-skip` are the recipe on a laptop, for the store of `sae-jax demo`.
 """
 
-from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig
+from sae_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
 from sae_jax.errors import choose
+from sae_jax.sae import TopKConfig
+
+SIZES = ("paper", "skip", "tiny", "tiny-skip")
 
 
 def get_config(size: str = "paper") -> Config:
-    choose(size, ("paper", "skip", "tiny", "tiny-skip"), "the size of transcoder")
+    choose(size, SIZES, "the size of transcoder")
     recipe = {
-        "architecture": "topk",
         "kind": "skip_transcoder" if size.endswith("skip") else "transcoder",
         "aux_coefficient": 0.0,
     }
     to_zero = {"schedule": "linear_tail", "warmup_fraction": 0.02, "decay_fraction": 0.98}
     if size.startswith("tiny"):
         return Config(
-            sae=SAEConfig(d_sae=1024, k=16, dead_after_tokens=200_000, **recipe),
+            sae=TopKConfig(d_sae=1024, k=16, dead_after_tokens=200_000, **recipe),
             data=DataConfig(
                 store="sae_demo/store", site="mlp_in.0", target_site="mlp_out.0", batch_size=1024
             ),
@@ -35,7 +37,7 @@ def get_config(size: str = "paper") -> Config:
             train=TrainConfig(tokens=500_000, log_every=20),
         )
     return Config(
-        sae=SAEConfig(d_sae=32 * 768, k=32, **recipe),
+        sae=TopKConfig(d_sae=32 * 768, k=32, **recipe),
         data=DataConfig(site="mlp_in.8", target_site="mlp_out.8", batch_size=32 * 2048),
         optimizer=OptimizerConfig(**to_zero),
         train=TrainConfig(tokens=1_000_000_000),

@@ -2,96 +2,75 @@
 
 A config says WHAT is trained and on what data; `MeshConfig` alone says WHERE, and is left out of
 a run's identity, so that the same run on other hardware is the same run. Every mistake in a
-config is a `UserError` that names the field, the value and the nearest right one.
+config is a `UserError` that names the field, the value and the nearest right one. The section `sae`
+is the config of one architecture, and has its fields (`sae_jax.sae`).
 """
 
-import contextlib
 import dataclasses
-import importlib.util
-import math
-import pathlib
-import types
-import typing
 
 from sae_jax.errors import UserError, nearest
+from sae_jax.fields import check_types, parse, typed, types_of
+from sae_jax.python_files import call_in_file
+from sae_jax.sae import ARCHITECTURES, SAEConfig, TopKConfig
+from sae_jax.sae.registry import architecture_file, by_name, find
 
-
-@dataclasses.dataclass(frozen=True)
-class SAEConfig:
-    """The dictionary. Fields left at None take the architecture's default (`sae.resolve`);
-    a field that the architecture does not use must stay None."""
-
-    architecture: str = "topk"
-    kind: str = "autoencoder"  # or transcoder, skip_transcoder, crosscoder: what x and y are
-    d_sae: int = 4096
-    d_in: int | None = None  # width of the inputs; None: the store's
-    d_out: int | None = None  # width of the targets; None: the store's
-    site_widths: tuple[int, ...] | None = None  # of a crosscoder's sites; None: the store's
-
-    # topk, batchtopk, matryoshka
-    k: int | None = None  # latents kept for each token; on average over the batch
-    k_start: int | None = None  # k at the first step, linear to k; None: k all along
-    k_anneal_fraction: float | None = None  # of all steps, until k is reached
-    multi_topk: bool | None = None  # topk: add L(4k) / 8, for codes of any k
-    prefix_widths: tuple[int, ...] | None = None  # matryoshka: growing, the last is d_sae
-
-    # relu, relu_l1_unit, jumprelu, gated
-    sparsity_coefficient: float | None = None  # lambda
-    sparsity_warmup_fraction: float | None = None  # of all steps, linear from 0
-    target_l0: float | None = None  # adapt lambda until L0 is this; jumprelu's quadratic loss
-    p_end: float | None = None  # L1 family: anneal the penalty's exponent from 1 to this
-    p_anneal_start: float | None = None  # part of all steps after which the annealing starts
-    sparsity_loss: str | None = None  # jumprelu: l0 | tanh | quadratic
-    initial_threshold: float | None = None  # jumprelu
-    bandwidth: float | None = None  # jumprelu: of the kernel of its straight-through gradient
-    gradient_to: str | None = None  # jumprelu's straight-through gradient: threshold | all
-    tanh_scale: float | None = None  # jumprelu: c of tanh(c * latent * decoder norm)
-    preactivation_coefficient: float | None = None  # jumprelu: lambda_P
-
-    # dead latents, in any architecture
-    aux_k: int | None = None  # dead latents in the auxiliary loss; None: d_in / 2
-    aux_coefficient: float | None = None  # 0: no auxiliary loss
-    resample_every_tokens: int | None = None  # 0: dead latents are not resampled
-    resample_times: int | None = None
-
-    apply_b_dec_to_input: bool | None = None  # encode x - b_dec instead of x
-    unit_norm_decoder: bool | None = None
-    decoder_init_norm: float | None = None  # of decoder rows that are not kept at norm 1
-    b_dec_init: str | None = None  # geometric_median | mean | zero
-    normalize: str = "sqrt_d"  # one scalar a site, so that E||x||^2 is: sqrt_d d | unit 1; | none
-    compute_dtype: str = "float32"  # of matmul operands; parameters and sums stay float32
-    dead_after_tokens: int = 10_000_000  # a latent that has not fired for so long is dead
+_ARCHITECTURE = "sae.architecture"
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """What is read, in which order. All of it is part of the run's identity."""
 
-    store: str = ""  # directory of the activation store, or "world:NAME,key=value,..."
-    site: str = ""  # "": the only site of the store; a crosscoder's sites: "a,b,c"
-    target_site: str = ""  # what a transcoder predicts
-    batch_size: int = 2048  # tokens, over all devices
+    store: str = ""
+    """Directory of the activation store, or "world:NAME,key=value,..." for a synthetic one."""
+    site: str = ""
+    """Site of the store. Empty: its only one. A crosscoder's sites: "a,b,c"."""
+    target_site: str = ""
+    """Site that a transcoder predicts."""
+    batch_size: int = 2048
+    """Tokens of a step, over all devices."""
     seed: int = 0
-    epochs: int = 1  # passes over the training rows that may be used
-    holdout_fraction: float = 0.05  # of the sequences, kept for evaluation
-    virtual_shards: int = 64  # of the data order; divides batch_size
-    window_rows: int = 262_144  # rows shuffled together
-    include_excluded: bool = False  # train on BOS and other high-norm positions too
-    drop_nonfinite: bool = False  # leave out rows with NaN or infinity instead of refusing
+    """Seed of the data's order."""
+    epochs: int = 1
+    """Passes over the training rows that the run may use."""
+    holdout_fraction: float = 0.05
+    """Part of the sequences that is kept for evaluation."""
+    virtual_shards: int = 64
+    """Shards of the data's order, whatever the hardware. It divides batch_size."""
+    window_rows: int = 262_144
+    """Rows that are shuffled together."""
+    include_excluded: bool = False
+    """Whether to train on BOS and other positions of high norm too."""
+    drop_nonfinite: bool = False
+    """Whether rows with NaN or infinity are left out, instead of refused."""
+
+    def __post_init__(self):
+        check_types(self, "data.")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Adam with warm-up. `learning_rate` None: the architecture's rule for its d_sae."""
+    """Adam with warm-up."""
 
     learning_rate: float | None = None
-    schedule: str = "linear_tail"  # constant | cosine | linear_tail | warmup_stable_decay
-    warmup_fraction: float = 0.02  # of all steps
-    decay_fraction: float = 0.2  # last part of all steps, for linear_tail and w.s.d.
+    """Peak learning rate. None: the architecture's rule for its d_sae."""
+    schedule: str = "linear_tail"
+    """Schedule of the learning rate: constant, cosine, linear_tail or warmup_stable_decay."""
+    warmup_fraction: float = 0.02
+    """Part of all steps in which the learning rate grows linearly from 0."""
+    decay_fraction: float = 0.2
+    """Last part of all steps, in which linear_tail and warmup_stable_decay decay to 0."""
     b1: float = 0.9
+    """Adam's decay of the mean of gradients."""
     b2: float = 0.999
+    """Adam's decay of the mean of squared gradients."""
     eps: float = 1e-8
-    clip_norm: float | None = 1.0  # global norm of the gradient
+    """What Adam adds to the root of the mean squared gradient."""
+    clip_norm: float | None = 1.0
+    """Global norm to which the gradient is clipped. None: it is not."""
+
+    def __post_init__(self):
+        check_types(self, "optimizer.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,49 +78,93 @@ class TrainConfig:
     """How long, from which seed, and what is written down."""
 
     tokens: int = 10_000_000
+    """Tokens to train on."""
     seed: int = 0
-    init: str = ""  # an SAE to start from, of any format that is read here; "": a fresh one
-    on_nonfinite: str = "stop"  # stop | skip the step
-    log_every: int = 50  # steps
-    checkpoint_every: int = 1000  # steps
+    """Seed of the fresh parameters."""
+    init: str = ""
+    """An SAE to start from, of any format that is read here. Empty: a fresh one."""
+    on_nonfinite: str = "stop"
+    """What a NaN or infinite loss does: stop the run, or skip the step."""
+    log_every: int = 50
+    """Steps between two lines of metrics.jsonl."""
+    checkpoint_every: int = 1000
+    """Steps between two checkpoints."""
     keep_checkpoints: int = 2
+    """How many of the latest checkpoints are kept."""
+
+    def __post_init__(self):
+        check_types(self, "train.")
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis. `run` shards the runs of a sweep's pack, `data` the batch,
-    `model` d_sae. -1 on one axis: whatever devices are left."""
+    """Devices along each axis of the mesh. On one axis -1 stands for whatever devices are left."""
 
     run: int = 1
+    """Devices that share the runs of a sweep's pack."""
     data: int = -1
+    """Devices that share each batch."""
     model: int = 1
-    zero: bool = False  # ZeRO: float32 masters and Adam's moments sharded over `data` too
+    """Devices that share the dictionary, d_sae."""
+    zero: bool = False
+    """ZeRO: whether float32 parameters and Adam's moments are shared over `data`, too."""
+
+    def __post_init__(self):
+        check_types(self, "mesh.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    sae: SAEConfig = SAEConfig()
+    """All that a run is: five sections."""
+
+    sae: SAEConfig = TopKConfig()
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
 
+    def __post_init__(self):
+        check_types(self, "")
 
-def to_dict(config) -> dict:
-    return dataclasses.asdict(config)
+
+def to_dict(config: Config) -> dict:
+    """Returns a config as nested plain values. Beside the sections stands `architecture_file` where
+    a user's own file defines the architecture."""
+    values = dataclasses.asdict(config)
+    file = architecture_file(config.sae)
+    return values | ({"architecture_file": file} if file else {})
+
+
+def without_hardware(config: Config) -> dict:
+    """Returns `to_dict` of a config without its mesh."""
+    values = to_dict(config)
+    del values["mesh"]
+    return values
 
 
 def identity(config: Config) -> dict:
-    """The config without hardware: what must agree for two runs to be the same run."""
-    return {name: section for name, section in to_dict(config).items() if name != "mesh"}
+    """Returns the config without hardware and places of files: what must agree for two runs to be
+    the same run."""
+    values = without_hardware(config)
+    values.pop("architecture_file", None)
+    return values
 
 
-def from_dict(values: dict, cls=Config, prefix: str = ""):
-    """The dataclass `cls` from nested plain values. Raises UserError on an unknown field or a
-    value of another type."""
+def from_dict(values: dict, cls=Config, prefix: str = "", folder=None, trust_code: bool = True):
+    """Returns the dataclass `cls` from nested plain values.
+
+    folder, trust_code: where the values were read, and whether code that they name may be run
+    (`sae.registry.find`). Raises UserError for an unknown field and a value of another type."""
     if not isinstance(values, dict):
         raise UserError(f"{prefix.rstrip('.') or 'config'} must be a section, not {values!r}")
-    hints = typing.get_type_hints(cls)
+    if cls is SAEConfig:
+        return _sae_section(values)
+    if cls is Config:
+        values = dict(values)
+        file = values.pop("architecture_file", None)
+        if file is not None and isinstance(values.get("sae"), dict):
+            find(values["sae"].get("architecture", ""), file, folder, trust_code)
+    hints = types_of(cls)
     out = {}
     for name, value in values.items():
         if name not in hints:
@@ -150,78 +173,89 @@ def from_dict(values: dict, cls=Config, prefix: str = ""):
         if dataclasses.is_dataclass(hint):
             out[name] = from_dict(value, hint, f"{prefix}{name}.")
         else:
-            out[name] = _typed(value, hint, prefix + name)
+            out[name] = typed(value, hint, prefix + name)
     return cls(**out)
 
 
+def _sae_section(values: dict) -> SAEConfig:
+    name = values.get("architecture", TopKConfig.architecture)
+    return by_name(typed(name, str, _ARCHITECTURE)).Config(**values)
+
+
 def override(config: Config, assignments: dict[str, str]) -> Config:
-    """`config` with dotted fields replaced, each given as text: {"sae.k": "32"}."""
-    return assign(config, {path: _parse(t, _hint(path), path) for path, t in assignments.items()})
+    """Returns `config` with dotted fields replaced, each given as text: {"sae.k": "32"}. Works as
+    `assign`."""
+    name = assignments.get(_ARCHITECTURE, config.sae.architecture)
+    sae = by_name(name).Config
+    hints = {path: _hint(path, sae) for path in assignments}
+    return assign(config, {path: parse(t, hints[path], path) for path, t in assignments.items()})
 
 
 def assign(config: Config, assignments: dict[str, object]) -> Config:
-    """`config` with dotted fields replaced: {"sae.k": 32}."""
-    values = to_dict(config)
+    """Returns `config` with dotted fields replaced: {"sae.k": 32}.
+
+    Another `sae.architecture` makes the section `sae` that architecture's. It keeps the values of
+    the fields that both architectures have, where they are not the old one's defaults; the others
+    become the new one's defaults. Raises UserError for a field that there is not, naming the
+    architecture's fields where another one has it, and for a value of another type."""
+    changes: dict[str, dict] = {}
     for path, value in assignments.items():
+        typed_field(path, value)
         section, _, name = path.partition(".")
-        values[section][name] = typed(path, value)
-    return from_dict(values)
+        changes.setdefault(section, {})[name] = value
+    sections = {}
+    for section, fields in changes.items():
+        before = getattr(config, section)
+        if section == "sae":
+            sections[section] = _changed_sae(before, fields)
+        else:
+            sections[section] = dataclasses.replace(before, **fields)
+    return dataclasses.replace(config, **sections)
 
 
-def typed(path: str, value):
-    """`value` as the dotted field has it; UserError for an unknown field or another type."""
-    return _typed(value, _hint(path), path)
+def _changed_sae(before: SAEConfig, changes: dict) -> SAEConfig:
+    cls = by_name(changes.get("architecture", before.architecture)).Config
+    kept = types_of(cls)
+    values = {
+        field.name: getattr(before, field.name)
+        for field in dataclasses.fields(before)
+        if type(before) is cls
+        or field.name in kept
+        and getattr(before, field.name) != field.default
+    }
+    return cls(**values | changes)
 
 
-def _hint(path: str):
-    """The type of a dotted field."""
-    sections = typing.get_type_hints(Config).items()
-    hints = {f"{s}.{f}": h for s, cls in sections for f, h in typing.get_type_hints(cls).items()}
+def typed_field(path: str, value):
+    """Returns `value` as the dotted field has it. Raises UserError for an unknown field and a value
+    of another type. A field of `sae` may be that of any architecture."""
+    return typed(value, _hint(path), path)
+
+
+def _hint(path: str, sae: type[SAEConfig] | None = None):
+    """The type of a dotted field; of an architecture's field that of the class `sae`, if that has
+    it."""
+    hints = {f"{s}.{f}": h for s, cls in types_of(Config).items() for f, h in types_of(cls).items()}
+    known = [cls.Config for cls in ARCHITECTURES.values()]
+    first = [] if sae is None else [sae]
+    for cls in [*known, *first]:
+        hints |= {f"sae.{name}": hint for name, hint in types_of(cls).items()}
     if path not in hints:
         raise UserError(_unknown_field(path, list(hints)))
     return hints[path]
 
 
 def load_file(spec: str) -> Config:
-    """`get_config()` of a Python file, or `get_config(arg)` for "FILE.py:arg"."""
+    """Returns what `get_config` of a Python file returns.
+
+    spec: "FILE.py", or "FILE.py:arg" for `get_config(arg)`. In place of FILE.py stands the name of
+    a recipe, as in "openai_topk:tiny". Raises UserError if there is no such file, or if it fails.
+    """
     config = call_in_file(spec, "get_config", "a config file defines one that returns Config")
     if not isinstance(config, Config):
         path = spec.partition(":")[0]
         raise UserError(f"get_config() of {path} returned {type(config).__name__}, not Config")
     return config
-
-
-def call_in_file(spec: str, name: str, what: str):
-    """`name()` of a Python file, or `name(arg)` for "FILE.py:arg". `what` tells the user of a file
-    without it what it is for."""
-    path, _, arg = spec.partition(":")
-    module = load_module(path)
-    if not hasattr(module, name):
-        raise UserError(f"{path} has no {name}(); {what}")
-    with _mistakes_in(path):
-        return getattr(module, name)(arg) if arg else getattr(module, name)()
-
-
-def load_module(path: str) -> types.ModuleType:
-    file = pathlib.Path(path)
-    if not file.is_file():
-        raise UserError(f"no config file at {path}")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(spec)
-    with _mistakes_in(path):
-        spec.loader.exec_module(module)
-    return module
-
-
-@contextlib.contextmanager
-def _mistakes_in(path: str):
-    """Whatever the user's own file raises is a mistake in that file."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"config file {path} fails: {type(error).__name__}: {error}") from error
 
 
 def difference(a: dict, b: dict, prefix: str = "") -> list[str]:
@@ -238,60 +272,3 @@ def difference(a: dict, b: dict, prefix: str = "") -> list[str]:
 
 def _unknown_field(path: str, known: list[str]) -> str:
     return f"unknown field {path!r}; {nearest(path, known)}"
-
-
-def _parse(text: str, hint, path: str):
-    """Text of the command line to a value of type `hint`."""
-    kinds = _kinds(hint)
-    if type(None) in kinds and text.lower() == "none":
-        return None
-    if tuple in kinds:
-        return tuple(_parse(part, int, path) for part in text.strip("()[] ").split(",") if part)
-    if bool in kinds:
-        if text.lower() not in ("true", "false"):
-            raise UserError(f"{path} must be true or false, not {text!r}")
-        return text.lower() == "true"
-    if int in kinds:
-        try:
-            return int(text.replace("_", ""))
-        except ValueError:
-            pass  # 1e6 and 2M-style floats are tried below, and refused if not whole
-    if int in kinds or float in kinds:
-        try:
-            return _typed(float(text), hint, path)
-        except ValueError:
-            raise UserError(f"{path} must be a number, not {text!r}") from None
-    return text
-
-
-def _typed(value, hint, path: str):
-    kinds = _kinds(hint)
-    if value is None and type(None) in kinds:
-        return None
-    if tuple in kinds:
-        if not isinstance(value, tuple | list):
-            raise UserError(f"{path} must be whole numbers, such as 256,512,1024, not {value!r}")
-        return tuple(_typed(part, int, path) for part in value)
-    if isinstance(value, bool) != (bool in kinds) or not isinstance(value, (*kinds, int, float)):
-        raise UserError(f"{path} must be {_name(kinds)}, not {value!r}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{path} must be a finite number, not {value!r}")
-    if int in kinds and isinstance(value, float):
-        if value != int(value):
-            raise UserError(f"{path} must be a whole number, not {value!r}")
-        return int(value)
-    if float in kinds and isinstance(value, int):
-        return float(value)
-    if str in kinds and not isinstance(value, str):
-        raise UserError(f"{path} must be text, not {value!r}")
-    return value
-
-
-def _kinds(hint) -> tuple[type, ...]:
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return tuple(typing.get_origin(kind) or kind for kind in kinds)  # tuple[int, ...]: tuple
-
-
-def _name(kinds) -> str:
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    return " or ".join("none" if k is type(None) else names[k] for k in kinds)

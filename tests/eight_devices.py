@@ -14,8 +14,8 @@ jax.config.update("jax_default_matmul_precision", "highest")
 import numpy as np  # noqa: E402
 
 from sae_jax import sae as saes  # noqa: E402
-from sae_jax.config import SAEConfig  # noqa: E402
 from sae_jax.ops.sharding import BATCH  # noqa: E402
+from sae_jax.sae import BatchTopKConfig  # noqa: E402
 
 
 def picked(shape, rows, config) -> np.ndarray:
@@ -27,7 +27,9 @@ def picked(shape, rows, config) -> np.ndarray:
         @jax.jit
         def latents(key, x):
             b_dec = jax.numpy.zeros(config.d_in)
-            sae = architecture(config, architecture.init_parameters(key, config, b_dec))
+            sae = architecture.from_parameters(
+                config, architecture.init_parameters(key, config, b_dec)
+            )
             return sae.activate_batch(sae.preactivations(x), config.k)[0]
 
         return np.asarray(latents(jax.random.key(1), jax.device_put(rows, BATCH)))
@@ -36,7 +38,7 @@ def picked(shape, rows, config) -> np.ndarray:
 def main():
     rows = np.random.default_rng(0).normal(size=(256, 64)).astype(np.float32)
     rows[::2] = rows[1::2]  # every value twice: ties wherever the line falls
-    config = saes.resolve(SAEConfig("batchtopk", d_sae=1024, k=7), 64)
+    config = saes.resolve(BatchTopKConfig(d_sae=1024, k=7), 64)
     want = picked((1, 1), rows, config)
     assert (want > 0).sum() == 7 * 256
     meshes = [(2, 1), (1, 2), (4, 1), (2, 2), (1, 4), (8, 1), (4, 2), (2, 4), (1, 8)]

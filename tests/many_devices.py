@@ -11,9 +11,10 @@ chips.find("cpu:256")
 
 import jax  # noqa: E402
 
-from sae_jax.config import Config, DataConfig, MeshConfig, SAEConfig  # noqa: E402
+from sae_jax.config import Config, DataConfig, MeshConfig  # noqa: E402
 from sae_jax.ops.sharding import as_for_accelerators  # noqa: E402
 from sae_jax.plan.estimate import estimate, resolve  # noqa: E402
+from sae_jax.sae import by_name  # noqa: E402
 
 TOKENS, LATENTS, WIDTH, K = 64, 512, 32, 4  # of one device
 SMALL = 4096  # bytes: sums of scalars, biases and counts
@@ -43,8 +44,8 @@ def designed(architecture: str, zero: bool, data: int, model: int) -> dict[tuple
 
 
 def told(architecture: str, zero: bool, data: int, model: int):
-    sae = SAEConfig(
-        architecture=architecture, d_sae=LATENTS * model, k=K if architecture == "topk" else None
+    sae = by_name(architecture).Config(
+        d_sae=LATENTS * model, k=K if architecture == "topk" else None
     )
     config = Config(
         sae=sae,

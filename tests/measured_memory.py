@@ -17,9 +17,10 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from sae_jax.config import Config, DataConfig, MeshConfig, SAEConfig  # noqa: E402
+from sae_jax.config import Config, DataConfig, MeshConfig  # noqa: E402
 from sae_jax.ops.sharding import BATCH  # noqa: E402
 from sae_jax.plan.estimate import estimate, resolve  # noqa: E402
+from sae_jax.sae import by_name  # noqa: E402
 from sae_jax.train.mesh import make_mesh  # noqa: E402
 from sae_jax.train.step import Trainer  # noqa: E402
 
@@ -35,7 +36,7 @@ def resident(field: str) -> int:
 
 def main(architecture: str, data: str, model: str, zero: str):
     config = Config(
-        sae=SAEConfig(architecture=architecture, d_sae=65_536),
+        sae=by_name(architecture).Config(d_sae=65_536),
         data=DataConfig(batch_size=TOKENS),
         mesh=MeshConfig(data=int(data), model=int(model), zero=zero == "zero"),
     )

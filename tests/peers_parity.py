@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sae_jax import sae as saes
-from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig
+from sae_jax.config import Config, DataConfig, OptimizerConfig
+from sae_jax.sae import SAEConfig
 from sae_jax.train.mesh import BatchPlacement
 from sae_jax.train.step import Trainer
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig
-from sae_jax.sae import Losses, resolve
+from sae_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
+from sae_jax.sae import Losses, SAEConfig, by_name, resolve
 from sae_jax.train import controls
 from sae_jax.train.run import train_run
 from sae_jax.train.schedule_steps import ScheduleSteps
@@ -15,8 +15,8 @@ STEPS, WIDTH = 400, 16
 WORLD = "world:superposition,width=32,features=128"
 
 
-def resolved(**fields) -> SAEConfig:
-    return resolve(SAEConfig(d_sae=512, **fields), WIDTH)
+def resolved(architecture: str, **fields) -> SAEConfig:
+    return resolve(by_name(architecture).Config(d_sae=512, **fields), WIDTH)
 
 
 def lengths(config: SAEConfig) -> ScheduleSteps:
@@ -91,14 +91,14 @@ def test_the_controller_without_training(target, factor):
     assert seen.min() > target / 2, "it overshoots"
 
 
-def train_on_world(tmp_path, steps=STEPS, **sae) -> dict:
+def train_on_world(tmp_path, architecture, steps=STEPS, **sae) -> dict:
     config = Config(
-        sae=SAEConfig(d_sae=128, dead_after_tokens=50_000, **sae),
+        sae=by_name(architecture).Config(d_sae=128, dead_after_tokens=50_000, **sae),
         data=DataConfig(store=WORLD, batch_size=512),
         optimizer=OptimizerConfig(learning_rate=3e-3),
         train=TrainConfig(tokens=steps * 512, checkpoint_every=steps),
     )
-    return train_run(config, tmp_path)
+    return train_run(config, tmp_path).result
 
 
 @pytest.mark.slow

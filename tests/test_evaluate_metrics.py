@@ -5,10 +5,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from sae_jax.config import SAEConfig
 from sae_jax.errors import UserError
-from sae_jax.evaluate import measure_rows
-from sae_jax.sae import ReLU, TopK, resolve
+from sae_jax.evaluate.metrics import measure_rows
+from sae_jax.sae import ReLU, ReLUConfig, TopK, by_name, resolve
 
 D, N, ROWS = 12, 40, 1000
 D_OUT = 7  # of transcoders
@@ -17,7 +16,7 @@ SITE_WIDTHS = (5, 7)  # of crosscoders
 
 def make_sae(kind="autoencoder", scale=1.7, architecture="relu", seed=0):
     fields = {"topk": {"k": 5, "apply_b_dec_to_input": False}, "relu": {}}[architecture]
-    config = SAEConfig(architecture=architecture, kind=kind, d_sae=N, **fields)
+    config = by_name(architecture).Config(kind=kind, d_sae=N, **fields)
     target_scale = None
     if kind == "autoencoder":
         config = resolve(config, D)
@@ -37,7 +36,8 @@ def make_sae(kind="autoencoder", scale=1.7, architecture="relu", seed=0):
     if kind == "skip_transcoder":
         parameters["w_skip"] = rng.normal(size=(D, D_OUT)) / D
     parameters = {name: jnp.asarray(value, jnp.float32) for name, value in parameters.items()}
-    return {"relu": ReLU, "topk": TopK}[architecture](config, parameters, scale, target_scale)
+    cls = {"relu": ReLU, "topk": TopK}[architecture]
+    return cls.from_parameters(config, parameters, scale, target_scale)
 
 
 def rows_and_mask(mean=3.0, seed=1, width=D):
@@ -159,7 +159,7 @@ def identity_sae():
         "b_enc": jnp.zeros(2 * D),
         "b_dec": jnp.zeros(D),
     }
-    return ReLU(resolve(SAEConfig(architecture="relu", d_sae=2 * D), D), parameters)
+    return ReLU.from_parameters(resolve(ReLUConfig(d_sae=2 * D), D), parameters)
 
 
 def test_a_perfect_sae():

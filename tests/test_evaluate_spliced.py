@@ -7,11 +7,12 @@ import pytest
 import world
 
 from sae_jax import lm
-from sae_jax.config import SAEConfig
 from sae_jax.errors import UserError
-from sae_jax.evaluate import LanguageModel, ModelRows, evaluate, measure_spliced
-from sae_jax.evaluate.sources import sequences_at_once
-from sae_jax.sae import ReLU, resolve
+from sae_jax.evaluate import batching
+from sae_jax.evaluate.report import evaluate
+from sae_jax.evaluate.sources import ModelRows
+from sae_jax.evaluate.spliced import measure_spliced
+from sae_jax.sae import ReLU, ReLUConfig, resolve
 
 SITE, D, T = "resid_post.0", 16, 20
 
@@ -20,7 +21,7 @@ SITE, D, T = "resid_post.0", 16, 20
 def model(tmp_path_factory):
     directory = tmp_path_factory.mktemp("spliced") / "model"
     world.make_model(directory, num_layers=2)
-    return LanguageModel.load(directory)
+    return lm.open_model(directory)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def make_sae(gain=1.0, b_dec=0.0):
         "b_enc": jnp.zeros(2 * D),
         "b_dec": jnp.full(D, b_dec) if np.isscalar(b_dec) else jnp.asarray(b_dec, jnp.float32),
     }
-    return ReLU(resolve(SAEConfig(architecture="relu", d_sae=2 * D), D), parameters)
+    return ReLU.from_parameters(resolve(ReLUConfig(d_sae=2 * D), D), parameters)
 
 
 def measure(sae, model, tokens, where, mean=None):
@@ -95,8 +96,8 @@ def test_only_chosen_positions_are_replaced_and_counted(model, tokens):
 def test_the_last_short_batch_counts_like_the_others(model, tokens, monkeypatch):
     where = np.ones(tokens.shape, bool)
     whole = measure(make_sae(0.7), model, tokens, where)
-    monkeypatch.setattr("sae_jax.evaluate.sources._LOGITS", 2 * T * model.config.vocab_size)
-    assert sequences_at_once(model.vocab_size, *tokens.shape) == 2
+    monkeypatch.setattr(batching, "_LOGITS", 2 * T * model.config.vocab_size)
+    assert batching.sequences_at_once(model.vocab_size, *tokens.shape) == 2
     assert measure(make_sae(0.7), model, tokens, where) == pytest.approx(whole, rel=1e-4)
 
 
@@ -111,7 +112,7 @@ MLP_IN, MLP_OUT, RESIDUAL = "mlp_in.1", "mlp_out.1", ("resid_post.0", "resid_pos
 
 
 @pytest.fixture(scope="module")
-def mlp_model():
+def mlp_model(tmp_path_factory):
     """Two layers with a ReLU MLP and all of its biases."""
     config = lm.DecoderConfig(
         vocab_size=40, d_model=D, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=D // 2,
@@ -119,7 +120,9 @@ def mlp_model():
     )  # fmt: skip
     rng = np.random.default_rng(3)
     params = jax.tree.map(lambda leaf: 0.3 * rng.normal(size=leaf.shape), lm.layout(config))
-    return LanguageModel(jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params), config)
+    directory = tmp_path_factory.mktemp("mlp_model")
+    lm.save_model(directory, config, params, np.float32)
+    return lm.open_model(directory)
 
 
 @pytest.fixture(scope="module")
@@ -136,8 +139,8 @@ def mlp_as_transcoder(model, scale=1.7, target_scale=0.3):
         "w_dec": p["w_down"] * target_scale,
         "b_dec": p["b_down"] * target_scale,
     }
-    config = resolve(SAEConfig(architecture="relu", kind="transcoder", d_sae=3 * D), D, D)
-    return ReLU(config, parameters, scale, target_scale)
+    config = resolve(ReLUConfig(kind="transcoder", d_sae=3 * D), D, D)
+    return ReLU.from_parameters(config, parameters, scale, target_scale)
 
 
 def test_the_mlp_itself_is_a_perfect_transcoder(mlp_model, some_tokens):
@@ -200,10 +203,10 @@ def test_a_crosscoder_is_spliced_in_at_each_site_in_turn(mlp_model, some_tokens)
         "w_enc": w_enc, "b_enc": jnp.zeros(4 * D), "b_dec": jnp.zeros(2 * D),
         "w_dec": jnp.roll(w_enc.T, D, axis=1),
     }  # fmt: skip
-    config = SAEConfig(architecture="relu", kind="crosscoder", d_sae=4 * D)
+    config = ReLUConfig(kind="crosscoder", d_sae=4 * D)
     scale = jnp.repeat(jnp.asarray([2.0, 0.5]), D)
     parameters["w_dec"] *= scale / jnp.roll(scale, D)
-    sae = ReLU(resolve(config, (D, D)), parameters, scale)
+    sae = ReLU.from_parameters(resolve(config, (D, D)), parameters, scale)
     source = ModelRows(mlp_model, RESIDUAL, some_tokens, what="tokens")
     found = evaluate(sae, source, mlp_model)
     where = np.ones(some_tokens.shape, bool)
@@ -234,8 +237,8 @@ def test_a_crosscoder_is_spliced_in_at_each_site_in_turn(mlp_model, some_tokens)
 )
 def test_sites_that_do_not_fit_are_refused(mlp_model, some_tokens, kind, sites, message):
     widths = {"transcoder": (D, D), "crosscoder": ((D, D),), "autoencoder": (D,)}[kind]
-    config = resolve(SAEConfig(architecture="relu", kind=kind, d_sae=8), *widths)
+    config = resolve(ReLUConfig(kind=kind, d_sae=8), *widths)
     parameters = ReLU.init_parameters(jax.random.key(0), config, jnp.zeros(config.d_out))
     with pytest.raises(UserError, match=message):
         source = ModelRows(mlp_model, sites, some_tokens, what="tokens")
-        evaluate(ReLU(config, parameters), source, mlp_model)
+        evaluate(ReLU.from_parameters(config, parameters), source, mlp_model)

@@ -2,24 +2,26 @@
 
 import base64
 import csv
-import http.server
+import importlib.metadata
 import json
 import re
 import sys
-import threading
 from unittest import mock
 
+import hub_server
 import numpy as np
 import pytest
 from test_interop_formats import NEEDS_TORCH, random_sae
 from training import make_config, make_store
 
 import sae_jax
-from sae_jax import evaluate, interop, lm
+from sae_jax import interop, lm
 from sae_jax.activations import Store
 from sae_jax.cli import main
 from sae_jax.config import to_dict
 from sae_jax.errors import UserError
+from sae_jax.evaluate import report
+from sae_jax.evaluate.sources import HeldOutRows
 from sae_jax.interop import FORMATS, Hub
 from sae_jax.interop.many import width_name
 from sae_jax.interop.select import select
@@ -73,6 +75,8 @@ def test_the_card_states_what_is_known_and_invents_nothing(tmp_path):
     card = (tmp_path / "a" / "README.md").read_text()
     assert front_matter(card).keys() == {"library_name", "tags"}
     assert "Not stated by whoever made this export" in card and "None were measured" in card
+    software = f"The sae_jax authors, .* version {importlib.metadata.version('sae-jax')}, 2026"
+    assert re.search(software, card)
     about = ABOUT | {"training": {"architecture": "topk", "learning_rate": 3e-4}}
     hub = Hub("apache-2.0", "me/saes", "a/b")
     interop.export(random_sae("topk"), "saelens", tmp_path / "b", about, hub)
@@ -141,46 +145,12 @@ def test_widths_are_named_as_in_gemma_scope():
     assert [width_name(width) for width in widths] == names
 
 
-class StandIn(http.server.BaseHTTPRequestHandler):
-    """As much of the hub as an upload of small files asks for; keeps what it was sent."""
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.seen[self.path] = body
-        url = f"{self.server.url}/me/sae"
-        if self.path == "/api/repos/create":
-            answer = {"url": url}
-        elif self.path == "/api/validate-yaml":
-            answer = {"errors": [], "warnings": []}
-        elif self.path == "/api/models/me/sae/preupload/main":
-            files = [file["path"] for file in json.loads(body)["files"]]
-            fields = {"uploadMode": "regular", "shouldIgnore": False}
-            answer = {"files": [{"path": path, **fields} for path in files]}
-        elif self.path == "/api/models/me/sae/commit/main":
-            answer = {"commitUrl": f"{url}/commit/0", "commitOid": "0"}
-        else:
-            return self.send_error(404)
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.end_headers()
-        self.wfile.write(json.dumps(answer).encode())
-
-    def log_message(self, *arguments):
-        pass
-
-
 @pytest.fixture
-def stand_in(monkeypatch):
-    constants = pytest.importorskip("huggingface_hub.constants")
-    server = http.server.ThreadingHTTPServer(("localhost", 0), StandIn)
-    server.seen, server.url = {}, f"http://localhost:{server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)
-    monkeypatch.setenv("HF_TOKEN", "hf_none")
-    with server:
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+def stand_in(monkeypatch, tmp_path):
+    with hub_server.running() as server:
+        hub_server.use(server, monkeypatch, tmp_path / "cache")
+        monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
         yield server
-        server.shutdown()
 
 
 @pytest.mark.slow
@@ -189,11 +159,11 @@ def test_push_sends_the_files(tmp_path, stand_in):
     interop.export(random_sae("topk"), "saelens", out)
     (out / "part").mkdir()
     (out / "part" / ".a.tmp").write_text("what an export that was stopped left")
-    assert cli("export", f"--out={out}", "--push_to=me/sae") == 0
-    made = json.loads(stand_in.seen["/api/repos/create"])
+    assert cli("export", f"--out={out}", "--push_to=hf://me/sae") == 0
+    made = json.loads(stand_in.uploads["/api/repos/create"])
     assert (made["organization"], made["name"]) == ("me", "sae")
     assert made.get("visibility") == "private" or made.get("private") is True
-    commit = stand_in.seen["/api/models/me/sae/commit/main"].splitlines()
+    commit = stand_in.uploads["/api/models/me/sae/commit/main"].splitlines()
     sent = [line["value"] for line in map(json.loads, commit) if line["key"] == "file"]
     files = {file["path"]: base64.b64decode(file["content"]) for file in sent}
     assert files == {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
@@ -244,11 +214,9 @@ def test_metadata_of_a_run_on_a_harvested_store(tmp_path):
     assert cli(*harvest, "--context_length=32", f"--out={store}") == 0
     run = tmp_path / "run"
     train_run(make_config(str(store), steps=10, sae={"aux_coefficient": 0.0}), run)
-    rows = evaluate.HeldOutRows(
-        Store.open(store), "resid_post.0", tokens=320, holdout_fraction=0.05
-    )
-    model = evaluate.LanguageModel.load(lm.DEMO_MODEL)
-    evaluate.save(evaluate.evaluate(sae_jax.load(run), rows, model, 320), run / "eval.json")
+    rows = HeldOutRows(Store.open(store), "resid_post.0", tokens=320, holdout_fraction=0.05)
+    model = lm.open_model(lm.DEMO_MODEL)
+    report.save(report.evaluate(sae_jax.load(run), rows, model, 320), run / "eval.json")
     export = ["export", f"--checkpoint={run}", "--format=saelens", "--model_name=me/model"]
     assert cli(*export, f"--out={tmp_path / 'out'}") == 0
     metadata = json.loads((tmp_path / "out" / "cfg.json").read_text())["metadata"]
@@ -329,6 +297,7 @@ def test_many_of_a_sweep(tmp_path, monkeypatch, capsys):
         ours = sae_jax.load(sweep / "runs" / sae["run_id"])
         np.testing.assert_allclose(theirs(x), ours(x), atol=1e-4)
         assert f"]({sae['path']})" in (out / "README.md").read_text()
+    assert "The sae_jax authors" in (out / "README.md").read_text()
     capsys.readouterr()
     assert cli(*export[:2], "--format=openai", f"--out={tmp_path / 'no'}") == 2
     assert "openai cannot express a topk" in capsys.readouterr().err

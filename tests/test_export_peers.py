@@ -17,7 +17,8 @@ import pytest
 
 from sae_jax import lm
 from sae_jax.cli import main
-from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig
+from sae_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
+from sae_jax.sae import by_name
 from sae_jax.train.run import train_run
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
@@ -54,7 +55,7 @@ def exported(store, tmp_path_factory):
         if architecture not in made:
             root = tmp_path_factory.mktemp(architecture)
             config = Config(
-                sae=SAEConfig(architecture=architecture, d_sae=256, k=16),
+                sae=by_name(architecture).Config(d_sae=256, k=16),
                 data=DataConfig(store=str(store), site="resid_post.2", batch_size=256, epochs=9),
                 optimizer=OptimizerConfig(learning_rate=2e-3),
                 train=TrainConfig(tokens=256 * 150),

@@ -10,7 +10,7 @@ import pytest
 
 from sae_jax.config import Config
 from sae_jax.errors import UserError
-from sae_jax.sae import ARCHITECTURES
+from sae_jax.sae import ARCHITECTURES, MatryoshkaConfig, ReLUConfig, TopKConfig
 from sae_jax.sweep import grid
 from sae_jax.train import controls, optimizer
 from sae_jax.train.schedule_steps import ScheduleSteps
@@ -55,7 +55,7 @@ def test_values_have_the_types_of_the_config():
         "train.tokens": int,
         "sae.prefix_widths": tuple,
     }
-    config = grid.apply(Config(), run)
+    config = grid.apply(Config(sae=MatryoshkaConfig(d_sae=16, k=2)), run)
     assert (config.sae.k, config.train.tokens, config.sae.prefix_widths) == (8, 10**6, (8, 16))
     assert config.data == Config().data
 
@@ -120,10 +120,10 @@ def test_a_frontier_sets_what_each_architecture_has():
     """Over a base of any architecture: what it set for its own sparsity is taken back."""
     got = grid.sparsity_frontier({"topk": [16, 32], "relu": [2, 5], "batchtopk": [16]})
     for run in got:
-        sae = grid.apply(Config(), {"sae.k": 7} | run).sae
-        used = ARCHITECTURES[sae.architecture].DEFAULTS
-        assert (sae.k is not None) == ("k" in used)
-        assert (sae.sparsity_coefficient is not None) == ("sparsity_coefficient" in used)
+        sae = grid.apply(Config(sae=TopKConfig(k=7, d_sae=64)), run).sae
+        assert type(sae) is ARCHITECTURES[sae.architecture].Config and sae.d_sae == 64
+        assert (sae.k is not None) == (sae.architecture != "relu")
+        assert (sae.sparsity_coefficient is not None) == (sae.architecture == "relu")
     assert len(got) == 5
 
 
@@ -137,7 +137,8 @@ def test_budgets_are_one_run_until_the_smaller_one_decays():
         decay_fraction=0.25,
         sparsity_warmup_tokens=3_200,
     )
-    base = grid.apply(Config(), {"optimizer.learning_rate": 1e-3, "sae.sparsity_coefficient": 5.0})
+    relu = Config(sae=ReLUConfig())
+    base = grid.apply(relu, {"optimizer.learning_rate": 1e-3, "sae.sparsity_coefficient": 5.0})
     longest = grid.apply(base, runs[-1])
     for budget, run in zip(tokens, runs, strict=True):
         config, steps = grid.apply(base, run), budget // 64

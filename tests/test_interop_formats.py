@@ -14,12 +14,11 @@ import sae_jax
 from sae_jax import interop
 from sae_jax.activations import open_stream
 from sae_jax.cli import main
-from sae_jax.config import SAEConfig
 from sae_jax.errors import UserError
 from sae_jax.interop import FORMATS
-from sae_jax.sae import ARCHITECTURES, resolve
-from sae_jax.sae.resolve import KINDS
-from sae_jax.train.run import train_run
+from sae_jax.sae import ARCHITECTURES, by_name, resolve
+from sae_jax.sae.config import KINDS
+from sae_jax.train import loop
 
 D, N = 8, 24
 NEEDS_TORCH = ("dictionary_learning", "openai")
@@ -34,11 +33,11 @@ EXPRESSED = [
 def random_sae(architecture: str, kind: str = "autoencoder", seed: int = 0, d_out: int = D):
     """As after training on activations of norm 3 sqrt(d), whose SAE sees norm sqrt(d)."""
     rng = np.random.default_rng(seed)
-    fields = {"k": 5} if "k" in ARCHITECTURES[architecture].DEFAULTS else {}
+    fields = {"k": 5} if ARCHITECTURES[architecture].Config.k is not None else {}
     if architecture == "matryoshka":
         fields["prefix_widths"] = (6, 12, N)
     config = resolve(
-        SAEConfig(architecture, kind=kind, d_sae=N, **fields),
+        by_name(architecture).Config(kind=kind, d_sae=N, **fields),
         (D,),
         None if kind == "autoencoder" else d_out,
     )
@@ -54,7 +53,7 @@ def random_sae(architecture: str, kind: str = "autoencoder", seed: int = 0, d_ou
     if kind == "skip_transcoder":
         parameters["w_skip"] = rng.normal(size=(D, d_out))
     arrays = {name: jnp.asarray(value, jnp.float32) for name, value in parameters.items()}
-    return ARCHITECTURES[architecture](
+    return ARCHITECTURES[architecture].from_parameters(
         config, arrays, 1 / 3, 1 / 3 if kind == "autoencoder" else 0.5
     )
 
@@ -157,7 +156,7 @@ def edit_tensors(file, change):
             ),
             "b_dec holds NaN",
         ),
-        ("sae_jax", lambda d: edit_json(d / "sae.json", version=2), "version 2"),
+        ("sae_jax", lambda d: edit_json(d / "sae.json", version=3), "version 3"),
         (
             "sae_jax",
             lambda d: (d / "sae.safetensors").write_bytes(b"\0" * 40),
@@ -228,7 +227,7 @@ def test_the_table_in_help_is_what_is_expressed():
 def test_a_run_goes_out_and_comes_back_by_the_commands(tmp_path, capsys):
     store = make_store(tmp_path / "store")
     run = tmp_path / "run"
-    train_run(make_config(store, "topk", steps=20), run)
+    loop.train(make_config(store, "topk", steps=20), run)
 
     def cli(*arguments) -> int:
         return main(
@@ -270,7 +269,7 @@ def test_a_run_goes_on_from_an_sae(tmp_path, architecture):
         train={"init": str(tmp_path / "sae")},
         optimizer={"learning_rate": 1e-12},
     )
-    result = train_run(config, tmp_path / "run", load_sae=interop.load).result
+    result = loop.train(config, tmp_path / "run", interop.load)
     x = next(open_stream(config.data).batches(0, prefetch=0)).astype(np.float32)
     back = sae_jax.load(tmp_path / "run")
     if architecture != "batchtopk":  # whose threshold is that of the last batch
@@ -280,7 +279,7 @@ def test_a_run_goes_on_from_an_sae(tmp_path, architecture):
     assert result["d_sae"] == N
     with pytest.raises(UserError, match="--config.sae.d_sae=24"):
         wrong = make_config(store, architecture, steps=1, train={"init": str(tmp_path / "sae")})
-        train_run(wrong, tmp_path / "wrong", load_sae=interop.load)
+        loop.train(wrong, tmp_path / "wrong", interop.load)
 
 
 def wide(sae) -> dict:

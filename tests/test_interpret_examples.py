@@ -5,11 +5,10 @@ import numpy as np
 import pytest
 
 from sae_jax.activations import write_store
-from sae_jax.config import SAEConfig
 from sae_jax.errors import UserError
-from sae_jax.evaluate import activation_scale
+from sae_jax.evaluate.metrics import activation_scale
 from sae_jax.interpret import find_examples
-from sae_jax.sae import ReLU, resolve
+from sae_jax.sae import ReLU, ReLUConfig, resolve
 
 D, N, T, SEQUENCES, BOS = 8, 24, 16, 300, 7
 
@@ -25,7 +24,7 @@ def sae():
     }
     parameters["b_enc"][5] = -1e6  # never fires
     parameters = {name: jnp.asarray(value, jnp.float32) for name, value in parameters.items()}
-    return ReLU(resolve(SAEConfig(architecture="relu", d_sae=N), D), parameters, 0.8)
+    return ReLU.from_parameters(resolve(ReLUConfig(d_sae=N), D), parameters, 0.8)
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,11 @@ import tokenizers
 import world
 
 from sae_jax import interpret, lm
-from sae_jax.config import SAEConfig
-from sae_jax.evaluate import HeldOutRows, LanguageModel, activation_scale, evaluate
+from sae_jax.evaluate.metrics import activation_scale
+from sae_jax.evaluate.report import evaluate
+from sae_jax.evaluate.sources import HeldOutRows
 from sae_jax.interpret.text import pieces, token_text
-from sae_jax.sae import ReLU, TopK, resolve
+from sae_jax.sae import ReLU, ReLUConfig, TopK, TopKConfig, resolve
 
 SITE = "mlp_act.0"
 
@@ -47,9 +48,11 @@ def page(tmp_path_factory, model_directory, tokenizer, store):
     parameters = {
         "w_enc": w_dec.T, "w_dec": w_dec, "b_enc": np.zeros(d_sae), "b_dec": np.zeros(width)
     }  # fmt: skip
-    config = resolve(SAEConfig(architecture="topk", d_sae=d_sae, k=8), width)
-    sae = TopK(config, {name: jnp.asarray(v, jnp.float32) for name, v in parameters.items()})
-    model = LanguageModel.load(model_directory)
+    config = resolve(TopKConfig(d_sae=d_sae, k=8), width)
+    sae = TopK.from_parameters(
+        config, {name: jnp.asarray(v, jnp.float32) for name, v in parameters.items()}
+    )
+    model = lm.open_model(model_directory)
     source = HeldOutRows(store, SITE, tokens=2000, holdout_fraction=0.2)
     evaluation = evaluate(sae, source, model, spliced_tokens=500)
     out = tmp_path_factory.mktemp("page") / "index.html"
@@ -103,13 +106,13 @@ def test_other_kinds_have_examples_of_what_they_read(
     model_directory, tokenizer, store, tmp_path, kind, widths, head, speaks
 ):
     """The text of the keep_top_k example is that of the row with the highest activation."""
-    config = resolve(SAEConfig(architecture="relu", kind=kind, d_sae=6), *widths)
+    config = resolve(ReLUConfig(kind=kind, d_sae=6), *widths)
     parameters = ReLU.init_parameters(jax.random.key(0), config, jnp.zeros(config.d_out))
-    sae = ReLU(config, parameters)
+    sae = ReLU.from_parameters(config, parameters)
     rows = HeldOutRows(store, "mlp_in.0,mlp_out.0", tokens=2000, holdout_fraction=0.2)
     out = tmp_path / "index.html"
     interpret.write_page(
-        out, sae, evaluate(sae, rows), store, tokenizer, LanguageModel.load(model_directory)
+        out, sae, evaluate(sae, rows), store, tokenizer, lm.open_model(model_directory)
     )
     shown = out.read_text(encoding="utf-8")
     assert head in re.sub(r"\s+", " ", shown)
@@ -172,14 +175,16 @@ def test_a_token_that_is_part_of_a_character_goes_by_its_name(tokenizer):
 def test_output_tokens_are_those_of_the_decoder_row_through_the_model(model_directory):
     """The direct path: for the one-layer model, the change of the logits when the row is added to
     what the last norm reads, up to the norm's scale and a constant."""
-    model = LanguageModel.load(model_directory)
+    model = lm.open_model(model_directory)
     rng = np.random.default_rng(0)
     w_dec = rng.normal(size=(10, 64)).astype(np.float32)
     parameters = {
         "w_enc": w_dec.T, "w_dec": w_dec, "b_enc": np.zeros(10), "b_dec": np.zeros(64)
     }  # fmt: skip
-    config = resolve(SAEConfig(architecture="topk", d_sae=10, k=2), 64)
-    sae = TopK(config, {name: jnp.asarray(v, jnp.float32) for name, v in parameters.items()})
+    config = resolve(TopKConfig(d_sae=10, k=2), 64)
+    sae = TopK.from_parameters(
+        config, {name: jnp.asarray(v, jnp.float32) for name, v in parameters.items()}
+    )
     found = interpret.output_tokens(sae, model, SITE, np.array([4]), count=5)
     p = {name: np.asarray(model.params[name], np.float64) for name in ("final_norm", "unembed")}
     w_down = np.asarray(model.params["layers"][0]["w_down"], np.float64)

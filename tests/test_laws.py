@@ -13,12 +13,13 @@ import pytest
 import scipy.optimize
 
 from sae_jax import cli, config
-from sae_jax.config import Config, SAEConfig, TrainConfig
+from sae_jax.config import Config, TrainConfig
 from sae_jax.laws import fit, isoflop, predict, results
-from sae_jax.laws.estimators import ESTIMATORS, estimate, last_delta, minimise, rho
+from sae_jax.laws.estimators import ESTIMATORS, estimate, huber, last_delta, minimise
 from sae_jax.laws.frontier import Cost, Frontier
 from sae_jax.laws.intervals import bootstrap, public_intervals
 from sae_jax.laws.laws import LAWS
+from sae_jax.sae import TopKConfig
 
 CHINCHILLA = pathlib.Path(__file__).parents[2] / "shared/data/fits/chinchilla_replication.csv"
 NK = dict(
@@ -148,7 +149,7 @@ def test_minima_are_those_of_scipy(law):
             residual, shares = problem.residuals(z[None], problem.y_N)
             slope = weights * np.clip(residual[0], -delta, delta)
             gradient = slope @ (shares[0] * problem.features_NxP)
-            return 1e6 * (weights * rho(residual[0], delta)).sum(), 1e6 * gradient
+            return 1e6 * (weights * huber(residual[0], delta)).sum(), 1e6 * gradient
 
         theirs = scipy.optimize.minimize(objective, start, jac=True, method="BFGS").fun / 1e6
         assert value <= theirs * (1 + 1e-6)
@@ -462,7 +463,7 @@ def sweep(tmp_path):
     columns = runs("chinchilla", noise=0.002)
     rows = []
     for i, (n, tokens, loss) in enumerate(zip(*columns.values(), strict=True)):
-        sae = SAEConfig(d_sae=int(n), d_in=64, d_out=64, k=8)
+        sae = TopKConfig(d_sae=int(n), d_in=64, d_out=64, k=8)
         base = config.to_dict(Config(sae=sae, train=TrainConfig(tokens=int(tokens))))
         base["optimizer"]["learning_rate"] = lr = 1e-3 * (n / 512) ** -0.5
         base["data"]["store"] = "stores/a"

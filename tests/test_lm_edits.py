@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from sae_jax import lm
 from sae_jax import sae as saes
-from sae_jax.config import SAEConfig
 from sae_jax.errors import UserError
+from sae_jax.sae import ReLUConfig
 
 MODEL = pathlib.Path(__file__).parent / "fixtures" / "lm" / "llama_tied_gqa"
 SITE, D, N = "resid_mid.0", 16, 24
@@ -21,11 +21,11 @@ TOKENS = np.arange(36).reshape(4, 9)
 
 def random_sae(kind="autoencoder", scale=3.0):
     target = D if kind == "transcoder" else None
-    config = saes.resolve(SAEConfig(architecture="relu", kind=kind, d_sae=N), (D,), target)
+    config = saes.resolve(ReLUConfig(kind=kind, d_sae=N), (D,), target)
     rng = np.random.default_rng(0)
     shapes = {"w_enc": (D, N), "w_dec": (N, D), "b_enc": (N,), "b_dec": (D,)}
     parameters = {name: jnp.float32(rng.normal(size=s)) for name, s in shapes.items()}
-    return saes.ReLU(config, parameters, scale)
+    return saes.ReLU.from_parameters(config, parameters, scale)
 
 
 @pytest.fixture(scope="module")

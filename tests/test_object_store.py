@@ -167,7 +167,8 @@ def test_a_store_is_resumed_read_and_checked(either):
     again = writer()
     assert again.missing_shards() == [shards[1], *shards[3:]]
     write(again, again.missing_shards())
-    found = again.finish()
+    again.finish()
+    found = Store.open(str(either))
     found.check()
     np.testing.assert_array_equal(found.read("x", slice(0, 512)), rows)
 

@@ -77,7 +77,7 @@ def test_a_step_of_a_pack_is_that_of_each_run(store, monkeypatch, architecture, 
     monkeypatch.setattr(pack, "on_cpu", lambda: not batched)
     for program in (pack._init, pack._step, pack._evaluate):
         program.clear_cache()  # it does not know of the line above
-    picks = "k" in ARCHITECTURES[architecture].DEFAULTS
+    picks = ARCHITECTURES[architecture].Config.k is not None
     one = base(store, architecture, mesh=dict(zip(AXES, mesh, strict=False)))
     runs = resolved(
         [

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from sae_jax.config import Config, DataConfig, MeshConfig, SAEConfig
+from sae_jax.config import Config, DataConfig, MeshConfig
 from sae_jax.errors import UserError
 from sae_jax.ops.sharding import BATCH
 from sae_jax.plan import chips, hlo
 from sae_jax.plan.estimate import candidates, estimate, least_bytes, resolve
 from sae_jax.plan.flops import matmul_flops
+from sae_jax.sae import by_name
 from sae_jax.train.mesh import make_mesh
 from sae_jax.train.step import Trainer
 
@@ -28,7 +29,7 @@ HERE = pathlib.Path(__file__).parent
 
 def a_config(architecture="relu", batch=256, d_sae=2048, d_in=64, **mesh) -> Config:
     config = Config(
-        sae=SAEConfig(architecture=architecture, d_sae=d_sae),
+        sae=by_name(architecture).Config(d_sae=d_sae),
         data=DataConfig(batch_size=batch),
         mesh=MeshConfig(**{"data": 1, "model": 1} | mesh),
     )
@@ -83,7 +84,7 @@ def test_loops_slices_and_collectives_are_counted_as_often_as_they_run():
     ],
 )
 def test_replica_groups_as_xla_prints_them(text, group):
-    assert hlo._group(text) == group
+    assert hlo.parse_group(text) == group
 
 
 @pytest.mark.parametrize(
@@ -268,5 +269,5 @@ def test_plan_is_of_one_run():
      ("NVIDIA GeForce RTX 4090", None)],
 )  # fmt: skip
 def test_chips_by_what_jax_calls_them(device_kind, name):
-    chip = chips.chip_of(device_kind)
+    chip = chips.chip_from_kind(device_kind)
     assert (chip and chip.name) == name

@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import scipy.sparse
 
-from sae_jax import evaluate, interop, sae
+from sae_jax import interop, sae
 from sae_jax.activations import World
 from sae_jax.cli import main
-from sae_jax.config import Config, DataConfig, SAEConfig, TrainConfig
-from sae_jax.evaluate import RecoveryMeter
+from sae_jax.config import Config, DataConfig, TrainConfig
+from sae_jax.evaluate import report
+from sae_jax.evaluate.recovery import RecoveryMeter
+from sae_jax.evaluate.worlds import WorldRows
+from sae_jax.sae import ReLUConfig, TopKConfig
 from sae_jax.train.directory import read_config
 from sae_jax.train.run import train_run
 
@@ -178,13 +181,13 @@ def best_sae(data: DataConfig, world: World, n: int, kind: str) -> sae.SAE:
         "w_dec": q_out / 2,
         "b_dec": scale * (b_dec - amounts @ q_out),
     }
-    config = SAEConfig(architecture="relu", kind=kind, d_sae=n)
+    config = ReLUConfig(kind=kind, d_sae=n)
     widths = tuple(world.site_widths[i] for i in sites)
     config = sae.resolve(
         config, widths, world.site_widths[targets[0]] if data.target_site else None
     )
     parameters = {name: value.astype(np.float32) for name, value in parameters.items()}
-    return sae.ReLU(config, parameters, scale)
+    return sae.ReLU.from_parameters(config, parameters, scale)
 
 
 @pytest.mark.parametrize(
@@ -199,9 +202,7 @@ def test_the_best_sae_of_a_world_reaches_its_optimum(kind, site, target_site):
     spec = "world:orthonormal,width=12,features=12,sites=2,offset=1,magnitude=2,magnitude_std=0.2"
     data = DataConfig(store=spec, site=site, target_site=target_site)
     world = World(spec)
-    found = evaluate.evaluate(
-        best_sae(data, world, 5, kind), evaluate.WorldRows(data, tokens=20_001)
-    )
+    found = report.evaluate(best_sae(data, world, 5, kind), WorldRows(data, tokens=20_001))
     assert found.rows.rows == found.recovery.rows == 20_001
     scores = dict(found.recovery.scalars)
     sites = 2 if kind == "crosscoder" else 1
@@ -216,7 +217,7 @@ def test_the_best_sae_of_a_world_reaches_its_optimum(kind, site, target_site):
 def run(tmp_path_factory):
     """A short run on a world."""
     config = Config(
-        sae=SAEConfig(architecture="topk", d_sae=16, k=4),
+        sae=TopKConfig(d_sae=16, k=4),
         data=DataConfig(store="world:superposition,width=8,features=24", batch_size=256),
         train=TrainConfig(tokens=256 * 20, log_every=5),
     )
@@ -228,13 +229,11 @@ def run(tmp_path_factory):
 def test_a_run_on_a_world_is_evaluated_with_its_features(run, capsys):
     assert main(["eval", f"--run={run}", "--tokens=30000"]) == 0
     out = capsys.readouterr().out
-    found = evaluate.load(run / "eval.json")
+    found = report.load(run / "eval.json")
     assert "Of the world's 24 features" in out and f"{found.recovery.scalars['f1']:.5g}" in out
     assert "cross-entropy" not in out and "least mean squared error" not in out
     assert found.rows.rows == 30_000 and found.spliced is None
-    direct = evaluate.evaluate(
-        interop.load(run), evaluate.WorldRows(read_config(run).data, tokens=30_000)
-    )
+    direct = report.evaluate(interop.load(run), WorldRows(read_config(run).data, tokens=30_000))
     assert direct.recovery.scalars == pytest.approx(found.recovery.scalars)
     for part in ("features", "latents"):
         for name, values in getattr(direct.recovery, part).items():

@@ -8,8 +8,9 @@ import pytest
 
 from sae_jax import sae as saes
 from sae_jax.activations import open_stream, write_store
-from sae_jax.config import Config, DataConfig, SAEConfig, override
+from sae_jax.config import Config, DataConfig, override
 from sae_jax.errors import UserError
+from sae_jax.sae import MatryoshkaConfig, TopKConfig, by_name
 from sae_jax.train import preparation
 
 REFUSED = [
@@ -51,9 +52,15 @@ REFUSED = [
 ]
 
 
+def picks(architecture) -> dict:
+    """A k that 40 latents have."""
+    has_k = architecture in ("topk", "batchtopk", "matryoshka")
+    return {"k": 32} if has_k else {}
+
+
 def refusal(architecture, sites=6, target=None, **changes) -> str:
-    config = SAEConfig(**({"architecture": architecture, "d_sae": 40} | changes))
     with pytest.raises(UserError) as error:
+        config = by_name(architecture).Config(**({"d_sae": 40} | picks(architecture) | changes))
         saes.resolve(config, sites, target)
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -85,7 +92,7 @@ def test_transcoder_cannot_shift_its_input_by_b_dec():
 def test_resolve_is_idempotent(architecture, kind):
     sites = (4, 2) if kind == "crosscoder" else 6
     target = 4 if "transcoder" in kind else None
-    config = saes.resolve(SAEConfig(architecture, kind, d_sae=40), sites, target)
+    config = saes.resolve(by_name(architecture).Config(kind=kind, d_sae=40), sites, target)
     assert saes.resolve(config, sites, target) == config
     assert config.d_out == (target or 6)
 
@@ -101,7 +108,7 @@ def test_sites_of_a_config(tmp_path):
             store=str(tmp_path / store), site=site, target_site=target,
             batch_size=64, virtual_shards=8,
         )  # fmt: skip
-        config = Config(sae=SAEConfig("topk", kind, d_sae=40, k=2), data=data)
+        config = Config(sae=TopKConfig(kind=kind, d_sae=40, k=2), data=data)
         return preparation.resolve(config, open_stream(data))
 
     config = resolved("two", "crosscoder", "a,b")
@@ -125,11 +132,12 @@ def test_sites_of_a_config(tmp_path):
 
 
 def test_widths_on_the_command_line():
-    config = override(Config(), {"sae.prefix_widths": "256,512,4096", "sae.k_start": "64"})
+    nested = Config(sae=MatryoshkaConfig())
+    config = override(nested, {"sae.prefix_widths": "256,512,4096", "sae.k_start": "64"})
     assert config.sae.prefix_widths == (256, 512, 4096) and config.sae.k_start == 64
     for text in ("256,x", "256,1.5"):
         with pytest.raises(UserError, match="sae.prefix_widths"):
-            override(Config(), {"sae.prefix_widths": text})
+            override(nested, {"sae.prefix_widths": text})
 
 
 def test_refused_before_a_device_is_touched(tmp_path):

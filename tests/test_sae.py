@@ -14,7 +14,7 @@ from training import sparse_rows
 
 import sae_jax
 from sae_jax import sae as saes
-from sae_jax.config import Config, OptimizerConfig, SAEConfig
+from sae_jax.config import Config, OptimizerConfig
 from sae_jax.errors import UserError
 from sae_jax.ops.sharding import BATCH, PER_LATENT
 from sae_jax.sae import LossInputs
@@ -82,7 +82,8 @@ some_dead = pytest.mark.parametrize("dead_count", [0, 3, 9])
 
 
 def resolved(name, **changes):
-    config = SAEConfig(**{"d_sae": N, **AUX, **CASES[name], **changes})
+    fields = {"d_sae": N, **AUX, **CASES[name], **changes}
+    config = saes.by_name(fields.pop("architecture")).Config(**fields)
     crosses = config.kind == "crosscoder"
     target = OUT if "transcoder" in config.kind else None
     return saes.resolve(config, SITES if crosses else D, target)
@@ -103,7 +104,9 @@ def parameters_of(config, seed=0):
 
 def make(name, scale=1.0, seed=0, **changes):
     config = resolved(name, **changes)
-    return saes.architecture(config)(config, parameters_of(config, seed), *scales(config, scale))
+    return saes.architecture(config).from_parameters(
+        config, parameters_of(config, seed), *scales(config, scale)
+    )
 
 
 def scales(config, scale):
@@ -126,13 +129,15 @@ def controls(config, dead_count=0):
     """Of a step in the middle of a run, `dead_count` latents of odd index being dead."""
     dead = jnp.isin(jnp.arange(N), jnp.arange(1, 2 * dead_count + 1, 2))
     k = jnp.int32(4) if config.k_start else None
-    p, next_p = (0.6, 0.59) if (config.p_end or 1) < 1 else (1.0, 1.0)
+    p, next_p = (0.6, 0.59) if config.p_end < 1 else (1.0, 1.0)
     return LossInputs(dead, jnp.float32(0.3), k, p, next_p)
 
 
 def loss_of(config, x, y, now):
     architecture = saes.architecture(config)
-    return lambda parameters: architecture(config, parameters).loss(x, y, now)
+    return lambda parameters: architecture.from_parameters(config, parameters).training_loss(
+        x, y, now
+    )
 
 
 @functools.cache
@@ -257,7 +262,7 @@ def test_jit_is_no_jit(name):
     plain = jax.grad(lambda p: loss(p).total)(parameters)
     _, jitted = compiled(name)(parameters, x, y, now)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), plain, jitted)
-    sae = saes.architecture(config)(config, parameters)
+    sae = saes.architecture(config).from_parameters(config, parameters)
     np.testing.assert_allclose(jax.jit(lambda s, x: s(x))(sae, x), sae(x), rtol=1e-5, atol=1e-6)
 
 
@@ -359,8 +364,8 @@ def test_bfloat16_is_close(name):
 def test_loss_without_training_is_what_encode_and_decode_do(name):
     config = resolved(name)
     x, y = data(config, 64)
-    sae = saes.architecture(config)(config, parameters_of(config))
-    losses = sae.loss(x, y, dataclasses.replace(controls(config), training=False, k=None))
+    sae = saes.architecture(config).from_parameters(config, parameters_of(config))
+    losses = sae.training_loss(x, y, dataclasses.replace(controls(config), training=False, k=None))
     np.testing.assert_allclose(
         losses.mse, np.mean(np.sum((y - sae(x)) ** 2, axis=1)), rtol=1e-5, atol=1e-6
     )
@@ -386,7 +391,7 @@ def test_saved_and_restored(name, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, restored, state)
     loaded = sae_jax.load(tmp_path / "run")
     parameters = jax.tree.map(np.asarray, state.parameters)
-    want = saes.architecture(config)(config, parameters, *scales(config, 0.5))
+    want = saes.architecture(config).from_parameters(config, parameters, *scales(config, 0.5))
     x = data(config)[0] * 2
     np.testing.assert_array_equal(loaded.encode(x), want.encode(x))
     np.testing.assert_array_equal(loaded(x), want(x))

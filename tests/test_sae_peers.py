@@ -20,7 +20,8 @@ import pytest
 from peers_parity import Peer, Setting
 
 from sae_jax.activations import open_stream
-from sae_jax.config import DataConfig, OptimizerConfig, SAEConfig
+from sae_jax.config import DataConfig, OptimizerConfig
+from sae_jax.sae import by_name
 
 pytestmark = [
     pytest.mark.peers,
@@ -35,7 +36,7 @@ L1, TARGET_L0 = 1.5, 6.0
 @dataclasses.dataclass(frozen=True)
 class Case:
     peer: Callable[[Setting, bool], Peer]  # of a setting, and whether mended
-    ours: Callable[[Setting], dict]  # fields of SAEConfig
+    ours: Callable[[Setting], dict]  # fields of our config
     adam: OptimizerConfig = OptimizerConfig()
     batch: int = 512
     steps: int = 200
@@ -273,7 +274,8 @@ def side_by_side(name: str, setting: Setting, mended: bool):
     setting = dataclasses.replace(setting, batch=case.batch)
     peer = case.peer(setting, mended)
     batches = make_batches(setting)[: case.steps]
-    config = SAEConfig(**case.ours(setting), d_sae=setting.d_sae, normalize="none")
+    fields = case.ours(setting) | {"d_sae": setting.d_sae, "normalize": "none"}
+    config = by_name(fields.get("architecture", "topk")).Config(**fields)
     ours = list(parity.our_metrics(config, case.adam, setting, peer.parameters, batches))
     return ours, np.array([peer.step(batch) for batch in batches])
 

@@ -108,7 +108,10 @@ def test_estimated_parameters_are_those_that_are_trained(store, architecture):
         ("return grid.sweep('sae.k', [2, 129])", ["run 2 of 2 (sae.k=129)", "128"]),
         ("return grid.sweep('train.tokens', [64, 10**9])", ["run 2", "1000000000", "epochs"]),
         ("return grid.sweep('data.store', ['no/store'])", ["run 1", "no/store"]),
-        ("return grid.sweep('sae.k', [None, 32])", ["sae.k=None and sae.k=32", "the same run"]),
+        (
+            "return grid.sweep('sae.aux_k', [None, 8])",
+            ["sae.aux_k=None and sae.aux_k=8", "the same run"],
+        ),
         ("return []", ["get_sweep()", "not a grid"]),
         ("return [3]", ["get_sweep()", "not a grid"]),
         ("return {}", ["get_sweep()", "not a grid"]),

@@ -11,7 +11,8 @@ import world
 from training import finish_all, launch, together, wait_until
 
 from sae_jax.cli import main
-from sae_jax.config import Config, DataConfig, SAEConfig, TrainConfig
+from sae_jax.config import Config, DataConfig, TrainConfig
+from sae_jax.sae import TopKConfig
 from sae_jax.train.run import train_run
 
 pytestmark = pytest.mark.slow
@@ -76,7 +77,7 @@ def test_eval(stores, tmp_path, data):
     if data == "store":
         where = {"store": str(root / "one"), "site": SITE, "epochs": 9}
     config = Config(
-        sae=SAEConfig(architecture="topk", d_sae=128, k=4),
+        sae=TopKConfig(d_sae=128, k=4),
         data=DataConfig(**where, batch_size=256, holdout_fraction=0.3),
         train=TrainConfig(tokens=256 * 10),
     )

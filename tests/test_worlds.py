@@ -2,8 +2,11 @@
 
 import pytest
 
-from sae_jax import evaluate, interop
-from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig
+from sae_jax import interop
+from sae_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
+from sae_jax.evaluate.report import evaluate
+from sae_jax.evaluate.worlds import WorldRows
+from sae_jax.sae import by_name
 from sae_jax.train.run import train_run
 
 pytestmark = pytest.mark.slow
@@ -34,14 +37,14 @@ def test_within_a_percent_of_the_closed_form_optimum(tmp_path, architecture, d_s
     rates another may happen to be rarer among these rows than the one without a latent."""
     learning_rate, fields = SETTINGS[architecture]
     config = Config(
-        sae=SAEConfig(architecture=architecture, d_sae=d_sae, **fields),
+        sae=by_name(architecture).Config(d_sae=d_sae, **fields),
         data=DataConfig(store=ORTHONORMAL, batch_size=1024),
         optimizer=OptimizerConfig(learning_rate=learning_rate),
         train=TrainConfig(tokens=3_000_000, log_every=1000, checkpoint_every=10_000),
     )
     train_run(config, tmp_path / "run")
-    rows = evaluate.WorldRows(config.data, tokens=2**19)
-    found = evaluate.evaluate(interop.load(tmp_path / "run"), rows)
+    rows = WorldRows(config.data, tokens=2**19)
+    found = evaluate(interop.load(tmp_path / "run"), rows)
     scores = found.recovery.scalars
     shown = {name: scores[name] for name in ("optimal_mse", "mse_over_optimal", "mcc", "f1")}
     shown["l0"] = found.rows.scalars["l0"]

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from sae_jax.activations import write_store
-from sae_jax.config import Config, DataConfig, MeshConfig, SAEConfig, TrainConfig
-from sae_jax.sae import ARCHITECTURES
+from sae_jax.config import Config, DataConfig, MeshConfig, TrainConfig
+from sae_jax.sae import ARCHITECTURES, by_name
 from sae_jax.train.checkpoints import Checkpoints
 
 WIDTH, BATCH = 16, 64
@@ -38,13 +38,11 @@ def make_store(path: pathlib.Path, rows: np.ndarray | None = None) -> str:
 def make_config(store: str, architecture: str = "topk", steps: int = 50, **sections) -> Config:
     """A run of a second: 128 latents, batches of 64 tokens, latents dead after 2 batches and
     revived by AuxK. Keyword sections replace fields: train={"log_every": 5}."""
-    picks = "k" in ARCHITECTURES[architecture].DEFAULTS
+    picks = ARCHITECTURES[architecture].Config.k is not None
     config = Config(
-        sae=SAEConfig(
-            architecture=architecture,
+        sae=by_name(architecture).Config(
             d_sae=128,
-            k=2 if picks else None,
-            sparsity_coefficient=None if picks else 20.0,
+            **({"k": 2} if picks else {"sparsity_coefficient": 20.0}),
             aux_coefficient=1 / 32,
             dead_after_tokens=2 * BATCH,
         ),

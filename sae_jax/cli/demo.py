@@ -63,8 +63,9 @@ def demo(
 ) -> pathlib.Path:
     """Harvest, train, evaluate and draw into `out`, each unless its result is there; returns the
     page. more_sites: harvested too. UserError where `out` holds a demo with other settings."""
-    from sae_jax import evaluate, interop, interpret, lm
-    from sae_jax.evaluate import figures
+    from sae_jax import interop, interpret, lm
+    from sae_jax.evaluate import figures, report
+    from sae_jax.evaluate.sources import HeldOutRows
     from sae_jax.train.run import train_run
 
     run_directory, page = out / "run", out / "index.html"
@@ -80,17 +81,17 @@ def demo(
     train_run(config, run_directory)
 
     sae = interop.load(run_directory)
-    model = evaluate.LanguageModel.load(model_directory)
+    model = lm.open_model(model_directory)
     if not evaluation_file.is_file():
         _say(3, "evaluating, alone and inside the model")
-        source = evaluate.HeldOutRows(
+        source = HeldOutRows(
             store, site, tokens=tokens, holdout_fraction=config.data.holdout_fraction
         )
         settings = {"sae": str(run_directory), "model": str(model_directory)}
-        evaluation = evaluate.evaluate(sae, source, model, LM_TOKENS, settings)
+        evaluation = report.evaluate(sae, source, model, LM_TOKENS, settings)
         figures.save_all(evaluation, evaluation_file, metrics_file)
-        evaluate.save(evaluation, evaluation_file)
-    evaluation = evaluate.load(evaluation_file)
+        report.save(evaluation, evaluation_file)
+    evaluation = report.load(evaluation_file)
     if not page.is_file():
         _say(4, "writing the page")
         interpret.write_page(
@@ -98,7 +99,7 @@ def demo(
             sae,
             evaluation,
             store,
-            lm.load_tokenizer(model_directory),
+            model.tokenizer,
             model,
             metrics_file=metrics_file,
             tokens=EXAMPLE_TOKENS,
@@ -112,7 +113,8 @@ def demo(
 def training_config(store, path, site: str, d_sae: int, epochs: int, k: int, batch_size: int):
     """TopK over all the training rows of a site of the store, `epochs` times."""
     from sae_jax.activations import Stream
-    from sae_jax.config import Config, DataConfig, OptimizerConfig, SAEConfig, TrainConfig
+    from sae_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
+    from sae_jax.sae import TopKConfig
 
     data = DataConfig(store=str(path), site=site, batch_size=batch_size, epochs=epochs)
     stream = Stream(
@@ -121,7 +123,7 @@ def training_config(store, path, site: str, d_sae: int, epochs: int, k: int, bat
     tokens = stream.num_steps * batch_size
     return Config(
         # So short a run would never call a latent dead by the default of 10M tokens.
-        sae=SAEConfig(architecture="topk", d_sae=d_sae, k=k, dead_after_tokens=tokens // 8),
+        sae=TopKConfig(d_sae=d_sae, k=k, dead_after_tokens=tokens // 8),
         data=data,
         optimizer=OptimizerConfig(learning_rate=LEARNING_RATE),
         train=TrainConfig(tokens=tokens, log_every=10, checkpoint_every=200),

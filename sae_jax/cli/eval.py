@@ -13,8 +13,8 @@ On a run, the store, sites and held-out rows are the run's own:
   sae-jax eval --run=runs/a --model=stories260K
 
 writes runs/a/eval.json, eval_latents.npz (density, mean and maximal activation of every latent) and
-figures, and prints a table. Without --model (which the shipped model does not need) there is no
-cross-entropy. Any SAE that sae_jax reads, on tokens of your own:
+figures, and prints a table. Without --model there is no cross-entropy, except where the store is
+from the shipped model or from one on the hub. Any SAE that sae_jax reads, on tokens of your own:
 
   sae-jax eval --sae=saelens_folder --model=stories260K --tokens_file=tokens.npz --out=eval.json
 
@@ -35,7 +35,7 @@ def define(values: flags.FlagValues) -> None:
         flags.DEFINE_integer(name, default, text, flag_values=values)
 
     string("run", "Directory of a run.")
-    string("sae", "Any SAE instead: a run, or a folder of SAELens'.")
+    string("sae", "Any SAE instead: what sae_jax.load reads, such as hf://ORG/REPOSITORY/FOLDER.")
     string("store", "Evaluate on this store's held-out rows; the run's.")
     string("site", "Site of the store or of the model; the run's, or what the SAE's file says.")
     string("target_site", "The site that a transcoder predicts; the run's.")
@@ -45,8 +45,9 @@ def define(values: flags.FlagValues) -> None:
     )
     string(
         "model",
-        "Directory of the language model; demo: the one that ships here; torch:DIRECTORY: run by "
-        "transformers, whatever its family.",
+        "Directory of the language model, or hf://ORG/REPOSITORY[@REVISION]; demo: the one that "
+        "ships here; torch: before either: run by transformers, whatever its family; none: leave "
+        "its part out. By default the store's, if it is on the hub.",
     )
     flags.DEFINE_enum(
         "model_dtype",
@@ -95,17 +96,20 @@ def _evaluate(args) -> None:
     import dataclasses
 
     from sae_jax import interop, lm, paths
-    from sae_jax.activations import Store, is_world
+    from sae_jax.activations import is_world
     from sae_jax.config import DataConfig
     from sae_jax.errors import UserError
-    from sae_jax.evaluate import check_model, evaluate, figures, load_model, save
+    from sae_jax.evaluate import figures
+    from sae_jax.evaluate.report import evaluate, save
+    from sae_jax.evaluate.sources import check_model
     from sae_jax.train.directory import is_writer, read_config
 
     if (args.run is None) == (args.sae is None):
         raise UserError("give either --run=RUN or --sae=PATH")
-    path = paths.path(args.run or args.sae)
-    sae = interop.load(path)
-    is_run = (path / "config.json").is_file()
+    named = args.run or args.sae
+    path = interop.locate(named)
+    sae = interop.load(named)
+    is_run = interop.format_of(path) is None and (path / "config.json").is_file()
     data = read_config(path).data if is_run else DataConfig()
     chosen = {
         name: getattr(args, name)
@@ -115,17 +119,18 @@ def _evaluate(args) -> None:
     data = dataclasses.replace(data, **chosen)
     if not data.site and not is_run:
         data = dataclasses.replace(data, site=interop.site(path) or "")
-    store = Store.open(data.store) if data.store and not is_world(data.store) else None
-    directory = lm.DEMO_MODEL if args.model == "demo" else args.model
-    if directory is None and store is not None and _is_from(store, lm.DEMO_MODEL):
-        directory = lm.DEMO_MODEL
+    store = lm.open_store(data.store) if data.store and not is_world(data.store) else None
+    directory = _model(args.model, store)
     model = None
     if directory is not None:
+        model = lm.open_model(directory, args.model_dtype)
         if store is not None and not (args.tokens_file or args.text):
-            check_model(store, directory)
-        model = load_model(directory, args.model_dtype)
-    source = _source(args, data, store, model, directory)
-    settings = {"sae": str(path.absolute()), "model": directory and str(directory)}
+            check_model(store, model)
+    source = _source(args, data, store, model)
+    settings = {
+        "sae": named if paths.is_remote(named) else str(path.absolute()),
+        "model": directory and str(directory),
+    }
     if model is not None:
         settings["model_dtype"] = args.model_dtype
     out = args.out or (path / "eval.json" if args.run else None)
@@ -143,12 +148,27 @@ def _evaluate(args) -> None:
     print(f"Written: {', '.join(map(str, [out, *files]))}")
 
 
-def _source(args, data, store, model, directory):
+def _model(asked: str | None, store):
+    """What `lm.open_model` takes, or None: without --model the store's own where it can be found
+    from anywhere, the model that ships here or one on the hub."""
+    from sae_jax import lm
+
+    if asked is not None:
+        return {"demo": lm.DEMO_MODEL, "none": None}.get(asked, asked)
+    if store is None:
+        return None
+    if _is_from(store, lm.DEMO_MODEL):
+        return lm.DEMO_MODEL
+    return store.meta.model if lm.hub_name(store.meta.model or "") else None
+
+
+def _source(args, data, store, model):
     """What to evaluate on: the user's tokens or text if given, else the store or world."""
     from sae_jax import lm
     from sae_jax.activations import is_world
     from sae_jax.errors import UserError
-    from sae_jax.evaluate import HeldOutRows, ModelRows, WorldRows, read_tokens
+    from sae_jax.evaluate.sources import HeldOutRows, ModelRows, read_tokens
+    from sae_jax.evaluate.worlds import WorldRows
 
     if is_world(data.store):
         if model or args.tokens_file or args.text:
@@ -179,7 +199,7 @@ def _source(args, data, store, model, directory):
     else:
         texts = lm.read_texts(args.text, collapse_newlines=args.collapse_newlines)
         length = args.context_length or min(model.max_context, 1024)
-        tokens = lm.pack(texts, lm.open_model(directory).tokenizer, length, args.tokens)
+        tokens = lm.pack(texts, model.tokenizer, length, args.tokens)
         what = ", ".join(args.text)
     excluded = {}
     if not data.include_excluded:
@@ -187,7 +207,7 @@ def _source(args, data, store, model, directory):
             names = ("excluded_tokens", "excluded_positions")
             excluded = {name: getattr(store.meta, name) for name in names}
         else:
-            excluded = {"excluded_tokens": lm.open_model(directory).tokenizer.special_tokens}
+            excluded = {"excluded_tokens": model.tokenizer.special_tokens}
     return ModelRows(
         model,
         sites,

@@ -41,7 +41,10 @@ def define(values: flags.FlagValues) -> None:
         "workdir", None, "The sweep's directory, made if absent.", flag_values=values
     )
     flags.DEFINE_string(
-        "config", None, "FILE.py[:arg] with get_config(arg) and get_sweep(arg).", flag_values=values
+        "config",
+        None,
+        "A recipe, NAME[:ARGUMENT], or FILE.py[:arg] with get_config(arg) and get_sweep(arg).",
+        flag_values=values,
     )
     flags.DEFINE_bool(
         "dry_run", False, "List what would be trained and what it costs.", flag_values=values

@@ -9,7 +9,7 @@ from sae_jax.errors import UserError
 
 SUMMARY = """Train a sparse autoencoder on an activation store; the same command resumes it.
 
-  sae-jax train --workdir=runs/a --config=experiments/openai_topk.py \\
+  sae-jax train --workdir=runs/a --config=openai_topk \\
       --config.data.store=stores/gpt2 --config.sae.d_sae=16384 --config.train.tokens=100e6
 
   sae-jax train --workdir=runs/b --config.train.init=their_sae --config.sae.d_sae=24576 \\
@@ -26,16 +26,29 @@ stopped by SIGTERM after saving, or another process of the run has died, or a st
 
 def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, "The run's directory, made if absent.", flag_values=values)
-    flags.DEFINE_string("config", None, "FILE.py[:arg] with get_config(arg).", flag_values=values)
+    flags.DEFINE_string(
+        "config",
+        None,
+        "A recipe, NAME[:ARGUMENT], or FILE.py[:arg] with get_config(arg).",
+        flag_values=values,
+    )
+    flags.DEFINE_bool(
+        "show",
+        False,
+        "Print the config with all that the data and the architecture decide, and end.",
+        flag_values=values,
+    )
     logs.define(values)
     distributed.define(values)
 
 
 def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
-    if not args.workdir:
+    if not args.workdir and not args.show:
         raise UserError("--workdir=RUN is needed: the directory to train in")
     config = configs.load_file(args.config) if args.config else configs.Config()
     config = configs.override(config, overrides)
+    if args.show:
+        return _show(config)
     if not config.data.store:
         raise UserError(
             "no activations given; add --config.data.store=STORE (make one with: sae-jax harvest)"
@@ -62,4 +75,17 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
             return 3
         if jax.process_index() == 0:
             print(json.dumps(result, indent=1))
+    return 0
+
+
+def _show(config: configs.Config) -> int:
+    """Prints the config as JSON: resolved where there is a store, which decides the widths."""
+    if config.data.store:
+        from sae_jax import activations
+        from sae_jax.train import loop
+
+        config = loop.resolve(config, activations.open_stream(config.data))
+    else:
+        print("no --config.data.store=STORE, whose widths decide some fields", file=sys.stderr)
+    print(json.dumps(configs.to_dict(config), indent=1))
     return 0

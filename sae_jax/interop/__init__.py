@@ -1,51 +1,45 @@
 """Formats of other frameworks, one file each, and one door to all of them.
 
-Each has `recognises(path)`, `read(path)`, `write(sae, directory, about)`, `USAGE`, how its own
-framework is asked for latents, and `EXPRESSES`: what each (architecture, kind) of ours is called
-there. What is not in it is refused, never approximated.
+Each has `FILES` that it consists of, `recognises(path)`, `read(path)`, `write(sae, directory,
+about)`, `USAGE`, how its own framework is asked for latents, and `EXPRESSES`: what each
+(architecture, kind) of ours is called there. What is not in it is refused, never approximated.
 """
 
-import pathlib
-import shutil
-
-from sae_jax import paths
-from sae_jax.config import SAEConfig
 from sae_jax.errors import UserError, choose
-from sae_jax.interop import (
-    dictionary_learning,
-    gemma_scope,
-    gemma_scope_2,
-    openai,
-    sae_jax_format,
-    saelens,
-    sparsify,
-)
+from sae_jax.interop import formats, sae_jax_format, saelens
 from sae_jax.interop.card import Hub, model_card
+from sae_jax.interop.formats import FORMATS
+from sae_jax.interop.locate import is_fetched, locate
 from sae_jax.interop.provenance import read_provenance
-from sae_jax.sae import SAE
+from sae_jax.sae import SAE, SAEConfig
+from sae_jax.sae.files import new_folder
 from sae_jax.train.checkpoints import load_sae
 
-FORMATS = {
-    "saelens": saelens,
-    "dictionary_learning": dictionary_learning,
-    "sparsify": sparsify,
-    "gemma_scope": gemma_scope,
-    "gemma_scope_2": gemma_scope_2,
-    "openai": openai,
-    "sae_jax": sae_jax_format,
-}
 
+def load(path, sae_id: str | None = None, trust_code: bool = True) -> SAE:
+    """Returns the SAE at `path`: a run of ours (its last checkpoint), one of its checkpoints
+    (RUN/checkpoints/STEP), or what any of `FORMATS` describes.
 
-def load(path) -> SAE:
-    """The SAE at `path`: a run of ours (its last checkpoint), one of its checkpoints
-    (RUN/checkpoints/STEP), or what any of `FORMATS` describes. UserError where it is none."""
-    path = paths.path(path)
-    if name := format_of(path):
+    `path` may be of another machine too: s3:// and gs:// for runs; hf://org/repository/folder on
+    the Hugging Face hub; and of SAELens' public releases saelens://RELEASE/SAE_ID, or RELEASE
+    together with `sae_id` (`locate`).
+
+    trust_code: whether the user's file that defines the SAE's own architecture may be run, where
+    `path` names one and it is not imported yet. A file within `path` never is, nor any for what
+    is fetched from a hub.
+
+    Raises UserError if there is no SAE at `path`, or it cannot be read."""
+    trust_code = trust_code and not is_fetched(path, sae_id)
+    path = locate(path, sae_id)
+    name = formats.format_of(path)
+    if name == "sae_jax":
+        return sae_jax_format.read(path, trust_code)
+    if name:
         return FORMATS[name].read(path)
     if (path / "config.json").is_file():
-        return load_sae(path)
+        return load_sae(path, trust_code=trust_code)
     if path.parent.name == "checkpoints" and path.name.isdecimal():
-        return load_sae(path.parent.parent, int(path.name))
+        return load_sae(path.parent.parent, int(path.name), trust_code)
     raise UserError(
         f"no SAE at {path}: neither a run (config.json, checkpoints/) nor one of the formats "
         f"{', '.join(FORMATS)}"
@@ -53,19 +47,19 @@ def load(path) -> SAE:
 
 
 def format_of(path) -> str | None:
-    """The format of a local folder or file that another framework, or `export`, wrote."""
-    path = paths.path(path)
-    if paths.is_remote(path):
-        return None
-    return next((name for name, one in FORMATS.items() if one.recognises(path)), None)
+    """Returns the format of what another framework, or `export`, wrote, None for a run.
+
+    `path` is any that `load` takes; UserError as there."""
+    return formats.format_of(locate(path))
 
 
 def site(path) -> str | None:
     """Our name of the site that the SAE at `path` reads, where its format says so."""
-    name = format_of(path)
+    path = locate(path)
+    name = formats.format_of(path)
     if name == "saelens":
-        return saelens.site(paths.path(path))
-    return sae_jax_format.about(paths.path(path)).get("site") if name == "sae_jax" else None
+        return saelens.site(path)
+    return sae_jax_format.read_about(path).get("site") if name == "sae_jax" else None
 
 
 def export(
@@ -80,19 +74,10 @@ def export(
     directory that is there."""
     check_expressible(sae.config, format)
     about, module = about or {}, FORMATS[format]
-    directory = pathlib.Path(directory)
-    if directory.exists():
-        raise UserError(f"{directory} is there already; give a new directory")
-    temporary = directory.with_name(f".{directory.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        module.write(sae if format == "sae_jax" else sae.fold(), temporary, about)
+    with new_folder(directory) as folder:
+        module.write(sae if format == "sae_jax" else sae.fold(), folder, about)
         readme = model_card(sae, format, module.USAGE, about, hub or Hub())
-        (temporary / "README.md").write_text(readme, encoding="utf-8")
-        temporary.rename(directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        (folder / "README.md").write_text(readme, encoding="utf-8")
 
 
 def check_expressible(config: SAEConfig, format: str) -> None:
@@ -113,6 +98,7 @@ __all__ = [
     "export",
     "format_of",
     "load",
+    "locate",
     "read_provenance",
     "site",
 ]

@@ -11,7 +11,6 @@ import pathlib
 
 import numpy as np
 
-from sae_jax.config import SAEConfig
 from sae_jax.errors import UserError
 from sae_jax.interop.weights import (
     check_shapes,
@@ -22,8 +21,8 @@ from sae_jax.interop.weights import (
     read_torch,
     without_shift,
 )
-from sae_jax.lm.text import read_json
-from sae_jax.sae import SAE
+from sae_jax.json_files import read_json
+from sae_jax.sae import ARCHITECTURES, SAE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +73,7 @@ _CLASSES = {
 }  # fmt: skip
 EXPRESSES = {(c.architecture, "autoencoder"): name for name, c in _CLASSES.items()}
 WHY_NOT = "it has autoencoders only"
+FILES = ("config.json", "ae.pt")
 USAGE = """import torch
 from dictionary_learning.utils import load_dictionary
 
@@ -86,7 +86,7 @@ with torch.no_grad():
 
 
 def recognises(path: pathlib.Path) -> bool:
-    return (path / "ae.pt").is_file() and (path / "config.json").is_file()
+    return all((path / name).is_file() for name in FILES)
 
 
 def write(sae: SAE, directory: pathlib.Path, about: dict) -> None:
@@ -162,8 +162,7 @@ def read(directory: pathlib.Path) -> SAE:
     if kind.architecture == "jumprelu":
         fields["apply_b_dec_to_input"] = False
     gated = kind.architecture == "gated"
-    config = SAEConfig(
-        kind.architecture,
+    config = ARCHITECTURES[kind.architecture].Config(
         d_sae=n,
         unit_norm_decoder=kind.unit_norm and (gated or _has_unit_rows(parameters["w_dec"])),
         normalize="none",

@@ -10,7 +10,6 @@ import zipfile
 
 import numpy as np
 
-from sae_jax.config import SAEConfig
 from sae_jax.errors import UserError
 from sae_jax.interop.weights import (
     Arrays,
@@ -20,7 +19,7 @@ from sae_jax.interop.weights import (
     matrix_shape,
     without_shift,
 )
-from sae_jax.sae import SAE
+from sae_jax.sae import SAE, JumpReLUConfig
 
 EXPRESSES = {
     (name, kind): "JumpReLU"
@@ -37,11 +36,12 @@ latents = np.where(pre > p["threshold"], np.maximum(pre, 0), 0)
 x_hat = latents @ p["W_dec"] + p["b_dec"]
 """
 _FILE = "params.npz"
+FILES = (_FILE,)
 _NAMES = {"W_enc": "w_enc", "W_dec": "w_dec"}  # where they are not ours
 
 
 def recognises(path: pathlib.Path) -> bool:
-    return (path / _FILE).is_file()
+    return all((path / name).is_file() for name in FILES)
 
 
 def write(sae: SAE, directory: pathlib.Path, about: dict) -> None:
@@ -83,8 +83,7 @@ def jump_relu(tensors: Arrays, file: pathlib.Path, kind: str | None = None) -> S
     if kind == "skip_transcoder":
         shapes["w_skip"] = (d_in, d_out)
     arrays = check_shapes(tensors, shapes, file)
-    config = SAEConfig(
-        architecture="jumprelu",
+    config = JumpReLUConfig(
         kind=kind,
         d_sae=d_sae,
         apply_b_dec_to_input=False,

@@ -8,9 +8,9 @@ import safetensors.numpy
 
 from sae_jax.errors import UserError
 from sae_jax.interop import gemma_scope
-from sae_jax.interop.weights import read_safetensors
-from sae_jax.lm.text import read_json
+from sae_jax.json_files import read_json
 from sae_jax.sae import SAE
+from sae_jax.sae.files import read_safetensors
 
 EXPRESSES = gemma_scope.EXPRESSES | {
     (name, "skip_transcoder"): "JumpReLU with an affine skip"
@@ -30,11 +30,12 @@ if "affine_skip_connection" in p:
     x_hat = x_hat + x @ p["affine_skip_connection"]
 """
 _FILE = "params.safetensors"
+FILES = ("config.json", _FILE)
 _SKIP = "affine_skip_connection"
 
 
 def recognises(path: pathlib.Path) -> bool:
-    return (path / _FILE).is_file() and (path / "config.json").is_file()
+    return all((path / name).is_file() for name in FILES)
 
 
 def write(sae: SAE, directory: pathlib.Path, about: dict) -> None:

@@ -9,7 +9,6 @@ import pathlib
 
 import numpy as np
 
-from sae_jax.config import SAEConfig
 from sae_jax.errors import UserError
 from sae_jax.interop.weights import (
     check_shapes,
@@ -20,7 +19,7 @@ from sae_jax.interop.weights import (
     read_torch,
     without_shift,
 )
-from sae_jax.sae import SAE
+from sae_jax.sae import SAE, ReLUL1UnitConfig
 
 EXPRESSES = {(name, "autoencoder"): "ReLU" for name in ("relu", "relu_l1_unit")}
 WHY_NOT = "it has ReLU, and TopK only with a LayerNorm around it"
@@ -34,6 +33,7 @@ latents = torch.relu(pre)
 x_hat = latents @ state["decoder.weight"].T + state["pre_bias"]
 """
 _FILE = "autoencoder.pt"
+FILES = (_FILE,)
 # Counters of training that its loader asks for.
 _COUNTERS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
 
@@ -75,6 +75,6 @@ def read(path: pathlib.Path) -> SAE:
     others = {*_COUNTERS, "activation_state_dict"}
     kept = {name: value for name, value in state.items() if name not in others}
     b_dec, b_enc, w_enc, w_dec = check_shapes(kept, shapes, file).values()
-    config = SAEConfig("relu_l1_unit", d_sae=n, unit_norm_decoder=False, normalize="none")
+    config = ReLUL1UnitConfig(d_sae=n, unit_norm_decoder=False, normalize="none")
     arrays = {"w_enc": w_enc.T, "w_dec": w_dec.T, "b_enc": b_enc, "b_dec": b_dec}
     return make_sae(config, d, d, arrays)

@@ -10,18 +10,17 @@ import pathlib
 import numpy as np
 import safetensors.numpy
 
-from sae_jax.config import SAEConfig
 from sae_jax.errors import UserError
 from sae_jax.interop.weights import (
     check_shapes,
     float32,
     make_sae,
     matrix_shape,
-    read_safetensors,
     without_shift,
 )
-from sae_jax.lm.text import read_json
-from sae_jax.sae import SAE
+from sae_jax.json_files import read_json
+from sae_jax.sae import SAE, TopKConfig
+from sae_jax.sae.files import read_safetensors
 
 EXPRESSES = {("topk", kind): "topk" for kind in ("autoencoder", "transcoder", "skip_transcoder")}
 WHY_NOT = "it has TopK only, with inputs and outputs of one width"
@@ -37,10 +36,11 @@ with torch.no_grad():
     x_hat = sae(x).sae_out
 """
 _FILE = "sae.safetensors"
+FILES = ("cfg.json", _FILE)
 
 
 def recognises(path: pathlib.Path) -> bool:
-    return (path / "cfg.json").is_file() and (path / _FILE).is_file()
+    return all((path / name).is_file() for name in FILES)
 
 
 def write(sae: SAE, directory: pathlib.Path, about: dict) -> None:
@@ -103,8 +103,7 @@ def read(directory: pathlib.Path) -> SAE:
     }
     if "W_skip" in arrays:
         parameters["w_skip"] = arrays["W_skip"].T
-    config = SAEConfig(
-        "topk",
+    config = TopKConfig(
         kind=kind,
         d_sae=n,
         k=cfg["k"],

@@ -4,24 +4,11 @@ import pathlib
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 
-from sae_jax.config import SAEConfig
 from sae_jax.errors import UserError
-from sae_jax.sae import ARCHITECTURES, SAE, resolve
+from sae_jax.sae import SAE, SAEConfig, architecture, resolve
 
 Arrays = dict[str, np.ndarray]
-
-
-def read_safetensors(file: pathlib.Path) -> Arrays:
-    """UserError where the file is missing, damaged or cut off."""
-    if not file.is_file():
-        raise UserError(f"no {file.name} in {file.parent}")
-    try:
-        return safetensors.numpy.load_file(file)
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{file} is damaged or truncated: {error}") from None
 
 
 def read_torch(file: pathlib.Path) -> dict:
@@ -80,12 +67,11 @@ def matrix_shape(tensors: Arrays, name: str, file) -> tuple[int, int]:
 
 
 def make_sae(config: SAEConfig, d_in: int, d_out: int, parameters: Arrays) -> SAE:
-    """An SAE in the model's own units, its parameters rounded to float32."""
+    """Returns an SAE in the model's own units, its parameters rounded to float32."""
     target = None if config.kind == "autoencoder" else d_out
     config = resolve(config, d_in, target)
-    return ARCHITECTURES[config.architecture](
-        config, {name: jnp.asarray(value, jnp.float32) for name, value in parameters.items()}
-    )
+    arrays = {name: jnp.asarray(value, jnp.float32) for name, value in parameters.items()}
+    return architecture(config).from_parameters(config, arrays)
 
 
 def parameters_of(sae: SAE) -> Arrays:

@@ -1,8 +1,8 @@
 """Models of families that our decoder does not know, run by transformers and torch themselves.
 
-`TorchModel` has the members of `lm.Model` that harvest and live stores ask for, and `forward` for
-evaluation. Its sites are what hooks see: what goes into a module of transformers' own, or what
-comes out. By the names that our decoder has, where the tree of modules says which module it is:
+The sites of a `TorchModel` are what hooks see: what goes into a module of transformers' own, or
+what comes out. By the names that our decoder has, where the tree of modules says which module it
+is:
 
     resid_pre.L  resid_post.L  into and out of the L-th layer (of the longest list of modules)
     mlp_in.L     into the layer's MLP
@@ -20,16 +20,16 @@ import functools
 import pathlib
 from collections.abc import Callable, Sequence
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from sae_jax import hub
 from sae_jax.errors import UserError, choose
-from sae_jax.lm.text import load_tokenizer
-from sae_jax.lm.weights import fingerprint
+from sae_jax.lm.directory import TORCH, model_directory, pinned_spec
+from sae_jax.lm.language_model import LanguageModel
+from sae_jax.lm.weights import fingerprint, with_weights
 
-_PREFIX = "torch:"  # of a model's name, for one that transformers runs
 _HOOK = "hf:"  # of a site's name, for a module by its path
 
 _ATTENTION = ("self_attn", "attn", "attention", "self_attention")
@@ -42,7 +42,7 @@ _NORM_AFTER_ATTENTION = "post_attention_layernorm"
 
 def is_torch(spec) -> bool:
     """Whether `spec` names a model for transformers to run, and no directory for our decoder."""
-    return str(spec).startswith(_PREFIX)
+    return str(spec).startswith(TORCH)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,30 +53,28 @@ class _Place:
     inward: bool = False
 
 
-class TorchModel:
-    """Transformers' own model of "torch:DIRECTORY" or "torch:NAME", the name of one on the Hugging
-    Face hub, on the first GPU that torch has, else on the CPU. `mesh` is one of JAX's devices, for
-    those who ask how a batch is shared: it is not.
+class TorchModel(LanguageModel):
+    """Transformers' own model of "torch:DIRECTORY", or "torch:NAME" of one on the Hugging Face hub
+    (org/repository, with or without hf:// before it), on the first GPU that torch has, else on the
+    CPU. What it returns is on JAX's default device.
 
     UserError without torch and transformers, or where there is no such model."""
 
     def __init__(self, spec, dtype: str = "float32"):
         self._torch, self._transformers = _import(spec)
-        self.directory = _directory(str(spec).removeprefix(_PREFIX))
-        self.spec = f"{_PREFIX}{self.directory.absolute()}"
-        self.dtype = dtype
-        self.mesh = jax.make_mesh((1, 1), ("data", "model"), devices=jax.local_devices()[:1])
+        name = _directory_or_hub_name(str(spec).removeprefix(TORCH))
+        self.directory = model_directory(name)
+        self._name = pinned_spec(name, self.directory)
+        self.spec = f"{TORCH}{self._name}"
+        self.dtype, self.mesh = dtype, None
         config = self._load(self._transformers.AutoConfig).get_text_config()
         self.vocab_size = config.vocab_size
         # Without a bound of their own: models whose positions have none (ALiBi).
         self.max_context = getattr(config, "max_position_embeddings", None) or 2048
 
     @functools.cached_property
-    def tokenizer(self):
-        return load_tokenizer(self.directory)
-
-    @functools.cached_property
     def fingerprint(self) -> str:
+        with_weights(self._name, old=True)
         old = sorted(file.name for file in self.directory.glob("pytorch_model*.bin"))
         return fingerprint(self.directory, [] if any(self.directory.glob("*.safetensors")) else old)
 
@@ -84,6 +82,7 @@ class TorchModel:
     def _module(self):
         torch = self._torch
         dtype = getattr(torch, self.dtype)
+        with_weights(self._name, old=True)
         module = self._load(self._transformers.AutoModelForCausalLM, dtype=dtype)
         return module.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
@@ -100,7 +99,7 @@ class TorchModel:
         return max(lists, key=lists.get)
 
     def site_width(self, site: str) -> int:
-        """UserError for a site that the model does not have. Runs the model on a few tokens."""
+        """See `LanguageModel.site_width`. Runs the model on a few tokens."""
         _, taps = self._run(np.zeros((2, 3), np.int32), (site,), {}, head=False)
         return taps[site].shape[-1]
 
@@ -117,16 +116,22 @@ class TorchModel:
 
         return run
 
-    def forward(self, tokens, taps=(), replacements=None, logits=True):
-        """As `evaluate.LanguageModel.forward`."""
-        torch, device = self._torch, self._module.device
+    def forward(self, tokens, taps=(), edits=None, logits=True):
+        """See `LanguageModel.forward`. An edited site's activations go to JAX and back."""
 
-        def edit(where_BxT, new_BxTxW):
-            where = torch.tensor(np.asarray(where_BxT), device=device)[..., None]
-            new = torch.tensor(np.asarray(new_BxTxW, np.float32), device=device)
-            return lambda x: torch.where(where, new.to(x.dtype), x)
+        def in_torch(site, edit, x):
+            x_BxTxW = jnp.asarray(self._to_numpy(x))
+            new_BxTxW = edit(x_BxTxW)
+            if new_BxTxW.shape != x_BxTxW.shape:
+                raise UserError(
+                    f"the edit of {site} turned shape {x_BxTxW.shape} into {new_BxTxW.shape}"
+                )
+            new_BxTxW = np.array(new_BxTxW.astype(jnp.float32))  # torch wants to own it
+            return self._torch.from_numpy(new_BxTxW).to(x.device, x.dtype)
 
-        edits = {site: edit(*pair) for site, pair in (replacements or {}).items()}
+        edits = {
+            site: functools.partial(in_torch, site, edit) for site, edit in (edits or {}).items()
+        }
         out, tapped = self._run(np.asarray(tokens), tuple(taps), edits, head=logits)
         tapped = {site: jnp.asarray(self._to_numpy(x)) for site, x in tapped.items()}
         return (jnp.asarray(self._to_numpy(out.float())) if logits else None), tapped
@@ -248,20 +253,14 @@ def _child(module, names: Sequence[str]) -> str | None:
     return next((name for name in names if name in children), None)
 
 
-def _directory(name: str) -> pathlib.Path:
-    """The directory, or that of the copy of the hub's model of that name."""
-    if pathlib.Path(name).is_dir():
-        return pathlib.Path(name)
+def _directory_or_hub_name(name: str) -> str:
+    """A name that is no directory is one of the hub, as transformers has it."""
+    if pathlib.Path(name).is_dir() or hub.is_hub_name(name):
+        return name
     try:
-        import huggingface_hub
-
-        others = ["*.h5", "*.msgpack", "*.onnx*", "*.ot", "*.tflite", "*.gguf"]  # weights again
-        return pathlib.Path(huggingface_hub.snapshot_download(name, ignore_patterns=others))
-    except Exception as error:  # its own classes, and requests' or httpx's, as its version goes
-        reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
-        raise UserError(
-            f"{name} is no directory, and no model that the Hugging Face hub gives: {reason}"
-        ) from None
+        return str(hub.parse(f"{hub.SCHEME}{name}"))
+    except UserError:
+        raise UserError(f"{name} is no directory, and no name of a model on the hub") from None
 
 
 def _import(spec):

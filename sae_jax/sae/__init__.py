@@ -1,55 +1,44 @@
-"""Architectures by name. To add one: a file with a subclass of SAE, and its line here."""
+"""Sparse autoencoders: the architectures, each a module with its config in a file of its own.
 
-from sae_jax.config import SAEConfig
-from sae_jax.errors import choose
+To add one here: a file with a config and a subclass of SAE, and its line in the table below. One of
+your own needs neither: defining the class, in any file, registers it.
+"""
+
 from sae_jax.sae.base import SAE, Losses, LossInputs
-from sae_jax.sae.batchtopk import BatchTopK
-from sae_jax.sae.gated import Gated
-from sae_jax.sae.jumprelu import JumpReLU
-from sae_jax.sae.matryoshka import Matryoshka
-from sae_jax.sae.relu import ReLU
-from sae_jax.sae.relu_l1_unit import ReLUL1Unit
-from sae_jax.sae.resolve import resolve_fields
-from sae_jax.sae.topk import TopK
+from sae_jax.sae.batchtopk import BatchTopK, BatchTopKConfig
+from sae_jax.sae.config import SAEConfig
+from sae_jax.sae.gated import Gated, GatedConfig
+from sae_jax.sae.jumprelu import JumpReLU, JumpReLUConfig
+from sae_jax.sae.matryoshka import Matryoshka, MatryoshkaConfig
+from sae_jax.sae.registry import ARCHITECTURES, architecture, by_name, in_order
+from sae_jax.sae.relu import ReLU, ReLUConfig
+from sae_jax.sae.relu_l1_unit import ReLUL1Unit, ReLUL1UnitConfig
+from sae_jax.sae.resolve import resolve
+from sae_jax.sae.topk import TopK, TopKConfig
 
-ARCHITECTURES: dict[str, type[SAE]] = {
-    "relu": ReLU,
-    "relu_l1_unit": ReLUL1Unit,
-    "topk": TopK,
-    "batchtopk": BatchTopK,
-    "matryoshka": Matryoshka,
-    "jumprelu": JumpReLU,
-    "gated": Gated,
-}
-
-
-def architecture(config: SAEConfig) -> type[SAE]:
-    return ARCHITECTURES[choose(config.architecture, ARCHITECTURES, "sae.architecture")]
-
-
-def resolve(
-    config: SAEConfig, d_in: int | tuple[int, ...], target_width: int | None = None
-) -> SAEConfig:
-    """`config` with the widths and the architecture's defaults filled in, and checked.
-
-    d_in: the width of the input site, or of each of a crosscoder's sites. target_width: of a
-    transcoder's target. Raises UserError as `resolve_fields` says."""
-    widths = d_in if isinstance(d_in, tuple) else (d_in,)
-    return resolve_fields(architecture(config), config, widths, target_width)
-
+in_order(ReLU, ReLUL1Unit, TopK, BatchTopK, Matryoshka, JumpReLU, Gated)
 
 __all__ = [
     "ARCHITECTURES",
     "SAE",
     "BatchTopK",
-    "LossInputs",
+    "BatchTopKConfig",
     "Gated",
+    "GatedConfig",
     "JumpReLU",
+    "JumpReLUConfig",
+    "LossInputs",
     "Losses",
     "Matryoshka",
+    "MatryoshkaConfig",
     "ReLU",
+    "ReLUConfig",
     "ReLUL1Unit",
+    "ReLUL1UnitConfig",
+    "SAEConfig",
     "TopK",
+    "TopKConfig",
     "architecture",
+    "by_name",
     "resolve",
 ]

@@ -2,16 +2,17 @@
 
 import abc
 import dataclasses
+import inspect
 import itertools
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from sae_jax import ops
-from sae_jax.config import SAEConfig
-from sae_jax.errors import UserError
+from sae_jax.errors import UserError, nearest
 from sae_jax.ops.sharding import (
     BATCH,
     DECODER,
@@ -21,6 +22,11 @@ from sae_jax.ops.sharding import (
     matmul_f32,
     out_sharding,
 )
+from sae_jax.sae import files
+from sae_jax.sae.arrays import Restore, float32
+from sae_jax.sae.config import TRANSCODERS, SAEConfig
+from sae_jax.sae.registry import register
+from sae_jax.sae.resolve import is_resolved, resolve
 
 _AUXILIARY_SLOPE = 0.1
 _ROUNDING = 1e-6  # of a norm in float32
@@ -70,69 +76,236 @@ class SAE(nnx.Module):
     `target_scale` are the normalisation of the inputs and targets that training used: numbers,
     or for a crosscoder (d_in,) arrays that hold one number for each site.
 
-    An architecture gives `DEFAULTS` (the SAEConfig fields that it uses, with their defaults),
-    the abstract methods, and whatever else of this it does otherwise.
+    An architecture is a subclass that has a class `Config` of its own, a frozen dataclass that
+    extends SAEConfig, and gives the abstract methods and whatever else of this it does otherwise.
+    Defining it registers it under the name in its Config, wherever the class stands.
     """
 
-    DEFAULTS: ClassVar[dict[str, Any]] = {}
-    PER_LATENT_SCALED: ClassVar[tuple[str, ...]] = ("b_enc",)  # grow with the latent's unit
-    RUNNING_MEANS: ClassVar[tuple[str, ...]] = ()  # parameters that are not trained
+    Config: ClassVar[type[SAEConfig]]
+    PER_LATENT_SCALED: ClassVar[tuple[str, ...]] = ("b_enc",)
+    """Parameters (d_sae,) that grow with the latent's unit."""
+    RUNNING_MEANS: ClassVar[tuple[str, ...]] = ()
+    """Parameters that are not trained: each is the running mean of `Losses.running`."""
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        if "Config" in vars(cls):
+            register(cls)
+            cls.__signature__ = _signature(cls.Config)
 
     def __init__(
         self,
+        config: SAEConfig | None = None,
+        *,
+        rngs: nnx.Rngs | int = 0,
+        scale: float | jax.Array = 1.0,
+        target_scale: float | jax.Array | None = None,
+        parameters: dict[str, jax.Array] | None = None,
+        **fields,
+    ):
+        """Makes a fresh SAE from the fields of its config: `TopK(d_in=768, d_sae=24_576, k=32)`.
+
+        Args:
+          config: instead of fields, or with fields that replace some of its own.
+          rngs: what fresh parameters are drawn from: nnx.Rngs, or a seed. b_dec is 0.
+          scale, target_scale: what inputs and targets are multiplied by; numbers, or for a
+            crosscoder arrays (d_in,). target_scale None: the same as scale.
+          parameters: arrays to take instead of fresh ones, by name. See `from_parameters`.
+
+        Raises UserError for a wrong field, for missing widths (d_in; d_out of a transcoder;
+        site_widths of a crosscoder), and for parameters of other names or shapes."""
+        self.config = config = _resolved(type(self), config, fields)
+        self.scale = _static_or_data(scale)
+        self.target_scale = self.scale if target_scale is None else _static_or_data(target_scale)
+        self.made_fresh = parameters is None
+        """Whether the constructor drew the parameters; see `is_fresh`."""
+        if parameters is None:
+            parameters = self.init_parameters(_key(rngs), config, jnp.zeros(config.d_out))
+        else:
+            _check_parameters(type(self), config, parameters)
+        for name, value in parameters.items():
+            setattr(self, name, nnx.Param(value))
+
+    @classmethod
+    def from_parameters(
+        cls,
         config: SAEConfig,
         parameters: dict[str, jax.Array],
         scale: float | jax.Array = 1.0,
         target_scale: float | jax.Array | None = None,
-    ):
-        self.config = config
-        self.scale = _static_or_data(scale)
-        self.target_scale = self.scale if target_scale is None else _static_or_data(target_scale)
-        for name, value in parameters.items():
-            setattr(self, name, nnx.Param(value))
+    ) -> Self:
+        """Returns the SAE of a config with the given float32 parameters, by name. Raises UserError
+        if the names or shapes are not those that `init_parameters` makes."""
+        return cls(config, parameters=parameters, scale=scale, target_scale=target_scale)
+
+    def is_fresh(self) -> bool:
+        """Returns whether the SAE is as the constructor made it, so that no training has given its
+        parameters a unit: its biases, and whatever else is one number for each latent, are those
+        of a new latent."""
+        fresh = {"b_dec": 0.0} | self.fresh_latent(self.config)
+        parameters = self.parameters()
+        return self.made_fresh and all(
+            bool(jnp.all(parameters[name] == value)) for name, value in fresh.items()
+        )
 
     # ----------------------------------------------------------------- use
 
-    def encode(self, x: jax.Array) -> jax.Array:
-        """Latents (..., d_sae) of activations x (..., d_in) in the model's own units."""
-        return self.activate(self.preactivations(x))
+    def encode(self, x) -> jax.Array:
+        """Returns the latents (..., d_sae) of activations x (..., d_in) in the model's own units.
 
-    def decode(self, latents: jax.Array, x: jax.Array | None = None) -> jax.Array:
-        """Reconstruction (..., d_out), in the model's own units, of latents (..., d_sae). A skip
-        transcoder needs the x (..., d_in) that it encoded."""
-        y_hat = matmul_f32(latents, self.w_dec[...]) + self.b_dec[...]
+        x: of any float or integer type, from JAX, NumPy, torch or lists; computed in float32. A
+        tensor of torch gives one back, without a gradient. Raises UserError for another width."""
+        x, restore = self.inputs(x)
+        return restore(self.activate(self.preactivations(x)))
+
+    def decode(self, latents, x=None) -> jax.Array:
+        """Returns the reconstruction (..., d_out), in the model's own units, of latents
+        (..., d_sae). A skip transcoder needs the x (..., d_in) that it encoded, too.
+
+        Takes and returns the same types as `encode`. Raises UserError for another width."""
+        latents, restore = float32(latents, self.config.d_sae, "latents")
         if self.config.kind == "skip_transcoder":
             if x is None:
                 raise UserError("a skip transcoder decodes from x too: decode(latents, x)")
-            y_hat += matmul_f32(self._scaled(x), self.w_skip[...])
-        return y_hat / self.target_scale
+            x, _ = self.inputs(x)
+        return restore(self._decoded(latents, x))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return self.decode(self.encode(x), x)
+    def __call__(self, x) -> jax.Array:
+        """Returns the reconstruction (..., d_out) of activations x (..., d_in), both in the model's
+        own units and of the types that `encode` takes."""
+        x, restore = self.inputs(x)
+        return restore(self._decoded(self.activate(self.preactivations(x)), x))
+
+    def direction(self, latent) -> jax.Array:
+        """Returns what the latent of this index adds to the reconstruction for each unit of its
+        activation: its decoder row (d_out,), in the model's own units.
+
+        latent: an index from 0 to d_sae - 1, or an array of them, which gives (..., d_out). Raises
+        UserError for one that is out of range or no whole number."""
+        if not isinstance(latent, jax.core.Tracer):
+            latent = np.asarray(latent)
+            if not np.issubdtype(latent.dtype, np.integer):
+                raise UserError(f"latents are whole numbers, not {latent.dtype}")
+            outside = latent[(latent < 0) | (latent >= self.config.d_sae)]
+            if outside.size:
+                raise UserError(
+                    f"there is no latent {outside.flat[0]}; they are 0 to {self.config.d_sae - 1}"
+                )
+        return self.w_dec[...][latent] / self.target_scale
+
+    def loss(
+        self,
+        x,
+        y=None,
+        *,
+        coefficient: float | jax.Array | None = None,
+        dead=None,
+        k: int | None = None,
+        training: bool = True,
+    ) -> Losses:
+        """Returns the training losses of activations x (..., d_in) and targets y (..., d_out), in
+        the model's own units. `jax.grad(lambda sae: sae.loss(x).total)(sae)` differentiates it in
+        the parameters; x and y are data, to which no gradient flows.
+
+        Args:
+          y: None: x. A transcoder needs it.
+          coefficient: of the sparsity penalty. None: the config's.
+          dead: (d_sae,) bool, the latents that the auxiliary loss revives. None: none.
+          k: latents for each token. None: the config's.
+          training: False: with latents as `encode` gives them, which in some architectures differ.
+
+        `mse` and `total` are in squares of the units of y, `l1` in units of y. A crosscoder has
+        units for each site: its mse is in them, as that of `sae(x)`; its total and l1 are in its
+        own, those of the activations times `scale`. Raises UserError for another width, for a
+        transcoder without y, and where there is no row."""
+        x, y, restore = self._pair(x, y)
+        if x.shape[0] == 0:
+            raise UserError("a loss is a mean over rows of activations, and there are none")
+        if dead is None:
+            dead = jnp.zeros(self.config.d_sae, bool)
+        inputs = LossInputs(
+            dead=jnp.asarray(dead, bool),
+            coefficient=self._coefficient(coefficient),
+            k=k,
+            training=training,
+        )
+        losses = self.training_loss(x * self.scale, y * self.target_scale, inputs)
+        if self._has_sites:
+            error = y - self._decoded(self.activate(self.preactivations(x)), x)
+            losses = losses._replace(mse=jnp.mean(jnp.sum(jnp.square(error), axis=-1)))
+        else:
+            unit = self.target_scale
+            losses = losses._replace(
+                total=losses.total / unit**2, mse=losses.mse / unit**2, l1=losses.l1 / unit
+            )
+        return jax.tree.map(lambda a: restore(jnp.asarray(a)), losses)
+
+    def row_losses(self, x, y=None, coefficient: float | jax.Array | None = None) -> jax.Array:
+        """Returns the loss (rows,) of each row of x (..., d_in) and y (..., d_out), in the model's
+        own units: the squared error of the reconstruction, and the coefficient (None: the
+        config's) times the row's penalty where the architecture has one of single rows (the L1
+        family). A crosscoder's penalty is in its own units. Takes what `loss` takes."""
+        x, y, restore = self._pair(x, y)
+        latents = self.activate(self.preactivations(x))
+        errors = jnp.sum(jnp.square(y - self._decoded(latents, x)), axis=-1)
+        unit = 1.0 if self._has_sites else self.target_scale
+        penalties = self._coefficient(coefficient) * self.row_penalties(latents)
+        return restore(errors + penalties / unit**2)
 
     def split(self, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Inputs x (..., d_in) and targets y (..., d_out) of rows as a stream gives them: the
-        columns of all sites side by side, a transcoder's target last."""
-        if self.config.kind in ("transcoder", "skip_transcoder"):
+        """Returns inputs x (..., d_in) and targets y (..., d_out) of rows as a stream gives them:
+        the columns of all sites side by side, a transcoder's target last."""
+        if self.config.kind in TRANSCODERS:
             return rows[..., : self.config.d_in], rows[..., self.config.d_in :]
         return rows, rows
 
     def preactivations(self, x: jax.Array) -> jax.Array:
-        x = self._scaled(x)
+        """Returns what `activate` takes, (..., d_sae), of float32 activations x (..., d_in) in the
+        model's own units."""
+        return self._scaled_preactivations(x * self.scale)
+
+    def save(self, path) -> None:
+        """Writes the SAE to a new folder, in our own format (`sae.files`), to the last bit.
+        `sae_jax.load(path)` reads it. Raises UserError if there is something at `path` already."""
+        files.save(self, path)
+
+    def inputs(self, x) -> tuple[jax.Array, Restore]:
+        """Returns activations (..., d_in) of any type as a float32 array, and what turns results
+        back into the type that came in (`sae.arrays.float32`)."""
+        return float32(x, self.config.d_in, "activations")
+
+    def _pair(self, x, y) -> tuple[jax.Array, jax.Array, Restore]:
+        """Inputs (rows, d_in) and targets (rows, d_out) in the model's own units."""
+        x, restore = self.inputs(x)
+        if y is None and self.config.kind in TRANSCODERS:
+            raise UserError(f"a {self.config.kind} needs its targets y as well: loss(x, y)")
+        y = x if y is None else float32(y, self.config.d_out, "targets")[0]
+        if x.shape[:-1] != y.shape[:-1]:
+            raise UserError(f"x {x.shape} and y {y.shape} must have the same rows")
+        return x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), restore
+
+    def _decoded(self, latents: jax.Array, x: jax.Array | None) -> jax.Array:
+        y_hat = matmul_f32(latents, self.w_dec[...]) + self.b_dec[...]
+        if self.config.kind == "skip_transcoder":
+            y_hat += matmul_f32(x * self.scale, self.w_skip[...])
+        return y_hat / self.target_scale
+
+    def _scaled_preactivations(self, x: jax.Array) -> jax.Array:
         if self.config.apply_b_dec_to_input:
             x = x - self.b_dec[...]
         return matmul_f32(x, self.w_enc[...]) + self.b_enc[...]
 
-    def _scaled(self, x: jax.Array) -> jax.Array:
-        if x.shape[-1] != self.config.d_in:
-            raise UserError(
-                f"activations of width {x.shape[-1]} given to an SAE with d_in {self.config.d_in}"
-            )
-        return x * self.scale
+    def _coefficient(self, given) -> float | jax.Array:
+        return (self.config.sparsity_coefficient or 0.0) if given is None else given
+
+    @property
+    def _has_sites(self) -> bool:
+        """Whether there are several sites, each in units of its own."""
+        return self.config.kind == "crosscoder"
 
     @abc.abstractmethod
     def activate(self, preactivations: jax.Array) -> jax.Array:
-        """Latents (..., d_sae) of pre-activations."""
+        """Returns the latents (..., d_sae) of pre-activations (..., d_sae)."""
 
     def fold(self) -> "SAE":
         """The same function with scales 1 and decoder rows of norm 1: latents are then in the
@@ -160,7 +333,7 @@ class SAE(nnx.Module):
         }
         if "w_skip" in parameters:
             changed["w_skip"] = parameters["w_skip"] * columns / target_scale
-        return type(self)(self.config, parameters | changed)
+        return self.from_parameters(self.config, parameters | changed)
 
     # ------------------------------------------------------------- training
 
@@ -194,15 +367,26 @@ class SAE(nnx.Module):
         return {"b_enc": 0.0}
 
     @abc.abstractmethod
-    def loss(self, x: jax.Array, y: jax.Array, controls: LossInputs) -> Losses:
-        """Losses of scaled inputs x (B, d_in) and targets y (B, d_out)."""
+    def training_loss(self, x: jax.Array, y: jax.Array, inputs: LossInputs) -> Losses:
+        """Returns the losses that a training step differentiates and logs.
 
-    def row_losses(self, x: jax.Array, y: jax.Array, coefficient: jax.Array) -> jax.Array:
-        """(B,): the squared error of each row of scaled inputs x (B, d_in) and targets y
-        (B, d_out), and its penalty where that is of single rows (the L1 family's);
-        `train/resample.py` picks inputs by it."""
-        y_hat = self.output(matmul_f32(self.encode(x), self.w_dec[...], BATCH), x)
-        return jnp.sum(jnp.square(y - y_hat), axis=1)
+        x (B, d_in), y (B, d_out): inputs and targets in the SAE's own units: those of the
+        activations times `scale` and `target_scale`. The losses are in these units too. On a mesh
+        arrays carry their sharding in their type: a contraction over d_sae names where its result
+        goes (`ops.sharding.matmul_f32(latents, w_dec, BATCH)`)."""
+
+    def scaled_row_losses(self, x: jax.Array, y: jax.Array, coefficient: jax.Array) -> jax.Array:
+        """Returns `row_losses` (B,) of inputs x (B, d_in) and targets y (B, d_out) in the SAE's
+        own units; `train/resample.py` picks inputs by it."""
+        latents = self.activate(self._scaled_preactivations(x))
+        y_hat = self.output(matmul_f32(latents, self.w_dec[...], BATCH), x)
+        errors = jnp.sum(jnp.square(y - y_hat), axis=1)
+        return errors + coefficient * self.row_penalties(latents)
+
+    def row_penalties(self, latents: jax.Array) -> jax.Array | float:
+        """Returns the sparsity penalty (B,) of each row of latents (B, d_sae), without its
+        coefficient, where that is of single rows; else 0."""
+        return 0.0
 
     @classmethod
     @abc.abstractmethod
@@ -216,10 +400,6 @@ class SAE(nnx.Module):
         # Encoder forward and weight gradient; decoder forward and both gradients. The inputs
         # are data, so the encoder has no input gradient.
         return (4 * config.d_in + 6 * config.d_out) * config.d_sae
-
-    @classmethod
-    def check(cls, config: SAEConfig) -> None:
-        """Raises UserError where resolved fields contradict each other."""
 
     def parameters(self) -> dict[str, jax.Array]:
         """The parameters as plain arrays by name."""
@@ -305,6 +485,72 @@ def _directions(key, count: int, width: int) -> jax.Array:
     """(count, width): random rows of norm 1."""
     rows = jax.random.normal(key, (count, width), out_sharding=out_sharding(DECODER))
     return rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def _resolved(cls: type[SAE], config: SAEConfig | None, fields: dict) -> SAEConfig:
+    """The config that a constructor's arguments describe, all of it filled in."""
+    if config is None:
+        config = cls.Config(**fields)
+    elif getattr(config, "architecture", None) != cls.Config.architecture:
+        raise UserError(f"{cls.__name__} takes a {cls.Config.__name__}, not {config!r}")
+    elif fields:
+        for name in fields:
+            config.check_field(name)
+        config = dataclasses.replace(config, **fields)
+    elif is_resolved(config):
+        return config  # its values may be traced, which nothing can check
+    sites, target = (config.d_in,), None
+    if config.kind == "crosscoder":
+        sites = config.site_widths
+        if sites is None:
+            raise UserError(f"{cls.__name__} of a crosscoder needs site_widths=(width, width, ...)")
+    elif config.d_in is None:
+        raise UserError(f"{cls.__name__} needs d_in, the width of its inputs")
+    if config.kind in TRANSCODERS:
+        target = config.d_out
+        if target is None:
+            raise UserError(f"{cls.__name__} of a transcoder needs d_out, the width of its targets")
+    return resolve(config, sites, target)
+
+
+def _key(rngs: nnx.Rngs | int) -> jax.Array:
+    if isinstance(rngs, nnx.Rngs):
+        return rngs.params()
+    if isinstance(rngs, bool) or not isinstance(rngs, int | np.integer):
+        raise UserError(f"rngs must be nnx.Rngs or a seed, not {rngs!r}")
+    return jax.random.key(rngs)
+
+
+def _check_parameters(cls: type[SAE], config: SAEConfig, parameters: dict) -> None:
+    def fresh():
+        return cls.init_parameters(jax.random.key(0), config, jnp.zeros(config.d_out))
+
+    expected = jax.eval_shape(fresh)
+    what = f"{cls.__name__} of kind {config.kind}"
+    if missing := sorted(expected.keys() - parameters.keys()):
+        raise UserError(f"a {what} has a parameter {missing[0]}, which was not given")
+    if extra := sorted(parameters.keys() - expected.keys()):
+        raise UserError(f"a {what} has no parameter {extra[0]}; {nearest(extra[0], expected)}")
+    for name, like in expected.items():
+        if (shape := np.shape(parameters[name])) != like.shape:
+            turned = ", transposed" if shape == like.shape[::-1] else ""
+            raise UserError(
+                f"{name} of a {what} has shape {shape}{turned}; it must be {like.shape}"
+            )
+
+
+def _signature(config_class: type[SAEConfig]) -> inspect.Signature:
+    """What a notebook completes and shows: the fields by keyword."""
+    parameter, only = inspect.Parameter, inspect.Parameter.KEYWORD_ONLY
+    fields = [
+        parameter(field.name, only, default=field.default, annotation=field.type)
+        for field in dataclasses.fields(config_class)
+        if field.name != "architecture"
+    ]
+    config = parameter("config", parameter.POSITIONAL_OR_KEYWORD, default=None)
+    others = {"rngs": 0, "scale": 1.0, "target_scale": None}
+    more = [parameter(name, only, default=default) for name, default in others.items()]
+    return inspect.Signature([config, *fields, *more])
 
 
 def _static_or_data(scale):

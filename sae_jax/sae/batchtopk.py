@@ -1,16 +1,25 @@
 """BatchTopK: k latents a token on average over the batch (Bussmann et al. 2024)."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from sae_jax import ops
-from sae_jax.config import SAEConfig
 from sae_jax.ops.sharding import BATCH, matmul_f32
 from sae_jax.sae.base import SAE, Losses, LossInputs, squared_error
+from sae_jax.sae.config import KConfig
 from sae_jax.sae.topk import TopK
 
 _LATENTS = P("data", "model")
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchTopKConfig(KConfig):
+    """The config of a BatchTopK SAE."""
+
+    architecture: str = "batchtopk"
 
 
 class BatchTopK(SAE):
@@ -25,7 +34,7 @@ class BatchTopK(SAE):
     leans on no initial value.
     """
 
-    DEFAULTS = {name: value for name, value in TopK.DEFAULTS.items() if name != "multi_topk"}
+    Config = BatchTopKConfig
     PER_LATENT_SCALED = ("b_enc", "threshold")
     RUNNING_MEANS = ("threshold",)
 
@@ -34,22 +43,22 @@ class BatchTopK(SAE):
         return jnp.where(kept, preactivations, 0.0)
 
     @classmethod
-    def fresh_latent(cls, config: SAEConfig) -> dict[str, float]:
+    def fresh_latent(cls, config: KConfig) -> dict[str, float]:
         return {"b_enc": 0.0, "threshold": 0.0}
 
-    def loss(self, x: jax.Array, y: jax.Array, controls: LossInputs) -> Losses:
+    def training_loss(self, x: jax.Array, y: jax.Array, inputs: LossInputs) -> Losses:
         x_in, bias = self.encoder_input(x)
         w_enc = self.w_enc[...].astype(self.dtype)
         pre = matmul_f32(x_in.astype(self.dtype), w_enc, _LATENTS) + bias
         latents, running = self.activate(pre), {}
-        if controls.training:
-            k = self.config.k if controls.k is None else controls.k
+        if inputs.training:
+            k = self.config.k if inputs.k is None else inputs.k
             latents, smallest = self.activate_batch(pre, k)
             running = {"threshold": jnp.full_like(self.threshold[...], smallest)}
         y_hats = self.reconstructions(latents, x)
         mse = squared_error(y, y_hats[-1])
         fired = latents > 0
-        auxiliary = self.auxiliary_loss(x_in, bias, y - y_hats[-1], controls.dead)
+        auxiliary = self.auxiliary_loss(x_in, bias, y - y_hats[-1], inputs.dead)
         return Losses(
             total=squared_error(y, y_hats) + auxiliary,
             mse=mse,

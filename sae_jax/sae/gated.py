@@ -1,12 +1,29 @@
 """Gated: one path decides which latents fire, another how strongly (Rajamanoharan et al. 2024)."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 from sae_jax import ops
-from sae_jax.config import SAEConfig
 from sae_jax.errors import UserError
 from sae_jax.sae.base import SAE, Losses, LossInputs, squared_error
+from sae_jax.sae.config import PenaltyConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedConfig(PenaltyConfig):
+    """The config of a Gated SAE."""
+
+    architecture: str = "gated"
+    b_dec_init: str = "geometric_median"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.unit_norm_decoder:
+            raise UserError(
+                "sae.unit_norm_decoder=false lets a gated SAE's gates shrink for free; leave it out"
+            )
 
 
 class Gated(SAE):
@@ -19,15 +36,7 @@ class Gated(SAE):
     terms only; b_enc is the paper's b_gate and W_enc its W_gate.
     """
 
-    DEFAULTS = {
-        "sparsity_coefficient": 1.0,
-        "sparsity_warmup_fraction": 0.05,
-        "target_l0": None,
-        "apply_b_dec_to_input": True,
-        "unit_norm_decoder": True,
-        "decoder_init_norm": 1.0,
-        "b_dec_init": "geometric_median",
-    }
+    Config = GatedConfig
     PER_LATENT_SCALED = ("b_enc", "b_mag")
 
     def activate(self, preactivations: jax.Array) -> jax.Array:
@@ -35,31 +44,31 @@ class Gated(SAE):
         return jnp.where(preactivations > 0, jax.nn.relu(magnitude), 0.0)
 
     @classmethod
-    def fresh_latent(cls, config: SAEConfig) -> dict[str, float]:
+    def fresh_latent(cls, config: GatedConfig) -> dict[str, float]:
         return {"b_enc": 0.0, "b_mag": 0.0, "r_mag": 0.0}
 
-    def loss(self, x: jax.Array, y: jax.Array, controls: LossInputs) -> Losses:
+    def training_loss(self, x: jax.Array, y: jax.Array, inputs: LossInputs) -> Losses:
         x_in, bias = self.encoder_input(x)
         # b_mag follows the shift of the inputs as b_enc does, scaled as the product is.
         shift = bias - self.b_enc[...]
-        inputs = {
+        per_latent = {
             "b_enc": bias,
             "b_mag": self.b_mag[...] + jnp.exp(self.r_mag[...]) * shift,
             "r_mag": self.r_mag[...],
             "norm": self.decoder_norms(),
         }
         out = ops.dense_autoencode(
-            _activate, x_in, self.w_enc[...], inputs, self.w_dec[...], self.dtype
+            _activate, x_in, self.w_enc[...], per_latent, self.w_dec[...], self.dtype
         )
         y_hat = self.output(out.decoded[0], x)
         held = jax.lax.stop_gradient
         gate_y_hat = out.decoded[1] + held(self.output(jnp.zeros_like(y), x))
         mse = squared_error(y, y_hat)
         means = {name: jnp.sum(sums) / x.shape[0] for name, sums in out.latent_sums.items()}
-        auxiliary = self.auxiliary_loss(x_in, bias, y - y_hat, controls.dead)
+        auxiliary = self.auxiliary_loss(x_in, bias, y - y_hat, inputs.dead)
         return Losses(
             total=mse
-            + controls.coefficient * means["gate_l1"]
+            + inputs.coefficient * means["gate_l1"]
             + squared_error(y, gate_y_hat)
             + auxiliary,
             mse=mse,
@@ -69,18 +78,11 @@ class Gated(SAE):
         )
 
     @classmethod
-    def check(cls, config: SAEConfig) -> None:
-        if not config.unit_norm_decoder:
-            raise UserError(
-                "sae.unit_norm_decoder=false lets a gated SAE's gates shrink for free; leave it out"
-            )
-
-    @classmethod
     def learning_rate(cls, d_sae: int) -> float:
         return 3e-4
 
     @classmethod
-    def flops_per_token(cls, config: SAEConfig) -> int:
+    def flops_per_token(cls, config: GatedConfig) -> int:
         # The auxiliary reconstruction: forward, and the gradient of its latents.
         return super().flops_per_token(config) + 4 * config.d_out * config.d_sae
 

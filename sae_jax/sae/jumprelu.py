@@ -1,16 +1,51 @@
 """JumpReLU: a threshold for each latent, trained through a straight-through gradient."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 
 from sae_jax import ops
-from sae_jax.config import SAEConfig
 from sae_jax.errors import UserError, choose
 from sae_jax.sae.base import SAE, Losses, LossInputs, squared_error
+from sae_jax.sae.config import PenaltyConfig
 
 SPARSITY_LOSSES = ("l0", "tanh", "quadratic")
+
+
+@dataclasses.dataclass(frozen=True)
+class JumpReLUConfig(PenaltyConfig):
+    """The config of a JumpReLU SAE."""
+
+    architecture: str = "jumprelu"
+    sparsity_loss: str = "l0"
+    """The sparsity penalty: l0, tanh or quadratic. quadratic needs target_l0, which it puts into
+    the penalty; then the coefficient is not scaled."""
+    sparsity_warmup_fraction: float = 0.1
+    initial_threshold: float = 0.01
+    """Threshold of fresh latents."""
+    bandwidth: float = 0.05
+    """Width of the kernel of the straight-through gradient, in units of the pre-activations."""
+    gradient_to: str = "threshold"
+    """What the straight-through gradient flows to: threshold, or all parameters."""
+    tanh_scale: float = 4.0
+    """c of the tanh penalty, tanh(c * latent * decoder norm)."""
+    preactivation_coefficient: float = 0.0
+    """Coefficient lambda_P of the penalty for latents that do not fire."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        choose(self.sparsity_loss, SPARSITY_LOSSES, "sae.sparsity_loss")
+        choose(self.gradient_to, ("threshold", "all"), "sae.gradient_to")
+        self.above_zero("bandwidth", "tanh_scale")
+        self.not_below_zero("initial_threshold", "preactivation_coefficient")
+        if self.sparsity_loss == "quadratic" and self.target_l0 is None:
+            raise UserError("sae.sparsity_loss=quadratic needs sae.target_l0")
+
+    @property
+    def adapts_to_target_l0(self) -> bool:
+        return self.target_l0 is not None and self.sparsity_loss != "quadratic"
 
 
 class JumpReLU(SAE):
@@ -33,39 +68,25 @@ class JumpReLU(SAE):
     theta is trained itself, in float32, and kept at 0 or above; Anthropic trains its logarithm.
     """
 
-    DEFAULTS = {
-        "sparsity_loss": "l0",
-        "sparsity_coefficient": 1.0,
-        "sparsity_warmup_fraction": 0.1,
-        "target_l0": None,
-        "initial_threshold": 0.01,
-        "bandwidth": 0.05,
-        "gradient_to": "threshold",
-        "tanh_scale": 4.0,
-        "preactivation_coefficient": 0.0,
-        "apply_b_dec_to_input": True,
-        "unit_norm_decoder": True,
-        "decoder_init_norm": 1.0,
-        "b_dec_init": "zero",
-    }
+    Config = JumpReLUConfig
     PER_LATENT_SCALED = ("b_enc", "threshold")
 
     def activate(self, preactivations: jax.Array) -> jax.Array:
         return jnp.where(preactivations > self.threshold[...], preactivations, 0.0)
 
     @classmethod
-    def fresh_latent(cls, config: SAEConfig) -> dict[str, float]:
+    def fresh_latent(cls, config: JumpReLUConfig) -> dict[str, float]:
         return {"b_enc": 0.0, "threshold": config.initial_threshold}
 
-    def loss(self, x: jax.Array, y: jax.Array, controls: LossInputs) -> Losses:
+    def training_loss(self, x: jax.Array, y: jax.Array, inputs: LossInputs) -> Losses:
         config = self.config
         x_in, bias = self.encoder_input(x)
-        inputs = {"b_enc": bias, "threshold": self.threshold[...], "norm": self.decoder_norms()}
+        per_latent = {"b_enc": bias, "threshold": self.threshold[...], "norm": self.decoder_norms()}
         out = ops.dense_autoencode(
             functools.partial(_activate, config=config),
             x_in,
             self.w_enc[...],
-            inputs,
+            per_latent,
             self.w_dec[...],
             self.dtype,
         )
@@ -76,11 +97,11 @@ class JumpReLU(SAE):
             sparsity = jnp.mean(jnp.square(out.token_sums["l0"] / config.target_l0 - 1))
         else:
             sparsity = means["sparsity"]
-        total = mse + controls.coefficient * sparsity
+        total = mse + inputs.coefficient * sparsity
         if config.preactivation_coefficient:
             total += config.preactivation_coefficient * means["below"]
         return Losses(
-            total=total + self.auxiliary_loss(x_in, bias, y - y_hat, controls.dead),
+            total=total + self.auxiliary_loss(x_in, bias, y - y_hat, inputs.dead),
             mse=mse,
             l0=means["fired"],
             l1=means["l1"],
@@ -91,15 +112,8 @@ class JumpReLU(SAE):
     def learning_rate(cls, d_sae: int) -> float:
         return 2e-4
 
-    @classmethod
-    def check(cls, config: SAEConfig) -> None:
-        choose(config.sparsity_loss, SPARSITY_LOSSES, "sae.sparsity_loss")
-        choose(config.gradient_to, ("threshold", "all"), "sae.gradient_to")
-        if config.sparsity_loss == "quadratic" and config.target_l0 is None:
-            raise UserError("sae.sparsity_loss=quadratic needs sae.target_l0")
 
-
-def _activate(product, per_latent, config: SAEConfig) -> ops.Activated:
+def _activate(product, per_latent, config: JumpReLUConfig) -> ops.Activated:
     z, theta, norm = product + per_latent["b_enc"], per_latent["threshold"], per_latent["norm"]
     to_all = config.gradient_to == "all"
     latents = jump_relu(z, theta, config.bandwidth, to_all)

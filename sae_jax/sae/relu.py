@@ -1,16 +1,41 @@
 """ReLU with the L1 penalty weighted by decoder norms (Conerly et al., April 2024)."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 
 from sae_jax import ops
-from sae_jax.config import SAEConfig
 from sae_jax.errors import UserError
 from sae_jax.sae.base import SAE, Losses, LossInputs, squared_error
+from sae_jax.sae.config import PenaltyConfig
 
 _SMALL = 1e-3  # added to latents before a power below 1, whose slope at 0 is infinite
+
+
+@dataclasses.dataclass(frozen=True)
+class ReLUConfig(PenaltyConfig):
+    """The config of a ReLU SAE."""
+
+    architecture: str = "relu"
+    sparsity_coefficient: float = 5.0
+    unit_norm_decoder: bool = False
+    decoder_init_norm: float = 0.1
+    p_end: float = 1.0
+    """Exponent of the penalty at the end of training. Below 1 the exponent is annealed to it
+    linearly from 1."""
+    p_anneal_start: float = 0.2
+    """Part of all steps after which the annealing of the exponent starts."""
+
+    shifts_inputs = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.above_zero("p_end")
+        self.fractions("p_anneal_start")
+        if self.p_end > 1:
+            raise UserError(f"sae.p_end must be above 0 and at most 1, not {self.p_end}")
 
 
 class ReLU(SAE):
@@ -26,27 +51,18 @@ class ReLU(SAE):
     al. 2024, "Measuring progress in dictionary learning", section 4.2).
     """
 
-    DEFAULTS = {
-        "sparsity_coefficient": 5.0,
-        "sparsity_warmup_fraction": 0.05,
-        "target_l0": None,
-        "p_end": 1.0,
-        "p_anneal_start": 0.2,
-        "unit_norm_decoder": False,
-        "decoder_init_norm": 0.1,
-        "b_dec_init": "zero",
-    }
+    Config = ReLUConfig
 
     def activate(self, preactivations: jax.Array) -> jax.Array:
         return jax.nn.relu(preactivations)
 
-    def loss(self, x: jax.Array, y: jax.Array, controls: LossInputs) -> Losses:
+    def training_loss(self, x: jax.Array, y: jax.Array, inputs: LossInputs) -> Losses:
         x_in, bias = self.encoder_input(x)
         anneals = self.config.p_end < 1
         per_latent = {"b_enc": bias, "norm": self.decoder_norms()}
         if anneals:  # scalars that blocks of the dictionary share
             ones = jnp.ones_like(bias)
-            per_latent |= {"p": controls.p * ones, "next_p": controls.next_p * ones}
+            per_latent |= {"p": inputs.p * ones, "next_p": inputs.next_p * ones}
         out = ops.dense_autoencode(
             functools.partial(_activate, anneals=anneals),
             x_in,
@@ -64,9 +80,9 @@ class ReLU(SAE):
             penalty = means["penalty"]
             change = jax.lax.stop_gradient(jnp.log(penalty) - jnp.log(means["next_penalty"]))
             change = jnp.where(jnp.isfinite(change), change, 0.0)  # nothing fires: nothing to do
-        auxiliary = self.auxiliary_loss(x_in, bias, y - y_hat, controls.dead)
+        auxiliary = self.auxiliary_loss(x_in, bias, y - y_hat, inputs.dead)
         return Losses(
-            total=mse + controls.coefficient * penalty + auxiliary,
+            total=mse + inputs.coefficient * penalty + auxiliary,
             mse=mse,
             l0=means["fired"],
             l1=means["l1"],
@@ -74,18 +90,12 @@ class ReLU(SAE):
             log_coefficient=change,
         )
 
-    def row_losses(self, x: jax.Array, y: jax.Array, coefficient: jax.Array) -> jax.Array:
-        penalties = jnp.sum(self.encode(x) * self.decoder_norms(), axis=1)
-        return super().row_losses(x, y, coefficient) + coefficient * penalties
+    def row_penalties(self, latents: jax.Array) -> jax.Array:
+        return jnp.sum(latents * self.decoder_norms(), axis=1)
 
     @classmethod
     def learning_rate(cls, d_sae: int) -> float:
         return 5e-5
-
-    @classmethod
-    def check(cls, config: SAEConfig) -> None:
-        if config.p_end > 1:
-            raise UserError(f"sae.p_end must be above 0 and at most 1, not {config.p_end}")
 
 
 def _activate(product, per_latent, anneals: bool) -> ops.Activated:

@@ -1,10 +1,25 @@
 """ReLU with a plain L1 penalty and a unit-norm decoder (Bricken et al. 2023)."""
 
+import dataclasses
+
 import jax
 
-from sae_jax.config import SAEConfig
 from sae_jax.ops.sharding import ENCODER, out_sharding
-from sae_jax.sae.relu import ReLU
+from sae_jax.sae.relu import ReLU, ReLUConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ReLUL1UnitConfig(ReLUConfig):
+    """The config of a ReLUL1Unit SAE."""
+
+    architecture: str = "relu_l1_unit"
+    sparsity_coefficient: float = 1.0
+    unit_norm_decoder: bool = True
+    decoder_init_norm: float = 1.0
+    b_dec_init: str = "geometric_median"
+    resample_every_tokens: int = 204_800_000  # 25,000 steps of 8,192
+
+    shifts_inputs = True
 
 
 class ReLUL1Unit(ReLU):
@@ -17,18 +32,11 @@ class ReLUL1Unit(ReLU):
     renormalised after it; latents that died are resampled four times (`train/resample.py`).
     """
 
-    DEFAULTS = ReLU.DEFAULTS | {
-        "sparsity_coefficient": 1.0,
-        "apply_b_dec_to_input": True,
-        "unit_norm_decoder": True,
-        "decoder_init_norm": 1.0,
-        "b_dec_init": "geometric_median",
-        "resample_every_tokens": 204_800_000,  # 25,000 steps of 8,192
-    }
+    Config = ReLUL1UnitConfig
 
     @classmethod
     def init_parameters(
-        cls, key: jax.Array, config: SAEConfig, b_dec: jax.Array
+        cls, key: jax.Array, config: ReLUL1UnitConfig, b_dec: jax.Array
     ) -> dict[str, jax.Array]:
         """As every SAE's, but w_enc is Kaiming-uniform and not w_dec.T."""
         key, key_enc = jax.random.split(key)

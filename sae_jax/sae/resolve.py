@@ -1,69 +1,27 @@
-"""Filling in and checking an SAE's configuration, before any device is touched."""
+"""Filling in what the widths of the activations decide of an SAE's config."""
 
 import dataclasses
-import math
-from typing import Any
 
-from sae_jax.config import SAEConfig
-from sae_jax.errors import UserError, choose
-from sae_jax.sae.base import SAE
-
-KINDS = ("autoencoder", "transcoder", "skip_transcoder", "crosscoder")
-TRANSCODERS = ("transcoder", "skip_transcoder")
-
-_EVERY_ARCHITECTURE = {
-    "aux_k": lambda config: max(1, config.d_out // 2),
-    "aux_coefficient": 0.0,
-    "resample_every_tokens": 0,
-    "resample_times": 4,
-}
-_SIZES = {"d_in", "d_out", "site_widths"}  # the store's
-_ABOVE_ZERO = """d_sae d_in d_out k k_start aux_k decoder_init_norm bandwidth tanh_scale target_l0
-p_end dead_after_tokens""".split()
-_NOT_BELOW_ZERO = """sparsity_coefficient aux_coefficient preactivation_coefficient
-initial_threshold resample_every_tokens resample_times""".split()
-_FRACTIONS = "sparsity_warmup_fraction k_anneal_fraction p_anneal_start".split()
-_UP_TO_D_SAE = "k k_start target_l0".split()
+from sae_jax.errors import UserError
+from sae_jax.sae.config import TRANSCODERS, SAEConfig
 
 
-def resolve_fields(
-    cls: type[SAE],
-    config: SAEConfig,
-    site_widths: tuple[int, ...],
-    target_width: int | None = None,
+def resolve(
+    config: SAEConfig, d_in: int | tuple[int, ...], target_width: int | None = None
 ) -> SAEConfig:
-    """`config` with the widths and the architecture's defaults filled in, and checked.
+    """Returns `config` with the widths, and what follows from them, filled in.
 
-    site_widths: of the input sites. target_width: of a transcoder's target site.
+    d_in: the width of the input site, or of each of a crosscoder's sites. target_width: of a
+    transcoder's target site.
 
-    Raises UserError for sites that do not fit the kind, widths other than the data's, a field
-    that the architecture does not use, and values that contradict each other."""
-    config = _with_widths(config, tuple(site_widths), target_width)
-    defaults = _EVERY_ARCHITECTURE | cls.DEFAULTS
-    if config.kind in TRANSCODERS and "apply_b_dec_to_input" in defaults:
-        defaults["apply_b_dec_to_input"] = False  # b_dec lies in another space than x
-    changes: dict[str, Any] = {}
-    for field in dataclasses.fields(SAEConfig):
-        name, value = field.name, getattr(config, field.name)
-        if field.default is not None or name in _SIZES:
-            continue
-        if name not in defaults:
-            if value is not None:
-                raise UserError(
-                    f"sae.{name} is set to {value!r}, but the architecture {config.architecture} "
-                    f"has no such setting; it has: {', '.join(defaults)}"
-                )
-        elif value is None:
-            default = defaults[name]
-            changes[name] = default(config) if callable(default) else default
-    resolved = dataclasses.replace(config, **changes)
-    _check_common(resolved)
-    cls.check(resolved)
-    return resolved
+    Raises UserError for sites that do not fit the kind, and for widths other than the data's."""
+    sites = d_in if isinstance(d_in, tuple) else (d_in,)
+    config = _with_widths(config, sites, target_width)
+    derived = {name: v for name, v in config.derived().items() if getattr(config, name) is None}
+    return dataclasses.replace(config, **derived)
 
 
 def _with_widths(config: SAEConfig, sites: tuple[int, ...], target: int | None) -> SAEConfig:
-    choose(config.kind, KINDS, "sae.kind")
     if config.kind == "crosscoder" and len(sites) < 2:
         raise UserError(
             "sae.kind=crosscoder needs two or more sites, but got one; name them in "
@@ -94,26 +52,10 @@ def _with_widths(config: SAEConfig, sites: tuple[int, ...], target: int | None) 
     return dataclasses.replace(config, **found)
 
 
-def _check_common(config: SAEConfig) -> None:
-    choose(config.normalize, ("sqrt_d", "unit", "none"), "sae.normalize")
-    choose(config.compute_dtype, ("float32", "bfloat16"), "sae.compute_dtype")
-    choose(config.b_dec_init, ("geometric_median", "mean", "zero"), "sae.b_dec_init")
-    for names, valid, must in (
-        (_ABOVE_ZERO, lambda v: v > 0, "above 0"),
-        (_NOT_BELOW_ZERO, lambda v: v >= 0, "0 or more"),
-        (_FRACTIONS, lambda v: 0 <= v <= 1, "a part of all steps, from 0 to 1"),
-        (_UP_TO_D_SAE, lambda v: v <= config.d_sae, f"at most sae.d_sae, {config.d_sae}"),
-    ):
-        for name in names:
-            value = getattr(config, name)
-            if value is not None and not (math.isfinite(value) and valid(value)):
-                raise UserError(f"sae.{name} must be {must}, not {value}")
-    if config.apply_b_dec_to_input and config.kind in TRANSCODERS:
-        raise UserError(
-            f"sae.apply_b_dec_to_input=true makes no sense for sae.kind={config.kind}: b_dec is an "
-            "offset of the target, not of the input; leave it out"
-        )
-    if config.target_l0 is not None and config.sparsity_coefficient == 0:
-        raise UserError(
-            "sae.target_l0 is reached by scaling sae.sparsity_coefficient, which is 0; set it above"
-        )
+def is_resolved(config: SAEConfig) -> bool:
+    """Whether `resolve` has been here: nothing is left for it to fill in."""
+    if None in (config.d_in, config.d_out):
+        return False
+    if config.kind == "crosscoder" and config.site_widths is None:
+        return False
+    return all(getattr(config, name) is not None for name in config.derived())

@@ -1,11 +1,22 @@
 """TopK with the auxiliary loss for dead latents (Gao et al. 2024)."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 from sae_jax import ops
-from sae_jax.config import SAEConfig
 from sae_jax.sae.base import SAE, Losses, LossInputs, auxiliary_code, squared_error
+from sae_jax.sae.config import KConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TopKConfig(KConfig):
+    """The config of a TopK SAE."""
+
+    architecture: str = "topk"
+    multi_topk: bool = False
+    """Whether the loss has a second term, at 4k, so that codes of other k can be used."""
 
 
 class TopK(SAE):
@@ -18,17 +29,7 @@ class TopK(SAE):
     1/sqrt(d_sae).
     """
 
-    DEFAULTS = {
-        "k": 32,
-        "k_start": None,
-        "k_anneal_fraction": 0.0,
-        "multi_topk": False,
-        "aux_coefficient": 1 / 32,
-        "apply_b_dec_to_input": True,
-        "unit_norm_decoder": True,
-        "decoder_init_norm": 1.0,
-        "b_dec_init": "geometric_median",
-    }
+    Config = TopKConfig
 
     def activate(self, preactivations: jax.Array) -> jax.Array:
         N = preactivations.shape[-1]
@@ -38,12 +39,17 @@ class TopK(SAE):
         latents = latents.at[rows, indices].set(jax.nn.relu(values), unique_indices=True)
         return latents.reshape(preactivations.shape)
 
-    def encode_sparse(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The k latents of each row of x (B, d_in), without the dense (B, d_sae) latents:
-        values (B, k), largest first, and int32 indices (B, k). On one device."""
-        x, bias = self.encoder_input(self._scaled(x))
-        code, _ = ops.encode_top_k(x, self.w_enc[...], bias, None, self.config.k, 0)
-        return jax.nn.relu(code.values), code.indices
+    def encode_sparse(self, x) -> tuple[jax.Array, jax.Array]:
+        """Returns the k latents of each activation of x (..., d_in), without the dense latents
+        (..., d_sae): values (..., k), largest first, and int32 indices (..., k).
+
+        x: in the model's own units and of any type that `encode` takes. On one device."""
+        x, restore = self.inputs(x)
+        rows, bias = self.encoder_input(x.reshape(-1, x.shape[-1]) * self.scale)
+        code, _ = ops.encode_top_k(rows, self.w_enc[...], bias, None, self.config.k, 0)
+        shape = (*x.shape[:-1], self.config.k)
+        values = jax.nn.relu(code.values).reshape(shape)
+        return restore(values), restore(code.indices.reshape(shape))
 
     def fold(self) -> "TopK":
         """The same function with scales 1. Latents get unit decoder rows only where one factor
@@ -52,19 +58,19 @@ class TopK(SAE):
         equal = bool(jnp.all(jnp.abs(norms - norms[0]) < 1e-5 * norms[0]))
         return self._rescaled(norms if equal else 1.0)
 
-    def loss(self, x: jax.Array, y: jax.Array, controls: LossInputs) -> Losses:
+    def training_loss(self, x: jax.Array, y: jax.Array, inputs: LossInputs) -> Losses:
         config = self.config
-        k = config.k if controls.k is None else controls.k
+        k = config.k if inputs.k is None else inputs.k
         most = max(config.k, config.k_start or 0)
         slots = min(4 * most if config.multi_topk else most, config.d_sae)
         w_dec = self.w_dec[...]
         x_in, bias = self.encoder_input(x)
-        dead = controls.dead if config.aux_coefficient else None
+        dead = inputs.dead if config.aux_coefficient else None
         code, aux = ops.encode_top_k(
             x_in, self.w_enc[...], bias, dead, slots, config.aux_k, self.dtype
         )
         wide = code._replace(values=jax.nn.relu(code.values))
-        code = wide if controls.k is None and slots == k else ops.keep_top_k(wide, k, slots)
+        code = wide if inputs.k is None and slots == k else ops.keep_top_k(wide, k, slots)
         any_dead = None if dead is None else dead.any()
         aux = None if aux is None else auxiliary_code(aux)
         decoded, error_hat = ops.sparse_decode(code, aux, any_dead, w_dec)
@@ -94,7 +100,7 @@ class TopK(SAE):
         return 2e-4 / (d_sae / 2**14) ** 0.5
 
     @classmethod
-    def flops_per_token(cls, config: SAEConfig) -> int:
+    def flops_per_token(cls, config: TopKConfig) -> int:
         # Dense only in the encoder's forward pass; decoder forward, both its gradients and
         # the encoder's weight gradient touch k latents, with multi-TopK 4k more.
         picked = 5 * config.k if config.multi_topk else config.k

@@ -1,7 +1,7 @@
-"""Training a pass: all its packs on the same batches, each run as if it were alone.
+"""Trains a pass: all its packs on the same batches, each run as if it were alone.
 
 Every run has the directory that `sae-jax train` would have made, with its own metrics, checkpoints
-and result; either can go on with a run of the other's.
+and result. Either command can go on with a run of the other's.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import jax
 
-from sae_jax.activations import open_stream
+from sae_jax.lm.live import open_stream
 from sae_jax.paths import AnyPath
 from sae_jax.sweep.design import Pass
 from sae_jax.train import preparation
@@ -32,16 +32,20 @@ def train_pass(
     progress: Progress | None = None,
     log_to: Log | None = None,
 ) -> None:
-    """Trains every run of `work` that has not ended, in runs_directory/RUN_ID, from its last
-    checkpoint.
+    """Trains every run of a pass that has not ended, from its last checkpoint.
 
-    `check` is called before anything but a metric is written; what it raises ends the pass.
-    `run_ended` is called when a run's result.json, or failed.json where its loss became NaN, has
-    been written. A watchdog reads `progress`. `log_to` says where each run's metrics go besides its
-    metrics.jsonl.
+    Args:
+      work: the pass.
+      runs_directory: the directory of the runs; each has RUN_ID in it.
+      check: is called before anything but a metric is written. What it raises ends the pass.
+      run_ended: is called when a run's result.json has been written, or its failed.json where its
+        loss became NaN.
+      progress: what a watchdog reads to see that training goes on.
+      log_to: where each run's metrics go besides its metrics.jsonl.
 
-    Raises UserError for a mistake before anything is computed; PreemptedError after SIGTERM, when
-    all runs are saved."""
+    Raises UserError for a mistake before anything is computed, and PreemptedError after SIGTERM,
+    when all runs are saved.
+    """
     progress = progress or Progress()
     config = work.packs[0].runs[0]
     stream = open_stream(config.data)

@@ -72,10 +72,11 @@ class Checkpoints:
             ) from error
 
 
-def load_sae(run: AnyPath, step: int | None = None) -> saes.SAE:
+def load_sae(run: AnyPath, step: int | None = None, trust_code: bool = True) -> saes.SAE:
     """The SAE of a run's checkpoint at `step`, by default its latest, on the default device and
-    without the optimiser."""
-    config = read_config(run)
+    without the optimiser. trust_code: whether the file of a user's own architecture that the run
+    names may be run."""
+    config = read_config(run, trust_code)
     with contextlib.closing(_checkpointer(run / "checkpoints", keep=None)) as checkpointer:
         steps = checkpointer.steps
         if not steps:
@@ -97,7 +98,7 @@ def load_sae(run: AnyPath, step: int | None = None) -> saes.SAE:
     scales = [
         value if value.ndim else float(value) for value in (state["scale"], state["target_scale"])
     ]
-    return saes.architecture(config.sae)(config.sae, state["parameters"], *scales)
+    return saes.architecture(config.sae).from_parameters(config.sae, state["parameters"], *scales)
 
 
 @contextlib.contextmanager

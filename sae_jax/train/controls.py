@@ -10,8 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from sae_jax.config import SAEConfig
-from sae_jax.sae import Losses, LossInputs
+from sae_jax.sae import Losses, LossInputs, SAEConfig
 from sae_jax.train.schedule_steps import ScheduleSteps
 
 _MOST = math.log(1e3)  # the controller multiplies the coefficient by up to this, or its inverse
@@ -57,7 +56,7 @@ def next_log_coefficient(
     kills at the start do not come back: it is lowered at once. While it warms up it is not raised.
     """
     new = log_coefficient + losses.log_coefficient
-    if not adapts(config):
+    if not config.adapts_to_target_l0:
         return new
     error = _log_error(losses.l0, config.target_l0)
     before = jnp.where(step == 0, error, _log_error(last_l0, config.target_l0))
@@ -70,16 +69,6 @@ def next_log_coefficient(
 
 def _log_error(l0: jax.Array, target: float) -> jax.Array:
     return jnp.clip(jnp.log(jnp.maximum(l0, 1e-6) / target), -_ANY_ERROR, _ANY_ERROR)
-
-
-def adapts(config: SAEConfig) -> bool:
-    """Whether the sparsity coefficient is driven to a target L0."""
-    return config.target_l0 is not None and config.sparsity_loss != "quadratic"
-
-
-def anneals(config: SAEConfig) -> bool:
-    """Whether what is at work in the middle of a run depends on how long it will be."""
-    return config.k_start is not None or (config.p_end or 1) < 1 or adapts(config)
 
 
 def running_mean_weight(step: jax.Array, horizon: float) -> jax.Array:
@@ -102,7 +91,7 @@ def _k(config: SAEConfig, k, step, steps: int) -> jax.Array:
 
 
 def _p(config: SAEConfig, step, steps: int) -> jax.Array | float:
-    if config.p_end is None or config.p_end == 1:
+    if config.p_end == 1:
         return 1.0
     start = config.p_anneal_start * steps
     part = jnp.clip((step - start) / max(1.0, steps - 1 - start), 0.0, 1.0)

@@ -15,7 +15,7 @@ from sae_jax.errors import UserError
 from sae_jax.paths import AnyPath
 from sae_jax.train import metrics
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
+_PACKAGES = """sae-jax jax jaxlib flax optax orbax-checkpoint grain tensorstore numpy""".split()
 
 
 class RunDirectory:
@@ -64,6 +64,12 @@ class RunDirectory:
         if is_writer():
             paths.write(self._metrics_path, metrics.lines_until(other._metrics_path, step))
 
+    def read_metrics(self) -> list[dict]:
+        """Returns the lines of metrics.jsonl, oldest first."""
+        if not self._metrics_path.exists():
+            return []
+        return [json.loads(line) for line in self._metrics_path.read_text().splitlines()]
+
     def save_result(self, result: dict) -> None:
         if is_writer():
             self.flush()
@@ -97,8 +103,12 @@ class RunDirectory:
             self._metrics.close()
 
 
-def read_config(path: AnyPath) -> Config:
-    """The config of the run at `path`."""
+def read_config(path: AnyPath, trust_code: bool = True) -> Config:
+    """Returns the config of the run at `path`.
+
+    trust_code: whether the file that defines a user's own architecture may be run, where the run
+    names one. It is never run where it lies in the run's directory. Raises UserError if there is
+    no run, or its config cannot be read."""
     file = path / "config.json"
     if not file.is_file():
         raise UserError(f"{path} is not a run: it has no config.json")
@@ -107,7 +117,7 @@ def read_config(path: AnyPath) -> Config:
     except json.JSONDecodeError as error:
         raise UserError(f"{file} is damaged: {error}") from error
     values.pop("environment", None)
-    return configs.from_dict(values)
+    return configs.from_dict(values, folder=path, trust_code=trust_code)
 
 
 def is_writer() -> bool:
@@ -131,11 +141,14 @@ def environment() -> dict:
 
 
 def _git_revision() -> str | None:
-    """Of the checkout that the package runs from, if it is one."""
+    """Returns the revision of the checkout that the package runs from, or None if there is none.
+
+    An installed package may lie inside a repository of the user's, whose revision says nothing."""
     here = pathlib.Path(__file__).parent
-    git = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    git = ["git", "-C", str(here), "rev-parse", "HEAD", "--show-prefix"]
     try:
         done = subprocess.run(git, capture_output=True, text=True, check=False)
     except FileNotFoundError:  # no git on this machine
         return None
-    return done.stdout.strip() or None
+    revision, _, prefix = done.stdout.partition("\n")
+    return revision if prefix.strip() == "sae_jax/train/" else None

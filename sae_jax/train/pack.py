@@ -6,7 +6,7 @@ no other. A CPU computes its runs one after the other, in place: it has no spare
 operation would fill. Elsewhere they are one batched operation.
 """
 
-import dataclasses
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -17,8 +17,8 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from sae_jax.config import Config
+from sae_jax.fields import types_of
 from sae_jax.ops.sharding import BATCHED_RUNS, on_cpu
-from sae_jax.train import controls
 from sae_jax.train.schedule_steps import ScheduleSteps
 from sae_jax.train.step import Trainer, TrainState
 
@@ -40,11 +40,15 @@ def get_field(config: Config, field: str):
 
 
 def set_fields(config: Config, values: dict) -> Config:
-    """`config` with dotted fields replaced, unchecked."""
+    """Returns `config` with dotted fields replaced, unchecked: values may be traced, or None. A
+    field that the architecture does not have is left out."""
+    config = copy.copy(config)
     for field, value in values.items():
         section, name = field.split(".")
-        part = dataclasses.replace(getattr(config, section), **{name: value})
-        config = dataclasses.replace(config, **{section: part})
+        part = copy.copy(getattr(config, section))
+        if name in types_of(type(part)):
+            object.__setattr__(part, name, value)  # past what checks a config when it is made
+            object.__setattr__(config, section, part)
     return config
 
 
@@ -67,7 +71,7 @@ class PackTrainer:
         if "sae.k" in values:
             common = set_fields(common, {"sae.k": max(values["sae.k"])})
         lengths = ScheduleSteps.from_config(configs[0], steps)
-        if controls.anneals(common.sae):
+        if common.sae.anneals:
             self._key, own = ProgramKey(common, variance, lengths), None
         else:  # nor does it matter for the program how long the runs are
             self._key, own = ProgramKey(set_fields(common, _NO_LENGTHS), variance, None), lengths

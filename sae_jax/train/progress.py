@@ -1,19 +1,23 @@
-"""What a training program tells the watch over its processes of itself (`train.watchdog`)."""
+"""What a run tells of itself to whoever watches it (`train.watchdog`)."""
 
 from sae_jax.train.preemption import PreemptedError
 
 
 class Progress:
-    """Which step is under way, which is saved, and which error is on its way out.
+    """How far the steps of a run are. The loop that trains writes it and a watch reads it, from
+    another thread; where nobody watches, it is written in vain.
 
-    The training loop writes it, and a watchdog reads it from another thread. As a context manager
-    it notes an error before what closes files can hang because of that error.
-    """
+    As a context it notes an error on its way out, before closing files, which can hang because of
+    that error.
+
+    begun, done: the last step that was dispatched, and that has ended. saved: the step of the
+    newest checkpoint that is complete, None where there is none. resting: whether no step is to be
+    timed now. error: what ended the run, None for a run that goes on or was told to stop."""
 
     def __init__(self):
-        self.begun = self.done = 0  # steps
-        self.saved: int | None = None  # the step of a checkpoint that is there
-        self.resting = True  # until a step ends, no clock runs
+        self.begun = self.done = 0
+        self.saved: int | None = None
+        self.resting = True
         self.error: BaseException | None = None
 
     def begin(self, step: int) -> None:
@@ -21,12 +25,12 @@ class Progress:
         self.begun = step
 
     def end(self, step: int) -> None:
-        """Says that `step` has been computed."""
+        """Says that `step` has ended. The next one is timed from now on."""
         self.done = step
         self.resting = False
 
     def rest(self) -> None:
-        """Says that what comes next takes its time: the clock stands until a step ends."""
+        """Says that what comes next may take long. Nothing is timed until a step ends."""
         self.resting = True
 
     def __enter__(self) -> "Progress":

@@ -35,7 +35,7 @@ class Recorder:
         self, config: Config, on_metrics: Sequence[OnMetrics] = (), log_to: Log | None = None
     ):
         self.config = config
-        self.lines: list[dict] = []
+        self._lines: list[dict] = []
         self.last_line: dict | None = None
         self.result: dict | None = None
         self.state: TrainState | None = None  # at the end; a run on disk has its checkpoint
@@ -77,7 +77,7 @@ class Recorder:
                 show(line)
 
     def _keep(self, line: dict) -> None:
-        self.lines.append(line)
+        self._lines.append(line)
 
     def fail(self, step: int) -> None:
         """Raises NonFiniteError for the step (from 0) whose loss or gradient was not finite."""
@@ -98,6 +98,10 @@ class Recorder:
         """Keeps the result of the run, which has then ended, and its last state."""
         self.result, self.state = result, state
         self._close_loggers()
+
+    def read_lines(self) -> list[dict]:
+        """Returns all lines of metrics so far, oldest first."""
+        return self._lines
 
     def close(self) -> None:
         """Closes whatever is open."""
@@ -195,6 +199,9 @@ class RunRecorder(Recorder):
         self.result = result
         self.directory.save_result(result)
         self._close_loggers()
+
+    def read_lines(self) -> list[dict]:
+        return self.directory.read_metrics()
 
     def close(self) -> None:
         self._checkpoints.close()

@@ -1,15 +1,16 @@
 """One run: from a config to its directory, or to an SAE in memory."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
 from absl import logging
 
 from sae_jax import paths
-from sae_jax.activations import open_stream
 from sae_jax.config import Config
 from sae_jax.errors import UserError
+from sae_jax.lm.live import open_stream
 from sae_jax.sae import SAE
 from sae_jax.train import preparation
 from sae_jax.train.loggers import Log
@@ -17,8 +18,8 @@ from sae_jax.train.loop import PackInTraining, TrainingData, train_packs
 from sae_jax.train.pack import SingleTrainer
 from sae_jax.train.progress import Progress
 from sae_jax.train.recorder import OnMetrics, Recorder, RunRecorder
-from sae_jax.train.step import Trainer
-from sae_jax.train.warm_start import start_from
+from sae_jax.train.step import Trainer, TrainState
+from sae_jax.train.warm_start import start_fresh, start_from
 
 
 def train_run(
@@ -41,7 +42,7 @@ def train_run(
             recorder holds the lines of metrics and the last state.
         load_sae: reads the SAE that `train.init` names; its format may be another framework's.
         start: an SAE whose parameters a fresh run begins with, instead of `train.init`.
-        open_stream: gives the streams of the data section, as `activations.open_stream` does.
+        open_stream: gives the streams of the data section, as `lm.open_stream` does.
         on_metrics: each is called with every line of metrics, on process 0.
         log_to: where the lines go besides metrics.jsonl, on process 0 (see `parse_log`).
         extra_loss: a term to add to the loss (see `Trainer`).
@@ -73,7 +74,11 @@ def train_run(
             [recorder],
             data,
             progress,
-            begin_with=start and (lambda state: start_from(start, config, state)),
+            begin_with=start and functools.partial(_begin_with, start, config),
         )
         train_packs([pack], data, "train", progress)
     return recorder
+
+
+def _begin_with(sae: SAE, config: Config, state: TrainState) -> TrainState:
+    return start_fresh(sae, state) if sae.is_fresh() else start_from(sae, config, state)

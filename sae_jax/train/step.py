@@ -12,11 +12,23 @@ from jax.sharding import NamedSharding, PartitionSpec
 from sae_jax import sae as saes
 from sae_jax.config import Config
 from sae_jax.ops.sharding import PER_LATENT, out_sharding, zero_gather, zero_shard
+from sae_jax.python_files import attribute_of
 from sae_jax.sae import SAE, Losses, LossInputs
 from sae_jax.train import controls, optimizer
 from sae_jax.train.schedule_steps import ScheduleSteps
 
 _NEVER = -1
+
+ExtraLoss = Callable[[SAE, jax.Array, jax.Array], jax.Array]
+"""A term that is added to the training loss: of the SAE, and of inputs (B, d_in) and targets
+(B, d_out) in the SAE's own units, a scalar. It is differentiated in the SAE's parameters, and is
+part of any architecture's loss, one of the user's own too.
+
+On a mesh arrays carry their sharding in their type: batches are sharded over `data`, what has an
+axis of d_sae over `model`. A product that sums over d_sae names where its result goes,
+`matmul_f32(latents, sae.w_dec[...], BATCH)` of `ops.sharding`, or
+`jnp.matmul(..., out_sharding=out_sharding(BATCH))`; so does an index into w_dec. Sums over a whole
+array need nothing. `sae.training_loss` and `sae.activate` show how."""
 
 
 @functools.partial(jax.tree_util.register_dataclass)
@@ -25,7 +37,7 @@ class TrainState:
     """All that a run is, between two steps. The data's place is the step."""
 
     parameters: dict[str, jax.Array]  # float32; with mesh.zero spread over `data`,
-    optimizer: optax.OptState  # and so are the moments
+    optimizer: tuple  # the state of optax.chain; its moments are spread likewise
     idle_tokens: jax.Array  # (d_sae,) int32: tokens since the latent last fired
     scale: jax.Array  # float32: the inputs' normalisation; a crosscoder's (d_in,)
     target_scale: jax.Array  # float32: the targets'
@@ -36,9 +48,17 @@ class TrainState:
 
 
 class Trainer:
-    """What a step needs beyond state and batch: the resolved config, the number of steps, and
-    the variance of the scaled targets, summed over d_out, that FVU is measured against. k and
-    lengths: the run's own, where the config is its whole pack's."""
+    """What a step needs beyond state and batch.
+
+    Args:
+      config: the resolved config.
+      steps: of the whole run.
+      variance: of the scaled targets, summed over d_out; FVU is measured against it.
+      k, lengths: the run's own, where the config is its whole pack's.
+      extra_loss: a term added to the training loss, logged as the metric `extra_loss`. None: what
+        `sae.extra_loss` of the config names, if anything. The losses on held-out rows are without
+        it.
+    """
 
     def __init__(
         self,
@@ -47,15 +67,17 @@ class Trainer:
         variance: float,
         k: jax.Array | None = None,
         lengths: ScheduleSteps | None = None,
-        extra_loss: Callable | None = None,
+        extra_loss: ExtraLoss | None = None,
     ):
         self.config = config
         self.steps = steps
         self._variance = variance
         self._k = k
-        self._extra_loss = extra_loss
         self._lengths = lengths or ScheduleSteps.from_config(config, steps)
         self._architecture = saes.architecture(config.sae)
+        if extra_loss is None and config.sae.extra_loss:
+            extra_loss = attribute_of(config.sae.extra_loss, "sae.extra_loss")
+        self._extra_loss = extra_loss
         self._learning_rate = optimizer.schedule(config.optimizer, self._lengths)
         self._optimizer = optimizer.make(
             config.optimizer,
@@ -118,9 +140,12 @@ class Trainer:
 
     def scaled(self, state: TrainState, rows) -> tuple[SAE, jax.Array, jax.Array]:
         """The SAE in its own units, and inputs and targets of rows (B, width) in them."""
-        sae = self._architecture(self.config.sae, self.from_storage(state))
+        sae = self._sae(self.from_storage(state))
         x, y = sae.split(rows.astype(jnp.float32))
         return sae, x * state.scale, y * state.target_scale
+
+    def _sae(self, parameters: dict[str, jax.Array]) -> SAE:
+        return self._architecture.from_parameters(self.config.sae, parameters)
 
     def dead(self, state: TrainState) -> jax.Array:
         """(d_sae,) bool."""
@@ -135,10 +160,14 @@ class Trainer:
         now = self._controls(state, state.step, dead)
 
         def total(parameters):
-            losses = self._architecture(self.config.sae, parameters).loss(x, y, now)
-            return losses.total, losses
+            sae = self._sae(parameters)
+            losses, extra = sae.training_loss(x, y, now), {}
+            if self._extra_loss is not None:
+                extra = {"extra_loss": self._extra_loss(sae, x, y)}
+                losses = losses._replace(total=losses.total + extra["extra_loss"])
+            return losses.total, (losses, extra)
 
-        (_, losses), gradients = jax.value_and_grad(total, has_aux=True)(sae.parameters())
+        (_, (losses, extra)), gradients = jax.value_and_grad(total, has_aux=True)(sae.parameters())
         gradients = self.to_storage(gradients)
         gradient_norm = optax.tree.norm(gradients)
         updates, optimizer_state = self._optimizer.update(
@@ -182,6 +211,7 @@ class Trainer:
             "lr": self._learning_rate(state.step),
             "sparsity_coefficient": now.coefficient,
             "nonfinite_step": new.nonfinite_step,
+            **extra,
         }
         return new, metrics
 
@@ -201,7 +231,7 @@ class Trainer:
         sae, x, y = self.scaled(state, rows)
         nothing_dead = jnp.zeros(self.config.sae.d_sae, bool, out_sharding=out_sharding(PER_LATENT))
         last = self._controls(state, self._lengths.steps, nothing_dead)
-        losses = sae.loss(x, y, dataclasses.replace(last, training=False))
+        losses = sae.training_loss(x, y, dataclasses.replace(last, training=False))
         return {
             "eval_loss": losses.total,
             "eval_fvu": losses.mse / self._variance,
@@ -212,7 +242,7 @@ class Trainer:
         """(B,) loss of each row of a batch."""
         sae, x, y = self.scaled(state, rows)
         now = self._controls(state, state.step, dead=jnp.zeros(()))
-        return sae.row_losses(x, y, now.coefficient)
+        return sae.scaled_row_losses(x, y, now.coefficient)
 
     def _controls(self, state: TrainState, step, dead: jax.Array) -> LossInputs:
         return controls.controls_at(

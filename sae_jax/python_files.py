@@ -1,0 +1,92 @@
+"""Python files of the user's, run as modules: configs, sweeps, architectures, loss terms."""
+
+import contextlib
+import hashlib
+import importlib.util
+import pathlib
+import sys
+import types
+
+from sae_jax import recipe_files
+from sae_jax.errors import UserError
+
+_versions: dict[str, tuple[int, int]] = {}  # of the files that were run here: time and size
+
+
+def load_module(path: str | pathlib.Path) -> types.ModuleType:
+    """Returns the module that the Python file at `path`, or the recipe of this name, defines.
+
+    A file is run once, so that the classes in it stay the same, and again when it has changed. A
+    module that was imported from it in any other way is returned as it is. The module is in
+    sys.modules, where type hints and `inspect` look for it. Raises UserError if there is no such
+    file or running it fails."""
+    file = recipe_files.find(str(path)).resolve()
+    name = f"_sae_jax_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}_{file.stem}"
+    status = file.stat()
+    version = status.st_mtime_ns, status.st_size
+    before = sys.modules.get(name)
+    if before is None:
+        if there := _imported_from(file):
+            return there
+    elif _versions[name] == version:
+        return before
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        with mistakes_in(path):
+            spec.loader.exec_module(module)
+    except BaseException:
+        sys.modules.pop(name)
+        if before is not None:
+            sys.modules[name] = before
+        raise
+    _versions[name] = version
+    return module
+
+
+def attribute_of(spec: str, what: str):
+    """Returns what "FILE.py:NAME" names. `what` says in an error what it is for. Raises UserError
+    if the file does not define it."""
+    path, _, name = spec.rpartition(":")
+    if not path or not name:
+        raise UserError(f"{what} is {spec!r}; it must be FILE.py:NAME")
+    module = load_module(path)
+    if not hasattr(module, name):
+        raise UserError(f"{what}: {path} defines no {name}")
+    return getattr(module, name)
+
+
+def call_in_file(spec: str, name: str, what: str):
+    """Returns `name()` of a Python file, or `name(arg)` for "FILE.py:arg". `what` tells the user of
+    a file without it what it is for. Raises UserError if the file or the call fails."""
+    path, _, arg = spec.partition(":")
+    module = load_module(path)
+    if not hasattr(module, name):
+        raise UserError(f"{path} has no {name}(); {what}")
+    with mistakes_in(path):
+        return getattr(module, name)(arg) if arg else getattr(module, name)()
+
+
+@contextlib.contextmanager
+def mistakes_in(path: str | pathlib.Path):
+    """Turns whatever the user's own file raises within it into a UserError that names the file."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except Exception as error:
+        raise UserError(f"config file {path} fails: {type(error).__name__}: {error}") from error
+
+
+def _imported_from(file: pathlib.Path) -> types.ModuleType | None:
+    for module in list(sys.modules.values()):
+        there = getattr(module, "__file__", None)
+        if (
+            isinstance(there, str)
+            and there.endswith(".py")
+            and pathlib.Path(there).stem == file.stem
+        ):
+            if pathlib.Path(there).resolve() == file:
+                return module
+    return None

@@ -1,0 +1,79 @@
+"""Activations of any kind as float32 arrays of JAX, and results back as what came in."""
+
+import sys
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sae_jax.errors import UserError
+
+Restore = Callable[[jax.Array], "jax.Array"]
+"""Turns a result into a tensor of torch where the input was one, on its device."""
+
+
+def float32(values, width: int, what: str) -> tuple[jax.Array, Restore]:
+    """Returns `values` (..., width) as a float32 array, and the `Restore` for what is made of it.
+
+    values: an array of JAX (traced, too) or NumPy, a tensor of torch, numbers or nested lists of
+    them, of any float or integer type. The cast is done before anything is computed: half
+    precision gives what float32 of the same values gives. torch's tensors come and go through
+    DLPack, and no gradient of torch's flows through. what: what they are, for an error.
+
+    Raises UserError for another last axis, ragged lists, and what is not made of real numbers."""
+    torch = sys.modules.get("torch")  # a tensor of torch's cannot be here without it
+    if torch is not None and isinstance(values, torch.Tensor):
+        array, restore = _from_torch(values, torch, what), _to_torch(values.device, torch)
+    else:
+        array, restore = _from_numbers(values, what), _unchanged
+    if array.ndim == 0 or array.shape[-1] != width:
+        raise UserError(
+            f"{what} of shape {tuple(array.shape)} were given, of width "
+            f"{array.shape[-1] if array.ndim else 'none'}; this SAE takes (..., {width})"
+        )
+    return array, restore
+
+
+def _from_numbers(values, what: str) -> jax.Array:
+    if not isinstance(values, jax.Array | np.ndarray):
+        try:
+            values = np.asarray(values)
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{what} are no array of numbers: {_one_line(error)}") from None
+    kinds = (jnp.floating, jnp.integer, jnp.bool_)
+    if not any(jnp.issubdtype(values.dtype, kind) for kind in kinds):
+        raise UserError(f"{what} are of type {values.dtype}; they must be real numbers")
+    if isinstance(values, np.ndarray):  # float64 is rounded here, where nothing warns
+        values = values.astype(np.float32)
+    return jnp.asarray(values, jnp.float32)
+
+
+def _from_torch(tensor, torch, what: str) -> jax.Array:
+    if tensor.is_complex():
+        raise UserError(f"{what} are of type {tensor.dtype}; they must be real numbers")
+    tensor = tensor.detach().to(torch.float32).contiguous()
+    if tensor.numel() == 0:
+        return jnp.zeros(tuple(tensor.shape), jnp.float32)
+    try:
+        # A copy: the caller may write to the tensor while JAX still computes with it.
+        return jnp.from_dlpack(tensor, copy=True)
+    except (RuntimeError, ValueError, TypeError):  # a device that this JAX does not have
+        return jnp.asarray(tensor.cpu().numpy().copy())
+
+
+def _to_torch(device, torch) -> Restore:
+    def restore(array: jax.Array):
+        if array.size == 0 or array.dtype == bool:
+            return torch.from_numpy(np.array(array)).to(device)
+        return torch.from_dlpack(array).to(device, copy=True)  # its memory is not JAX's
+
+    return restore
+
+
+def _unchanged(array: jax.Array) -> jax.Array:
+    return array
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
