@@ -1,7 +1,7 @@
 """JumpReLU SAEs with a tanh penalty: "Dictionary learning optimization techniques" (Circuits
 Updates, January 2025).
 
-  sae-jax train --config=experiments/anthropic_jan2025.py --workdir=runs/jumprelu_tanh \\
+  sae-jax train --config=anthropic_jan2025 --workdir=runs/jumprelu_tanh \\
       --config.data.store=stores/residual --config.mesh.model=8
 
 lambda sum_i tanh(4 f_i ||W_dec,i||), lambda linear from 0 to 20 over the whole run; a small loss on
@@ -20,9 +20,11 @@ from sae_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
 from sae_jax.errors import choose
 from sae_jax.sae import JumpReLUConfig
 
+SIZES = ("paper", "tiny")
+
 
 def get_config(size: str = "paper") -> Config:
-    choose(size, ("paper", "tiny"), "the size of anthropic_jan2025")
+    choose(size, SIZES, "the size of anthropic_jan2025")
     recipe = {
         "sparsity_loss": "tanh",
         "sparsity_warmup_fraction": 1.0,

@@ -1,6 +1,6 @@
 """BatchTopK SAEs as in "BatchTopK sparse autoencoders" (Bussmann et al. 2024, arXiv:2412.06410).
 
-  sae-jax train --config=experiments/batchtopk.py --workdir=runs/batchtopk \\
+  sae-jax train --config=batchtopk --workdir=runs/batchtopk \\
       --config.data.store=stores/gpt2_resid_8
 
 By default what the authors' repository runs on GPT-2 small: 12,288 latents, k 32 (of 16, 32, 64),
@@ -14,9 +14,11 @@ from sae_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
 from sae_jax.errors import choose
 from sae_jax.sae import BatchTopKConfig
 
+SIZES = ("paper", "tiny")
+
 
 def get_config(size: str = "paper") -> Config:
-    choose(size, ("paper", "tiny"), "the size of batchtopk")
+    choose(size, SIZES, "the size of batchtopk")
     adam = {"schedule": "constant", "b2": 0.99}
     if size == "tiny":
         return Config(

@@ -1,7 +1,7 @@
 """Crosscoders over layers of one model: "Sparse crosscoders for cross-layer features and model
 diffing" (Lindsey et al. 2024).
 
-  sae-jax train --config=experiments/crosscoder.py --workdir=runs/crosscoder \\
+  sae-jax train --config=crosscoder --workdir=runs/crosscoder \\
       --config.data.store=stores/residual --config.data.site=resid_post.4,resid_post.8,resid_post.12
 
 All sites share their latents, and the L1 penalty weighs a latent with the sum of the norms of its
@@ -16,9 +16,11 @@ from sae_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
 from sae_jax.errors import choose
 from sae_jax.sae import ReLUConfig
 
+SIZES = ("paper", "tiny")
+
 
 def get_config(size: str = "paper") -> Config:
-    choose(size, ("paper", "tiny"), "the size of crosscoder")
+    choose(size, SIZES, "the size of crosscoder")
     recipe = {"kind": "crosscoder", "decoder_init_norm": 0.08}
     if size == "tiny":
         return Config(

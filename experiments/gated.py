@@ -1,7 +1,7 @@
 """Gated SAEs as in "Improving dictionary learning with gated sparse autoencoders" (Rajamanoharan
 et al. 2024, arXiv:2404.16014).
 
-  sae-jax train --config=experiments/gated.py --workdir=runs/gated \\
+  sae-jax train --config=gated --workdir=runs/gated \\
       --config.data.store=stores/residual --config.mesh.model=8
 
 L1 on the gates' pre-activations, an auxiliary reconstruction through the frozen decoder (eqs. 5 to
@@ -15,9 +15,11 @@ from sae_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
 from sae_jax.errors import choose
 from sae_jax.sae import GatedConfig
 
+SIZES = ("paper", "tiny")
+
 
 def get_config(size: str = "paper") -> Config:
-    choose(size, ("paper", "tiny"), "the size of gated")
+    choose(size, SIZES, "the size of gated")
     adam = {"schedule": "constant", "b1": 0.0}
     if size == "tiny":
         return Config(

@@ -1,6 +1,6 @@
 """JumpReLU SAEs as in "Gemma Scope" (Lieberum et al. 2024, arXiv:2408.05147), section 3.
 
-  sae-jax train --config=experiments/gemma_scope.py:131k --workdir=runs/jumprelu \\
+  sae-jax train --config=gemma_scope:131k --workdir=runs/jumprelu \\
       --config.data.store=stores/residual --config.mesh.model=8
 
 An L0 penalty with gradients to thresholds only (Rajamanoharan et al. 2024, arXiv:2407.14435) on
@@ -17,7 +17,7 @@ from sae_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
 from sae_jax.errors import choose
 from sae_jax.sae import JumpReLUConfig
 
-SIZES = {  # latents, tokens
+DICTIONARIES = {  # latents, tokens
     "16k": (2**14, 4_000_000_000),
     "32k": (2**15, 8_000_000_000),
     "65k": (2**16, 8_000_000_000),
@@ -26,10 +26,11 @@ SIZES = {  # latents, tokens
     "524k": (2**19, 8_000_000_000),
     "1m": (2**20, 16_000_000_000),
 }
+SIZES = (*DICTIONARIES, "tiny")
 
 
 def get_config(size: str = "16k") -> Config:
-    choose(size, (*SIZES, "tiny"), "the size of gemma_scope")
+    choose(size, SIZES, "the size of gemma_scope")
     adam = {"schedule": "constant", "b1": 0.0, "clip_norm": None}
     if size == "tiny":
         return Config(
@@ -45,7 +46,7 @@ def get_config(size: str = "16k") -> Config:
             optimizer=OptimizerConfig(learning_rate=1e-3, **adam),
             train=TrainConfig(tokens=500_000, log_every=20),
         )
-    d_sae, tokens = SIZES[size]
+    d_sae, tokens = DICTIONARIES[size]
     steps = tokens // 4096
     return Config(
         sae=JumpReLUConfig(

@@ -1,7 +1,7 @@
 """Matryoshka SAEs as in "Learning multi-level features with Matryoshka sparse autoencoders"
 (Bussmann, Nabeshima et al. 2025, arXiv:2503.17547).
 
-  sae-jax train --config=experiments/matryoshka.py --workdir=runs/matryoshka \\
+  sae-jax train --config=matryoshka --workdir=runs/matryoshka \\
       --config.data.store=stores/gemma_resid_8
 
 BatchTopK whose first 1/16, 1/8, 1/4 and 1/2 of the latents reconstruct on their own too, all with
@@ -15,9 +15,11 @@ from sae_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
 from sae_jax.errors import choose
 from sae_jax.sae import MatryoshkaConfig
 
+SIZES = ("paper", "tiny")
+
 
 def get_config(size: str = "paper") -> Config:
-    choose(size, ("paper", "tiny"), "the size of matryoshka")
+    choose(size, SIZES, "the size of matryoshka")
     adam = {"schedule": "constant", "b2": 0.99}
     if size == "tiny":
         return Config(

@@ -1,6 +1,6 @@
 """TopK SAEs as in "Scaling and evaluating sparse autoencoders" (Gao et al. 2024).
 
-  sae-jax train --config=experiments/openai_topk.py --workdir=runs/topk \\
+  sae-jax train --config=openai_topk --workdir=runs/topk \\
       --config.data.store=stores/gpt2_resid_8
 
 By default the paper's setting for GPT-2 small: batches of 131,072 tokens, constant learning rate,
@@ -12,9 +12,11 @@ from sae_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
 from sae_jax.errors import choose
 from sae_jax.sae import TopKConfig
 
+SIZES = ("paper", "tiny")
+
 
 def get_config(size: str = "paper") -> Config:
-    choose(size, ("paper", "tiny"), "the size of openai_topk")
+    choose(size, SIZES, "the size of openai_topk")
     adam = {"schedule": "constant", "eps": 6.25e-10}
     if size == "tiny":
         return Config(

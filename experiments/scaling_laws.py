@@ -1,6 +1,6 @@
 """Sweeps for scaling laws: loss against compute, and loss against dictionary size and k.
 
-  sae-jax sweep --config=experiments/scaling_laws.py:tiny --workdir=sweeps/compute
+  sae-jax sweep --config=scaling_laws:tiny --workdir=sweeps/compute
   sae-jax fit --results=sweeps/compute --law=isoflop --predict_flops=5e12 --out=fits/compute
 
 Loss against compute is the study of "Scaling Monosemanticity" (Templeton et al. 2024, Scaling
@@ -57,6 +57,8 @@ NK = {
         "batch_size": 131_072,
     },
 }
+
+SIZES = (*COMPUTE, *NK)
 
 
 def get_config(design: str = "tiny") -> Config:

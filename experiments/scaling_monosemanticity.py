@@ -1,9 +1,9 @@
 """ReLU SAEs as in "Scaling Monosemanticity" (Templeton et al. 2024), by the recipe of April 2024.
 
-  sae-jax train --config=experiments/scaling_monosemanticity.py --workdir=runs/relu \\
+  sae-jax train --config=scaling_monosemanticity --workdir=runs/relu \\
       --config.data.store=stores/residual --config.mesh.model=8
 
-  sae-jax plan --config=experiments/scaling_monosemanticity.py:34m --topology=v5p:4x4x4 \\
+  sae-jax plan --config=scaling_monosemanticity:34m --topology=v5p:4x4x4 \\
       --mesh=1,1,64
 
 L1 weighted by decoder norms, lambda 5 with E||x||^2 = d, reached linearly over the first 5% of
@@ -16,11 +16,12 @@ from sae_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
 from sae_jax.errors import choose
 from sae_jax.sae import ReLUConfig
 
-SIZES = {"131k": 131_072, "1m": 2**20, "4m": 2**22, "34m": 2**25}
+LATENTS = {"131k": 131_072, "1m": 2**20, "4m": 2**22, "34m": 2**25}
+SIZES = (*LATENTS, "tiny")
 
 
 def get_config(size: str = "131k") -> Config:
-    choose(size, (*SIZES, "tiny"), "the size of scaling_monosemanticity")
+    choose(size, SIZES, "the size of scaling_monosemanticity")
     if size == "tiny":
         return Config(
             sae=ReLUConfig(d_sae=1024, dead_after_tokens=200_000),
@@ -31,7 +32,7 @@ def get_config(size: str = "131k") -> Config:
     return Config(
         # Products of float32 would leave the tensor cores of a GPU idle, and take a TPU six times
         # as long; parameters, moments and sums stay float32.
-        sae=ReLUConfig(d_sae=SIZES[size], compute_dtype="bfloat16"),
+        sae=ReLUConfig(d_sae=LATENTS[size], compute_dtype="bfloat16"),
         data=DataConfig(batch_size=4096),
         optimizer=OptimizerConfig(learning_rate=5e-5, schedule="linear_tail", warmup_fraction=0.0),
         train=TrainConfig(tokens=200_000 * 4096),

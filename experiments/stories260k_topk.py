@@ -2,7 +2,7 @@
 
     sae-jax harvest --model=stories260K --text=tinystories_1000.json --collapse_newlines \\
         --sites=resid_post.2 --context_length=128 --out=stores/stories
-    sae-jax train --workdir=runs/stories --config=experiments/stories260k_topk.py
+    sae-jax train --workdir=runs/stories --config=stories260k_topk
     sae-jax eval --run=runs/stories --model=stories260K
 
 On held-out stories, after the same 400k tokens: FVU 0.065 and 0.970 of the cross-entropy recovered

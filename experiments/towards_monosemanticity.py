@@ -1,7 +1,7 @@
 """ReLU SAEs with unit-norm decoders and resampling: "Towards Monosemanticity" (Bricken et al.
 2023).
 
-  sae-jax train --config=experiments/towards_monosemanticity.py --workdir=runs/relu_2023 \\
+  sae-jax train --config=towards_monosemanticity --workdir=runs/relu_2023 \\
       --config.data.store=stores/mlp --config.data.site=mlp_act.0
 
 A million steps of 8,192 tokens at a constant learning rate; every 25,000 steps, four times, latents
@@ -18,11 +18,12 @@ from sae_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
 from sae_jax.errors import choose
 from sae_jax.sae import ReLUL1UnitConfig
 
-SIZES = {"512": 512, "4k": 4096, "16k": 16_384, "131k": 131_072}
+LATENTS = {"512": 512, "4k": 4096, "16k": 16_384, "131k": 131_072}
+SIZES = (*LATENTS, "tiny")
 
 
 def get_config(size: str = "4k") -> Config:
-    choose(size, (*SIZES, "tiny"), "the size of towards_monosemanticity")
+    choose(size, SIZES, "the size of towards_monosemanticity")
     if size == "tiny":
         return Config(
             sae=ReLUL1UnitConfig(
@@ -38,7 +39,7 @@ def get_config(size: str = "4k") -> Config:
         )
     return Config(
         sae=ReLUL1UnitConfig(
-            d_sae=SIZES[size],
+            d_sae=LATENTS[size],
             sparsity_coefficient=2.0,
             resample_every_tokens=25_000 * 8192,
             resample_times=4,

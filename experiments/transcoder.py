@@ -1,7 +1,7 @@
 """TopK transcoders, from an MLP's input to its output: "Transcoders beat sparse autoencoders for
 interpretability" (Paulo et al. 2025, arXiv:2501.18823).
 
-  sae-jax train --config=experiments/transcoder.py:skip --workdir=runs/transcoder \\
+  sae-jax train --config=transcoder:skip --workdir=runs/transcoder \\
       --config.data.store=stores/mlp --config.data.site=mlp_in.8 --config.data.target_site=mlp_out.8
 
 `:skip` adds an affine skip, which starts at 0; without it, this is the transcoder of Dunefsky et
@@ -17,9 +17,11 @@ from sae_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
 from sae_jax.errors import choose
 from sae_jax.sae import TopKConfig
 
+SIZES = ("paper", "skip", "tiny", "tiny-skip")
+
 
 def get_config(size: str = "paper") -> Config:
-    choose(size, ("paper", "skip", "tiny", "tiny-skip"), "the size of transcoder")
+    choose(size, SIZES, "the size of transcoder")
     recipe = {
         "kind": "skip_transcoder" if size.endswith("skip") else "transcoder",
         "aux_coefficient": 0.0,

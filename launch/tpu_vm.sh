@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# One `sae-jax` command on all hosts of a TPU VM slice: asks for the slice, installs what is
-# committed here, runs, asks again for a slice that was taken away, and starts again until done.
+# One `sae-jax` command on all hosts of a TPU VM slice: asks for the slice, installs the package,
+# runs, asks again for a slice that was taken away, and starts again until done.
 #
-#   ZONE=us-east5-a TYPE=v5p-128 launch/tpu_vm.sh NAME train --workdir=gs://BUCKET/runs/a ...
+#   pip wheel --no-deps --wheel-dir=dist .
+#   WHEEL=$(echo dist/sae_jax-*.whl) ZONE=us-east5-a TYPE=v5p-128 \
+#     launch/tpu_vm.sh NAME train --workdir=gs://BUCKET/runs/a ...
 #
-# NAME is the slice's. RUNTIME=v2-alpha-tpuv5 is its software version; SPOT= (empty) takes capacity
+# The first line makes the wheel of a checkout; its recipes are in it, for --config=NAME. NAME is the
+# slice's. RUNTIME=v2-alpha-tpuv5 is its software version; SPOT= (empty) takes capacity
 # that is not taken away. The stores and directories of the command are at gs://: the hosts share no
 # disk. Needs gcloud, logged in, with a project.
 #
@@ -16,6 +19,7 @@ name=${1:?usage: ZONE=... TYPE=... launch/tpu_vm.sh NAME COMMAND...}
 shift
 : "${ZONE:?the zone of the slice, as ZONE=us-east5-a}"
 : "${TYPE:?the accelerator type of the slice, as TYPE=v5p-128}"
+: "${WHEEL:?the wheel to install there, as WHEEL=dist/sae_jax-0.2.0-py3-none-any.whl}"
 spot=()
 if [ -n "${SPOT-yes}" ]; then
   spot=(--spot)
@@ -27,6 +31,11 @@ delete=(gcloud compute tpus queued-resources delete "$name" --zone="$ZONE" --for
 stop_program='pkill -TERM -f "^[^ ]*venv/bin/python[^ ]* [^ ]*venv/bin/sae-jax"'
 
 say() { echo "tpu_vm.sh: $*" >&2; }
+
+if [ ! -f "$WHEEL" ]; then
+  say "there is no wheel $WHEEL"
+  exit 2
+fi
 
 state() { # of the request for the slice: ACTIVE when it is there
   local answer
@@ -51,18 +60,12 @@ on_all_hosts() { # a command line
 }
 
 install() {
-  local archive
-  archive=$(mktemp --suffix=.tar.gz)
-  git -C "$(dirname "$0")/.." archive --output="$archive" HEAD
   # The hosts' own Python is older than 3.11; uv brings one.
-  gcloud compute tpus tpu-vm scp "$archive" "$name:sae_jax.tar.gz" --zone="$ZONE" --worker=all &&
-    on_all_hosts 'set -e; rm -rf sae_jax; mkdir sae_jax; tar -xzf sae_jax.tar.gz -C sae_jax
+  gcloud compute tpus tpu-vm scp "$WHEEL" "$name:" --zone="$ZONE" --worker=all &&
+    on_all_hosts "set -e
       python3 -m pip install --user --quiet uv
       ~/.local/bin/uv venv --quiet --clear --python=3.12 venv
-      ~/.local/bin/uv pip install --quiet --python=venv/bin/python "./sae_jax[tpu]"'
-  local code=$?
-  rm "$archive"
-  return $code
+      ~/.local/bin/uv pip install --quiet --python=venv/bin/python './${WHEEL##*/}[tpu]'"
 }
 
 # shellcheck disable=SC2329 # by the trap
@@ -104,7 +107,7 @@ while [ -z "$told_to_stop" ]; do
   # First what a lost connection may have left. In a session of its own, so that a Ctrl-C here does
   # not cut the connection before the saving.
   setsid gcloud compute tpus tpu-vm ssh "$name" --zone="$ZONE" --worker=all \
-    --command="$stop_program && sleep 60; cd sae_jax && exec ../venv/bin/sae-jax$command" &
+    --command="$stop_program && sleep 60; exec venv/bin/sae-jax$command" &
   program=$!
   heard=yes
   while [ -n "$heard" ]; do # a signal ends the wait, and not the program

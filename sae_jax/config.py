@@ -246,8 +246,11 @@ def _hint(path: str, sae: type[SAEConfig] | None = None):
 
 
 def load_file(spec: str) -> Config:
-    """Returns `get_config()` of a Python file, or `get_config(arg)` for "FILE.py:arg". Raises
-    UserError if there is no such file, or if it fails."""
+    """Returns what `get_config` of a Python file returns.
+
+    spec: "FILE.py", or "FILE.py:arg" for `get_config(arg)`. In place of FILE.py stands the name of
+    a recipe, as in "openai_topk:tiny". Raises UserError if there is no such file, or if it fails.
+    """
     config = call_in_file(spec, "get_config", "a config file defines one that returns Config")
     if not isinstance(config, Config):
         path = spec.partition(":")[0]

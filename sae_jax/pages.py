@@ -6,7 +6,11 @@ import jinja2
 
 
 def render(template: pathlib.Path, **values) -> str:
-    """The page of a jinja2 template; in HTML text is escaped, and a missing value is an error."""
+    """Returns the page that a jinja2 template makes of `values`.
+
+    In HTML, text is escaped. A value that the template needs and that is missing is an error of
+    jinja2.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(template.parent),
         autoescape=template.suffix == ".html",

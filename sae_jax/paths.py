@@ -1,15 +1,16 @@
 """Where runs, sweeps and stores are: a local path, or s3://BUCKET/KEY or gs://BUCKET/KEY.
 
-`path` makes of a user's text a `pathlib.Path`, or an `ObjectPath`, which has what we use of one.
-Object stores have no rename, no append and no directories, so files are written whole by `write`
-and `create` here, which are atomic in both worlds.
+`path` turns a user's text into a `pathlib.Path`, or into an `ObjectPath`, which has the methods of
+one that we use. Object stores have no rename, no append and no directories. So files are written
+whole by `write` and `create` here, which are atomic in both kinds of place.
 
 All of it goes through TensorStore, which reads the arrays too: one client, one set of credentials,
-no package besides. (etils.epath reaches S3 through s3fs, which caches listings, so that a worker
-does not see another's files; and an epath.Path cannot be created exclusively.) Credentials are the
-usual: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ~/.aws, or the instance's role;
-AWS_REGION; AWS_ENDPOINT_URL for another server that speaks S3; GOOGLE_APPLICATION_CREDENTIALS,
-or gcloud's, or the instance's.
+and no further package. (etils.epath reaches S3 through s3fs, which caches listings, so that a
+worker does not see another's files; and an epath.Path cannot be created exclusively.)
+
+Credentials are the usual ones. For S3 they are AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or
+~/.aws, or the instance's role, with AWS_REGION; AWS_ENDPOINT_URL names another server that speaks
+S3. For Google they are GOOGLE_APPLICATION_CREDENTIALS, or gcloud's, or the instance's.
 """
 
 import contextlib
@@ -20,6 +21,8 @@ import os
 import pathlib
 import posixpath
 import textwrap
+
+import tensorstore as ts
 
 from sae_jax.errors import UserError, choose
 
@@ -33,7 +36,9 @@ def is_remote(text) -> bool:
 
 
 def path(text) -> "AnyPath":
-    """UserError for another scheme than s3:// and gs://, or without a bucket."""
+    """Returns the path that a user's text names. Raises UserError for a scheme other than s3:// and
+    gs://, and where the bucket is missing.
+    """
     if isinstance(text, ObjectPath | pathlib.Path):
         return text
     if not is_remote(text):
@@ -47,7 +52,9 @@ def path(text) -> "AnyPath":
 
 
 def local(text) -> pathlib.Path:
-    """Of what is made on this machine only. UserError for another place."""
+    """Returns the path of something that must be on this machine. Raises UserError for another
+    place.
+    """
     if is_remote(text):
         raise UserError(f"{text} is not a path of this machine, and here it must be one")
     return pathlib.Path(text)
@@ -55,74 +62,96 @@ def local(text) -> pathlib.Path:
 
 @dataclasses.dataclass(frozen=True)
 class ObjectPath:
-    """A file or folder of an object store. A file is there whole or not at all, and whoever asks
-    after a write sees it. A folder is there as long as a file is in it.
+    """A file or folder of an object store, with the methods of pathlib.Path.
 
-    Its methods are those of pathlib.Path. UserError, in one line, where the bucket is missing,
-    refuses, or cannot be reached."""
+    A file exists whole or not at all, and whoever asks after a write sees it. A folder exists as
+    long as a file is in it. The methods raise UserError, in one line, where the bucket is missing,
+    refuses, or cannot be reached.
+
+    Attributes:
+      scheme: "s3" or "gs".
+      bucket: the bucket's name.
+      key: the key, without a slash at either end; "" for the bucket itself.
+    """
 
     scheme: str
     bucket: str
-    key: str  # no slash at either end; "" for the bucket itself
+    key: str
 
     def __str__(self) -> str:
+        """Returns SCHEME://BUCKET/KEY."""
         return f"{self.scheme}://{self.bucket}/{self.key}".rstrip("/")
 
     def __truediv__(self, name: str) -> "ObjectPath":
+        """Returns the path of `name` in this folder."""
         return dataclasses.replace(self, key=f"{self.key}/{name}".strip("/"))
 
     @property
     def name(self) -> str:
+        """The last part of the key."""
         return posixpath.basename(self.key)
 
     @property
     def stem(self) -> str:
+        """The last part of the key without its suffix."""
         return posixpath.splitext(self.name)[0]
 
     @property
     def suffix(self) -> str:
+        """The suffix of the last part of the key, with its dot."""
         return posixpath.splitext(self.name)[1]
 
     @property
     def parent(self) -> "ObjectPath":
+        """The folder that this is in."""
         return dataclasses.replace(self, key=posixpath.dirname(self.key))
 
     def with_name(self, name: str) -> "ObjectPath":
+        """Returns the path of `name` in the same folder."""
         return self.parent / name
 
     def absolute(self) -> "ObjectPath":
+        """Returns this path, which is absolute."""
         return self
 
     def exists(self) -> bool:
+        """Whether it is a file or a folder."""
         return self.is_file() or self.is_dir()
 
     def is_file(self) -> bool:
+        """Whether it is a file."""
         return self.key in self._list(self.key, self.key + "\0")
 
     def is_dir(self) -> bool:
+        """Whether it is a folder with files."""
         return bool(self.files())
 
     def files(self) -> list[str]:
-        """Names, relative to this folder, of all files in it and below."""
+        """Returns the names, relative to this folder, of all files in it and below."""
         prefix = f"{self.key}/" if self.key else ""
         end = f"{self.key}0" if self.key else ""  # "0" follows "/"
         return [key.removeprefix(prefix) for key in self._list(prefix, end)]
 
     def iterdir(self):
+        """Yields the paths of the files and folders in this folder."""
         for name in sorted({file.partition("/")[0] for file in self.files()}):
             yield self / name
 
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
-        """Nothing: files make their folders."""
+        """Does nothing, because files make their folders."""
 
     def read_bytes(self) -> bytes:
+        """Returns the content of the file."""
         return self.read()[0]
 
     def read_text(self, encoding: str = "utf-8") -> str:
+        """Returns the content of the file as text."""
         return self.read_bytes().decode(encoding)
 
     def read(self) -> tuple[bytes, bytes]:
-        """The content, and the generation that `write` compares."""
+        """Returns the content of the file, and its generation, for `write_if`. Raises
+        FileNotFoundError.
+        """
         with explained(self):
             found = self._bucket().read(self.key).result()
         if found.state != "value":
@@ -130,12 +159,21 @@ class ObjectPath:
         return found.value, found.stamp.generation
 
     def write_bytes(self, data: bytes) -> None:
+        """Writes the file."""
         with explained(self):
             self._bucket().write(self.key, data).result()
 
     def write_if(self, generation: bytes | None, data: bytes) -> bytes | None:
-        """Writes `data` if the file still is of that generation; None: if there is no file.
-        Returns the new generation, or None where someone else was faster."""
+        """Writes the file if nobody has written it since.
+
+        Args:
+          generation: the generation that the file must still have; None where there must be no
+            file.
+          data: the content.
+
+        Returns:
+          The new generation, or None where someone else was faster.
+        """
         with explained(self):
             before = _absent() if generation is None else generation
             after = self._bucket().write(self.key, data, if_equal=before).result().generation
@@ -148,6 +186,7 @@ class ObjectPath:
         return None
 
     def unlink(self, missing_ok: bool = False) -> None:
+        """Removes the file; it is no error if there is none."""
         del missing_ok  # an object store does not say
         with explained(self):
             self._bucket().write(self.key, None).result()
@@ -169,16 +208,23 @@ AnyPath = pathlib.Path | ObjectPath
 
 
 def kvstore(folder: ObjectPath, name: str = "") -> dict:
-    """TensorStore's spec of a folder, or of what is called `name` in it. UserError, before
-    anything is tried at length, where the bucket cannot be used."""
+    """Returns TensorStore's spec of a folder, or of what is called `name` in it.
+
+    Raises UserError, before anything is tried at length, where the bucket cannot be used.
+    """
     _open_bucket(folder.scheme, folder.bucket)
     prefix = f"{folder.key}/" if folder.key else ""
     return _spec(folder.scheme, folder.bucket) | {"path": prefix + name}
 
 
 def write(file, data: str | bytes, by: str = "") -> None:
-    """Writes all of `file` or nothing: a reader never sees half of it. by: the writer's own name,
-    where several may write it at once."""
+    """Writes a file whole or not at all, so that a reader never sees half of it.
+
+    Args:
+      file: the path.
+      data: the content; text is written as UTF-8.
+      by: the writer's own name, where several may write the file at once.
+    """
     data = data.encode() if isinstance(data, str) else data
     if isinstance(file, ObjectPath):
         file.write_bytes(data)
@@ -189,7 +235,13 @@ def write(file, data: str | bytes, by: str = "") -> None:
 
 
 def create(file, data: str, by: str) -> bool:
-    """As `write`, but leaves what is there, and says whether it was this writer that wrote."""
+    """Writes a file whole unless it exists, and returns whether this writer wrote it.
+
+    Args:
+      file: the path.
+      data: the content.
+      by: the writer's own name.
+    """
     if isinstance(file, ObjectPath):
         return file.write_if(None, data.encode()) is not None
     temporary = file.with_name(f"{file.name}{by}.tmp")
@@ -204,16 +256,18 @@ def create(file, data: str, by: str) -> bool:
 
 
 def save_json(values: dict, file) -> None:
+    """Writes values as JSON, whole or not at all."""
     write(file, as_json(values))
 
 
 def as_json(values: dict) -> str:
+    """Returns values as the text of a JSON file."""
     return json.dumps(values, indent=1) + "\n"
 
 
 @contextlib.contextmanager
 def explained(where):
-    """What TensorStore raises within, as a UserError."""
+    """Raises what TensorStore raises within as a UserError that names `where`."""
     try:
         yield
     except ValueError as error:  # TensorStore has no class of its own
@@ -221,6 +275,7 @@ def explained(where):
 
 
 def _explanation(where, error: str) -> str:
+    """Returns an error of TensorStore in words, with what to do."""
     scheme = str(where).partition("://")[0]
     names = {
         "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ~/.aws/credentials",
@@ -240,10 +295,12 @@ def _explanation(where, error: str) -> str:
 
 
 def _endpoint() -> str | None:
+    """Returns the server that the environment names for S3, if any."""
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
 
 
 def _spec(scheme: str, bucket: str) -> dict:
+    """Returns TensorStore's spec of a bucket."""
     spec = {"driver": _DRIVERS[scheme], "bucket": bucket}
     if scheme != "s3":
         return spec
@@ -260,9 +317,7 @@ def _spec(scheme: str, bucket: str) -> dict:
 
 @functools.cache
 def _open_bucket(scheme: str, bucket: str):
-    """The bucket, once a first look, with few retries, found it usable."""
-    import tensorstore as ts  # slow to import, and only needed here
-
+    """Opens a bucket, after a first look with few retries found it usable."""
     with explained(f"{scheme}://{bucket}"):
         spec = _spec(scheme, bucket)
         context = ts.Context({f"{_DRIVERS[scheme]}_request_retries": _FIRST_LOOK})
@@ -273,13 +328,10 @@ def _open_bucket(scheme: str, bucket: str):
 
 @functools.cache
 def _absent() -> bytes:
-    """TensorStore's generation of a file that is not there."""
-    import tensorstore as ts
-
+    """Returns TensorStore's generation of a file that does not exist."""
     return ts.KvStore.open("memory://").result().read("none").result().stamp.generation
 
 
 def _range(start: str, end: str):
-    import tensorstore as ts
-
+    """Returns TensorStore's range of the keys from `start` to before `end`."""
     return ts.KvStore.KeyRange(start, end)

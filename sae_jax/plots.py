@@ -1,7 +1,7 @@
-"""The look of every figure, and the ways out of matplotlib.
+"""The look of every figure, and its output as PNG and SVG.
 
-Figures are drawn within `matplotlib.rc_context(STYLE)`; `save` writes a PNG, `inline_svg` gives the
-text of an SVG whose ink is the page's text colour, for light and dark pages alike.
+Figures are drawn within `matplotlib.rc_context(STYLE)`. `save` writes a PNG. `inline_svg` returns
+the text of an SVG whose ink is the page's text colour, for light and dark pages alike.
 """
 
 import io
@@ -38,7 +38,7 @@ STYLE = {
 
 
 def save(figure: Figure, path) -> None:
-    """A PNG at `path`, which is there whole or not at all."""
+    """Writes a figure as a PNG at `path`, whole or not at all."""
     buffer = io.BytesIO()
     with matplotlib.rc_context(STYLE):
         figure.savefig(buffer, format="png", dpi=200)
@@ -46,7 +46,12 @@ def save(figure: Figure, path) -> None:
 
 
 def inline_svg(figure: Figure, label: str) -> str:
-    """An <svg> element for an HTML page: no fixed size, `label` for screen readers."""
+    """Returns a figure as an `<svg>` element for an HTML page, without a fixed size.
+
+    Args:
+      figure: the figure.
+      label: what it shows, for screen readers.
+    """
     buffer = io.StringIO()
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": label}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None}, dpi=200)

@@ -7,22 +7,20 @@ import pathlib
 import sys
 import types
 
+from sae_jax import recipe_files
 from sae_jax.errors import UserError
 
 _versions: dict[str, tuple[int, int]] = {}  # of the files that were run here: time and size
 
 
 def load_module(path: str | pathlib.Path) -> types.ModuleType:
-    """Returns the module that the Python file at `path` defines.
+    """Returns the module that the Python file at `path`, or the recipe of this name, defines.
 
     A file is run once, so that the classes in it stay the same, and again when it has changed. A
     module that was imported from it in any other way is returned as it is. The module is in
     sys.modules, where type hints and `inspect` look for it. Raises UserError if there is no such
     file or running it fails."""
-    file = pathlib.Path(path)
-    if not file.is_file():
-        raise UserError(f"no config file at {path}")
-    file = file.resolve()
+    file = recipe_files.find(str(path)).resolve()
     name = f"_sae_jax_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}_{file.stem}"
     status = file.stat()
     version = status.st_mtime_ns, status.st_size

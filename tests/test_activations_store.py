@@ -65,7 +65,8 @@ def write_missing(writer, values):
 def make_store(path, values=None, **changes):
     writer = make_writer(path, **changes)
     write_missing(writer, values or {site: make_values(width) for site, width in SITES.items()})
-    return writer.finish()
+    writer.finish()
+    return Store.open(path)
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +206,9 @@ def test_resume_refuses_other_content(tmp_path, store):
     with pytest.raises(UserError, match="another store .*float32"):
         make_writer(tmp_path / "s", dtype="float32")
     finished = make_writer(store.path)
-    assert finished.missing_shards() == [] and finished.finish().meta == store.meta
+    assert finished.missing_shards() == []
+    finished.finish()
+    assert Store.open(store.path).meta == store.meta
 
 
 def test_shard_of_wrong_shape_is_refused(tmp_path):

@@ -115,6 +115,14 @@ def test_load_file(tmp_path):
     assert load_file(f"{file}:9").sae.k == 9
 
 
+def test_a_recipe_is_found_by_name_anywhere(tmp_path, monkeypatch):
+    recipe = pathlib.Path(__file__).parents[1] / "experiments" / "openai_topk.py"
+    monkeypatch.chdir(tmp_path)
+    assert load_file("openai_topk:tiny") == load_file(f"{recipe}:tiny")
+    (tmp_path / "openai_topk").touch()  # is no Python file, and hides no recipe
+    assert load_file("openai_topk") == load_file(str(recipe))
+
+
 def in_process(capsys, *argv: str) -> tuple[int, str]:
     code = cli.main(list(argv))
     return code, capsys.readouterr().err
@@ -124,6 +132,7 @@ def in_process(capsys, *argv: str) -> tuple[int, str]:
 def files(tmp_path):
     texts = {
         "empty.py": "",
+        "config.json": "{}",
         "syntax.py": "x = (",
         "raises.py": "import no_such_module",
         "call.py": "def get_config(): return 1 / 0",
@@ -148,6 +157,10 @@ def files(tmp_path):
         (["--workdir=x", "--process_id=one"], ["process_id"]),
         (["--workdir=x", "--config.data.store=no/store"], ["no/store"]),
         (["--workdir=x", "--config=nowhere.py"], ["nowhere.py"]),
+        (["--workdir=x", "--config=openai_tokp:tiny"], ["openai_tokp", "'openai_topk'"]),
+        (["--workdir=x", "--config=old/gemma_scope.py"], ["old/gemma_scope.py", "'gemma_scope'"]),
+        (["--workdir=x", "--config=one_layer_transformer"], ["no recipe of that name"]),
+        (["--workdir=x", "--config={}/config.json"], ["config.json", "ends in .py"]),
         (["--workdir=x", "--config={}/empty.py"], ["get_config"]),
         (["--workdir=x", "--config={}/syntax.py"], ["syntax.py", "never closed"]),
         (["--workdir=x", "--config={}/raises.py"], ["raises.py", "no_such_module"]),
@@ -175,6 +188,11 @@ def test_help_shows_flags_and_fields(capsys):
     assert cli.main(["train", "--help"]) == 0
     out = capsys.readouterr().out
     assert "--workdir" in out and "--config.sae.d_sae=4096" in out
+    assert "  openai_topk:paper|tiny\n    TopK SAEs" in out and "  stories260k_topk:STORE\n" in out
+    assert "  towards_monosemanticity:4k|512|16k|131k|tiny\n" in out
+    assert cli.main(["sweep", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "  scaling_laws:tiny|frontier|" in out and "openai_topk" not in out
     assert cli.main(["--help"]) == 0
     assert "train" in capsys.readouterr().out
 

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax import train
 from sae_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
 from sae_jax.sae import Losses, SAEConfig, by_name, resolve
 from sae_jax.train import controls
+from sae_jax.train.run import train_run
 from sae_jax.train.schedule_steps import ScheduleSteps
 
 STEPS, WIDTH = 400, 16
@@ -98,7 +98,7 @@ def train_on_world(tmp_path, architecture, steps=STEPS, **sae) -> dict:
         optimizer=OptimizerConfig(learning_rate=3e-3),
         train=TrainConfig(tokens=steps * 512, checkpoint_every=steps),
     )
-    return train.train(config, tmp_path)
+    return train_run(config, tmp_path).result
 
 
 @pytest.mark.slow

@@ -7,12 +7,16 @@ import numpy as np
 import pytest
 import world
 
-from sae_jax import evaluate, interop, lm, train
+from sae_jax import interop, lm
 from sae_jax.activations import write_store
 from sae_jax.cli import main
 from sae_jax.config import Config, DataConfig, TrainConfig
 from sae_jax.errors import UserError
+from sae_jax.evaluate import report
+from sae_jax.evaluate.metrics import measure_rows
+from sae_jax.evaluate.sources import HeldOutRows, ModelRows
 from sae_jax.sae import TopKConfig
+from sae_jax.train.run import train_run
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
 SAELENS = SHARED / "saes" / "saelens_6.54.12_topk_stories260K_L2"
@@ -94,7 +98,7 @@ def demo(tmp_path_factory):
         ),
         train=TrainConfig(tokens=256 * 20, log_every=5),
     )
-    train.train(config, root / "run")
+    train_run(config, root / "run")
     return root / "model", store, root / "run"
 
 
@@ -103,7 +107,7 @@ def test_a_run_is_evaluated_on_what_it_did_not_train_on(demo, capsys):
     assert main(["eval", f"--run={run}", f"--model={model}"]) == 0
     out = capsys.readouterr().out
     found = json.loads((run / "eval.json").read_text())
-    heldout = evaluate.HeldOutRows(store, SITE, tokens=10**6, holdout_fraction=0.1)
+    heldout = HeldOutRows(store, SITE, tokens=10**6, holdout_fraction=0.1)
     used = np.concatenate([mask for _, mask in heldout.batches(4096)])
     assert found["rows"] == used.sum() and 0 < used.sum() < 0.2 * store.num_rows
     # The trainer measures the same held-out rows with its own code, batch by batch.
@@ -133,20 +137,20 @@ def test_runs_of_several_sites_are_evaluated_from_their_config(demo, tmp_path, k
         ),
         train=TrainConfig(tokens=256 * 20, log_every=5),
     )  # fmt: skip
-    result = train.train(config, tmp_path / "run")
+    result = train_run(config, tmp_path / "run").result
     assert main(["eval", f"--run={tmp_path / 'run'}", f"--model={model}", "--lm_tokens=64"]) == 0
     found = json.loads((tmp_path / "run" / "eval.json").read_text())
     assert found["reconstruction"]["fvu"] == pytest.approx(result["eval_fvu"], rel=0.05)
     assert {name: found["settings"].get(name) for name in sites} == sites
     of_sites = sites["site"].split(",") if kind == "crosscoder" else []
     assert list(found["sites"]) == of_sites
-    assert evaluate.load(tmp_path / "run" / "eval.json").to_dict() == found
+    assert report.load(tmp_path / "run" / "eval.json").to_dict() == found
 
 
 def test_an_evaluation_reads_back(demo):
     model, _, run = demo
     assert main(["eval", f"--run={run}", f"--model={model}"]) == 0
-    found = evaluate.load(run / "eval.json")
+    found = report.load(run / "eval.json")
     assert found.to_dict() == json.loads((run / "eval.json").read_text())
     assert found.rows.density.shape == (128,) and found.rows.mean.shape == (64,)
     np.testing.assert_allclose(found.rows.density.sum(), found.rows.scalars["l0"], rtol=1e-5)
@@ -182,16 +186,16 @@ def test_rows_of_the_model_are_rows_of_the_store(demo):
     """The same sequences, read from the store and computed again, give the same metrics."""
     model, store, run = demo
     sae = interop.load(run)
-    heldout = evaluate.HeldOutRows(store, SITE, tokens=10**6, holdout_fraction=0.1)
+    heldout = HeldOutRows(store, SITE, tokens=10**6, holdout_fraction=0.1)
     tokens, used = heldout.sequences(10**6)
-    rows = evaluate.ModelRows(
-        evaluate.LanguageModel.load(model), SITE, tokens, what="t",
+    rows = ModelRows(
+        lm.open_model(model), SITE, tokens, what="t",
         excluded_tokens=store.meta.excluded_tokens,
         excluded_positions=store.meta.excluded_positions,
     )  # fmt: skip
     assert (rows.sequences(10**6)[1] == used).all()
-    read = evaluate.measure_rows(sae, heldout.batches(500)).scalars
-    computed = evaluate.measure_rows(sae, rows.batches(500)).scalars
+    read = measure_rows(sae, heldout.batches(500)).scalars
+    computed = measure_rows(sae, rows.batches(500)).scalars
     assert computed == pytest.approx(read, rel=0.02)  # the store is bfloat16
 
 
@@ -248,7 +252,7 @@ def test_mistakes_are_one_line_and_exit_code_2(demo, tmp_path, capsys, arguments
 def test_a_store_with_nothing_held_out_is_a_mistake(tmp_path):
     store = write_store(tmp_path / "store", np.ones((4, 3), np.float32))
     with pytest.raises(UserError, match="no held-out sequences"):
-        evaluate.HeldOutRows(store, "", tokens=10, holdout_fraction=0.0)
+        HeldOutRows(store, "", tokens=10, holdout_fraction=0.0)
 
 
 def test_nan_rows_of_a_store_never_count(tmp_path):
@@ -256,9 +260,7 @@ def test_nan_rows_of_a_store_never_count(tmp_path):
     x[::2] = np.nan
     store = write_store(tmp_path / "store", x)
     for include in (False, True):
-        rows = evaluate.HeldOutRows(
-            store, "", tokens=10**6, holdout_fraction=0.5, include_excluded=include
-        )
+        rows = HeldOutRows(store, "", tokens=10**6, holdout_fraction=0.5, include_excluded=include)
         batches = list(rows.batches(256))
         for batch, used in batches:
             assert np.isfinite(np.asarray(batch, np.float32)[used]).all()

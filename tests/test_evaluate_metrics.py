@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sae_jax.errors import UserError
-from sae_jax.evaluate import measure_rows
+from sae_jax.evaluate.metrics import measure_rows
 from sae_jax.sae import ReLU, ReLUConfig, TopK, by_name, resolve
 
 D, N, ROWS = 12, 40, 1000

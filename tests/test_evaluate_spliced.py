@@ -8,8 +8,10 @@ import world
 
 from sae_jax import lm
 from sae_jax.errors import UserError
-from sae_jax.evaluate import LanguageModel, ModelRows, evaluate, measure_spliced
-from sae_jax.evaluate.sources import sequences_at_once
+from sae_jax.evaluate import batching
+from sae_jax.evaluate.report import evaluate
+from sae_jax.evaluate.sources import ModelRows
+from sae_jax.evaluate.spliced import measure_spliced
 from sae_jax.sae import ReLU, ReLUConfig, resolve
 
 SITE, D, T = "resid_post.0", 16, 20
@@ -19,7 +21,7 @@ SITE, D, T = "resid_post.0", 16, 20
 def model(tmp_path_factory):
     directory = tmp_path_factory.mktemp("spliced") / "model"
     world.make_model(directory, num_layers=2)
-    return LanguageModel.load(directory)
+    return lm.open_model(directory)
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +96,8 @@ def test_only_chosen_positions_are_replaced_and_counted(model, tokens):
 def test_the_last_short_batch_counts_like_the_others(model, tokens, monkeypatch):
     where = np.ones(tokens.shape, bool)
     whole = measure(make_sae(0.7), model, tokens, where)
-    monkeypatch.setattr("sae_jax.evaluate.sources._LOGITS", 2 * T * model.config.vocab_size)
-    assert sequences_at_once(model.vocab_size, *tokens.shape) == 2
+    monkeypatch.setattr(batching, "_LOGITS", 2 * T * model.config.vocab_size)
+    assert batching.sequences_at_once(model.vocab_size, *tokens.shape) == 2
     assert measure(make_sae(0.7), model, tokens, where) == pytest.approx(whole, rel=1e-4)
 
 
@@ -110,7 +112,7 @@ MLP_IN, MLP_OUT, RESIDUAL = "mlp_in.1", "mlp_out.1", ("resid_post.0", "resid_pos
 
 
 @pytest.fixture(scope="module")
-def mlp_model():
+def mlp_model(tmp_path_factory):
     """Two layers with a ReLU MLP and all of its biases."""
     config = lm.DecoderConfig(
         vocab_size=40, d_model=D, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=D // 2,
@@ -118,7 +120,9 @@ def mlp_model():
     )  # fmt: skip
     rng = np.random.default_rng(3)
     params = jax.tree.map(lambda leaf: 0.3 * rng.normal(size=leaf.shape), lm.layout(config))
-    return LanguageModel(jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params), config)
+    directory = tmp_path_factory.mktemp("mlp_model")
+    lm.save_model(directory, config, params, np.float32)
+    return lm.open_model(directory)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import base64
 import csv
 import http.server
+import importlib.metadata
 import json
 import re
 import sys
@@ -15,15 +16,17 @@ from test_interop_formats import NEEDS_TORCH, random_sae
 from training import make_config, make_store
 
 import sae_jax
-from sae_jax import evaluate, interop, lm
+from sae_jax import interop, lm
 from sae_jax.activations import Store
 from sae_jax.cli import main
 from sae_jax.config import to_dict
 from sae_jax.errors import UserError
+from sae_jax.evaluate import report
+from sae_jax.evaluate.sources import HeldOutRows
 from sae_jax.interop import FORMATS, Hub
 from sae_jax.interop.many import width_name
 from sae_jax.interop.select import select
-from sae_jax.train import loop
+from sae_jax.train.run import train_run
 
 EXPRESSED_BY = {"sparsify": "topk", "gemma_scope": "jumprelu", "gemma_scope_2": "batchtopk"}
 ABOUT = {"model_name": "google/gemma-2-2b", "site": "resid_post.1", "l0": 5.0}
@@ -73,6 +76,8 @@ def test_the_card_states_what_is_known_and_invents_nothing(tmp_path):
     card = (tmp_path / "a" / "README.md").read_text()
     assert front_matter(card).keys() == {"library_name", "tags"}
     assert "Not stated by whoever made this export" in card and "None were measured" in card
+    software = f"The sae_jax authors, .* version {importlib.metadata.version('sae-jax')}, 2026"
+    assert re.search(software, card)
     about = ABOUT | {"training": {"architecture": "topk", "learning_rate": 3e-4}}
     hub = Hub("apache-2.0", "me/saes", "a/b")
     interop.export(random_sae("topk"), "saelens", tmp_path / "b", about, hub)
@@ -243,12 +248,10 @@ def test_metadata_of_a_run_on_a_harvested_store(tmp_path):
     harvest = ["harvest", "--model=demo", f"--text={text}", "--sites=resid_post.0"]
     assert cli(*harvest, "--context_length=32", f"--out={store}") == 0
     run = tmp_path / "run"
-    loop.train(make_config(str(store), steps=10, sae={"aux_coefficient": 0.0}), run)
-    rows = evaluate.HeldOutRows(
-        Store.open(store), "resid_post.0", tokens=320, holdout_fraction=0.05
-    )
-    model = evaluate.LanguageModel.load(lm.DEMO_MODEL)
-    evaluate.save(evaluate.evaluate(sae_jax.load(run), rows, model, 320), run / "eval.json")
+    train_run(make_config(str(store), steps=10, sae={"aux_coefficient": 0.0}), run)
+    rows = HeldOutRows(Store.open(store), "resid_post.0", tokens=320, holdout_fraction=0.05)
+    model = lm.open_model(lm.DEMO_MODEL)
+    report.save(report.evaluate(sae_jax.load(run), rows, model, 320), run / "eval.json")
     export = ["export", f"--checkpoint={run}", "--format=saelens", "--model_name=me/model"]
     assert cli(*export, f"--out={tmp_path / 'out'}") == 0
     metadata = json.loads((tmp_path / "out" / "cfg.json").read_text())["metadata"]
@@ -329,6 +332,7 @@ def test_many_of_a_sweep(tmp_path, monkeypatch, capsys):
         ours = sae_jax.load(sweep / "runs" / sae["run_id"])
         np.testing.assert_allclose(theirs(x), ours(x), atol=1e-4)
         assert f"]({sae['path']})" in (out / "README.md").read_text()
+    assert "The sae_jax authors" in (out / "README.md").read_text()
     capsys.readouterr()
     assert cli(*export[:2], "--format=openai", f"--out={tmp_path / 'no'}") == 2
     assert "openai cannot express a topk" in capsys.readouterr().err

@@ -15,10 +15,11 @@ import pathlib
 import numpy as np
 import pytest
 
-from sae_jax import lm, train
+from sae_jax import lm
 from sae_jax.cli import main
 from sae_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
 from sae_jax.sae import by_name
+from sae_jax.train.run import train_run
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
 MODEL = SHARED / "models" / "stories260K"
@@ -59,7 +60,7 @@ def exported(store, tmp_path_factory):
                 optimizer=OptimizerConfig(learning_rate=2e-3),
                 train=TrainConfig(tokens=256 * 150),
             )
-            train.train(config, root / "run")
+            train_run(config, root / "run")
             arguments = [f"--checkpoint={root / 'run'}", f"--out={root / 'export'}"]
             assert main(["export", "--format=saelens", *arguments]) == 0
             made[architecture] = root / "run", root / "export"

@@ -30,7 +30,7 @@ from sae_jax.config import Config
 
 COUNT, STEPS, LOG_EVERY, CHECKPOINT_EVERY = 4, 300, 5, 20
 HEARTBEAT, STUCK = 5, 8  # seconds
-SILENT = "has not been heard of for"
+DIED, SILENT = "has died", "has not been heard of for"
 AGAIN = r"start the same command again: it goes on from what was saved last, step (\d+) or later"
 WRONG_CLOCK = """
 import time
@@ -166,7 +166,7 @@ def test_sigterm_to_one(program):
 def test_sigkill_to_one(program):
     victim = program.begin()[2]
     victim.kill()
-    program.assert_named(program.finish("SIGKILL to one"), 2, victim.pid, SILENT)
+    program.assert_named(program.finish("SIGKILL to one"), 2, victim.pid, DIED)
 
 
 @pytest.mark.slow
@@ -174,7 +174,7 @@ def test_sigkill_to_the_coordinator(program):
     """JAX's trace comes first, and then who it was."""
     victim = program.begin()[0]
     victim.kill()
-    program.assert_named(program.finish("SIGKILL to process 0"), 0, victim.pid, "has died")
+    program.assert_named(program.finish("SIGKILL to process 0"), 0, victim.pid, DIED)
 
 
 @pytest.mark.slow

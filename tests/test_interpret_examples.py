@@ -6,7 +6,7 @@ import pytest
 
 from sae_jax.activations import write_store
 from sae_jax.errors import UserError
-from sae_jax.evaluate import activation_scale
+from sae_jax.evaluate.metrics import activation_scale
 from sae_jax.interpret import find_examples
 from sae_jax.sae import ReLU, ReLUConfig, resolve
 

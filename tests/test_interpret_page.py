@@ -11,7 +11,9 @@ import tokenizers
 import world
 
 from sae_jax import interpret, lm
-from sae_jax.evaluate import HeldOutRows, LanguageModel, activation_scale, evaluate
+from sae_jax.evaluate.metrics import activation_scale
+from sae_jax.evaluate.report import evaluate
+from sae_jax.evaluate.sources import HeldOutRows
 from sae_jax.interpret.text import pieces, token_text
 from sae_jax.sae import ReLU, ReLUConfig, TopK, TopKConfig, resolve
 
@@ -50,7 +52,7 @@ def page(tmp_path_factory, model_directory, tokenizer, store):
     sae = TopK.from_parameters(
         config, {name: jnp.asarray(v, jnp.float32) for name, v in parameters.items()}
     )
-    model = LanguageModel.load(model_directory)
+    model = lm.open_model(model_directory)
     source = HeldOutRows(store, SITE, tokens=2000, holdout_fraction=0.2)
     evaluation = evaluate(sae, source, model, spliced_tokens=500)
     out = tmp_path_factory.mktemp("page") / "index.html"
@@ -110,7 +112,7 @@ def test_other_kinds_have_examples_of_what_they_read(
     rows = HeldOutRows(store, "mlp_in.0,mlp_out.0", tokens=2000, holdout_fraction=0.2)
     out = tmp_path / "index.html"
     interpret.write_page(
-        out, sae, evaluate(sae, rows), store, tokenizer, LanguageModel.load(model_directory)
+        out, sae, evaluate(sae, rows), store, tokenizer, lm.open_model(model_directory)
     )
     shown = out.read_text(encoding="utf-8")
     assert head in re.sub(r"\s+", " ", shown)
@@ -173,7 +175,7 @@ def test_a_token_that_is_part_of_a_character_goes_by_its_name(tokenizer):
 def test_output_tokens_are_those_of_the_decoder_row_through_the_model(model_directory):
     """The direct path: for the one-layer model, the change of the logits when the row is added to
     what the last norm reads, up to the norm's scale and a constant."""
-    model = LanguageModel.load(model_directory)
+    model = lm.open_model(model_directory)
     rng = np.random.default_rng(0)
     w_dec = rng.normal(size=(10, 64)).astype(np.float32)
     parameters = {

@@ -147,12 +147,16 @@ esac
     heard = tmp_path / "heard"
     heard.touch()
 
-    def start(states: str, codes: str) -> subprocess.Popen:
+    def start(states: str, codes: str, **variables: str) -> subprocess.Popen:
         (tmp_path / "states").write_text("\n".join(states.split()) + "\n")
         (tmp_path / "codes").write_text("\n".join(codes.split()) + "\n")
+        (tmp_path / "sae_jax.whl").touch()
         place = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "ZONE": "z", "TYPE": "v5p-128"}
+        place |= {"WHEEL": str(tmp_path / "sae_jax.whl")}
         command = [LAUNCH / "tpu_vm.sh", "slice", "train", "--workdir=gs://a b"]
-        return subprocess.Popen(command, env=os.environ | place, stderr=subprocess.DEVNULL)
+        return subprocess.Popen(
+            command, env=os.environ | place | variables, stderr=subprocess.DEVNULL
+        )
 
     return start, lambda: heard.read_text().splitlines()
 
@@ -183,6 +187,12 @@ def test_a_signal_to_the_launcher_stops_the_program_and_leaves_the_slice(tpu_vm)
     process.terminate()
     assert process.wait(timeout=30) == 75
     assert heard() == ["copy", "install", RUN, "stop"]
+
+
+def test_a_wheel_that_is_not_there_is_a_mistake(tpu_vm, tmp_path):
+    start, heard = tpu_vm
+    process = start("ACTIVE", "0", WHEEL="no.whl")
+    assert process.wait(timeout=30) == 2 and not heard()
 
 
 # ------------------------------------------------------------------------------------ kubernetes
@@ -296,6 +306,66 @@ def test_processes_that_are_replaced_one_by_one_meet_again(tmp_path):
     assert steps == sorted(set(steps)) and steps[-1] == 600
 
 
+# ---------------------------------------------------------------------------- sae-jax launch
+
+
+def command(capsys, *argv: str) -> tuple[int, str, str]:
+    code = cli.main(["launch", *argv])
+    return code, *capsys.readouterr()
+
+
+def test_every_script_can_be_copied(tmp_path, capsys):
+    for name in ("local", "slurm", "tpu_vm", "kubernetes"):
+        code, out, _ = command(capsys, f"--copy={name}", f"--out={tmp_path}")
+        assert code == 0 and str(tmp_path / "README.md") in out.splitlines()
+    copies = [path for path in tmp_path.rglob("*") if path.is_file()]
+    files = [path for path in FILES if path.suffix != ".pyc"]
+    assert sorted(path.relative_to(tmp_path) for path in copies) == [
+        path.relative_to(LAUNCH) for path in files
+    ]
+    for path in files:
+        copy = tmp_path / path.relative_to(LAUNCH)
+        assert copy.read_bytes() == path.read_bytes()
+        assert copy.stat().st_mode == path.stat().st_mode
+
+
+def test_a_file_that_is_there_is_never_written_over(tmp_path, capsys):
+    for name in ("kubernetes", "kubernetes"):  # the second finds all that it would write
+        assert command(capsys, f"--copy={name}", f"--out={tmp_path}")[0] == 0
+    (tmp_path / "Containerfile").unlink()
+    (tmp_path / "kubernetes" / "tpu.yaml").write_text("mine")
+    code, _, err = command(capsys, "--copy=kubernetes", f"--out={tmp_path}")
+    assert code == 2 and err.count("\n") == 1
+    assert "tpu.yaml is there and differs" in err
+    assert (tmp_path / "kubernetes" / "tpu.yaml").read_text() == "mine"
+    assert not (tmp_path / "Containerfile").exists()
+
+
+@pytest.mark.parametrize(
+    "argv,words",
+    [
+        (["--copy=slrum"], ["'slrum'", "'slurm'"]),
+        (["slurm"], ["'slurm'", "--name=value"]),
+        (["--copy=slurm", "--out=s3://bucket/launch"], ["s3://bucket/launch", "this machine"]),
+        (["--copy=slurm", "--out={}/file"], ["file"]),
+    ],
+)
+def test_a_wrong_launch_is_one_line_and_code_2(tmp_path, capsys, argv, words):
+    (tmp_path / "file").touch()
+    code, _, err = command(capsys, *[text.format(tmp_path) for text in argv])
+    assert code == 2 and err.count("\n") == 1
+    for word in words:
+        assert word in err
+
+
+def test_without_a_name_it_lists_them(capsys):
+    code, out, _ = command(capsys)
+    assert code == 0
+    for path in FILES:
+        if path.suffix in (".py", ".sh", ".sbatch"):
+            assert path.name in out
+
+
 # --------------------------------------------------------------------------------- what is written
 
 
@@ -316,8 +386,6 @@ def test_shell_scripts():
 
 def test_containerfile():
     checked_by("hadolint", LAUNCH / "Containerfile")
-    copied = re.findall(r"^COPY (.*) \S+$", (LAUNCH / "Containerfile").read_text(), re.MULTILINE)
-    assert all((ROOT / name).exists() for line in copied for name in line.split())
 
 
 def parse(argv: list[str]) -> None:
@@ -328,8 +396,7 @@ def parse(argv: list[str]) -> None:
     importlib.import_module(f"sae_jax.cli.{name}").define(values)
     overrides, others = cli._split_overrides(rest)
     assert values([name, *others])[1:] == []
-    path, _, argument = values.config.partition(":")
-    config.override(config.load_file(f"{ROOT / path}:{argument}"), overrides)
+    config.override(config.load_file(values.config), overrides)
 
 
 def commands(path: pathlib.Path) -> list[list[str]]:
@@ -340,7 +407,8 @@ def commands(path: pathlib.Path) -> list[list[str]]:
     return [shlex.split(line) for line in found if not line.endswith("...")]
 
 
-def test_the_commands_here_are_commands_of_the_program():
+def test_the_commands_here_are_commands_of_the_program(monkeypatch):
+    monkeypatch.chdir(ROOT)  # for --config=experiments/FILE.py
     here, there = commands(LAUNCH / "README.md"), commands(ROOT / "README.md")
     assert (len(here), len(there)) == (4, 3)
     manifests = [job(name)["spec"]["template"]["spec"]["containers"][0] for name in MANIFESTS]

@@ -15,7 +15,7 @@ import scipy.optimize
 from sae_jax import cli, config
 from sae_jax.config import Config, TrainConfig
 from sae_jax.laws import fit, isoflop, predict, results
-from sae_jax.laws.estimators import ESTIMATORS, estimate, last_delta, minimise, rho
+from sae_jax.laws.estimators import ESTIMATORS, estimate, huber, last_delta, minimise
 from sae_jax.laws.frontier import Cost, Frontier
 from sae_jax.laws.intervals import bootstrap, public_intervals
 from sae_jax.laws.laws import LAWS
@@ -149,7 +149,7 @@ def test_minima_are_those_of_scipy(law):
             residual, shares = problem.residuals(z[None], problem.y_N)
             slope = weights * np.clip(residual[0], -delta, delta)
             gradient = slope @ (shares[0] * problem.features_NxP)
-            return 1e6 * (weights * rho(residual[0], delta)).sum(), 1e6 * gradient
+            return 1e6 * (weights * huber(residual[0], delta)).sum(), 1e6 * gradient
 
         theirs = scipy.optimize.minimize(objective, start, jac=True, method="BFGS").fun / 1e6
         assert value <= theirs * (1 + 1e-6)

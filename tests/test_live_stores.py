@@ -1,6 +1,8 @@
 """Live stores: rows computed when they are read are the rows that a harvest would have written."""
 
 import dataclasses
+import json
+import pathlib
 import shutil
 import tracemalloc
 
@@ -20,12 +22,14 @@ from training import (
     wait_until,
 )
 
-from sae_jax import lm, train
-from sae_jax.activations import Store, Stream, live
+from sae_jax import lm
+from sae_jax.activations import Store, Stream
 from sae_jax.cli import main
 from sae_jax.config import Config, DataConfig, MeshConfig, TrainConfig
 from sae_jax.errors import UserError
+from sae_jax.lm import live
 from sae_jax.sae import TopKConfig
+from sae_jax.train.run import train_run
 
 CONTEXT, BATCH = 16, 64
 SITES = ("resid_post.0", "mlp_act.1")
@@ -91,15 +95,15 @@ def test_single_rows_are_those_of_the_harvested_store(both):
 def test_several_sites_cost_one_pass_of_the_model(both, monkeypatch):
     """As many runs as there are batches of 8 in the window's sequences."""
     runs = []
-    runner = lm.Model.runner
+    runner = lm.JaxModel.runner
 
     def counting(self, sites, dtype):
         run = runner(self, sites, dtype)
         return lambda tokens: runs.append(sites) or run(tokens)
 
-    monkeypatch.setattr(lm.Model, "runner", counting)
+    monkeypatch.setattr(lm.JaxModel, "runner", counting)
     live._runner.cache_clear()
-    store = Store.open(both[1].path)
+    store = lm.open_store(both[1].path)
     chunks = np.arange(0, store.meta.num_chunks, 2)
     sites = stream(store).sites
     out = np.empty((len(chunks), store.meta.chunk_rows, sites.width), sites.dtype)
@@ -175,6 +179,8 @@ def test_mistakes_in_words(model, both, tmp_path):
     shutil.copytree(model, copy)
     store = harvest(copy, tmp_path / "live", repeats=3, live=True, statistics_tokens=1)
     assert store.meta.live.model == str(copy)
+    with pytest.raises(UserError, match="is live: .*; open it with sae_jax.lm.open_store"):
+        Store.open(store.path)
     with pytest.raises(UserError, match="is live: its rows are not there"):
         store.site(SITES[0])
     with pytest.raises(UserError, match="holds no activations whose bytes to check"):
@@ -186,10 +192,10 @@ def test_mistakes_in_words(model, both, tmp_path):
     world.make_model(copy.parent / "another", num_layers=2, seed=1)
     shutil.copy(copy.parent / "another/model.safetensors", copy)
     with pytest.raises(UserError, match=f"{copy} is no longer the model that it was made with"):
-        Store.open(store.path)
+        lm.open_store(store.path)
     shutil.rmtree(copy)
     with pytest.raises(UserError, match="is live and needs its model: no config.json in .*; put"):
-        Store.open(store.path)
+        lm.open_store(store.path)
 
 
 def test_command_line(model, tmp_path, capsys):
@@ -199,13 +205,33 @@ def test_command_line(model, tmp_path, capsys):
                  f"--context_length={CONTEXT}", "--live", "--statistics_tokens=500"]  # fmt: skip
     assert main(["harvest", *arguments]) == 0
     printed = capsys.readouterr().out
-    usable = int(Store.open(out).usable_rows[:, 0].sum())
+    usable = int(lm.open_store(out).usable_rows[:, 0].sum())
     assert f"{usable:,} rows to train on" in printed
     assert f"Live: {model} computes them when they are read" in printed
     assert main(["store", f"--path={out}"]) == 0
     assert f"live: computed by {model} when they are read" in capsys.readouterr().out
     assert main(["store", f"--path={out}", "--check"]) == 2
     assert "is live: it holds no activations" in capsys.readouterr().err
+
+
+def test_stores_of_version_1_are_read(tmp_path):
+    """Those of tests/fixtures/stores, by their script made at d780916: every row, and of the live
+    one the same rows."""
+    saved = pathlib.Path(__file__).parent / "fixtures" / "stores"
+    shutil.copytree(saved / "live", tmp_path / "live")
+    file = tmp_path / "live" / "meta.json"
+    meta = json.loads(file.read_text())
+    meta["live"]["model"] = str(lm.DEMO_MODEL)
+    file.write_text(json.dumps(meta))
+    harvested, computed = lm.open_store(saved / "harvested"), lm.open_store(tmp_path / "live")
+    harvested.check()
+    assert (type(harvested), type(computed)) == (Store, lm.LiveStore)
+    for site in ("resid_pre.0", "resid_post.0"):
+        rows, again = (s.read(site, slice(None)).astype(np.float32) for s in (harvested, computed))
+        assert rows.shape == (48, 128) and rows.any(axis=1).all()
+        np.testing.assert_allclose(again, rows, rtol=2**-7, atol=2**-10)  # another machine's sums
+    np.testing.assert_array_equal(*(s.usable_rows for s in (harvested, computed)))
+    assert harvested.usable_rows[:, 0].sum() == 48 - 8  # BOS, of contexts and of documents
 
 
 # ------------------------------------------------------------------------------------ training
@@ -231,7 +257,7 @@ def losses(run) -> list[float]:
 def test_training_is_the_same_as_on_the_harvested_store(both, tmp_path):
     """On a mesh of 2 x 2 over the devices that also run the model; held-out figures too. And by
     two processes, each of which runs the model on its own two devices."""
-    harvested, computed = (train.train(make_config(s), tmp_path / s.path[-4:]) for s in both)
+    harvested, computed = (train_run(make_config(s), tmp_path / s.path[-4:]).result for s in both)
     want = losses(tmp_path / "sted")
     assert losses(tmp_path / "live") == want and len(want) == 20
     assert computed["eval_loss"] == harvested["eval_loss"] > 0
@@ -246,7 +272,7 @@ def test_killed_and_resumed_it_ends_as_an_undisturbed_run_on_the_harvested_store
     harvested, computed = (
         make_config(store, 200, (1, 1), checkpoint_every=20, keep_checkpoints=2) for store in both
     )
-    train.train(harvested, tmp_path / "whole")
+    train_run(harvested, tmp_path / "whole")
     run = tmp_path / "run"
     process = start(run, computed, "--cpu_devices=4")
     wait_until(lambda: logged_step(run) >= 90, process)

@@ -4,14 +4,17 @@ import json
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import world
 
-from sae_jax import evaluate, lm
-from sae_jax.activations import Store, Stream
+from sae_jax import lm
+from sae_jax.activations import Stream
 from sae_jax.cli import main
 from sae_jax.errors import UserError
+from sae_jax.evaluate.report import evaluate
+from sae_jax.evaluate.sources import HeldOutRows, ModelRows
 from sae_jax.sae import ReLU, ReLUConfig, resolve
 
 CONTEXT, WIDTH = 16, 16
@@ -92,12 +95,12 @@ def test_figures_are_those_of_our_own_decoder(llama, tmp_path):
     )
     found = []
     for spec in (llama, f"torch:{llama}"):
-        model = evaluate.load_model(spec)
+        model = lm.open_model(spec)
         for source in (
-            evaluate.HeldOutRows(own, "resid_post.0", tokens=500, holdout_fraction=0.3),
-            evaluate.ModelRows(model, "resid_post.0", tokens(), what="tokens"),
+            HeldOutRows(own, "resid_post.0", tokens=500, holdout_fraction=0.3),
+            ModelRows(model, "resid_post.0", tokens(), what="tokens"),
         ):
-            found.append(evaluate.evaluate(sae, source, model).to_dict())
+            found.append(evaluate(sae, source, model).to_dict())
     for a, b in zip(found[:2], found[2:], strict=True):
         for part in ("reconstruction", "language_model"):
             assert b[part] == pytest.approx(a[part], rel=1e-4, abs=1e-6), part
@@ -126,17 +129,14 @@ def test_replacements(other):
     where = np.random.default_rng(1).random((3, CONTEXT)) < 0.5
     clean, x = other.forward(tokens(), taps=("resid_post.0", "mlp_act.1"))
     for site, values in x.items():
-        same, _ = other.forward(tokens(), replacements={site: (where, values)})
+        same, _ = other.forward(tokens(), edits={site: lm.at(where, lm.put(values))})
         np.testing.assert_allclose(same, clean, atol=1e-5)
         changed, seen = other.forward(
-            tokens(), taps=(site,), replacements={site: (where, np.zeros_like(values))}
+            tokens(), taps=(site,), edits={site: lm.at(where, jnp.zeros_like)}
         )
         np.testing.assert_array_equal(seen[site], np.where(where[..., None], 0, values))
         assert np.abs(changed - clean)[where].max() > 1e-3
-    _, after = other.forward(
-        tokens(), taps=("resid_pre.1",),
-        replacements={"resid_post.0": (np.ones_like(where), np.zeros_like(x["resid_post.0"]))},
-    )  # fmt: skip
+    _, after = other.forward(tokens(), taps=("resid_pre.1",), edits={"resid_post.0": lm.put(0.0)})
     assert not np.asarray(after["resid_pre.1"]).any()
 
 
@@ -151,7 +151,7 @@ def test_a_family_that_we_do_not_know_is_harvested_trained_on_and_evaluated(tmp_
                  f"--context_length={CONTEXT}", "--batch_size=4"]  # fmt: skip
     assert main([*arguments, f"--out={tmp_path / 'store'}"]) == 0
     assert main([*arguments, f"--out={tmp_path / 'live'}", "--live"]) == 0
-    stores = [Store.open(tmp_path / name) for name in ("store", "live")]
+    stores = [lm.open_store(tmp_path / name) for name in ("store", "live")]
     streams = [Stream(store, sites, batch_size=64).batches() for store in stores]
     for a, b in zip(*streams, strict=True):
         np.testing.assert_array_equal(a, b)

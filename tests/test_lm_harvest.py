@@ -181,7 +181,7 @@ def test_what_is_there_already_needs_no_room(world, tmp_path, monkeypatch):
 def test_flops_are_those_of_the_layers_up_to_the_last_site(world):
     """Against the shapes of the fixture's products, by hand: a layer has q 16x16, k and v 16x8, o
     16x16, three 16x24; a query of 4 tokens meets 2.5 keys, in 4 heads of 4, twice."""
-    model = lm.Model(world[0])
+    model = lm.JaxModel(world[0])
     layer = 2 * (16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 24) + 4 * 4 * 4 * 2.5
     assert model.flops_per_token(("resid_post.0",), 4) == layer
     assert model.flops_per_token(("resid_post.0", "mlp_act.1"), 4) == 2 * layer

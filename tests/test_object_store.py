@@ -37,9 +37,10 @@ from sae_jax.errors import UserError
 from sae_jax.paths import ObjectPath
 from sae_jax.sweep import worker
 from sae_jax.sweep.directory import SweepDirectory, load
-from sae_jax.train import loop, object_checkpoints
+from sae_jax.train import object_checkpoints
 from sae_jax.train.metrics import open_after
 from sae_jax.train.object_checkpoints import ObjectCheckpointer
+from sae_jax.train.run import train_run
 
 ROOT = pathlib.Path(__file__).parents[1]
 DEVICE = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -166,7 +167,8 @@ def test_a_store_is_resumed_read_and_checked(either):
     again = writer()
     assert again.missing_shards() == [shards[1], *shards[3:]]
     write(again, again.missing_shards())
-    found = again.finish()
+    again.finish()
+    found = Store.open(str(either))
     found.check()
     np.testing.assert_array_equal(found.read("x", slice(0, 512)), rows)
 
@@ -300,7 +302,7 @@ def test_a_run_killed_on_s3_ends_as_one_undisturbed_on_disk(store, place, tmp_pa
     assert "resumed" in err
 
     undisturbed = tmp_path / "run"
-    result = loop.train(config, undisturbed)
+    result = train_run(config, undisturbed).result
     assert_same_arrays(object_arrays(place), saved_arrays(undisturbed))
     assert losses(place) == losses(undisturbed)
     saved = json.loads((place / "result.json").read_text())

@@ -16,9 +16,11 @@ from sae_jax.sae import ARCHITECTURES
 from sae_jax.sweep import grid
 from sae_jax.sweep.design import VARIED, make_passes
 from sae_jax.sweep.pass_trainer import train_pass
-from sae_jax.train import loop, pack
+from sae_jax.train import pack, preparation
 from sae_jax.train.mesh import BatchPlacement, make_mesh
 from sae_jax.train.pack import PackTrainer, get_field, get_run, put_run, set_fields
+from sae_jax.train.results import flops, run_id
+from sae_jax.train.run import train_run
 
 STEPS = 40
 
@@ -30,7 +32,7 @@ def store(tmp_path_factory):
 
 def resolved(runs):
     stream = open_stream(runs[0].data)
-    return [loop.resolve(run, stream) for run in runs]
+    return [preparation.resolve(run, stream) for run in runs]
 
 
 def base(store, architecture="relu", steps=STEPS, **sections):
@@ -92,7 +94,7 @@ def test_a_step_of_a_pack_is_that_of_each_run(store, monkeypatch, architecture, 
         ]
     )
     stream = open_stream(one.data)
-    scale, target_scale, variance = loop.normalisation(runs[0], stream)
+    scale, target_scale, variance = preparation.normalisation(runs[0], stream)
     b_dec = np.full(stream.width, 0.1, np.float32)
     mesh = make_mesh(one)
     place = BatchPlacement(mesh, BATCH).place
@@ -151,8 +153,8 @@ def test_passes_hold_every_run_once(runs, count):
     passes = make_passes(runs, count)
     assert len(passes) == (count if count < 5 else 5)  # no more than rows of runs
     assert len({p.name for p in passes}) == len(passes)
-    ids = [loop.run_id(run) for p in passes for run in p.runs]
-    assert sorted(ids) == sorted(map(loop.run_id, runs))
+    ids = [run_id(run) for p in passes for run in p.runs]
+    assert sorted(ids) == sorted(map(run_id, runs))
     assert passes == make_passes(runs, count)
     for work in passes:
         for place, packed in enumerate(work.packs):
@@ -171,9 +173,7 @@ def test_passes_hold_every_run_once(runs, count):
     if count == 1:
         branches = [packed for packed in passes[0].packs if packed.trunk is not None]
         assert sum(len(packed.runs) for packed in branches) == 8
-        assert passes[0].flops < 0.75 * sum(
-            loop.flops(run, run.train.tokens)["flops"] for run in runs
-        )
+        assert passes[0].flops < 0.75 * sum(flops(run, run.train.tokens)["flops"] for run in runs)
     costs = [work.flops for work in passes]
     assert count != 2 or max(costs) < 1.3 * min(costs)
 
@@ -243,15 +243,15 @@ def trained(store, tmp_path_factory):
 def test_each_run_is_as_if_it_had_been_alone(trained, tmp_path):
     work, folder = trained
     for run in work.runs:
-        loop.train(run, tmp_path / loop.run_id(run))
+        train_run(run, tmp_path / run_id(run))
     assert_same_runs(results(folder), results(tmp_path), rel=1e-4)
     for run in work.runs:
-        name = loop.run_id(run)
+        name = run_id(run)
         got, want = saved_arrays(folder / name), saved_arrays(tmp_path / name)
         assert got.keys() == want.keys()
         for array, value in want.items():
             np.testing.assert_allclose(got[array], value, rtol=1e-3, atol=1e-5, err_msg=array)
-        assert loop.train(run, folder / name)["run_id"] == name, "train takes it as its own"
+        assert train_run(run, folder / name).result["run_id"] == name, "train takes it as its own"
 
 
 class CutError(Exception):
@@ -291,7 +291,7 @@ def test_a_run_that_diverges_is_given_up_and_the_others_go_on(store, tmp_path):
     assert len(ended) == len(runs)
     assert_same_runs(results(tmp_path / "all"), results(tmp_path / "healthy"), rel=1e-6)
     for run in runs:
-        failure = tmp_path / "all" / loop.run_id(run) / "failed.json"
+        failure = tmp_path / "all" / run_id(run) / "failed.json"
         assert failure.exists() == (run.optimizer.learning_rate > 1)
         if failure.exists():
             assert "NaN or infinite at step" in json.loads(failure.read_text())["reason"]
@@ -308,5 +308,5 @@ def test_mistakes_come_before_anything_is_made(store, tmp_path):
     with pytest.raises(UserError, match="not divisible by the 3 devices"):
         train_pass(make_passes([wide])[0], tmp_path / "runs")
     with pytest.raises(UserError, match="mesh.run shards the runs of a sweep"):
-        loop.train(dataclasses.replace(run, mesh=dataclasses.replace(run.mesh, run=2)), tmp_path)
+        train_run(dataclasses.replace(run, mesh=dataclasses.replace(run.mesh, run=2)), tmp_path)
     assert not list(tmp_path.iterdir())

@@ -84,7 +84,7 @@ def test_loops_slices_and_collectives_are_counted_as_often_as_they_run():
     ],
 )
 def test_replica_groups_as_xla_prints_them(text, group):
-    assert hlo._group(text) == group
+    assert hlo.parse_group(text) == group
 
 
 @pytest.mark.parametrize(
@@ -269,5 +269,5 @@ def test_plan_is_of_one_run():
      ("NVIDIA GeForce RTX 4090", None)],
 )  # fmt: skip
 def test_chips_by_what_jax_calls_them(device_kind, name):
-    chip = chips.chip_of(device_kind)
+    chip = chips.chip_from_kind(device_kind)
     assert (chip and chip.name) == name

@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -24,6 +25,14 @@ def test_start_is_two_lines():
     assert "sae-jax demo" in first and "pytest" in second
     for block in (first, second):
         assert len(block.strip().splitlines()) == 1
+
+
+def test_it_cites_this_version():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (entry,) = blocks("bibtex")
+    assert f"version = {{{project['version']}}}" in entry and project["license"] in entry
+    assert project["authors"][0]["name"] in entry.replace("\\_", "_")
+    assert README.partition("## Changelog")[2].split()[0] == f"**{project['version']}**"
 
 
 def run_python(directory, *arguments):

@@ -6,12 +6,16 @@ import numpy as np
 import pytest
 import scipy.sparse
 
-from sae_jax import evaluate, interop, sae, train
+from sae_jax import interop, sae
 from sae_jax.activations import World
 from sae_jax.cli import main
 from sae_jax.config import Config, DataConfig, TrainConfig
-from sae_jax.evaluate import RecoveryMeter
+from sae_jax.evaluate import report
+from sae_jax.evaluate.recovery import RecoveryMeter
+from sae_jax.evaluate.worlds import WorldRows
 from sae_jax.sae import ReLUConfig, TopKConfig
+from sae_jax.train.directory import read_config
+from sae_jax.train.run import train_run
 
 GENERATOR = np.random.default_rng
 
@@ -198,9 +202,7 @@ def test_the_best_sae_of_a_world_reaches_its_optimum(kind, site, target_site):
     spec = "world:orthonormal,width=12,features=12,sites=2,offset=1,magnitude=2,magnitude_std=0.2"
     data = DataConfig(store=spec, site=site, target_site=target_site)
     world = World(spec)
-    found = evaluate.evaluate(
-        best_sae(data, world, 5, kind), evaluate.WorldRows(data, tokens=20_001)
-    )
+    found = report.evaluate(best_sae(data, world, 5, kind), WorldRows(data, tokens=20_001))
     assert found.rows.rows == found.recovery.rows == 20_001
     scores = dict(found.recovery.scalars)
     sites = 2 if kind == "crosscoder" else 1
@@ -220,20 +222,18 @@ def run(tmp_path_factory):
         train=TrainConfig(tokens=256 * 20, log_every=5),
     )
     path = tmp_path_factory.mktemp("world") / "run"
-    train.train(config, path)
+    train_run(config, path)
     return path
 
 
 def test_a_run_on_a_world_is_evaluated_with_its_features(run, capsys):
     assert main(["eval", f"--run={run}", "--tokens=30000"]) == 0
     out = capsys.readouterr().out
-    found = evaluate.load(run / "eval.json")
+    found = report.load(run / "eval.json")
     assert "Of the world's 24 features" in out and f"{found.recovery.scalars['f1']:.5g}" in out
     assert "cross-entropy" not in out and "least mean squared error" not in out
     assert found.rows.rows == 30_000 and found.spliced is None
-    direct = evaluate.evaluate(
-        interop.load(run), evaluate.WorldRows(train.read_config(run).data, tokens=30_000)
-    )
+    direct = report.evaluate(interop.load(run), WorldRows(read_config(run).data, tokens=30_000))
     assert direct.recovery.scalars == pytest.approx(found.recovery.scalars)
     for part in ("features", "latents"):
         for name, values in getattr(direct.recovery, part).items():

@@ -6,9 +6,10 @@ import pytest
 from training import BATCH, assert_same_arrays, make_config, make_store, metrics, saved_arrays
 
 from sae_jax.activations import open_stream
-from sae_jax.train import loop, resample
+from sae_jax.train import preparation, resample
 from sae_jax.train.mesh import BatchPlacement, make_mesh
 from sae_jax.train.preemption import PreemptedError, Preemption
+from sae_jax.train.run import train_run
 from sae_jax.train.step import Trainer
 
 
@@ -40,8 +41,8 @@ def test_what_resampling_sets(store, architecture, mesh):
     sae = {"resample_every_tokens": 20 * BATCH}
     config = make_config(store, architecture, sae=sae, mesh=data)
     stream = open_stream(config.data)
-    config = loop.resolve(config, stream)
-    scale, target_scale, variance = loop.normalisation(config, stream)
+    config = preparation.resolve(config, stream)
+    scale, target_scale, variance = preparation.normalisation(config, stream)
     mesh = make_mesh(config)
     placement = BatchPlacement(mesh, BATCH)
     dead = np.arange(128) % 3 == 1
@@ -94,10 +95,10 @@ def test_run_with_resampling_is_exact_and_on_every_mesh_the_same(store, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(Preemption, "reached", lambda self, step: step == 46)
         with pytest.raises(PreemptedError, match="step 46"):
-            loop.train(config, tmp_path / "stopped")
-    loop.train(config, tmp_path / "stopped")
-    loop.train(config, tmp_path / "whole")
-    loop.train(config_of(store, (2, 2), sparsity_coefficient=30.0), tmp_path / "mesh")
+            train_run(config, tmp_path / "stopped")
+    train_run(config, tmp_path / "stopped")
+    train_run(config, tmp_path / "whole")
+    train_run(config_of(store, (2, 2), sparsity_coefficient=30.0), tmp_path / "mesh")
     assert_same_arrays(saved_arrays(tmp_path / "stopped"), saved_arrays(tmp_path / "whole"))
     got, want = metrics(tmp_path / "mesh"), metrics(tmp_path / "whole")
     np.testing.assert_allclose([m["loss"] for m in got], [m["loss"] for m in want], rtol=1e-4)

@@ -11,7 +11,7 @@ from sae_jax.activations import open_stream, write_store
 from sae_jax.config import Config, DataConfig, override
 from sae_jax.errors import UserError
 from sae_jax.sae import MatryoshkaConfig, TopKConfig, by_name
-from sae_jax.train import loop
+from sae_jax.train import preparation
 
 REFUSED = [
     ("topk", {"sparsity_coefficient": 1.0}, ["sae.sparsity_coefficient", "topk"]),
@@ -109,7 +109,7 @@ def test_sites_of_a_config(tmp_path):
             batch_size=64, virtual_shards=8,
         )  # fmt: skip
         config = Config(sae=TopKConfig(kind=kind, d_sae=40, k=2), data=data)
-        return loop.resolve(config, open_stream(data))
+        return preparation.resolve(config, open_stream(data))
 
     config = resolved("two", "crosscoder", "a,b")
     assert config.sae.site_widths == (6, 4) and config.sae.d_in == config.sae.d_out == 10

@@ -4,8 +4,11 @@ import pathlib
 
 import pytest
 
-from sae_jax import evaluate, interop, lm, train
+from sae_jax import interop, lm
 from sae_jax.config import load_file
+from sae_jax.evaluate.report import evaluate
+from sae_jax.evaluate.sources import HeldOutRows
+from sae_jax.train.run import train_run
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -23,12 +26,11 @@ def test_as_good_as_saelens_after_as_many_tokens(tmp_path):
     path = tmp_path / "stories"
     store = lm.harvest(MODEL, texts, path, sites=("resid_post.2",), context_length=128)
     config = load_file(f"{ROOT / 'experiments' / 'stories260k_topk.py'}:{path}")
-    train.train(config, tmp_path / "run")
-    heldout = evaluate.HeldOutRows(store, "", tokens=10**6, holdout_fraction=0.05)
-    model = evaluate.LanguageModel.load(MODEL)
+    train_run(config, tmp_path / "run")
+    heldout = HeldOutRows(store, "", tokens=10**6, holdout_fraction=0.05)
+    model = lm.open_model(MODEL)
     ours, theirs = (
-        evaluate.evaluate(interop.load(path), heldout, model)
-        for path in (tmp_path / "run", SAELENS)
+        evaluate(interop.load(path), heldout, model) for path in (tmp_path / "run", SAELENS)
     )
     assert ours.rows.scalars["l0"] <= 16
     assert ours.rows.scalars["fvu"] < 0.08 < theirs.rows.scalars["fvu"]

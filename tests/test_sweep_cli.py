@@ -19,7 +19,7 @@ from sae_jax.sae import ARCHITECTURES
 from sae_jax.sweep import dry_run
 from sae_jax.sweep.directory import SweepDirectory, expand, load
 from sae_jax.sweep.leases import Leases
-from sae_jax.train.loop import planned
+from sae_jax.train.results import planned
 from sae_jax.train.step import Trainer
 
 GRID = """

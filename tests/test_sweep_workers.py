@@ -19,8 +19,9 @@ from sae_jax.errors import UserError
 from sae_jax.sweep import grid, leases, worker
 from sae_jax.sweep.directory import SweepDirectory, expand
 from sae_jax.train.directory import read_config
-from sae_jax.train.loop import planned, train
 from sae_jax.train.preemption import PreemptedError
+from sae_jax.train.results import planned
+from sae_jax.train.run import train_run
 
 ROOT = pathlib.Path(__file__).parents[1]
 GRID = grid.product(
@@ -56,7 +57,7 @@ def directory(store, tmp_path):
 
 @pytest.fixture
 def training(directory, monkeypatch):
-    """Makes `train(work, path, check, run_ended)` what trains a pass; returns how to pretend that
+    """Makes `train(work, path, check, ...)` what trains a pass; returns how to pretend that
     a pass was trained."""
 
     def finish(work):
@@ -67,7 +68,7 @@ def training(directory, monkeypatch):
             (path / "result.json").write_text(json.dumps(result))
 
     def use(train):
-        monkeypatch.setattr(worker.passes, "train_pass", train)
+        monkeypatch.setattr(worker.pass_trainer, "train_pass", train)
         return finish
 
     return use
@@ -112,7 +113,7 @@ def test_a_worker_that_lost_its_lease_stops_without_a_word_of_error(directory, t
     """Also where it stumbled, over files that the other removed, before it had looked."""
     wrote, others = [], []
 
-    def train(work, path, check, run_ended):
+    def train(work, path, check, *_):
         check()
         if not others:
             others.append(take_over(directory, work.name))
@@ -352,9 +353,9 @@ def test_a_worker_of_two_processes(start, tmp_path):
     assert_nothing_was_done_twice(directory, kept)
     for run in (directory / "runs").iterdir():
         result = json.loads((run / "result.json").read_text())
-        alone = train(
+        alone = train_run(
             dataclasses.replace(read_config(run), mesh=MeshConfig(data=1)), tmp_path / run.name
-        )
+        ).result
         assert (result["devices"], alone["devices"]) == (2, 1)
         for name in ("eval_loss", "eval_fvu", "eval_l0"):
             assert result[name] == pytest.approx(alone[name], rel=1e-4), name

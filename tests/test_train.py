@@ -15,8 +15,11 @@ from sae_jax import cli
 from sae_jax.activations import open_stream, write_store
 from sae_jax.config import override
 from sae_jax.errors import UserError
-from sae_jax.train import NonFiniteError, loop, read_config
+from sae_jax.train import preparation, results, run
+from sae_jax.train.directory import RunDirectory, read_config
 from sae_jax.train.median import geometric_median
+from sae_jax.train.recorder import NonFiniteError
+from sae_jax.train.run import train_run
 from sae_jax.train.step import Trainer
 
 
@@ -30,7 +33,7 @@ def done(store, tmp_path_factory):
     """A finished run of 30 steps and its result."""
     run = tmp_path_factory.mktemp("runs") / "done"
     config = make_config(store, steps=30, train={"log_every": 10, "checkpoint_every": 20})
-    return run, config, loop.train(config, run)
+    return run, config, train_run(config, run).result
 
 
 FIELDS = """run_id architecture d_in d_sae k sparsity_coefficient seed lr tokens flops eval_loss
@@ -65,7 +68,7 @@ def test_checkpoints_leave_no_threads(store, tmp_path):
     """Each with files of its own, of which a process may have a thousand open."""
     before = threading.active_count()
     config = make_config(store, steps=24, train={"checkpoint_every": 1, "keep_checkpoints": 1})
-    loop.train(config, tmp_path / "run")
+    train_run(config, tmp_path / "run")
     assert threading.active_count() < before + 12
 
 
@@ -93,7 +96,7 @@ def test_one_checkpoint_of_a_run_loads(done):
 def test_finished_run_is_not_trained_again(done, monkeypatch):
     run, config, result = done
     monkeypatch.setattr(Trainer, "__init__", None)
-    assert loop.train(config, run) == result
+    assert train_run(config, run).result == result
 
 
 def test_scalar_normalisation_gives_norm_d(store):
@@ -102,7 +105,7 @@ def test_scalar_normalisation_gives_norm_d(store):
     rows = np.concatenate([stream.read(step) for step in range(stream.num_steps)])
     for normalize, norm in (("sqrt_d", 16), ("unit", 1)):
         config = override(config, {"sae.normalize": normalize})
-        scale, target_scale, variance = loop.normalisation(config, stream)
+        scale, target_scale, variance = preparation.normalisation(config, stream)
         assert scale == target_scale
         scaled = rows * scale
         assert np.mean(np.sum(scaled**2, axis=1)) == pytest.approx(norm, rel=0.02)
@@ -121,7 +124,7 @@ def test_geometric_median_ignores_outliers():
 def refused(config, run) -> str:
     """The one line that `train` refuses with."""
     with pytest.raises(UserError) as error:
-        loop.train(config, run)
+        train_run(config, run)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -157,7 +160,7 @@ def test_another_config_in_the_same_directory(done):
 )
 def test_wrong_configs(store, tmp_path, changes, words):
     with pytest.raises(UserError) as error:
-        loop.train(override(make_config(store), changes), tmp_path / "run")
+        train_run(override(make_config(store), changes), tmp_path / "run")
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
@@ -171,7 +174,7 @@ def test_epochs_named_in_the_message_are_enough(store, tmp_path):
     enough = dataclasses.replace(config.data, epochs=epochs)
     config = dataclasses.replace(config, data=enough)
     stream = open_stream(config.data)
-    assert loop.count_steps(config, stream) == 300
+    assert preparation.count_steps(config, stream) == 300
     assert epochs == 3
 
 
@@ -182,7 +185,7 @@ def test_store_with_nan(tmp_path):
     message = refused(make_config(store, steps=5), tmp_path / "run")
     assert "2 rows" in message and "data.drop_nonfinite=true" in message
     config = make_config(store, steps=5, data={"drop_nonfinite": True})
-    assert loop.train(config, tmp_path / "run")["eval_fvu"] > 0
+    assert train_run(config, tmp_path / "run").result["eval_fvu"] > 0
 
 
 def test_directory_that_is_no_run(store, tmp_path):
@@ -196,7 +199,7 @@ def test_directory_that_is_no_run(store, tmp_path):
 
 def test_killed_before_its_config_was_written(store, tmp_path):
     (tmp_path / "config.json.tmp").write_text('{"sa')
-    loop.RunDirectory(tmp_path, make_config(store))
+    RunDirectory(tmp_path, make_config(store))
     assert read_config(tmp_path) == make_config(store)
 
 
@@ -211,7 +214,7 @@ def test_damaged_checkpoint_is_named(done, tmp_path):
     message = refused(config, tmp_path / "run")
     assert "checkpoint 30" in message and "delete" in message
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "30")
-    assert loop.train(config, tmp_path / "run")["tokens"] == 30 * BATCH
+    assert train_run(config, tmp_path / "run").result["tokens"] == 30 * BATCH
 
 
 # ---------------------------------------------------------------- non-finite
@@ -242,7 +245,7 @@ def test_nonfinite_loss_stops_with_the_last_good_checkpoint(huge_store, tmp_path
     step = bad_step(huge_store, config)
     assert 10 < step < 95, "change data.seed"
     with pytest.raises(NonFiniteError) as error:
-        loop.train(config, tmp_path / "run")
+        train_run(config, tmp_path / "run")
     message = str(error.value)
     assert f"at step {step};" in message and "intact" in message and "\n" not in message
     saved = saved_arrays(tmp_path / "run")
@@ -250,7 +253,7 @@ def test_nonfinite_loss_stops_with_the_last_good_checkpoint(huge_store, tmp_path
     assert all(np.isfinite(array).all() for array in saved.values())
     assert sae_jax.load(tmp_path / "run").config.d_sae == 128
     with pytest.raises(NonFiniteError, match=f"step {step};"):  # and again when resumed
-        loop.train(config, tmp_path / "run")
+        train_run(config, tmp_path / "run")
     assert not (tmp_path / "run" / "result.json").exists()
 
 
@@ -263,7 +266,7 @@ def test_nonfinite_step_is_skipped(huge_store, tmp_path):
         train={"on_nonfinite": "skip"},
     )
     step = bad_step(huge_store, config)
-    loop.train(config, tmp_path / "run")
+    train_run(config, tmp_path / "run")
     lines = metrics(tmp_path / "run")
     assert [line["step"] for line in lines if line["loss"] is None] == [step]
     assert lines[step]["loss"] < 2 * lines[step - 2]["loss"]
@@ -272,10 +275,10 @@ def test_nonfinite_step_is_skipped(huge_store, tmp_path):
 
 
 def test_exit_code_of_a_nonfinite_loss(monkeypatch, capsys, tmp_path):
-    def explode(*_):
+    def explode(*_, **__):
         raise NonFiniteError("the loss became NaN")
 
-    monkeypatch.setattr(loop, "train", explode)
+    monkeypatch.setattr(run, "train_run", explode)
     assert cli.main(["train", f"--workdir={tmp_path}", "--config.data.store=x"]) == 3
     assert capsys.readouterr().err == "sae-jax train: error: the loss became NaN\n"
 
@@ -286,7 +289,7 @@ def test_too_few_held_out_rows_are_refused_before_training(tmp_path):
     message = refused(config, tmp_path / "run")
     assert "held out" in message and "data.holdout_fraction" in message
     config = override(config, {"data.holdout_fraction": "0"})
-    assert loop.train(config, tmp_path / "run")["eval_fvu"] is None
+    assert train_run(config, tmp_path / "run").result["eval_fvu"] is None
 
 
 def test_two_sites_need_a_choice(tmp_path):
@@ -295,13 +298,13 @@ def test_two_sites_need_a_choice(tmp_path):
     message = refused(make_config(str(tmp_path / "two")), tmp_path / "run")
     assert "a" in message and "b" in message
     config = override(make_config(str(tmp_path / "two")), {"data.site": "b"})
-    assert loop.resolve(config, open_stream(config.data)).sae.d_in == 8
+    assert preparation.resolve(config, open_stream(config.data)).sae.d_in == 8
 
 
 def test_run_id_is_the_config_without_the_mesh(store):
     def run_id(**changes):
         config = override(make_config(store), changes)
-        return loop.run_id(loop.resolve(config, open_stream(config.data)))
+        return results.run_id(preparation.resolve(config, open_stream(config.data)))
 
     assert run_id() == run_id(**{"mesh.model": "4"}) == run_id(**{"sae.aux_k": "8"})
     assert run_id() != run_id(**{"train.seed": "1"})

@@ -12,9 +12,11 @@ from training import BATCH, assert_same_arrays, make_config, make_store, metrics
 from sae_jax import sae as saes
 from sae_jax.activations import open_stream
 from sae_jax.ops.sharding import BATCH as BATCH_SPEC
-from sae_jax.train import loop
+from sae_jax.train import preparation
+from sae_jax.train.checkpoints import Checkpoints
 from sae_jax.train.mesh import BatchPlacement, make_mesh
 from sae_jax.train.preemption import PreemptedError, Preemption
+from sae_jax.train.run import train_run
 from sae_jax.train.step import Trainer
 
 MESHES = [(1, 1), (4, 1), (1, 4), (2, 2), (2, 2, "zero")]
@@ -40,7 +42,7 @@ def runs(store, tmp_path_factory):
     @functools.cache
     def run(architecture, mesh):
         path = folder / f"{architecture}-{'x'.join(map(str, mesh))}"
-        return path, loop.train(on(mesh, store=store, architecture=architecture), path)
+        return path, train_run(on(mesh, store=store, architecture=architecture), path).result
 
     return run
 
@@ -68,9 +70,9 @@ def test_losses_do_not_depend_on_the_mesh(runs, architecture, mesh):
 def test_checkpoint_restores_on_every_mesh(runs, store, source, target):
     path, _ = runs("topk", source)
     config = on(target, store=store)
-    config = loop.resolve(config, open_stream(config.data))
+    config = preparation.resolve(config, open_stream(config.data))
     with jax.set_mesh(make_mesh(config)):
-        checkpoints = loop.Checkpoints(path, keep=2)
+        checkpoints = Checkpoints(path, keep=2)
         like = Trainer(config, 50, 1.0).abstract()
         state = checkpoints.restore(like)
         checkpoints.close()
@@ -89,9 +91,9 @@ def test_run_that_moves_from_mesh_to_mesh(runs, store, tmp_path, monkeypatch):
         monkeypatch.setattr(Preemption, "reached", lambda self, step, stop=stop: step == stop)
         if stop:
             with pytest.raises(PreemptedError):
-                loop.train(on(mesh, store=store), tmp_path / "run")
+                train_run(on(mesh, store=store), tmp_path / "run")
         else:
-            loop.train(on(mesh, store=store), tmp_path / "run")
+            train_run(on(mesh, store=store), tmp_path / "run")
     path, _ = runs("topk", (1, 1))
     got, want = metrics(tmp_path / "run"), metrics(path)
     assert [line["step"] for line in got] == list(range(1, 51))
@@ -102,8 +104,8 @@ def test_stop_and_resume_on_one_mesh_is_exact(runs, store, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(Preemption, "reached", lambda self, step: step == 23)
         with pytest.raises(PreemptedError, match="step 23"):
-            loop.train(on((1, 1), store=store), tmp_path / "run")
-    loop.train(on((1, 1), store=store), tmp_path / "run")
+            train_run(on((1, 1), store=store), tmp_path / "run")
+    train_run(on((1, 1), store=store), tmp_path / "run")
     assert_same_arrays(saved_arrays(tmp_path / "run"), saved_arrays(runs("topk", (1, 1))[0]))
 
 

@@ -10,10 +10,10 @@ import pytest
 import world
 from training import finish_all, launch, together, wait_until
 
-from sae_jax import train
 from sae_jax.cli import main
 from sae_jax.config import Config, DataConfig, TrainConfig
 from sae_jax.sae import TopKConfig
+from sae_jax.train.run import train_run
 
 pytestmark = pytest.mark.slow
 SITE = "mlp_act.0"
@@ -82,7 +82,7 @@ def test_eval(stores, tmp_path, data):
         train=TrainConfig(tokens=256 * 10),
     )
     run = tmp_path / "run"
-    train.train(config, run)
+    train_run(config, run)
     model = [f"--model={root / 'model'}"] if data == "store" else []
     arguments = ["eval", f"--run={run}", "--tokens=20000", *model]
     assert main([*arguments, f"--out={tmp_path / 'one.json'}"]) == 0

@@ -2,9 +2,12 @@
 
 import pytest
 
-from sae_jax import evaluate, interop, train
+from sae_jax import interop
 from sae_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
+from sae_jax.evaluate.report import evaluate
+from sae_jax.evaluate.worlds import WorldRows
 from sae_jax.sae import by_name
+from sae_jax.train.run import train_run
 
 pytestmark = pytest.mark.slow
 
@@ -39,9 +42,9 @@ def test_within_a_percent_of_the_closed_form_optimum(tmp_path, architecture, d_s
         optimizer=OptimizerConfig(learning_rate=learning_rate),
         train=TrainConfig(tokens=3_000_000, log_every=1000, checkpoint_every=10_000),
     )
-    train.train(config, tmp_path / "run")
-    rows = evaluate.WorldRows(config.data, tokens=2**19)
-    found = evaluate.evaluate(interop.load(tmp_path / "run"), rows)
+    train_run(config, tmp_path / "run")
+    rows = WorldRows(config.data, tokens=2**19)
+    found = evaluate(interop.load(tmp_path / "run"), rows)
     scores = found.recovery.scalars
     shown = {name: scores[name] for name in ("optimal_mse", "mse_over_optimal", "mcc", "f1")}
     shown["l0"] = found.rows.scalars["l0"]

@@ -1,6 +1,6 @@
-"""Where a store's bytes live: one directory, local or in an object store, and its arrays.
+"""Where the bytes of a store lie: one directory, local or in an object store, and its arrays.
 
-Everything else in this room names files relative to the store and leaves paths to this module.
+The other modules of this package name files relative to the store and leave paths to this one.
 """
 
 import contextlib
@@ -16,40 +16,53 @@ _INDEX_BYTES_PER_CHUNK = 16  # offset and length, uint64 each
 
 
 class Folder:
-    """A directory as bytes by name. Writes are atomic: a temporary name, then a rename; an object
-    store's are so by themselves."""
+    """A directory, as bytes by name.
+
+    Writes are atomic: they go to a temporary name, which is then renamed. In an object store writes
+    are so by themselves.
+
+    Attributes:
+      path: the directory's absolute path or URL.
+      remote: whether it is in an object store.
+    """
 
     def __init__(self, path):
+        """Opens a directory, which need not exist yet."""
         self._where = paths.path(path).absolute()
         self.path = str(self._where)
         self.remote = paths.is_remote(self.path)
         self._store = ts.KvStore.open(self.kvstore("")).result()
 
     def kvstore(self, name: str) -> dict:
-        """TensorStore's spec of the file or folder `name` inside this one."""
+        """Returns TensorStore's spec of the file or folder `name` in this one."""
         if self.remote:
             return paths.kvstore(self._where, name)
         return {"driver": "file", "path": f"{self.path}/{name}"}
 
     def read(self, name: str) -> bytes | None:
-        """The bytes of `name`; None where there is no such file."""
+        """Returns the bytes of `name`; None where there is no such file."""
         with self._explained(name):
             found = self._store.read(name).result()
         return found.value if found.state == "value" else None
 
     def write(self, name: str, data: bytes) -> None:
+        """Writes the file `name`, whole or not at all."""
         with self._explained(name):
             self._store.write(name, data).result()
 
     def delete_folder(self, name: str) -> None:
+        """Removes the folder `name` and all in it."""
         if self.remote:
             (self._where / name).rmtree()
         else:
             shutil.rmtree(f"{self.path}/{name}")  # with the locks that a killed writer left
 
     def sizes(self, folder: str) -> dict[str, int | None]:
-        """Size in bytes of every file under `folder`. Remote sizes are None: an object there is
-        whole or absent, and asking costs a request each."""
+        """Returns the size in bytes of every file under `folder`, by name.
+
+        In an object store sizes are None: an object there is whole or absent, and asking costs a
+        request each.
+        """
         if self.remote:
             return {f"{folder}/{name}": None for name in (self._where / folder).files()}
         root = pathlib.Path(self.path)
@@ -62,14 +75,22 @@ class Folder:
 
 
 class Array:
-    """One uncompressed zarr3 array with shards: its place, layout and what its files weigh.
+    """An uncompressed zarr3 array with shards: its place, layout and file sizes.
 
-    Rows are axis 0. A chunk is the unit of reading, a shard is one file of whole chunks.
-    `fill` must be a value that the data never holds (NaN for activations), so that a chunk
-    which was never written cannot pass for data: TensorStore reads it as `fill`, silently.
+    Rows are axis 0. A chunk is the unit of reading, and a shard is one file of whole chunks.
+
+    Attributes:
+      name: the name of its folder in the store.
+      shape: its shape.
+      dtype: the name of its dtype.
+      chunk_rows: rows of a chunk.
+      shard_chunks: chunks of a shard.
+      fill: a value that the data never holds (NaN for activations). TensorStore silently reads a
+        chunk that was never written as `fill`, which so cannot pass for data.
     """
 
     def __init__(self, name, shape, dtype, chunk_rows, shard_chunks, fill):
+        """Describes an array; no file is touched."""
         self.name = name
         self.shape = tuple(shape)
         self.dtype = dtype
@@ -78,6 +99,9 @@ class Array:
         self.fill = fill
 
     def open(self, folder: Folder, create: bool = False, context=None) -> ts.TensorStore:
+        """Opens the array in a store's folder. With `create`, it is created if it does not
+        exist.
+        """
         rest = list(self.shape[1:])
         endian = {} if self.dtype == "uint8" else {"configuration": {"endian": "little"}}
         sharding = {
@@ -105,7 +129,9 @@ class Array:
         return ts.open(spec, open=True, create=create, context=context).result()
 
     def file_sizes(self) -> dict[str, int]:
-        """Name (inside the store) and size in bytes of every shard file of the whole array."""
+        """Returns the size in bytes of every shard file of the whole array, by its name in the
+        store.
+        """
         chunk_bytes = self.chunk_rows * ts.dtype(self.dtype).numpy_dtype.itemsize
         for extent in self.shape[1:]:
             chunk_bytes *= extent

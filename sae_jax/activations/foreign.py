@@ -1,9 +1,9 @@
-"""A store from activations that lie in files of others: SAELens' cached activations, and plain
-folders of .npy or .safetensors.
+"""Converts activations in the files of other programs to a store.
 
-SAELens' CacheActivationsRunner saves a data set in Hugging Face's arrow format: a column by the
-name of each hook, sequences of shape (context length, width), and perhaps `token_ids`. A plain
-folder holds matrices (rows, width), one in each file, in the order of the files' names.
+SAELens' CacheActivationsRunner saves a data set in Hugging Face's arrow format. It has a column by
+the name of each hook, with sequences of shape (context length, width), and perhaps one of
+`token_ids`. Else a file or folder holds matrices (rows, width), one in each .npy or .safetensors
+file, in the order of the files' names.
 """
 
 import dataclasses
@@ -19,8 +19,10 @@ from sae_jax.activations.store import DTYPES, Store
 from sae_jax.activations.writer import StoreWriter
 from sae_jax.errors import UserError
 
-_STATE, _FEATURES = "state.json", "dataset_info.json"  # of a data set saved by Hugging Face
-_TOKENS = "token_ids"
+# The files of a data set that Hugging Face's library saved.
+_STATE_FILE = "state.json"
+_FEATURES_FILE = "dataset_info.json"
+_TOKENS_COLUMN = "token_ids"
 _SAFETENSORS_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -32,14 +34,27 @@ def convert(
     site_of_hook=lambda hook: hook,
     progress=lambda shards: shards,
 ) -> Store:
-    """Writes the activations in `source`, a file or a folder, to a new store, one shard (about 256
-    MiB) in memory; a conversion that was stopped goes on when it is started again.
+    """Writes the activations in a file or folder to a new store.
 
-    site: what to call it in the store; where a column or tensor of that name is there, the one to
-    take. site_of_hook: our name of SAELens' hook. context_length: rows of a plain file that make
-    one text (None: 1); a cache says it itself. Half precision stays, all else becomes float32. Rows
-    with NaN or infinity are kept, logged by file, and marked, so that no run trains on them.
-    UserError, naming the file, for what is cut off, of another width or not numbers."""
+    One shard (about 256 MiB) is in memory at a time. A conversion that was stopped goes on when it
+    is started again. Half precision stays, and all else becomes float32. Rows with NaN or infinity
+    are kept, logged by file, and marked, so that no run trains on them.
+
+    Args:
+      source: the file or folder.
+      out: the store's directory.
+      site: what to call the site in the store. Where a column or tensor has that name, it is the
+        one that is taken.
+      context_length: how many rows of a plain file make one text; None stands for 1. A cache of
+        SAELens says it itself.
+      site_of_hook: a function from the name of SAELens' hook to the name of the site.
+      progress: a function that wraps the list of shards, such as `tqdm.tqdm`.
+
+    Returns:
+      The store.
+
+    Raises UserError, which names the file, for what is cut off, of another width or not numbers.
+    """
     source = pathlib.Path(source)
     if _is_cache(source):
         found = _open_cache(source, site, site_of_hook)
@@ -58,9 +73,10 @@ def convert(
         first, stop = (
             n * found.context_length for n in (shard.sequences.start, shard.sequences.stop)
         )
-        values = {name: _rows(parts, first, stop) for name, parts in found.sites.items()}
+        values = {name: _read_rows(parts, first, stop) for name, parts in found.sites.items()}
         writer.write_shard(shard.index, values)
-    return writer.finish()
+    writer.finish()
+    return Store.open(out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +89,7 @@ class _Part:
     dtype: str
 
     def read(self, start: int, stop: int) -> np.ndarray:
+        """Returns the rows from `start` to before `stop`."""
         raise NotImplementedError
 
 
@@ -92,7 +109,9 @@ class _Safetensors(_Part):
 
 @dataclasses.dataclass(frozen=True)
 class _Arrow(_Part):
-    """Of a column of sequences: the file is mapped, and its numbers are not copied."""
+    """A column of sequences in an arrow file, which is mapped, so that its numbers are not
+    copied.
+    """
 
     name: str
     context_length: int
@@ -100,7 +119,7 @@ class _Arrow(_Part):
     def read(self, start, stop):
         first, last = start // self.context_length, -(-stop // self.context_length)
         column = _arrow_table(self.file)[self.name].slice(first, last - first)
-        rows = _numbers(column, (-1, self.width), self.file, self.name)
+        rows = _to_array(column, (-1, self.width), self.file, self.name)
         if len(rows) != (last - first) * self.context_length:
             raise UserError(
                 f"{self.file}: sequences of {self.name} are not all of {self.context_length} tokens"
@@ -110,23 +129,27 @@ class _Arrow(_Part):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Found:
+class _Activations:
+    """The activations in some files: the parts of each site, in order."""
+
     sites: dict[str, list[_Part]]
     context_length: int
     tokens: np.ndarray | None = None
 
     @property
     def rows(self) -> int:
+        """The number of rows."""
         return sum(part.rows for part in next(iter(self.sites.values())))
 
     @property
     def dtype(self) -> str:
+        """The dtype of the store."""
         dtypes = {part.dtype for parts in self.sites.values() for part in parts}
         return dtypes.pop() if len(dtypes) == 1 and dtypes <= set(DTYPES) else "float32"
 
 
-def _rows(parts: list[_Part], first: int, stop: int) -> np.ndarray:
-    """Rows [first, stop) of the parts, one after the other."""
+def _read_rows(parts: list[_Part], first: int, stop: int) -> np.ndarray:
+    """Returns the rows from `first` to before `stop` of the parts, one part after the other."""
     taken, start = [], 0
     for part in parts:
         low, high = max(first - start, 0), min(stop - start, part.rows)
@@ -134,7 +157,7 @@ def _rows(parts: list[_Part], first: int, stop: int) -> np.ndarray:
             try:
                 x = part.read(low, high)
             except (ValueError, OSError, safetensors.SafetensorError) as error:
-                raise _damaged(part.file, error) from None
+                raise _damaged_error(part.file, error) from None
             if bad := int((~statistics.finite_rows(x)).sum()):
                 logging.warning(
                     "%s: %d of rows %d to %d hold NaN or infinity; they are marked, and no run "
@@ -148,17 +171,18 @@ def _rows(parts: list[_Part], first: int, stop: int) -> np.ndarray:
 # ------------------------------------------------------------------------------- plain files
 
 
-def _open_plain(source: pathlib.Path, site: str, context_length: int) -> _Found:
+def _open_plain(source: pathlib.Path, site: str, context_length: int) -> _Activations:
+    """Finds the activations in a plain file or folder."""
     files = sorted(source.iterdir()) if source.is_dir() else [source]
     files = [file for file in files if file.suffix in (".npy", ".safetensors") and file.is_file()]
     if not files:
         raise UserError(
             f"no activations at {source}: neither .npy or .safetensors files nor a data set that "
-            f"SAELens cached ({_STATE}, {_FEATURES})"
+            f"SAELens cached ({_STATE_FILE}, {_FEATURES_FILE})"
         )
     parts = []
     for file in files:
-        part = _npy(file) if file.suffix == ".npy" else _safetensors(file, site)
+        part = _open_npy(file) if file.suffix == ".npy" else _open_safetensors(file, site)
         if part.rows % context_length:
             raise UserError(
                 f"{file} has {part.rows} rows, not whole sequences of {context_length}; leave "
@@ -170,18 +194,20 @@ def _open_plain(source: pathlib.Path, site: str, context_length: int) -> _Found:
                 "files of a folder must be of one site"
             )
         parts.append(part)
-    return _Found({site or "activations": parts}, context_length)
+    return _Activations({site or "activations": parts}, context_length)
 
 
-def _npy(file: pathlib.Path) -> _Part:
+def _open_npy(file: pathlib.Path) -> _Part:
+    """Returns the matrix in a .npy file."""
     try:
         x = np.load(file, mmap_mode="r")
     except (ValueError, OSError, EOFError) as error:
-        raise _damaged(file, error) from None
-    return _Npy(file, *_matrix(x.shape, x.dtype.name, file))
+        raise _damaged_error(file, error) from None
+    return _Npy(file, *_check_matrix(x.shape, x.dtype.name, file))
 
 
-def _safetensors(file: pathlib.Path, site: str) -> _Part:
+def _open_safetensors(file: pathlib.Path, site: str) -> _Part:
+    """Returns a matrix in a .safetensors file: that called `site`, or the only one."""
     try:
         with safetensors.safe_open(file, "np") as tensors:
             names = list(tensors.keys())
@@ -194,12 +220,13 @@ def _safetensors(file: pathlib.Path, site: str) -> _Part:
             header = tensors.get_slice(name)
             shape, dtype = tuple(header.get_shape()), header.get_dtype()
     except (OSError, safetensors.SafetensorError) as error:
-        raise _damaged(file, error) from None
+        raise _damaged_error(file, error) from None
     dtype = _SAFETENSORS_DTYPES.get(dtype, dtype)
-    return _Safetensors(file, *_matrix(shape, dtype, file), name)
+    return _Safetensors(file, *_check_matrix(shape, dtype, file), name)
 
 
-def _matrix(shape: tuple, dtype: str, file) -> tuple[int, int, str]:
+def _check_matrix(shape: tuple, dtype: str, file) -> tuple[int, int, str]:
+    """Returns the rows, width and dtype of a matrix. Raises UserError for anything else."""
     if dtype not in _SAFETENSORS_DTYPES.values():
         raise UserError(f"{file} holds {dtype}, not activations in floating point")
     if len(shape) != 2 or 0 in shape:
@@ -207,7 +234,7 @@ def _matrix(shape: tuple, dtype: str, file) -> tuple[int, int, str]:
     return *shape, dtype
 
 
-def _damaged(file, error) -> UserError:
+def _damaged_error(file, error) -> UserError:
     reason = str(error).strip().splitlines()[0][:200]
     return UserError(f"{file} cannot be read, it is damaged or cut off: {reason}")
 
@@ -216,17 +243,22 @@ def _damaged(file, error) -> UserError:
 
 
 def _is_cache(source: pathlib.Path) -> bool:
-    return (source / _STATE).is_file() and (source / _FEATURES).is_file()
+    """Whether a folder is a data set that Hugging Face's library saved."""
+    return (source / _STATE_FILE).is_file() and (source / _FEATURES_FILE).is_file()
 
 
-def _open_cache(source: pathlib.Path, site: str, site_of_hook) -> _Found:
+def _open_cache(source: pathlib.Path, site: str, site_of_hook) -> _Activations:
+    """Finds the activations in a cache of SAELens."""
     try:
-        features = json.loads((source / _FEATURES).read_text())["features"]
+        features = json.loads((source / _FEATURES_FILE).read_text())["features"]
         files = [
-            entry["filename"] for entry in json.loads((source / _STATE).read_text())["_data_files"]
+            entry["filename"]
+            for entry in json.loads((source / _STATE_FILE).read_text())["_data_files"]
         ]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{source}: {_STATE} or {_FEATURES} is garbled ({error})") from None
+        raise UserError(
+            f"{source}: {_STATE_FILE} or {_FEATURES_FILE} is garbled ({error})"
+        ) from None
     hooks = {
         name: (*feature["shape"], feature["dtype"])
         for name, feature in features.items()
@@ -249,13 +281,14 @@ def _open_cache(source: pathlib.Path, site: str, site_of_hook) -> _Found:
                 raise UserError(f"{file} has no column {hook}")
             part = _Arrow(file, len(table) * context_length, width, dtype, hook, context_length)
             sites.setdefault(site or site_of_hook(hook) or hook, []).append(part)
-        if _TOKENS in features:
-            ids = _numbers(table[_TOKENS], (-1, context_length), file, _TOKENS)
+        if _TOKENS_COLUMN in features:
+            ids = _to_array(table[_TOKENS_COLUMN], (-1, context_length), file, _TOKENS_COLUMN)
             tokens.append(ids.astype(np.int32))
-    return _Found(sites, context_length, np.concatenate(tokens) if tokens else None)
+    return _Activations(sites, context_length, np.concatenate(tokens) if tokens else None)
 
 
 def _arrow_table(file: pathlib.Path):
+    """Returns the table in an arrow file, which is mapped."""
     try:
         import pyarrow as pa
     except ImportError:
@@ -264,11 +297,11 @@ def _arrow_table(file: pathlib.Path):
         with pa.memory_map(str(file)) as stream:
             return pa.ipc.open_stream(stream).read_all()
     except (OSError, pa.ArrowInvalid) as error:
-        raise _damaged(file, error) from None
+        raise _damaged_error(file, error) from None
 
 
-def _numbers(column, shape: tuple, file, name: str) -> np.ndarray:
-    """A column of nested lists of numbers, as an array of `shape`."""
+def _to_array(column, shape: tuple, file, name: str) -> np.ndarray:
+    """Returns a column of nested lists of numbers as an array of `shape`."""
     chunks = []
     for chunk in column.chunks:
         values = getattr(chunk, "storage", chunk)  # where the package datasets is loaded as well

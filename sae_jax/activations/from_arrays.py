@@ -1,4 +1,4 @@
-"""A store from activations that someone already has, as numpy arrays."""
+"""Writes a store from activations that someone already has, as numpy arrays."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from sae_jax.activations.store import Store, read_meta
 from sae_jax.activations.writer import SHARD_BYTES, StoreWriter
 from sae_jax.errors import UserError
 
-_UNKNOWN_LENGTH = 1 << 40  # sequences; cut to what came when the batches end
+_UNKNOWN_LENGTH = 1 << 40  # sequences; the store is shortened when the batches end
 
 
 def write_store(
@@ -20,27 +20,41 @@ def write_store(
     special_tokens=(),
     provenance: dict | None = None,
 ) -> Store:
-    """Writes a new store from `batches`, an iterable of arrays (n, width), n of any size, or of
-    dicts {site: array (n, width)}; a single array or dict will do too. Holds one shard (about
-    256 MiB a site) in memory.
+    """Writes a new store from arrays of activations.
 
         store = write_store("my_store", [activations])
 
-    Where rows are tokens of texts, `context_length` says how many make one text (each text must
-    be whole) and `tokens` (num_sequences, context_length) keeps the ids. Raises UserError if the
-    directory already holds a store, or on batches of different widths."""
+    One shard, about 256 MiB a site, is in memory at a time.
+
+    Args:
+      path: the store's directory.
+      batches: an iterable of arrays (n, width), n of any size, or of dicts {site: array (n,
+        width)}. A single array or dict will do too.
+      site: the name of the site, where batches are arrays.
+      dtype: how activations are stored: "float32", "bfloat16" or "float16".
+      context_length: how many rows make one text, where rows are tokens of texts. Each text must be
+        whole.
+      tokens: the ids (num_sequences, context_length) of the tokens, which are stored too.
+      special_tokens: ids whose rows are stored but never trained on.
+      provenance: JSON values that say where the activations come from.
+
+    Returns:
+      The store.
+
+    Raises UserError if the directory already holds a store, or on batches of different widths.
+    """
     if read_meta(Folder(path)) is not None:
         raise UserError(f"{path} already holds a store; choose another directory or remove it")
     if isinstance(batches, dict) or getattr(batches, "ndim", None) == 2:
         batches = [batches]
-    rows = _Rows(batches, site)
+    rows = _RowQueue(batches, site)
     rows.fill(until_bytes=SHARD_BYTES)
     if not rows.count:
         raise UserError("write_store got no rows")
     if tokens is not None:
         num_sequences = len(tokens)
     elif rows.ended:
-        num_sequences = _whole(rows.count, context_length)
+        num_sequences = _count_sequences(rows.count, context_length)
     else:
         num_sequences = _UNKNOWN_LENGTH
     writer = StoreWriter.create_or_resume(
@@ -59,7 +73,7 @@ def write_store(
         shard += 1
     total = shard * shard_rows + rows.count
     if num_sequences == _UNKNOWN_LENGTH:
-        writer.set_num_sequences(_whole(total, context_length))
+        writer.set_num_sequences(_count_sequences(total, context_length))
     elif total != num_sequences * context_length:
         raise UserError(
             f"the batches hold {total} rows, but {num_sequences} sequences of {context_length} "
@@ -67,11 +81,12 @@ def write_store(
         )
     if rows.count:
         writer.write_shard(shard, rows.take(rows.count))
-    return writer.finish()
+    writer.finish()
+    return Store.open(path)
 
 
-class _Rows:
-    """The batches as a queue of rows, site by site."""
+class _RowQueue:
+    """Queues the rows of batches, site by site."""
 
     def __init__(self, batches, site: str):
         self._batches = iter(batches)
@@ -82,7 +97,9 @@ class _Rows:
         self.ended = False
 
     def fill(self, until_rows: int | None = None, until_bytes: int | None = None) -> bool:
-        """Takes batches until so many rows or bytes are queued; False if they ended before."""
+        """Takes batches until so many rows or bytes are queued. Returns False if the batches ended
+        before there were so many rows.
+        """
         while not self.ended and (
             self.count < until_rows if until_rows is not None else self.bytes < until_bytes
         ):
@@ -94,12 +111,14 @@ class _Rows:
         return until_rows is None or self.count >= until_rows
 
     def take(self, rows: int) -> dict[str, np.ndarray]:
+        """Removes and returns the first rows, by site."""
         joined = {name: np.concatenate([p[name] for p in self._parts]) for name in self.widths}
         self._parts = [{name: x[rows:] for name, x in joined.items()}]
         self.count -= rows
         return {name: x[:rows] for name, x in joined.items()}
 
     def _add(self, batch: dict) -> None:
+        """Queues one batch."""
         batch = {name: np.asarray(x) for name, x in batch.items()}
         shapes = {name: x.shape for name, x in batch.items()}
         if any(len(shape) != 2 for shape in shapes.values()):
@@ -116,8 +135,10 @@ class _Rows:
         self.bytes += max(x.nbytes for x in batch.values())
 
 
-def _whole(rows: int, context_length: int) -> int:
-    """Sequences in `rows` rows."""
+def _count_sequences(rows: int, context_length: int) -> int:
+    """Returns the number of sequences that rows make. Raises UserError where they are not whole
+    sequences.
+    """
     if rows % context_length:
         raise UserError(
             f"{rows} rows are not whole sequences of {context_length} tokens; "

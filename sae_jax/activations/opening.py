@@ -1,6 +1,7 @@
-"""One door to every kind of data: a config's stream, of a store or of a synthetic world."""
+"""Opens the stream of batches that a config describes, of a store or of a synthetic world."""
 
 import functools
+from collections.abc import Callable
 
 from sae_jax.activations.store import Store
 from sae_jax.activations.stream import Stream
@@ -10,11 +11,15 @@ from sae_jax.errors import UserError
 
 
 def open_stream(
-    data: DataConfig, split: str = "train", batch_size: int | None = None
+    data: DataConfig,
+    split: str = "train",
+    batch_size: int | None = None,
+    open_store: Callable[[str], Store] = Store.open,
 ) -> Stream | WorldStream:
     """The batches that `data` describes, of its site or sites and then its target site. split:
-    "train" or "heldout"; batch_size: another than data.batch_size. UserError for a store, site or
-    setting that does not fit.
+    "train" or "heldout"; batch_size: another than data.batch_size; open_store: what opens the store
+    (`lm.open_stream` gives what opens live ones too). UserError for a store, site or setting that
+    does not fit.
 
     Of a world the data's seed, sites and batch size matter: it has no chunks to hold out or to
     shuffle, and never ends."""
@@ -29,7 +34,7 @@ def open_stream(
         world = open_world(data.store)
         return WorldStream(world, sites, batch_size=batch_size, seed=data.seed, split=split)
     return Stream(
-        Store.open(data.store),
+        open_store(data.store),
         sites,
         batch_size=batch_size,
         seed=data.seed,

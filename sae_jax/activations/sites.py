@@ -1,4 +1,6 @@
-"""Some sites of a store side by side: the columns of the first, then those of the second, ..."""
+"""Some sites of a store side by side: the columns of the first, then those of the second, and so
+on.
+"""
 
 from collections.abc import Sequence
 
@@ -11,12 +13,28 @@ from sae_jax.errors import UserError
 class Sites:
     """Sites of a store, read as one matrix of `width` columns.
 
-    names: "a", or "a,b" for several in this order, or a sequence of names; "" stands for the
-    store's only site. Several sites of different dtypes are read as float32. UserError for a site
-    that the store does not have, or that is named twice.
+    Several sites of different dtypes are read as float32.
+
+    Attributes:
+      store: the store.
+      names: the names of the sites.
+      widths: their widths.
+      width: the sum of their widths.
+      dtype: the NumPy dtype of the matrix.
+      mean: the mean (width,) of the rows, as the store has it.
+      mean_squared_norms: the mean squared norm of the rows at each site.
     """
 
     def __init__(self, store: Store, names: str | Sequence[str] = ""):
+        """Finds sites in a store.
+
+        Args:
+          store: the store.
+          names: "a", or "a,b" for several in this order, or a sequence of names; "" stands for the
+            only site.
+
+        Raises UserError for a site that the store does not have, or that is named twice.
+        """
         self.store = store
         self.names = tuple(store.resolve_site(name) for name in split_names(names))
         check_distinct(self.names, store.path)
@@ -30,26 +48,32 @@ class Sites:
 
     def read_chunks(self, chunks, out: np.ndarray) -> None:
         """Reads whole chunks into out[i] (chunk_rows, width), each site straight into its own
-        columns. Rows of `out` beyond the store's end are left as they are."""
+        columns.
+
+        Rows of `out` beyond the store's end are left as they are.
+        """
         self.store.read_chunks(self.names, chunks, self._by_site(out))
 
     def read_rows(self, ids) -> np.ndarray:
-        """Store rows `ids` (n,), in any order: (n, width). A slow path for a few rows."""
+        """Returns the rows (n, width) with the store rows `ids` (n,), in any order. It is slow, and
+        for a few rows.
+        """
         out = np.empty((len(ids), self.width), self.dtype)
         self.store.read_rows(self.names, np.asarray(ids), self._by_site(out))
         return out
 
     def _by_site(self, x: np.ndarray) -> list[np.ndarray]:
-        """Views of the columns of each site."""
+        """Returns views of the columns of each site."""
         return np.split(x, np.cumsum(self.widths)[:-1], axis=-1)
 
 
 def split_names(names: str | Sequence[str]) -> list[str]:
-    """["a", "b"] from "a,b", or from a sequence."""
+    """Returns ["a", "b"] for "a,b", or for a sequence of names."""
     return [name.strip() for name in (names.split(",") if isinstance(names, str) else names)]
 
 
 def check_distinct(names: Sequence[str], origin: str) -> None:
+    """Raises UserError where a site is named twice; `origin` says where the sites are."""
     for name in names:
         if names.count(name) > 1:
             raise UserError(

@@ -1,9 +1,9 @@
-"""What the writer learns about the rows of one shard, and what follows for the whole store.
+"""The statistics of the rows of one shard, and what follows from them for the whole store.
 
 Rows are left out of training and of the statistics for three reasons: a special token (by id,
-anywhere in the text), a position at the start of the context whose activations are far larger
-than elsewhere (attention sinks; Sun et al., "Massive Activations in Large Language Models",
-arXiv:2402.17762), and values that are not finite. The second is only known once all shards are
+anywhere in the text); a position at the start of the context whose activations are far larger than
+elsewhere (attention sinks; Sun et al., "Massive Activations in Large Language Models",
+arXiv:2402.17762); and values that are not finite. The second is only known once all shards are
 written, so the sums of the leading positions are kept apart until then.
 """
 
@@ -20,25 +20,35 @@ _BLOCK_ROWS = 4096
 class SiteSums:
     """Float64 sums over rows that are finite in every site and not special tokens.
 
-    T is the context length, L = min(LEADING_POSITIONS, T) or 0 where T is 1."""
+    T is the context length. L is min(LEADING_POSITIONS, T), or 0 where T is 1.
 
-    leading: np.ndarray  # (L, width) vector sums, position by position
-    rest: np.ndarray  # (width,) vector sum over the other positions
-    norm: np.ndarray  # (T,) sums of ||x||
-    squared_norm: np.ndarray  # (T,) sums of ||x||^2
+    Attributes:
+      leading: vector sums (L, width), position by position.
+      rest: the vector sum (width,) over the other positions.
+      norm: sums (T,) of ||x||.
+      squared_norm: sums (T,) of ||x||^2.
+      nonfinite_rows: the number of rows that are not finite in this site.
+    """
+
+    leading: np.ndarray
+    rest: np.ndarray
+    norm: np.ndarray
+    squared_norm: np.ndarray
     nonfinite_rows: int
 
     def __add__(self, other: "SiteSums") -> "SiteSums":
+        """Returns the sums over the rows of both."""
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
         return SiteSums(*(a + b for a, b in pairs))
 
 
 def leading_positions(context_length: int) -> int:
+    """Returns how many leading positions are kept apart."""
     return min(LEADING_POSITIONS, context_length) if context_length > 1 else 0
 
 
 def finite_rows(values: np.ndarray) -> np.ndarray:
-    """(rows,) bool of `values` (rows, width): no NaN, no infinity."""
+    """Returns which rows (rows,) of `values` (rows, width) hold neither NaN nor infinity."""
     # By the bits of the exponent: ten times as fast as isfinite of bfloat16.
     exponent = np.array(np.inf, values.dtype).view(f"u{values.itemsize}")
     bits = values.view(exponent.dtype)
@@ -49,7 +59,9 @@ def finite_rows(values: np.ndarray) -> np.ndarray:
 
 
 def site_sums(values: np.ndarray, used: np.ndarray, nonfinite_rows: int) -> SiteSums:
-    """Sums of `values` (sequences * T, width) over the rows where `used` (sequences, T) is true."""
+    """Returns the sums of `values` (sequences * T, width) over the rows where `used` (sequences, T)
+    is true.
+    """
     sequences, context_length = used.shape
     width, leading = values.shape[1], leading_positions(context_length)
     sums = SiteSums(
@@ -72,8 +84,14 @@ def site_sums(values: np.ndarray, used: np.ndarray, nonfinite_rows: int) -> Site
 
 
 def high_norm_positions(sums: SiteSums, count: np.ndarray) -> np.ndarray:
-    """Leading positions whose mean norm is more than HIGH_NORM_RATIO times the median over
-    positions. `count` (T,): rows summed at each position."""
+    """Returns the leading positions with norms far above the rest.
+
+    Their mean norm is more than HIGH_NORM_RATIO times the median over positions.
+
+    Args:
+      sums: the sums of a site.
+      count: rows (T,) that were summed at each position.
+    """
     seen = count > 0
     mean_norm = np.divide(sums.norm, count, out=np.zeros_like(sums.norm), where=seen)
     leading = np.arange(len(count)) < leading_positions(len(count))
@@ -83,7 +101,9 @@ def high_norm_positions(sums: SiteSums, count: np.ndarray) -> np.ndarray:
 
 
 def mean_and_squared_norm(sums: SiteSums, count: np.ndarray, excluded_positions):
-    """(mean (width,), mean squared norm, rows used) without the excluded positions."""
+    """Returns the mean (width,), the mean squared norm and the number of rows, without the excluded
+    positions.
+    """
     kept = ~np.isin(np.arange(len(count)), excluded_positions)
     rows = int(count[kept].sum())
     total = sums.rest + sums.leading[kept[: len(sums.leading)]].sum(axis=0)
@@ -91,4 +111,5 @@ def mean_and_squared_norm(sums: SiteSums, count: np.ndarray, excluded_positions)
 
 
 def _blocks(count: int, size: int):
+    """Yields slices of `size` that cover `count`."""
     return (slice(start, start + size) for start in range(0, count, size))

@@ -11,7 +11,8 @@ All are uncompressed zarr3 with shards (`files.Array`). Row r of every site is t
 r % context_length of sequence r // context_length. A chunk holds whole sequences and is the unit
 of reading; all arrays but usable_rows and checksums are cut at the same sequences.
 
-A live store has neither sites nor checksums: whoever reads its rows has them computed (`live`).
+A live store has neither sites nor checksums: a language model computes its rows when they are
+read. `Store` reads stores whose sites are there; what can run a model opens live ones too.
 """
 
 import contextlib
@@ -27,7 +28,6 @@ import numpy as np
 import tensorstore as ts
 
 from sae_jax.activations.files import Array, Folder
-from sae_jax.activations.live import LiveMeta, LiveRows
 from sae_jax.errors import UserError, choose
 
 FORMAT_VERSION = 1
@@ -60,6 +60,22 @@ class SiteMeta:
     @property
     def numpy_dtype(self) -> np.dtype:
         return np.dtype(getattr(ml_dtypes, self.dtype, self.dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class LiveMeta:
+    """What computes the rows of a live store.
+
+    model: of which language model, by an absolute path. model_fingerprint: of its weights.
+    batch_size: contexts that the model always runs on. mesh_model: devices that share the model.
+    statistics_tokens: the statistics are of at least so many tokens; None: of all."""
+
+    model: str
+    model_fingerprint: str
+    model_dtype: str
+    batch_size: int
+    mesh_model: int = 1
+    statistics_tokens: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,8 +166,23 @@ def read_meta(folder: Folder) -> StoreMeta | None:
     return meta
 
 
+def read_complete_meta(folder: Folder) -> StoreMeta:
+    """meta.json of a finished store. UserError where there is none, or an unfinished one."""
+    meta = read_meta(folder)
+    if meta is None:
+        raise UserError(f"no activation store at {folder.path}: {folder.path}/meta.json is missing")
+    if not meta.complete:
+        raise UserError(
+            f"{folder.path}/meta.json says the store is incomplete; start the same harvest "
+            "again to go on from the first missing shard, or remove the directory"
+        )
+    return meta
+
+
 class Store:
-    """A complete store, opened for reading: `Store.open(path)`."""
+    """A complete store whose sites are there, opened for reading: `Store.open(path)`.
+
+    `lm.open_store(path)` opens live stores too, whose rows a language model computes."""
 
     def __init__(self, folder: Folder, meta: StoreMeta):
         self.folder = folder
@@ -160,29 +191,22 @@ class Store:
         self._arrays = meta.arrays()
         self._context = ts.Context(_READING)
         self._handles = {}
-        self._live = meta.live and LiveRows(self)
 
     @classmethod
     def open(cls, path) -> "Store":
-        """Raises UserError, naming the file, if the store is missing, incomplete, of another
-        version, or if any of its files is missing or has another size or shape than meta.json
-        says; a live one if its model is not where it was, or is another. Altered bytes of the
-        right size are found by `check` only."""
+        """The store at `path`. Raises UserError, naming the file, if the store is missing,
+        incomplete, of another version, or if any of its files is missing or has another size or
+        shape than meta.json says; and if it is live. Altered bytes of the right size are found by
+        `check` only."""
         folder = Folder(path)
-        meta = read_meta(folder)
-        if meta is None:
-            raise UserError(f"no activation store at {path}: {folder.path}/meta.json is missing")
-        if not meta.complete:
+        meta = read_complete_meta(folder)
+        if meta.live:
             raise UserError(
-                f"{folder.path}/meta.json says the store is incomplete; start the same harvest "
-                "again to go on from the first missing shard, or remove the directory"
+                f"{folder.path} is live: a language model computes its rows when they are read; "
+                "open it with sae_jax.lm.open_store"
             )
         store = cls(folder, meta)
-        for name in store._arrays:
-            store._check_files(name)
-            store._handle(name)
-        if store._live:
-            store._live.check_model()
+        store.check_files()
         return store
 
     @property
@@ -199,12 +223,7 @@ class Store:
         return sites[0]
 
     def site(self, name: str = "") -> ts.TensorStore:
-        """Handle (rows, width). UserError for a live store, which has none."""
-        if self._live:
-            raise UserError(
-                f"{self.path} is live: its rows are not there but computed when they are read; "
-                "harvest without --live to have them as an array"
-            )
+        """Handle (rows, width)."""
         return self._handle(f"sites/{self.resolve_site(name)}")
 
     def tokens(self) -> ts.TensorStore | None:
@@ -226,19 +245,12 @@ class Store:
         rows; training reads through `Stream`."""
         site = self.resolve_site(site)
         start, stop, step = rows.indices(self.num_rows)
-        if self._live:
-            meta, ids = self.meta.sites[site], np.arange(start, max(start, stop), step)
-            out = np.empty((len(ids), meta.width), meta.numpy_dtype)
-            self.read_rows([site], ids, [out])
-            return out
         with self._damage_named(f"sites/{site}"):
             return self.site(site)[start : max(start, stop) : step].read().result()
 
     def read_rows(self, sites: Sequence[str], ids: np.ndarray, outs: Sequence[np.ndarray]) -> None:
         """Rows `ids` (n,), in any order, of each site into its `out` (n, width). A slow path for
         a few rows."""
-        if self._live:
-            return self._live.read_rows(sites, ids, outs)
         for site, out in zip(sites, outs, strict=True):
             with self._damage_named(f"sites/{site}"):
                 out[...] = self.site(site)[ids].read().result()
@@ -257,17 +269,12 @@ class Store:
     def read_chunks(self, sites: Sequence[str], chunks, outs: Sequence[np.ndarray]) -> None:
         """Reads whole chunks of each site, all in flight at once, into its `out` (len(chunks),
         chunk_rows, width). Rows of it beyond the store's end are left as they are."""
-        if self._live:
-            return self._live.read_chunks(sites, chunks, outs)
         for site, out in zip(sites, outs, strict=True):
             self._read_chunks(f"sites/{site}", chunks, out)
 
     def check(self, progress=lambda chunks: chunks) -> None:
         """Reads every byte of every site. UserError names the site and chunk that do not have
-        the checksum of when they were written, or hold non-finite rows not marked as such; or
-        says that the store is live, and has none."""
-        if self._live:
-            raise UserError(f"{self.path} is live: it holds no activations whose bytes to check")
+        the checksum of when they were written, or hold non-finite rows not marked as such."""
         recorded = self._handle("checksums").read().result()
         for chunk in progress(range(self.meta.num_chunks)):
             excluded = self.read_excluded([chunk])[0]
@@ -316,17 +323,21 @@ class Store:
                 ) from None
         return self._handles[name]
 
-    def _check_files(self, name: str) -> None:
-        found = self.folder.sizes(name)
-        expected = self._arrays[name].file_sizes() | {f"{name}/zarr.json": None}
-        for file, size in expected.items():
-            if file not in found:
-                raise UserError(f"{self.path}/{file} is missing; make the store again")
-            if None not in (size, found[file]) and size != found[file]:
-                raise UserError(
-                    f"{self.path}/{file} has {found[file]} bytes, not {size}: it is damaged; "
-                    "make the store again"
-                )
+    def check_files(self) -> None:
+        """Raises UserError, naming the file, if a file of an array is missing or has another size
+        or shape than meta.json says."""
+        for name, array in self._arrays.items():
+            found = self.folder.sizes(name)
+            expected = array.file_sizes() | {f"{name}/zarr.json": None}
+            for file, size in expected.items():
+                if file not in found:
+                    raise UserError(f"{self.path}/{file} is missing; make the store again")
+                if None not in (size, found[file]) and size != found[file]:
+                    raise UserError(
+                        f"{self.path}/{file} has {found[file]} bytes, not {size}: it is damaged; "
+                        "make the store again"
+                    )
+            self._handle(name)
 
 
 def checksum(values: np.ndarray) -> int:

@@ -1,8 +1,8 @@
 """The stream: batches of rows, in an order that is a pure function of (store, seed, step).
 
-The order is `order.Order`; this file reads it fast. A window's chunks are read whole, all in
-flight at once, into one of two buffers while batches are gathered from the other: rows read one
-by one, or chunks permuted one by one, are 10 to 100 times slower.
+The order is `order.Order`; this file reads it fast. The chunks of a window are read whole, all at
+the same time, into one of two buffers, while batches are gathered from the other. To read rows one
+by one, or to permute chunks one by one, is 10 to 100 times slower.
 """
 
 import concurrent.futures
@@ -20,17 +20,28 @@ SPLITS = ("train", "heldout")
 
 
 class Stream:
-    """Batches (batch_size, width) of rows, in the dtype of the store. Of several sites ("a,b", or
-    a sequence of names) they are the columns of each, in this order; the rows, and their order,
-    are the same whatever the sites.
+    """Batches (batch_size, width) of rows of a store, in the store's dtype.
 
-    Rows with any bit of `Store.excluded` are left out (with `include_excluded`: those that are
-    not finite in some site, only), and so are the sequences of the other split. Step s is the
-    same batch, bit for bit, however many processes read it, each its own rows. Reading holds two
-    windows of about `window_rows` rows in memory, in whole chunks.
+    Of several sites a batch has the columns of each, side by side. The rows and their order are the
+    same whatever the sites. Step s is the same batch, bit for bit, however many processes read it,
+    each its own rows.
 
-    UserError if the batch cannot be cut in `virtual_shards`, the split is smaller than a batch,
-    a site is unknown, named twice, or holds NaN or infinity (unless `drop_nonfinite`).
+    Rows with any bit of `Store.excluded` are left out, and so are the sequences of the other split.
+    Reading holds two windows of about `window_rows` rows in memory, in whole chunks.
+
+    Attributes:
+      store: the store.
+      sites: the sites, as one matrix of columns.
+      batch_size: rows of a batch.
+      site_names: the names of the sites.
+      site_widths: their widths.
+      width: the sum of their widths.
+      mean: the mean (width,) of the rows, as the store has it.
+      site_mean_squared_norms: the mean squared norm of the rows at each site, as the store has it.
+      order: the order of the rows.
+      rows_per_epoch: the rows of the split.
+      steps_per_epoch: the steps in which they are used once.
+      num_steps: the steps of all epochs.
     """
 
     def __init__(
@@ -48,6 +59,25 @@ class Stream:
         include_excluded: bool = False,
         drop_nonfinite: bool = False,
     ):
+        """Opens the stream of some sites of a store.
+
+        Args:
+          store: the store.
+          sites: "a", or "a,b" for several side by side, or a sequence of names; "" stands for the
+            only site.
+          batch_size: rows of a batch.
+          seed: chooses the order.
+          split: "train" or "heldout".
+          holdout_fraction: the fraction of the chunks that is held out.
+          epochs: how often every row is used.
+          virtual_shards: the number of equal parts of a batch, which processes share out.
+          window_rows: the rows among which rows are shuffled.
+          include_excluded: keeps the excluded rows, except those that are not finite in some site.
+          drop_nonfinite: allows sites with rows that hold NaN or infinity; these rows are left out.
+
+        Raises UserError if the batch cannot be cut into `virtual_shards`, if the split is smaller
+        than a batch, and if a site is unknown, is named twice, or holds NaN or infinity.
+        """
         self.store = store
         self.sites = Sites(store, sites)
         self.batch_size = batch_size
@@ -87,28 +117,41 @@ class Stream:
         self.num_steps = epochs * self.steps_per_epoch
 
     def batch_rows(self, step: int) -> np.ndarray:
-        """Store rows (batch_size,) int64 of a step."""
+        """Returns the store rows (batch_size,) int64 of a step."""
         if not 0 <= step < self.num_steps:
             raise UserError(f"step {step} is not one of the stream's {self.num_steps} steps")
         window, offset = self.order.locate(step)
         return self.order.rows(window, np.arange(self.batch_size))[offset]
 
     def read(self, step: int) -> np.ndarray:
-        """The batch (batch_size, width) of a step, row by row: slow, needs no window."""
+        """Returns the batch (batch_size, width) of a step. It is read row by row, which is slow and
+        needs no window.
+        """
         return self.read_rows(self.batch_rows(step))
 
     def read_rows(self, ids) -> np.ndarray:
-        """Rows (n, width) of store rows `ids` (n,), as `batch_rows` gives them, in any order."""
+        """Returns the rows (n, width) with the store rows `ids` (n,), as `batch_rows` gives them,
+        in any order.
+        """
         return self.sites.read_rows(ids)
 
     def dataset(self, start_step: int = 0, rows=slice(None)) -> grain.IterDataset:
-        """Batches from `start_step` to the last as a grain dataset. `rows`: the slice of the
-        batch, or a list of slices, that this process needs; an element is (their rows, width).
-        Only chunks with these rows are read. The state of its iterator is the step."""
+        """Returns the batches from `start_step` to the last as a grain dataset.
+
+        Only chunks with the rows that are asked for are read. The state of its iterator is the
+        step.
+
+        Args:
+          start_step: the first step.
+          rows: the slice of the batch, or a list of slices, that this process needs. An element has
+            these rows alone.
+        """
         return _BatchDataset(self, start_step, rows)
 
     def batches(self, start_step: int = 0, rows=slice(None), prefetch: int = 2):
-        """Iterator over `dataset(start_step, rows)` with `prefetch` batches ready in advance."""
+        """Returns an iterator over `dataset(start_step, rows)` with `prefetch` batches ready in
+        advance.
+        """
         dataset = self.dataset(start_step, rows)
         return iter(
             grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=prefetch)
@@ -117,6 +160,7 @@ class Stream:
         )
 
     def _usable_mask(self, chunks: np.ndarray) -> np.ndarray:
+        """Returns which rows (len(chunks), chunk_rows) of some chunks are used."""
         return self.store.read_excluded(chunks) & self._excluding == 0
 
 
@@ -159,7 +203,7 @@ class _BatchIterator(grain.DatasetIterator):
 
 
 class _WindowReader:
-    """Two windows: one to gather from, and the next one, read by a thread meanwhile."""
+    """Holds two windows: one to gather from, and the next one, which a thread reads meanwhile."""
 
     def __init__(self, stream: Stream, columns: np.ndarray):
         self._stream = stream
@@ -167,10 +211,10 @@ class _WindowReader:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "sae-jax-window")
         self._buffers = [None, None]
         self._current = None  # (window, first step in it, buffer, places (steps, columns))
-        self._next = None  # (window, Future)
+        self._next = None  # (window, Future of what _load returns)
 
     def batch(self, step: int) -> np.ndarray:
-        """(len(columns), width) of a step."""
+        """Returns the rows (len(columns), width) of a step."""
         window, offset = self._stream.order.locate(step)
         if self._current is None or self._current[0] != window or offset < self._current[1]:
             self._move_to(window, offset, step)
@@ -181,7 +225,7 @@ class _WindowReader:
         return np.take(bits, places[offset - first], axis=0, mode="clip").view(buffer.dtype)
 
     def _move_to(self, window: int, offset: int, step: int) -> None:
-        """Makes `window` current, from step `offset` of it on, and starts reading the next."""
+        """Makes `window` current, from its step `offset` on, and starts reading the next one."""
         ahead, self._next = self._next, None
         loaded = ahead[1].result() if ahead else None
         if ahead is None or ahead[0] != window or offset:
@@ -193,7 +237,9 @@ class _WindowReader:
             self._next = (window + 1, self._thread.submit(self._load, window + 1, 0))
 
     def _load(self, window: int, first: int):
-        """(first, buffer (rows, width), places (steps - first, columns) of the rows in it)."""
+        """Returns (first, buffer (rows, width), places (steps - first, columns) of the rows in
+        it).
+        """
         stream, store = self._stream, self._stream.store
         rows = stream.order.rows(window, self._columns)[first:]
         chunk = rows // store.meta.chunk_rows
@@ -206,8 +252,11 @@ class _WindowReader:
         return first, buffer.reshape(-1, stream.width), rows + moved[chunk]
 
     def _buffer(self, chunks: int) -> np.ndarray:
-        """The buffer that is not in use, (chunks, chunk_rows, width), grown where too small:
-        memory that was touched before is filled several times faster than new pages."""
+        """Returns the buffer that is not in use, (chunks, chunk_rows, width), grown where it is too
+        small.
+
+        Memory that was touched before is filled several times faster than new pages.
+        """
         free, in_use = self._buffers
         if free is None or len(free) < chunks:
             stream = self._stream
@@ -218,6 +267,7 @@ class _WindowReader:
 
 
 def _check_numbers(batch_size, virtual_shards, window_rows, epochs, seed, holdout_fraction):
+    """Raises UserError for numbers that a stream cannot have."""
     for name, value in [
         ("batch_size", batch_size),
         ("virtual_shards", virtual_shards),
@@ -232,8 +282,8 @@ def _check_numbers(batch_size, virtual_shards, window_rows, epochs, seed, holdou
         raise UserError(f"data.holdout_fraction is {holdout_fraction}; it must be in [0, 1)")
     if batch_size % virtual_shards:
         below = batch_size // virtual_shards * virtual_shards
-        neighbours = f"{below} or " if below else ""
+        smaller = f"{below} or " if below else ""
         raise UserError(
             f"data.batch_size is {batch_size}, which data.virtual_shards={virtual_shards} does not "
-            f"divide; use {neighbours}{below + virtual_shards}"
+            f"divide; use {smaller}{below + virtual_shards}"
         )

@@ -1,7 +1,7 @@
-"""Writing a store: shard by shard, by any number of writers, going on where one was killed.
+"""Writes a store shard by shard, by any number of writers, going on where one was killed.
 
 A shard is written once all its arrays and then its notes (STORE/written/NUMBER.npz: sums, masks,
-checksums) are there. `finish` merges the notes, writes what follows from all of them, and turns
+checksums) exist. `finish` merges the notes, writes what follows from all of them, and turns
 meta.json to complete. Every file appears under its name only when it is whole.
 """
 
@@ -15,15 +15,14 @@ import numpy as np
 
 from sae_jax.activations import statistics
 from sae_jax.activations.files import Folder
-from sae_jax.activations.live import LiveMeta
 from sae_jax.activations.store import (
     DTYPES,
     FORMAT_VERSION,
     HIGH_NORM,
     NONFINITE,
     SPECIAL_TOKEN,
+    LiveMeta,
     SiteMeta,
-    Store,
     StoreMeta,
     checksum,
     read_meta,
@@ -33,21 +32,35 @@ from sae_jax.errors import UserError, choose
 
 CHUNK_BYTES = 3 << 19  # 1.5 MiB: reads fast, and rows of many sequences meet in a window
 SHARD_BYTES = 256 << 20
-MIN_CHUNKS = 256  # of a small store, so that held-out sequences and shuffling are fine-grained
-MIN_SHARDS = 8  # of a small store, so that an interrupted harvest keeps most of its work
+MIN_CHUNKS = 256  # chunks of a small store, for fine-grained held-out sequences and shuffling
+MIN_SHARDS = 8  # shards of a small store, so that an interrupted harvest keeps most of its work
 _CHUNK_ROWS = (256, 4096)
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardSpec:
+    """One shard of a store.
+
+    Attributes:
+      index: its number.
+      sequences: the slice of the store's sequences that are in it.
+    """
+
     index: int
     sequences: slice
 
 
 class StoreWriter:
-    """Writes one store; made by `StoreWriter.create_or_resume`."""
+    """Writes one store. It is made by `StoreWriter.create_or_resume`.
+
+    Attributes:
+      folder: the store's directory.
+      path: its path.
+      meta: what meta.json says.
+    """
 
     def __init__(self, folder: Folder, meta: StoreMeta, tokens: np.ndarray | None):
+        """Makes a writer for a store whose meta.json is written; use `create_or_resume`."""
         self.folder = folder
         self.path = folder.path
         self.meta = meta
@@ -69,15 +82,28 @@ class StoreWriter:
         provenance: dict | None = None,
         live: LiveMeta | None = None,
     ) -> "StoreWriter":
-        """A writer for a new store, or for an unfinished one of the very same content.
+        """Returns a writer for a new store, or for an unfinished one of the very same content.
 
-        `sites` maps names to widths, `tokens` is (num_sequences, context_length) int,
-        `special_tokens` are ids whose rows are kept but never trained on. A store that is `live`
-        keeps all but the activations, whose statistics it takes. Several processes may
-        call this at once with the same arguments. A finished store with the same content gives a
-        writer with nothing missing; any other existing store is a UserError that says what
-        differs."""
-        _check_sites(sites)
+        Several processes may call this at once with the same arguments. A finished store with the
+        same content gives a writer with nothing missing.
+
+        Args:
+          path: the store's directory.
+          sites: the widths of the sites by name.
+          num_sequences: the number of texts.
+          context_length: the tokens of a text.
+          dtype: how activations are stored: "float32", "bfloat16" or "float16".
+          tokens: the ids (num_sequences, context_length) of the tokens.
+          model: the name of the language model.
+          tokenizer: the name of its tokenizer.
+          special_tokens: ids whose rows are stored but never trained on.
+          provenance: JSON values that say where the activations come from.
+          live: how activations are computed, for a store that keeps all but the activations and
+            only takes their statistics.
+
+        Raises UserError, which says what differs, where `path` holds any other store.
+        """
+        check_sites(sites)
         choose(dtype, DTYPES, "the dtype of a store")
         if num_sequences < 1 or context_length < 1:
             raise UserError(
@@ -93,7 +119,7 @@ class StoreWriter:
             raise UserError("special_tokens were given without tokens to find them in")
         sites = {name: SiteMeta(int(width), dtype) for name, width in sites.items()}
         widest = max(sites.values(), key=lambda site: site.width)
-        chunk, shard = _layout(widest, num_sequences, context_length)
+        chunk, shard = layout(widest, num_sequences, context_length)
         meta = StoreMeta(
             format_version=FORMAT_VERSION,
             complete=False,
@@ -117,12 +143,14 @@ class StoreWriter:
         else:
             folder.write("meta.json", meta.to_json())
         if not meta.complete:
-            for name in _written_by_shard(meta):
+            for name in _arrays_of_shards(meta):
                 meta.arrays()[name].open(folder, create=True)
         return cls(folder, meta, tokens)
 
     def missing_shards(self) -> list[ShardSpec]:
-        """Shards still to be written, in order. Writers may share them out in any way."""
+        """Returns the shards still to be written, in order. Writers may share them out in any
+        way.
+        """
         if self.meta.complete:
             return []
         written = self.folder.sizes("written")
@@ -134,9 +162,17 @@ class StoreWriter:
         ]
 
     def write_shard(self, index: int, values: dict[str, np.ndarray] | None) -> None:
-        """`values[site]`: (sequences of the shard * context_length, width), of any float type;
-        stored as the store's dtype. Rows that are not finite then are marked as such. None, where
-        the store is live: the shard has no part in the statistics."""
+        """Writes one shard.
+
+        Rows that are not finite in the store's dtype are marked as such.
+
+        Args:
+          index: the number of the shard.
+          values: by site, activations (sequences of the shard * context_length, width) of any float
+            type. None is for a live store: the shard has no part in the statistics.
+
+        Raises UserError for an array of another shape.
+        """
         meta, arrays = self.meta, self._arrays
         first = index * meta.shard_sequences
         stop = min(first + meta.shard_sequences, meta.num_sequences)
@@ -174,11 +210,14 @@ class StoreWriter:
         np.savez(buffer, **notes)
         self.folder.write(_notes_name(index), buffer.getvalue())
 
-    def finish(self) -> Store:
-        """Merges what the shards' writers noted, marks the store complete and opens it. One
-        process calls this after all shards are written; UserError if some are not."""
+    def finish(self) -> None:
+        """Merges what the shards' writers noted and marks the store complete.
+
+        One process calls this after all shards are written. A finished store stays as it is.
+        Raises UserError if some shards are not written.
+        """
         if self.meta.complete:
-            return Store.open(self.path)
+            return
         if missing := self.missing_shards():
             raise UserError(
                 f"{self.path} lacks {len(missing)} of {self.meta.num_shards} shards "
@@ -203,16 +242,15 @@ class StoreWriter:
             complete=True,
             sites=sites,
             excluded_positions=positions,
-            excluded_why=_why(self.meta, positions, excluded_rows),
+            excluded_why=_describe_excluded(self.meta, positions, excluded_rows),
         )
         self.folder.write("meta.json", meta.to_json())
         self.folder.delete_folder("written")
         self.meta = meta
-        return Store.open(self.path)
 
     def set_num_sequences(self, num_sequences: int) -> None:
         """Shortens a store whose length was not known beforehand (`write_store`)."""
-        for name in _written_by_shard(self.meta):
+        for name in _arrays_of_shards(self.meta):
             array = self._arrays[name]
             shape = [num_sequences * array.shape[0] // self.meta.num_sequences, *array.shape[1:]]
             handle = array.open(self.folder)
@@ -225,6 +263,7 @@ class StoreWriter:
         return self.meta.arrays()
 
     def _as_stored(self, name: str, x: np.ndarray, rows: slice) -> np.ndarray:
+        """Returns the values of a site in the store's dtype. Raises UserError for another shape."""
         site, x = self.meta.sites[name], np.asarray(x)
         if x.shape != (rows.stop - rows.start, site.width):
             raise UserError(
@@ -235,11 +274,14 @@ class StoreWriter:
             return np.ascontiguousarray(x, dtype=site.numpy_dtype)
 
     def _notes(self):
+        """Yields the number and the notes of each shard."""
         for index in range(self.meta.num_shards):
             yield index, np.load(io.BytesIO(self.folder.read(_notes_name(index))))
 
     def _merge(self):
-        """(count (T,), {site: SiteSums}) over the shards with values, added in their order."""
+        """Returns count (T,) and {site: SiteSums} over the shards with values, added in their
+        order.
+        """
         count, sums = 0, {}
         fields = [field.name for field in dataclasses.fields(statistics.SiteSums)]
         for _, notes in self._notes():
@@ -252,7 +294,9 @@ class StoreWriter:
         return count, sums
 
     def _write_summaries(self, positions: list[int]) -> dict[int, int]:
-        """Writes excluded, usable_rows and checksums. Returns rows excluded for each reason."""
+        """Writes excluded, usable_rows and checksums. Returns the number of rows excluded for each
+        reason.
+        """
         meta = self.meta
         mask = self._arrays["excluded"].open(self.folder, create=True)
         usable, checksums = [], []
@@ -277,16 +321,18 @@ class StoreWriter:
         return rows_by_reason
 
 
-def _written_by_shard(meta):
+def _arrays_of_shards(meta):
+    """Returns the names of the arrays that are written shard by shard."""
     return [n for n in meta.arrays() if n == "tokens" or n.startswith("sites/")]
 
 
 def _notes_name(index: int) -> str:
+    """Returns the file of a shard's notes."""
     return f"written/{index:06d}.npz"
 
 
-def _layout(site: SiteMeta, num_sequences: int, context_length: int) -> tuple[int, int]:
-    """(sequences of a chunk, sequences of a shard) by the widest site."""
+def layout(site: SiteMeta, num_sequences: int, context_length: int) -> tuple[int, int]:
+    """Returns the sequences of a chunk and those of a shard, by the widest site."""
     row_bytes = site.width * site.numpy_dtype.itemsize
     rows = min(max(CHUNK_BYTES // row_bytes, _CHUNK_ROWS[0]), _CHUNK_ROWS[1])
     chunk = max(1, min(rows // context_length, num_sequences // MIN_CHUNKS))
@@ -295,7 +341,8 @@ def _layout(site: SiteMeta, num_sequences: int, context_length: int) -> tuple[in
     return chunk, chunk * max(1, min(SHARD_BYTES // chunk_bytes, -(-chunks // MIN_SHARDS)))
 
 
-def _check_sites(sites: dict[str, int]) -> None:
+def check_sites(sites: dict[str, int]) -> None:
+    """Raises UserError for names and widths that sites cannot have."""
     if not sites:
         raise UserError("a store needs at least one site")
     for name, width in sites.items():
@@ -309,6 +356,8 @@ def _check_sites(sites: dict[str, int]) -> None:
 
 
 def _check_same(existing: StoreMeta, wanted: StoreMeta, folder: Folder) -> None:
+    """Raises UserError where a store exists whose content differs from what is wanted."""
+
     def content(meta):
         values = dataclasses.asdict(meta)
         values["sites"] = {n: {"width": s.width, "dtype": s.dtype} for n, s in meta.sites.items()}
@@ -323,7 +372,8 @@ def _check_same(existing: StoreMeta, wanted: StoreMeta, folder: Folder) -> None:
         )
 
 
-def _why(meta: StoreMeta, positions: list[int], rows: dict[int, int]) -> str:
+def _describe_excluded(meta: StoreMeta, positions: list[int], rows: dict[int, int]) -> str:
+    """Says in words which rows are excluded."""
     parts = []
     if rows[SPECIAL_TOKEN]:
         parts.append(f"{rows[SPECIAL_TOKEN]} rows of special tokens {meta.excluded_tokens}")

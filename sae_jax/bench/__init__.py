@@ -1,1 +1,1 @@
-"""Measuring speed: the training step, the reading of batches, and the peers beside them."""
+"""Measuring our own speed: the training step, reading, harvest, and packs of runs."""

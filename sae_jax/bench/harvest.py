@@ -1,11 +1,11 @@
-"""Harvest beside transformers: the same sites of the same batches, copied to the host."""
+"""Harvest: tokens/s of a model's activations copied to the host, and written to a store."""
 
-import importlib.metadata
 import os
 import pathlib
 import tempfile
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,25 +13,38 @@ import numpy as np
 
 from sae_jax import lm
 from sae_jax.activations import StoreWriter
-from sae_jax.bench import torch_hooks
 from sae_jax.lm.harvest import default_batch, matmul_rate, write_shards
-from sae_jax.lm.model import in_batches
+
+
+class Contestant(NamedTuple):
+    """Another harvester: `run()` fills `arrays`, {site: (sequences, T, width) float32}."""
+
+    name: str
+    run: Callable[[], None]
+    arrays: dict[str, np.ndarray]
 
 
 def measure_harvest(
-    model_dir, texts, sites: tuple[str, ...], context_length: int, tokens: int, rounds: int = 7
+    model_dir,
+    texts,
+    sites: tuple[str, ...],
+    context_length: int,
+    tokens: int,
+    rounds: int = 7,
+    make_other: Callable[[lm.JaxModel, tuple, np.ndarray, int], Contestant] | None = None,
 ) -> dict:
     """Tokens/s over `tokens` tokens, medians of `rounds` rounds in which each contestant runs in
-    turn: our model, with the activations copied to float32 arrays of the host; transformers' with
-    forward hooks that copy to such arrays too, without the layers after the last site and without
-    logits; and ours with a bfloat16 store written and finished. Left out where torch or
-    transformers are missing: the second.
+    turn: our model, with the activations copied to float32 arrays of the host; ours with a bfloat16
+    store written and finished; and what `make_other(model, sites, tokens (sequences, T), batch)`
+    makes.
 
-    Also `processor_seconds`, which another load on the machine disturbs less; the median ratio to
-    transformers of both; and the fraction of the FLOP floor, at the rate of a product timed in
-    each round."""
-    model = lm.Model(model_dir)
-    batch = default_batch(context_length, model.mesh)
+    Returns also `processor_seconds`, which another load on the machine disturbs less; the fraction
+    of the FLOP floor, at the rate of a product timed in each round; and where there is another
+    contestant, the median ratio to it of both times, and the largest difference of an
+    activation."""
+    mesh = lm.local_mesh()
+    model = lm.JaxModel(model_dir, mesh=mesh)
+    batch = default_batch(context_length, mesh)
     packed = lm.pack(texts, model.tokenizer, context_length, tokens)
     tokens_NxT = packed[: max(1, len(packed) // batch) * batch]
     run, run_stored = (model.runner(sites, jnp.dtype(d)) for d in ("float32", "bfloat16"))
@@ -39,17 +52,16 @@ def measure_harvest(
     ours = {site: np.empty((*tokens_NxT.shape, w), np.float32) for site, w in widths.items()}
 
     def to_host():
-        for start, arrays in in_batches(run, tokens_NxT, batch):
+        for start, arrays in lm.in_batches(run, tokens_NxT, batch):
             for site, array in arrays.items():
                 ours[site][start : start + batch] = np.asarray(array)[: len(tokens_NxT) - start]
 
     contestants: dict[str, Callable[[], None]] = {"sae_jax": to_host}
-    theirs = torch_hooks.forward_to_host(model, sites, tokens_NxT, batch)
-    if theirs is not None:
-        name = f"transformers {importlib.metadata.version('transformers')}"
-        contestants[name], their_values = theirs
+    other = make_other(model, sites, tokens_NxT, batch) if make_other else None
+    if other:
+        contestants[other.name] = other.run
     flops = model.flops_per_token(sites, context_length)
-    floor = flops / matmul_rate(model.mesh, model.dtype)
+    floor = flops / matmul_rate(mesh, model.dtype)
     contestants["sae_jax to disk"] = lambda: _to_disk(
         model, run_stored, widths, tokens_NxT, batch, floor
     )
@@ -64,7 +76,7 @@ def measure_harvest(
             if i:
                 wall[name].append(time.perf_counter() - begin)
                 processor[name].append(time.process_time() - begin_processor)
-        rates.append(matmul_rate(model.mesh, model.dtype))
+        rates.append(matmul_rate(mesh, model.dtype))
 
     size = tokens_NxT.size
     seconds = {name: float(np.median(times)) for name, times in wall.items()}
@@ -87,13 +99,42 @@ def measure_harvest(
             name: size * flops / float(np.median(rates)) / s for name, s in seconds.items()
         },
     }
-    if theirs is not None:
+    if other:
         for key, times in (("times_faster", wall), ("times_less_processor", processor)):
-            figures[key] = float(np.median(np.array(times[name]) / np.array(times["sae_jax"])))
+            ratios = np.array(times[other.name]) / np.array(times["sae_jax"])
+            figures[key] = float(np.median(ratios))
         figures["largest_difference"] = max(
-            float(np.abs(ours[site] - their_values[site]).max()) for site in sites
+            float(np.abs(ours[site] - other.arrays[site]).max()) for site in sites
         )
     return figures
+
+
+def default_sites(model_dir) -> tuple[str, ...]:
+    """Five sites of the model's middle layer."""
+    middle = lm.load_config(model_dir).num_layers // 2
+    names = ("resid_pre", "attn_out", "mlp_act", "mlp_out", "resid_post")
+    return tuple(f"{name}.{middle}" for name in names)
+
+
+def table(figures: dict) -> str:
+    """The figures of `measure_harvest`, for people."""
+    lines = [
+        f"{figures['tokens']:,} tokens in contexts of {figures['context_length']}, batches of "
+        f"{figures['batch_size']}, {len(figures['sites'])} sites, {figures['device']}",
+        f"{'':28}{'tokens/s':>12}{'GB/s':>8}{'of floor':>10}{'processor s':>13}",
+    ]
+    for name, rate in figures["tokens_per_second"].items():
+        lines.append(
+            f"{name:28}{rate:12,.0f}{figures['gb_per_second'][name]:8.3f}"
+            f"{figures['fraction_of_floor'][name]:10.0%}{figures['processor_seconds'][name]:13.2f}"
+        )
+    if "times_faster" in figures:
+        lines.append(
+            f"ours is {figures['times_faster']:.2f}x as fast, with "
+            f"{1 / figures['times_less_processor']:.2f}x the processor time; largest difference "
+            f"of an activation {figures['largest_difference']:.1e}"
+        )
+    return "\n".join(lines)
 
 
 def _to_disk(model, run, widths, tokens_NxT, batch: int, floor: float) -> None:

@@ -13,11 +13,12 @@ import jax
 import numpy as np
 
 from sae_jax import config as configs
-from sae_jax.activations import open_stream
+from sae_jax.bench import run_configs
 from sae_jax.config import Config
 from sae_jax.errors import UserError
+from sae_jax.lm.live import open_stream
 from sae_jax.sweep.design import make_passes
-from sae_jax.train import loop
+from sae_jax.train import preparation
 from sae_jax.train.mesh import BatchPlacement, make_mesh
 from sae_jax.train.pack import PackTrainer, set_fields
 
@@ -74,7 +75,7 @@ def measure_sweep(runs: list[Config]) -> dict:
     the moment that the package was imported; and the largest relative difference of a run's
     eval_loss between the two."""
     stream = open_stream(runs[0].data)
-    runs = [loop.resolve(run, stream) for run in runs]
+    runs = [preparation.resolve(run, stream) for run in runs]
     if len(make_passes(runs)) > 1:
         raise UserError("the runs read different data; a bench of packs takes runs of one pass")
     with tempfile.TemporaryDirectory() as directory:
@@ -99,33 +100,12 @@ def measure_sweep(runs: list[Config]) -> dict:
     }
 
 
-_PROCESS = """
-import json, pathlib, sys
-from sae_jax import config as configs
-from sae_jax.cli import _set_up_jax
-_set_up_jax(None)
-from sae_jax.sweep.design import make_passes
-from sae_jax.sweep.pass_trainer import train_pass
-from sae_jax.train import loop
-def bytes_read():
-    return int(pathlib.Path("/proc/self/io").read_text().split()[1])
-runs = [configs.from_dict(run) for run in json.load(sys.stdin)]
-before = bytes_read()
-out = pathlib.Path(sys.argv[1])
-if len(runs) > 1:
-    train_pass(make_passes(runs)[0], out)
-else:
-    loop.train(runs[0], out / loop.run_id(runs[0]))
-print(bytes_read() - before)
-"""
-
-
 def _in_processes(parts: list[list[Config]], out: pathlib.Path) -> dict:
     out.mkdir()
     begin, count = time.perf_counter(), 0
     for runs in parts:
         text = json.dumps([configs.to_dict(run) for run in runs])
-        command = [sys.executable, "-c", _PROCESS, str(out)]
+        command = [sys.executable, "-m", run_configs.__name__, str(out)]
         done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(f"a process of the bench failed:\n{done.stderr[-2000:]}")
@@ -153,3 +133,26 @@ def sweep_of(config: Config, store: str, site: str, runs: int, tokens: int) -> l
             values["sae.sparsity_coefficient"] = config.sae.sparsity_coefficient * (1 + i % 4) / 4
         made.append(set_fields(base, values))
     return made
+
+
+def step_table(figures: dict) -> str:
+    """The figures of `measure_pack_step`, for people."""
+    shape = " ".join(f"{name} {value}" for name, value in figures["shape"].items())
+    pack, alone = (1e3 * figures["seconds"][name] for name in ("pack", "alone"))
+    return (
+        f"a step of {figures['runs']} runs, {shape}, {figures['device']}: packed {pack:.1f} ms, "
+        f"one by one {alone:.1f} ms; ratio {figures['pack_over_sum']:.2f}"
+    )
+
+
+def sweep_table(figures: dict) -> str:
+    """The figures of `measure_sweep`, for people."""
+    lines = [f"{figures['runs']} runs{'':14}{'seconds':>10}{'GB read':>10}"]
+    for name, label in (("sweep", "one sweep"), ("alone", "a process each")):
+        seconds, size = figures[name]["seconds"], figures[name]["bytes_read"] / 1e9
+        lines.append(f"{label:21}{seconds:10.1f}{size:10.2f}")
+    lines += [
+        f"{'times less':21}{figures['times_less_wall']:10.1f}{figures['times_less_read']:10.1f}",
+        f"largest relative difference of an eval_loss: {figures['largest_loss_difference']:.1e}",
+    ]
+    return "\n".join(lines)

@@ -63,6 +63,22 @@ def measure_reading(
         return figures
 
 
+def table(figures: dict) -> str:
+    """The figures of `measure_reading`, for people."""
+    lines = [
+        f"{figures['bytes'] / 1e9:.2f} GB in chunks of {figures['chunk_rows']} rows; GB/s, medians",
+        f"{'':12}{'plain read':>12}{'stream':>10}{'ratio':>8}",
+    ]
+    for state in ("warm", "cold"):
+        if state not in figures:
+            lines.append(f"{state:12}only as root, who may drop the page cache")
+            continue
+        f = figures[state]
+        plain, stream = f["plain_gb_per_second"], f["stream_gb_per_second"]
+        lines.append(f"{state:12}{plain:12.2f}{stream:10.2f}{f['stream_over_plain']:7.0%}")
+    return "\n".join(lines)
+
+
 def _measure(stream: Stream, rounds: int, cold: bool) -> dict:
     files = sorted(pathlib.Path(stream.store.path, "sites", *stream.site_names).glob("c/*/*"))
     batches = stream.batches()

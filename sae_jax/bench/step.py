@@ -1,4 +1,4 @@
-"""The training step: tokens/s, beside the machine's own matmul rate and the peers."""
+"""The training step: tokens/s, beside the machine's own matmul rate."""
 
 import dataclasses
 import time
@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from sae_jax import sae as saes
-from sae_jax.bench import peers
 from sae_jax.config import Config
 from sae_jax.sae.registry import by_name
 from sae_jax.train.mesh import BatchPlacement, make_mesh
@@ -18,22 +17,29 @@ from sae_jax.train.step import Trainer
 _BATCHES = 4  # distinct ones in memory, taken in turn
 
 
-def measure_step(config: Config, rounds: int, with_peers: bool) -> dict:
-    """Times `rounds` rounds; each runs one step of every contestant in turn, so that a drift of
-    the machine meets all alike. Random normal activations in memory.
+Step = Callable[[np.ndarray], None]
+"""Takes a batch (batch, d_in) float32 on the host, and returns when the step is done."""
 
-    Returns medians in seconds and tokens/s by contestant; for each peer the ratio of our speed
-    to its, the median over rounds; `matmul_flops_per_second` of the encoder's product (batch x
-    d_in by d_in x d_sae) in the same rounds; and the fraction of the floor: the seconds that
-    the step's floating-point operations take at that rate, over ours. The floor of a dense step
-    is 12 n d a token, of a top-k step 2 n d, the encoder's forward pass.
+
+def measure_step(config: Config, rounds: int, others: dict[str, Step] | None = None) -> dict:
+    """Times `rounds` rounds of training steps on random normal activations in memory.
+
+    others: steps to time beside ours, by name. Each round runs one step of every contestant in
+    turn, so that a drift of the machine meets all alike.
+
+    Returns medians in seconds and tokens/s by contestant; for each of the others the ratio of our
+    speed to its, the median over rounds; `matmul_flops_per_second` of the encoder's product (batch
+    x d_in by d_in x d_sae) in the same rounds; and the fraction of the floor: the seconds that the
+    step's floating-point operations take at that rate, over ours. The floor of a dense step is
+    12 n d a token, of a top-k step 2 n d, the encoder's forward pass.
     """
     batch, d_in, d_sae = config.data.batch_size, config.sae.d_in, config.sae.d_sae
     batches = np.random.default_rng(0).normal(size=(_BATCHES, batch, d_in)).astype(np.float32)
-    contestants = {"sae_jax": _our_step(config), "matmul": _matmul(batch, d_in, d_sae, config)}
-    if with_peers:
-        k = config.sae.k or 0
-        contestants |= peers.make_steps(config.sae.architecture, batch, d_in, d_sae, k)
+    contestants: dict[str, Step] = {
+        "sae_jax": _our_step(config),
+        "matmul": _matmul(batch, d_in, d_sae, config),
+        **(others or {}),
+    }
 
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for i in range(rounds + 2):  # the first two compile and touch the memory
@@ -66,6 +72,25 @@ def measure_step(config: Config, rounds: int, with_peers: bool) -> dict:
     }
 
 
+def table(figures: dict) -> str:
+    """The figures of `measure_step`, for people."""
+    shape = " ".join(f"{name} {value}" for name, value in figures["shape"].items() if value)
+    lines = [
+        f"{figures['architecture']} {figures['compute_dtype']}, {shape}, {figures['device']}",
+        f"{'':28}{'ms/step':>10}{'tokens/s':>12}{'ours is':>10}",
+    ]
+    for name, rate in figures["tokens_per_second"].items():
+        ratio = figures["times_faster_than"].get(name)
+        faster = f"{ratio:9.2f}x" if ratio else ""
+        lines.append(f"{name:28}{1e3 * figures['seconds'][name]:10.1f}{rate:12.0f}{faster:>10}")
+    rate = figures["matmul_flops_per_second"] / 1e9
+    lines.append(
+        f"matmul of the encoder in the same run: {rate:.0f} GFLOP/s; "
+        f"the step is at {figures['fraction_of_floor']:.0%} of the floor"
+    )
+    return "\n".join(lines)
+
+
 def bench_config(
     architecture: str, batch: int, d_in: int, d_sae: int, k: int, compute_dtype: str, model: int
 ) -> Config:
@@ -83,7 +108,7 @@ def bench_config(
     )
 
 
-def _our_step(config: Config) -> Callable[[np.ndarray], None]:
+def _our_step(config: Config) -> Step:
     mesh = make_mesh(config)
     trainer = Trainer(config, steps=10**6, variance=float(config.sae.d_in))
     placement = BatchPlacement(mesh, config.data.batch_size)
@@ -99,7 +124,7 @@ def _our_step(config: Config) -> Callable[[np.ndarray], None]:
     return step
 
 
-def _matmul(batch: int, d_in: int, d_sae: int, config: Config) -> Callable[[np.ndarray], None]:
+def _matmul(batch: int, d_in: int, d_sae: int, config: Config) -> Step:
     """The encoder's product by XLA, with the step's operand type, reduced so that writing the
     result costs nothing."""
     dtype = jnp.dtype(config.sae.compute_dtype)

@@ -20,7 +20,7 @@ from absl import logging as absl_logging
 
 from sae_jax.errors import UserError, choose
 
-COMMANDS = """demo harvest store train eval sweep fit plan export import bench""".split()
+COMMANDS = """demo harvest store train eval sweep fit plan export import bench launch""".split()
 
 
 def entry() -> int:
@@ -157,8 +157,9 @@ def _help(name: str, command, values: flags.FlagValues) -> str:
     for module in (command.__name__, __name__):
         lines.append(values.module_help(module).partition(":\n")[2])
     if "config" in values:
-        from sae_jax.cli import field_help  # slow to import
+        from sae_jax.cli import field_help, recipes  # slow to import
 
+        lines += ["", *recipes.table("get_sweep" if name == "sweep" else "get_config")]
         lines += ["", field_help.text()]
     return "\n".join(lines)
 

@@ -63,8 +63,10 @@ def demo(
 ) -> pathlib.Path:
     """Harvest, train, evaluate and draw into `out`, each unless its result is there; returns the
     page. more_sites: harvested too. UserError where `out` holds a demo with other settings."""
-    from sae_jax import evaluate, interop, interpret, lm, train
-    from sae_jax.evaluate import figures
+    from sae_jax import interop, interpret, lm
+    from sae_jax.evaluate import figures, report
+    from sae_jax.evaluate.sources import HeldOutRows
+    from sae_jax.train.run import train_run
 
     run_directory, page = out / "run", out / "index.html"
     evaluation_file, metrics_file = run_directory / "eval.json", run_directory / "metrics.jsonl"
@@ -76,20 +78,20 @@ def demo(
     )
     _say(2, f"training {d_sae:,} latents")
     config = training_config(store, out / "store", site, d_sae, epochs, k, batch_size)
-    train.train(config, run_directory)
+    train_run(config, run_directory)
 
     sae = interop.load(run_directory)
-    model = evaluate.LanguageModel.load(model_directory)
+    model = lm.open_model(model_directory)
     if not evaluation_file.is_file():
         _say(3, "evaluating, alone and inside the model")
-        source = evaluate.HeldOutRows(
+        source = HeldOutRows(
             store, site, tokens=tokens, holdout_fraction=config.data.holdout_fraction
         )
         settings = {"sae": str(run_directory), "model": str(model_directory)}
-        evaluation = evaluate.evaluate(sae, source, model, LM_TOKENS, settings)
+        evaluation = report.evaluate(sae, source, model, LM_TOKENS, settings)
         figures.save_all(evaluation, evaluation_file, metrics_file)
-        evaluate.save(evaluation, evaluation_file)
-    evaluation = evaluate.load(evaluation_file)
+        report.save(evaluation, evaluation_file)
+    evaluation = report.load(evaluation_file)
     if not page.is_file():
         _say(4, "writing the page")
         interpret.write_page(
@@ -97,7 +99,7 @@ def demo(
             sae,
             evaluation,
             store,
-            lm.load_tokenizer(model_directory),
+            model.tokenizer,
             model,
             metrics_file=metrics_file,
             tokens=EXAMPLE_TOKENS,

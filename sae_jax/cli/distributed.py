@@ -2,10 +2,14 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from sae_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from sae_jax.train.progress import Progress
 
 _SETTLING_SECONDS = 30  # JAX's own heartbeat, a backstop, must never be faster than the watchdog
 
@@ -41,28 +45,44 @@ def define(values: flags.FlagValues) -> None:
         lower_bound=0.0,
         flag_values=values,
     )
+    flags.DEFINE_integer(
+        "watchdog_port",
+        0,
+        "A TCP port of process 0's host to which the others can connect, to tell how they are; 0: "
+        "any that is free.",
+        lower_bound=0,
+        upper_bound=65535,
+        flag_values=values,
+    )
 
 
 @contextlib.contextmanager
-def joined(args: flags.FlagValues, stops_at_a_step: bool = True) -> Iterator[None]:
-    """Within it this process is one of the program's, if the flags say that there are some, and is
-    watched (`train.watchdog`). An error in one ends them all; an orderly end waits for all.
+def joined(args: flags.FlagValues, stops_at_a_step: bool = True) -> Iterator["Progress"]:
+    """Makes this process one of the program's, if the flags say that there are several, and
+    watches it (`train.watchdog`) until the context is left. Yields the Progress that is watched,
+    for whoever takes steps. An error in one process ends them all; an orderly end waits for all.
 
     stops_at_a_step: whether the command asks JAX, step by step, if it was told to stop; if not,
-    SIGTERM raises PreemptedError in the process that gets it."""
-    from sae_jax.train import preemption, watchdog
+    SIGTERM raises PreemptedError in the process that gets it.
 
-    limits = args.heartbeat_seconds, args.watchdog_seconds
+    Raises UserError if the processes do not find each other."""
+    from sae_jax.train import preemption, watchdog
+    from sae_jax.train.last_words import HeldAbort
+    from sae_jax.train.progress import Progress
+
+    progress, limits = Progress(), (args.heartbeat_seconds, args.watchdog_seconds)
     several = bool(args.distributed or args.coordinator)
     if several:
+        abort = HeldAbort(watchdog.LOST)
         _join(args)
-        watch = watchdog.of_this_program(*limits)
+        host = args.coordinator and args.coordinator.rpartition(":")[0].strip("[]")
+        watch = watchdog.of_this_program(progress, *limits, abort, host, args.watchdog_port)
     else:
-        watch = watchdog.Watchdog(*limits)
+        watch = watchdog.Watchdog(progress, *limits)
     watch.start()
     try:
         with contextlib.nullcontext() if stops_at_a_step else preemption.sigterm_raises():
-            yield
+            yield progress
     except BaseException as error:
         if several:
             watch.fail(error)

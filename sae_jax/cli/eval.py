@@ -95,12 +95,13 @@ def _evaluate(args) -> None:
     import dataclasses
 
     from sae_jax import interop, lm, paths
-    from sae_jax.activations import Store, is_world
+    from sae_jax.activations import is_world
     from sae_jax.config import DataConfig
     from sae_jax.errors import UserError
-    from sae_jax.evaluate import check_model, evaluate, figures, load_model, save
-    from sae_jax.train import read_config
-    from sae_jax.train.directory import is_writer
+    from sae_jax.evaluate import figures
+    from sae_jax.evaluate.report import evaluate, save
+    from sae_jax.evaluate.sources import check_model
+    from sae_jax.train.directory import is_writer, read_config
 
     if (args.run is None) == (args.sae is None):
         raise UserError("give either --run=RUN or --sae=PATH")
@@ -116,16 +117,16 @@ def _evaluate(args) -> None:
     data = dataclasses.replace(data, **chosen)
     if not data.site and not is_run:
         data = dataclasses.replace(data, site=interop.site(path) or "")
-    store = Store.open(data.store) if data.store and not is_world(data.store) else None
+    store = lm.open_store(data.store) if data.store and not is_world(data.store) else None
     directory = lm.DEMO_MODEL if args.model == "demo" else args.model
     if directory is None and store is not None and _is_from(store, lm.DEMO_MODEL):
         directory = lm.DEMO_MODEL
     model = None
     if directory is not None:
+        model = lm.open_model(directory, args.model_dtype)
         if store is not None and not (args.tokens_file or args.text):
-            check_model(store, directory)
-        model = load_model(directory, args.model_dtype)
-    source = _source(args, data, store, model, directory)
+            check_model(store, model)
+    source = _source(args, data, store, model)
     settings = {"sae": str(path.absolute()), "model": directory and str(directory)}
     if model is not None:
         settings["model_dtype"] = args.model_dtype
@@ -144,12 +145,13 @@ def _evaluate(args) -> None:
     print(f"Written: {', '.join(map(str, [out, *files]))}")
 
 
-def _source(args, data, store, model, directory):
+def _source(args, data, store, model):
     """What to evaluate on: the user's tokens or text if given, else the store or world."""
     from sae_jax import lm
     from sae_jax.activations import is_world
     from sae_jax.errors import UserError
-    from sae_jax.evaluate import HeldOutRows, ModelRows, WorldRows, read_tokens
+    from sae_jax.evaluate.sources import HeldOutRows, ModelRows, read_tokens
+    from sae_jax.evaluate.worlds import WorldRows
 
     if is_world(data.store):
         if model or args.tokens_file or args.text:
@@ -180,7 +182,7 @@ def _source(args, data, store, model, directory):
     else:
         texts = lm.read_texts(args.text, collapse_newlines=args.collapse_newlines)
         length = args.context_length or min(model.max_context, 1024)
-        tokens = lm.pack(texts, lm.open_model(directory).tokenizer, length, args.tokens)
+        tokens = lm.pack(texts, model.tokenizer, length, args.tokens)
         what = ", ".join(args.text)
     excluded = {}
     if not data.include_excluded:
@@ -188,7 +190,7 @@ def _source(args, data, store, model, directory):
             names = ("excluded_tokens", "excluded_positions")
             excluded = {name: getattr(store.meta, name) for name in names}
         else:
-            excluded = {"excluded_tokens": lm.open_model(directory).tokenizer.special_tokens}
+            excluded = {"excluded_tokens": model.tokenizer.special_tokens}
     return ModelRows(
         model,
         sites,

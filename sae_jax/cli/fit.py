@@ -89,7 +89,8 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "config",
         None,
-        "FILE.py[:arg] that next_run.py starts from; by default the sweep's run nearest to it.",
+        "The recipe or FILE.py[:arg] that next_run.py starts from; by default the sweep's run that "
+        "is nearest to it.",
         flag_values=values,
     )
 
@@ -118,11 +119,11 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
     rows = results.read(args.results, fit.needed_columns(args.law), names, args.flops_factor)
     rows = rows.without_largest_losses(args.drop_largest_losses)
     options = fit.Options(args.estimator, args.holdout, args.bootstrap, args.seed)
-    found = fit.fit(rows.by_accounting(args.accounting), args.law, options)
+    found = fit.fit(rows.with_accounting(args.accounting), args.law, options)
     planned = None
     if args.predict_flops is not None:
         planned = predict.predict(found, args.predict_flops)
-    accountings = fit.by_accountings(rows, found, args.accounting, options)
+    accountings = fit.frontiers_by_accounting(rows, found, args.accounting, options)
     values = report.summary(found, planned, accountings)
     report.save(found, values, args.out)
     print(report.text(values, args.out))

@@ -10,9 +10,9 @@ from sae_jax.errors import UserError
 
 SUMMARY = """Tell what a run takes of each device, before there is one: memory, work, time.
 
-  sae-jax plan --config=experiments/scaling_monosemanticity.py:34m --topology=v5p:4x4x4 \\
+  sae-jax plan --config=scaling_monosemanticity:34m --topology=v5p:4x4x4 \\
       --mesh=1,1,64 --config.train.tokens=10e9
-  sae-jax plan --config=experiments/scaling_monosemanticity.py:4m --topology=h100:8x8 --find=time
+  sae-jax plan --config=scaling_monosemanticity:4m --topology=h100:8x8 --find=time
 
 The training step is compiled ahead of time for the mesh: for a TPU slice by the TPU compiler (pip
 install "sae-jax[tpu]"; no TPU is needed), for GPUs by the CPU's, which fuses less, so that the
@@ -26,7 +26,12 @@ _DEFAULT_D_IN = 4096
 
 
 def define(values: flags.FlagValues) -> None:
-    flags.DEFINE_string("config", None, "FILE.py[:arg] with get_config(arg).", flag_values=values)
+    flags.DEFINE_string(
+        "config",
+        None,
+        "A recipe, NAME[:ARGUMENT], or FILE.py[:arg] with get_config(arg).",
+        flag_values=values,
+    )
     flags.DEFINE_string(
         "topology",
         None,
@@ -90,13 +95,13 @@ def _cpus(mesh: configs.MeshConfig) -> str:
 
 def _resolve(config: Config) -> Config:
     """With the widths of the store, where there is one."""
-    from sae_jax import activations
     from sae_jax.plan import estimate
 
     if config.data.store:
-        from sae_jax.train import loop
+        from sae_jax.lm.live import open_stream
+        from sae_jax.train import preparation
 
-        return loop.resolve(config, activations.open_stream(config.data))
+        return preparation.resolve(config, open_stream(config.data))
     d_in = config.sae.d_in
     if d_in is None:
         d_in = _DEFAULT_D_IN

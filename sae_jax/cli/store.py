@@ -30,11 +30,11 @@ def define(values: flags.FlagValues) -> None:
 
 
 def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
-    from sae_jax.activations import Store
+    from sae_jax.lm.live import open_store
 
     if (args.path is None) == (args["from"].value is None):
         raise UserError("give either --path=STORE, or --from=FILES and --out=STORE")
-    store = Store.open(args.path) if args.path else _convert(args)
+    store = open_store(args.path) if args.path else _convert(args)
     print(describe(store))
     if args.check:
         store.check(lambda chunks: _progress(chunks, "checking", "chunk"))

@@ -2,7 +2,7 @@ import sys
 
 from absl import flags
 
-from sae_jax.cli import distributed
+from sae_jax.cli import distributed, logs
 from sae_jax.errors import UserError
 
 SUMMARY = """Train many SAEs over one reading of the data; any number of workers share the work.
@@ -28,7 +28,8 @@ the same data become a pass, which reads the data once. Look at it first, then t
 More workers: cut the work into --passes=N, and give the second command N times, on any hosts that
 see S. Each claims a pass by a lease; who dies is followed, from the last checkpoint, once its lease
 has run out. Runs are in S/runs, named by their configs, and never trained twice; S/results.csv has
-a row for each.
+a row for each. With --log=wandb:PROJECT each is a run of its own in Weights & Biases, in a group
+named after S; with --log=tensorboard see all with tensorboard --logdir=S/runs.
 
 Exit codes: 0 all runs have ended, including those whose loss became NaN, which are named; 2 a
 mistake in the input; 75 to be started again (SIGTERM; a dead process, a step that hangs).
@@ -40,7 +41,10 @@ def define(values: flags.FlagValues) -> None:
         "workdir", None, "The sweep's directory, made if absent.", flag_values=values
     )
     flags.DEFINE_string(
-        "config", None, "FILE.py[:arg] with get_config(arg) and get_sweep(arg).", flag_values=values
+        "config",
+        None,
+        "A recipe, NAME[:ARGUMENT], or FILE.py[:arg] with get_config(arg) and get_sweep(arg).",
+        flag_values=values,
     )
     flags.DEFINE_bool(
         "dry_run", False, "List what would be trained and what it costs.", flag_values=values
@@ -63,6 +67,7 @@ def define(values: flags.FlagValues) -> None:
         lower_bound=1.0,
         flag_values=values,
     )
+    logs.define(values)
     distributed.define(values)
 
 
@@ -70,7 +75,7 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
     from sae_jax import paths
     from sae_jax.sweep import dry_run, leases, status
     from sae_jax.sweep.directory import SweepDirectory, load
-    from sae_jax.train import preemption
+    from sae_jax.train import loggers, preemption
     from sae_jax.train.directory import is_writer
 
     path = paths.path(args.workdir) if args.workdir else None
@@ -87,13 +92,14 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
     if args.dry_run:
         print(dry_run.describe(runs, args.passes or 1))
         return 0
+    log_to = loggers.parse_log(args.log, path, is_sweep=True)
     directory = SweepDirectory.start(path, runs, args.passes)
 
     from sae_jax.sweep import worker
 
-    with distributed.joined(args):
+    with distributed.joined(args) as progress:
         try:
-            worker.work(directory, args.lease_seconds)
+            worker.work(directory, args.lease_seconds, progress, log_to)
         except preemption.PreemptedError:
             print("sae-jax sweep: stopped by SIGTERM; start it again to go on", file=sys.stderr)
             return preemption.EXIT_CODE

@@ -4,16 +4,18 @@ import sys
 from absl import flags
 
 from sae_jax import config as configs
-from sae_jax.cli import distributed
+from sae_jax.cli import distributed, logs
 from sae_jax.errors import UserError
 
 SUMMARY = """Train a sparse autoencoder on an activation store; the same command resumes it.
 
-  sae-jax train --workdir=runs/a --config=experiments/openai_topk.py \\
+  sae-jax train --workdir=runs/a --config=openai_topk \\
       --config.data.store=stores/gpt2 --config.sae.d_sae=16384 --config.train.tokens=100e6
 
   sae-jax train --workdir=runs/b --config.train.init=their_sae --config.sae.d_sae=24576 \\
       --config.data.store=stores/gpt2          (goes on with an SAE that is there)
+
+  sae-jax train ... --log=wandb:my_project,tensorboard     (see --log below)
 
 Without --config it starts from the defaults. RUN gets config.json, metrics.jsonl, checkpoints/
 and, at the end, result.json. Stopped by SIGTERM or Ctrl-C, or killed, it goes on from its last
@@ -24,7 +26,13 @@ stopped by SIGTERM after saving, or another process of the run has died, or a st
 
 def define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, "The run's directory, made if absent.", flag_values=values)
-    flags.DEFINE_string("config", None, "FILE.py[:arg] with get_config(arg).", flag_values=values)
+    flags.DEFINE_string(
+        "config",
+        None,
+        "A recipe, NAME[:ARGUMENT], or FILE.py[:arg] with get_config(arg).",
+        flag_values=values,
+    )
+    logs.define(values)
     flags.DEFINE_bool(
         "show",
         False,
@@ -49,15 +57,20 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
     import jax  # after the mistakes that need no device
 
     from sae_jax import interop
-    from sae_jax.train import loop, preemption
+    from sae_jax.train import loggers, preemption
+    from sae_jax.train.recorder import NonFiniteError
+    from sae_jax.train.run import train_run
 
-    with distributed.joined(args):
+    log_to = loggers.parse_log(args.log, args.workdir)
+    with distributed.joined(args) as progress:
         try:
-            result = loop.train(config, args.workdir, interop.load)
+            result = train_run(
+                config, args.workdir, load_sae=interop.load, progress=progress, log_to=log_to
+            ).result
         except preemption.PreemptedError as stopped:
             print(f"sae-jax train: {stopped}; start it again to go on", file=sys.stderr)
             return preemption.EXIT_CODE
-        except loop.NonFiniteError as error:
+        except NonFiniteError as error:
             print(f"sae-jax train: error: {error}", file=sys.stderr)
             return 3
         if jax.process_index() == 0:
@@ -69,9 +82,9 @@ def _show(config: configs.Config) -> int:
     """Prints the config as JSON: resolved where there is a store, which decides the widths."""
     if config.data.store:
         from sae_jax import activations
-        from sae_jax.train import loop
+        from sae_jax.train import preparation
 
-        config = loop.resolve(config, activations.open_stream(config.data))
+        config = preparation.resolve(config, activations.open_stream(config.data))
     else:
         print("no --config.data.store=STORE, whose widths decide some fields", file=sys.stderr)
     print(json.dumps(configs.to_dict(config), indent=1))

@@ -35,8 +35,8 @@ import numpy as np
 import scipy.optimize
 import scipy.sparse
 
+from sae_jax.evaluate.batching import pad_rows
 from sae_jax.evaluate.progress import progress
-from sae_jax.evaluate.sources import pad_rows
 from sae_jax.evaluate.worlds import WorldRows
 from sae_jax.sae import SAE
 

@@ -16,7 +16,6 @@ from sae_jax.evaluate.progress import progress
 from sae_jax.evaluate.recovery import Recovery, measure_recovery
 from sae_jax.evaluate.sources import (
     HeldOutRows,
-    LanguageModel,
     ModelRows,
     check_sites,
     input_and_target_sites,
@@ -130,7 +129,7 @@ class Evaluation:
 def evaluate(
     sae: SAE,
     source: HeldOutRows | ModelRows,
-    model: LanguageModel | lm.TorchModel | None = None,
+    model: lm.LanguageModel | None = None,
     spliced_tokens: int = 262_144,
     settings: dict | None = None,
 ) -> Evaluation:

@@ -9,84 +9,28 @@ are no tokens; `origin`, a short name for messages; and `settings`, which say in
 is.
 """
 
-import dataclasses
-import functools
 import pathlib
 from collections.abc import Iterator, Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from sae_jax import lm
 from sae_jax.activations import Sites, Store
 from sae_jax.activations.order import split_chunks
 from sae_jax.activations.sites import check_distinct, split_names
 from sae_jax.activations.store import NONFINITE
 from sae_jax.errors import UserError
+from sae_jax.evaluate.batching import evenly_spaced, pad_rows
 from sae_jax.evaluate.processes import shared_out
+from sae_jax.lm import LanguageModel
 from sae_jax.sae import SAE
 from sae_jax.sae.config import TRANSCODERS
-
-_LOGITS = 2**25  # elements of one batch's logits, of which four or so exist at once
-
-
-@dataclasses.dataclass(frozen=True)
-class LanguageModel:
-    """Our decoder with its parameters. `lm.TorchModel` can take its place where only `vocab_size`,
-    `max_context`, `site_width` and `forward` are asked for."""
-
-    params: dict
-    config: lm.DecoderConfig
-
-    @classmethod
-    def load(cls, directory, dtype: str = "float32") -> "LanguageModel":
-        return cls(lm.load_params(directory, jnp.dtype(dtype)), lm.load_config(directory))
-
-    @property
-    def vocab_size(self) -> int:
-        return self.config.vocab_size
-
-    @property
-    def max_context(self) -> int:
-        return self.config.max_context
-
-    def site_width(self, site: str) -> int:
-        return lm.site_width(self.config, site)
-
-    def forward(self, tokens, taps=(), replacements=None, logits=True):
-        """`lm.forward` with edits that are data: replacements {site: (where (B, T) bool, new (B, T,
-        width))} put `new` in the place of the activations where it is true."""
-        return _forward(
-            self.params, tokens, replacements or {}, config=self.config, taps=tuple(taps),
-            logits=logits,
-        )  # fmt: skip
-
-
-@functools.partial(jax.jit, static_argnames=("config", "taps", "logits"))
-def _forward(params, tokens_BxT, replacements, *, config, taps, logits):
-    def edit(where_BxT, new_BxTxW):
-        return lambda x: jnp.where(where_BxT[:, :, None], new_BxTxW.astype(x.dtype), x)
-
-    edits = {site: edit(*pair) for site, pair in replacements.items()}
-    return lm.forward(params, tokens_BxT, config, taps=taps, edits=edits, logits=logits)
-
-
-def load_model(spec, dtype: str = "float32") -> LanguageModel | lm.TorchModel:
-    """The model of a directory, or transformers' own of "torch:DIRECTORY" (`lm.open_model`), that
-    computes in `dtype`. Losses are float32 in any case."""
-    return lm.open_model(spec, dtype) if lm.is_torch(spec) else LanguageModel.load(spec, dtype)
-
-
-def sequences_at_once(vocab_size: int, sequences: int, context_length: int) -> int:
-    return min(sequences, max(1, _LOGITS // (context_length * vocab_size)))
 
 
 class HeldOutRows:
     """The sequences that a run on `store` never trains on, about `tokens` of them, spread evenly.
 
-    Excluded rows (BOS, high-norm positions) do not count unless `include_excluded`; rows that
-    are not finite never do.
+    With holdout_fraction None they are taken from all sequences. Excluded rows (BOS, high-norm
+    positions) do not count unless `include_excluded`; rows that are not finite never do.
     """
 
     def __init__(
@@ -95,24 +39,27 @@ class HeldOutRows:
         sites: str | Sequence[str],
         *,
         tokens: int,
-        holdout_fraction: float,
+        holdout_fraction: float | None,
         include_excluded: bool = False,
     ):
         self.store, self.origin = store, store.path
         self._sites = Sites(store, sites)
         self.site_names, self.site_widths = self._sites.names, self._sites.widths
         meta = store.meta
-        chunks = split_chunks(meta.num_chunks, holdout_fraction, "heldout")
+        if holdout_fraction is None:
+            chunks = np.arange(meta.num_chunks)
+        else:
+            chunks = split_chunks(meta.num_chunks, holdout_fraction, "heldout")
         if not len(chunks):
             raise UserError(
                 f"{store.path} has no held-out sequences at holdout_fraction {holdout_fraction}; "
                 "evaluate on other tokens with --tokens_file or --text"
             )
-        self._chunks = spread(chunks, -(-tokens // meta.chunk_rows))
+        self._chunks = evenly_spaced(chunks, -(-tokens // meta.chunk_rows))
         self._excluding = np.uint8(NONFINITE if include_excluded else 0xFF)
         self.num_rows = len(self._chunks) * meta.chunk_rows
         self.settings = {
-            "rows": "held-out sequences of the store",
+            "rows": "all rows" if holdout_fraction is None else "held-out sequences of the store",
             "store": store.path,
             "holdout_fraction": holdout_fraction,
             "tokens": tokens,
@@ -143,7 +90,8 @@ class HeldOutRows:
             return None
         numbers = self._chunks[:, None] * meta.chunk_sequences + np.arange(meta.chunk_sequences)
         numbers = numbers.reshape(-1)
-        numbers = spread(numbers[numbers < meta.num_sequences], -(-limit // meta.context_length))
+        numbers = numbers[numbers < meta.num_sequences]
+        numbers = evenly_spaced(numbers, -(-limit // meta.context_length))
         chunks, place = np.unique(numbers // meta.chunk_sequences, return_inverse=True)
         used = self._used(chunks).reshape(len(chunks), meta.chunk_sequences, meta.context_length)
         return tokens[numbers].read().result(), used[place, numbers % meta.chunk_sequences]
@@ -164,7 +112,7 @@ class ModelRows:
 
     def __init__(
         self,
-        model: LanguageModel | lm.TorchModel,
+        model: LanguageModel,
         sites: str | Sequence[str],
         tokens: np.ndarray,
         *,
@@ -208,7 +156,7 @@ class ModelRows:
         tokens, used = self._rows
         size = self._sequences_at_once(rows)
         for start in shared_out(range(0, len(tokens), size)):
-            batch = jnp.asarray(pad_rows(tokens[start : start + size], size))
+            batch = pad_rows(tokens[start : start + size], size)
             _, tapped = self.model.forward(batch, taps=self.site_names, logits=False)
             x_BxTxW = np.concatenate([tapped[site] for site in self.site_names], axis=-1)
             mask = pad_rows(used[start : start + size], size).reshape(-1)
@@ -224,12 +172,12 @@ class ModelRows:
         return max(1, min(rows // tokens.shape[1], len(tokens)))
 
 
-def check_model(store: Store, directory) -> None:
+def check_model(store: Store, model: LanguageModel) -> None:
     """UserError if the store says that its activations are another model's."""
     made_by = store.meta.provenance.get("model_fingerprint")
-    if made_by is not None and made_by != lm.open_model(directory).fingerprint:
+    if made_by is not None and made_by != model.fingerprint:
         raise UserError(
-            f"{directory} is not the model that {store.path} was harvested from "
+            f"{model.directory} is not the model that {store.path} was harvested from "
             f"({store.meta.model}); give that model's directory"
         )
 
@@ -278,18 +226,6 @@ def read_tokens(path) -> np.ndarray:
             "shape (sequences, tokens in each)"
         )
     return loaded.reshape(-1, loaded.shape[-1]).astype(np.int32)
-
-
-def pad_rows(x: np.ndarray, rows: int) -> np.ndarray:
-    """`x` with zero rows added up to `rows`, so that a last short batch compiles nothing new."""
-    return np.pad(x, [(0, rows - len(x)), *[(0, 0)] * (x.ndim - 1)]) if len(x) < rows else x
-
-
-def spread(items: np.ndarray, count: int) -> np.ndarray:
-    """`count` of the items, evenly spaced; all where there are no more."""
-    if count >= len(items):
-        return items
-    return items[np.arange(count) * len(items) // count]
 
 
 def _describe(part: slice, length: int) -> list[int]:

@@ -20,21 +20,17 @@ import numpy as np
 
 from sae_jax import lm
 from sae_jax.errors import UserError
+from sae_jax.evaluate.batching import pad_rows, sequences_at_once
 from sae_jax.evaluate.metrics import add_up
 from sae_jax.evaluate.processes import shared_out
 from sae_jax.evaluate.progress import progress
-from sae_jax.evaluate.sources import (
-    LanguageModel,
-    input_and_target_sites,
-    pad_rows,
-    sequences_at_once,
-)
+from sae_jax.evaluate.sources import input_and_target_sites
 from sae_jax.sae import SAE
 
 
 def measure_spliced(
     sae: SAE,
-    model: LanguageModel | lm.TorchModel,
+    model: lm.LanguageModel,
     sites: Sequence[str],
     tokens: np.ndarray,
     replaced: np.ndarray,
@@ -88,7 +84,7 @@ def _batch_sums(model, sae, tokens_BxT, replaced_BxT, mean_D, inputs, site, colu
         "ce_clean": _losses(clean, clean, tokens_BxT, replaced_BxT)[0],
     }
     for name, new_BxTxD in new.items():
-        logits, _ = model.forward(tokens_BxT, replacements={site: (replaced_BxT, new_BxTxD)})
+        logits, _ = model.forward(tokens_BxT, edits={site: lm.at(replaced_BxT, lm.put(new_BxTxD))})
         sums[f"ce_{name}"], sums[f"kl_{name}"] = _losses(clean, logits, tokens_BxT, replaced_BxT)
     return sums
 

@@ -8,8 +8,8 @@ import scipy.sparse
 
 from sae_jax.activations import open_stream
 from sae_jax.config import DataConfig
+from sae_jax.evaluate.batching import pad_rows
 from sae_jax.evaluate.processes import shared_out
-from sae_jax.evaluate.sources import pad_rows
 from sae_jax.sae import SAE
 
 

@@ -20,7 +20,7 @@ from sae_jax.interop.card import Hub, model_card
 from sae_jax.interop.provenance import read_provenance
 from sae_jax.sae import SAE, SAEConfig
 from sae_jax.sae.files import new_folder
-from sae_jax.train import load_sae
+from sae_jax.train.checkpoints import load_sae
 
 FORMATS = {
     "saelens": saelens,

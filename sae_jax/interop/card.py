@@ -1,6 +1,7 @@
 """README.md of an export: the card that the Hugging Face hub shows, with its YAML front matter."""
 
 import dataclasses
+import importlib.metadata
 import pathlib
 import re
 import string
@@ -113,7 +114,10 @@ def model_card(sae: SAE, format: str, usage: str, about: dict, hub: Hub) -> str:
         if "evaluation" in about
         else _rows(_AT_THE_END, about),
         license=hub.license,
-        citations=[_PAPERS[what] for what in (architecture, config.kind) if what in _PAPERS],
+        citations=[
+            *(_PAPERS[what] for what in (architecture, config.kind) if what in _PAPERS),
+            _this_software(),
+        ],
     )
 
 
@@ -128,6 +132,16 @@ def collection_card(title: str, format: str, saes: list[dict], about: dict, hub:
         saes=saes,
         number=_text,
         license=hub.license,
+        citations=[_this_software()],
+    )
+
+
+def _this_software() -> str:
+    """Returns how to cite sae_jax, of the version that writes the card."""
+    version = importlib.metadata.version("sae-jax")
+    return (
+        "The sae_jax authors, *sae_jax: sparse autoencoders for language-model activations in "
+        f"JAX*, version {version}, 2026."
     )
 
 

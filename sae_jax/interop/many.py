@@ -20,7 +20,7 @@ from sae_jax.errors import UserError
 from sae_jax.interop.card import Hub, collection_card
 from sae_jax.interop.provenance import read_provenance
 from sae_jax.interop.select import select
-from sae_jax.train import read_config
+from sae_jax.train.directory import read_config
 
 
 def export_many(

@@ -3,12 +3,14 @@
 import json
 
 from sae_jax import paths
-from sae_jax.activations import Store, is_world
+from sae_jax.activations import is_world
+from sae_jax.activations.files import Folder
+from sae_jax.activations.store import read_complete_meta
 from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.interop import sae_jax_format, saelens
 from sae_jax.lm import hook_name
-from sae_jax.train import read_config
+from sae_jax.train.directory import read_config
 
 _MEASURED = ("tokens", "eval_loss", "eval_fvu", "dead_fraction")
 _SAE = ("k", "sparsity_coefficient", "target_l0", "prefix_widths", "aux_coefficient", "normalize")
@@ -79,7 +81,7 @@ def _of_store(path: str, site: str) -> dict:
     if is_world(path):
         return {"dataset_path": path}
     try:
-        meta = Store.open(path).meta
+        meta = read_complete_meta(Folder(path))
     except (UserError, OSError):
         return {}
     told = {

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from sae_jax import lm
-from sae_jax.evaluate import LanguageModel
 from sae_jax.sae import SAE
 
 _MATRICES = {"mlp_act": ("w_down", "mlp_post_norm"), "z": ("w_o", "attn_post_norm")}
@@ -28,7 +27,7 @@ class OutputTokens:
 
 
 def output_tokens(
-    sae: SAE, model: LanguageModel, site: str, latents: np.ndarray, count: int = 8
+    sae: SAE, model: lm.JaxModel, site: str, latents: np.ndarray, count: int = 8
 ) -> OutputTokens | None:
     """For `latents` (L,); None where what is written at `site` does not go to the residual
     stream by a linear map (mlp_in)."""

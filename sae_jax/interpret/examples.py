@@ -18,9 +18,9 @@ import numpy as np
 
 from sae_jax.activations import Sites, Store
 from sae_jax.errors import UserError
-from sae_jax.evaluate import activation_scale
+from sae_jax.evaluate.batching import evenly_spaced
+from sae_jax.evaluate.metrics import activation_scale
 from sae_jax.evaluate.progress import progress
-from sae_jax.evaluate.sources import spread
 from sae_jax.sae import SAE
 
 _LATENTS = 2**25  # elements of one batch's dense latents
@@ -77,7 +77,7 @@ def find_examples(
 
 def _search(sae, sites, latents, edges, tokens, count, seed) -> dict[str, np.ndarray]:
     store, meta = sites.store, sites.store.meta
-    chunks = spread(np.arange(meta.num_chunks), -(-tokens // meta.chunk_rows))
+    chunks = evenly_spaced(np.arange(meta.num_chunks), -(-tokens // meta.chunk_rows))
     parts = min(meta.chunk_sequences, -(-meta.chunk_rows * sae.config.d_sae // _LATENTS))
     size = -(-meta.chunk_sequences // parts)
     shape = (len(edges), len(latents), count)

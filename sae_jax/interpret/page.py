@@ -7,7 +7,8 @@ import numpy as np
 
 from sae_jax import lm, pages, plots
 from sae_jax.activations import Store
-from sae_jax.evaluate import Evaluation, LanguageModel, figures
+from sae_jax.evaluate import figures
+from sae_jax.evaluate.report import Evaluation
 from sae_jax.interpret.effects import output_tokens
 from sae_jax.interpret.examples import Example, find_examples
 from sae_jax.interpret.text import pieces, token_text
@@ -59,7 +60,7 @@ def write_page(
     evaluation: Evaluation,
     store: Store,
     tokenizer: lm.Tokenizer,
-    model: LanguageModel | None = None,
+    model: lm.JaxModel | None = None,
     *,
     metrics_file=None,
     count: int = 30,

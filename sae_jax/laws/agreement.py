@@ -1,4 +1,7 @@
-"""Whether chinchilla and isoflop tell the same of the same runs (Hoffmann's approaches 3 and 2)."""
+"""Compares the chinchilla and isoflop laws on the same runs.
+
+They are approaches 3 and 2 of Hoffmann et al. 2022.
+"""
 
 import numpy as np
 
@@ -13,31 +16,56 @@ _SAME_EXPONENT = 0.02
 _SAME_LOSS = 0.03  # relative, at the budgets and at ten times the largest
 
 
-def with_chinchilla(results: Results, minima: isoflop.Minima, unsure: float) -> list[str]:
-    """Warning of an isoflop fit whose exponent of n* is known to +- `unsure`."""
+def compare_with_chinchilla(
+    results: Results, minima: isoflop.Minima, uncertainty: float
+) -> list[str]:
+    """Warns where chinchilla, fitted to the same runs, disagrees with isoflop.
+
+    Args:
+      results: the runs that isoflop was fitted to.
+      minima: the minima of their isoFLOP curves.
+      uncertainty: half the width of the 95% interval of isoflop's exponent of n*. A smaller
+        difference is no disagreement.
+
+    Returns:
+      A list of at most one sentence. It is empty too where the runs cannot identify chinchilla.
+    """
     law = LAWS["chinchilla"]
     try:
         identifiability.check(law, results)
     except UserError:
         return []
     other = estimate(law, results.columns, results.loss, law.estimator)
-    return _compare(results, minima, other, unsure, beyond=True)
+    return _compare(results, minima, other, uncertainty, beyond=True)
 
 
-def with_isoflop(results: Results, chinchilla: Estimate, unsure: float) -> list[str]:
-    """Warning of a chinchilla fit."""
+def compare_with_isoflop(results: Results, chinchilla: Estimate, uncertainty: float) -> list[str]:
+    """Warns where the isoflop minima of the same runs disagree with a chinchilla fit.
+
+    Args:
+      results: the runs that chinchilla was fitted to.
+      chinchilla: the fit.
+      uncertainty: half the width of the 95% interval of its exponent of n*. A smaller difference is
+        no disagreement.
+
+    Returns:
+      A list of at most one sentence. It is empty too where the runs have no isoFLOP curves.
+    """
     try:
         minima = isoflop.Minima.from_results(results)
     except UserError:
         return []
-    return _compare(results, minima, chinchilla, unsure, beyond=False)
+    return _compare(results, minima, chinchilla, uncertainty, beyond=False)
 
 
 def _compare(
-    results: Results, minima: isoflop.Minima, chinchilla: Estimate, unsure: float, beyond: bool
+    results: Results, minima: isoflop.Minima, chinchilla: Estimate, uncertainty: float, beyond: bool
 ) -> list[str]:
-    """`beyond`: whether to compare at ten times the largest budget too, where isoflop's power law
-    without a floor is the one to be doubted."""
+    """Compares exponents, and losses at the budgets.
+
+    With `beyond`, losses are compared at ten times the largest budget too: there isoflop's power
+    law, which has no floor, is the one to be doubted.
+    """
     cost = (Cost.from_columns(results.columns) if "flops" in results.columns else None) or Cost(1.0)
     frontier = Frontier.from_law(chinchilla.law, chinchilla.theta, cost)
     if not frontier.exists:
@@ -54,7 +82,7 @@ def _compare(
     theirs = float(frontier.exponents["d_sae_exponent"])
     at_budgets = np.sqrt(np.mean((expected[:-1] / np.exp(minima.log[:, 2]) - 1) ** 2))
     if (
-        abs(theirs - a) <= max(_SAME_EXPONENT, unsure)
+        abs(theirs - a) <= max(_SAME_EXPONENT, uncertainty)
         and abs(slope - c) <= _SAME_EXPONENT
         and at_budgets <= _SAME_LOSS
         and not (beyond and abs(expected[-1] / straight[-1] - 1) > _SAME_LOSS)

@@ -1,12 +1,12 @@
 """Estimators: which parameters of a law fit data best, for many starts or many resamples at once.
 
-Every estimator minimises a sum over points of a function of the residual of log-loss. The sum,
-not the mean: with the mean of Huber's function at delta 1e-3 gradients are so small that
+Every estimator minimises a sum over points of a function of the residual of log-loss. It is the sum
+and not the mean: with the mean of Huber's function at delta 1e-3 gradients are so small that
 optimisers stop early, which is what went wrong in the first Chinchilla fit (Besiroglu et al. 2024).
 
 Bootstraps and profile intervals are thousands of small problems of one form. `minimise` solves them
-as one array; scipy's BFGS, one after the other, comes to the same minima (tests/test_laws.py) and
-took 17 times as long for 400 draws of the 240 Chinchilla runs.
+as one array. scipy's BFGS, run on one problem after the other, comes to the same minima
+(tests/test_laws.py) and took 17 times as long for 400 draws of the 240 Chinchilla runs.
 """
 
 import dataclasses
@@ -17,12 +17,12 @@ import numpy as np
 from sae_jax.laws.laws import Columns, Law, log_terms
 
 ESTIMATORS = ("huber", "log_least_squares", "lad")
-_DELTAS = {  # of Huber's function, in turn: each minimum is the start of the next
+_DELTAS = {  # of Huber's function; each minimum is the start of the next one's search
     "huber": (1e-3,),  # Hoffmann et al. 2022
     "log_least_squares": (np.inf,),
     "lad": (1e-3, 1e-4, 1e-5, 1e-6, 1e-7),  # the last stands for 0
 }
-_FINALISTS = 20  # starts that go on to full precision
+_FINALISTS = 20  # starts that are refined to full precision
 _PATIENCE = 3000  # steps; valleys of openai_nk, and of Huber's function, are long and flat
 _LONGEST = 10.0  # step in coordinates, in which a residual moves by about as much
 _SHARES = {  # number of terms: of the loss at the data's centre, of each term but the last
@@ -34,8 +34,17 @@ _SHARES = {  # number of terms: of the loss at the data's centre, of each term b
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A law's parameters, `theta` (P,) in the law's internal form. `objective` is the minimised
-    sum: of Huber's function, of squares halved, or of absolute residuals, all of log-loss."""
+    """A law's parameters, as one estimator finds them.
+
+    Attributes:
+      law: the law.
+      estimator: one of `ESTIMATORS`.
+      theta: the parameters (P,) in the law's internal form.
+      objective: the minimised sum over points: of Huber's function of the residuals of log-loss, of
+        their halved squares, or of their absolute values.
+      rms_log_error: the root mean square of the residuals of log-loss.
+      problem: the residuals' problem, from which intervals go on.
+    """
 
     law: Law
     estimator: str
@@ -46,14 +55,20 @@ class Estimate:
 
     @property
     def params(self) -> dict[str, float]:
+        """Returns the parameters by name, as users see them."""
         return self.law.named(self.law.public(self.theta))
 
     def loss(self, columns: Columns) -> np.ndarray:
+        """Returns the law's losses (N,) at `columns` of N rows."""
         return np.exp(self.law.log_loss(self.theta, columns))
 
 
 def estimate(law: Law, columns: Columns, loss: np.ndarray, estimator: str) -> Estimate:
-    """Fits `law` to losses (N,) at columns of (N,), from a grid of starts."""
+    """Fits `law` to losses (N,) at columns of N rows and returns its best parameters.
+
+    The fit starts from a grid of some hundred parameter vectors. All of them take 60 steps, and the
+    best 20 are minimised to full precision.
+    """
     problem = Problem.from_law(law, columns, loss)
     deltas = _DELTAS[estimator]
     z = problem.coordinates(_starts(law, columns, loss))
@@ -70,12 +85,16 @@ def estimate(law: Law, columns: Columns, loss: np.ndarray, estimator: str) -> Es
 
 
 def last_delta(estimator: str) -> float:
+    """Returns the delta of Huber's function that an estimator ends with; infinity for least
+    squares.
+    """
     return _DELTAS[estimator][-1]
 
 
 def _starts(law: Law, columns: Columns, loss: np.ndarray) -> np.ndarray:
-    """(S, P) internal parameters: every term has some share of the loss at the data's centre, and
-    exponents from its grid."""
+    """Returns starts (S, P): each term has some share of the loss at the data's centre, and
+    exponents come from the term's grid.
+    """
     centre, level = law.features(columns).mean(axis=0), np.log(loss).mean()
     shares = [
         (*parts, 1 - sum(parts))
@@ -96,8 +115,17 @@ def _starts(law: Law, columns: Columns, loss: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Residuals of one law on one set of runs, in coordinates in which the features of each
-    term are orthonormal: any scale of n, D or C is then the same problem."""
+    """The residuals of one law on one set of runs, as a function of coordinates z (P,).
+
+    In these coordinates the features of each term are orthonormal, so that any units of n, D or C
+    make the same problem.
+
+    Attributes:
+      features_NxP: the orthonormal features of each run.
+      term_of_P: the number of the term that each coordinate belongs to.
+      y_N: the logarithm of each run's loss.
+      to_theta_PxP: the matrix that turns coordinates into parameters.
+    """
 
     features_NxP: np.ndarray
     term_of_P: np.ndarray
@@ -106,6 +134,7 @@ class Problem:
 
     @classmethod
     def from_law(cls, law: Law, columns, loss: np.ndarray) -> "Problem":
+        """Makes the problem of fitting `law` to losses (N,) at columns of N rows."""
         raw, term_of = law.features(columns), law.term_of
         to_theta = np.zeros((raw.shape[1],) * 2)
         for term in range(term_of[-1] + 1):
@@ -115,14 +144,24 @@ class Problem:
         return cls(raw @ to_theta, term_of, np.log(loss), to_theta)
 
     def theta(self, z_SxP: np.ndarray) -> np.ndarray:
+        """Returns the internal parameters (S, P) at coordinates (S, P)."""
         return z_SxP @ self.to_theta_PxP.T
 
     def coordinates(self, theta_SxP: np.ndarray) -> np.ndarray:
+        """Returns the coordinates (S, P) of internal parameters (S, P) or (P,)."""
         return np.linalg.solve(self.to_theta_PxP, np.atleast_2d(theta_SxP).T).T
 
     def residuals(self, z_SxP: np.ndarray, y_SxN: np.ndarray):
-        """(S, N) fitted minus seen log loss, and each parameter's term's share of the loss
-        (S, N, P)."""
+        """Returns fitted minus observed log-loss, and the shares of the terms in the loss.
+
+        Args:
+          z_SxP: coordinates of S parameter vectors.
+          y_SxN: the observed log-losses of each.
+
+        Returns:
+          The residuals (S, N), and for each parameter the share of its term in the fitted loss (S,
+          N, P).
+        """
         t_SxTxN = log_terms(self.features_NxP, self.term_of_P, z_SxP)
         top = t_SxTxN.max(axis=1, keepdims=True)
         parts = np.exp(t_SxTxN - top)
@@ -132,8 +171,8 @@ class Problem:
         return fitted - y_SxN, shares.transpose(0, 2, 1)
 
 
-def rho(residual: np.ndarray, delta: float) -> np.ndarray:
-    """Huber's function; half the square where `delta` is infinite."""
+def huber(residual: np.ndarray, delta: float) -> np.ndarray:
+    """Returns Huber's function of residuals; half their square where `delta` is infinite."""
     size = np.abs(residual)
     inner = np.minimum(size, delta)
     outside = 0.0 if np.isinf(delta) else delta * (size - inner)
@@ -150,17 +189,31 @@ def minimise(
     tolerance: float = 1e-10,
     free_SxPxQ: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Damped Newton steps for S problems at once -> (coordinates (S, P), objectives (S,)).
+    """Minimises S sums of Huber's function at once, by damped Newton steps.
 
-    Every step tries two curvatures, and takes whichever descends farther: the exact one, its
-    eigenvalues made positive, which ends in quadratic convergence; and that of the least squares
-    that lie above Huber's function, which descends from far away. Where neither does, the damping
-    grows. `free_SxPxQ`: orthonormal directions that each problem may move in."""
+    Every step tries two curvatures and takes whichever descends farther. One is the exact curvature
+    with its eigenvalues made positive, which converges quadratically near a minimum. The other is
+    that of the least squares that lie above Huber's function, which descends from far away. Where
+    neither descends, the damping grows.
+
+    Args:
+      problem: the residuals to minimise.
+      z_SxP: where each of the S problems starts.
+      weights_SxN: the weight of each run in each problem, or one weight for all.
+      y_SxN: the observed log-losses of each problem.
+      delta: where Huber's function becomes linear.
+      steps: the most steps to take.
+      tolerance: the relative descent of a step below which a problem is done.
+      free_SxPxQ: orthonormal directions that each problem may move in; all by default.
+
+    Returns:
+      The coordinates (S, P) of the minima, and the objectives (S,) there.
+    """
     z = np.array(np.broadcast_to(z_SxP, (len(y_SxN), np.shape(z_SxP)[-1])), float)
     weights = np.broadcast_to(weights_SxN, y_SxN.shape)
     damping = np.full(len(z), 1e-2)
     residual, shares = problem.residuals(z, y_SxN)
-    value = (weights * rho(residual, delta)).sum(axis=1)
+    value = (weights * huber(residual, delta)).sum(axis=1)
     active = np.ones(len(z), bool)
     for _ in range(steps):
         at = np.flatnonzero(active)
@@ -172,7 +225,7 @@ def minimise(
         for curvature in curvatures:
             trial = here - _damped_step(gradient, curvature, damping[at], free)
             trial_residual, trial_shares = problem.residuals(trial, y_SxN[at])
-            trial_value = (weights[at] * rho(trial_residual, delta)).sum(axis=1)
+            trial_value = (weights[at] * huber(trial_residual, delta)).sum(axis=1)
             better = trial_value < value[at]
             now = at[better]
             z[now], value[now] = trial[better], trial_value[better]
@@ -186,7 +239,9 @@ def minimise(
 
 
 def _derivatives(problem: Problem, residual_SxN, shares_SxNxP, weights_SxN, delta):
-    """The objectives' gradients (S, P) and two curvatures (S, P, P), exact and majorising."""
+    """Returns the objectives' gradients (S, P) and two curvatures (S, P, P), the exact and the
+    majorising one.
+    """
     features, term_of = problem.features_NxP, problem.term_of_P
     jacobian = shares_SxNxP * features
     across = jacobian.transpose(0, 2, 1)
@@ -206,7 +261,7 @@ def _derivatives(problem: Problem, residual_SxN, shares_SxNxP, weights_SxN, delt
 
 
 def _damped_step(gradient_SxP, curvature_SxPxP, damping_S, free_SxPxQ) -> np.ndarray:
-    """(S, P), at most `_LONGEST` long."""
+    """Returns the steps (S, P) to subtract, each at most `_LONGEST` long."""
     if free_SxPxQ is not None:
         curvature_SxPxP = free_SxPxQ.transpose(0, 2, 1) @ curvature_SxPxP @ free_SxPxQ
     bend, axes = np.linalg.eigh(curvature_SxPxP)

@@ -1,4 +1,4 @@
-"""Fitting one law to results: parameters, intervals, hold-out, frontier, and what to doubt."""
+"""Fits one law to results: parameters, intervals, held-out error, frontier, and warnings."""
 
 import dataclasses
 
@@ -24,8 +24,15 @@ _INTERVALS = (
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How to fit. `estimator` None: the law's own; `holdout` None: the largest budgets that hold a
-    tenth of the points."""
+    """Options of a fit.
+
+    Attributes:
+      estimator: one of `estimators.ESTIMATORS`; None takes the law's own.
+      holdout: how many of the largest budgets are held out; None takes the fewest that hold a tenth
+        of the points.
+      resamples: the number of bootstrap draws.
+      seed: the seed of the draws.
+    """
 
     estimator: str | None = None
     holdout: int | None = None
@@ -35,9 +42,22 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """A law fitted to all points of `results`. `holdout` is its error on the points `held` (rows)
-    when fitted without them, None where too little would be left; `frontier` is None where the
-    law has none or the rows do not say what n D costs; `k` is where `joint`'s frontier lies."""
+    """A law fitted to all points of some results.
+
+    Attributes:
+      results: the runs that the law is fitted to.
+      estimate: the parameters.
+      drawn: the parameters of every bootstrap draw.
+      ci95: the 95% interval of each parameter, as users see it.
+      holdout: the error on the points held out when the law is fitted without them; None where too
+        few points would be left.
+      held: the rows (H,) of the points held out.
+      frontier: the compute-optimal frontier; None where the law has none, or where the rows do not
+        say what n latents and D tokens cost.
+      k: the k at which the joint law's frontier is taken; None for other laws.
+      alternatives: the parameters by the other estimators.
+      warnings: what to doubt about the fit, in words.
+    """
 
     results: Results
     estimate: Estimate
@@ -51,7 +71,15 @@ class Fit:
     warnings: list[str]
 
     def at(self, flops: np.ndarray, theta: np.ndarray | None = None) -> np.ndarray:
-        """(..., budgets): the least loss at budgets C, of the fit or of parameters (..., P)."""
+        """Returns the least loss that budgets can buy.
+
+        Args:
+          flops: budgets (B,).
+          theta: internal parameters (..., P); those of the fit by default.
+
+        Returns:
+          Losses (..., B).
+        """
         theta = self.estimate.theta if theta is None else theta
         if self.law.name == "power":
             return np.exp(self.law.log_loss(theta, {"flops": flops}))
@@ -59,29 +87,37 @@ class Fit:
 
     @property
     def law(self) -> Law:
+        """The law that was fitted."""
         return self.estimate.law
 
     @property
     def name(self) -> str:
+        """The name of the law."""
         return self.law.name
 
     @property
     def factor(self) -> float:
-        """By how much a bootstrap's deviations are widened."""
+        """The factor by which deviations of the bootstrap are widened (`intervals.widening`)."""
         return widening(self.drawn.runs, len(self.estimate.theta))
 
     def spread(self, values: np.ndarray, at: np.ndarray) -> np.ndarray:
-        """95% interval (2, ...) of something from its bootstrap values (R, ...)."""
+        """Returns the 95% interval (2, ...) of a quantity whose fitted value is `at` and whose
+        bootstrap values are `values` (R, ...).
+        """
         return spread(values, at, self.factor)
 
     def frontiers(self) -> Frontier:
-        """Of every draw that has one."""
+        """Returns the frontiers of all bootstrap draws that have one."""
         every = Frontier.from_law(self.law, self.drawn.theta, self.frontier.cost, self.k)
         return every.take(every.exists)
 
     def exponents(self, theta: np.ndarray) -> dict[str, np.ndarray]:
-        """The frontier's exponents for internal parameters (P,) or (S, P), as far as the law has
-        them; of draws, only of those that have a frontier."""
+        """Returns the exponents of the frontier by name, as far as the law has them.
+
+        Args:
+          theta: internal parameters (P,), or (S, P) of draws. Draws without a frontier are left
+            out.
+        """
         if self.law.name == "power":
             return {"loss_exponent": -theta[..., self.law.parameters.index("alpha")]}
         if self.frontier is None:
@@ -90,7 +126,7 @@ class Fit:
         return (frontier.take(frontier.exists) if theta.ndim > 1 else frontier).exponents
 
     def summary(self) -> dict:
-        """The content of fit.json."""
+        """Returns the content of fit.json."""
         law, estimate = self.law, self.estimate
         sd = law.public(self.drawn.theta).std(axis=0)
         return {
@@ -125,10 +161,12 @@ class Fit:
         }
 
     def _named_exponents(self, estimate: Estimate) -> dict[str, float | None]:
+        """Returns every exponent by name; None where the law does not have it."""
         there = self.exponents(estimate.theta)
         return {name: float(there[name]) if name in there else None for name in EXPONENTS}
 
     def _frontier_summary(self) -> dict:
+        """Returns what fit.json says of the frontier."""
         out = self._named_exponents(self.estimate)
         drawn = self.exponents(self.drawn.theta)
         out["ci95"] = {name: self.spread(v, out[name]).tolist() for name, v in drawn.items()}
@@ -140,14 +178,25 @@ class Fit:
 
 
 def fit(results: Results, name: str, options: Options) -> "Fit | isoflop.IsoflopFit":
-    """Fits one of `LAW_NAMES`. Raises UserError where the results cannot identify it."""
+    """Fits a law to results.
+
+    Args:
+      results: the runs.
+      name: one of `LAW_NAMES`.
+      options: how to fit.
+
+    Returns:
+      A Fit, or an IsoflopFit for the law "isoflop".
+
+    Raises UserError where the results cannot identify the law.
+    """
     if name == isoflop.NAME:
         found = isoflop.fit(results, options)
         return dataclasses.replace(found, warnings=cautions.isoflop_warnings(found))
-    law, among = LAWS[name], None
+    law, selection = LAWS[name], None
     if name == "power":
-        results, among = envelope(results)
-    identifiability.check(law, results, among)
+        results, selection = envelope(results)
+    identifiability.check(law, results, selection)
     estimator = options.estimator or law.estimator
     best = estimate(law, results.columns, results.loss, estimator)
     drawn = bootstrap(best, results.run, options.resamples, options.seed)
@@ -181,18 +230,29 @@ def fit(results: Results, name: str, options: Options) -> "Fit | isoflop.Isoflop
         warnings=[],
     )
     return dataclasses.replace(
-        found, warnings=[*([among] if among else []), *cautions.warnings(found, cost)]
+        found, warnings=[*([selection] if selection else []), *cautions.warnings(found, cost)]
     )
 
 
-def by_accountings(results: Results, found, accounting: str, options: Options) -> dict[str, dict]:
-    """The frontier by each accounting of compute that the results have; `found`: the fit by
-    `accounting`."""
+def frontiers_by_accounting(
+    results: Results, found, accounting: str, options: Options
+) -> dict[str, dict]:
+    """Returns the frontier by each accounting of compute that the results have.
+
+    Args:
+      results: the runs, with compute as they were read.
+      found: the fit by `accounting`, which is not fitted again.
+      accounting: one of `results.ACCOUNTINGS`.
+      options: how to fit by the other accountings.
+
+    Returns:
+      The frontier's part of fit.json by accounting; {"refused": reason} where a fit is refused.
+    """
     frontiers = {accounting: found.summary()["frontier"]}
     for other in set(ACCOUNTINGS) - {accounting}:
         if other in results.columns:
             try:
-                again = fit(results.by_accounting(other), found.name, options)
+                again = fit(results.with_accounting(other), found.name, options)
                 frontiers[other] = again.summary()["frontier"]
             except UserError as error:
                 frontiers[other] = {"refused": str(error)}
@@ -200,9 +260,14 @@ def by_accountings(results: Results, found, accounting: str, options: Options) -
 
 
 def envelope(results: Results) -> tuple[Results, str | None]:
-    """The runs on the compute frontier, those with less loss than every cheaper run, and how they
-    were chosen. All runs where there is one path to begin with: no column d_sae, or sizes that
-    never fall as compute grows, one to a budget."""
+    """Returns the runs on the compute frontier: those with less loss than every cheaper run.
+
+    All runs are returned where they form one path to begin with. That is so where there is no
+    column d_sae, or where there is one run to a budget and sizes never fall as compute grows.
+
+    Returns:
+      The runs, and a sentence that says how they were chosen; None where all are.
+    """
     order = np.argsort(results.columns["flops"], kind="stable")
     size = results.columns.get("d_sae")
     group = holdout.groups(results.columns["flops"])[order]
@@ -219,12 +284,26 @@ def envelope(results: Results) -> tuple[Results, str | None]:
 
 
 def needed_columns(name: str) -> tuple[str, ...]:
+    """Returns the columns of results that a law needs, besides the loss."""
     return isoflop.COLUMNS if name == isoflop.NAME else LAWS[name].columns
 
 
 def hold_out(results: Results, law: Law, estimator: str, count: int | None):
-    """(held-out rows, the law's error there when fitted to the others, None if they do not
-    identify it). With a `count` of the user's that is an error."""
+    """Fits a law without the largest budgets, and measures its error there.
+
+    Args:
+      results: the runs.
+      law: the law.
+      estimator: one of `estimators.ESTIMATORS`.
+      count: how many budgets are held out, as the user says; None takes the fewest that hold a
+        tenth of the points.
+
+    Returns:
+      The held-out rows (H,), and the error as fit.json shows it. Where the other rows do not
+      identify the law, no row is held out and the error is None.
+
+    Raises UserError where the rest does not identify the law and `count` is given.
+    """
     if count is None and len(results) <= len(law.parameters) + 1:
         return np.array([], int), None
     kept, held, what = holdout.split(results, law.columns, count)

@@ -12,19 +12,21 @@ import numpy as np
 
 from sae_jax.laws.laws import Columns, Law
 
-_AFFINE = 0.02  # relative: how well flops must be (c n + c0) D
+_AFFINE = 0.02  # relative: the largest deviation of flops from (c n + c0) D
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """C = (slope n + fixed) D."""
+    """The compute of a run with n latents and D tokens: C = (slope n + fixed) D, in FLOPs."""
 
     slope: float
     fixed: float = 0.0
 
     @classmethod
     def from_columns(cls, columns: Columns) -> "Cost | None":
-        """The cost that explains the rows' flops, if one does."""
+        """Returns the cost that explains the columns d_sae, tokens and flops; None where no cost of
+        this form does.
+        """
         n, per_token = columns["d_sae"], columns["flops"] / columns["tokens"]
         ratio = per_token / n
         if np.ptp(ratio) <= 1e-3 * np.median(ratio):
@@ -35,13 +37,25 @@ class Cost:
         return cls(float(slope), float(fixed)) if fits and slope > 0 and fixed >= 0 else None
 
     def flops(self, n, tokens):
+        """Returns the FLOPs of training n latents on so many tokens."""
         return (self.slope * n + self.fixed) * tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Frontier:
-    """Of one parameter vector, or of S at once: every field () or (S,). Scales are kept as
-    logarithms, for they overflow easily."""
+    """The compute-optimal frontier of one parameter vector, or of S at once.
+
+    The loss is E + A n^-alpha + B D^-beta. Every field but `cost` has shape () or (S,). Scales are
+    kept as logarithms, because they overflow easily.
+
+    Attributes:
+      log_a: the logarithm of A.
+      alpha: the exponent of n.
+      log_b: the logarithm of B.
+      beta: the exponent of D.
+      log_e: the logarithm of E.
+      cost: the compute of n latents and D tokens.
+    """
 
     log_a: np.ndarray
     alpha: np.ndarray
@@ -54,7 +68,14 @@ class Frontier:
     def from_law(
         cls, law: Law, theta: np.ndarray, cost: Cost, k: float | None = None
     ) -> "Frontier":
-        """Of internal parameters (P,) or (S, P); of `joint` at one k."""
+        """Makes the frontier of a law.
+
+        Args:
+          law: chinchilla or joint.
+          theta: internal parameters (P,) or (S, P).
+          cost: the compute of n latents and D tokens.
+          k: the sparsity at which the joint law is taken.
+        """
         at = {name: np.asarray(theta)[..., i] for i, name in enumerate(law.parameters)}
         if law.name == "chinchilla":
             return cls(at["A"], at["alpha"], at["B"], at["beta"], at["E"], cost)
@@ -69,17 +90,20 @@ class Frontier:
         )
 
     def take(self, rows) -> "Frontier":
+        """Returns the frontiers of the chosen `rows`, a mask or indices."""
         fields = ("log_a", "alpha", "log_b", "beta", "log_e")
         return dataclasses.replace(self, **{name: getattr(self, name)[rows] for name in fields})
 
     @property
     def exists(self) -> np.ndarray:
-        """Whether the loss falls in n and in D: else more of one is never worth its compute."""
+        """Whether the loss falls in both n and D; where it does not, more of one is never worth its
+        compute.
+        """
         return (self.alpha > 0) & (self.beta > 0)
 
     @property
     def exponents(self) -> dict[str, np.ndarray]:
-        """Of n*, D*, and of the reducible loss L* - E, in C."""
+        """The exponents of n*, of D* and of the reducible loss L* - E in C, by name."""
         total = self.alpha + self.beta
         return {
             "d_sae_exponent": self.beta / total,
@@ -88,7 +112,7 @@ class Frontier:
         }
 
     def at(self, flops: np.ndarray) -> Columns:
-        """d_sae, tokens and loss (..., budgets) at budgets C (budgets,)."""
+        """Returns d_sae, tokens and loss, each (..., B), at budgets (B,) in FLOPs."""
         alpha, beta, log_a, log_b, log_e = (
             np.asarray(v)[..., None]
             for v in (self.alpha, self.beta, self.log_a, self.log_b, self.log_e)

@@ -1,4 +1,7 @@
-"""Which points are held out to see how well a law extrapolates: those of the largest budgets."""
+"""Chooses the points that are held out to see how well a law extrapolates.
+
+They are the points of the largest budgets.
+"""
 
 import numpy as np
 
@@ -6,11 +9,13 @@ from sae_jax.errors import UserError
 from sae_jax.laws.results import Results
 
 SAME_BUDGET = 0.02  # relative: runs whose compute differs by less share a budget
-_PART = 0.1  # of the points, that are held out at least unless told otherwise
+_PART = 0.1  # the least part of the points that is held out by default
 
 
 def groups(values: np.ndarray, tolerance: float = SAME_BUDGET) -> np.ndarray:
-    """(N,) which group each value is of, from the smallest: a group spans at most `tolerance`."""
+    """Returns the group (N,) of each value, counted from the smallest; a group spans at most
+    `tolerance`.
+    """
     order = np.argsort(values, kind="stable")
     group, first, out = -1, -np.inf, np.empty(len(values), int)
     for place in order:
@@ -21,8 +26,14 @@ def groups(values: np.ndarray, tolerance: float = SAME_BUDGET) -> np.ndarray:
 
 
 def budget_column(results: Results, needed: tuple[str, ...]) -> tuple[np.ndarray, str]:
-    """What is extrapolated in, (N,), and its name: compute, or the dictionary's size where a law
-    knows no tokens."""
+    """Returns the values (N,) that a law is extrapolated in, and their name.
+
+    They are compute, or the dictionary's size for a law that knows no tokens.
+
+    Args:
+      results: the runs.
+      needed: the columns that the law needs.
+    """
     columns = results.columns
     if "tokens" not in needed and "flops" not in needed:
         return columns["d_sae"], "d_sae"
@@ -32,8 +43,19 @@ def budget_column(results: Results, needed: tuple[str, ...]) -> tuple[np.ndarray
 
 
 def split(results: Results, needed: tuple[str, ...], count: int | None):
-    """(rows kept, rows held out, what they are): the `count` largest budgets, or by default the
-    fewest that hold a tenth of the points."""
+    """Splits rows into those that are fitted and those that are held out.
+
+    Args:
+      results: the runs.
+      needed: the columns that the law needs.
+      count: how many of the largest budgets are held out; None takes the fewest that hold a tenth
+        of the points.
+
+    Returns:
+      The rows kept, the rows held out, and a description of the latter.
+
+    Raises UserError unless at least one budget is held out and one is kept.
+    """
     values, name = budget_column(results, needed)
     group = groups(values)
     total = group.max() + 1

@@ -1,4 +1,4 @@
-"""Whether results can say anything about a law's parameters; refused with what is needed if not."""
+"""Checks whether results can say anything about a law's parameters."""
 
 import numpy as np
 
@@ -15,11 +15,20 @@ _WHAT = {
 _TOGETHER = 0.9999  # correlation of two columns' logarithms above which neither tells its own part
 
 
-def check(law: Law, results: Results, among: str | None = None) -> None:
-    """Raises UserError. `among`: how these were chosen of more runs."""
+def check(law: Law, results: Results, selection: str | None = None) -> None:
+    """Raises UserError, which says what is needed, where results cannot identify a law.
+
+    Results must have enough different values of each column, more points than parameters, losses
+    that differ, and columns that do not vary together.
+
+    Args:
+      law: the law.
+      results: the runs.
+      selection: a sentence that says how the runs were chosen of more, for the message.
+    """
     loss = results.loss
     where = f"{results.source} cannot identify {law.name} ({law.formula})"
-    where += f"; {among}" if among else ""
+    where += f"; {selection}" if selection else ""
     for column, needed in law.levels.items():
         there = distinct(results.columns[column])
         if len(there) < needed:
@@ -50,7 +59,7 @@ def check(law: Law, results: Results, among: str | None = None) -> None:
 
 
 def _instead(law: Law, results: Results) -> str:
-    """A law that these results do identify."""
+    """Returns a hint at a law that these results do identify; empty where there is none."""
     for other in LAWS.values():
         if (
             len(other.parameters) < min(len(law.parameters), len(results))

@@ -1,13 +1,13 @@
 """The isoflop law: power laws in compute of the minima of isoFLOP curves.
 
-n* = G_n C^a, D* = G_D C^b, L* = G_L C^c, each fitted to the logarithms of the budgets' minima.
-The loss has no floor here: a handful of minima does not identify one, and `power` and
-`chinchilla` are there to fit it. Where there is one, L* beyond the budgets is too low.
+It says n* = G_n C^a, D* = G_D C^b and L* = G_L C^c, each fitted to the logarithms of the budgets'
+minima. The loss has no floor here, because a handful of minima does not identify one; `power` and
+`chinchilla` fit it. Where there is a floor, L* beyond the budgets is too low.
 
-Intervals: every resample draws the residuals of the runs from their budgets' parabolas anew,
-scaled for the degrees of freedom, so that each budget keeps its sizes (of a few runs drawn with
-replacement seldom a parabola is left). Where the minima scatter about their line by more than
-that explains, the line's own Student interval is taken.
+Intervals are quantiles over resamples. Each resample draws the residuals of the runs from their
+budgets' parabolas anew, scaled for the degrees of freedom, so that each budget keeps its sizes.
+(Runs drawn with replacement seldom leave a parabola.) Where the minima scatter about their line by
+more than that explains, the line's own Student interval is taken.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ _INTERVALS = (
     "ci95: quantiles over resampled residuals of the runs about their parabolas, or the power "
     "law's own Student interval where its scatter is more than those explain"
 )
-_OF = ("d_sae", "tokens", "loss")
+_QUANTITIES = ("d_sae", "tokens", "loss")
 _LINE = Law(
     "line",
     "y = scale C^exponent",
@@ -40,8 +40,15 @@ _LINE = Law(
 
 @dataclasses.dataclass(frozen=True)
 class Minima:
-    """Of the `used` isoFLOP curves, those with a minimum within their sizes: `flops` (B,), and
-    `log` (B, 3): log n*, log D*, log L*. `how`: where the curves came from."""
+    """The minima of isoFLOP curves.
+
+    Attributes:
+      curves: the isoFLOP curves of all budgets.
+      used: the B curves that have a minimum within their sizes.
+      flops: the budgets (B,) of the used curves.
+      log: log n*, log D* and log L* (B, 3) of the used curves.
+      how: how the curves were made, in words.
+    """
 
     curves: list[Curve]
     used: list[Curve]
@@ -51,7 +58,9 @@ class Minima:
 
     @classmethod
     def from_results(cls, results: Results) -> "Minima":
-        """Raises UserError where fewer than three budgets have a minimum within their sizes."""
+        """Finds the minima of the runs' isoFLOP curves. Raises UserError where fewer than three
+        budgets have a minimum within their sizes.
+        """
         curves, how = make_curves(results, results.compute)
         used = [curve for curve in curves if curve.rejected is None]
         if len(used) < BUDGETS:
@@ -64,20 +73,32 @@ class Minima:
         return cls(curves, used, flops, np.array([curve.minimum() for curve in used]), how)
 
     def take(self, rows: slice) -> "Minima":
+        """Returns the minima of the chosen budgets."""
         return dataclasses.replace(
             self, used=self.used[rows], flops=self.flops[rows], log=self.log[rows]
         )
 
     def lines(self, estimator: str) -> list[Estimate]:
-        """The power laws in C of n*, D* and L*."""
+        """Fits the power laws in C of n*, D* and L*, by one of `estimators.ESTIMATORS`."""
         columns = {"flops": self.flops}
         return [estimate(_LINE, columns, np.exp(y), estimator) for y in self.log.T]
 
 
 @dataclasses.dataclass(frozen=True)
 class IsoflopFit:
-    """`lines`: the power laws of n*, D* and L*; `drawn` (R, 3, 2): log scale and exponent of each
-    in each resample, widened as the intervals are."""
+    """The isoflop law fitted to results.
+
+    Attributes:
+      results: the runs.
+      estimator: one of `estimators.ESTIMATORS`.
+      minima: the minima of their isoFLOP curves.
+      lines: the power laws of n*, D* and L*.
+      drawn: the log scale and exponent of each line in each resample (R, 3, 2), widened as the
+        intervals are.
+      holdout: the error at the largest budgets of the law fitted without them.
+      alternatives: the lines by the other estimators.
+      warnings: what to doubt about the fit, in words.
+    """
 
     results: Results
     estimator: str
@@ -90,29 +111,38 @@ class IsoflopFit:
 
     @property
     def name(self) -> str:
+        """The name of the law."""
         return NAME
 
     @property
     def run_scatter(self) -> float:
-        """Standard deviation of a run's log loss about its budget's parabola; 0 where parabolas
-        go through all their runs."""
-        pool = _residuals(self.minima.used)
+        """The standard deviation of a run's log-loss about its budget's parabola; 0 where parabolas
+        go through all their runs.
+        """
+        pool = _run_residuals(self.minima.used)
         return 0.0 if pool is None else float(pool.std())
 
     @property
     def theta(self) -> np.ndarray:
-        """(3, 2): log scale and exponent of each line."""
+        """The log scale and exponent (3, 2) of each line."""
         return np.array([line.theta for line in self.lines])
 
     def at(self, flops: np.ndarray, theta: np.ndarray | None = None) -> np.ndarray:
-        """(..., budgets, 3): n*, D*, L* at budgets C, of the fit or of parameters
-        (..., 3, 2)."""
+        """Returns n*, D* and L* at budgets.
+
+        Args:
+          flops: budgets (B,).
+          theta: parameters (..., 3, 2); those of the fit by default.
+
+        Returns:
+          An array (..., B, 3).
+        """
         theta = self.theta if theta is None else theta
         log_c = np.log(np.asarray(flops, float))[:, None]
         return np.exp(theta[..., None, :, 0] + theta[..., None, :, 1] * log_c)
 
     def summary(self) -> dict:
-        """The content of fit.json."""
+        """Returns the content of fit.json."""
         low, high = np.percentile(self.drawn, [2.5, 97.5], axis=0)
         params, lows, highs = _named(self.theta), _named(low), _named(high)
         ci95 = {name: [lows[name], highs[name]] for name in params}
@@ -127,13 +157,13 @@ class IsoflopFit:
             "n_points": len(self.results),
             "n_runs": int(self.results.run.max()) + 1,
             "holdout": self.holdout,
-            "frontier": exponents(self.theta) | {"ci95": exponents_of(ci95)},
+            "frontier": exponents(self.theta) | {"ci95": only_exponents(ci95)},
             "bootstrap": {
                 "resamples": len(self.drawn),
                 "sd": exponents(self.drawn.std(axis=0)),
             },
             "intervals": _INTERVALS,
-            "budgets": [_budget(curve) for curve in self.minima.curves],
+            "budgets": [_budget_summary(curve) for curve in self.minima.curves],
             "how": self.minima.how,
             "alternatives": {
                 name: {"params": _named(theta), "frontier": exponents(theta)}
@@ -147,7 +177,14 @@ class IsoflopFit:
 
 
 def fit(results: Results, options) -> IsoflopFit:
-    """Without warnings, which `fit.fit` adds. Raises UserError as `Minima.of`."""
+    """Fits the isoflop law to results, without the warnings, which `fit.fit` adds.
+
+    Args:
+      results: the runs.
+      options: a `fit.Options`.
+
+    Raises UserError as `Minima.from_results` does, and where too few budgets are left to fit.
+    """
     minima = Minima.from_results(results)
     estimator = options.estimator or "log_least_squares"
     lines = minima.lines(estimator)
@@ -156,7 +193,7 @@ def fit(results: Results, options) -> IsoflopFit:
         estimator=estimator,
         minima=minima,
         lines=lines,
-        drawn=_draw(minima, lines, options),
+        drawn=_resample_lines(minima, lines, options),
         holdout=_hold_out(minima, estimator, options.holdout),
         alternatives={other: minima.lines(other) for other in ESTIMATORS if other != estimator},
         warnings=[],
@@ -164,20 +201,25 @@ def fit(results: Results, options) -> IsoflopFit:
 
 
 def exponents(theta_3x2: np.ndarray) -> dict[str, float]:
-    return {f"{of}_exponent": float(v) for of, v in zip(_OF, theta_3x2[:, 1], strict=True)}
+    """Returns the exponents of lines with parameters (3, 2) by name."""
+    return {f"{of}_exponent": float(v) for of, v in zip(_QUANTITIES, theta_3x2[:, 1], strict=True)}
 
 
-def exponents_of(named: dict) -> dict:
+def only_exponents(named: dict) -> dict:
+    """Returns the entries of a dict whose names are those of exponents."""
     return {name: value for name, value in named.items() if name.endswith("_exponent")}
 
 
 def _named(theta_3x2: np.ndarray) -> dict[str, float]:
-    scales = {f"{of}_scale": float(np.exp(v)) for of, v in zip(_OF, theta_3x2[:, 0], strict=True)}
+    """Returns the scales and exponents of lines with parameters (3, 2) by name."""
+    scales = {
+        f"{of}_scale": float(np.exp(v)) for of, v in zip(_QUANTITIES, theta_3x2[:, 0], strict=True)
+    }
     return scales | exponents(theta_3x2)
 
 
 def _hold_out(minima: Minima, estimator: str, count: int | None) -> dict:
-    """The error of the laws of the smaller budgets at the minima of the `count` largest."""
+    """Measures the error of the smaller budgets' laws at the minima of the `count` largest."""
     count, total = count or 1, len(minima.used)
     if total - count < 2:
         raise UserError(
@@ -198,8 +240,8 @@ def _hold_out(minima: Minima, estimator: str, count: int | None) -> dict:
     }
 
 
-def _draw(minima: Minima, lines: list[Estimate], options) -> np.ndarray:
-    """(R, 3, 2) parameters in resamples."""
+def _resample_lines(minima: Minima, lines: list[Estimate], options) -> np.ndarray:
+    """Returns the parameters (R, 3, 2) of the lines in resamples."""
     random = np.random.default_rng(options.seed)
     theta = np.array([line.theta for line in lines])
     log_c = np.log(minima.flops)
@@ -220,9 +262,10 @@ def _draw(minima: Minima, lines: list[Estimate], options) -> np.ndarray:
 
 
 def _moved_minima(minima: Minima, count: int, random) -> np.ndarray:
-    """(R, B, 3): how far the minima move when the runs' residuals are drawn anew. Zero where
-    parabolas go through all their runs, so that there are no residuals."""
-    pool = _residuals(minima.used)
+    """Returns how far (R, B, 3) the minima move when the runs' residuals are drawn anew; zero where
+    there are no residuals.
+    """
+    pool = _run_residuals(minima.used)
     if pool is None:
         return np.zeros((count, *minima.log.shape))
     drawn = []
@@ -233,9 +276,10 @@ def _moved_minima(minima: Minima, count: int, random) -> np.ndarray:
     return np.where(np.isfinite(moved).all(axis=(1, 2), keepdims=True), moved, 0.0)
 
 
-def _residuals(curves: list[Curve]) -> np.ndarray | None:
-    """Log losses of the runs near the minima about their parabolas, scaled for the degrees of
-    freedom; None where there are none."""
+def _run_residuals(curves: list[Curve]) -> np.ndarray | None:
+    """Returns the log-losses of the runs near the minima about their parabolas, scaled for the
+    degrees of freedom; None where parabolas go through all their runs.
+    """
     points = sum(curve.near.sum() for curve in curves)
     if points <= 3 * len(curves):
         return None
@@ -243,10 +287,11 @@ def _residuals(curves: list[Curve]) -> np.ndarray | None:
     return np.concatenate(residuals) * widening(points, 3 * len(curves))
 
 
-def _budget(curve: Curve) -> dict:
-    minimum = dict.fromkeys(_OF)
+def _budget_summary(curve: Curve) -> dict:
+    """Returns what fit.json says of one budget."""
+    minimum = dict.fromkeys(_QUANTITIES)
     if curve.rejected is None:
-        minimum = dict(zip(_OF, np.exp(curve.minimum()).tolist(), strict=True))
+        minimum = dict(zip(_QUANTITIES, np.exp(curve.minimum()).tolist(), strict=True))
     return {
         "flops": curve.flops,
         "sizes": len(distinct(np.exp(curve.log_n))),

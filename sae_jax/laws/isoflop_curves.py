@@ -1,12 +1,14 @@
 """IsoFLOP curves: runs that share a budget, and the dictionary size with the least loss in each.
 
-The minimum is that of a parabola of log-loss in log n (Hoffmann et al. 2022, approach 2) through
-the best size, its two neighbours, and whatever else lies within a tenth of the least loss: where
-sizes are close together and noise matters, many; where they are far apart and the curve is no
-parabola, three. On the exact compute law of decoupled features, sizes in steps of 2, the exponent
-of n* came out as 0.4004 +- 0.0033 over grids (true 0.4003); with Akima's interpolant (Porian et al.
-2024), which follows the noise of every run, as 0.3993 +- 0.0032; with five sizes always 0.3981 +-
-0.0036, and at steps of 4 as far off as 0.04.
+The minimum is that of a parabola of log-loss in log n (Hoffmann et al. 2022, approach 2). The
+parabola goes through the best size, the sizes next to it, and whatever else lies within a tenth of
+the least loss. So it uses many sizes where they are close together and noise matters, and three
+where they are far apart and the curve is no parabola.
+
+On the exact compute law of decoupled features, with sizes in steps of 2, the exponent of n* came
+out as 0.4004 +- 0.0033 over grids (true 0.4003). With Akima's interpolant (Porian et al. 2024),
+which follows the noise of every run, it was 0.3993 +- 0.0032. With always five sizes it was 0.3981
++- 0.0036, and at steps of 4 as far off as 0.04.
 """
 
 import dataclasses
@@ -19,14 +21,21 @@ from sae_jax.laws.holdout import groups
 from sae_jax.laws.results import Results, distinct
 
 _NEAR = 0.1  # log-loss above the least that still belongs to the parabola
-_SIZES = 3  # of a budget, to have a minimum
-BUDGETS = 3  # with a minimum, to fit power laws to
+_SIZES = 3  # the fewest sizes of a budget with a minimum
+BUDGETS = 3  # the fewest budgets with a minimum that power laws are fitted to
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """The runs of one budget, by size: `log_n`, `log_d`, `log_loss` (M,). `near`: those that the
-    parabola goes through."""
+    """The runs of one budget, in order of size.
+
+    Attributes:
+      flops: the budget.
+      log_n: the logarithm of each run's dictionary size (M,).
+      log_d: the logarithm of its tokens (M,).
+      log_loss: the logarithm of its loss (M,).
+      near: whether the parabola goes through the run (M,).
+    """
 
     flops: float
     log_n: np.ndarray
@@ -36,6 +45,7 @@ class Curve:
 
     @classmethod
     def from_runs(cls, flops, n, tokens, loss) -> "Curve":
+        """Makes the curve of one budget from the sizes, tokens and losses (M,) of its runs."""
         order = np.argsort(n, kind="stable")
         log_n, log_d, log_loss = (np.log(values[order]) for values in (n, tokens, loss))
         best = log_n[log_loss.argmin()]
@@ -48,19 +58,26 @@ class Curve:
 
     @property
     def middle(self) -> float:
+        """The mean of log n over the runs that the parabola goes through."""
         return float(self.log_n[self.near].mean())
 
     def parabola(self, log_loss_SxM: np.ndarray | None = None) -> np.ndarray:
-        """Coefficients (..., 3), of (log n - middle)^2 first, of the near sizes."""
+        """Returns coefficients (..., 3) of the parabola in (log n - middle), that of the square
+        first.
+
+        Args:
+          log_loss_SxM: other log-losses of the same runs; those that were seen by default.
+        """
         y = self.log_loss if log_loss_SxM is None else log_loss_SxM
         design = np.vander(self.log_n[self.near] - self.middle, 3)
         return (np.linalg.pinv(design) @ y[..., self.near].T).T
 
     def fitted(self, log_n: np.ndarray) -> np.ndarray:
+        """Returns the parabola's log-loss at `log_n`."""
         return np.polyval(self.parabola(), log_n - self.middle)
 
     def minimum(self, log_loss_SxM: np.ndarray | None = None) -> np.ndarray:
-        """(..., 3): log n*, log D*, log L*; NaN where the parabola has no minimum."""
+        """Returns log n*, log D* and log L* (..., 3); NaN where the parabola has no minimum."""
         bend, slope, height = np.moveaxis(self.parabola(log_loss_SxM), -1, 0)
         with np.errstate(divide="ignore", invalid="ignore"):
             away = np.where(bend > 0, -slope / (2 * bend), np.nan)
@@ -70,7 +87,7 @@ class Curve:
 
     @property
     def rejected(self) -> str | None:
-        """Why this budget has no minimum to use, in words."""
+        """Why this budget has no minimum to use, in words; None where it has one."""
         best = self.log_n[self.log_loss.argmin()]
         log_n = self.minimum()[0]
         if best == self.log_n[0]:
@@ -83,8 +100,20 @@ class Curve:
 
 
 def make_curves(results: Results, flops: np.ndarray) -> tuple[list[Curve], str]:
-    """IsoFLOP curves with three sizes or more, by budget, and how they came about: from runs that
-    share budgets, or else, of a grid of sizes by tokens, interpolated at common budgets."""
+    """Makes the isoFLOP curves with three sizes or more, in order of budget.
+
+    They consist of runs that share budgets. Where runs share none but form a grid of sizes by
+    tokens, each size's loss is interpolated at common budgets.
+
+    Args:
+      results: the runs.
+      flops: the compute (N,) of each.
+
+    Returns:
+      The curves, and a sentence that says how they were made.
+
+    Raises UserError where there are fewer than three curves.
+    """
     sizes = distinct(results.columns["d_sae"])
     if len(sizes) < _SIZES:
         raise UserError(
@@ -109,6 +138,7 @@ def make_curves(results: Results, flops: np.ndarray) -> tuple[list[Curve], str]:
 
 
 def _shared(results: Results, flops: np.ndarray) -> list[Curve]:
+    """Returns the curves of runs that share a budget."""
     group = groups(flops)
     columns = results.columns
     found = []
@@ -122,8 +152,9 @@ def _shared(results: Results, flops: np.ndarray) -> list[Curve]:
 
 
 def _interpolated(results: Results, flops: np.ndarray) -> list[Curve]:
+    """Returns curves whose losses are interpolated in tokens for each size."""
     n, tokens = results.columns["d_sae"], results.columns["tokens"]
-    lines = []  # of each size: n, range of log C, log loss and log tokens at log C
+    lines = []  # (n, its values of log C, log-loss at log C, log tokens at log C) of each size
     for size in distinct(n):
         at = np.flatnonzero(np.abs(n / size - 1) < 1e-6)
         log_c, place = np.unique(np.log(flops[at]), return_inverse=True)

@@ -24,21 +24,34 @@ Columns = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Slope:
-    """A parameter that multiplies a product of logarithms of columns in its term's exponent."""
+    """A parameter that multiplies a product of logarithms of columns in its term's exponent.
+
+    Attributes:
+      name: the parameter's name.
+      columns: the columns whose logarithms are multiplied.
+      sign: 1, or -1 for a parameter that users see with the other sign.
+      starts: values that a fit starts from.
+    """
 
     name: str
     columns: tuple[str, ...]
     sign: int = 1
-    starts: tuple[float, ...] = (0.1, 0.3, 0.8)  # of d ln(term) / d ln(column), in size
+    starts: tuple[float, ...] = (0.1, 0.3, 0.8)
 
     def feature(self, logs: Columns) -> np.ndarray:
+        """Returns what the parameter is multiplied by (N,), from the logarithms of the columns."""
         return self.sign * np.prod([logs[column] for column in self.columns], axis=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Term:
-    """exp(scale + slopes . features). `scale` names the parameter; where it `is_log` is false,
-    users see exp(scale)."""
+    """One term of a law: exp(scale + slopes . features).
+
+    Attributes:
+      scale: the name of the scale's parameter.
+      slopes: the term's other parameters.
+      is_log: whether users see the scale as it is; else they see exp(scale).
+    """
 
     scale: str
     slopes: tuple[Slope, ...] = ()
@@ -47,15 +60,27 @@ class Term:
 
 @dataclasses.dataclass(frozen=True)
 class Law:
+    """A scaling law, as a sum of terms.
+
+    Attributes:
+      name: the law's name.
+      formula: the formula, as users read it.
+      columns: the columns of results that it needs, besides the loss.
+      terms: its terms.
+      levels: how many different values of each column identify the parameters.
+      estimator: the estimator that is used by default.
+    """
+
     name: str
     formula: str
     columns: tuple[str, ...]
     terms: tuple[Term, ...]
-    levels: dict[str, int]  # how many different values of each column identify the parameters
+    levels: dict[str, int]
     estimator: str = "huber"
 
     @property
     def parameters(self) -> tuple[str, ...]:
+        """The names of all P parameters, term by term, each term's scale first."""
         names = []
         for term in self.terms:
             names += [term.scale, *(slope.name for slope in term.slopes)]
@@ -63,17 +88,17 @@ class Law:
 
     @property
     def positive(self) -> np.ndarray:
-        """(P,): whether the public value is exp of the internal one."""
+        """A mask (P,) of the parameters whose public value is exp of the internal one."""
         scales = {term.scale for term in self.terms if not term.is_log}
         return np.array([name in scales for name in self.parameters])
 
     @property
     def term_of(self) -> np.ndarray:
-        """(P,): the term that each parameter belongs to; every one belongs to one."""
+        """The number (P,) of the term that each parameter belongs to."""
         return np.repeat(np.arange(len(self.terms)), [1 + len(t.slopes) for t in self.terms])
 
     def features(self, columns: Columns) -> np.ndarray:
-        """(N, P): what each parameter is multiplied by in its term's exponent."""
+        """Returns what each parameter is multiplied by in its term's exponent, (N, P)."""
         logs = {name: np.log(np.asarray(columns[name], float)) for name in self.columns}
         ones = np.ones(len(logs[self.columns[0]]))
         out = []
@@ -82,27 +107,31 @@ class Law:
         return np.stack(out, axis=1)
 
     def public(self, internal: np.ndarray) -> np.ndarray:
-        """(..., P) as users see them: scales, not their logarithms."""
+        """Returns parameters (..., P) as users see them: scales, not their logarithms."""
         internal = np.asarray(internal, float)
         return np.where(self.positive, np.exp(np.where(self.positive, internal, 0)), internal)
 
     def internal(self, params: dict[str, float]) -> np.ndarray:
+        """Returns the internal parameters (P,) of public ones by name."""
         values = np.array([params[name] for name in self.parameters], float)
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(self.positive, np.log(values), values)
 
     def named(self, public: np.ndarray) -> dict[str, float]:
+        """Returns public parameters (P,) by name."""
         return {name: float(v) for name, v in zip(self.parameters, public, strict=True)}
 
     def log_loss(self, internal: np.ndarray, columns: Columns) -> np.ndarray:
-        """(..., N): the law's log loss for internal parameters (..., P)."""
+        """Returns the law's log-loss (..., N) for internal parameters (..., P) at columns of N
+        rows.
+        """
         terms = log_terms(self.features(columns), self.term_of, np.atleast_2d(internal))
         value = np.logaddexp.reduce(terms, axis=1)
         return value[0] if np.ndim(internal) == 1 else value
 
 
 def log_terms(features_NxP: np.ndarray, term_of_P: np.ndarray, theta_SxP: np.ndarray):
-    """(S, T, N): the exponent of each term."""
+    """Returns the exponent of each term, (S, T, N), for parameters (S, P)."""
     return np.stack(
         [
             theta_SxP[:, term_of_P == term] @ features_NxP[:, term_of_P == term].T

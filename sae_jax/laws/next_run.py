@@ -1,4 +1,4 @@
-"""The next run's config, as a Python file that `sae-jax train` takes."""
+"""Writes the next run's config, as a Python file that `sae-jax train` takes."""
 
 import dataclasses
 import json
@@ -35,13 +35,29 @@ def get_config() -> Config:
 
 
 def base(file: str | None, overrides: dict[str, str]) -> Config:
-    """The config that a user wants the next run to start from."""
+    """Returns the config that the next run starts from: that of `file`, or the defaults, with
+    overrides.
+    """
     return configs.override(configs.load_file(file) if file else Config(), overrides)
 
 
 def save(planned: dict, source: str, start: Config | None, out: str | AnyPath) -> Config:
-    """Writes OUT/next_run.py: `start`, or else the sweep's run nearest to the plan, or else the
-    defaults, with the planned size, tokens and k."""
+    """Writes OUT/next_run.py, a config with the planned size, tokens and k.
+
+    All else is from `start`; without it from the sweep's run nearest to the plan, or else from the
+    defaults.
+
+    Args:
+      planned: the prediction of `predict.predict`.
+      source: what the law was fitted to, a table or a sweep's directory.
+      start: the config to start from, or None.
+      out: the directory of the fit.
+
+    Returns:
+      The config that was written.
+
+    Raises UserError where the sweep has no finished run.
+    """
     sweep = paths.path(source)
     low, high = planned["interval"]
     notes = [f"Expected loss {planned['loss']:.5g}, 95% of runs between {low:.5g} and {high:.5g}."]
@@ -71,6 +87,7 @@ def save(planned: dict, source: str, start: Config | None, out: str | AnyPath) -
 
 
 def _planned(start: Config, planned: dict) -> Config:
+    """Returns `start` with the planned size, tokens and k."""
     d_sae, batch = planned["d_sae"], start.data.batch_size
     changes = {"d_sae": d_sae}
     if isinstance(start.sae, MatryoshkaConfig):
@@ -85,8 +102,10 @@ def _planned(start: Config, planned: dict) -> Config:
 
 
 def _nearest(sweep: AnyPath, planned: dict) -> tuple[Config, str]:
-    """The finished run of the sweep nearest to the plan, its learning rate by the sweep's own
-    rule for the planned size, and what is to be known of that."""
+    """Returns the config of the sweep's finished run that is nearest to the plan, and a note on it.
+
+    Its learning rate follows the sweep's own rule for the planned size, where there is one.
+    """
     finished = {}
     for run in sorted((sweep / "runs").iterdir(), key=str):
         if (run / "result.json").is_file():
@@ -115,7 +134,9 @@ def _nearest(sweep: AnyPath, planned: dict) -> tuple[Config, str]:
 
 
 def _learning_rate(finished: list[dict], d_sae: int) -> tuple[float, float] | None:
-    """The rate for `d_sae` and its exponent, where the sweep's rates are one power of the size."""
+    """Returns the rate for `d_sae` and its exponent, where the sweep's rates are one power of the
+    size; else None.
+    """
     log_n, log_rate = (np.log([result[name] for result in finished]) for name in ("d_sae", "lr"))
     if len(results.distinct(np.exp(log_n))) < 2:
         return None

@@ -1,4 +1,4 @@
-"""A fit as files: fit.json, fit.png and report.html; and as text for a terminal."""
+"""Saves a fit as fit.json, fit.png and report.html, and tells it as text for a terminal."""
 
 import pathlib
 
@@ -9,7 +9,9 @@ from sae_jax.paths import AnyPath
 
 
 def check_out(out: str | AnyPath) -> None:
-    """Raises UserError where the fit's directory cannot be made."""
+    """Raises UserError where the fit's directory cannot be made, or holds a fit.json of another
+    program.
+    """
     out = paths.path(out)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out={out} is a file; give a directory")
@@ -19,7 +21,13 @@ def check_out(out: str | AnyPath) -> None:
 
 
 def summary(found, planned: dict | None, accountings: dict[str, dict]) -> dict:
-    """The content of fit.json."""
+    """Returns the content of fit.json.
+
+    Args:
+      found: a Fit or an IsoflopFit.
+      planned: the prediction of `predict.predict`, or None.
+      accountings: the result of `fit.frontiers_by_accounting`.
+    """
     values = found.summary() | {"accountings": accountings, "prediction": planned}
     if planned:
         values["warnings"] = values["warnings"] + predict.warnings(planned)
@@ -27,7 +35,9 @@ def summary(found, planned: dict | None, accountings: dict[str, dict]) -> dict:
 
 
 def save(found, values: dict, out: str | AnyPath) -> None:
-    """Writes the fit to the directory `out`, each file under a temporary name first."""
+    """Writes a fit and its `summary` to the directory `out`, each file under a temporary name
+    first.
+    """
     out = paths.path(out)
     check_out(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -38,7 +48,7 @@ def save(found, values: dict, out: str | AnyPath) -> None:
 
 
 def text(values: dict, out: str | AnyPath) -> str:
-    """What a user wants to know first."""
+    """Returns what a user wants to know first, as lines for a terminal."""
     lines = [f"{values['law']}: {values['formula']}", ""]
     for name, value in values["params"].items():
         low, high = values["ci95"][name]
@@ -68,6 +78,7 @@ def text(values: dict, out: str | AnyPath) -> str:
 
 
 def _page(found, values: dict) -> str:
+    """Returns the HTML of report.html."""
     drawn = figures.panels(found, values["prediction"])
     return pages.render(
         pathlib.Path(__file__).with_name("report.html"),

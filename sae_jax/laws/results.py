@@ -1,4 +1,4 @@
-"""The runs that a law is fitted to: read from a table or a sweep, named, checked."""
+"""Reads the runs that a law is fitted to, from a table or a sweep, and checks them."""
 
 import csv
 import dataclasses
@@ -14,19 +14,21 @@ from sae_jax.paths import AnyPath
 COLUMNS = ("d_sae", "tokens", "k", "flops", "loss")
 _OPTIONAL = ("dead_fraction", "flops_executed")
 ACCOUNTINGS = ("flops", "flops_executed")  # 12 n d a token; what the step executes
-_SETTING = (
-    "architecture",
-    "kind",
-    "d_in",
-    "sparsity_coefficient",
-)  # laws are of runs alike in them
+_SETTINGS = ("architecture", "kind", "d_in", "sparsity_coefficient")  # alike in a law's runs
 _SAME = 1e-6  # relative: values of a column closer than this are one value
 
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """One row per point, in one order: `columns` (N,) float64 by our names, `run` (N,) which run
-    each row is of. `notes`: what the user should know about rows that were left out."""
+    """The points that a law is fitted to, one to a row.
+
+    Attributes:
+      source: the file or directory that they are from.
+      columns: float64 values (N,) by our names, those of `COLUMNS` and a few more.
+      run: the number (N,) of the run that each row belongs to.
+      loss_column: what the file calls the loss.
+      notes: what the user should know about rows that were left out.
+    """
 
     source: str
     columns: dict[str, np.ndarray]
@@ -35,21 +37,25 @@ class Results:
     notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
+        """Returns the number of rows."""
         return len(self.run)
 
     @property
     def loss(self) -> np.ndarray:
+        """The loss (N,) of each row."""
         return self.columns["loss"]
 
     @property
     def compute(self) -> np.ndarray:
-        """(N,) FLOPs, or n D where a token's cost is not known."""
+        """The FLOPs (N,) of each row, or d_sae times tokens where a token's cost is not known."""
         if "flops" in self.columns:
             return self.columns["flops"]
         return self.columns["d_sae"] * self.columns["tokens"]
 
-    def by_accounting(self, name: str) -> "Results":
-        """With compute counted by one of `ACCOUNTINGS`."""
+    def with_accounting(self, name: str) -> "Results":
+        """Returns results with compute counted by one of `ACCOUNTINGS`. Raises UserError where they
+        lack its column.
+        """
         if name == "flops":
             return self
         if name not in self.columns:
@@ -58,12 +64,17 @@ class Results:
         return dataclasses.replace(self, columns=columns)
 
     def take(self, rows) -> "Results":
+        """Returns the chosen rows, by a mask or indices; their runs are numbered anew."""
         columns = {name: values[rows] for name, values in self.columns.items()}
         _, run = np.unique(self.run[rows], return_inverse=True)
         return dataclasses.replace(self, columns=columns, run=run)
 
     def without_largest_losses(self, count: int) -> "Results":
-        """Only losses strictly below the `count`-th largest (Besiroglu et al. 2024 drop five)."""
+        """Returns the rows with losses strictly below the `count`-th largest (Besiroglu et al. 2024
+        drop five).
+
+        Raises UserError where none would be left.
+        """
         if count < 1:
             return self
         if count >= len(self):
@@ -82,12 +93,20 @@ def read(
     names: dict[str, str] | None = None,
     flops_factor: float | None = None,
 ) -> Results:
-    """Rows of a .csv or .jsonl file, or of SWEEP/results.csv.
+    """Reads the rows of finished runs from a .csv or .jsonl file, or from SWEEP/results.csv.
 
-    `needed`: which of `COLUMNS` must be there; `names` says what they are called in the file.
-    `flops_factor` F: C = F n D, from which a missing column of flops or tokens is computed; by
-    default 12 d_in where the file has that column. Raises UserError, with the row's line, for a
-    missing column, a value that is no number, not finite, or not positive.
+    Rows of unfinished runs, exact repeats, and runs with a learning rate that is not the best of
+    their size and budget are left out, and `Results.notes` says so.
+
+    Args:
+      path: the file, or a sweep's directory.
+      needed: which of `COLUMNS` must be there, besides the loss.
+      names: what the file calls columns, by our names.
+      flops_factor: F of C = F n D, from which a missing column of flops or tokens is computed. It
+        is 12 d_in by default, where the file has that column.
+
+    Raises UserError, with the row's line, for a missing column and for a value that is no number,
+    not finite or not positive.
     """
     file = paths.path(path)
     if file.is_dir():
@@ -105,7 +124,7 @@ def read(
     notes += note
     rows, note = _without_repeats(rows)
     notes += note
-    rows, note = _best_rates(rows, names or {})
+    rows, note = _best_learning_rates(rows, names or {})
     notes += note
     if not rows:
         raise UserError(f"{file} has no rows of finished runs, so there is nothing to fit")
@@ -114,13 +133,13 @@ def read(
     for name in (*COLUMNS, *_OPTIONAL):
         source = names.get(name, name)
         if source in rows[0][1] and (name in (*needed, "loss") or _is_numeric(rows, source)):
-            columns[name] = _column(rows, source, file, positive=name not in _OPTIONAL)
-    _derive(columns, rows, flops_factor, file)
+            columns[name] = _read_column(rows, source, file, positive=name not in _OPTIONAL)
+    _add_derived(columns, rows, flops_factor, file)
     missing = [name for name in (*needed, "loss") if name not in columns]
     if missing:
-        raise UserError(_missing(missing[0], names, rows, file))
+        raise UserError(_missing_column(missing[0], names, rows, file))
     ids = [row.get("run_id") or f"line {line}" for line, row in rows]
-    notes += _settings(rows, needed)
+    notes += _differing_settings(rows, needed)
     # The rows' order in the file is of no consequence, not even for the bootstrap's draws.
     order = np.lexsort(tuple(columns.values()))
     columns = {name: values[order] for name, values in columns.items()}
@@ -130,13 +149,15 @@ def read(
 
 
 def distinct(values: np.ndarray) -> np.ndarray:
-    """The different values, ascending; values equal but for rounding are one."""
+    """Returns the different values in ascending order; values that are equal but for rounding count
+    as one.
+    """
     ordered = np.sort(values)
     return ordered[np.concatenate([[True], np.diff(ordered) > _SAME * ordered[1:]])]
 
 
 def _read_rows(file: AnyPath) -> list[tuple[int, dict]]:
-    """(line of the file, row)."""
+    """Returns (line of the file, row) of every row."""
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
@@ -165,6 +186,7 @@ def _read_rows(file: AnyPath) -> list[tuple[int, dict]]:
 
 
 def _only_done(rows):
+    """Returns the rows of runs that are done, and a note on the others."""
     counts: dict[str, int] = {}
     kept = []
     for line, row in rows:
@@ -179,6 +201,7 @@ def _only_done(rows):
 
 
 def _without_repeats(rows):
+    """Returns the rows without exact repeats, and a note on these."""
     seen, kept = set(), []
     for line, row in rows:
         key = tuple(sorted((name, str(value)) for name, value in row.items()))
@@ -189,9 +212,12 @@ def _without_repeats(rows):
     return kept, [f"{repeats} rows repeat another row exactly and count once"] if repeats else []
 
 
-def _best_rates(rows, names: dict[str, str]):
-    """Where runs of one size, budget and k differ in learning rate: those of the best one. The
-    others say what a wrong rate costs, not what the budget buys."""
+def _best_learning_rates(rows, names: dict[str, str]):
+    """Returns for each size, budget and k the runs with the best learning rate, and a note on the
+    others.
+
+    The others say what a wrong rate costs, not what the budget buys.
+    """
     size, data, k, loss = (names.get(name) or name for name in ("d_sae", "tokens", "k", "loss"))
     if not rows or not {"lr", size, data} <= set(rows[0][1]):
         return rows, []
@@ -212,10 +238,10 @@ def _best_rates(rows, names: dict[str, str]):
     return sorted(kept, key=lambda row: row[0]), [note] if left else []
 
 
-def _settings(rows, needed) -> list[str]:
-    """Notes of settings in which the runs differ, and which the law does not know."""
+def _differing_settings(rows, needed) -> list[str]:
+    """Returns notes on settings in which the runs differ, and which the law does not know."""
     out = []
-    for name in (*_SETTING, *(() if "k" in needed else ("k",))):
+    for name in (*_SETTINGS, *(() if "k" in needed else ("k",))):
         values = {str(row.get(name)) for _, row in rows if row.get(name) not in (None, "")}
         if len(values) > 1:
             some = ", ".join(sorted(values)[:4]) + (", ..." if len(values) > 4 else "")
@@ -224,6 +250,7 @@ def _settings(rows, needed) -> list[str]:
 
 
 def _resolve_names(rows, names: dict[str, str], file) -> dict[str, str]:
+    """Returns what the file calls each of our columns, as the user says or by default."""
     present = list(rows[0][1])
     resolved = {name: name for name in COLUMNS} | {n: c for n, c in names.items() if c}
     if not names.get("loss") and "loss" not in present:
@@ -238,7 +265,7 @@ def _resolve_names(rows, names: dict[str, str], file) -> dict[str, str]:
 
 
 def _is_numeric(rows, name: str) -> bool:
-    """Whether an unasked-for column is full, so that it can be used."""
+    """Whether an unasked-for column is full of numbers, so that it can be used."""
     return all(_number(row.get(name)) is not None for _, row in rows)
 
 
@@ -249,7 +276,8 @@ def _number(value) -> float | None:
         return None
 
 
-def _column(rows, name: str, file, positive: bool) -> np.ndarray:
+def _read_column(rows, name: str, file, positive: bool) -> np.ndarray:
+    """Returns the numbers (N,) of a column. Raises UserError that names the first bad line."""
     values = []
     for line, row in rows:
         value = _number(row.get(name))
@@ -268,10 +296,10 @@ def _column(rows, name: str, file, positive: bool) -> np.ndarray:
     return np.array(values)
 
 
-def _derive(columns, rows, factor: float | None, file) -> None:
-    """Adds flops or tokens where the others tell it."""
+def _add_derived(columns, rows, factor: float | None, file) -> None:
+    """Adds flops or tokens to the columns where the others tell it."""
     if factor is None and "d_in" in rows[0][1]:
-        widths = distinct(_column(rows, "d_in", file, positive=True))
+        widths = distinct(_read_column(rows, "d_in", file, positive=True))
         factor = 12 * widths[0] if len(widths) == 1 else None
     if factor is None or "d_sae" not in columns:
         return
@@ -281,7 +309,8 @@ def _derive(columns, rows, factor: float | None, file) -> None:
         columns["tokens"] = columns["flops"] / (factor * columns["d_sae"])
 
 
-def _missing(name: str, names, rows, file) -> str:
+def _missing_column(name: str, names, rows, file) -> str:
+    """Returns the message for a column that is not there."""
     present = ", ".join(rows[0][1])
     if name == "loss":
         return f"{file} has no column loss or eval_loss; say --loss=COLUMN (it has {present})"

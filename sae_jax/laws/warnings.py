@@ -1,4 +1,4 @@
-"""What to doubt about a fit, in words."""
+"""Says what to doubt about a fit, in words."""
 
 import numpy as np
 
@@ -6,8 +6,8 @@ from sae_jax.laws import agreement
 from sae_jax.laws.intervals import FAR
 
 _WIDE = 10.0  # ratio of the ends of a scale's interval
-_SAME_EXPONENT = 0.01  # of two estimators, however narrow the interval
-_APART = 0.05  # however wide
+_SAME_EXPONENT = 0.01  # exponents of two estimators, however narrow the interval
+_FAR_APART = 0.05  # exponents of two estimators, however wide the interval
 _SAME_LOSS = 0.01  # relative
 _DEAD = 0.5  # fraction of dead latents above which a run's size is not its dictionary's
 _NO_COST = (
@@ -17,9 +17,15 @@ _NO_COST = (
 
 
 def warnings(fit, cost) -> list[str]:
+    """Returns the warnings of a Fit.
+
+    Args:
+      fit: the fit.
+      cost: the cost of its runs; None where the results do not tell it.
+    """
     out = list(fit.results.notes)
-    out += _weak(fit)
-    out += _estimators(fit)
+    out += _weakly_identified(fit)
+    out += _disagreeing_estimators(fit)
     out += dead_latents(fit.results)
     if fit.holdout is None:
         out.append(
@@ -42,11 +48,14 @@ def warnings(fit, cost) -> list[str]:
             out.append(_NO_COST)
     if fit.law.name == "chinchilla":
         a = fit.exponents(fit.drawn.theta).get("d_sae_exponent")
-        out += agreement.with_isoflop(fit.results, fit.estimate, 0.0 if a is None else 2 * a.std())
+        out += agreement.compare_with_isoflop(
+            fit.results, fit.estimate, 0.0 if a is None else 2 * a.std()
+        )
     return out
 
 
 def isoflop_warnings(fit) -> list[str]:
+    """Returns the warnings of an IsoflopFit."""
     minima = fit.minima
     out = list(fit.results.notes)
     reasons = dict.fromkeys(curve.rejected for curve in minima.curves if curve.rejected)
@@ -65,12 +74,13 @@ def isoflop_warnings(fit) -> list[str]:
     low, high = np.percentile(fit.drawn[:, :, 1], [2.5, 97.5], axis=0)
     for place, what in ((0, "n*"), (2, "the loss")):
         values = {name: line[place].theta[1] for name, line in lines.items()}
-        out += _apart(values, fit.estimator, what, low[place], high[place])
+        out += _disagreements(values, fit.estimator, what, low[place], high[place])
     half = 2 * fit.drawn[:, 0, 1].std()
-    return out + agreement.with_chinchilla(fit.results, minima, half)
+    return out + agreement.compare_with_chinchilla(fit.results, minima, half)
 
 
 def dead_latents(results) -> list[str]:
+    """Returns a warning, if any, of runs with more than half of their latents dead."""
     dead = results.columns.get("dead_fraction")
     if dead is None or not (dead > _DEAD).any():
         return []
@@ -80,7 +90,8 @@ def dead_latents(results) -> list[str]:
     ]
 
 
-def _weak(fit) -> list[str]:
+def _weakly_identified(fit) -> list[str]:
+    """Returns a warning for each parameter that the runs hardly bound."""
     out = []
     for (name, value), positive in zip(fit.estimate.params.items(), fit.law.positive, strict=True):
         low, high = fit.ci95[name]
@@ -100,7 +111,8 @@ def _weak(fit) -> list[str]:
     return out
 
 
-def _estimators(fit) -> list[str]:
+def _disagreeing_estimators(fit) -> list[str]:
+    """Returns a warning for each exponent on which the estimators disagree."""
     out = []
     values = fit.exponents(fit.estimate.theta)
     drawn = fit.exponents(fit.drawn.theta)
@@ -110,17 +122,21 @@ def _estimators(fit) -> list[str]:
         low, high = fit.spread(drawn[name], values[name])
         others = {e: fit.exponents(other.theta)[name] for e, other in fit.alternatives.items()}
         every = {fit.estimate.estimator: values[name]} | others
-        out += _apart(every, fit.estimate.estimator, what, low, high)
+        out += _disagreements(every, fit.estimate.estimator, what, low, high)
     return out
 
 
-def _apart(values: dict[str, float], own: str, what: str, low: float, high: float) -> list[str]:
-    """Estimators whose exponent lies outside the interval of our own, or far away."""
+def _disagreements(
+    values: dict[str, float], own: str, what: str, low: float, high: float
+) -> list[str]:
+    """Returns a warning, if any, of estimators whose exponent lies outside the interval of our own,
+    or far away.
+    """
     far = {
         name: v
         for name, v in values.items()
         if abs(v - values[own]) > _SAME_EXPONENT
-        and (not low <= v <= high or abs(v - values[own]) > _APART)
+        and (not low <= v <= high or abs(v - values[own]) > _FAR_APART)
     }
     if not far:
         return []

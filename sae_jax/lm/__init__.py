@@ -15,10 +15,12 @@ from sae_jax.lm.bridge import TorchModel, is_torch
 from sae_jax.lm.corpus import standard_library
 from sae_jax.lm.decoder import forward, next_token_loss
 from sae_jax.lm.documents import read_texts, text_files
-from sae_jax.lm.edits import add_direction, at, clamp, reconstruct
+from sae_jax.lm.edits import add_direction, at, clamp, put, reconstruct
 from sae_jax.lm.families import load_config
 from sae_jax.lm.harvest import harvest
-from sae_jax.lm.model import Model, in_batches, open_model
+from sae_jax.lm.language_model import LanguageModel, in_batches
+from sae_jax.lm.live import LiveStore, open_store, open_stream
+from sae_jax.lm.model import JaxModel, local_mesh, open_model
 from sae_jax.lm.text import PACKING_RULE, Tokenizer, load_tokenizer, pack
 from sae_jax.lm.weights import fingerprint, load_params, save_model
 
@@ -27,7 +29,9 @@ __all__ = [
     "PACKING_RULE",
     "SITES",
     "DecoderConfig",
-    "Model",
+    "JaxModel",
+    "LanguageModel",
+    "LiveStore",
     "Rope",
     "Tokenizer",
     "TorchModel",
@@ -45,9 +49,13 @@ __all__ = [
     "load_config",
     "load_params",
     "load_tokenizer",
+    "local_mesh",
     "next_token_loss",
     "open_model",
+    "open_store",
+    "open_stream",
     "pack",
+    "put",
     "read_texts",
     "reconstruct",
     "save_model",

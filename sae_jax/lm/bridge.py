@@ -1,8 +1,8 @@
 """Models of families that our decoder does not know, run by transformers and torch themselves.
 
-`TorchModel` has the members of `lm.Model` that harvest and live stores ask for, and `forward` for
-evaluation. Its sites are what hooks see: what goes into a module of transformers' own, or what
-comes out. By the names that our decoder has, where the tree of modules says which module it is:
+The sites of a `TorchModel` are what hooks see: what goes into a module of transformers' own, or
+what comes out. By the names that our decoder has, where the tree of modules says which module it
+is:
 
     resid_pre.L  resid_post.L  into and out of the L-th layer (of the longest list of modules)
     mlp_in.L     into the layer's MLP
@@ -20,13 +20,12 @@ import functools
 import pathlib
 from collections.abc import Callable, Sequence
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
 from sae_jax.errors import UserError, choose
-from sae_jax.lm.text import load_tokenizer
+from sae_jax.lm.language_model import LanguageModel
 from sae_jax.lm.weights import fingerprint
 
 _PREFIX = "torch:"  # of a model's name, for one that transformers runs
@@ -53,10 +52,10 @@ class _Place:
     inward: bool = False
 
 
-class TorchModel:
+class TorchModel(LanguageModel):
     """Transformers' own model of "torch:DIRECTORY" or "torch:NAME", the name of one on the Hugging
-    Face hub, on the first GPU that torch has, else on the CPU. `mesh` is one of JAX's devices, for
-    those who ask how a batch is shared: it is not.
+    Face hub, on the first GPU that torch has, else on the CPU. What it returns is on JAX's default
+    device.
 
     UserError without torch and transformers, or where there is no such model."""
 
@@ -64,16 +63,11 @@ class TorchModel:
         self._torch, self._transformers = _import(spec)
         self.directory = _directory(str(spec).removeprefix(_PREFIX))
         self.spec = f"{_PREFIX}{self.directory.absolute()}"
-        self.dtype = dtype
-        self.mesh = jax.make_mesh((1, 1), ("data", "model"), devices=jax.local_devices()[:1])
+        self.dtype, self.mesh = dtype, None
         config = self._load(self._transformers.AutoConfig).get_text_config()
         self.vocab_size = config.vocab_size
         # Without a bound of their own: models whose positions have none (ALiBi).
         self.max_context = getattr(config, "max_position_embeddings", None) or 2048
-
-    @functools.cached_property
-    def tokenizer(self):
-        return load_tokenizer(self.directory)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -100,7 +94,7 @@ class TorchModel:
         return max(lists, key=lists.get)
 
     def site_width(self, site: str) -> int:
-        """UserError for a site that the model does not have. Runs the model on a few tokens."""
+        """See `LanguageModel.site_width`. Runs the model on a few tokens."""
         _, taps = self._run(np.zeros((2, 3), np.int32), (site,), {}, head=False)
         return taps[site].shape[-1]
 
@@ -117,16 +111,22 @@ class TorchModel:
 
         return run
 
-    def forward(self, tokens, taps=(), replacements=None, logits=True):
-        """As `evaluate.LanguageModel.forward`."""
-        torch, device = self._torch, self._module.device
+    def forward(self, tokens, taps=(), edits=None, logits=True):
+        """See `LanguageModel.forward`. An edited site's activations go to JAX and back."""
 
-        def edit(where_BxT, new_BxTxW):
-            where = torch.tensor(np.asarray(where_BxT), device=device)[..., None]
-            new = torch.tensor(np.asarray(new_BxTxW, np.float32), device=device)
-            return lambda x: torch.where(where, new.to(x.dtype), x)
+        def in_torch(site, edit, x):
+            x_BxTxW = jnp.asarray(self._to_numpy(x))
+            new_BxTxW = edit(x_BxTxW)
+            if new_BxTxW.shape != x_BxTxW.shape:
+                raise UserError(
+                    f"the edit of {site} turned shape {x_BxTxW.shape} into {new_BxTxW.shape}"
+                )
+            new_BxTxW = np.array(new_BxTxW.astype(jnp.float32))  # torch wants to own it
+            return self._torch.from_numpy(new_BxTxW).to(x.device, x.dtype)
 
-        edits = {site: edit(*pair) for site, pair in (replacements or {}).items()}
+        edits = {
+            site: functools.partial(in_torch, site, edit) for site, edit in (edits or {}).items()
+        }
         out, tapped = self._run(np.asarray(tokens), tuple(taps), edits, head=logits)
         tapped = {site: jnp.asarray(self._to_numpy(x)) for site, x in tapped.items()}
         return (jnp.asarray(self._to_numpy(out.float())) if logits else None), tapped

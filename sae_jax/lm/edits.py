@@ -1,16 +1,19 @@
 """Edits for `forward(edits={site: edit})`: what an SAE's latents do to a model, and steering.
 
-    logits, _ = lm.forward(params, tokens, config, edits={
+    logits, _ = model.forward(tokens, edits={
         "resid_post.6": lm.clamp(sae, latent=1234, activation=5 * maximum)})
 
-An edit maps a site's activations (B, T, width) to their replacement. An SAE's edits compute in
-float32 and change the activations of the site that it was trained on: an autoencoder's.
+An edit maps a site's activations (B, T, width) to their replacement. Those made here are pytrees:
+`jax.jit` takes them as arguments, so that one compiled program serves all latents and strengths. An
+SAE's edits compute in float32 and change the activations of the site that it was trained on: an
+autoencoder's.
 """
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 
 from sae_jax.errors import UserError
 
@@ -20,49 +23,84 @@ Edit = Callable[[jax.Array], jax.Array]
 def reconstruct(
     sae, change: Callable[[jax.Array], jax.Array] | None = None, with_error: bool = False
 ) -> Edit:
-    """Replaces x by the SAE's reconstruction of it, from the latents (B, T, d_sae) as `change`
-    returns them. with_error: plus what the SAE misses of x, so that only the change matters."""
+    """An edit that replaces x by the SAE's reconstruction of it.
+
+    change: maps the latents (B, T, d_sae) to those that are decoded. with_error: add what the SAE
+    misses of x, so that only the change matters. UserError for an SAE that does not reconstruct
+    what it reads."""
     _check(sae)
-
-    def edit(x):
-        x_BxTxD = x.astype(jnp.float32)
-        latents = sae.encode(x_BxTxD)
-        new = sae.decode(latents if change is None else change(latents))
-        return new + (x_BxTxD - sae.decode(latents)) if with_error else new
-
-    return edit
+    edit = _change_latents if with_error else _reconstruct
+    return Partial(edit, sae, as_pytree(change or _unchanged))
 
 
 def clamp(sae, latent: int, activation: float) -> Edit:
-    """Sets one latent to a fixed activation at every position and keeps the SAE's error, as in
-    Scaling Monosemanticity (Templeton et al. 2024, "Methodological details" of steering), where it
-    is a multiple of the latent's maximum.
+    """An edit that sets one latent to a fixed activation at every position and keeps the SAE's
+    error, as in Scaling Monosemanticity (Templeton et al. 2024, "Methodological details" of
+    steering), where it is a multiple of the latent's maximum.
 
     activation: the length of what the latent adds to the reconstruction, in the model's units: what
     `sae-jax eval` writes as max_activation. 0 takes the latent out. UserError for a latent that the
-    SAE does not have."""
+    SAE does not have, or an SAE that does not reconstruct what it reads."""
     _check(sae)
     if not 0 <= latent < sae.config.d_sae:
         raise UserError(f"no latent {latent}: the SAE has latents 0 to {sae.config.d_sae - 1}")
-
-    def edit(x):
-        x_BxTxD = x.astype(jnp.float32)
-        row_D = sae.w_dec[...][latent] / sae.target_scale
-        norm = jnp.maximum(jnp.linalg.norm(row_D), jnp.finfo(jnp.float32).tiny)
-        now_BxTx1 = sae.encode(x_BxTxD)[..., latent, None]
-        return x_BxTxD + (activation / norm - now_BxTx1) * row_D
-
-    return edit
+    off_and_on = jnp.zeros((2, sae.config.d_sae)).at[1, latent].set(1.0)
+    without, with_it = sae.decode(off_and_on)
+    row_D = with_it - without
+    norm = jnp.maximum(jnp.linalg.norm(row_D), jnp.finfo(jnp.float32).tiny)
+    return Partial(_clamp, sae, latent, row_D, activation / norm)
 
 
 def add_direction(direction: jax.Array, scale: float = 1.0) -> Edit:
-    """Adds scale * direction (width,) at every position."""
-    return lambda x: x + (scale * jnp.asarray(direction, jnp.float32)).astype(x.dtype)
+    """An edit that adds scale * direction (width,) at every position."""
+    return Partial(_add, scale * jnp.asarray(direction, jnp.float32))
+
+
+def put(new: jax.Array) -> Edit:
+    """An edit that puts `new`, (B, T, width) or a scalar, in the place of the activations."""
+    return Partial(_put, new)
 
 
 def at(positions: jax.Array, edit: Edit) -> Edit:
-    """`edit` where positions (B, T) are true, the activations as they are elsewhere."""
-    return lambda x: jnp.where(positions[..., None], edit(x).astype(x.dtype), x)
+    """An edit that is `edit` where positions (B, T) are true, and leaves the activations as they
+    are elsewhere."""
+    return Partial(_at, positions, as_pytree(edit))
+
+
+def as_pytree(edit: Edit) -> Partial:
+    """The edit as a pytree whose leaves are arrays, for `jax.jit`."""
+    return edit if isinstance(edit, Partial) else Partial(edit)
+
+
+def _reconstruct(sae, change, x):
+    return sae.decode(change(sae.encode(x.astype(jnp.float32))))
+
+
+def _change_latents(sae, change, x):
+    x_BxTxD = x.astype(jnp.float32)
+    latents = sae.encode(x_BxTxD)
+    return sae.decode(change(latents)) + (x_BxTxD - sae.decode(latents))
+
+
+def _unchanged(latents):
+    return latents
+
+
+def _clamp(sae, latent, row_D, value, x):
+    x_BxTxD = x.astype(jnp.float32)
+    return x_BxTxD + (value - sae.encode(x_BxTxD)[..., latent, None]) * row_D
+
+
+def _add(direction, x):
+    return x + direction.astype(x.dtype)
+
+
+def _put(new, x):
+    return jnp.broadcast_to(new, x.shape).astype(x.dtype)
+
+
+def _at(positions, edit, x):
+    return jnp.where(positions[..., None], edit(x).astype(x.dtype), x)
 
 
 def _check(sae) -> None:

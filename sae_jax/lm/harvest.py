@@ -23,7 +23,9 @@ from sae_jax.activations import LiveMeta, Store, StoreWriter
 from sae_jax.config import difference
 from sae_jax.errors import UserError
 from sae_jax.lm.architecture import hook_name
-from sae_jax.lm.model import in_batches, open_model
+from sae_jax.lm.language_model import in_batches
+from sae_jax.lm.live import open_store
+from sae_jax.lm.model import local_mesh, open_model
 from sae_jax.lm.text import PACKING_RULE, pack
 
 DEFAULT_CONTEXT = 1024  # where the model allows it
@@ -58,7 +60,7 @@ def harvest(
     `model` over this process's devices (None: all of them along `data`). Where jax.distributed
     runs several processes, each computes every n-th shard; the directory must be one they share.
     live: the store keeps all but the activations, which whoever reads it has the model compute
-    (`activations.live`). Its statistics, with the rows to leave out for their norm or for NaN, are
+    (`lm.live`). Its statistics, with the rows to leave out for their norm or for NaN, are
     of all rows, or with `statistics_tokens` of so many or a little more, spread over the text.
     scan_layers: compile the layers before the first site as one loop.
 
@@ -72,7 +74,8 @@ def harvest(
     """
     if live and scan_layers:
         raise UserError("a live store runs its model without a loop: leave out --scan_layers")
-    model = open_model(model_dir, model_dtype, mesh, scan_layers)
+    model = open_model(model_dir, model_dtype, mesh or local_mesh(), scan_layers)
+    mesh = model.mesh or local_mesh(jax.local_devices()[:1])
     tokenizer = model.tokenizer
     if not sites:
         raise UserError("no sites to harvest; name some, such as resid_post.0")
@@ -83,7 +86,7 @@ def harvest(
         raise UserError(
             f"context_length {context_length} is not between 2 and the model's {model.max_context}"
         )
-    batch_size = _batch_size(batch_size, context_length, model.mesh)
+    batch_size = _batch_size(batch_size, context_length, mesh)
     tokens_NxT = pack(_with_progress(texts), tokenizer, context_length, tokens)
     if tokens_NxT.max() >= model.vocab_size:
         raise UserError(
@@ -99,7 +102,7 @@ def harvest(
     if statistics_tokens is not None and (not live or statistics_tokens < 1):
         raise UserError(f"statistics_tokens {statistics_tokens} is for live stores, and 1 or more")
     function = {"model_fingerprint": model.fingerprint, "model_dtype": model_dtype}
-    made_by, shared_by = None, model.mesh.shape["model"]
+    made_by, shared_by = None, mesh.shape["model"]
     if live:
         told["statistics"] = "of all rows" if not statistics_tokens else (
             f"of {statistics_tokens:,} tokens or a little more, in whole shards spread evenly, as "
@@ -140,15 +143,16 @@ def harvest(
     if mine:
         run = model.runner(tuple(widths), jnp.dtype(dtype))
         needed = model.flops_per_token(tuple(widths), context_length)
-        floor = needed and needed / (peak_flops or matmul_rate(model.mesh, model_dtype))
+        floor = needed and needed / (peak_flops or matmul_rate(mesh, model_dtype))
         write_shards(writer, mine, tokens_NxT, batch_size, run, floor)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("harvest: all shards are written")
         if jax.process_index() == 0:
             writer.finish()
         multihost_utils.sync_global_devices("harvest: the store is finished")
-        return Store.open(out)
-    return writer.finish()
+    else:
+        writer.finish()
+    return open_store(out)
 
 
 def write_shards(writer, shards, tokens_NxT, batch_size: int, run, floor: float | None) -> None:

@@ -1,13 +1,10 @@
-"""A language model that is ready to run: what harvest, live stores and evaluation ask of one.
+"""A language model of a Hugging Face directory that our own decoder runs, and `open_model`."""
 
-The parameters are read when the model is first run, so that what is wrong with a request is said
-before that.
-"""
-
+import contextlib
 import functools
 import math
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +13,23 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sae_jax.errors import UserError
+from sae_jax.json_files import read_json
 from sae_jax.lm import bridge
 from sae_jax.lm.architecture import layout, site_width
 from sae_jax.lm.decoder import forward
+from sae_jax.lm.edits import as_pytree
 from sae_jax.lm.families import load_config
+from sae_jax.lm.language_model import LanguageModel
 from sae_jax.lm.tensors import names_of
-from sae_jax.lm.text import load_tokenizer, read_json
 from sae_jax.lm.weights import fingerprint, load_params
 
 
-class Model:
-    """The model of a Hugging Face directory, to be computed in `dtype` over `mesh` (axes `data` and
-    `model`; None: all of this process's devices along `data`). scan: in a loop over its layers,
-    which compiles in the same time whatever their number."""
+class JaxModel(LanguageModel):
+    """The model of a Hugging Face directory, run by `lm.forward`.
+
+    mesh: axes `data` and `model`; None: on JAX's default device. scan: run the layers in a loop,
+    which compiles in the same time whatever their number. `config` is its `DecoderConfig`, and
+    `params` are the parameters that `lm.forward` takes."""
 
     def __init__(
         self,
@@ -38,18 +39,11 @@ class Model:
         scan: bool = False,
     ):
         self.directory = pathlib.Path(directory)
-        self.spec = str(self.directory.absolute())  # what `open_model` takes, from anywhere
-        self.dtype, self.scan = dtype, scan
-        self.mesh = mesh or jax.make_mesh(
-            (jax.local_device_count(), 1), ("data", "model"), devices=jax.local_devices()
-        )
+        self.spec = str(self.directory.absolute())
+        self.dtype, self.mesh, self.scan = dtype, mesh, scan
         self.config = load_config(directory)
         self.vocab_size = self.config.vocab_size
         self.max_context = self.config.max_context
-
-    @functools.cached_property
-    def tokenizer(self):
-        return load_tokenizer(self.directory)
 
     @functools.cached_property
     def params(self) -> dict:
@@ -61,17 +55,14 @@ class Model:
 
     @property
     def layers_module(self) -> str:
-        """Where transformers' model has its layers, such as model.layers."""
         names = names_of(read_json(self.directory / "config.json")["model_type"])
         return names.base + names.layers
 
     def site_width(self, site: str) -> int:
-        """UserError for a site that the model does not have."""
         return site_width(self.config, site)
 
     def flops_per_token(self, sites: Sequence[str], context_length: int) -> float:
-        """FLOPs of the products that `sites` need, whole layers, a multiply and an add being two;
-        attention's for the keys that a query sees on average."""
+        """Of whole layers; attention's products for the keys that a query sees on average."""
         config = self.config
         depth = 1 + max(int(site.rpartition(".")[2]) for site in sites)
         matrices = [leaf for leaf in layout(config)["layers"][0].values() if leaf.inputs]
@@ -82,10 +73,17 @@ class Model:
             total += 4.0 * config.num_heads * config.head_dim * keys
         return total
 
-    def runner(self, sites: Sequence[str], dtype) -> Callable[[np.ndarray], dict]:
-        """tokens (B, T) on the host, B a multiple of the mesh's `data` -> {site: (B, T, width)} of
-        `dtype` on the devices, not awaited."""
-        sharding, sites = NamedSharding(self.mesh, P("data", None)), tuple(sites)
+    def forward(self, tokens, taps=(), edits=None, logits=True):
+        """See `LanguageModel.forward`. The program is compiled once for all values of what
+        `lm.edits` makes, and once for each function of another's own."""
+        edits = {site: as_pytree(edit) for site, edit in (edits or {}).items()}
+        with self._on_mesh():
+            return self._compiled(
+                self.params, self._placed(tokens), edits, taps=tuple(taps), logits=logits
+            )
+
+    def runner(self, sites, dtype):
+        sites = tuple(sites)
 
         @jax.jit
         def run(params, tokens):
@@ -93,20 +91,39 @@ class Model:
             return {site: taps[site].astype(dtype) for site in sites}
 
         def run_on(tokens):
-            # The ambient mesh may be a trainer's: a live store runs its model amid the training.
-            with jax.set_mesh(self.mesh):
-                return run(self.params, jax.device_put(tokens, sharding))
+            with self._on_mesh():
+                return run(self.params, self._placed(tokens))
 
         return run_on
+
+    @functools.cached_property
+    def _compiled(self):
+        def run(params, tokens, edits, taps, logits):
+            return forward(params, tokens, self.config, taps, edits, logits)
+
+        return jax.jit(run, static_argnames=("taps", "logits"))
+
+    def _on_mesh(self):
+        """The ambient mesh may be a trainer's: a live store runs its model amid the training."""
+        return jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext()
+
+    def _placed(self, tokens) -> jax.Array:
+        if self.mesh is None:
+            return jnp.asarray(tokens)
+        return jax.device_put(tokens, NamedSharding(self.mesh, P("data", None)))
 
 
 def open_model(
     spec, dtype: str = "float32", mesh: jax.sharding.Mesh | None = None, scan: bool = False
-) -> Model | bridge.TorchModel:
-    """The model of a Hugging Face directory; of "torch:DIRECTORY", or "torch:NAME" of one on the
-    hub, transformers' own, which knows nothing of the mesh."""
+) -> LanguageModel:
+    """Opens a language model.
+
+    spec: a Hugging Face directory, which our decoder runs; or "torch:DIRECTORY", or "torch:NAME" of
+    a model on the hub, which transformers runs on one device. dtype: in which it computes, float32
+    or bfloat16. mesh: axes `data` and `model` (None: JAX's default device). scan: run the layers in
+    a loop. UserError where there is no such model, or one of a family that we do not know."""
     if not bridge.is_torch(spec):
-        return Model(spec, dtype, mesh, scan)
+        return JaxModel(spec, dtype, mesh, scan)
     if scan:
         raise UserError(f"{spec} runs as transformers has it; leave out --scan_layers")
     if mesh is not None and mesh.shape["model"] > 1:
@@ -114,17 +131,8 @@ def open_model(
     return bridge.TorchModel(spec, dtype)
 
 
-def in_batches(
-    run: Callable[[np.ndarray], dict], sequences: np.ndarray, batch_size: int
-) -> Iterator[tuple[int, dict]]:
-    """(start, activations) of each batch of `sequences` (n, T) by a `runner`, the next one already
-    dispatched. The last is padded to the batch's size, so that one compiled program serves all."""
-    ahead = None
-    for start in range(0, len(sequences), batch_size):
-        tokens = sequences[start : start + batch_size]
-        missing = batch_size - len(tokens)
-        result = run(np.pad(tokens, ((0, missing), (0, 0)), mode="edge"))
-        if ahead:
-            yield ahead
-        ahead = start, result
-    yield ahead
+def local_mesh(devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """A mesh whose devices share the batch and each hold the model: all of this process's devices,
+    or those given."""
+    devices = jax.local_devices() if devices is None else devices
+    return jax.make_mesh((len(devices), 1), ("data", "model"), devices=devices)

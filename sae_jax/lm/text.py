@@ -11,7 +11,6 @@ their documents (`load_tokenizer` says which), as attention needs one at the sta
 
 import dataclasses
 import itertools
-import json
 import pathlib
 from collections.abc import Iterable, Iterator
 
@@ -19,6 +18,7 @@ import numpy as np
 import tokenizers
 
 from sae_jax.errors import UserError
+from sae_jax.json_files import read_json
 
 PACKING_RULE = "documents joined by BOS, cut every context_length - 1 tokens, each cut after a BOS"
 _SEPARATOR = "<|endoftext|>"  # between documents of GPT-2, Pythia, Qwen and their kin
@@ -169,18 +169,3 @@ def _contexts(texts: Iterable[str], tokenizer: Tokenizer, length: int) -> Iterat
             row[1:] = stream[start : start + text_length]
         yield block
         stream = stream[at:].copy()
-
-
-def read_json(path: pathlib.Path, default=None) -> dict:
-    """A JSON object. UserError where it is missing (and there is no default) or damaged."""
-    if not path.is_file():
-        if default is None:
-            raise UserError(f"no {path.name} in {path.parent}")
-        return default
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return values

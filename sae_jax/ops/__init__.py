@@ -1,7 +1,7 @@
-"""The hot operations: exact top-k, sparse and dense encode and decode, their gradients.
+"""The hot operations: exact top-k, sparse and dense encoding and decoding, and their gradients.
 
-Every operation takes global arrays, says its own collectives, and equals its plain reference
-(tests/test_ops.py) on any mesh with the axes `data` (batch) and `model` (dictionary).
+Every operation takes global arrays and states its own collectives. It equals its plain reference
+(tests/test_ops.py) on any mesh with the axes `data` (the batch) and `model` (the dictionary).
 """
 
 from sae_jax.ops.batch_topk import batch_top_k
@@ -13,12 +13,12 @@ from sae_jax.ops.topk import top_k
 __all__ = [
     "Activated",
     "Code",
-    "dense_autoencode",
+    "batch_top_k",
     "decode_groups",
+    "dense_autoencode",
     "encode_top_k",
     "fired_latents",
-    "batch_top_k",
-    "sparse_decode",
     "keep_top_k",
+    "sparse_decode",
     "top_k",
 ]

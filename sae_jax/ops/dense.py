@@ -1,8 +1,8 @@
 """The dense autoencoder: all latents of every token, in blocks of the dictionary.
 
-The (B, d_sae) arrays are by far the largest of a dense step. A block of them is encoded,
-activated, decoded and summed up while it is in cache, and used up in one go in the backward
-pass; in between only the encoder's products lie in memory, once.
+The (B, d_sae) arrays are by far the largest of a dense step. A block of them is encoded, activated,
+decoded and summed up while it is in cache, and the backward pass uses it up in one go. In between
+only the encoder's products lie in memory, once.
 """
 
 import functools
@@ -31,17 +31,31 @@ _BLOCKS = P(None, "data", "model")  # (blocks, B, block): each device's own late
 
 
 class Activated(NamedTuple):
-    """What an architecture makes of a block of the dictionary, (B, M) encoder products."""
+    """What an architecture computes from a block of M latents, for B tokens.
 
-    latents: tuple[jax.Array, ...]  # (B, M) each; each will be decoded
-    latent_sums: dict[str, jax.Array]  # (M,) each: sums over the block's tokens
-    token_sums: dict[str, jax.Array]  # (B,) each: sums over the block's latents
+    Attributes:
+      latents: arrays (B, M), each of which will be decoded.
+      latent_sums: sums (M,) over the block's tokens, by name.
+      token_sums: sums (B,) over the block's latents, by name.
+    """
+
+    latents: tuple[jax.Array, ...]
+    latent_sums: dict[str, jax.Array]
+    token_sums: dict[str, jax.Array]
 
 
 class Autoencoded(NamedTuple):
-    decoded: tuple[jax.Array, ...]  # latents @ w_dec (B, d_out), for each of the latents
-    latent_sums: dict[str, jax.Array]  # (d_sae,) each: sums over the batch
-    token_sums: dict[str, jax.Array]  # (B,) each: sums over the dictionary
+    """What `dense_autoencode` returns, for B tokens.
+
+    Attributes:
+      decoded: `latents @ w_dec` (B, d_out), for each of the latents.
+      latent_sums: sums (d_sae,) over the batch, by name.
+      token_sums: sums (B,) over the dictionary, by name.
+    """
+
+    decoded: tuple[jax.Array, ...]
+    latent_sums: dict[str, jax.Array]
+    token_sums: dict[str, jax.Array]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5, 6))
@@ -54,21 +68,23 @@ def dense_autoencode(
     compute_dtype=jnp.float32,
     kept_dtype=jnp.float32,
 ) -> Autoencoded:
-    """Encoder product, `activation`, decoder product, block by block.
+    """Encodes, activates and decodes every token, block by block of the dictionary.
+
+    Only the first of several latents sends a gradient to w_dec. The others are decoded by w_dec as
+    a constant (the gated SAE's auxiliary reconstruction).
+
+    One all-reduce over `model` sums decoded and token_sums. One over `data` sums latent_sums and,
+    in the backward pass, the gradients.
 
     Args:
-      activation: of products (B, M) and `per_latent` cut to the block's M latents. It works on
-        each latent by itself and is differentiated by JAX.
-      x: (B, d_in), data: it gets no gradient. w_enc: (d_in, d_sae). w_dec: (d_sae, d_out).
-      per_latent: (d_sae,) arrays by name: biases, thresholds, weights of penalties.
-      compute_dtype: of the matmuls' operands; they accumulate in float32.
-      kept_dtype: of the products (B, d_sae) that are kept for the backward pass.
-
-    Only the first of several latents sends a gradient to w_dec; the others are decoded by it as
-    it is (the gated SAE's auxiliary reconstruction).
-
-    One all-reduce of decoded and token_sums over `model`; of latent_sums, and in the backward
-    pass of the gradients, over `data`.
+      activation: a function of products (B, M) and of `per_latent` cut to the block's M latents. It
+        works on each latent by itself, and JAX differentiates it.
+      x: the inputs (B, d_in). They are data and get no gradient.
+      w_enc: the encoder (d_in, d_sae).
+      per_latent: arrays (d_sae,) by name: biases, thresholds, weights of penalties.
+      w_dec: the decoder (d_sae, d_out).
+      compute_dtype: the dtype of the matmuls' operands. They accumulate in float32.
+      kept_dtype: the dtype of the products (B, d_sae) that are kept for the backward pass.
     """
     return _forward(activation, x, w_enc, per_latent, w_dec, compute_dtype, kept_dtype)[0]
 
@@ -101,7 +117,7 @@ def _forward(activation, x, w_enc, per_latent, w_dec, compute_dtype, kept_dtype)
 
 
 def _empty_totals(activation, x, per_latent, w_dec, size: int):
-    """Zeros (decoded, token_sums) to add up blocks in."""
+    """Returns zeros (decoded, token_sums) to add up blocks in."""
     pre = jax.ShapeDtypeStruct((x.shape[0], size), jnp.float32)
     out = jax.eval_shape(lambda pre: activation(pre, _slices(per_latent, 0, size)), pre)
     decoded = tuple(jnp.zeros((x.shape[0], w_dec.shape[1]), jnp.float32) for _ in out.latents)
@@ -157,16 +173,20 @@ dense_autoencode.defvjp(_forward, _backward)
 
 
 def _block_size(n: int) -> int:
-    """The largest divisor of n that is not above the device's block; n itself where only small
-    ones are left."""
+    """Returns the largest divisor of n that is not above the device's block size.
+
+    It returns n itself where there are only small divisors.
+    """
     limit = _CPU_BLOCK if on_cpu() else _BLOCK
     size = next(size for size in range(min(limit, n), 0, -1) if n % size == 0)
     return size if size >= limit // 8 else n
 
 
 def _slice(array, start, size: int, axis: int = 0):
+    """Returns `size` entries from `start` on along an axis."""
     return jax.lax.dynamic_slice_in_dim(array, start, size, axis)
 
 
 def _slices(arrays, start, size: int):
+    """Returns the slices of several arrays."""
     return jax.tree.map(lambda array: _slice(array, start, size), arrays)

@@ -1,4 +1,4 @@
-"""Decoding every group of a dictionary by itself, at the cost of decoding once."""
+"""Decodes every group of a dictionary by itself, at the cost of decoding once."""
 
 import functools
 import math
@@ -17,12 +17,21 @@ _BLOCK = 2048  # latents
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def decode_groups(latents, w_dec, ends: tuple[int, ...], compute_dtype=jnp.float32):
-    """latents (B, d_sae) of each group of the dictionary times its rows of w_dec (d_sae, d_out):
-    (G, B, d_out). Group g is latents ends[g - 1] to ends[g]; the last end is d_sae.
+    """Multiplies the latents of each group of the dictionary with the group's rows of the decoder.
 
-    A group may lie on several shards of the dictionary: each decodes blocks that lie within one
-    group, and one all-reduce over `model` adds up. The blocks are as large as the common divisor
-    of all ends allows, so ends should be multiples of some hundreds.
+    A group may lie on several shards of the dictionary. Each shard decodes blocks that lie within
+    one group, and one all-reduce over `model` adds up. The blocks are as large as the common
+    divisor of all ends allows, so ends should be multiples of some hundreds.
+
+    Args:
+      latents: (B, d_sae).
+      w_dec: the decoder (d_sae, d_out).
+      ends: the end of each of the G groups; group g has the latents from ends[g - 1] to ends[g],
+        and the last end is d_sae.
+      compute_dtype: the dtype of the matmuls' operands. They accumulate in float32.
+
+    Returns:
+      An array (G, B, d_out).
     """
     return _forward(latents, w_dec, ends, compute_dtype)[0]
 
@@ -71,7 +80,7 @@ decode_groups.defvjp(_forward, _backward)
 
 
 def _blocks(ends: tuple[int, ...], n: int):
-    """The size of this shard's blocks, and the group of each: int32 (n / size,)."""
+    """Returns the size of this shard's blocks, and the group (n / size,) int32 of each."""
     common = math.gcd(n, *ends)
     size = next(s for s in range(min(common, _BLOCK), 0, -1) if common % s == 0)
     starts = np.arange(0, n * shard_count("model"), size)
@@ -80,4 +89,5 @@ def _blocks(ends: tuple[int, ...], n: int):
 
 
 def _block(array, i, size: int, axis: int = 0):
+    """Returns block number i along an axis."""
     return jax.lax.dynamic_slice_in_dim(array, i * size, size, axis)

@@ -1,4 +1,4 @@
-"""Running a per-shard function on the ambient mesh (`jax.set_mesh`), or plainly without one."""
+"""Runs per-shard functions on the ambient mesh (`jax.set_mesh`), or plainly where there is none."""
 
 import contextlib
 import contextvars
@@ -20,12 +20,15 @@ ZERO = ("model", "data")  # what `model` shards, when it is spread over `data` t
 
 _for_accelerator = contextvars.ContextVar("for_accelerator", default=False)
 
-BATCHED_RUNS = "batched_runs"  # name of the axis of runs that are computed as one
+BATCHED_RUNS = "batched_runs"  # name of the vmapped axis of runs that one program trains
 
 
 def per_shard(function: Callable, in_specs, out_specs) -> Callable:
-    """`function` on each device's shards. It names its collectives itself (`psum` below), and
-    is never differentiated through: the operations define their gradients."""
+    """Returns a function of global arrays that runs `function` on each device's shards.
+
+    The function states its collectives itself (`psum` below). It is never differentiated through:
+    the operations define their gradients.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return function
@@ -36,8 +39,11 @@ def per_shard(function: Callable, in_specs, out_specs) -> Callable:
 
 
 def in_any_run(flag: jax.Array) -> jax.Array:
-    """`flag` (a bool), or that of any run in the same `jax.vmap(axis_name=BATCHED_RUNS)`: a branch
-    on it is taken by all of them or none, and so stays a branch."""
+    """Whether a flag is set in any run of the same `jax.vmap(axis_name=BATCHED_RUNS)`.
+
+    A branch on the result is taken by all runs or by none, and so stays a branch. Without such an
+    axis the flag itself is returned.
+    """
     try:
         # Gathered, since jax 0.12 cannot lower a pmax of scalars here.
         return jax.lax.all_gather(flag, BATCHED_RUNS).any()
@@ -46,11 +52,12 @@ def in_any_run(flag: jax.Array) -> jax.Array:
 
 
 def branch(flag: jax.Array, taken: Callable, otherwise: Callable):
-    """`jax.lax.cond(flag, taken, otherwise)` for branches that communicate.
+    """Computes `jax.lax.cond(flag, taken, otherwise)` for branches that communicate.
 
-    On several CPU devices both are computed: XLA's runtime there keeps collectives in order, but
-    not those in a branch with those outside it. Two that ran at once crashed it, and may as well
-    have added up each other's arrays. Seen with jax 0.10."""
+    On several CPU devices both branches are computed. XLA's runtime there keeps collectives in
+    order, but not those in a branch with those outside it. Two that ran at once crashed it, and may
+    as well have added up each other's arrays. This was seen with jax 0.10.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.size > 1 and on_cpu():
         return jax.tree.map(lambda a, b: jnp.where(flag, a, b), taken(), otherwise())
@@ -58,30 +65,41 @@ def branch(flag: jax.Array, taken: Callable, otherwise: Callable):
 
 
 def psum(x: jax.Array, axis: str) -> jax.Array:
+    """Sums x over the shards along one axis of the mesh."""
     return x if shard_count(axis) == 1 else jax.lax.psum(x, axis)
 
 
 def gather_last(x: jax.Array, axis: str) -> jax.Array:
-    """Every shard's (B, c) side by side: (B, shards * c), in the order of the axis."""
+    """Returns every shard's (B, c) side by side, (B, shards * c), in the order of the axis."""
     return x if shard_count(axis) == 1 else jax.lax.all_gather(x, axis, axis=1, tiled=True)
 
 
 def shard_index(axis: str) -> jax.Array | int:
+    """Returns the index of this device along one axis of the mesh; 0 without a mesh."""
     return 0 if _without_mesh() else jax.lax.axis_index(axis)
 
 
 def shard_count(axis: str) -> int:
+    """Returns the number of shards along one axis of the mesh; 1 without a mesh."""
     return 1 if _without_mesh() else jax.lax.axis_size(axis)
 
 
 def out_sharding(spec: P):
-    """`spec` for a contraction's `out_sharding=`; None where there is no mesh."""
+    """Returns `spec` for a contraction's `out_sharding=`; None without a mesh."""
     return None if _without_mesh() else spec
 
 
 def matmul_f32(a: jax.Array, b: jax.Array, spec: P | None = None) -> jax.Array:
-    """a @ b with a float32 result. Float32 operands are multiplied as float32: by default a TPU
-    would round them to bfloat16 and a GPU to TF32; who wants that speed asks for bfloat16."""
+    """Returns a @ b in float32.
+
+    Operands of float32 are multiplied as float32. By default a TPU would round them to bfloat16 and
+    a GPU to TF32; operands of bfloat16 have that speed.
+
+    Args:
+      a: the left operand.
+      b: the right operand.
+      spec: how the result is sharded; None leaves it to JAX.
+    """
     return jnp.matmul(
         a,
         b,
@@ -92,8 +110,10 @@ def matmul_f32(a: jax.Array, b: jax.Array, spec: P | None = None) -> jax.Array:
 
 
 def zero_shard(tree):
-    """Arrays that `model` shards, each device keeping of its shard what is its own along `data`
-    (ZeRO: Rajbhandari et al. 2020). No communication."""
+    """Spreads arrays that are sharded over `model` over `data` too (ZeRO: Rajbhandari et al. 2020).
+
+    Each device keeps a part of its own shard, so that there is no communication.
+    """
     return jax.tree.map(lambda a: _with_axes(a, "model", ZERO), tree)
 
 
@@ -103,12 +123,13 @@ def zero_gather(tree):
 
 
 def _with_axes(a: jax.Array, old, new) -> jax.Array:
+    """Returns an array sharded over `new` where it was sharded over `old`."""
     spec = P(*(new if axes == old else axes for axes in jax.typeof(a).sharding.spec))
     return jax.reshard(a, spec)
 
 
 def on_cpu() -> bool:
-    """Whether the program that is traced is for CPUs: the mesh's devices, or the default ones."""
+    """Whether the program that is traced is for CPUs: those of the mesh, or the default device."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     platform = device.platform if device else jax.default_backend()
     return platform == "cpu" and not _for_accelerator.get()
@@ -116,8 +137,9 @@ def on_cpu() -> bool:
 
 @contextlib.contextmanager
 def as_for_accelerators():
-    """Traces programs as for accelerators on a mesh of CPUs, which stand for some that are not
-    here."""
+    """Traces programs as for accelerators on a mesh of CPUs, which stand for devices that are
+    absent.
+    """
     token = _for_accelerator.set(True)
     try:
         yield

@@ -1,7 +1,7 @@
-"""Encoding to k latents a token and decoding from them, without a dense (B, d_sae) gradient.
+"""Encodes to k latents a token and decodes from them, without a dense (B, d_sae) gradient.
 
-Every shard of the dictionary has k slots a token; a slot whose latent is not among the global
-top k has value 0.
+Every shard of the dictionary has k slots a token. A slot whose latent is not among the global top k
+has the value 0.
 """
 
 import functools
@@ -29,18 +29,23 @@ from sae_jax.ops.sharding import (
 )
 from sae_jax.ops.topk import top_k
 
-_CPU_SLICE_ROWS = 256  # pre-activations of so many tokens stay in cache
-_CPU_PRODUCT_ROWS = 16  # and the decoder rows that so many tokens picked
-_SLICE_BYTES = 2**30  # elsewhere: at most so many bytes of either at once
-_FEW_CANDIDATES = 256  # of a token over all shards: gathered in one go
+_CPU_SLICE_ROWS = 256  # tokens whose pre-activations stay in a CPU's cache
+_CPU_PRODUCT_ROWS = 16  # tokens whose picked decoder rows stay in a CPU's cache
+_SLICE_BYTES = 2**30  # the most bytes of either at once on other devices
+_FEW_CANDIDATES = 256  # up to so many candidates of a token over all shards are gathered
 _UNROLL = 32  # latents whose decoder rows are added in one fused pass
 
 
 class Code(NamedTuple):
-    """What was picked for each token: (B, shards * k) each."""
+    """The latents that were picked for each token, in slots (B, shards * k).
 
-    values: jax.Array  # float32
-    indices: jax.Array  # int32, within the shard
+    Attributes:
+      values: the picked values, float32.
+      indices: the picked latents, int32, counted within the slot's shard.
+    """
+
+    values: jax.Array
+    indices: jax.Array
 
 
 # ---------------------------------------------------------------------------------- encode
@@ -48,17 +53,22 @@ class Code(NamedTuple):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def encode_top_k(x, w_enc, b_enc, dead, k: int, aux_k: int, compute_dtype=jnp.float32):
-    """Top k of `x @ w_enc + b_enc` over the whole dictionary, and top aux_k of dead latents.
+    """Returns the top k of `x @ w_enc + b_enc` for each token, and the top aux_k among dead
+    latents.
 
-    Both from one pass over the pre-activations. Exact and independent of the mesh: ties go to
-    the lower latent.
+    Both come from one pass over the pre-activations. The result is exact and independent of the
+    mesh: ties go to the lower latent.
 
     Args:
-      x: (B, d_in). w_enc: (d_in, d_sae). b_enc: (d_sae,).
-      dead: (d_sae,) bool, or None for no auxiliary code. Where no latent is dead the auxiliary
-        code is zero and costs nothing.
-      k, aux_k: latents picked for each token. Where fewer are dead, the rest have value 0.
-      compute_dtype: of the matmul's operands; it accumulates in float32.
+      x: inputs (B, d_in).
+      w_enc: the encoder (d_in, d_sae).
+      b_enc: its bias (d_sae,).
+      dead: which latents are dead (d_sae,) bool, or None for no auxiliary code. Where no latent is
+        dead the auxiliary code is zero and costs nothing.
+      k: latents that are picked for each token.
+      aux_k: dead latents that are picked for each token. Where fewer are dead, the rest have the
+        value 0.
+      compute_dtype: the dtype of the matmul's operands. It accumulates in float32.
 
     Returns:
       The Code of pre-activations, and the auxiliary Code or None.
@@ -80,18 +90,20 @@ def _encode_forward(x, w_enc, b_enc, dead, k, aux_k, compute_dtype):
             return main, jax.lax.cond(
                 any_dead,
                 lambda: _candidates(product_BxN, jnp.where(dead, b_enc, -jnp.inf), aux_k),
-                lambda: _no_candidates(x_slice.shape[0], aux_k),
+                lambda: _empty_candidates(x_slice.shape[0], aux_k),
             )
 
         n = w_enc.shape[1]
-        main, aux = _over_slices(encode_slice, x, n)
+        main, aux = _in_batch_slices(encode_slice, x, n)
         if aux is None:
-            return _winners(*main, n), None
+            return _keep_winners(*main, n), None
         none = Code(jnp.zeros_like(aux[0]), aux[1]), jnp.zeros(aux[0].shape, bool)
-        return _winners(*main, n), branch(any_dead, lambda: _winners(*aux, n), lambda: none)
+        return _keep_winners(*main, n), branch(
+            any_dead, lambda: _keep_winners(*aux, n), lambda: none
+        )
 
     specs = (BATCH, ENCODER, PER_LATENT, PER_LATENT, P())
-    codes, kept = _unzip(per_shard(local, specs, CODE)(x, w_enc, b_enc, dead, any_dead))
+    codes, kept = _transpose_pairs(per_shard(local, specs, CODE)(x, w_enc, b_enc, dead, any_dead))
     indices = [code and code.indices for code in codes]
     return codes, (x, w_enc, b_enc, any_dead, indices, kept)
 
@@ -105,14 +117,14 @@ def _encode_backward(k, aux_k, compute_dtype, saved, cotangents):
 
     def weights(x, w_enc, any_dead, indices, d_pre):
         n = w_enc.shape[1]
-        codes = _wanted_codes(d_pre, indices, any_dead)
+        codes = _codes_with_flags(d_pre, indices, any_dead)
         d_b = sum(jnp.zeros(n, jnp.float32).at[i].add(d) for d, i, _ in codes)
         terms = [(d, i, x, wanted) for d, i, wanted in codes]
-        return psum(_rows_gradient(terms, n), "data").T, psum(d_b, "data")
+        return psum(_scatter_rows(terms, n), "data").T, psum(d_b, "data")
 
     def inputs(w_enc, any_dead, indices, d_pre):
-        codes = _wanted_codes(d_pre, indices, any_dead)
-        return psum(sum(_weighted_rows(d, i, w_enc.T) for d, i, _ in codes), "model")
+        codes = _codes_with_flags(d_pre, indices, any_dead)
+        return psum(sum(_sum_weighted_rows(d, i, w_enc.T) for d, i, _ in codes), "model")
 
     code_specs = (P(), CODE, CODE)
     d_w, d_b = per_shard(weights, (BATCH, ENCODER, *code_specs), (ENCODER, PER_LATENT))(
@@ -126,40 +138,45 @@ def _encode_backward(k, aux_k, compute_dtype, saved, cotangents):
 encode_top_k.defvjp(_encode_forward, _encode_backward)
 
 
-def _wanted_codes(values, indices, any_dead):
-    """(values, indices, whether they matter) of the main code, and of the auxiliary if any."""
+def _codes_with_flags(values, indices, any_dead):
+    """Returns (values, indices, whether they count) of the main code, and of the auxiliary code if
+    there is one.
+    """
     main = (values[0], indices[0], True)
     return [main] if any_dead is None else [main, (values[1], indices[1], any_dead)]
 
 
 def _candidates(product_BxN, bias_N, k: int):
-    """This shard's k best: values, -inf where it has fewer, and indices."""
+    """Returns this shard's k largest values, -inf where it has fewer, and their indices."""
     n = len(bias_N)
     values, indices = top_k(product_BxN, min(k, n), bias_N)
     spare = ((0, 0), (0, max(0, k - n)))
     return jnp.pad(values, spare, constant_values=-jnp.inf), jnp.pad(indices, spare)
 
 
-def _no_candidates(rows: int, k: int):
+def _empty_candidates(rows: int, k: int):
+    """Returns candidates of which none counts."""
     return jnp.full((rows, k), -jnp.inf), jnp.zeros((rows, k), jnp.int32)
 
 
-def _winners(values_Bxk, indices_Bxk, n: int):
-    """This shard's part of the global code, and which of its slots are in it. n: latents of a
-    shard."""
+def _keep_winners(values_Bxk, indices_Bxk, n: int):
+    """Returns this shard's part of the global code, and which of its slots are in it; n is the
+    number of latents of a shard.
+    """
     kept = _wins_globally(values_Bxk, indices_Bxk, n) & (values_Bxk != -jnp.inf)
     return Code(jnp.where(kept, values_Bxk, 0.0), indices_Bxk), kept
 
 
-def _unzip(pairs):
+def _transpose_pairs(pairs):
+    """Turns (code, mask) of the main and the auxiliary code into (codes, masks)."""
     main, aux = pairs
     if aux is None:
         return (main[0], None), (main[1], None)
     return (main[0], aux[0]), (main[1], aux[1])
 
 
-def _over_slices(function, x_Bxd, n: int):
-    """`function` over slices of the batch, so that (B, d_sae) never exists as a whole."""
+def _in_batch_slices(function, x_Bxd, n: int):
+    """Applies `function` to slices of the batch, so that (B, d_sae) never exists as a whole."""
     rows = x_Bxd.shape[0]
     limit = _CPU_SLICE_ROWS if on_cpu() else max(1, _SLICE_BYTES // (4 * n))
     if rows <= limit:
@@ -173,8 +190,10 @@ def _over_slices(function, x_Bxd, n: int):
 
 
 def _wins_globally(values_Bxk, indices_Bxk, n: int):
-    """Which of this shard's k candidates are among the k largest over all shards (B, k); ties go to
-    the lower latent. Candidates are in order of (value, index)."""
+    """Returns which of this shard's k candidates are among the k largest over all shards, (B, k).
+
+    Ties go to the lower latent. Candidates are in order of (value, index).
+    """
     k, shards = values_Bxk.shape[1], shard_count("model")
     if shards == 1:
         return jnp.ones(values_Bxk.shape, bool)
@@ -188,9 +207,13 @@ def _wins_globally(values_Bxk, indices_Bxk, n: int):
 
 
 def _wins_by_search(values_Bxk, latents_Bxk, d_sae: int):
-    """The same without gathering candidates, which grow with the shards: what is summed over
-    `model` are counts, 60 bytes a token in each of 8 rounds that find the k-th largest value, and
-    in a round for every 4 bits of d_sae that find the last latent to win among equal values."""
+    """Returns the same as `_wins_globally` without gathering candidates, which grow with the
+    shards.
+
+    What is summed over `model` are counts. 8 rounds, of 60 bytes a token each, find the k-th
+    largest value. One round for every 4 bits of d_sae then finds the last latent to win among equal
+    values.
+    """
     k = values_Bxk.shape[1]
     bits = jax.lax.bitcast_convert_type(values_Bxk, jnp.uint32)
     keys = jnp.where(bits >> 31, ~bits, bits | jnp.uint32(1 << 31))  # in the order of the values
@@ -202,7 +225,7 @@ def _wins_by_search(values_Bxk, latents_Bxk, d_sae: int):
 
 
 def _kth_largest(keys_Bxk, k, bits: int):
-    """(B,): of uint32 keys below 2^bits, the k-th largest over all shards; k may be (B,)."""
+    """Returns the k-th largest of uint32 keys below 2^bits over all shards, (B,); k may be (B,)."""
     found = jnp.zeros(len(keys_Bxk), jnp.uint32)
     digits = jnp.arange(1, 16, dtype=jnp.uint32)
     for shift in reversed(range(0, bits, 4)):
@@ -214,8 +237,15 @@ def _kth_largest(keys_Bxk, k, bits: int):
 
 
 def keep_top_k(code: Code, k, slots: int) -> Code:
-    """The k largest values of each token in a code with `slots` slots a shard; k may be a traced
-    number. The others become 0. For codes without values below 0; ties as in `encode_top_k`."""
+    """Keeps the k largest values of each token in a code, and sets the others to 0.
+
+    It is for codes without values below 0. Ties are resolved as in `encode_top_k`.
+
+    Args:
+      code: a code.
+      k: how many values are kept; it may be traced.
+      slots: the slots of the code a token and shard.
+    """
 
     def local(values, k):
         _, order = jax.lax.top_k(gather_last(values, "model"), slots)
@@ -234,10 +264,18 @@ def keep_top_k(code: Code, k, slots: int) -> Code:
 
 @jax.custom_vjp
 def sparse_decode(code: Code, aux: Code | None, any_dead, w_dec):
-    """Sums of the picked decoder rows, w_dec (d_sae, d_out): (B, d_out) for the code, and for
-    the auxiliary code, zero unless `any_dead` (a scalar bool; then it costs nothing), or None.
+    """Sums the picked decoder rows, weighted by the code's values.
 
-    One all-reduce of each over `model`; 2 k d_out FLOPs a token and shard.
+    It costs 2 k d_out FLOPs a token and shard, and one all-reduce of each result over `model`.
+
+    Args:
+      code: the code.
+      aux: the auxiliary code, or None.
+      any_dead: a scalar bool. Where it is false the auxiliary result is zero and costs nothing.
+      w_dec: the decoder (d_sae, d_out).
+
+    Returns:
+      The sums (B, d_out) of the code, and those of the auxiliary code or None.
     """
     return _decode_forward(code, aux, any_dead, w_dec)[0]
 
@@ -246,12 +284,12 @@ def _decode_forward(code, aux, any_dead, w_dec):
     any_dead = None if any_dead is None else in_any_run(any_dead)
 
     def local(code, aux, any_dead, w_dec):
-        x_hat = _weighted_rows(*code, w_dec)
+        x_hat = _sum_weighted_rows(*code, w_dec)
         if aux is None:
             return psum(x_hat, "model"), None
         aux_hat = branch(
             any_dead,
-            lambda: psum(_weighted_rows(*aux, w_dec), "model"),
+            lambda: psum(_sum_weighted_rows(*aux, w_dec), "model"),
             lambda: jnp.zeros_like(x_hat),
         )
         return psum(x_hat, "model"), aux_hat
@@ -265,17 +303,17 @@ def _decode_backward(saved, cotangents):
 
     def local(code, aux, any_dead, w_dec, d_x_hat, d_aux_hat):
         n = w_dec.shape[0]
-        d_code = Code(_picked_products(d_x_hat, code.indices, w_dec), None)
+        d_code = Code(_products_with_rows(d_x_hat, code.indices, w_dec), None)
         terms = [(*code, d_x_hat, True)]
         if aux is None:
-            return d_code, None, psum(_rows_gradient(terms, n), "data")
+            return d_code, None, psum(_scatter_rows(terms, n), "data")
         d_aux_values = jax.lax.cond(
             any_dead,
-            lambda: _picked_products(d_aux_hat, aux.indices, w_dec),
+            lambda: _products_with_rows(d_aux_hat, aux.indices, w_dec),
             lambda: jnp.zeros_like(aux.values),
         )
         terms.append((*aux, d_aux_hat, any_dead))
-        return d_code, Code(d_aux_values, None), psum(_rows_gradient(terms, n), "data")
+        return d_code, Code(d_aux_values, None), psum(_scatter_rows(terms, n), "data")
 
     specs = (CODE, CODE, P(), DECODER, BATCH, BATCH)
     d_code, d_aux, d_w = per_shard(local, specs, (CODE, CODE, DECODER))(*saved, *cotangents)
@@ -286,7 +324,7 @@ sparse_decode.defvjp(_decode_forward, _decode_backward)
 
 
 def fired_latents(code: Code, d_sae: int):
-    """(d_sae,) bool: latents with a positive value anywhere in a code."""
+    """Returns which latents (d_sae,) bool have a positive value anywhere in a code."""
 
     def local(code):
         n = d_sae // shard_count("model")
@@ -299,9 +337,12 @@ def fired_latents(code: Code, d_sae: int):
 # ------------------------------------------------------------------------- on one device
 
 
-def _weighted_rows(values_Bxk, indices_Bxk, w_Nxd):
-    """Sum over k of values * w[indices]: (B, d). Unrolled, so that XLA fuses gather, product
-    and sum into one pass and never writes (B, k, d)."""
+def _sum_weighted_rows(values_Bxk, indices_Bxk, w_Nxd):
+    """Returns the sum over k of values * w[indices], (B, d).
+
+    It is unrolled, so that XLA fuses gather, product and sum into one pass and never writes (B, k,
+    d).
+    """
 
     def add(total, columns):
         values, indices = columns
@@ -310,11 +351,11 @@ def _weighted_rows(values_Bxk, indices_Bxk, w_Nxd):
         return total
 
     total = jnp.zeros((values_Bxk.shape[0], w_Nxd.shape[1]), w_Nxd.dtype)
-    return _over_columns(add, total, values_Bxk, indices_Bxk)
+    return _fold_columns(add, total, values_Bxk, indices_Bxk)
 
 
-def _over_columns(add, total, values_Bxk, indices_Bxk):
-    """Folds `add` over blocks of at most _UNROLL columns."""
+def _fold_columns(add, total, values_Bxk, indices_Bxk):
+    """Folds `add` over blocks of at most `_UNROLL` columns of values and indices."""
     B, k = values_Bxk.shape
     whole = k - k % _UNROLL
     if whole > _UNROLL:
@@ -329,9 +370,12 @@ def _over_columns(add, total, values_Bxk, indices_Bxk):
     return total
 
 
-def _picked_products(g_Bxd, indices_Bxk, w_Nxd):
-    """g . w[index] for each picked latent: (B, k). In blocks of tokens whose gathered rows
-    stay in cache; elsewhere than on a CPU of at most _SLICE_BYTES."""
+def _products_with_rows(g_Bxd, indices_Bxk, w_Nxd):
+    """Returns the dot product (B, k) of each token's vector in g with the rows of w that it picked.
+
+    Tokens go in blocks. On a CPU their gathered rows stay in cache; elsewhere they are at most
+    `_SLICE_BYTES`.
+    """
     B, k = indices_Bxk.shape
     limit = _CPU_PRODUCT_ROWS if on_cpu() else max(1, _SLICE_BYTES // (4 * k * w_Nxd.shape[1]))
     block = next(b for b in range(min(limit, B), 0, -1) if B % b == 0)
@@ -344,9 +388,16 @@ def _picked_products(g_Bxd, indices_Bxk, w_Nxd):
     return jax.lax.map(products, shaped).reshape(B, k)
 
 
-def _rows_gradient(terms, n: int):
-    """Sum of coefficient * vector of its token into the picked rows: (n, d) float32. `terms`:
-    (coefficients (B, k), indices (B, k), vectors (B, d), whether the term counts, a scalar)."""
+def _scatter_rows(terms, n: int):
+    """Returns the gradient (n, d) float32 of rows that tokens picked.
+
+    To each picked row it adds the token's vector, multiplied with the pick's coefficient.
+
+    Args:
+      terms: a list of (coefficients (B, k), indices (B, k), vectors (B, d), a scalar that says
+        whether the term counts).
+      n: the number of rows.
+    """
     total = jnp.zeros((n, terms[0][2].shape[1]), jnp.float32)
     return jax.lax.platform_dependent(
         total, terms, cpu=_add_token_by_token, default=_add_blocks_of_columns
@@ -354,7 +405,7 @@ def _rows_gradient(terms, n: int):
 
 
 def _add_token_by_token(total, terms):
-    """For one thread, whose cache holds a token's vector."""
+    """Adds terms on one thread, whose cache holds a token's vector."""
     for coefficients, indices, vectors, counts in terms:
 
         def add(b, total, coefficients=coefficients, indices=indices, vectors=vectors):
@@ -366,8 +417,10 @@ def _add_token_by_token(total, terms):
 
 
 def _add_blocks_of_columns(total, terms):
-    """For many threads: of all tokens at once so many columns that their rows are at most
-    _SLICE_BYTES."""
+    """Adds terms on many threads.
+
+    It adds blocks of columns of all tokens at once, whose rows are at most `_SLICE_BYTES`.
+    """
     for coefficients, indices, vectors, counts in terms:
         B, k = indices.shape
         limit = max(1, _SLICE_BYTES // (4 * vectors.size))

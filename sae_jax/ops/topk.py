@@ -1,4 +1,4 @@
-"""Exact top-k of long rows in two stages."""
+"""Finds the exact top k of long rows in two stages."""
 
 import jax
 import jax.numpy as jnp
@@ -7,13 +7,14 @@ _GROUP = 16  # measured best of 8..64 on a CPU at 24,576 latents
 
 
 def top_k(x_BxN: jax.Array, k: int, bias_N: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    """The k largest of each row of x + bias: values (B, k), descending, and int32 indices.
+    """Returns the k largest values of each row of x + bias (B, k), descending, and their indices,
+    int32.
 
-    Ties go to the lower index, as in `jax.lax.top_k`, of which it gives the exact result for
-    rows without NaN. The k largest lie in the k groups of neighbours with the largest maxima:
-    of a group that is not among them, every element is beaten (or tied by a lower index) by
-    the k maxima. So only k * group candidates are ranked instead of N, and the sum with the
-    bias is never written for others.
+    Ties go to the lower index, as in `jax.lax.top_k`, whose result this is for rows without NaN.
+
+    The k largest lie in the k groups of consecutive elements that have the largest maxima: every
+    element of another group is beaten, or tied by a lower index, by these k maxima. So only k * 16
+    candidates are ranked instead of N, and the sum with the bias is never written for the others.
     """
     B, N = x_BxN.shape
     groups = -(-N // _GROUP)
@@ -37,7 +38,9 @@ def top_k(x_BxN: jax.Array, k: int, bias_N: jax.Array | None = None) -> tuple[ja
 
 
 def _grouped(x: jax.Array, spare: int) -> jax.Array:
-    """The last axis in groups, filled up so that no filling is ever picked before an element."""
+    """Splits the last axis into groups. They are filled up so that no filling is picked before an
+    element.
+    """
     if spare:
         widths = [(0, 0)] * (x.ndim - 1) + [(0, spare)]
         x = jnp.pad(x, widths, constant_values=-jnp.inf)
@@ -45,5 +48,6 @@ def _grouped(x: jax.Array, spare: int) -> jax.Array:
 
 
 def _lax_top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """Returns `jax.lax.top_k` with int32 indices."""
     values, indices = jax.lax.top_k(x, k)
     return values, indices.astype(jnp.int32)

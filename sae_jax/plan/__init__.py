@@ -1,1 +1,1 @@
-"""What a run will take, told before there is a device: `sae-jax plan`."""
+"""Tells what a run will take, before there is a device: `sae-jax plan`."""

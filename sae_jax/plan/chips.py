@@ -1,7 +1,8 @@
 """Published peaks of accelerators, and the topologies that `--topology` names.
 
-TPUs: Google's "How to Scale Your Model" (2025), the table of its chapter on TPUs. GPUs: NVIDIA's
-data sheets, dense (not sparse) figures of the SXM variants; links of the DGX systems, one way.
+The figures of TPUs are from Google's "How to Scale Your Model" (2025), the table of its chapter on
+TPUs. Those of GPUs are from NVIDIA's data sheets: dense (not sparse) figures of the SXM variants,
+and the links of the DGX systems, one way.
 """
 
 import dataclasses
@@ -11,28 +12,40 @@ import re
 
 import jax
 import numpy as np
+from jax.experimental import topologies
 
 from sae_jax.errors import UserError
 
 _GIB = 2**30
-_GPU_FRACTION = 0.75  # of its memory that JAX takes unless it is told otherwise
+_GPU_FRACTION = 0.75  # the part of a GPU's memory that JAX takes unless it is told otherwise
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Per chip, in FLOP/s, bytes, bytes/s."""
+    """Peaks of one chip.
+
+    Attributes:
+      name: its name.
+      bfloat16: FLOP/s of products of bfloat16 with float32 sums.
+      float32: FLOP/s of products of float32 that are never rounded to TF32 or bfloat16.
+      memory: bytes of its memory.
+      memory_rate: bytes/s to and from its memory.
+      link_rate: bytes/s to the chips that it is linked to: along one axis of a TPU's torus both
+        ways, or by NVLink.
+      network_rate: bytes/s of a GPU to other nodes.
+    """
 
     name: str
-    bfloat16: float  # products of bfloat16 with float32 sums
-    float32: float  # products of float32 as such, never rounded to TF32 or bfloat16
+    bfloat16: float
+    float32: float
     memory: float
     memory_rate: float
-    link_rate: float  # to its neighbours: along one axis of a TPU's torus both ways, or NVLink
-    network_rate: float = math.inf  # of a GPU, to other nodes
+    link_rate: float
+    network_rate: float = math.inf
 
 
 def _tpu(name: str, bfloat16: float, memory: float, memory_rate: float, link: float) -> Chip:
-    """A float32 product is six of bfloat16 parts (XLA's precision "highest")."""
+    """Returns a TPU. A float32 product is six of bfloat16 parts (XLA's precision "highest")."""
     return Chip(name, bfloat16, bfloat16 / 6, memory, memory_rate, 2 * link)
 
 
@@ -51,8 +64,10 @@ CHIPS = {
 _KINDS = {"v5 lite": "v5e", "v6 lite": "v6e", "tpu v5": "v5p"}
 
 
-def chip_of(device_kind: str) -> Chip | None:
-    """The chip of a device that is there, such as NVIDIA H100 80GB HBM3; None: not in the table."""
+def chip_from_kind(device_kind: str) -> Chip | None:
+    """Returns the chip of a device kind, as JAX names it ("NVIDIA H100 80GB HBM3"); None if it is
+    not in the table.
+    """
     kind = device_kind.lower()
     names = _KINDS | {name: name for name in CHIPS}
     return next((CHIPS[name] for part, name in names.items() if part in kind), None)
@@ -60,28 +75,41 @@ def chip_of(device_kind: str) -> Chip | None:
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Chips and their places: `devices` to compile for, and how many share a node."""
+    """Chips and their places.
+
+    Attributes:
+      name: the name, as `--topology` gives it.
+      chip: the kind of chip; None for CPUs.
+      devices: the devices to compile for.
+      per_node: how many of them share a node.
+    """
 
     name: str
-    chip: Chip | None  # None: CPUs
+    chip: Chip | None
     devices: list
     per_node: int
 
     @property
     def is_tpu(self) -> bool:
+        """Whether the devices are TPUs."""
         return self.devices[0].platform == "tpu"
 
     @property
     def capacity(self) -> float:
-        """Bytes of a chip's memory that a program may take."""
+        """The bytes of a chip's memory that a program may take."""
         if self.chip is None:
             return math.inf
         fraction = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", _GPU_FRACTION))
         return self.chip.memory * (1.0 if self.is_tpu else fraction)
 
     def link_rate(self, group: tuple[int, ...]) -> float:
-        """Bytes/s at which each of a group of devices sends around its ring. Between nodes the
-        members in one node share its network links, one a GPU."""
+        """Returns the bytes/s at which each device of a group sends around its ring.
+
+        Between nodes the members in one node share its network links, of which there is one a GPU.
+
+        Args:
+          group: indices of devices.
+        """
         nodes: dict[int, int] = {}
         for place in group:
             nodes[place // self.per_node] = nodes.get(place // self.per_node, 0) + 1
@@ -91,10 +119,13 @@ class Topology:
 
 
 def find(name: str) -> Topology:
-    """The topology "v5p:4x4x4" (a TPU slice), "h100:8x8" (nodes x GPUs of a node) or "cpu:8".
-    Decides which devices this process has: called before anything else uses JAX.
+    """Returns the topology of a name: "v5p:4x4x4" (a TPU slice), "h100:8x8" (nodes x GPUs of a
+    node) or "cpu:8".
 
-    Raises UserError for other names, and where the TPU compiler is not installed."""
+    It decides which devices this process has, so it is called before anything else uses JAX.
+
+    Raises UserError for other names, and where the TPU compiler is not installed.
+    """
     kind, _, shape = name.lower().partition(":")
     if kind not in (*CHIPS, "cpu") or not re.fullmatch(r"\d+(x\d+)*", shape):
         raise UserError(
@@ -115,15 +146,14 @@ def find(name: str) -> Topology:
 
 
 def _tpu_devices(name: str) -> list:
-    # Nobody is to be asked what this machine is.
+    """Returns the devices of a TPU slice, described by the TPU compiler."""
+    # Without these the TPU library asks a metadata server what this machine is.
     os.environ |= {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5p-8",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_WORKER_ID": "0",
     }
-    from jax.experimental import topologies
-
     try:
         return list(np.ravel(topologies.get_topology_desc(name, platform="tpu").devices))
     except Exception as error:

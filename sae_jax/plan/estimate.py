@@ -1,4 +1,4 @@
-"""What a training step takes of each device of a mesh, from the step compiled for it."""
+"""Estimates what a training step takes of each device of a mesh, from the step compiled for it."""
 
 import contextlib
 import dataclasses
@@ -24,29 +24,43 @@ from sae_jax.train.step import Trainer, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Of one device and one step. Times are None for CPUs, whose peaks are not in a table; all but
-    the bytes are None where the compiler found no room."""
+    """What one training step takes of one device.
+
+    Attributes:
+      config: the resolved config of the run.
+      topology: the devices that the step was compiled for.
+      mesh: the sizes of the mesh's axes by name.
+      bytes: bytes of memory by what they are for.
+      total: the most bytes that are in use at a time.
+      flops: FLOPs of matrix products by dtype; None where the compiler found no room.
+      memory_bytes: bytes read from and written to memory; None where the compiler found no room.
+      collectives: the collectives that the step executes.
+      compiler_seconds: the TPU compiler's own estimate of the time; None elsewhere.
+    """
 
     config: Config
     topology: Topology
     mesh: dict[str, int]
     bytes: dict[str, int]
-    total: int  # the most at a time
-    flops: Counter | None = None  # {dtype: FLOPs of matrix products}
-    memory_bytes: int | None = None  # read and written
+    total: int
+    flops: Counter | None = None
+    memory_bytes: int | None = None
     collectives: tuple[Collective, ...] = ()
-    compiler_seconds: float | None = None  # a TPU compiler's own estimate
+    compiler_seconds: float | None = None
 
     @property
     def fits(self) -> bool:
-        """On a TPU the compiler, which knows, has said so."""
+        """Whether the step fits in memory. On a TPU that is the compiler's verdict."""
         compiled = self.flops is not None
         return compiled and (self.topology.is_tpu or self.total <= self.topology.capacity)
 
     @property
     def seconds(self) -> dict[str, float] | None:
-        """At the published peaks: the matrix products and the traffic through memory, which go on
-        at the same time, and the network, which waits for both."""
+        """The seconds of a step's parts at the published peaks; None where these are unknown.
+
+        Matrix products and the traffic through memory go on at the same time. The network waits for
+        both.
+        """
         chip = self.topology.chip
         if chip is None or self.flops is None:
             return None
@@ -58,13 +72,14 @@ class Estimate:
 
     @property
     def step_seconds(self) -> float | None:
+        """The seconds of a step at the published peaks; None where these are unknown."""
         times = self.seconds
         return times and max(times["products"], times["memory"]) + times["network"]
 
     def axes(self, collective: Collective) -> tuple[str, ...]:
-        """The mesh axes that a collective runs over."""
+        """Returns the mesh axes that a collective runs over."""
         sizes = tuple(self.mesh.values())
-        places = [_place(member, sizes) for member in collective.group]
+        places = [_mesh_coordinates(member, sizes) for member in collective.group]
         return tuple(
             name for name, along in zip(self.mesh, zip(*places, strict=True), strict=True)
             if len(set(along)) > 1
@@ -72,7 +87,10 @@ class Estimate:
 
 
 def estimate(config: Config, topology: Topology) -> Estimate:
-    """Compiles the training step of a resolved `config` for the topology. No array is made."""
+    """Compiles the training step of a resolved config for a topology and returns what it takes.
+
+    No array is made. Raises UserError where the mesh is not of the topology's size.
+    """
     mesh = make_mesh(config, topology.devices)
     if mesh.size != len(topology.devices):
         raise UserError(
@@ -90,7 +108,7 @@ def estimate(config: Config, topology: Topology) -> Estimate:
             sharding=NamedSharding(mesh, BATCH),
         )
         traced = trainer.step.trace(state, rows)
-        sizes = _state_bytes(state) | {"batch": _bytes_of_a_shard(rows)}
+        sizes = _state_bytes(state) | {"batch": _shard_bytes(rows)}
         known = Estimate(config, topology, dict(mesh.shape), sizes, sum(sizes.values()))
         try:
             compiled = traced.lower().compile()
@@ -120,8 +138,11 @@ def estimate(config: Config, topology: Topology) -> Estimate:
 
 
 def least_bytes(config: Config) -> int:
-    """Of one device: parameters, moments, gradients, and what ZeRO gathers; what no compiler can
-    avoid. The mesh has no -1."""
+    """Returns the bytes of a device that no compiler can avoid.
+
+    They are those of parameters, moments, gradients, and what ZeRO gathers. The config's mesh has
+    no -1.
+    """
     sae, mesh = config.sae, config.mesh
     one = 4 * (sae.d_in + sae.d_out) * sae.d_sae // mesh.model
     state = 3 * one // (mesh.data if mesh.zero else 1)
@@ -129,8 +150,11 @@ def least_bytes(config: Config) -> int:
 
 
 def candidates(config: Config, count: int) -> list[Config]:
-    """`config` on every mesh of `count` devices that divides its batch and dictionary, with and
-    without ZeRO; the fewer shards of the dictionary the earlier."""
+    """Returns `config` on every mesh of `count` devices that divides its batch and its dictionary.
+
+    Each mesh is there with and without ZeRO, and those with fewer shards of the dictionary come
+    first.
+    """
     found = []
     for model in (n for n in range(1, count + 1) if count % n == 0):
         data = count // model
@@ -143,7 +167,15 @@ def candidates(config: Config, count: int) -> list[Config]:
 
 
 def resolve(config: Config, widths: tuple[int, ...], target: int | None = None) -> Config:
-    """`config` with what the architecture decides filled in, for sites of these widths."""
+    """Returns `config` with what the architecture decides filled in.
+
+    Args:
+      config: the config of one run.
+      widths: the widths of the sites that it reads.
+      target: the width of the site that a transcoder reconstructs.
+
+    Raises UserError for a config with several runs along its mesh.
+    """
     optimizer.check(config.optimizer)
     if config.mesh.run != 1:
         raise UserError(
@@ -156,31 +188,31 @@ def resolve(config: Config, widths: tuple[int, ...], target: int | None = None) 
 
 
 def _tracing_for(topology: Topology):
+    """Returns the context in which programs are traced as for the topology's devices."""
     is_gpu = topology.chip is not None and not topology.is_tpu
     return as_for_accelerators() if is_gpu else contextlib.nullcontext()
 
 
 def _row_width(config: Config) -> int:
+    """Returns the columns of a batch: the input's, and a transcoder's target's."""
     sae = config.sae
     return sae.d_in + (sae.d_out if sae.kind in ("transcoder", "skip_transcoder") else 0)
 
 
 def _state_bytes(state: TrainState) -> dict[str, int]:
-    """Bytes of a device's shards, by part of the state."""
+    """Returns the bytes of a device's shards, by part of the state."""
     total = {"parameters": state.parameters, "optimizer": state.optimizer, "all": state}
-    sizes = {
-        name: sum(map(_bytes_of_a_shard, jax.tree.leaves(part))) for name, part in total.items()
-    }
+    sizes = {name: sum(map(_shard_bytes, jax.tree.leaves(part))) for name, part in total.items()}
     rest = sizes.pop("all") - sum(sizes.values())
     return sizes | {"counters": rest}
 
 
-def _bytes_of_a_shard(array: jax.ShapeDtypeStruct) -> int:
+def _shard_bytes(array: jax.ShapeDtypeStruct) -> int:
     return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
 
 
-def _place(member: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """Coordinates in the mesh of its device number `member`."""
+def _mesh_coordinates(member: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the coordinates in a mesh of its device number `member`."""
     place = []
     for size in reversed(sizes):
         member, along = divmod(member, size)

@@ -1,4 +1,4 @@
-"""FLOPs of a traced program's matrix products, for one device."""
+"""Counts the FLOPs of a traced program's matrix products, for one device."""
 
 import math
 from collections import Counter
@@ -9,43 +9,51 @@ from jax.extend import core
 
 
 def matmul_flops(jaxpr: core.Jaxpr, mesh: jax.sharding.Mesh) -> Counter:
-    """{dtype name: FLOPs} of one device, a multiply and an add being two. Loops count as often as
-    they run, a branch as the lesser one: the others are for dead latents, of which a healthy run
-    has none. Where the program is written per shard (`jax.shard_map`) shapes are a device's own;
-    elsewhere the operands' shardings divide the work."""
+    """Returns the FLOPs of a program's matrix products on one device, by the name of their dtype.
+
+    A multiply and an add are two. Loops count as often as they run. Of the branches of a condition
+    the cheapest counts: the others are for dead latents, of which a healthy run has none.
+
+    Where the program is written per shard (`jax.shard_map`), shapes are a device's own. Elsewhere
+    the operands' shardings divide the work.
+    """
     total: Counter = Counter()
     for equation in jaxpr.eqns:
         name = equation.primitive.name
         if name == "dot_general":
-            total[equation.invars[0].aval.dtype.name] += _of_product(equation, mesh)
+            total[equation.invars[0].aval.dtype.name] += _product_flops(equation, mesh)
         elif name == "cond":
             branches = [matmul_flops(b.jaxpr, mesh) for b in equation.params["branches"]]
             total += min(branches, key=Counter.total)
         elif name != "while":  # only the loops over dead latents' picks, which have no products
             times = equation.params["length"] if name == "scan" else 1
-            for inner in _inner(equation.params):
+            for inner in _inner_jaxprs(equation.params):
                 for dtype, flops in matmul_flops(inner, mesh).items():
                     total[dtype] += times * flops
     return total
 
 
-def _of_product(equation, mesh) -> int:
+def _product_flops(equation, mesh) -> int:
+    """Returns the FLOPs of one product on one device."""
     (contracted, _), _ = equation.params["dimension_numbers"]
     left, out = equation.invars[0].aval, equation.outvars[0].aval
-    axes = [_axes(left, i) for i in contracted] + [_axes(out, i) for i in range(out.ndim)]
+    axes = [_axes_of_dimension(left, i) for i in contracted] + [
+        _axes_of_dimension(out, i) for i in range(out.ndim)
+    ]
     shards = math.prod(mesh.shape[axis] for group in axes for axis in group)
     depth = math.prod(left.shape[i] for i in contracted)
     return 2 * depth * math.prod(out.shape) // shards
 
 
-def _axes(aval, i: int) -> tuple[str, ...]:
-    """Mesh axes that shard dimension i."""
+def _axes_of_dimension(aval, i: int) -> tuple[str, ...]:
+    """Returns the mesh axes that shard dimension i."""
     spec = aval.sharding.spec
     axes = spec[i] if i < len(spec) else None
     return () if axes is None else axes if isinstance(axes, tuple) else (axes,)
 
 
-def _inner(parameters: dict) -> Iterator[core.Jaxpr]:
+def _inner_jaxprs(parameters: dict) -> Iterator[core.Jaxpr]:
+    """Yields the programs in an equation's parameters."""
     for value in parameters.values():
         if isinstance(value, core.ClosedJaxpr):
             yield value.jaxpr

@@ -1,8 +1,8 @@
-"""What a compiled program moves: bytes through memory, and through each collective.
+"""Tells what a compiled program moves: bytes through memory, and through each collective.
 
-Read from the text of the optimised HLO, because XLA's own cost analysis takes the body of a loop
-for one pass. Where a program branches the lesser branch counts: here the others are those for dead
-latents, of which a healthy run has none.
+It is read from the text of the optimised HLO, because XLA's own cost analysis takes the body of a
+loop for one pass. Where a program branches, the branch with the least traffic counts: the others
+are for dead latents, of which a healthy run has none.
 """
 
 import dataclasses
@@ -26,16 +26,23 @@ _NO_TRAFFIC = {
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """Executions of one collective by one device in one run of the program."""
+    """The executions of one collective by one device in one run of the program.
 
-    kind: str  # of COLLECTIVES
-    group: tuple[int, ...]  # places, in the program's devices, of device 0's group
-    bytes: int  # of the whole array that is reduced, or put together
+    Attributes:
+      kind: one of `COLLECTIVES`.
+      group: the indices, in the program's devices, of device 0's group.
+      bytes: bytes of the whole array that is reduced or gathered.
+      times: how often it is executed.
+    """
+
+    kind: str
+    group: tuple[int, ...]
+    bytes: int
     times: int
 
     @property
     def sent(self) -> int:
-        """Bytes that a device sends, by the ring algorithm."""
+        """The bytes that a device sends in all executions, by the ring algorithm."""
         share = (len(self.group) - 1) / len(self.group)
         factor = {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share)
         return round(factor * self.bytes * self.times)
@@ -43,15 +50,22 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Of one device in one run of the program."""
+    """What one device moves in one run of a program.
 
-    memory_bytes: int  # read and written in device memory
+    Attributes:
+      memory_bytes: bytes that are read from and written to device memory.
+      collectives: the collectives.
+    """
+
+    memory_bytes: int
     collectives: tuple[Collective, ...]
 
     def __add__(self, other: "Traffic") -> "Traffic":
+        """Returns the traffic of two programs."""
         return Traffic(self.memory_bytes + other.memory_bytes, self.collectives + other.collectives)
 
     def __mul__(self, times: int) -> "Traffic":
+        """Returns the traffic of a program that runs `times` times."""
         repeated = (dataclasses.replace(c, times=c.times * times) for c in self.collectives)
         return Traffic(self.memory_bytes * times, tuple(repeated) if times else ())
 
@@ -61,116 +75,144 @@ _NOTHING = Traffic(0, ())
 
 @dataclasses.dataclass(frozen=True)
 class _Instruction:
+    """An instruction of HLO.
+
+    Attributes:
+      name: its name.
+      opcode: its opcode.
+      type: the type of its result, as printed.
+      operands: the names of its operands.
+      rest: the text after the operands: its attributes.
+      arguments: the operands, as printed.
+    """
+
     name: str
     opcode: str
-    type: str  # as printed
+    type: str
     operands: tuple[str, ...]
-    rest: str  # after the operands: attributes
-    arguments: str  # as printed
+    rest: str
+    arguments: str
 
     def called(self, attribute: str) -> list[str]:
-        """Names of the computations in an attribute such as body=%loop (or one of "a|b")."""
+        """Returns the names of the computations in an attribute such as body=%loop; `attribute` may
+        be several, "a|b".
+        """
         found = re.search(rf"\b(?:{attribute})=(%[\w.-]+|\{{[^}}]*\}})", self.rest)
         return re.findall(r"%([\w.-]+)", found.group(1)) if found else []
 
 
 class Program:
-    """The text of an optimised HLO module."""
+    """An optimised HLO module."""
 
     def __init__(self, text: str):
-        self._computations, self._entry = _parse(text)
+        """Parses the text of a module, as XLA prints it."""
+        self._computations, self._entry = _parse_module(text)
 
     @functools.cached_property
     def traffic(self) -> Traffic:
-        return self._of(self._entry)
+        """What one device moves in one run of the program."""
+        return self._computation_traffic(self._entry)
 
-    def _of(self, computation: str) -> Traffic:
+    def _computation_traffic(self, computation: str) -> Traffic:
+        """Returns the traffic of a computation."""
         instructions = self._computations[computation]
-        return sum((self._instruction(i, instructions) for i in instructions.values()), _NOTHING)
+        return sum(
+            (self._instruction_traffic(i, instructions) for i in instructions.values()), _NOTHING
+        )
 
-    def _instruction(self, instruction: _Instruction, scope: dict) -> Traffic:
+    def _instruction_traffic(self, instruction: _Instruction, scope: dict) -> Traffic:
+        """Returns the traffic of one instruction and of what it calls."""
         opcode = instruction.opcode
         kind = opcode.removesuffix("-start")
         if opcode in _NO_TRAFFIC or opcode.endswith(("-done", "-update")):
             return _NOTHING
         if opcode == "while":
             body, condition = (instruction.called(name)[0] for name in ("body", "condition"))
-            return self._of(body) * self._trips(instruction, condition)
+            return self._computation_traffic(body) * self._trip_count(instruction, condition)
         if opcode == "conditional":
             branches = instruction.called("branch_computations") or [
                 instruction.called(f"{which}_computation")[0] for which in ("true", "false")
             ]
-            return min(map(self._of, branches), key=lambda traffic: traffic.memory_bytes)
+            return min(
+                map(self._computation_traffic, branches), key=lambda traffic: traffic.memory_bytes
+            )
         if opcode in ("call", "async-start"):
-            return sum(map(self._of, instruction.called("to_apply|calls")), _NOTHING)
+            return sum(
+                map(self._computation_traffic, instruction.called("to_apply|calls")), _NOTHING
+            )
         if kind in COLLECTIVES:
-            collective = _collective(instruction, kind)
+            collective = _make_collective(instruction, kind)
             moved = 2 * collective.bytes
             return Traffic(moved, (collective,) if len(collective.group) > 1 else ())
         if opcode == "fusion":
-            return Traffic(self._fusion(instruction), ())
-        operands = [_bytes(scope[name].type) for name in instruction.operands]
-        return Traffic(_own_bytes(instruction, operands), ())
+            return Traffic(self._fusion_bytes(instruction), ())
+        operands = [_type_bytes(scope[name].type) for name in instruction.operands]
+        return Traffic(_unfused_bytes(instruction, operands), ())
 
-    def _trips(self, instruction: _Instruction, condition: str) -> int:
+    def _trip_count(self, instruction: _Instruction, condition: str) -> int:
+        """Returns how often a loop runs."""
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.rest)
         if known:
             return int(known.group(1))
-        # The loops of jax.lax.scan and fori_loop count from 0 to a constant. Another count is that
-        # of work on dead latents, which there are none of.
+        # The loops of jax.lax.scan and fori_loop count from 0 to a constant. Any other loop works
+        # on dead latents, of which a healthy run has none.
         constants = [i for i in self._computations[condition].values() if i.opcode == "constant"]
         counts = [int(i.arguments) for i in constants if i.type.startswith("s32[]")]
         return counts[0] if len(counts) == 1 else 0
 
-    def _fusion(self, instruction: _Instruction) -> int:
-        """A fusion reads its operands once and writes its results; of an operand that it only takes
-        slices or rows of, those, and of a result that it updates in place, the update."""
+    def _fusion_bytes(self, instruction: _Instruction) -> int:
+        """Returns the bytes that a fusion moves.
+
+        It reads its operands once and writes its results. Of an operand of which it only takes
+        slices or rows, it reads these. Of a result that it updates in place, it writes the update.
+        """
         (computation,) = instruction.called("calls")
         inner = self._computations[computation]
         parameters = [i for i in inner.values() if i.opcode == "parameter"]
         *_, root = inner.values()
         results = [inner[o] for o in root.operands] if root.opcode == "tuple" else [root]
-        read = sum(self._read(i, computation) for i in parameters)
+        read = sum(self._read_bytes(i, computation) for i in parameters)
         return read + sum(_written_bytes(result, inner) for result in results)
 
-    def _read(self, value: _Instruction, computation: str) -> int:
-        """Bytes that a fusion reads of `value`, one of its operands."""
+    def _read_bytes(self, value: _Instruction, computation: str) -> int:
+        """Returns the bytes that a fusion reads of `value`, one of its operands."""
         total = 0
         for user in self._computations[computation].values():
             if value.name not in user.operands:
                 continue
             first = user.operands[0] == value.name
             if user.opcode in ("bitcast", "convert"):
-                total += self._read(user, computation)
+                total += self._read_bytes(user, computation)
             elif user.opcode == "fusion":  # in a fusion
                 (called,) = user.called("calls")
                 places = [str(n) for n, o in enumerate(user.operands) if o == value.name]
                 inner = self._computations[called].values()
                 taken = [i for i in inner if i.opcode == "parameter" and i.arguments in places]
-                total += sum(self._read(i, called) for i in taken)
+                total += sum(self._read_bytes(i, called) for i in taken)
             elif user.opcode in ("dynamic-slice", "slice", "gather") and first:
-                total += _bytes(user.type)
+                total += _type_bytes(user.type)
             elif user.opcode in ("dynamic-update-slice", "scatter") and first:
                 pass  # in place
             else:
-                return _bytes(value.type)
-        return min(total, _bytes(value.type))
+                return _type_bytes(value.type)
+        return min(total, _type_bytes(value.type))
 
 
 def _written_bytes(result: _Instruction, inner: dict) -> int:
+    """Returns the bytes that a fusion writes for one of its results."""
     source = result
     while source.opcode in ("bitcast", "convert"):
         source = inner[source.operands[0]]
     if source.opcode == "dynamic-update-slice":
-        return _bytes(inner[source.operands[1]].type)
+        return _type_bytes(inner[source.operands[1]].type)
     if source.opcode == "scatter":  # adds to rows: reads and writes them
-        return 2 * _bytes(inner[source.operands[2]].type)
-    return _bytes(result.type)
+        return 2 * _type_bytes(inner[source.operands[2]].type)
+    return _type_bytes(result.type)
 
 
-def _own_bytes(instruction: _Instruction, operands: list[int]) -> int:
-    """Of an instruction that is not fused."""
-    opcode, result = instruction.opcode, _bytes(instruction.type)
+def _unfused_bytes(instruction: _Instruction, operands: list[int]) -> int:
+    """Returns the bytes that an instruction outside of fusions moves, given its operands' bytes."""
+    opcode, result = instruction.opcode, _type_bytes(instruction.type)
     if opcode in ("dynamic-slice", "slice"):
         return 2 * result
     if opcode == "gather":
@@ -182,18 +224,19 @@ def _own_bytes(instruction: _Instruction, operands: list[int]) -> int:
     return result + sum(operands)
 
 
-def _collective(instruction: _Instruction, kind: str) -> Collective:
-    shapes = [_one(*match) for match in _SHAPE.findall(instruction.type)]
+def _make_collective(instruction: _Instruction, kind: str) -> Collective:
+    """Returns the collective that an instruction executes."""
+    shapes = [_array_bytes(*match) for match in _SHAPE.findall(instruction.type)]
     if instruction.opcode.endswith("-start"):  # the results and the operands side by side
         size = max(shapes)
     else:
         size = sum(shapes)
-    group = _group(instruction.rest)
+    group = parse_group(instruction.rest)
     return Collective(kind, group, size * (len(group) if kind == "reduce-scatter" else 1), 1)
 
 
-def _group(attributes: str) -> tuple[int, ...]:
-    """The group of device 0, from the ways in which XLA prints replica groups."""
+def parse_group(attributes: str) -> tuple[int, ...]:
+    """Returns the group of device 0, from any of the ways in which XLA prints replica groups."""
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return _numbers(found.group(1))
     if found := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes):
@@ -201,19 +244,19 @@ def _group(attributes: str) -> tuple[int, ...]:
     iota = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
     if found := re.search(rf"replica_groups=\[([\d,]+)\]<={iota}", attributes):
         shape, source, order = found.groups()
-        return tuple(_ids(source, order).reshape(_numbers(shape))[0].tolist())
+        return tuple(_device_ids(source, order).reshape(_numbers(shape))[0].tolist())
     named = rf"replica_groups=mesh\[(.*?)\](?:, device_ids=\({iota}\))? \{{(.*?)\}}"
     if found := re.search(named, attributes):
         axes, source, order, along = found.groups()
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
-        ids = _ids(source or str(math.prod(sizes.values())), order).reshape(*sizes.values())
+        ids = _device_ids(source or str(math.prod(sizes.values())), order).reshape(*sizes.values())
         names = re.findall(r"'(\w+)'", along)
         return tuple(ids[tuple(slice(None) if n in names else 0 for n in sizes)].ravel().tolist())
     raise NotImplementedError(f"replica groups printed as in {attributes[:200]}")
 
 
-def _ids(source: str, order: str | None) -> np.ndarray:
-    """The devices that "[4,2]T(1,0)" stands for."""
+def _device_ids(source: str, order: str | None) -> np.ndarray:
+    """Returns the device ids that "[4,2]T(1,0)" stands for."""
     shape = _numbers(source)
     ids = np.arange(math.prod(shape)).reshape(shape)
     return ids.transpose(_numbers(order)) if order else ids
@@ -223,20 +266,21 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in text.split(","))
 
 
-def _bytes(shape: str) -> int:
-    """Of the arrays in a printed type that are in device memory."""
-    return sum(_one(*match) for match in _SHAPE.findall(shape))
+def _type_bytes(shape: str) -> int:
+    """Returns the bytes of the arrays in a printed type that are in device memory."""
+    return sum(_array_bytes(*match) for match in _SHAPE.findall(shape))
 
 
-def _one(dtype: str, dimensions: str, layout: str) -> int:
+def _array_bytes(dtype: str, dimensions: str, layout: str) -> int:
+    """Returns the bytes of one array in device memory; 0 for one that is elsewhere."""
     if re.search(r"S\([1-9]", layout):  # not in the device's main memory
         return 0
     bits = _BITS.get(dtype) or int(re.sub(r"\D", "", dtype) or 0)
     return bits * math.prod(_numbers(dimensions) if dimensions else ()) // 8
 
 
-def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
-    """The instructions of each computation by name, and the name of the entry."""
+def _parse_module(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
+    """Returns the instructions of each computation by name, and the name of the entry."""
     computations: dict[str, dict[str, _Instruction]] = {}
     current, entry = {}, ""
     for line in text.splitlines():
@@ -245,23 +289,24 @@ def _parse(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
             entry = header.group(2) if header.group(1) else entry
         elif match := _INSTRUCTION.match(line):
             _, name, rest = match.groups()
-            instruction = _instruction(name, rest)
+            instruction = _parse_instruction(name, rest)
             current[name] = instruction
     return computations, entry
 
 
-def _instruction(name: str, text: str) -> _Instruction:
-    end = _closing(text, 0) if text.startswith("(") else text.index(" ")
+def _parse_instruction(name: str, text: str) -> _Instruction:
+    """Parses the text of an instruction behind its name."""
+    end = _find_closing(text, 0) if text.startswith("(") else text.index(" ")
     type_, text = text[:end], text[end:].lstrip()
     opcode = _OPCODE.match(text).group(1)
-    end = _closing(text, len(opcode))
+    end = _find_closing(text, len(opcode))
     arguments = text[len(opcode) + 1 : end - 1]
     operands = () if opcode == "constant" else tuple(re.findall(r"%([\w.-]+)", arguments))
     return _Instruction(name, opcode, type_, operands, text[end:], arguments)
 
 
-def _closing(text: str, start: int) -> int:
-    """Behind the parenthesis that closes the one at `start`."""
+def _find_closing(text: str, start: int) -> int:
+    """Returns the index behind the parenthesis that closes the one at `start`."""
     depth = 0
     for i in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[i], 0)

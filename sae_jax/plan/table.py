@@ -1,15 +1,22 @@
-"""An estimate in words and figures."""
+"""Shows an estimate as text and as JSON values."""
 
 from sae_jax.plan.estimate import Estimate
 
 
 def text(estimate: Estimate) -> str:
-    """Everything about one mesh."""
-    return "\n".join([*_head(estimate), *_memory(estimate), *_work(estimate), *_run(estimate)])
+    """Returns everything about one mesh as lines of text."""
+    return "\n".join(
+        [
+            *_header_lines(estimate),
+            *_memory_lines(estimate),
+            *_work_lines(estimate),
+            *_run_lines(estimate),
+        ]
+    )
 
 
 def row(estimate: Estimate) -> str:
-    """One mesh in a line, under `HEADER`."""
+    """Returns one mesh as a line under `HEADER`."""
     mesh = estimate.mesh
     step = estimate.step_seconds
     return (
@@ -23,7 +30,9 @@ HEADER = f"{'data':>6}{'model':>7}  {'ZeRO':6}{'GB':>10}  {'fits':6}{'ms a step'
 
 
 def as_dict(estimate: Estimate) -> dict:
-    """For --json: bytes, FLOPs and seconds of one device and one step, and of the whole run."""
+    """Returns the content of `--json`: bytes, FLOPs and seconds of one device and one step, and of
+    the whole run.
+    """
     times = estimate.seconds
     out = {
         "topology": estimate.topology.name,
@@ -44,11 +53,12 @@ def as_dict(estimate: Estimate) -> dict:
         ],
         "seconds": times and times | {"step": estimate.step_seconds},
         "compiler_seconds": estimate.compiler_seconds,
-        "run": times and _hours(estimate),
+        "run": times and _run_hours(estimate),
     }  # fmt: skip
 
 
-def _head(estimate: Estimate) -> list[str]:
+def _header_lines(estimate: Estimate) -> list[str]:
+    """Returns the lines that name the run, the devices and the mesh."""
     sae, topology = estimate.config.sae, estimate.topology
     chips = f"{len(topology.devices)} x {topology.chip.name if topology.chip else 'CPU'}"
     mesh = f"data {estimate.mesh['data']} x model {estimate.mesh['model']}"
@@ -60,7 +70,8 @@ def _head(estimate: Estimate) -> list[str]:
     ]
 
 
-def _memory(estimate: Estimate) -> list[str]:
+def _memory_lines(estimate: Estimate) -> list[str]:
+    """Returns the table of a device's memory."""
     names = {
         "parameters": "parameters",
         "optimizer": "Adam's moments",
@@ -84,7 +95,10 @@ def _memory(estimate: Estimate) -> list[str]:
     return [*lines, ""]
 
 
-def _work(estimate: Estimate) -> list[str]:
+def _work_lines(estimate: Estimate) -> list[str]:
+    """Returns the lines on a device's work and its collectives; none where the compiler found no
+    room.
+    """
     if estimate.flops is None:
         return []
     products = ", ".join(f"{n / 1e12:.3f} T{dtype}" for dtype, n in estimate.flops.items() if n)
@@ -105,12 +119,15 @@ def _work(estimate: Estimate) -> list[str]:
     return [*lines, ""]
 
 
-def _run(estimate: Estimate) -> list[str]:
+def _run_lines(estimate: Estimate) -> list[str]:
+    """Returns the lines on the times of a step and of the whole run; none where peaks are
+    unknown.
+    """
     times = estimate.seconds
     if times is None:
         return []
     parts = ", ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in times.items())
-    total = _hours(estimate)
+    total = _run_hours(estimate)
     own = estimate.compiler_seconds
     return [
         f"Step at the published peaks: {estimate.step_seconds * 1e3:.1f} ms ({parts})"
@@ -122,8 +139,8 @@ def _run(estimate: Estimate) -> list[str]:
     ]
 
 
-def _hours(estimate: Estimate) -> dict[str, float]:
-    """Of the whole run."""
+def _run_hours(estimate: Estimate) -> dict[str, float]:
+    """Returns the tokens, hours and chip-hours of the whole run."""
     batch, tokens = estimate.config.data.batch_size, estimate.config.train.tokens
     hours = tokens // batch * estimate.step_seconds / 3600
     return {

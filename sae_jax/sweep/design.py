@@ -1,33 +1,42 @@
-"""From runs to packs, trunks and passes: what can be trained together.
+"""Groups the runs of a sweep into packs and passes: what can be trained together.
 
-A pack is runs of one shape and one budget: one program (`train.pack`). Packs of several budgets
-that agree until the shorter ones begin to decay share a trunk: the longest pack is trained, and
-each shorter one branches off from its state (Hagele et al. 2024, "Scaling laws and compute-optimal
-training beyond fixed training durations"). A pass is packs that read the same data, once; a worker
-claims it as a whole. All of it is a function of the runs alone, so that every worker sees the same.
+A pack is a set of runs that one program trains (`train.pack`): they have one shape and one budget.
+Packs of different budgets that are the same until the shorter ones begin to decay share a trunk:
+the longest pack is trained, and each shorter one branches off from its state (Hagele et al. 2024,
+"Scaling laws and compute-optimal training beyond fixed training durations"). A pass is a set of
+packs that read the same data, once; a worker claims it as a whole.
+
+All of it is a function of the runs alone, so that every worker finds the same passes.
 """
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from sae_jax import config as configs
 from sae_jax import sae as saes
 from sae_jax.config import Config
-from sae_jax.train.loop import flops, run_id
 from sae_jax.train.pack import VARIED, get_field, set_fields
+from sae_jax.train.results import flops, run_id
 from sae_jax.train.schedule_steps import ScheduleSteps
 
 __all__ = ["VARIED", "Pack", "Pass", "make_passes"]
 
 _BRANCHING_SCHEDULES = ("linear_tail", "warmup_stable_decay")
-_UNFAIR = 1.2  # times the mean compute of a pass: then its largest packs are cut in two
+_LARGEST_SHARE = 1.2  # of the mean compute of a pass; above it the largest family is cut in two
 
 
 @dataclasses.dataclass(frozen=True)
 class Pack:
-    """Runs that are the same but for `VARIED`. `trunk`: the place in its pass of the pack whose
-    state after `start` steps is this one's, with the trunk's runs `parents`; or None."""
+    """Runs that differ only in the fields `VARIED`, and are trained by one program.
+
+    Attributes:
+      runs: the resolved configs of the runs.
+      trunk: the index in its pass of the pack that this one branches off; None where it starts
+        afresh.
+      start: the step of the trunk at which it branches off.
+      parents: for each run, the index of the trunk's run whose state it goes on from.
+    """
 
     runs: tuple[Config, ...]
     trunk: int | None = None
@@ -36,62 +45,84 @@ class Pack:
 
     @property
     def steps(self) -> int:
+        """The number of steps of each run."""
         return count_steps(self.runs[0])
 
     @property
     def flops(self) -> int:
-        """That are spent on it: 12 n d a token, from where it leaves its trunk."""
+        """The FLOPs that are spent on the pack, from where it leaves its trunk: 12 n d a token."""
         run = self.runs[0]
         return len(self.runs) * flops(run, (self.steps - self.start) * run.data.batch_size)["flops"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """Packs that are trained together over one reading of the data, trunks before branches."""
+    """Packs that are trained together over one reading of the data.
+
+    Attributes:
+      name: the pass's name, which no other pass of the sweep has.
+      packs: its packs, each after the trunk that it branches off.
+    """
 
     name: str
     packs: tuple[Pack, ...]
 
     @property
     def runs(self) -> tuple[Config, ...]:
+        """The configs of all runs, pack by pack."""
         return tuple(run for pack in self.packs for run in pack.runs)
 
     @property
     def steps(self) -> int:
+        """The number of steps of the longest run."""
         return max(pack.steps for pack in self.packs)
 
     @property
     def flops(self) -> int:
+        """The FLOPs of all packs."""
         return sum(pack.flops for pack in self.packs)
 
 
 def count_steps(run: Config) -> int:
+    """Returns the number of steps of a resolved run."""
     return run.train.tokens // run.data.batch_size
 
 
 def make_passes(runs: Sequence[Config], passes: int = 1) -> list[Pass]:
-    """Passes over the data of resolved `runs`: `passes` for each data config, with about equal
-    compute; fewer where there are not as many runs. More passes are work for more workers, and
-    each reads the data once."""
+    """Groups resolved runs into passes over the data.
+
+    Runs with the same data config share a pass. Further passes cut its work for more workers, and
+    each reads the data once.
+
+    Args:
+      runs: resolved configs.
+      passes: the number of passes for each data config. They have about equal compute, and are
+        fewer where there are not as many runs.
+    """
     made = []
-    for group in _grouped(runs, lambda run: configs.to_dict(run)["data"]):
-        families = [family for shape in _grouped(group, _shape) for family in _families(shape)]
-        for share in _shares(families, passes):
+    for group in _group_by(runs, lambda run: configs.to_dict(run)["data"]):
+        families: list[_Family] = []
+        for alike in _group_by(group, _sharing_key):
+            families += _make_families(alike)
+        for share in _split_evenly(families, passes):
             packs: list[Pack] = []
             for family in share:
-                packs += _packs(family, len(packs))
-            made.append(Pass(_name(packs), tuple(packs)))
+                packs += _make_packs(family, len(packs))
+            made.append(Pass(_pass_name(packs), tuple(packs)))
     return made
 
 
-# A family: budgets (steps, largest first) and the runs of each, those of the others among the
-# first's up to the budget.
+# Runs that share a trunk: a list of runs for each budget, the largest budget first. Each run of a
+# smaller budget is the same as one of the largest's until it begins to decay.
 _Family = list[list[Config]]
 
 
-def _shape(run: Config) -> dict:
-    """What the runs of a family have in common: all but VARIED and, where they can share a
-    trunk, their budget."""
+def _sharing_key(run: Config) -> dict:
+    """Returns what the runs of a family have in common, as JSON values.
+
+    It is all but the fields `VARIED` and, where runs of several budgets can share a trunk, the
+    budget.
+    """
     key = configs.identity(set_fields(run, dict.fromkeys(VARIED)))
     key["given"] = [get_field(run, field) is None for field in VARIED]
     if not 0 <= run.train.seed < 2**31:  # what an int32, an argument of the program, holds
@@ -113,32 +144,37 @@ def _can_branch(run: Config) -> bool:
     return run.optimizer.schedule in _BRANCHING_SCHEDULES and not run.sae.anneals
 
 
-def _families(runs: list[Config]) -> list[_Family]:
-    """Runs of one shape by budget; those without a longer twin make a family of their own."""
+def _make_families(runs: list[Config]) -> list[_Family]:
+    """Groups runs with one sharing key into families.
+
+    A run goes into the family of a run that is the same but for a larger budget. Runs without one
+    make a family of their own.
+    """
     families = []
     while runs:
-        budgets = sorted(_grouped(runs, count_steps), key=lambda b: -count_steps(b[0]))
-        trunk = {_varied(run) for run in budgets[0]}
+        budgets = sorted(_group_by(runs, count_steps), key=lambda b: -count_steps(b[0]))
+        trunk = {_varied_values(run) for run in budgets[0]}
         family = [budgets[0]]
         left = []
         for budget in budgets[1:]:
-            twins = [run for run in budget if _varied(run) in trunk]
-            left += [run for run in budget if _varied(run) not in trunk]
-            if twins:
-                family.append(twins)
+            branches = [run for run in budget if _varied_values(run) in trunk]
+            left += [run for run in budget if _varied_values(run) not in trunk]
+            if branches:
+                family.append(branches)
         families.append(family)
         runs = left
     return families
 
 
-def _varied(run: Config) -> tuple:
+def _varied_values(run: Config) -> tuple:
+    """Returns the run's values of the fields `VARIED`."""
     return tuple(get_field(run, field) for field in VARIED)
 
 
-def _packs(family: _Family, place: int) -> list[Pack]:
-    """The packs of a family whose trunk is number `place` of its pass."""
+def _make_packs(family: _Family, place: int) -> list[Pack]:
+    """Makes the packs of a family whose trunk has the index `place` in its pass."""
     trunk = Pack(tuple(family[0]))
-    parents = {_varied(run): i for i, run in enumerate(trunk.runs)}
+    parents = {_varied_values(run): i for i, run in enumerate(trunk.runs)}
     packs = [trunk]
     for runs in family[1:]:
         steps = count_steps(runs[0])
@@ -147,53 +183,57 @@ def _packs(family: _Family, place: int) -> list[Pack]:
                 tuple(runs),
                 trunk=place,
                 start=steps - ScheduleSteps.from_config(runs[0], steps).decay,
-                parents=tuple(parents[_varied(run)] for run in runs),
+                parents=tuple(parents[_varied_values(run)] for run in runs),
             )
         )
     return packs
 
 
-def _shares(families: list[_Family], count: int) -> list[list[_Family]]:
-    """`families` in `count` shares of about equal compute, the largest cut in two for as long as
-    that is needed and possible."""
+def _split_evenly(families: list[_Family], count: int) -> list[list[_Family]]:
+    """Splits families into `count` shares of about equal compute.
+
+    The largest family is cut in two for as long as that is needed and possible.
+    """
     while True:
         shares: list[list[_Family]] = [[] for _ in range(min(count, len(families)))]
         for family in sorted(families, key=_cost, reverse=True):
             min(shares, key=_total_cost).append(family)
         largest = max(max(shares, key=_total_cost), key=_cost)
         fair = _total_cost(families) / count
-        if max(map(_total_cost, shares)) < _UNFAIR * fair or len(largest[0]) == 1:
+        if max(map(_total_cost, shares)) < _LARGEST_SHARE * fair or len(largest[0]) == 1:
             return shares
         at = families.index(largest)
-        families = [*families[:at], *_halves(largest), *families[at + 1 :]]
+        families = [*families[:at], *_split_family(largest), *families[at + 1 :]]
 
 
 def _total_cost(families: list[_Family]) -> int:
+    """Returns the FLOPs of families."""
     return sum(map(_cost, families))
 
 
 def _cost(family: _Family) -> int:
-    return sum(pack.flops for pack in _packs(family, 0))
+    """Returns the FLOPs of a family."""
+    return sum(pack.flops for pack in _make_packs(family, 0))
 
 
-def _halves(family: _Family) -> list[_Family]:
-    """The runs of the trunk in two halves, each with its own branches."""
+def _split_family(family: _Family) -> list[_Family]:
+    """Cuts the runs of the trunk into two halves, each with its own branches."""
     middle = (len(family[0]) + 1) // 2
     halves = []
     for part in (family[0][:middle], family[0][middle:]):
-        kept = {_varied(run) for run in part}
-        budgets = [[run for run in budget if _varied(run) in kept] for budget in family]
+        kept = {_varied_values(run) for run in part}
+        budgets = [[run for run in budget if _varied_values(run) in kept] for budget in family]
         halves.append([budget for budget in budgets if budget])
     return halves
 
 
-def _name(packs: list[Pack]) -> str:
-    """Of a pass: that of its first run, which is in no other."""
+def _pass_name(packs: list[Pack]) -> str:
+    """Returns the name of a pass, by its first run, which is in no other pass."""
     return f"pass-{run_id(packs[0].runs[0])}"
 
 
-def _grouped(items: Iterable[Config], key) -> list[list[Config]]:
-    """Items with equal (JSON) keys together, in the order of their first."""
+def _group_by(items: Iterable[Config], key: Callable[[Config], object]) -> list[list[Config]]:
+    """Groups items with equal keys (as JSON), in the order of each group's first item."""
     groups: dict[str, list[Config]] = {}
     for item in items:
         groups.setdefault(json.dumps(key(item), sort_keys=True), []).append(item)

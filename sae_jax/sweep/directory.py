@@ -18,12 +18,12 @@ import socket
 
 from sae_jax import config as configs
 from sae_jax import paths
-from sae_jax.activations import open_stream
 from sae_jax.config import Config
 from sae_jax.errors import UserError
+from sae_jax.lm.live import open_stream
 from sae_jax.paths import AnyPath
 from sae_jax.sweep import grid as grids
-from sae_jax.train import loop
+from sae_jax.train import preparation, results
 from sae_jax.train.directory import environment
 
 STATES = ("waiting", "started", "done", "failed")
@@ -36,20 +36,34 @@ _HOW_TO_CHANGE = (
 
 @dataclasses.dataclass(frozen=True)
 class Run:
+    """One run of a sweep.
+
+    Attributes:
+      id: the run's name, which its config determines.
+      config: the resolved config.
+      swept: the fields that the grid sets, with their values.
+    """
+
     id: str
-    config: Config  # resolved
-    swept: grids.Assignment  # what the grid sets
+    config: Config
+    swept: grids.Assignment
 
 
 def counted(number: int, what: str) -> str:
-    """As in "1 run" and "2 passes"."""
+    """Returns a number with its noun, such as "1 run" and "2 passes"."""
     plural = "es" if what.endswith("s") else "s"
     return f"{number:,} {what}{'' if number == 1 else plural}"
 
 
 def load(spec: str, overrides: dict[str, str]) -> list[Run]:
-    """The runs of a sweep file, "FILE.py[:arg]" with get_config and get_sweep, over the base
-    config with `overrides`. UserError for mistakes in any run's config, without a device."""
+    """Reads the runs of a sweep file.
+
+    Args:
+      spec: "FILE.py" or "FILE.py:ARG"; the file has get_config and get_sweep.
+      overrides: values of the base config's fields, as text.
+
+    Raises UserError for a mistake in any run's config. No device is used.
+    """
     grid = configs.call_in_file(
         spec, "get_sweep", "a sweep file has get_sweep(), which returns a grid (sweep/grid.py)"
     )
@@ -69,7 +83,9 @@ def load(spec: str, overrides: dict[str, str]) -> list[Run]:
 
 
 def expand(base: Config, grid: grids.Grid) -> list[Run]:
-    """The runs of `grid` over `base`, each resolved against its data. UserError names the run."""
+    """Returns the runs of `grid` over the config `base`, each resolved against its data. Raises
+    UserError, which names the run, for a run that cannot be trained.
+    """
     streams = functools.lru_cache(open_stream)
     runs: dict[str, Run] = {}
     for number, swept in enumerate(grid, 1):
@@ -83,12 +99,12 @@ def expand(base: Config, grid: grids.Grid) -> list[Run]:
             if config.train.init:
                 raise UserError("train.init is for sae-jax train; a sweep's runs begin fresh")
             stream = streams(config.data)
-            config = loop.resolve(config, stream)
-            loop.count_steps(config, stream)
+            config = preparation.resolve(config, stream)
+            preparation.count_steps(config, stream)
         except UserError as error:
             where = f"run {number} of {len(grid)} ({grids.describe(swept)})"
             raise UserError(f"{where}: {error}") from error
-        run = Run(loop.run_id(config), config, swept)
+        run = Run(results.run_id(config), config, swept)
         if run.id in runs:
             raise UserError(
                 f"{grids.describe(runs[run.id].swept)} and {grids.describe(swept)} are the same "
@@ -99,10 +115,16 @@ def expand(base: Config, grid: grids.Grid) -> list[Run]:
 
 
 class SweepDirectory:
-    """A sweep's directory, and what is known of its runs from their files."""
+    """A sweep's directory, and what the files in it say of its runs.
+
+    Attributes:
+      path: the directory.
+      passes: the number of passes for each data config.
+      runs: the runs, in the grid's order.
+    """
 
     def __init__(self, path: AnyPath):
-        """Of a sweep that has been started. UserError if there is none."""
+        """Opens the directory of a sweep that was started. Raises UserError if it holds none."""
         self.path = path
         file = path / "sweep.json"
         if not file.is_file():
@@ -112,14 +134,21 @@ class SweepDirectory:
         except json.JSONDecodeError as error:
             raise UserError(f"{file} is damaged: {error}") from error
         self.passes: int = values["passes"]
-        self._results: dict[str, dict] = {}  # of runs that are done, read once
+        self._results: dict[str, dict] = {}  # results of runs that are done, read once
         self.runs = [_from_json(run_id, run, file.parent) for run_id, run in values["runs"].items()]
 
     @classmethod
     def start(cls, path: AnyPath, runs: list[Run], passes: int | None = None):
-        """Makes `path` the directory of a new sweep, or opens that of the same sweep. passes: into
-        which its work is cut; None: as it was, 1 for a new one. UserError that shows the difference
-        where it holds another sweep."""
+        """Makes `path` the directory of a new sweep, or opens it if it holds the same sweep.
+
+        Args:
+          path: the directory.
+          runs: the sweep's runs.
+          passes: the number of passes for each data config. None keeps that of an existing sweep,
+            and is 1 for a new one.
+
+        Raises UserError, which shows the difference, where the directory holds another sweep.
+        """
         file = path / "sweep.json"
         if not file.exists():
             _make(file, runs, passes or 1)
@@ -130,10 +159,13 @@ class SweepDirectory:
         return there
 
     def run_path(self, run: Run) -> AnyPath:
+        """Returns the directory of a run."""
         return self.path / "runs" / run.id
 
     def state(self, run: Run) -> str:
-        """One of STATES. Who trains a run that has been started, if anyone, the leases tell."""
+        """Returns one of STATES for a run. The leases tell who trains a run that has been started,
+        if anyone.
+        """
         if self._result(run) is not None:
             return "done"
         for name, state in {"failed.json": "failed", "config.json": "started"}.items():
@@ -142,10 +174,13 @@ class SweepDirectory:
         return "waiting"
 
     def write_results(self) -> AnyPath:
-        """results.csv: a row for each run in the grid's order, with its state, what the grid sets
-        and the columns of result.json but wall_seconds and devices, which tell of the workers: the
-        file is the same, byte for byte, whoever did the work. Of a run without a result, what its
-        config says."""
+        """Writes results.csv and returns its path.
+
+        It has a row for each run, in the grid's order: the run's state, what the grid sets, and the
+        columns of result.json. Of a run without a result it has what the config says. Columns that
+        depend on the workers are left out, so that the file is the same, byte for byte, whoever did
+        the work.
+        """
         rows = [self._row(run) for run in self.runs]
         swept = grids.fields([run.swept for run in self.runs])
         columns = dict.fromkeys(["run_id", "status", *swept, *itertools.chain(*rows)])
@@ -158,14 +193,17 @@ class SweepDirectory:
         return file
 
     def _row(self, run: Run) -> dict:
+        """Returns the row of a run in results.csv."""
         state = self.state(run)
-        row = {"run_id": run.id, "status": state, **run.swept, **loop.planned(run.config)}
+        row = {"run_id": run.id, "status": state, **run.swept, **results.planned(run.config)}
         if state == "done":
             row |= self._result(run)
         return {name: value for name, value in row.items() if name not in _VOLATILE}
 
     def _result(self, run: Run) -> dict | None:
-        """The result of a run that is done, which stands."""
+        """Returns the result of a run that is done, which does not change any more; None for other
+        runs.
+        """
         if run.id not in self._results:
             with contextlib.suppress(FileNotFoundError):
                 text = (self.run_path(run) / "result.json").read_text()
@@ -173,6 +211,7 @@ class SweepDirectory:
         return self._results.get(run.id)
 
     def _check_same(self, runs: list[Run], passes: int | None) -> None:
+        """Raises UserError where this sweep does not have these runs, or these passes."""
         how = _HOW_TO_CHANGE.format(file=self.path / "sweep.json")
         there = {run.id: run for run in self.runs}
         here = {run.id: run for run in runs}
@@ -192,7 +231,9 @@ class SweepDirectory:
 
 
 def _differences(gone: list[Run], new: list[Run]) -> list[str]:
-    """In words: fields of runs that the grid sets alike, else the runs themselves."""
+    """Says in words how two grids differ: in fields of runs that they set alike, or else in the
+    runs themselves.
+    """
     for before, run in itertools.product(gone, new):
         if before.swept == run.swept:
             lines = configs.difference(*(configs.identity(r.config) for r in (before, run)))
@@ -207,7 +248,7 @@ def _differences(gone: list[Run], new: list[Run]) -> list[str]:
 
 
 def _make(file: AnyPath, runs: list[Run], passes: int) -> None:
-    """Writes sweep.json whole, unless another worker is faster."""
+    """Writes sweep.json whole, unless another worker was faster."""
     path = file.parent
     if path.exists() and not path.is_dir():
         raise UserError(f"--workdir {path} is a file; give a new or empty directory")
@@ -224,9 +265,11 @@ def _make(file: AnyPath, runs: list[Run], passes: int) -> None:
 
 
 def _from_json(run_id: str, values: dict, folder: AnyPath) -> Run:
+    """Returns a run from its entry in sweep.json."""
     swept = {field: configs.typed_field(field, value) for field, value in values["swept"].items()}
     return Run(run_id, configs.from_dict(values["config"], folder=folder), swept)
 
 
 def _this_process() -> str:
+    """Returns a suffix for temporary files that no other process uses."""
     return f".{socket.gethostname()}.{os.getpid()}"

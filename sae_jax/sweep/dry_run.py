@@ -1,16 +1,17 @@
-"""What a sweep would do and cost, before any device is touched."""
+"""Tells what a sweep would do and cost, before any device is touched."""
 
 import dataclasses
 import functools
 
 from sae_jax import sae as saes
-from sae_jax.activations import is_world, open_stream
+from sae_jax.activations import is_world
 from sae_jax.config import Config
+from sae_jax.lm.live import open_stream
 from sae_jax.sae import SAEConfig
 from sae_jax.sweep import design
 from sae_jax.sweep import grid as grids
 from sae_jax.sweep.directory import Run, counted
-from sae_jax.train import loop
+from sae_jax.train import results
 
 _BYTES_PER_PARAMETER = 16  # float32: the parameter, its gradient, Adam's two moments
 _BATCHES = 3  # on a device: the one in use as it came and in float32, and the next
@@ -18,18 +19,30 @@ _BATCHES = 3  # on a device: the one in use as it came and in float32, and the n
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    tokens: int = 0  # that pass through the stream
-    bytes_read: int = 0  # of the store
-    flops: int = 0  # 12 n d a token
-    flops_executed: int = 0  # by the steps as they are
+    """What one run or several runs cost.
+
+    Attributes:
+      tokens: tokens that pass through the stream.
+      bytes_read: bytes that are read of the store.
+      flops: FLOPs by the papers' count, 12 n d a token.
+      flops_executed: FLOPs that the steps execute.
+    """
+
+    tokens: int = 0
+    bytes_read: int = 0
+    flops: int = 0
+    flops_executed: int = 0
 
     def __add__(self, other: "Cost") -> "Cost":
+        """Returns the sum of two costs."""
         fields = (field.name for field in dataclasses.fields(self))
         return Cost(**{name: getattr(self, name) + getattr(other, name) for name in fields})
 
 
 def describe(runs: list[Run], passes: int = 1) -> str:
-    """Passes, packs and runs, then what they cost together and one by one."""
+    """Returns the passes, packs and runs of a sweep as lines of text, then what they cost together
+    and one by one.
+    """
     todo = design.make_passes([run.config for run in runs], passes)
     lines = []
     for work in todo:
@@ -44,8 +57,8 @@ def describe(runs: list[Run], passes: int = 1) -> str:
         _cost_line(counted(len(runs), "run") + " one by one", alone),
         _cost_line(f"in {counted(len(todo), 'pass')}", together),
         "",
-        f"Memory of a device, an estimate: {_bytes(memory)} for parameters, gradients and Adam's "
-        "moments of a",
+        f"Memory of a device, an estimate: {_format_bytes(memory)} for parameters, gradients and "
+        "Adam's moments of a",
         "pass's runs, its batches and the largest latents, on a mesh of "
         f"run={mesh.run} data={mesh.data} model={mesh.model} (-1 taken for 1).",
     ]
@@ -53,6 +66,7 @@ def describe(runs: list[Run], passes: int = 1) -> str:
 
 
 def _pass_lines(work: design.Pass, runs: list[Run]) -> list[str]:
+    """Returns the lines of a pass, its packs and their runs."""
     by_id = {run.id: run for run in runs}
     everywhere = grids.shared([run.swept for run in runs])
     data = work.runs[0].data
@@ -64,7 +78,7 @@ def _pass_lines(work: design.Pass, runs: list[Run]) -> list[str]:
         branch = ""
         if pack.trunk is not None:
             branch = f", branches off pack {pack.trunk} at step {pack.start:,}"
-        members = [by_id[loop.run_id(config)] for config in pack.runs]
+        members = [by_id[results.run_id(config)] for config in pack.runs]
         alike = grids.shared([run.swept for run in members])
         size = {"sae.d_sae": pack.runs[0].sae.d_sae, "train.tokens": pack.runs[0].train.tokens}
         lines.append(
@@ -76,20 +90,20 @@ def _pass_lines(work: design.Pass, runs: list[Run]) -> list[str]:
 
 
 def _run_line(run: Run, own: grids.Assignment) -> str:
-    """own: what the run has other than its pack."""
+    """Returns the line of a run; `own` is what the grid sets for it other than for its pack."""
     cost = run_cost(run.config)
     words = grids.describe(own) if own else ""
     return f"    {run.id}  {words:40}  {cost.flops:.3g} FLOPs, {cost.flops_executed:.3g} executed"
 
 
 def run_cost(config: Config, start: int = 0) -> Cost:
-    """Of a run that leaves a trunk at step `start`."""
-    tokens = loop.planned(config)["tokens"] - start * config.data.batch_size
-    return Cost(tokens, tokens * row_bytes(config), **loop.flops(config, tokens))
+    """Returns the cost of a run from step `start` on, where it leaves a trunk."""
+    tokens = results.planned(config)["tokens"] - start * config.data.batch_size
+    return Cost(tokens, tokens * row_bytes(config), **results.flops(config, tokens))
 
 
 def pass_cost(work: design.Pass) -> Cost:
-    """Of all runs of a pass, which share its reading."""
+    """Returns the cost of all runs of a pass, which share its reading of the data."""
     longest = max((run_cost(config) for config in work.runs), key=lambda cost: cost.tokens)
     costs = (run_cost(config, pack.start) for pack in work.packs for config in pack.runs)
     return dataclasses.replace(
@@ -98,15 +112,19 @@ def pass_cost(work: design.Pass) -> Cost:
 
 
 def row_bytes(config: Config) -> int:
-    """Read for a token; 0 of a synthetic world, which makes its rows."""
+    """Returns the bytes that are read for a token; 0 for a synthetic world, which computes its
+    rows.
+    """
     if is_world(config.data.store):
         return 0
-    stream = _open(config.data)
+    stream = _cached_stream(config.data)
     return stream.width * stream.sites.dtype.itemsize
 
 
 def memory_per_device(work: design.Pass) -> float:
-    """Bytes, roughly: all packs' states, batches, and the largest pack's latents with gradient."""
+    """Returns a rough estimate of the bytes that a pass takes of a device: all packs' states, the
+    batches, and the largest pack's latents with their gradient.
+    """
     config = work.runs[0]
     mesh = config.mesh
     run, data, model = (max(1, size) for size in (mesh.run, mesh.data, mesh.model))
@@ -119,23 +137,25 @@ def memory_per_device(work: design.Pass) -> float:
 
 
 def parameters(sae: SAEConfig) -> int:
-    """Numbers that an SAE of a resolved config is made of."""
+    """Returns the number of parameters of an SAE with a resolved config."""
     per_latent = sae.d_in + sae.d_out + len(saes.architecture(sae).fresh_latent(sae))
     skip = sae.d_in * sae.d_out if sae.kind == "skip_transcoder" else 0
     return sae.d_sae * per_latent + sae.d_out + skip
 
 
-_open = functools.lru_cache(maxsize=4)(open_stream)
+_cached_stream = functools.lru_cache(maxsize=4)(open_stream)
 
 
 def _cost_line(what: str, cost: Cost) -> str:
+    """Returns a line of the table of costs."""
     return (
-        f"{what:18}{cost.tokens:>16,}{_bytes(cost.bytes_read):>12}{cost.flops:12.3g}"
+        f"{what:18}{cost.tokens:>16,}{_format_bytes(cost.bytes_read):>12}{cost.flops:12.3g}"
         f"{cost.flops_executed:12.3g}"
     )
 
 
-def _bytes(count: float) -> str:
+def _format_bytes(count: float) -> str:
+    """Returns a number of bytes with a decimal unit, in three digits."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if count < 1000 or unit == "TB":
             break

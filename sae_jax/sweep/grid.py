@@ -1,12 +1,13 @@
 """Grids: which runs a sweep has, as assignments to dotted fields of its base config.
 
 A grid is a list of {"section.field": value}, one for each run, in the order in which the runs are
-listed. `sweep` makes one, `product`, `zipped` and `chain` combine them:
+listed. `sweep` makes one; `product`, `zipped` and `chain` combine them:
 
     grid.product(grid.sweep("sae.d_sae", [512, 1024]), grid.sweep("train.seed", range(3)))
 
-Below them are the designs of the papers. All raise UserError for an unknown field or a value of
-another type, a field that two factors both set, and an assignment that comes twice.
+The other functions are designs of papers. All of them raise UserError for an unknown field, for a
+value of another type, for a field that two combined grids both set, and for an assignment that
+comes twice.
 """
 
 import itertools
@@ -24,7 +25,9 @@ Grid = list[Assignment]
 
 
 def sweep(field: str, values: Iterable) -> Grid:
-    """One run for each value of a field."""
+    """Returns a grid of one run for each value of a field. Raises UserError where there is no
+    value, and for a field of the mesh, which says where a run is trained and not which run it is.
+    """
     values = list(values)
     if not values:
         raise UserError(f"the sweep of {field} has no values")
@@ -34,12 +37,14 @@ def sweep(field: str, values: Iterable) -> Grid:
 
 
 def product(*grids: Grid) -> Grid:
-    """Every combination; the last grid varies fastest."""
+    """Returns a grid of every combination; the last of `grids` varies fastest."""
     return _distinct([_merged(parts) for parts in itertools.product(*grids)])
 
 
 def zipped(*grids: Grid) -> Grid:
-    """The first of each together, the second of each, and so on; all of the same length."""
+    """Returns a grid of the first runs of all `grids` together, of the second ones, and so on.
+    Raises UserError unless all have the same length.
+    """
     lengths = [len(grid) for grid in grids]
     if len(set(lengths)) > 1:
         raise UserError(f"zipped grids must be of the same length, not {lengths}")
@@ -47,32 +52,35 @@ def zipped(*grids: Grid) -> Grid:
 
 
 def chain(*grids: Grid) -> Grid:
-    """One grid after the other. A field that only some of them set is the base config's in the
-    others."""
+    """Returns a grid of one grid's runs after the other's. A field that only some grids set keeps
+    the base config's value in the others.
+    """
     return _distinct(list(itertools.chain(*grids)))
 
 
 def apply(config: Config, assignment: Assignment) -> Config:
+    """Returns `config` with the assignment's fields set."""
     return configs.assign(config, assignment)
 
 
 def fields(grid: Grid) -> list[str]:
-    """Every field that the grid sets, in order of appearance."""
+    """Returns every field that the grid sets, in order of appearance."""
     return list(dict.fromkeys(itertools.chain(*grid)))
 
 
 def shared(grid: Grid) -> Assignment:
-    """What all runs of the grid set alike."""
+    """Returns what all runs of the grid set alike."""
     first, *others = grid
     return {f: v for f, v in first.items() if all(run.get(f) == v for run in others)}
 
 
 def without(assignment: Assignment, other: Assignment) -> Assignment:
+    """Returns the assignment without the fields that `other` sets."""
     return {field: value for field, value in assignment.items() if field not in other}
 
 
 def describe(assignment: Assignment) -> str:
-    """For people: numbers in six digits."""
+    """Returns the assignment as text, with numbers in six digits."""
     words = [
         f"{field}={value:.6g}" if isinstance(value, float) else f"{field}={value}"
         for field, value in assignment.items()
@@ -91,11 +99,22 @@ def isoflop(
     d_out: int | None = None,
     batch_size: int,
 ) -> Grid:
-    """Every compute budget C (FLOPs) with every dictionary size n: tokens =
-    C / (6 n (d_in + d_out)), which is C / (12 n d) for an autoencoder, rounded to whole batches
-    ("Scaling Monosemanticity", Templeton et al. 2024, Scaling Laws; approach 2 of Hoffmann et
-    al. 2022). UserError where that is less than 100 batches: the runs of a budget would differ in
-    compute by more than half a percent."""
+    """Returns a grid of every compute budget C with every dictionary size n.
+
+    A run has C / (6 n (d_in + d_out)) tokens, rounded to whole batches; that is C / (12 n d) for an
+    autoencoder (Templeton et al. 2024, "Scaling Monosemanticity", Scaling Laws; Hoffmann et al.
+    2022, approach 2).
+
+    Args:
+      budgets: budgets in FLOPs.
+      d_sae: dictionary sizes.
+      d_in: the width of the activations.
+      d_out: the width of what is reconstructed; d_in by default.
+      batch_size: tokens of a batch.
+
+    Raises UserError where a run has less than 100 batches, because the runs of a budget would then
+    differ in compute by more than half a percent.
+    """
     grid = []
     for budget, size in itertools.product(budgets, d_sae):
         steps = round(budget / (6 * size * (d_in + (d_out or d_in))) / batch_size)
@@ -109,13 +128,19 @@ def isoflop(
 
 
 def nk(d_sae: Sequence[int], k: Sequence[int]) -> Grid:
-    """Every dictionary size with every k, for L(n, k) (Gao et al. 2024, section 3.1.3)."""
+    """Returns a grid of every dictionary size with every k, for a law L(n, k) (Gao et al. 2024,
+    section 3.1.3).
+    """
     return product(sweep("sae.d_sae", d_sae), sweep("sae.k", k))
 
 
 def sparsity_frontier(settings: Mapping[str, Sequence[float]]) -> Grid:
-    """Sparsities by architecture: {"topk": [16, 32], "relu": [2.0, 5.0]}. They are k where the
-    architecture has one, else coefficients (Rajamanoharan et al. 2024, figure 2)."""
+    """Returns a grid of sparsities by architecture (Rajamanoharan et al. 2024, figure 2).
+
+    Args:
+      settings: values by architecture, such as {"topk": [16, 32], "relu": [2.0, 5.0]}. They are k
+        where the architecture has one, and sparsity coefficients elsewhere.
+    """
     grid = []
     for name, values in settings.items():
         used = "sae.sparsity_coefficient" if by_name(name).Config.k is None else "sae.k"
@@ -124,10 +149,18 @@ def sparsity_frontier(settings: Mapping[str, Sequence[float]]) -> Grid:
 
 
 def learning_rates(grid: Grid, rate: float, *, at: int, factors: Sequence[float] = (1.0,)) -> Grid:
-    """`grid`, which sets sae.d_sae, with optimizer.learning_rate = rate * (d_sae / at)^-0.5: the
-    rate found best at the size `at`, carried to the others (Gao et al. 2024, A.3: proportional to
-    1 / sqrt(n)). More factors than one multiply it: each size has a sweep of its own, around where
-    the rule would put it."""
+    """Returns a grid with learning rates that follow the dictionary size.
+
+    The rate of a run is rate * (d_sae / at)^-0.5 (Gao et al. 2024, A.3: proportional to 1 /
+    sqrt(n)).
+
+    Args:
+      grid: a grid that sets sae.d_sae.
+      rate: the rate that was found best at the size `at`.
+      at: that size.
+      factors: factors of the rate. More than one make a sweep of rates for each size, around where
+        the rule puts it.
+    """
     for assignment in grid:
         if "sae.d_sae" not in assignment:
             raise UserError(
@@ -150,10 +183,21 @@ def budgets(
     decay_fraction: float = 0.2,
     sparsity_warmup_tokens: int | None = None,
 ) -> Grid:
-    """Token budgets that share a trunk: the warm-up/stable/decay schedule, with a warm-up of the
-    same number of steps in each, so that all are one run until the smaller ones decay (Hagele et
-    al. 2024). sparsity_warmup_tokens: for an architecture whose sparsity coefficient warms up
-    (relu, gated, jumprelu), where it must agree too. UserError where a budget is too short."""
+    """Returns a grid of token budgets that share a trunk (Hagele et al. 2024).
+
+    They have the warm-up/stable/decay schedule, with a warm-up of the same number of steps, so that
+    all are one run until the smaller ones decay.
+
+    Args:
+      tokens: the budgets in tokens.
+      batch_size: tokens of a batch.
+      warmup_tokens: tokens of the warm-up of the learning rate.
+      decay_fraction: the fraction of a run in which the rate decays.
+      sparsity_warmup_tokens: tokens of the warm-up of the sparsity coefficient, for architectures
+        that have one (relu, gated, jumprelu).
+
+    Raises UserError where a budget begins to decay before a warm-up has ended.
+    """
     warmup = round(warmup_tokens / batch_size)
     sparsity_warmup = sparsity_warmup_tokens and round(sparsity_warmup_tokens / batch_size)
     grid = []
@@ -179,7 +223,9 @@ def budgets(
 
 
 def _checked(grid: Grid) -> Grid:
-    """With every field known and every value of its type; NumPy's numbers made Python's."""
+    """Returns the grid with every field known and every value of its field's type. NumPy's numbers
+    become Python's.
+    """
     return _distinct([{field: _value(field, v) for field, v in run.items()} for run in grid])
 
 
@@ -188,6 +234,7 @@ def _value(field: str, value):
 
 
 def _merged(parts: Iterable[Assignment]) -> Assignment:
+    """Returns several assignments as one. Raises UserError for a field that two of them set."""
     merged: Assignment = {}
     for part in parts:
         for field, value in part.items():
@@ -201,6 +248,7 @@ def _merged(parts: Iterable[Assignment]) -> Assignment:
 
 
 def _distinct(grid: Grid) -> Grid:
+    """Returns the grid. Raises UserError for an assignment that comes twice."""
     seen = set()
     for assignment in grid:
         key = tuple(sorted(assignment.items()))

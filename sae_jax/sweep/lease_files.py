@@ -1,8 +1,8 @@
-"""The files of leases, in a directory or an object store: created exclusively, touched, looked at.
+"""The files of leases, in a directory or an object store: created exclusively, and touched.
 
 LEASES/NAME.GENERATION   the text that it was created with; in an object store also a line
                          that changes with every touch
-LEASES/clock             of a directory: touched to ask the file system for the time
+LEASES/clock             only in a directory: touched to ask the file system for the time
 """
 
 import os
@@ -18,31 +18,38 @@ _GIVEN_BACK = b"given back"  # what an object then holds
 
 
 class Claim(Protocol):
-    """A file that this process created."""
+    """A file that this process created.
+
+    Attributes:
+      name: the file's name.
+    """
 
     name: str
 
     def beat(self) -> None:
-        """Touches it. It does not come back once it was deleted."""
+        """Touches the file. A file that was deleted does not come back."""
 
     def release(self) -> None:
-        """Marks it as given back, for good."""
+        """Marks the file as given back, for good."""
 
 
 class LocalFiles:
-    """Of a directory, made when needed, which may be shared over a network."""
+    """The files of a directory, which may be shared over a network. It is made when it is
+    needed.
+    """
 
     def __init__(self, directory: pathlib.Path):
         self._directory = directory
 
     def names(self) -> list[str]:
+        """Returns the names of all files."""
         try:
             return os.listdir(self._directory)
         except FileNotFoundError:
             return []
 
     def create(self, name: str, text: str) -> Claim | None:
-        """None if the file is there already."""
+        """Creates a file that holds `text`. Returns None if it exists already."""
         self._directory.mkdir(parents=True, exist_ok=True)
         try:
             file = os.open(self._directory / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
@@ -52,7 +59,9 @@ class LocalFiles:
         return _LocalClaim(name, file)
 
     def look(self, name: str) -> tuple[float, str] | None:
-        """(seconds since its last touch, its text); None where it was given back."""
+        """Returns the seconds since the last touch of a file, and its text; None where it was given
+        back.
+        """
         path = self._directory / name
         beat = path.stat().st_mtime
         if beat == _RELEASED:
@@ -78,22 +87,29 @@ class _LocalClaim:
 
 
 class ObjectFiles:
-    """Of an object store, whose clock cannot be asked: a file is as old as this reader, by its own
-    monotonic clock, has seen no change in it."""
+    """The files of an object store, whose clock cannot be asked.
+
+    A file is as old as the time for which this reader has seen no change in it, by its own
+    monotonic clock.
+    """
 
     def __init__(self, directory: ObjectPath):
         self._directory = directory
         self._seen: dict[str, tuple[bytes, float]] = {}
 
     def names(self) -> list[str]:
+        """Returns the names of all files."""
         return self._directory.files()
 
     def create(self, name: str, text: str) -> Claim | None:
+        """Creates a file that holds `text`. Returns None if it exists already."""
         claim = _ObjectClaim(self._directory / name, text)
         return claim if claim.beat() else None
 
     def look(self, name: str) -> tuple[float | None, str] | None:
-        """As `LocalFiles.look`; of the first look at a file its age is None."""
+        """Returns the age of a file in seconds, and its text; None where it was given back. At the
+        first look at a file its age is None.
+        """
         data = (self._directory / name).read_bytes()
         if data == _GIVEN_BACK:
             return None
@@ -119,7 +135,9 @@ class _ObjectClaim:
         self._write(_GIVEN_BACK)
 
     def _write(self, data: bytes) -> bool:
-        """Only where it is still as this process left it: at first, where there is none."""
+        """Writes only if the file is still as this process left it; at first, only if there is
+        none.
+        """
         generation = self._path.write_if(self._generation, data)
         self._generation = generation or self._generation
         return generation is not None

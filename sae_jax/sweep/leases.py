@@ -2,17 +2,18 @@
 
     LEASES/NAME.GENERATION   one claim of NAME: whose, and for how many seconds without a heartbeat
 
-To claim NAME is to create the file of its next generation exclusively, which one worker alone
-can. The owner touches its file, the heartbeat; whoever finds the newest generation untouched for
-longer than it says may create the next one, and so takes the work over. No file is ever renamed or
-removed, so that no two workers can mistake each other's files. A host whose clock is wrong neither
-loses its leases nor takes those of others: in a directory every time is the file system's own
-(lease_files.py), and in an object store a lease is as old as the time, on the reader's monotonic
-clock, for which it has looked the same.
+A worker claims NAME by creating the file of its next generation exclusively, which one worker alone
+can. The owner touches its file: that is the heartbeat. Whoever finds the newest generation
+untouched for longer than it says may create the next one, and so takes the work over. No file is
+ever renamed or removed, so that no two workers can mistake each other's files.
 
-An owner that was thought dead (stopped, cut off) and wakes up sees a newer generation: it asks
-`Lease.lost` before it writes. Between the answer and the write there is a moment in which the lease
-can be lost: writes must be atomic, and the same whoever makes them.
+A host whose clock is wrong neither loses its leases nor takes those of others. In a directory every
+time is the file system's own (lease_files.py). In an object store a lease is as old as the time for
+which it has looked the same, on the reader's monotonic clock.
+
+An owner that was thought dead (stopped, cut off) and wakes up sees a newer generation, because it
+asks `Lease.lost` before it writes. Between the answer and the write there is a moment in which the
+lease can be lost. So writes must be atomic, and the same whoever makes them.
 """
 
 import contextlib
@@ -29,13 +30,21 @@ from sae_jax.sweep.lease_files import Claim, LocalFiles, ObjectFiles
 
 
 class LeaseLostError(Exception):
-    """Another worker has taken the work over: it must not be written any more."""
+    """Tells that another worker has taken the work over, so that this one must not write any
+    more.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
 class Holder:
-    """Who claimed a piece of work last. age: seconds since the last heartbeat; None at the first
-    look into an object store, which cannot tell."""
+    """The worker that claimed a piece of work last.
+
+    Attributes:
+      owner: its host and process.
+      age: seconds since its last heartbeat; None at the first look into an object store, which
+        cannot tell.
+      alive: whether its lease has not run out.
+    """
 
     owner: str
     age: float | None
@@ -43,21 +52,25 @@ class Holder:
 
     @property
     def heard_of(self) -> str:
+        """Says in words when the last heartbeat was."""
         if self.age is None:
             return "alive or dead, which one look at an object store cannot tell"
         return f"heard of {self.age:.0f} s ago"
 
 
 class Leases:
-    """The leases in `directory`. seconds: how long those claimed here may be silent."""
+    """The leases in one directory."""
 
     def __init__(self, directory: AnyPath, seconds: float = 60):
+        """Opens the leases in `directory`. Those claimed here run out after `seconds` without a
+        heartbeat.
+        """
         kind = ObjectFiles if isinstance(directory, ObjectPath) else LocalFiles
         self._files = kind(directory)
         self._seconds = seconds
 
     def claim(self, name: str) -> "Lease | None":
-        """The lease of `name`, its heart already beating, or None if another worker has it."""
+        """Returns the lease of `name`, whose heartbeat has begun; None if another worker has it."""
         generation = self._newest(name)
         if generation and (holder := self._holder(name, generation)) and holder.alive:
             return None
@@ -68,7 +81,9 @@ class Leases:
         return Lease(self._files, claim, f"{name}.{generation + 2}", self._seconds / 6)
 
     def holder(self, name: str) -> Holder | None:
-        """None where nobody has claimed `name`, or its last owner gave it back."""
+        """Returns who holds `name`; None where nobody has claimed it, or its last owner gave it
+        back.
+        """
         generation = self._newest(name)
         return self._holder(name, generation) if generation else None
 
@@ -82,13 +97,15 @@ class Leases:
         return Holder(owner or "?", age, (age or 0) <= float(seconds or self._seconds))
 
     def _newest(self, name: str) -> int:
-        """The newest generation of `name`, from 1; 0 before the first."""
+        """Returns the newest generation of `name`, counted from 1; 0 where there is none."""
         parts = [entry.rpartition(".") for entry in self._files.names()]
         return max((int(number) for before, _, number in parts if before == name), default=0)
 
 
 class Lease:
-    """A claim, until `release` or the end of the `with`. A thread touches its file meanwhile."""
+    """A claim, which lasts until `release` or the end of the `with`. A thread touches its file
+    meanwhile.
+    """
 
     def __init__(self, files: LocalFiles | ObjectFiles, claim: Claim, next: str, interval: float):
         self._files = files
@@ -111,7 +128,9 @@ class Lease:
         return self._next in names or self._claim.name not in names
 
     def release(self) -> None:
-        """Gives the work back: whoever comes next need not wait for the lease to run out."""
+        """Gives the work back, so that whoever comes next need not wait for the lease to run
+        out.
+        """
         if self._ended.is_set():
             return
         self._ended.set()
@@ -120,6 +139,7 @@ class Lease:
             self._claim.release()
 
     def _beat(self) -> None:
+        """Touches the file again and again until the lease ends."""
         while not self._ended.wait(self._interval):
             try:
                 self._claim.beat()

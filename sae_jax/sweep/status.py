@@ -1,4 +1,4 @@
-"""Where a sweep stands, from the files that its workers leave: one view for a terminal."""
+"""Tells where a sweep stands, from the files that its workers leave, as one view for a terminal."""
 
 import collections
 import dataclasses
@@ -11,33 +11,47 @@ from sae_jax.sweep import design
 from sae_jax.sweep import grid as grids
 from sae_jax.sweep.directory import STATES, Run, SweepDirectory, counted
 from sae_jax.sweep.leases import Holder, Leases
-from sae_jax.train import loop
+from sae_jax.train import results
 
-_TAIL = 8192  # bytes of metrics.jsonl that surely hold its last line
+_TAIL = 8192  # bytes at the end of metrics.jsonl, more than its last line has
 
 
 @dataclasses.dataclass(frozen=True)
 class PassStatus:
+    """Where a pass stands.
+
+    Attributes:
+      name: the pass's name.
+      holder: the worker that trains it; None where nobody does.
+      step: the step that its runs have reached, as they logged it.
+      steps: the number of steps of its longest run.
+      states: the number of runs in each of STATES.
+      losses: the last loss of each run that has logged one.
+      seconds_left: the time until it ends; None where nobody trains it, or has not for long enough
+        to tell.
+    """
+
     name: str
-    holder: Holder | None  # None: nobody trains it
-    step: int  # that its runs have reached, as they logged
-    steps: int  # of its longest run
-    states: collections.Counter  # runs in each of STATES
-    losses: tuple[float, ...]  # last of each run that has logged one
-    seconds_left: float | None  # None where nobody trains it, or not for long
+    holder: Holder | None
+    step: int
+    steps: int
+    states: collections.Counter
+    losses: tuple[float, ...]
+    seconds_left: float | None
 
 
 def passes(directory: SweepDirectory, leases: Leases) -> list[PassStatus]:
+    """Returns the status of each pass of a sweep."""
     by_id = {run.id: run for run in directory.runs}
     todo = design.make_passes([run.config for run in directory.runs], directory.passes)
     return [
-        _status(work, [by_id[loop.run_id(config)] for config in work.runs], directory, leases)
+        _status(work, [by_id[results.run_id(config)] for config in work.runs], directory, leases)
         for work in todo
     ]
 
 
 def view(directory: SweepDirectory, leases: Leases) -> str:
-    """The whole sweep in a few lines."""
+    """Returns the whole sweep in a few lines of text."""
     all_passes = passes(directory, leases)
     total = sum((status.states for status in all_passes), collections.Counter())
     counts = ", ".join(f"{total[state]} {state}" for state in STATES if total[state])
@@ -59,6 +73,7 @@ def view(directory: SweepDirectory, leases: Leases) -> str:
 
 
 def _line(status: PassStatus) -> str:
+    """Returns the line of a pass."""
     states = "/".join(str(status.states[state]) for state in STATES)
     ends = sorted({min(status.losses), max(status.losses)}) if status.losses else []
     losses = " - ".join(f"{loss:.5g}" for loss in ends)
@@ -78,6 +93,7 @@ def _line(status: PassStatus) -> str:
 def _status(
     work: design.Pass, runs: list[Run], directory: SweepDirectory, leases: Leases
 ) -> PassStatus:
+    """Returns the status of a pass with these runs."""
     state = {run.id: directory.state(run) for run in runs}
     last = {run.id: last_line(directory.run_path(run) / "metrics.jsonl") for run in runs}
     ended = all(state[run.id] in ("done", "failed") for run in runs)
@@ -103,7 +119,7 @@ def _status(
 
 
 def last_line(file: AnyPath) -> dict:
-    """The last whole line of a run's metrics.jsonl; {} before there is one."""
+    """Returns the last whole line of a run's metrics.jsonl; {} before there is one."""
     try:
         if isinstance(file, ObjectPath):
             return _last_of(file.read_bytes())
@@ -115,5 +131,6 @@ def last_line(file: AnyPath) -> dict:
 
 
 def _last_of(lines: bytes) -> dict:
+    """Returns the last whole line of JSON lines; {} where there is none."""
     whole = lines.rpartition(b"\n")[0]
     return json.loads(whole.rpartition(b"\n")[2]) if whole else {}

@@ -1,7 +1,7 @@
 """A worker: claims the passes of a sweep one after another, and trains them.
 
-Any number of workers share a sweep's directory and nothing else. One may be a JAX program of many
-processes: process 0 claims, and the others learn from it what to do.
+Any number of workers share a sweep's directory and nothing else. One worker may be a JAX program of
+many processes: process 0 claims, and the others learn from it what to do.
 """
 
 import contextlib
@@ -16,19 +16,36 @@ from sae_jax.errors import UserError
 from sae_jax.sweep import design, pass_trainer
 from sae_jax.sweep.directory import SweepDirectory, counted
 from sae_jax.sweep.leases import Lease, LeaseLostError, Leases
-from sae_jax.train import loop
+from sae_jax.train import results
 from sae_jax.train.directory import is_writer
+from sae_jax.train.loggers import Log
 from sae_jax.train.preemption import PreemptedError, sigterm_raises
-from sae_jax.train.watchdog import PROGRESS
+from sae_jax.train.progress import Progress
 
 _ALL_DONE, _WAIT = -1, -2  # instead of the index of a pass
-_SECONDS_BETWEEN_LINES = 30  # of the log, while waiting for others
+_SECONDS_BETWEEN_LINES = 30  # between lines of the log, while waiting for others
 
 
-def work(directory: SweepDirectory, lease_seconds: float) -> None:
-    """Trains what nobody else does, and takes over from those who die, until every run of the
-    sweep has ended. Raises PreemptedError after SIGTERM, when what it trained is saved."""
-    worker = _Worker(directory, Leases(directory.path / "leases", lease_seconds))
+def work(
+    directory: SweepDirectory,
+    lease_seconds: float,
+    progress: Progress | None = None,
+    log_to: Log | None = None,
+) -> None:
+    """Trains the sweep's runs that nobody else trains, until every run of the sweep has ended.
+
+    It takes over passes from workers that die.
+
+    Args:
+      directory: the sweep.
+      lease_seconds: how long this worker may be silent before others take it for dead.
+      progress: what a watchdog reads to see that training goes on.
+      log_to: where each run's metrics go besides its metrics.jsonl.
+
+    Raises PreemptedError after SIGTERM, when what it trained is saved.
+    """
+    leases = Leases(directory.path / "leases", lease_seconds)
+    worker = _Worker(directory, leases, progress or Progress(), log_to)
     # Under jax.distributed its service listens, all the time; else `train.preemption` during steps.
     with contextlib.nullcontext() if jax.distributed.is_initialized() else sigterm_raises():
         while True:
@@ -44,7 +61,12 @@ def work(directory: SweepDirectory, lease_seconds: float) -> None:
 
 
 class _Worker:
-    def __init__(self, directory: SweepDirectory, leases: Leases):
+    """One process of a worker."""
+
+    def __init__(
+        self, directory: SweepDirectory, leases: Leases, progress: Progress, log_to: Log | None
+    ):
+        self._progress, self._log_to = progress, log_to
         self._directory = directory
         self._leases = leases
         self.passes = design.make_passes([run.config for run in directory.runs], directory.passes)
@@ -53,8 +75,11 @@ class _Worker:
         self._next_line = 0.0
 
     def claim(self) -> tuple[int, Lease | None]:
-        """The index of a pass that this worker now owns, or _ALL_DONE or _WAIT: the same in all
-        its processes. The lease is process 0's."""
+        """Returns the index of a pass that this worker now owns and its lease, or _ALL_DONE or
+        _WAIT.
+
+        The index is the same in all processes of the worker; process 0 alone has the lease.
+        """
         index, lease = self._claim() if is_writer() else (_ALL_DONE, None)
         return _from_process_0(index), lease
 
@@ -69,7 +94,7 @@ class _Worker:
         return (_WAIT if open_passes else _ALL_DONE), None
 
     def train(self, work: design.Pass, lease: Lease | None) -> None:
-        """Trains a pass, as long as the lease is this worker's."""
+        """Trains a pass for as long as the lease is this worker's."""
 
         def check() -> None:
             if _from_process_0(bool(lease and lease.lost())):
@@ -78,15 +103,23 @@ class _Worker:
         if is_writer():
             logging.info("%s: %s", work.name, counted(len(work.runs), "run"))
         try:
-            pass_trainer.train_pass(work, self._directory.path / "runs", check, self.write_results)
+            pass_trainer.train_pass(
+                work,
+                self._directory.path / "runs",
+                check,
+                self.write_results,
+                self._progress,
+                self._log_to,
+            )
         except (LeaseLostError, UserError) as error:
             # Two owners of one directory trip over each other's files: that is no mistake.
             if isinstance(error, UserError) and not (lease and lease.lost()):
                 raise
-            PROGRESS.error = None
+            self._progress.error = None
             logging.warning("left %s to the worker that has taken it over", work.name)
 
     def wait(self, seconds: float) -> None:
+        """Waits for other workers. Raises PreemptedError when the program is told to stop."""
         if is_writer() and time.monotonic() > self._next_line:
             self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
             logging.info("waiting for %s", self._others())
@@ -102,11 +135,11 @@ class _Worker:
             self._directory.write_results()
 
     def _ended(self, work: design.Pass) -> bool:
-        runs = (self._run_by_id[loop.run_id(config)] for config in work.runs)
+        runs = (self._run_by_id[results.run_id(config)] for config in work.runs)
         return all(self._directory.state(run) in ("done", "failed") for run in runs)
 
     def _others(self) -> str:
-        """Who trains what, for the log."""
+        """Says in words who trains what, for the log."""
         holders = {
             work.name: self._leases.holder(work.name)
             for work in self.passes
@@ -120,7 +153,7 @@ class _Worker:
 
 
 def _from_process_0(value: int) -> int:
-    """`value` as process 0 of this worker has it."""
+    """Returns the value that process 0 of this worker has."""
     if jax.process_count() == 1:
         return value
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))

@@ -15,7 +15,7 @@ from sae_jax.errors import UserError
 from sae_jax.paths import AnyPath
 from sae_jax.train import metrics
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorstore", "numpy")
+_PACKAGES = """sae-jax jax jaxlib flax optax orbax-checkpoint grain tensorstore numpy""".split()
 
 
 class RunDirectory:
@@ -64,6 +64,12 @@ class RunDirectory:
         if is_writer():
             paths.write(self._metrics_path, metrics.lines_until(other._metrics_path, step))
 
+    def read_metrics(self) -> list[dict]:
+        """Returns the lines of metrics.jsonl, oldest first."""
+        if not self._metrics_path.exists():
+            return []
+        return [json.loads(line) for line in self._metrics_path.read_text().splitlines()]
+
     def save_result(self, result: dict) -> None:
         if is_writer():
             self.flush()
@@ -74,6 +80,13 @@ class RunDirectory:
         that the run restarts from will be logged again."""
         if is_writer():
             self._metrics = metrics.open_after(self._metrics_path, step)
+
+    def lines_until(self, step: int) -> list[dict]:
+        """Returns the lines of metrics.jsonl up to `step`."""
+        if not self._metrics_path.is_file():
+            return []
+        lines = metrics.lines_until(self._metrics_path, step).splitlines()
+        return [json.loads(line) for line in lines]
 
     def log(self, line: dict) -> None:
         if self._metrics:
@@ -128,11 +141,14 @@ def environment() -> dict:
 
 
 def _git_revision() -> str | None:
-    """Of the checkout that the package runs from, if it is one."""
+    """Returns the revision of the checkout that the package runs from, or None if there is none.
+
+    An installed package may lie inside a repository of the user's, whose revision says nothing."""
     here = pathlib.Path(__file__).parent
-    git = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    git = ["git", "-C", str(here), "rev-parse", "HEAD", "--show-prefix"]
     try:
         done = subprocess.run(git, capture_output=True, text=True, check=False)
     except FileNotFoundError:  # no git on this machine
         return None
-    return done.stdout.strip() or None
+    revision, _, prefix = done.stdout.partition("\n")
+    return revision if prefix.strip() == "sae_jax/train/" else None

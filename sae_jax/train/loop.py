@@ -1,363 +1,331 @@
-"""Training one SAE: from a config to a run's directory, resumable at every step."""
+"""The loop over steps: packs of runs, trained on the same batches, resumable at every step.
 
-import contextlib
-import dataclasses
-import hashlib
-import json
-import math
-import sys
+A single run is a pack of one. Several packs share one reading of the data (a sweep's pass), and a
+pack may branch off from the states of another, its trunk.
+"""
+
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import tqdm
-from absl import logging
 
-from sae_jax import config as configs
-from sae_jax import paths
-from sae_jax import sae as saes
-from sae_jax.activations import Stream, WorldStream, open_stream
 from sae_jax.config import Config
-from sae_jax.errors import UserError, choose
-from sae_jax.train import optimizer, resample
-from sae_jax.train.checkpoints import Checkpoints
-from sae_jax.train.directory import RunDirectory, is_writer
-from sae_jax.train.median import geometric_median
+from sae_jax.errors import UserError
+from sae_jax.progress_bar import TrainingBar
+from sae_jax.train import preparation, resample
 from sae_jax.train.mesh import BatchPlacement, make_mesh
+from sae_jax.train.pack import PackTrainer, SingleTrainer
 from sae_jax.train.preemption import PreemptedError, Preemption
-from sae_jax.train.step import Trainer, TrainState
-from sae_jax.train.warm_start import start_from
-from sae_jax.train.watchdog import PROGRESS
+from sae_jax.train.progress import Progress
+from sae_jax.train.recorder import Recorder
+from sae_jax.train.results import make_result
+from sae_jax.train.step import TrainState
 
-_MEDIAN_ROWS = 32_768  # sample for the geometric median (Gao et al. 2024, A.1)
 _EVAL_ROWS = 65_536
 
 
-class NonFiniteError(Exception):
-    """The loss or the gradient became NaN or infinite."""
+class TrainingData:
+    """What all packs read: batches from a stream, held-out rows, and the mesh to place them on."""
+
+    def __init__(self, config: Config, stream, heldout, mesh: jax.sharding.Mesh):
+        self.stream, self.heldout, self.mesh = stream, heldout, mesh
+        self.placement = BatchPlacement(mesh, config.data.batch_size)
+        self._b_dec: dict[tuple, np.ndarray] = {}
+
+    @classmethod
+    def open(cls, config: Config, open_stream: Callable) -> "TrainingData":
+        """Opens the data of a resolved config.
+
+        `open_stream(data, split="train", batch_size=None)` gives a stream of the config's data
+        section. Raises UserError for a mesh or a held-out part that does not fit."""
+        mesh = make_mesh(config)
+        heldout = preparation.heldout_stream(config, mesh, open_stream)
+        return cls(config, open_stream(config.data), heldout, mesh)
+
+    def batches(self, step: int):
+        """Iterates over global batches (B, width) on the devices, from that of step `step` on."""
+        return map(self.placement.place, self.stream.batches(step, self.placement.rows))
+
+    def initial_b_dec(self, config: Config) -> np.ndarray:
+        """Returns b_dec (d_out,) as a run begins with it, computed once for all that agree."""
+        kind = (config.sae.b_dec_init, config.sae.d_out)
+        if kind not in self._b_dec:
+            self._b_dec[kind] = preparation.initial_b_dec(config, self.stream)
+        return self._b_dec[kind]
+
+    def heldout_means(self, evaluate: Callable[[jax.Array], dict[str, jax.Array]]) -> dict:
+        """Returns the means of what `evaluate` gives for batches of up to 65,536 held-out rows.
+
+        They are numbers, or lists with one for each run; None where nothing is held out."""
+        names = ("eval_loss", "eval_fvu", "eval_l0")
+        if self.heldout is None:
+            return dict.fromkeys(names)
+        batch = self.heldout.batch_size
+        placement = BatchPlacement(self.mesh, batch)
+        count = max(1, min(self.heldout.steps_per_epoch, _EVAL_ROWS // batch))
+        batches = map(placement.place, self.heldout.batches(0, placement.rows))
+        means = jax.device_get([evaluate(next(batches)) for _ in range(count)])
+        return {
+            name: np.mean([np.float64(m[name]) for m in means], axis=0).tolist() for name in names
+        }
 
 
-def train(
-    config: Config, workdir: str | paths.AnyPath, load_sae: Callable[[str], saes.SAE] | None = None
-) -> dict:
-    """Trains `config` in `workdir`, from the last checkpoint there if there is one, and returns
-    the run's result (the content of result.json). load_sae: reads `train.init`, which may be of a
-    format that this room knows nothing of.
+class PackInTraining:
+    """The runs of a pack while they are trained: their states, at `step`, and their recorders.
 
-    Raises UserError for a mistake in the config, the store or the directory, before anything
-    is computed; NonFiniteError if the loss became NaN; PreemptedError after SIGTERM.
+    `until` is the step that the pack has to come to. A branch has a `trunk`, another pack whose
+    state after `start` steps is where it begins; `parents` are the numbers of its runs' parents
+    among the trunk's runs. While `waiting_for_trunk`, the trunk has not come so far.
     """
-    stream = open_stream(config.data)
-    config = resolve(config, stream)
-    steps = count_steps(config, stream)
-    if config.mesh.run != 1:
-        raise UserError("mesh.run shards the runs of a sweep; train has one: leave it at 1")
-    mesh = make_mesh(config)
-    heldout = heldout_stream(config, mesh)
-    directory = RunDirectory(paths.path(workdir), config)
-    if directory.result is not None:
-        logging.info("%s is finished; its result stands", workdir)
-        return directory.result
-    checkpoints = Checkpoints(directory.path, config.train.keep_checkpoints)
-    begins = config.train.init and checkpoints.latest_step is None
-    sae = load_sae(config.train.init) if begins else None
-    with jax.set_mesh(mesh):
-        return _train(config, stream, heldout, steps, mesh, directory, checkpoints, sae)
 
+    def __init__(
+        self,
+        trainer: PackTrainer | SingleTrainer,
+        recorders: Sequence[Recorder],
+        data: TrainingData,
+        progress: Progress,
+        *,
+        trunk: "PackInTraining | None" = None,
+        start: int = 0,
+        parents: Sequence[int] = (),
+        begin_with: Callable[[TrainState], TrainState] | None = None,
+        check: Callable[[], None] = lambda: None,
+        run_ended: Callable[[], None] = lambda: None,
+    ):
+        """`begin_with` changes the fresh state of a single run that begins at step 0. `check` is
+        called before anything but a metric is written; `run_ended` when a run has ended."""
+        self.steps = trainer.steps
+        self.trunk, self.start = trunk, start
+        self.step, self.until, self.waiting_for_trunk = 0, 0, False
+        self.recorders = recorders
+        self._trainer, self._data, self._progress = trainer, data, progress
+        self._parents, self._begin_with = parents, begin_with
+        self._check, self._run_ended = check, run_ended
+        self._config = recorders[0].config  # what does not differ between the runs
+        self._resampling = resample.steps(self._config)
+        self._states: TrainState | None = None
+        self._pending = None  # (step, its metrics, whether to log them): dispatched, not awaited
+        self._logged = None  # (step, time) of the last logged metrics
+        self._saving: int | None = None  # the step whose checkpoint may still be being written
+        self._began = time.monotonic()
 
-def resolve(config: Config, stream: Stream | WorldStream) -> Config:
-    """`config` with everything filled in that the data and the architecture decide, and checked
-    as far as is possible without devices."""
-    optimizer.check(config.optimizer)
-    names, widths, target = stream.site_names, stream.site_widths, None
-    data = dataclasses.replace(config.data, site=",".join(names))
-    if config.data.target_site:
-        *inputs, target_name = names
-        data = dataclasses.replace(data, site=",".join(inputs), target_site=target_name)
-        *widths, target = widths
-    sae = saes.resolve(config.sae, tuple(widths), target)
-    adam = config.optimizer
-    if adam.learning_rate is None:
-        rate = saes.architecture(sae).learning_rate(sae.d_sae)
-        adam = dataclasses.replace(adam, learning_rate=rate)
-    choose(config.train.on_nonfinite, ("stop", "skip"), "train.on_nonfinite")
-    for name in ("tokens", "log_every", "checkpoint_every", "keep_checkpoints"):
-        if getattr(config.train, name) < 1:
-            raise UserError(f"train.{name} must be 1 or more, not {getattr(config.train, name)}")
-    return dataclasses.replace(config, sae=sae, data=data, optimizer=adam)
+    @property
+    def open_recorders(self) -> list[Recorder]:
+        return [recorder for recorder in self.recorders if recorder.open]
 
+    def newest_common_step(self, most: int | None = None) -> int | None:
+        """Returns the newest step, up to `most`, that all runs to train have a checkpoint of."""
+        runs = self.open_recorders or [run for run in self.recorders if not run.failed]
+        common = set.intersection(*(set(run.checkpoint_steps) for run in runs)) if runs else set()
+        return max((step for step in common if most is None or step <= most), default=None)
 
-def _train(config, stream, heldout, steps, mesh, directory, checkpoints, sae) -> dict:
-    scale, target_scale, variance = normalisation(config, stream)
-    trainer = Trainer(config, steps, variance)
-    placement = BatchPlacement(mesh, config.data.batch_size)
-    with contextlib.closing(checkpoints), contextlib.closing(directory), PROGRESS:
-        PROGRESS.saved = checkpoints.latest_step
-        if PROGRESS.saved is None:
-            state = trainer.init(initial_b_dec(config, stream), scale, target_scale)
-            state = state if sae is None else start_from(sae, config, state)
-            start = 0
+    def begin(self, most: int | None = None) -> None:
+        """Restores the newest common checkpoint up to `most`, or makes fresh states."""
+        step = self.newest_common_step(most)
+        self._saving = self._progress.saved = step
+        if step is None:
+            scale, target_scale, _ = preparation.normalisation(self._config, self._data.stream)
+            b_dec = self._data.initial_b_dec(self._config)
+            self._states = self._trainer.init(b_dec, scale, target_scale)
+            if self._begin_with is not None:
+                self._states = self._begin_with(self._states)
+            step = 0
         else:
-            state = checkpoints.restore(trainer.abstract())
-            start = PROGRESS.saved
-            logging.info("resumed %s at step %d of %d", directory.path, start, steps)
-        directory.start_metrics(start)
-        begin = time.monotonic()
-        state = _run_steps(trainer, state, start, steps, stream, placement, checkpoints, directory)
-        PROGRESS.rest()
-        checkpoints.finish()
-        means = heldout_means(lambda rows: trainer.evaluate(state, rows), heldout, mesh)
-        result = make_result(trainer, state, means, time.monotonic() - begin)
-        directory.save_result(result)
-        return result
+            self._states = self._trainer.blank()
+            for i, recorder in enumerate(self.recorders):
+                if step in recorder.checkpoint_steps:
+                    state = recorder.restore(self._trainer.trainers[i].abstract(), step)
+                    self._states = self._trainer.put_run(self._states, i, state)
+        self._start_at(step)
 
+    def branch_from_trunk(self) -> None:
+        """Takes over the trunk's states and metrics, and saves them: from here on this pack
+        needs the trunk no more."""
+        trunk = self.trunk
+        trunk.await_step()
+        self._states = self._trainer.blank()
+        for i, (recorder, parent) in enumerate(zip(self.recorders, self._parents, strict=True)):
+            state = trunk.get_run(parent)
+            self._states = self._trainer.put_run(self._states, i, state)
+            recorder.copy_metrics(trunk.recorders[parent], trunk.step)
+            bad_step = int(state.nonfinite_step)
+            if bad_step >= 0 and recorder.open and self._config.train.on_nonfinite == "stop":
+                recorder.fail(bad_step)
+                self._run_ended()
+        self._start_at(trunk.step)
+        self.waiting_for_trunk = False
+        self._save()
+        self.finish_saving()
 
-def _run_steps(trainer, state, start, steps, stream, placement, checkpoints, directory):
-    """Steps `start` to `steps`. The host waits for a step only when the next one has been
-    dispatched: the device never idles, and never holds more than two batches."""
-    config = trainer.config
-    batches = placement.place_all(stream.batches(start, placement.rows)) if start < steps else None
-    resampling = resample.steps(config)
-    meter = _Meter(config, start, steps, directory)
-    before = None  # (step, its metrics, whether to log them): dispatched, not waited for
-    saving = PROGRESS.saved  # the step whose checkpoint may still be being written
-    with Preemption() as preemption, meter:
-        for step in range(start + 1, steps + 1):
-            batch = next(batches)
-            PROGRESS.begin(step)
-            state, metrics = trainer.step(state, batch)
-            if step in resampling:
-                PROGRESS.rest()
-                state = resample.resample(trainer, state, step, stream, placement)
-            if before:
-                meter.done(*before)
-            stop = preemption.reached(step)
-            save = stop or step == steps or step % config.train.checkpoint_every == 0
-            before = (step, metrics, save or step % config.train.log_every == 0)
-            if save:
-                meter.done(*before)  # raises if the state is not one to save
-                before = None
-                PROGRESS.rest()
-                directory.flush()
-                checkpoints.save(state, step)
-                PROGRESS.saved, saving = saving, step  # the one before has been written
-            if stop:
-                checkpoints.finish()
-                raise PreemptedError(step)
-    return state
+    def get_run(self, i: int) -> TrainState:
+        """Returns the state of run `i`, as that of the run alone."""
+        return self._trainer.get_run(self._states, i)
 
+    def advance(self, rows: jax.Array) -> None:
+        """Dispatches a step, then waits for the one before: the device never idles, and never
+        holds more than two batches."""
+        if self._logged is None:
+            self._progress.rest()  # it compiles
+        self._states, metrics = self._trainer.step(self._states, rows)
+        self.step += 1
+        if self.step in self._resampling:
+            self._resample()
+        self.await_step()
+        log = self.step % self._config.train.log_every == 0
+        self._pending = (self.step, metrics, log)
 
-class _Meter:
-    """Progress for the user and metrics.jsonl, from a logged step's metrics."""
+    def maybe_save(self, stop: bool) -> None:
+        """Saves after a step where that is due, or where the program stops."""
+        every = self._config.train.checkpoint_every
+        if stop or self.step == self.steps or self.step % every == 0:
+            self._pending = (*self._pending[:2], True)
+            self.await_step()  # ends the runs whose states are not ones to save
+            self._save()
 
-    def __init__(self, config: Config, start: int, steps: int, directory: RunDirectory):
-        self._config = config
-        self._directory = directory
-        self._steps = steps
-        self._last = None  # (step, time) of the last log line
-        on_terminal = sys.stderr.isatty() and jax.process_index() == 0
-        self._bar = tqdm.tqdm(
-            total=steps, initial=start, unit="step", desc="train", disable=not on_terminal
-        )
-        self._next_line = 0.0
-
-    def __enter__(self) -> "_Meter":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._bar.close()
-
-    def done(self, step: int, metrics: dict[str, jax.Array], log: bool) -> None:
-        """Waits for a step, counts it, and logs it if asked to."""
-        jax.block_until_ready(metrics)
-        PROGRESS.end(step)
-        self._bar.update()
-        if self._last is None:  # the first step compiled; the rate is of the others
-            self._last = (step, time.monotonic())
-        if log:
-            self._log(step, metrics)
-
-    def _log(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
-        bad_step = values.pop("nonfinite_step")
-        if bad_step >= 0:
-            self._report_nonfinite(bad_step)
-        last_step, last_time = self._last
-        now = time.monotonic()
-        seconds = max(now - last_time, 1e-9)
-        self._last = (step, now)
-        steps_per_second = (step - last_step) / seconds if step > last_step else None
-        line = metrics_line(self._config, step, values, steps_per_second)
-        self._directory.log(line)
-        shown = {name: f"{values[name]:.4g}" for name in ("loss", "fvu", "l0", "dead_fraction")}
-        self._bar.set_postfix(shown, refresh=False)
-        due = now > self._next_line or step == self._steps
-        if due and self._bar.disable and is_writer():
-            self._next_line = now + 10
-            text = " ".join(f"{name} {value}" for name, value in shown.items())
-            rate = line["tokens_per_second"] or 0
-            logging.info("step %d/%d %s %.0f tokens/s", step, self._steps, text, rate)
-
-    def _report_nonfinite(self, step: int) -> None:
-        if self._config.train.on_nonfinite == "skip":
-            logging.log_first_n(
-                logging.WARNING, "step %d gave a non-finite loss and was skipped", 1, step + 1
-            )
+    def await_step(self) -> None:
+        """Waits for the step that was dispatched last, and logs it if it is one to log."""
+        if self._pending is None:
             return
-        raise NonFiniteError(
-            f"the loss or its gradient became NaN or infinite at step {step + 1}; the last "
-            f"checkpoint in {self._directory.path} is intact. Lower optimizer.learning_rate, or "
-            "set train.on_nonfinite=skip to leave out such steps, in a new --workdir"
+        step, metrics, log = self._pending
+        self._pending = None
+        jax.block_until_ready(metrics)
+        self._progress.end(step)
+        now = time.monotonic()
+        if self._logged is None:  # the first step compiled; the rate is of the others
+            self._logged = (step, now)
+        if not log:
+            return
+        last_step, last_time = self._logged
+        rate = (step - last_step) / max(now - last_time, 1e-9) if step > last_step else None
+        self._logged = (step, now)
+        values = {name: np.reshape(v, -1) for name, v in jax.device_get(metrics).items()}
+        for i, recorder in enumerate(self.recorders):
+            if not recorder.open:
+                continue
+            if values["nonfinite_step"][i] >= 0:
+                self._check()
+            recorder.log(step, {name: v[i].item() for name, v in values.items()}, rate)
+            if not recorder.open:
+                self._run_ended()
+
+    def finish_saving(self) -> None:
+        """Waits until the last checkpoints are written."""
+        for recorder in self.open_recorders:
+            recorder.finish_saving()
+        self._progress.saved = self._saving
+
+    def end(self) -> None:
+        """Evaluates all runs on held-out rows and writes their results."""
+        self._progress.rest()
+        self.finish_saving()
+        means = self._data.heldout_means(lambda rows: self._trainer.evaluate(self._states, rows))
+        seconds = time.monotonic() - self._began
+        for i, recorder in enumerate(self.recorders):
+            if recorder.open:
+                own = {n: v and np.reshape(v, -1)[i].item() for n, v in means.items()}
+                state = self.get_run(i)
+                result = make_result(self._trainer.trainers[i], state, own, seconds)
+                self._check()
+                recorder.end(result, state)
+                self._run_ended()
+        self._states = None
+
+    def close(self) -> None:
+        for recorder in self.recorders:
+            recorder.close()
+
+    def _start_at(self, step: int) -> None:
+        self.step = step
+        for recorder in self.open_recorders:
+            recorder.start(step)
+
+    def _save(self) -> None:
+        self._progress.rest()
+        self._check()
+        for i, recorder in enumerate(self.recorders):
+            if recorder.open and self.step not in recorder.checkpoint_steps:
+                recorder.save(self.get_run(i), self.step)
+        self._progress.saved, self._saving = self._saving, self.step  # that before is written
+
+    def _resample(self) -> None:
+        self._progress.rest()
+        for i, trainer in enumerate(self._trainer.trainers):
+            state = resample.resample(
+                trainer, self.get_run(i), self.step, self._data.stream, self._data.placement
+            )
+            self._states = self._trainer.put_run(self._states, i, state)
+
+
+def train_packs(
+    packs: Sequence[PackInTraining], data: TrainingData, name: str, progress: Progress
+) -> None:
+    """Trains packs, trunks before their branches, until every run has ended, from where they were.
+
+    Raises PreemptedError after SIGTERM, when all runs are saved at one step."""
+    _restore(packs)
+    active = [pack for pack in packs if pack.until]
+    for pack in active:
+        if pack.step == pack.steps:  # all but the results was there
+            pack.end()
+    if all(pack.step >= pack.until for pack in active):
+        return
+    first = min(pack.step for pack in active if not pack.waiting_for_trunk)
+    last = max(pack.until for pack in active)
+    done = sum(pack.start if pack.waiting_for_trunk else pack.step for pack in active)
+    batches = data.batches(first)
+    with Preemption() as preemption, TrainingBar(name, done, sum(p.until for p in active)) as bar:
+        for step in range(first, last):
+            rows = _next(batches, step)
+            for branch in active:
+                if branch.waiting_for_trunk and branch.start == step:
+                    branch.branch_from_trunk()
+            # Those that are ahead wait until the batches have come to them.
+            moving = [p for p in active if not p.waiting_for_trunk and p.step == step < p.until]
+            progress.begin(step + 1)
+            for pack in moving:
+                pack.advance(rows)
+            stop = preemption.reached(step + 1)
+            for pack in moving:
+                pack.maybe_save(stop)
+            bar.advance(len(moving), _last_line(packs))
+            if stop:
+                for pack in moving:
+                    pack.finish_saving()
+                raise PreemptedError(step + 1)
+            for pack in moving:
+                if pack.step == pack.steps:
+                    pack.end()
+
+
+def _restore(packs: Sequence[PackInTraining]) -> None:
+    """Brings every pack to where it was. A branch that had not begun waits for its trunk, which
+    may have to go back for it."""
+    resume_steps = [pack.newest_common_step() for pack in packs]
+    for pack, resume_step in zip(packs, resume_steps, strict=True):
+        pack.waiting_for_trunk = bool(
+            pack.open_recorders and pack.trunk is not None and resume_step is None
         )
+    for pack in packs:
+        starts = [p.start for p in packs if p.waiting_for_trunk and p.trunk is pack]
+        pack.until = pack.steps if pack.open_recorders else max(starts, default=0)
+        if pack.until and not pack.waiting_for_trunk:
+            pack.begin(most=min(starts, default=None))
 
 
-def metrics_line(
-    config: Config, step: int, values: dict[str, float], steps_per_second: float | None
-) -> dict:
-    """A line of metrics.jsonl after `step` steps. Values that are not finite become null."""
-    tokens = step * config.data.batch_size
-    return {
-        "step": step,
-        "tokens": tokens,
-        **flops(config, tokens),
-        **{name: v if math.isfinite(v) else None for name, v in values.items()},
-        "tokens_per_second": steps_per_second and steps_per_second * config.data.batch_size,
-    }
-
-
-def flops(config: Config, tokens: int) -> dict[str, int]:
-    """Both accountings of a run's compute: `flops` 12 n d a token (6 n (d_in + d_out)), the
-    field's axis for every architecture, and `flops_executed`, what the step really does (recipes
-    of Gao et al.)."""
-    executed = saes.architecture(config.sae).flops_per_token(config.sae)
-    return {
-        "flops": 6 * config.sae.d_sae * (config.sae.d_in + config.sae.d_out) * tokens,
-        "flops_executed": executed * tokens,
-    }
-
-
-def run_id(config: Config) -> str:
-    """Hash of the resolved config without hardware."""
-    text = json.dumps(configs.identity(config), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def planned(config: Config) -> dict:
-    """What of a run's result its resolved config decides."""
-    tokens = config.train.tokens // config.data.batch_size * config.data.batch_size
-    return {
-        "run_id": run_id(config),
-        "architecture": config.sae.architecture,
-        "kind": config.sae.kind,
-        "d_in": config.sae.d_in,
-        "d_sae": config.sae.d_sae,
-        "k": config.sae.k,
-        "sparsity_coefficient": config.sae.sparsity_coefficient,
-        "seed": config.train.seed,
-        "lr": config.optimizer.learning_rate,
-        "tokens": tokens,
-        **flops(config, tokens),
-    }
-
-
-def make_result(
-    trainer: Trainer, state: TrainState, means: dict[str, float | None], seconds: float
-) -> dict:
-    """The content of result.json of a run that ended in `state`. means: on held-out rows."""
-    dead = trainer.dead(state)
-    return {
-        **planned(trainer.config),
-        "sparsity_coefficient": _last_coefficient(trainer.config, state),
-        **means,
-        "dead_fraction": float(jnp.mean(dead.astype(jnp.float32))),
-        "wall_seconds": seconds,
-        "devices": jax.sharding.get_mesh().size,
-    }
-
-
-def _last_coefficient(config: Config, state: TrainState) -> float | None:
-    """The configured sparsity coefficient, or what it was adapted to."""
-    coefficient = config.sae.sparsity_coefficient
-    return coefficient and coefficient * math.exp(float(state.log_coefficient))
-
-
-def heldout_means(
-    evaluate: Callable[[jax.Array], dict[str, jax.Array]], heldout, mesh: jax.sharding.Mesh
-) -> dict:
-    """Means of what `evaluate` gives for batches, over up to 65,536 held-out rows: numbers, or
-    (runs,) arrays; None without held-out rows."""
-    names = ("eval_loss", "eval_fvu", "eval_l0")
-    if heldout is None:
-        return dict.fromkeys(names)
-    batch = heldout.batch_size
-    placement = BatchPlacement(mesh, batch)
-    count = max(1, min(heldout.steps_per_epoch, _EVAL_ROWS // batch))
-    batches = placement.place_all(heldout.batches(0, placement.rows))
-    means = jax.device_get([evaluate(next(batches)) for _ in range(count)])
-    return {name: np.mean([np.float64(m[name]) for m in means], axis=0).tolist() for name in names}
-
-
-def heldout_stream(config: Config, mesh) -> Stream | WorldStream | None:
-    """Held-out rows in batches of the training's size, or of what there is."""
-    if config.data.holdout_fraction == 0:
+def _last_line(packs: Sequence[PackInTraining]) -> dict | None:
+    """The last line of metrics where there is one run, which a progress bar shows."""
+    recorders = [recorder for pack in packs for recorder in pack.recorders]
+    if len(recorders) > 1:
         return None
-    unit = math.lcm(config.data.virtual_shards, mesh.shape["data"])
-    once = dataclasses.replace(config.data, epochs=1)
+    return recorders[0].last_line
+
+
+def _next(batches, step: int) -> jax.Array:
     try:
-        rows = open_stream(once, "heldout", unit).rows_per_epoch
-    except UserError as error:
+        return next(batches)
+    except StopIteration:
         raise UserError(
-            f"too few rows are held out to evaluate on ({error}); set data.holdout_fraction "
-            f"higher, now {config.data.holdout_fraction}, or to 0 for no evaluation"
-        ) from error
-    return open_stream(once, "heldout", min(config.data.batch_size, rows // unit * unit))
-
-
-def count_steps(config: Config, stream: Stream | WorldStream) -> int:
-    """The run's steps. UserError if the data does not hold as many."""
-    batch, tokens = config.data.batch_size, config.train.tokens
-    if tokens < batch:
-        raise UserError(f"train.tokens {tokens} is less than one batch of {batch}")
-    steps = tokens // batch
-    if steps > stream.num_steps:
-        need = -(-steps // stream.steps_per_epoch)
-        raise UserError(
-            f"train.tokens {tokens} is more than the {stream.num_steps * batch} training tokens "
-            f"that {config.data.store} gives in data.epochs={config.data.epochs}; harvest more, "
-            f"lower train.tokens, or set data.epochs={need} to see them again"
-        )
-    return steps
-
-
-def normalisation(config: Config, stream: Stream | WorldStream) -> tuple:
-    """What inputs and targets are multiplied by, from the data's statistics: one number for each
-    site, for a crosscoder's sites side by side (d_in,); and the variance of the targets after
-    that, summed over d_out."""
-    norms = np.asarray(stream.site_mean_squared_norms)
-    widths = np.asarray(stream.site_widths)
-    wanted = {"sqrt_d": widths, "unit": np.ones(len(widths)), "none": norms}
-    scales = np.sqrt(wanted[config.sae.normalize] / norms)
-    ends = np.cumsum(widths)[:-1]
-    means = np.array([np.sum(np.square(mean)) for mean in np.split(stream.mean, ends)])
-    variances = scales**2 * (norms - means)
-    if config.sae.kind == "crosscoder":
-        columns = np.repeat(scales, widths).astype(np.float32)
-        return columns, columns, float(variances.sum())
-    return float(scales[0]), float(scales[-1]), float(variances[-1])
-
-
-def initial_b_dec(config: Config, stream: Stream | WorldStream) -> np.ndarray:
-    """(d_out,) in the units of the targets."""
-    targets = slice(stream.width - config.sae.d_out, None)
-    if config.sae.b_dec_init == "zero":
-        return np.zeros(config.sae.d_out, np.float32)
-    if config.sae.b_dec_init == "mean":
-        return stream.mean[targets].astype(np.float32)
-    rows: list[np.ndarray] = []
-    for batch in stream.batches(prefetch=0):
-        rows.extend(batch[:, targets].astype(np.float32))
-        if len(rows) >= _MEDIAN_ROWS:
-            break
-    return geometric_median(np.stack(rows[:_MEDIAN_ROWS]))
+            f"the data ended after {step} batches, before the run did; give more rows, or lower "
+            "tokens"
+        ) from None

@@ -21,9 +21,10 @@ class Record:
     saved: int | None = None
     resting: bool = True
     trouble: bool = False
-    ended: bool = False  # with its work, or told of a verdict
+    ended: bool = False  # with its work
     code: int = 0
     text: str = ""
+    gone: bool = False  # its connection has closed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +46,25 @@ class Judge:
 
     def __call__(self, records: dict[int, Record], now: float) -> Verdict | None:
         records = {i: records.get(i) for i in range(self._count)}
-        return self._dead(records, now) or self._failed(records) or self._stuck(records, now)
+        return (
+            self._died(records)
+            or self._silent(records, now)
+            or self._failed(records)
+            or self._stuck(records, now)
+        )
 
-    def _dead(self, records: dict[int, Record | None], now: float) -> Verdict | None:
+    def _died(self, records: dict[int, Record | None]) -> Verdict | None:
+        died = {
+            i: record
+            for i, record in records.items()
+            if record and record.gone and not (record.ended or record.code)
+        }
+        if not died:
+            return None
+        text = f"{_names(died)} {_have(died)} died; {again(records)}"
+        return Verdict(EXIT_CODE, text, tuple(died))
+
+    def _silent(self, records: dict[int, Record | None], now: float) -> Verdict | None:
         suspicious = any(record and record.trouble for record in records.values())
         limit = min(SUSPICIOUS_SECONDS, self._heartbeat) if suspicious else self._heartbeat
         silent = {
@@ -58,7 +75,11 @@ class Judge:
         }
         if not silent:
             return None
-        return Verdict(EXIT_CODE, silence(silent, records), tuple(silent))
+        text = (
+            f"{_names({i: records[i] for i in silent})} {_have(silent)} not been heard of for "
+            f"{max(silent.values()):.0f} s: dead, stopped or cut off; {again(records)}"
+        )
+        return Verdict(EXIT_CODE, text, tuple(silent))
 
     def _failed(self, records: dict[int, Record | None]) -> Verdict | None:
         for i, record in records.items():
@@ -98,15 +119,6 @@ class Judge:
         if key not in self._last or self._last[key][0] != value:
             self._last[key] = (value, now)
         return now - self._last[key][1]
-
-
-def silence(ages: dict[int, float], records: dict[int, Record | None]) -> str:
-    """Says that processes have been silent for so many seconds."""
-    who = {i: records.get(i) for i in ages}
-    return (
-        f"{_names(who)} {_have(who)} not been heard of for {max(ages.values()):.0f} s: dead, "
-        f"stopped or cut off; {again(records)}"
-    )
 
 
 def _names(records: dict[int, Record | None]) -> str:

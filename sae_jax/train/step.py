@@ -37,7 +37,7 @@ class TrainState:
     """All that a run is, between two steps. The data's place is the step."""
 
     parameters: dict[str, jax.Array]  # float32; with mesh.zero spread over `data`,
-    optimizer: optax.OptState  # and so are the moments
+    optimizer: tuple  # the state of optax.chain; its moments are spread likewise
     idle_tokens: jax.Array  # (d_sae,) int32: tokens since the latent last fired
     scale: jax.Array  # float32: the inputs' normalisation; a crosscoder's (d_in,)
     target_scale: jax.Array  # float32: the targets'
@@ -70,6 +70,7 @@ class Trainer:
         extra_loss: ExtraLoss | None = None,
     ):
         self.config = config
+        self.steps = steps
         self._variance = variance
         self._k = k
         self._lengths = lengths or ScheduleSteps.from_config(config, steps)

@@ -13,6 +13,14 @@ from sae_jax.train.step import TrainState
 _MUST_AGREE = ("architecture", "kind", "d_sae", "d_in", "d_out", "apply_b_dec_to_input")
 
 
+def start_fresh(sae: SAE, state: TrainState) -> TrainState:
+    """Returns a fresh `state` with the directions of an SAE that `is_fresh`, in place of those that
+    the run drew. They are taken to be in the run's own units, as its own are, and b_dec stays what
+    the recipe computed from the data."""
+    names = state.parameters.keys() - {"b_dec"}
+    return _with_parameters(state, {name: np.asarray(sae.parameters()[name]) for name in names})
+
+
 def start_from(sae: SAE, config: Config, state: TrainState) -> TrainState:
     """A fresh `state` with the parameters of `sae`, in the run's units: the run's SAE is the same
     function of activations. Moments and counters are fresh, and k is the run's.
@@ -35,12 +43,19 @@ def start_from(sae: SAE, config: Config, state: TrainState) -> TrainState:
             f"{norms.min():.3g} to {norms.max():.3g}; add --config.sae.unit_norm_decoder=false"
         )
 
-    def placed(name: str, like: jax.Array) -> jax.Array:
-        value = values[name].astype(np.float32)
+    return _with_parameters(state, values)
+
+
+def _with_parameters(state: TrainState, values: dict[str, np.ndarray]) -> TrainState:
+    """`state` with the parameters in `values` replaced, each device holding its own share."""
+
+    def placed(name: str) -> jax.Array:
+        like, value = state.parameters[name], values[name].astype(np.float32)
         return jax.make_array_from_callback(like.shape, like.sharding, lambda index: value[index])
 
-    parameters = {name: placed(name, like) for name, like in state.parameters.items()}
-    return dataclasses.replace(state, parameters=parameters)
+    return dataclasses.replace(
+        state, parameters=state.parameters | {name: placed(name) for name in values}
+    )
 
 
 def _check(sae: SAE, config: Config) -> None:

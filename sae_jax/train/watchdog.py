@@ -1,11 +1,11 @@
-"""A watch over the processes of one program: whoever dies, hangs or fails ends all of them, soon,
-with one line on stderr that names it.
+"""A watch over the processes of one program. When one dies, hangs or fails, all others end soon,
+each with one line on stderr that names it.
 
     what happened                          what the others do
-    a process is killed or its host dies   name it after 5 s where a collective has raised an error
-                                           meanwhile (as on CPUs), else after --heartbeat_seconds
-    process 0 is killed                    name it within 5 s, after the trace that JAX prints
-    a process is stopped, or cut off       name it after --heartbeat_seconds
+    a process is killed                    name it within 2 s
+    process 0 is killed                    name it within 3 s, after the trace that JAX prints
+    a process is stopped, or cut off       name it after --heartbeat_seconds, or after 5 s where a
+                                           collective has raised an error meanwhile
     a step hangs                           name, after --watchdog_seconds, who has not begun it
     a process ends with an error           tell its error, and end with its exit code
     a process is told to stop (SIGTERM)    nothing here: all save at one step (`train.preemption`)
@@ -17,158 +17,178 @@ was stopped does not count. A step is timed from the end of the one before; comp
 evaluating are not timed; writing a checkpoint fails by itself after 20 minutes (30 to an object
 store).
 
-How: a thread of each process writes its record (host, pid, a beat, its steps) to the key-value
-store of jax.distributed once a second. Process 0 reads all records and judges; the others read its
-verdict, so that all tell the same. They judge process 0, with which the store dies, themselves.
-JAX's own heartbeat stays as a backstop. Where there is one process there is no store, and only its
-steps are watched. Nothing waits for a device.
+One thread of each process sends its record (host, pid, a beat, its steps) once a second
+(`train.peer_link`). Process 0 hears all records, judges (`train.peer_health`) and tells the others
+its verdict, so that all say the same. The others judge process 0. JAX's own heartbeat, which is
+slower, is there for what this misses. Where there is one process, only its steps are watched.
+Nothing waits for a device.
 """
 
+import asyncio
 import atexit
-import ctypes
+import contextlib
 import dataclasses
-import json
-import logging
 import os
-import signal
 import socket
-import sys
 import threading
 import time
 
-from jax._src import distributed  # the key-value store has no public name
-
 from sae_jax.errors import UserError
-from sae_jax.train.peer_health import (
-    INTERVAL,
-    SUSPICIOUS_SECONDS,
-    Judge,
-    Record,
-    Verdict,
-    again,
-    name,
-    silence,
-)
+from sae_jax.train.last_words import HeldAbort, exit_now, say
+from sae_jax.train.peer_health import INTERVAL, SUSPICIOUS_SECONDS, Judge, Record, Verdict, name
+from sae_jax.train.peer_link import PeerLink, open_link
 from sae_jax.train.preemption import EXIT_CODE, PreemptedError
+from sae_jax.train.progress import Progress
 
-_FAREWELL_SECONDS = 5.0  # for the others to hear a verdict before the store goes with process 0
-_KEY = "sae_jax/watchdog"
-
-
-class Progress:
-    """What the main thread tells of itself. As a context it notes an error on its way out, before
-    what closes files can hang because of it."""
-
-    def __init__(self):
-        self.begun = self.done = 0  # steps
-        self.saved: int | None = None  # the step of a checkpoint that is there
-        self.resting = True  # until a step ends, no clock runs
-        self.error: BaseException | None = None
-
-    def begin(self, step: int) -> None:
-        """The batch of `step` is there, and it is about to be dispatched."""
-        self.begun = step
-
-    def end(self, step: int) -> None:
-        self.done = step
-        self.resting = False
-
-    def rest(self) -> None:
-        """What comes next takes its time: the clock stands until a step ends."""
-        self.resting = True
-
-    def __enter__(self) -> "Progress":
-        self.error = None
-        return self
-
-    def __exit__(self, kind, error, *_) -> None:
-        if not isinstance(error, PreemptedError):
-            self.error = error
-
-
-PROGRESS = Progress()
+LOST = (
+    "another process of this program has died, or cannot be reached, before all were connected; "
+    "JAX's lines above may say which; start the same command again"
+)
+_FAREWELL_SECONDS = 5.0  # for the others to hear a verdict and end
+_ABORT_SECONDS = 2.0  # for JAX to abort this process after process 0 has died
 
 
 class Watchdog:
-    """The watch of this process. `store` is the client of the key-value store, None where there
-    is one process; `address` is where process 0 serves it.
+    """The watch of this process. It ends the process by os._exit where another has died or failed,
+    or a step hangs, because the main thread may be stuck in a collective for ever.
 
-    Ends the process by os._exit: its main thread may be stuck in a collective for ever."""
+    progress: what the main thread tells of itself. heartbeat, step: seconds after which a silent
+    process is dead, and a step stuck (0: never). link, abort: the connections to the other
+    processes, and what holds an abort of this one; None where there is one process."""
 
     def __init__(
-        self, heartbeat: float, step: float, store=None, me: int = 0, count: int = 1, address=""
+        self,
+        progress: Progress,
+        heartbeat: float,
+        step: float,
+        link: PeerLink | None = None,
+        abort: HeldAbort | None = None,
     ):
-        self._store, self._me, self._count, self._address = store, me, count, address
-        self._heartbeat = heartbeat
-        self._judge = Judge(count, heartbeat, step)
+        self._progress, self._link, self._abort = progress, link, abort
+        self._me, count = (link.me, link.count) if link else (0, 1)
+        self._others = set(range(1, count)) if self._me == 0 else {0}
+        # Process 0 judges all; the others judge process 0, whether it lives.
+        self._judge = Judge(count, heartbeat, step) if self._me == 0 else Judge(1, heartbeat, 0)
         self._own = Record(socket.gethostname(), os.getpid())
-        self._last_words: dict = {}  # fields of the record that the main thread does not tell
-        self._records: dict[int, Record] = {}
         self._verdict: Verdict | None = None
         self._clock = _Clock()
-        self._heard = 0.0  # when the store last answered
-        self._unreachable = False
-        self._sure = self._printed = False  # of this process's own error
         self._error_since: float | None = None
-        self._declared = threading.Event()
-        self._wake, self._told, self._off = (threading.Event() for _ in range(3))
-        self._threads = [threading.Thread(target=self._watch, name="watchdog", daemon=True)]
-        if store is not None:
-            talk = threading.Thread(target=self._talk, name="watchdog-beat", daemon=True)
-            self._threads.append(talk)
-            _delay_abort()
+        self._sure = self._printed = False  # of this process's error
+        self._ended = self._stopping = False
+        self._declared, self._released, self._all_ended = (threading.Event() for _ in range(3))
+        self._loop, self._awake = asyncio.new_event_loop(), asyncio.Event()
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def start(self) -> None:
-        for thread in self._threads:
-            thread.start()
+        """Begins to watch."""
+        self._thread.start()
 
     def end(self) -> None:
-        """Waits until all processes have done their work, then lets them go."""
-        PROGRESS.rest()
-        PROGRESS.error = None  # one that all have, and that ended the work in good order
-        self._tell(ended=True)
-        if self._store is not None:
-            self._store.wait_at_barrier(f"{_KEY}/ended", timeout_in_ms=2**31 - 1)
+        """Waits until all processes have done their work, then ends the watch."""
+        self._progress.rest()
+        self._progress.error = None  # one that all have, and that ended the work in good order
+        self._ended = True
+        self._wake()
+        self._all_ended.wait()
         self.stop()
 
     def stop(self) -> None:
-        self._off.set()
-        self._wake.set()
-        for thread in self._threads:
-            thread.join()
+        """Ends the watch."""
+        self._stopping = True
+        self._wake()
+        self._thread.join()
 
     def fail(self, error: BaseException) -> None:
         """Tells the others of an error that ends this process, to be printed when this returns.
         If another's death may be behind it this waits for the verdict, which ends the process."""
-        PROGRESS.error = error
+        self._progress.error = error
         told = isinstance(error, (PreemptedError, KeyboardInterrupt))
         self._sure = told or (isinstance(error, UserError) and error.__cause__ is None)
-        self._wake.set()
+        self._wake()
         self._declared.wait(4 * _FAREWELL_SECONDS)
         self._printed = True
+        # Instead of JAX's orderly end, which would wait for those that are stuck.
         atexit.register(self._leave, exit_code(error))
 
     def _leave(self, code: int) -> None:
-        """Instead of JAX's orderly end, which would wait for those that are stuck."""
-        if self._me == 0 and self._verdict is not None:
-            self._await_others()
-        _exit(code)
+        self._released.wait(_FAREWELL_SECONDS)
+        exit_now(code)
 
-    # ------------------------------------------------------------------ the thread that judges
+    def _wake(self) -> None:
+        self._loop.call_soon_threadsafe(self._awake.set)
 
-    def _watch(self) -> None:
-        while not self._off.wait(INTERVAL / 4):
-            now = self._clock.tick()
-            if self._declared.is_set():
-                self._hurry(now)
-            elif self._store is None:
-                self._obey(self._judge({0: self._record()}, now))
-            elif PROGRESS.error is not None and self._is_own_error(now):
-                self._declare(PROGRESS.error)
-            elif self._me == 0:
-                self._obey(self._judge(self._records, now) if self._records else None)
-            else:
-                self._obey(self._verdict or self._process_0_gone(now))
+    # ---------------------------------------------------------------------- the thread of the watch
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(self._watch())
+
+    async def _watch(self) -> None:
+        async with self._link or contextlib.nullcontext():
+            sent = -INTERVAL
+            while not self._stopping:
+                now = self._clock.tick()
+                if self._awake.is_set() or now - sent >= INTERVAL:
+                    self._awake.clear()
+                    sent = now
+                    self._send()
+                await self._look(now)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._awake.wait(), INTERVAL / 4)
+            await self._await_others()  # who must hear first that all have ended
+
+    def _send(self) -> None:
+        self._own = dataclasses.replace(
+            self._own,
+            beat=self._own.beat + 1,
+            begun=self._progress.begun,
+            done=self._progress.done,
+            saved=self._progress.saved,
+            resting=self._progress.resting,
+            trouble=self._progress.error is not None,
+            ended=self._ended,
+        )
+        if self._link:
+            verdict = self._verdict and dataclasses.asdict(self._verdict)
+            message = {
+                "record": dataclasses.asdict(self._own),
+                "verdict": verdict,
+                "all_ended": self._all_ended.is_set(),
+            }
+            self._link.send(message, but=self._verdict.silent if self._verdict else ())
+
+    async def _look(self, now: float) -> None:
+        records = self._records()
+        heard = self._link.heard.get(0, {}) if self._link else {}
+        if self._declared.is_set():
+            if heard.get("verdict") or self._others <= self._link.gone:
+                self._released.set()
+            self._hurry(now)
+        elif self._link and self._progress.error is not None and self._is_own_error(now):
+            self._declare(self._progress.error)
+        elif heard.get("verdict"):
+            await self._obey(Verdict(**heard["verdict"]))
+        elif heard.get("all_ended") or self._all_have_ended(records):
+            self._all_ended.set()
+            self._send()
+        elif verdict := self._judge(records, now):
+            await self._obey(verdict)
+
+    def _records(self) -> dict[int, Record]:
+        """The newest of each process whose records come here."""
+        heard = self._link.heard if self._link else {}
+        records = {
+            i: Record(**message["record"] | {"gone": i in self._link.gone})
+            for i, message in heard.items()
+        }
+        return records | {self._me: self._own}
+
+    def _all_have_ended(self, records: dict[int, Record]) -> bool:
+        return (
+            self._me == 0
+            and len(records) == len(self._others) + 1
+            and (all(record.ended for record in records.values()))
+        )
 
     def _is_own_error(self, now: float) -> bool:
         """Whether nobody's death is behind it: that would be known by now."""
@@ -178,111 +198,67 @@ class Watchdog:
 
     def _declare(self, error: BaseException) -> None:
         self._error_since = self._clock.now
-        code, text = exit_code(error), str(error) or type(error).__name__
+        text = (str(error) or type(error).__name__)[:4000]
+        self._own = dataclasses.replace(self._own, code=exit_code(error), text=text)
         if self._me == 0:
-            self._verdict = Verdict(code, f"{name(0, self._own)} ended: {text}")
-        self._tell(code=code, text=text)
+            self._verdict = Verdict(self._own.code, f"{name(0, self._own)} ended: {text}")
+        self._send()
         self._declared.set()
 
     def _hurry(self, now: float) -> None:
         """The main thread may be stuck in closing what its error left open."""
         if now - self._error_since > 2 * _FAREWELL_SECONDS:
             if not self._printed:
-                _say(self._own.text)
-            _exit(self._own.code)
+                say(self._own.text)
+            exit_now(self._own.code)
 
-    def _process_0_gone(self, now: float) -> Verdict | None:
-        """The store is served by process 0."""
-        silent = now - self._heard
-        records = self._records | {self._me: self._own}
-        if silent > self._heartbeat:
-            return Verdict(EXIT_CODE, silence({0: silent}, records))
-        late = silent > 2 * INTERVAL  # JAX locks the store when it gives up
-        if (late or self._unreachable) and not _answers(self._address):
-            text = f"{name(0, records.get(0))} has died; {again(records)}"
-            return Verdict(EXIT_CODE, text)
-        return None
-
-    def _obey(self, verdict: Verdict | None) -> None:
-        if verdict is None:
-            return
-        _say(verdict.text)
+    async def _obey(self, verdict: Verdict) -> None:
+        """Says the verdict, passes it on, and ends this process."""
+        if self._me != 0 and 0 in self._link.gone:
+            self._abort.begun.wait(_ABORT_SECONDS)  # JAX's trace comes first, not in between
+        say(verdict.text)
         self._verdict = verdict
-        self._tell(ended=True)
-        if self._me == 0:
-            self._await_others()
-        _exit(verdict.code)
+        self._send()
+        await self._await_others()
+        exit_now(verdict.code)
 
-    def _await_others(self) -> None:
-        """Until they have heard of it, or are past hearing."""
+    async def _await_others(self) -> None:
+        """On process 0: until all have left, or are past hearing."""
         deadline = time.monotonic() + _FAREWELL_SECONDS
-        while time.monotonic() < deadline and self._store is not None:
-            others = set(range(1, self._count)) - set(self._verdict.silent)
-            records = map(self._records.get, others)
-            if all(record and (record.ended or record.code) for record in records):
-                return
-            self._wake.set()
-            time.sleep(INTERVAL / 4)
-
-    # ------------------------------------------------- the thread that talks, which may be stuck
-
-    def _talk(self) -> None:
-        while not self._off.is_set():
-            self._wake.clear()
-            own = self._record()
-            try:
-                self._exchange(own)
-                self._heard, self._unreachable = self._clock.now, False
-                if own.ended or own.code:
-                    self._told.set()
-            except RuntimeError:  # JaxRuntimeError: what it means the other thread finds out
-                self._unreachable = True
-            self._wake.wait(INTERVAL)
-
-    def _exchange(self, own: Record) -> None:
-        key = f"{_KEY}/records/{self._me}"
-        self._store.key_value_set(key, json.dumps(dataclasses.asdict(own)), allow_overwrite=True)
-        if self._me == 0:
-            self._records = self._read("records", Record)
-            if self._verdict is not None:
-                text = json.dumps(dataclasses.asdict(self._verdict))
-                self._store.key_value_set(f"{_KEY}/verdict/0", text, allow_overwrite=True)
-            return
-        if 0 not in self._records:  # who it is, for when it cannot be asked any more
-            self._records = self._read("records", Record)
-        self._verdict = self._read("verdict", Verdict).get(0)
-
-    def _read(self, what: str, kind: type) -> dict:
-        pairs = self._store.key_value_dir_get(f"{_KEY}/{what}/")
-        return {int(key.rpartition("/")[2]): kind(**json.loads(value)) for key, value in pairs}
-
-    def _record(self) -> Record:
-        self._own = dataclasses.replace(
-            self._own,
-            beat=self._own.beat + 1,
-            begun=PROGRESS.begun,
-            done=PROGRESS.done,
-            saved=PROGRESS.saved,
-            resting=PROGRESS.resting,
-            trouble=PROGRESS.error is not None,
-            **self._last_words,
-        )
-        return self._own
-
-    def _tell(self, **last_words) -> None:
-        """Changes the record and waits, for a moment, until the store has it."""
-        self._last_words |= last_words
-        if self._store is not None:
-            self._told.clear()
-            self._wake.set()
-            self._told.wait(INTERVAL)
+        silent = set(self._verdict.silent) if self._verdict else set()
+        while (
+            self._me == 0
+            and not self._others <= self._link.gone | silent
+            and time.monotonic() < deadline
+        ):
+            await asyncio.sleep(INTERVAL / 20)
 
 
-def of_this_program(heartbeat: float, step: float) -> Watchdog:
-    """The watch of this process among those that jax.distributed has joined."""
-    program = distributed.global_state
-    store, address = program.client, program.coordinator_address
-    return Watchdog(heartbeat, step, store, program.process_id, program.num_processes, address)
+def of_this_program(
+    progress: Progress,
+    heartbeat: float,
+    step: float,
+    abort: HeldAbort,
+    host: str | None,
+    port: int,
+) -> Watchdog:
+    """Returns the watch of this process among those that jax.distributed has joined. It connects
+    them: all call it. abort: was made before they were joined, with LOST for its last words. host,
+    port: where process 0 listens, as `peer_link.open_link` has them.
+
+    Raises UserError if they cannot be connected. If one dies meanwhile the others end, with exit
+    code 75 and LOST: which one it was is not known yet."""
+    try:
+        link = open_link(host, port)
+    except UserError as error:
+        abort.last_words = None
+        atexit.register(exit_now, exit_code(error))  # JAX's end would wait for the others
+        raise
+    except RuntimeError as error:  # of the collective by which they meet
+        say(f"{LOST} ({str(error).splitlines()[0]})")
+        exit_now(EXIT_CODE)
+    abort.last_words = None
+    return Watchdog(progress, heartbeat, step, link, abort)
 
 
 class _Clock:
@@ -300,43 +276,10 @@ class _Clock:
         return self.now
 
 
-def _answers(address: str) -> bool:
-    """Whether something listens there. A host that is silent may be alive: True."""
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=INTERVAL).close()
-    except ConnectionError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def _delay_abort() -> None:
-    """When process 0 dies JAX aborts the others within milliseconds, and says "another task died".
-    With C's `sleep` as the handler of SIGABRT, the thread that aborts first sleeps for as many
-    seconds as the signal has for a number, 6: time for this watch to say which one it was."""
-    c = ctypes.CDLL(None)
-    c.signal.argtypes, c.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
-    c.signal(signal.SIGABRT, ctypes.cast(c.sleep, ctypes.c_void_p))
-
-
 def exit_code(error: BaseException) -> int:
-    """What `sae-jax` ends with after an error."""
+    """Returns what `sae-jax` ends with after an error."""
     if isinstance(error, PreemptedError):
         return EXIT_CODE
     if isinstance(error, KeyboardInterrupt):
         return 130
     return 2 if isinstance(error, (UserError, OSError)) else 1
-
-
-def _say(text: str) -> None:
-    line = f"sae-jax: {' '.join(text.split())}\n"
-    sys.stderr.write("\n" + line if sys.stderr.isatty() else line)
-
-
-def _exit(code: int) -> None:
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

@@ -1,4 +1,4 @@
-"""Synthetic worlds: activations whose features are known, named where a store is."""
+"""Synthetic worlds: activations whose features are known, for use wherever a store is named."""
 
 from sae_jax.activations.synthetic.kinds import KINDS, PREFIX
 from sae_jax.activations.synthetic.stream import WorldStream

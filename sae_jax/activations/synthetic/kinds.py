@@ -1,7 +1,7 @@
-"""The kinds of synthetic world: their settings, and what each makes of its features.
+"""The kinds of synthetic world: their settings, and the features that each makes.
 
 A world is named where a store is, "world:KIND,setting=value,...": the settings are the fields of
-the dataclasses below. To add a kind is one dataclass here and its line in KINDS.
+the dataclasses below. To add a kind is one dataclass here and its line in `KINDS`.
 """
 
 import dataclasses
@@ -13,28 +13,55 @@ from sae_jax.config import from_dict
 from sae_jax.errors import UserError, choose
 
 PREFIX = "world:"
-_MOST_SHARED = 0.95  # of a feature's variance in the copula: what the common factors explain
-_SIBLINGS = 0.8  # of a parent's rate: what its children's add up to at most
+_MOST_SHARED = 0.95  # the most of a feature's variance that the copula's factors may explain
+_MOST_OF_PARENT = 0.8  # the most that children's rates add up to, as a part of their parent's
 
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """What a world's rows are drawn from, for G features. A feature spans `dims` directions; with
-    1 its amount lies along its direction, with more on a sphere in their span."""
+    """What a world's rows are drawn from, for G features.
 
-    rates: np.ndarray  # (G,) probability that the feature fires on a row
-    magnitude_mean: np.ndarray  # (G,) of the amount before it is made positive
-    magnitude_std: np.ndarray  # (G,)
+    A feature spans `dims` directions. With one direction its amount lies along it, with more on a
+    sphere in their span.
+
+    Attributes:
+      rates: the probability (G,) that the feature fires on a row.
+      magnitude_mean: the mean (G,) of the feature's amount before it is made positive.
+      magnitude_std: the standard deviation (G,) of that amount.
+      dims: directions of a feature.
+      children: features (G, branching) that fire only together with this one; -1 stands for none.
+      exclusive: whether at most one child fires at a time.
+      loadings: the loadings (G, rank) of the factors that correlate the firings; None where firings
+        are independent.
+    """
+
+    rates: np.ndarray
+    magnitude_mean: np.ndarray
+    magnitude_std: np.ndarray
     dims: int = 1
-    children: np.ndarray | None = None  # (G, branching): features that fire only with it; -1: none
-    exclusive: bool = True  # at most one child at a time
-    loadings: np.ndarray | None = None  # (G, rank): correlation of the firings
+    children: np.ndarray | None = None
+    exclusive: bool = True
+    loadings: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Orthonormal:
-    """x = offset + sum_i z_i a_i q_i with orthonormal q_i, z_i ~ Bernoulli(p_i) independent,
-    p_i = rate * i^-(1 + alpha), and a_i = |N(magnitude, magnitude_std)|. `optimal_mse` is exact."""
+    """Settings of worlds with orthonormal features, whose best error is known exactly.
+
+    A row is x = offset + sum_i z_i a_i q_i with orthonormal q_i, independent z_i ~ Bernoulli(p_i)
+    with p_i = rate * i^-(1 + alpha), and `a_i = |N(magnitude, magnitude_std)|`.
+
+    Attributes:
+      width: the width of a row.
+      features: the number of features, at most the width.
+      rate: the probability that the first feature fires.
+      alpha: how fast probabilities fall.
+      magnitude: the mean amount of a feature.
+      magnitude_std: the standard deviation of the amount.
+      offset: the norm of a constant that is added to every row.
+      sites: the number of sites, each with directions of its own for the same features.
+      seed: the seed of everything random.
+    """
 
     width: int = 64
     features: int = 64
@@ -42,11 +69,12 @@ class Orthonormal:
     alpha: float = 0.5
     magnitude: float = 1.0
     magnitude_std: float = 0.0
-    offset: float = 0.0  # norm of a constant added to every row
+    offset: float = 0.0
     sites: int = 1
     seed: int = 0
 
     def build(self) -> Features:
+        """Returns the world's features. Raises UserError where there are more than directions."""
         if self.features > self.width:
             raise UserError(
                 f"a world of orthonormal features has at most width={self.width} of them, not "
@@ -56,27 +84,51 @@ class Orthonormal:
         return Features(_power_law(self), mean, std)
 
     def directions(self, numbers: sampling.Numbers) -> np.ndarray:
+        """Returns orthonormal directions (features, width) of one site."""
         gaussian = numbers.normal(self.features * self.width).reshape(self.width, self.features)
         return np.linalg.qr(gaussian)[0].T
 
 
 @dataclasses.dataclass(frozen=True)
 class Superposition:
-    """More features than dimensions, in the manner of SynthSAEBench (arXiv:2602.14687): unit
-    directions made nearly orthogonal; rates that fall as i^-exponent, rescaled to
-    [min_rate, max_rate]; amounts |N(mean_i, std_i)|, the mean linear in i from `magnitude` to
-    `last_magnitude` and std_i = |N(magnitude_std, std_spread)|.
+    """Settings of worlds with more features than dimensions, as in SynthSAEBench
+    (arXiv:2602.14687).
 
-    With `roots` above 0 the first features form trees, level by level: each feature of a level has
-    `branching` children in the next, `depth` levels of children in all, and a child fires only
-    where its parent does, at most one child at a time if `exclusive`. With `correlation_rank`
-    above 0 the firings of all features without a parent follow a Gaussian copula with loadings
-    N(0, correlation_scale) on so many factors. Every feature fires with its rate all the same:
-    unlike SynthSAEBench, which lets a child fire rarer for each ancestor, unless it compensates.
-    Rates of siblings that add up to more than 0.8 of their parent's are lowered to that.
+    With `roots` above 0 the first features form trees, level by level. A child fires only where its
+    parent does. With `correlation_rank` above 0 the firings of all features without a parent follow
+    a Gaussian copula with so many factors.
 
-    SynthSAEBench-16k: width=768,features=16384,min_rate=5e-4,max_rate=0.4,roots=128,branching=4,
-    depth=3,correlation_rank=25,offset=0.5."""
+    Every feature fires with its rate all the same. This is unlike SynthSAEBench, which lets a child
+    fire rarer for each ancestor, unless it compensates. Rates of siblings that add up to more than
+    0.8 of their parent's are lowered to that.
+
+    The settings of SynthSAEBench-16k are
+
+        width=768,features=16384,min_rate=5e-4,max_rate=0.4,roots=128,branching=4,depth=3,
+        correlation_rank=25,offset=0.5
+
+    Attributes:
+      width: the width of a row.
+      features: the number of features.
+      min_rate: the probability that the last feature fires.
+      max_rate: the probability that the first feature fires.
+      exponent: rates fall as i^-exponent, rescaled to [min_rate, max_rate].
+      magnitude: the mean amount of the first feature.
+      last_magnitude: the mean amount of the last one; those between are linear.
+      magnitude_std: the amount of feature i is `|N(mean_i, std_i)|`, where std_i is
+        `|N(magnitude_std, std_spread)|`.
+      std_spread: the spread of std_i over features.
+      orthogonalise: whether the unit directions are made nearly orthogonal; else they are random.
+      roots: the number of trees.
+      branching: the children of each feature in a tree.
+      depth: the levels of children.
+      exclusive: whether at most one child fires at a time.
+      correlation_rank: the number of factors.
+      correlation_scale: the standard deviation of their loadings.
+      offset: the norm of a constant that is added to every row.
+      sites: the number of sites, each with directions of its own for the same features.
+      seed: the seed of everything random.
+    """
 
     width: int = 64
     features: int = 256
@@ -87,7 +139,7 @@ class Superposition:
     last_magnitude: float = 4.0
     magnitude_std: float = 0.5
     std_spread: float = 0.5
-    orthogonalise: bool = True  # else directions are random
+    orthogonalise: bool = True
     roots: int = 0
     branching: int = 4
     depth: int = 3
@@ -99,6 +151,9 @@ class Superposition:
     seed: int = 0
 
     def build(self) -> Features:
+        """Returns the world's features. Raises UserError for settings that contradict each
+        other.
+        """
         if not 0 < self.min_rate <= self.max_rate <= 1:
             raise UserError(
                 f"a world's rates need 0 < min_rate <= max_rate <= 1, not min_rate={self.min_rate},"
@@ -111,7 +166,7 @@ class Superposition:
         std = np.abs(self.magnitude_std + self.std_spread * numbers.normal(self.features))
         children = self._children() if self.roots else None
         if children is not None:
-            rates = _lower_children(rates, children)
+            rates = _limit_children(rates, children)
         return Features(
             rates,
             np.linspace(self.magnitude, self.last_magnitude, self.features),
@@ -122,10 +177,12 @@ class Superposition:
         )
 
     def directions(self, numbers: sampling.Numbers) -> np.ndarray:
+        """Returns unit directions (features, width) of one site."""
         draw = sampling.nearly_orthogonal if self.orthogonalise else sampling.unit_rows
         return draw(numbers, self.features, self.width)
 
     def _children(self) -> np.ndarray:
+        """Returns the children (features, branching) of each feature."""
         levels = [self.roots * self.branching**level for level in range(self.depth + 1)]
         if sum(levels) > self.features:
             raise UserError(
@@ -139,6 +196,7 @@ class Superposition:
         return children
 
     def _loadings(self) -> np.ndarray:
+        """Returns the loadings (features, rank) of the factors."""
         share = self.correlation_rank * self.correlation_scale**2
         if share >= _MOST_SHARED:
             raise UserError(
@@ -155,11 +213,24 @@ class Superposition:
 
 @dataclasses.dataclass(frozen=True)
 class Manifolds:
-    """Features that are circles (dims=2) or spheres in subspaces of their own: a feature that
-    fires puts a point uniform over its sphere of `radius`; p_i = rate * i^-(1 + alpha) (Michaud,
-    Gorton and McGrath 2025, the toy of "scaling laws of SAEs and feature manifolds"). The
-    subspaces are orthogonal where features * dims <= width, else nearly so; the directions of one
-    feature always are."""
+    """Settings of worlds whose features are circles or spheres in subspaces of their own.
+
+    A feature that fires puts a point uniformly on its sphere. This is the toy model of Michaud,
+    Gorton and McGrath (2025), "Understanding sparse autoencoder scaling in the presence of feature
+    manifolds". The subspaces are orthogonal where features * dims <= width, and nearly so
+    elsewhere. The directions of one feature always are.
+
+    Attributes:
+      width: the width of a row.
+      features: the number of features.
+      dims: directions of a feature: 2 for circles.
+      rate: the probability that the first feature fires; it is rate * i^-(1 + alpha) for feature i.
+      alpha: how fast probabilities fall.
+      radius: the radius of every sphere.
+      offset: the norm of a constant that is added to every row.
+      sites: the number of sites, each with directions of its own for the same features.
+      seed: the seed of everything random.
+    """
 
     width: int = 64
     features: int = 32
@@ -172,6 +243,7 @@ class Manifolds:
     seed: int = 0
 
     def build(self) -> Features:
+        """Returns the world's features. Raises UserError for dims below 2 or above the width."""
         if self.dims < 2:
             raise UserError(
                 f"a world of manifolds needs dims of 2 or more, not dims={self.dims}; for "
@@ -186,6 +258,9 @@ class Manifolds:
         return Features(_power_law(self), radius, np.zeros(self.features), self.dims)
 
     def directions(self, numbers: sampling.Numbers) -> np.ndarray:
+        """Returns unit directions (features * dims, width) of one site, those of a feature
+        together.
+        """
         count = self.features * self.dims
         near = sampling.nearly_orthogonal(numbers, count, self.width)
         spans = near.reshape(self.features, self.dims, self.width).swapaxes(1, 2)
@@ -197,8 +272,11 @@ Kind = Orthonormal | Superposition | Manifolds
 
 
 def parse(spec: str) -> Kind:
-    """The settings of "world:KIND,setting=value,...". UserError for a kind, setting or value that
-    there is not, with the nearest right one."""
+    """Returns the settings that "world:KIND,setting=value,..." names.
+
+    Raises UserError for a kind, setting or value that does not exist, with the nearest one that
+    does.
+    """
     name, *assignments = spec.removeprefix(PREFIX).split(",")
     kind = KINDS[choose(name, KINDS, "the kind of world in data.store")]
     prefix = f"{PREFIX}{name},"
@@ -209,7 +287,7 @@ def parse(spec: str) -> Kind:
             raise UserError(f"{prefix}{field} has no value; write {field}=VALUE in data.store")
         if field in values:
             raise UserError(f"{prefix}{field} is given twice in data.store")
-        values[field] = _value(text)
+        values[field] = _parse_value(text)
     settings = from_dict(values, kind, prefix)
     for field, least in _LEAST.items():
         value = getattr(settings, field, least)
@@ -228,8 +306,10 @@ _LEAST = {
 }  # fmt: skip
 
 
-def _value(text: str):
-    """Text as what it looks like; `from_dict` says where that is not what the field takes."""
+def _parse_value(text: str):
+    """Returns text as the type that it looks like; `from_dict` says where that is not what the
+    field takes.
+    """
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     for number in (int, float):
@@ -241,16 +321,21 @@ def _value(text: str):
 
 
 def _power_law(kind: Orthonormal | Manifolds) -> np.ndarray:
+    """Returns rates (features,) that fall as a power of the feature's number."""
     if not 0 < kind.rate <= 1:
         raise UserError(f"a world's rate is a probability above 0, not rate={kind.rate}")
     return kind.rate * np.arange(1, kind.features + 1) ** -(1 + kind.alpha)
 
 
-def _lower_children(rates: np.ndarray, children: np.ndarray) -> np.ndarray:
-    """`rates` with siblings' lowered, in proportion, to 0.8 of their parent's where they add up to
-    more. Parents come before their children, and theirs are final when these are looked at."""
+def _limit_children(rates: np.ndarray, children: np.ndarray) -> np.ndarray:
+    """Returns rates with those of siblings lowered to 0.8 of their parent's, where they add up to
+    more.
+
+    Siblings are lowered in proportion. Parents come before their children, so that a parent's rate
+    is final when its children are looked at.
+    """
     rates = rates.copy()
     for parent in np.flatnonzero(children[:, 0] >= 0):
         siblings = children[parent]
-        rates[siblings] *= min(1.0, _SIBLINGS * rates[parent] / rates[siblings].sum())
+        rates[siblings] *= min(1.0, _MOST_OF_PARENT * rates[parent] / rates[siblings].sum())
     return rates

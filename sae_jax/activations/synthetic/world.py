@@ -1,7 +1,7 @@
 """A world: rows of activations whose features, firings and best dictionary are known.
 
-Row `id` is a pure function of the world's spec and the id: rows are made in blocks of `BLOCK`,
-each from random numbers of its own, so any process can make any rows.
+A row is a pure function of the world's spec and the row's id. Rows are made in blocks of `BLOCK`,
+each from random numbers of its own, so that any process can make any rows.
 """
 
 import functools
@@ -13,20 +13,29 @@ import scipy.special
 from sae_jax.activations.synthetic import kinds, sampling
 from sae_jax.errors import UserError
 
-BLOCK = 512  # rows made together; part of what a world is
-_MOMENT_ROWS = 2**16  # sample for the second moment where it has no closed form
+BLOCK = 512  # rows made together; another number makes other worlds
+_MOMENT_ROWS = 2**16  # rows of a sample for the second moment where it has no closed form
 _MOMENT_FIRST = 2**62  # first row of that sample, which no stream reaches
 
 
 class World:
-    """World(spec), spec "world:KIND,setting=value,...": see `kinds`. UserError for a bad one.
+    """A synthetic source of activations whose features are known.
 
-    features: for each site (G * dims, width) float32 directions of norm 1, `dims` for a feature
-    rates: (G,) probability that a feature fires on a row
-    offsets: for each site (width,) float32, added to every row
+    Attributes:
+      spec: the world's name, "world:KIND,setting=value,...".
+      settings: its settings, one of the classes in `kinds`.
+      rates: the probability (G,) that a feature fires on a row.
+      dims: the directions of a feature.
+      num_features: the number G of features.
+      site_names: the names of the sites.
+      site_widths: their widths.
+      features: for each site, directions (G * dims, width) float32 of norm 1, those of a feature
+        together.
+      offsets: for each site, what is added to every row (width,) float32.
     """
 
     def __init__(self, spec: str):
+        """Makes the world that `spec` names. Raises UserError for a spec that names none."""
         self.spec = spec
         self.settings = kind = kinds.parse(spec)
         self._drawn = drawn = kind.build()
@@ -46,8 +55,14 @@ class World:
     # ------------------------------------------------------------------ rows
 
     def activations(self, ids) -> scipy.sparse.csr_array:
-        """What rows `ids` (n,) are made of: (n, G * dims) float32, a coordinate for each direction.
-        Zero where a feature does not fire, above zero where it does if dims is 1."""
+        """Returns what rows are made of: a coordinate for each direction, (n, G * dims) float32.
+
+        A coordinate is zero where the feature does not fire. Where it does and dims is 1, it is
+        above zero.
+
+        Args:
+          ids: the ids (n,) of the rows.
+        """
         ids = np.asarray(ids, np.int64)
         numbers, block = np.unique(ids // BLOCK, return_inverse=True)
         blocks = scipy.sparse.vstack([self._block(number) for number in numbers], format="csr")
@@ -56,7 +71,7 @@ class World:
         return blocks if whole else blocks[places]
 
     def magnitudes(self, activations: scipy.sparse.csr_array) -> scipy.sparse.csr_array:
-        """(n, G): how much of each feature there is in rows with these `activations`."""
+        """Returns how much (n, G) of each feature there is in rows with these `activations`."""
         if self.dims == 1:
             return activations
         groups = np.repeat(np.arange(self.num_features), self.dims)
@@ -67,28 +82,38 @@ class World:
         return squared
 
     def render(self, activations: scipy.sparse.csr_array, sites=None) -> np.ndarray:
-        """Rows (n, sum of the sites' widths) float32 of `activations`; sites: indices, or all."""
+        """Returns the rows (n, sum of the sites' widths) float32 of some activations.
+
+        Args:
+          activations: what the rows are made of, (n, G * dims).
+          sites: indices of sites; all by default.
+        """
         sites = range(len(self.site_names)) if sites is None else sites
         features = np.concatenate([self.features[site] for site in sites], axis=1)
         return activations @ features + np.concatenate([self.offsets[site] for site in sites])
 
     def sample(self, ids) -> tuple[scipy.sparse.csr_array, np.ndarray]:
-        """(activations (n, G * dims), rows (n, all sites' widths)) of the rows `ids` (n,)."""
+        """Returns the activations (n, G * dims) and the rows (n, all sites' widths) with the ids
+        `ids` (n,).
+        """
         activations = self.activations(ids)
         return activations, self.render(activations)
 
     # ---------------------------------------------------------- known answers
 
     def mean(self, site: int) -> np.ndarray:
-        """(width,) float64: the exact mean of the rows at a site."""
+        """Returns the exact mean (width,) float64 of the rows at a site."""
         amount = self._amount_moments()[0] if self.dims == 1 else 0.0
         shares = np.repeat(self.rates * amount, self.dims)
         return shares @ self.features[site].astype(np.float64) + self.offsets[site]
 
     @functools.cached_property
     def variances(self) -> tuple[float, ...]:
-        """E||x - mean||^2 at each site: exact where features fire independently, else of a fixed
-        sample of 65,536 rows."""
+        """The mean of ||x - mean||^2 at each site.
+
+        It is exact where features fire independently. Elsewhere it is that of a fixed sample of
+        65,536 rows.
+        """
         if self._independent:
             shares = self._coordinate_variances()
             return tuple(
@@ -104,18 +129,28 @@ class World:
 
     @property
     def has_optimum(self) -> bool:
+        """Whether `optimal_mse` is known."""
         return isinstance(self.settings, kinds.Orthonormal)
 
     def optimal_mse(self, n: int, rows: scipy.sparse.csr_array | None = None) -> float:
-        """The least E||x - x_hat||^2 of any decoder of n latents, for one site of a world of
-        orthonormal features: whatever the latents, x_hat lies in an affine space of dimension n,
-        and the covariance of x has the features for eigenvectors and var_i = Var(z_i a_i) for
-        eigenvalues; the sum of all but the n largest is reached by f_i = z_i a_i.
+        """Returns the least mean of ||x - x_hat||^2 that any decoder of n latents can reach, for
+        one site.
 
-        With the activations of given `rows`, the mean over these rows of what the best decoder
-        leaves, sum_i (z_i a_i - E z_i a_i)^2 over the features that it has no latent for: rare
-        features make a sample's figure differ from the population's by several percent. UserError
-        for a world without closed form."""
+        Whatever the latents, x_hat lies in an affine space of dimension n. The covariance of x has
+        the features for eigenvectors and var_i = Var(z_i a_i) for eigenvalues. So the least error
+        is the sum of all eigenvalues but the n largest, and f_i = z_i a_i reaches it.
+
+        Rare features make the figure of a sample differ from that of the population by several
+        percent. So for given rows the error is the mean over these rows of what the best decoder
+        leaves: sum_i (z_i a_i - E z_i a_i)^2 over the features for which it has no latent.
+
+        Args:
+          n: the number of latents.
+          rows: the activations of rows (m, G) that the error is for; by default it is for the
+            population.
+
+        Raises UserError for worlds other than of orthonormal features, which have no closed form.
+        """
         if not self.has_optimum:
             raise UserError(
                 f"the best error is known for world:orthonormal, not for {self.spec!r}: with more "
@@ -135,15 +170,17 @@ class World:
         return self._drawn.children is None and self._drawn.loadings is None
 
     def _coordinate_variances(self) -> np.ndarray:
-        """(G * dims,) variance of each coordinate. On a sphere they have mean 0, no correlation and
-        equal shares of its squared radius."""
+        """Returns the variance (G * dims,) of each coordinate.
+
+        Coordinates on a sphere have mean 0, no correlation and equal shares of its squared radius.
+        """
         first, second = self._amount_moments()
         if self.dims == 1:
             return self.rates * second - (self.rates * first) ** 2
         return np.repeat(self.rates * second / self.dims, self.dims)
 
     def _amount_moments(self) -> tuple[np.ndarray, np.ndarray]:
-        """(G,) E a and E a^2 of a = |N(mean, std)| where the feature fires."""
+        """Returns E a and E a^2 (G,) of the amounts `a = |N(mean, std)|` of features that fire."""
         mean, std = self._drawn.magnitude_mean, self._drawn.magnitude_std
         safe = np.where(std > 0, std, 1.0)
         folded = std * np.sqrt(2 / np.pi) * np.exp(-((mean / safe) ** 2) / 2)
@@ -153,6 +190,7 @@ class World:
     # -------------------------------------------------------------- sampling
 
     def _make_block(self, number: int) -> scipy.sparse.csr_array:
+        """Returns the activations of a block of rows."""
         numbers = sampling.Numbers(self.settings.seed, sampling.ROWS, int(number))
         row, feature = self._firings(numbers)
         amount = self._drawn.magnitude_mean[feature]
@@ -170,7 +208,7 @@ class World:
         return block
 
     def _firings(self, numbers: sampling.Numbers) -> tuple[np.ndarray, np.ndarray]:
-        """(row, feature) of every firing in a block."""
+        """Draws the row and the feature of every firing in a block."""
         top = self._top_level
         if self._drawn.loadings is None:
             row, index = sampling.bernoulli(numbers, self.rates[top], BLOCK)
@@ -188,7 +226,7 @@ class World:
         return np.concatenate(rows), np.concatenate(features)
 
     def _children_of(self, numbers, row, feature) -> tuple[np.ndarray, np.ndarray]:
-        """(row, feature) of the children that fire, given their parents' firings."""
+        """Draws the children that fire, as (row, feature), given the firings of their parents."""
         children = self._drawn.children
         has_children = children[feature, 0] >= 0
         row, feature = row[has_children], feature[has_children]
@@ -203,14 +241,14 @@ class World:
 
     @functools.cached_property
     def _top_level(self) -> np.ndarray:
-        """Features without a parent."""
+        """The features without a parent."""
         children = self._drawn.children
         every = np.arange(self.num_features)
         return every if children is None else np.setdiff1d(every, children)
 
     @functools.cached_property
     def _child_shares(self) -> np.ndarray:
-        """(G, branching): probability of each child given its parent."""
+        """The probability (G, branching) of each child given its parent."""
         children = self._drawn.children
         shares = self.rates[children] / self.rates[:, None]
         return np.where(children >= 0, shares, 0.0)

@@ -1,11 +1,14 @@
-"""What people do without a package: transformers' model, forward hooks, copies to the host."""
+"""A harvest as people do it without a package: transformers' model, forward hooks, copies to the
+host."""
 
+import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Callable
 
 import numpy as np
 
+from sae_jax import lm
+from sae_jax.bench.harvest import Contestant
 from sae_jax.errors import UserError
 
 _ATTENTION = ("self_attn", "attn", "attention")
@@ -13,13 +16,13 @@ _LAST_MATRIX = ("down_proj", "c_proj", "dense_4h_to_h")
 
 
 def forward_to_host(
-    model, sites: tuple[str, ...], tokens_NxT: np.ndarray, batch: int
-) -> tuple[Callable[[], None], dict[str, np.ndarray]] | None:
-    """(a function that fills the arrays, {site: float32 array (N, T, width)}), or None where torch
-    or transformers are not installed. model: an `lm.Model`. No layer after the last site runs.
-    UserError for a site that has no module of its own."""
+    model: lm.JaxModel, sites: tuple[str, ...], tokens_NxT: np.ndarray, batch: int
+) -> Contestant:
+    """Transformers' model of `model`'s directory, which fills float32 arrays (N, T, width) of the
+    host. No layer after the last site runs, and no logits are computed. UserError without torch
+    and transformers, and for a site that has no module of its own."""
     if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
-        return None
+        raise UserError('this needs torch and transformers: pip install "sae-jax[peers]"')
     # Its threads are not to spin while they wait, in the time of whoever comes next.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     import torch
@@ -56,7 +59,8 @@ def forward_to_host(
                 tokens = torch.from_numpy(tokens_NxT[start : start + batch].astype(np.int64))
                 theirs.base_model(tokens.to(device), use_cache=False)
 
-    return run, {site: tensor.numpy() for site, tensor in host.items()}
+    name = f"transformers {importlib.metadata.version('transformers')}"
+    return Contestant(name, run, {site: tensor.numpy() for site, tensor in host.items()})
 
 
 def _module_of(layer, name: str):

@@ -7,15 +7,12 @@ A peer that is not installed, or has no such architecture, is left out.
 import contextlib
 import importlib.metadata
 import os
-from collections.abc import Callable
 
-import numpy as np
-
-Step = Callable[[np.ndarray], None]
+from sae_jax.bench.step import Step
 
 
 def make_steps(architecture: str, batch: int, d_in: int, d_sae: int, k: int) -> dict[str, Step]:
-    """Steps by "package version", each taking a (batch, d_in) float32 array."""
+    """The installed peers' steps by "package version"; {} where none is installed."""
     makers = {"sae-lens": _sae_lens, "dictionary-learning": _dictionary_learning}
     if architecture == "topk":
         makers["eai-sparsify"] = _sparsify

@@ -1,7 +1,9 @@
 """How much of a synthetic world each architecture finds, beside the peers' own trainers.
 
-    python -m sae_jax.bench.worlds --out=worlds.json
-    python -m sae_jax.bench.worlds --architectures=topk,gated --seeds=11,12 --packages=sae-jax
+    python experiments/benchmarks/worlds_beside_peers.py --out=worlds.json
+    python experiments/benchmarks/worlds_beside_peers.py --architectures=topk,gated --seeds=11,12
+
+The peers need: pip install "sae-jax[peers]". Leave them out with --packages=sae-jax.
 
 Everyone trains on the same rows in the same order, with the same dictionary size, batch and
 number of steps. Each contestant tries as many settings on a tuning seed: every sparsity at the
@@ -19,9 +21,9 @@ import tempfile
 
 import numpy as np
 from absl import app, flags, logging
+from world_peers import OFFERED, Recipe, train_peer
 
 from sae_jax.activations import open_stream, write_store
-from sae_jax.bench.world_peers import OFFERED, Recipe, train_peer
 from sae_jax.config import (
     Config,
     DataConfig,
@@ -35,7 +37,7 @@ from sae_jax.interop import load
 from sae_jax.paths import save_json
 from sae_jax.sae import SAEConfig
 from sae_jax.sae.registry import by_name
-from sae_jax.train import train
+from sae_jax.train.run import train_run
 
 OURS = "sae-jax"
 LEARNING_RATES = (1e-2, 3e-3)
@@ -94,7 +96,7 @@ def run_ours(recipe: Recipe, world: World, workdir: pathlib.Path) -> Recovery:
         ),
         mesh=MeshConfig(data=1, model=1),
     )
-    train(config, workdir)
+    train_run(config, workdir)
     return measure_recovery(load(workdir), world.held_out)
 
 

@@ -1,0 +1,133 @@
+"""A store whose rows are arrays in memory: what `write_store` would make of them, without the
+files."""
+
+import dataclasses
+import hashlib
+import sys
+from collections.abc import Mapping, Sequence
+
+import ml_dtypes
+import numpy as np
+
+from sae_jax.activations import statistics
+from sae_jax.activations.store import FORMAT_VERSION, NONFINITE, PADDING, SiteMeta, StoreMeta
+from sae_jax.activations.writer import check_sites, layout
+from sae_jax.errors import UserError, choose
+
+_FLOATS = (np.float32, np.float16, ml_dtypes.bfloat16)
+
+
+class ArrayStore:
+    """Arrays (rows, width) in memory, to be read as a `Store` is.
+
+    `arrays` is one array, or {site: array} with the same number of rows each. Its rows come in the
+    order, and with the statistics, of the store that `write_store` would make of the arrays, so a
+    training on either is the same, bit for bit. Arrays of float32, float16 and bfloat16 are not
+    copied; other numbers become float32. Raises UserError for what has no two axes or no rows.
+    """
+
+    def __init__(self, arrays: np.ndarray | Mapping[str, np.ndarray]):
+        if not isinstance(arrays, Mapping):
+            arrays = {"activations": arrays}
+        self._arrays = {name: as_rows(name, x) for name, x in arrays.items()}
+        check_sites({name: x.shape[1] for name, x in self._arrays.items()})
+        counts = {name: len(x) for name, x in self._arrays.items()}
+        if len(set(counts.values())) > 1:
+            raise UserError(f"every site needs the same number of rows; got {counts}")
+        self.num_rows = next(iter(counts.values()))
+        if not self.num_rows:
+            raise UserError("the activations have no rows")
+        self.path = f"array:{_fingerprint(self._arrays)}"
+        self._excluded = np.zeros(self.num_rows, np.uint8)
+        for x in self._arrays.values():
+            self._excluded[~statistics.finite_rows(x)] |= NONFINITE
+        self.meta = self._describe()
+        chunks = np.arange(self.meta.num_chunks)
+        excluded = self.read_excluded(chunks)
+        counts = [(excluded == 0).sum(axis=1), (excluded & (NONFINITE | PADDING) == 0).sum(axis=1)]
+        self.usable_rows = np.stack(counts, axis=1).astype(np.int32)
+
+    def resolve_site(self, name: str = "") -> str:
+        """Returns `name` if there is that site; for "" the only one. UserError lists the sites."""
+        if not name and len(self._arrays) > 1:
+            raise UserError(f"there are several sites, choose one: {', '.join(self._arrays)}")
+        return choose(name, self._arrays, "the site") if name else next(iter(self._arrays))
+
+    def tokens(self) -> None:
+        """Returns None: it is not known which texts the rows belong to."""
+
+    def read_excluded(self, chunks) -> np.ndarray:
+        """Returns (len(chunks), chunk_rows) uint8, as `Store.read_excluded` does."""
+        out = np.full((len(chunks), self.meta.chunk_rows), PADDING, np.uint8)
+        self._copy_chunks(self._excluded, chunks, out)
+        return out
+
+    def read_chunks(self, sites: Sequence[str], chunks, outs: Sequence[np.ndarray]) -> None:
+        """Copies whole chunks of each site into its `out` (len(chunks), chunk_rows, width)."""
+        for site, out in zip(sites, outs, strict=True):
+            self._copy_chunks(self._arrays[site], chunks, out)
+
+    def read_rows(self, sites: Sequence[str], ids: np.ndarray, outs: Sequence[np.ndarray]) -> None:
+        """Copies rows `ids` (n,), in any order, of each site into its `out` (n, width)."""
+        for site, out in zip(sites, outs, strict=True):
+            out[...] = self._arrays[site][ids]
+
+    def _copy_chunks(self, values: np.ndarray, chunks, out: np.ndarray) -> None:
+        rows = self.meta.chunk_rows
+        for chunk, target in zip(chunks, out, strict=True):
+            there = values[chunk * rows : (chunk + 1) * rows]
+            target[: len(there)] = there
+
+    def _describe(self) -> StoreMeta:
+        sites = {name: SiteMeta(x.shape[1], x.dtype.name) for name, x in self._arrays.items()}
+        widest = max(sites.values(), key=lambda site: site.width)
+        chunk, shard = layout(widest, self.num_rows, 1)
+        used = self._excluded == 0
+        for name, x in self._arrays.items():
+            nonfinite = int((~statistics.finite_rows(x)).sum())
+            parts = [  # by the shards of a store, so that sums are rounded as there
+                statistics.site_sums(x[i : i + shard], used[i : i + shard, None], 0)
+                for i in range(0, self.num_rows, shard)
+            ]
+            sums = sum(parts[1:], start=parts[0])
+            mean, squared, rows = statistics.mean_and_squared_norm(sums, np.array([used.sum()]), [])
+            sites[name] = dataclasses.replace(
+                sites[name],
+                mean=mean.tolist(),
+                mean_squared_norm=squared,
+                rows_used=rows,
+                nonfinite_rows=nonfinite,
+            )
+        return StoreMeta(
+            format_version=FORMAT_VERSION,
+            complete=True,
+            context_length=1,
+            num_sequences=self.num_rows,
+            chunk_sequences=chunk,
+            shard_sequences=shard,
+            sites=sites,
+        )
+
+
+def as_rows(name: str, x) -> np.ndarray:
+    """Returns activations as an array (rows, width) of a float type that stores have; arrays of
+    such a type are not copied. `name` is what an error calls it. UserError for anything else."""
+    torch = sys.modules.get("torch")  # a tensor of torch's cannot be here without it
+    if torch is not None and isinstance(x, torch.Tensor):
+        x = x.detach().cpu()
+        x = x.float() if x.dtype == torch.bfloat16 else x  # NumPy has no such type
+    x = np.asarray(x)
+    if x.ndim != 2 or not (x.dtype in _FLOATS or x.dtype.kind in "fiu"):
+        raise UserError(
+            f"activations must be numbers (rows, width); {name} has shape {x.shape} of {x.dtype}"
+        )
+    return np.ascontiguousarray(x) if x.dtype in _FLOATS else np.ascontiguousarray(x, np.float32)
+
+
+def _fingerprint(arrays: Mapping[str, np.ndarray]) -> str:
+    """Tells arrays apart, so that a run is not resumed on others."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, x in arrays.items():
+        digest.update(f"{name} {x.shape} {x.dtype.name} ".encode())
+        digest.update(x.view(np.uint8))
+    return digest.hexdigest()

@@ -1,0 +1,162 @@
+"""A stream over arrays that come one after another, such as a generator that runs a model.
+
+Two windows of rows are in memory: the first, which the statistics and the held-out rows are taken
+from, and the one that batches are drawn from.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from sae_jax.activations import statistics
+from sae_jax.activations.arrays import ArrayStore, as_rows
+from sae_jax.activations.order import permutation
+from sae_jax.activations.stream import Stream
+from sae_jax.config import DataConfig
+from sae_jax.errors import UserError
+
+_MIN_WINDOW_ROWS = 65_536  # enough for the statistics and the geometric median
+_MOST_HELD_OUT = 65_536
+_WINDOW = 3  # what a permutation is for; `order` uses 0 to 2
+
+
+class IterableData:
+    """Rows of an iterable of arrays (rows, width), each of any number of rows.
+
+    The first `data.window_rows` rows (at least 65,536) are read at once. Where the iterable ends
+    within them it is simply an array (`ArrayStore`), to be shuffled, held out and read again as
+    one. A longer one is read once, in windows whose rows are shuffled; of the first window
+    `data.holdout_fraction` of the rows are held out. A run that is resumed reads the iterable from
+    its beginning again and drops what was done: the same rows in the same order give the same run.
+    """
+
+    def __init__(self, batches: Iterable, data: DataConfig, tokens: int | None):
+        """Reads the first window. `tokens` is how many rows the run will train on.
+
+        Raises UserError where the arrays do not fit together, or `tokens` is needed and missing."""
+        self._rows = _Rows(batches)
+        self._window_rows = max(data.window_rows, _MIN_WINDOW_ROWS)
+        first = self._rows.take(self._window_rows)
+        self.array = ArrayStore(first) if self._rows.ended else None
+        if self.array is not None:
+            return
+        if tokens is None:
+            raise UserError(
+                f"the activations go on after {len(first):,} rows; say with tokens= on how many of "
+                "them to train"
+            )
+        finite = statistics.finite_rows(first)
+        if not finite.all() and not data.drop_nonfinite:
+            raise UserError(
+                f"{np.sum(~finite)} of the first {len(first):,} rows hold NaN or infinity; set "
+                "data.drop_nonfinite=true to leave them out"
+            )
+        first = first[finite]
+        held = min(round(data.holdout_fraction * len(first)), _MOST_HELD_OUT)
+        order = permutation(len(first), _WINDOW, data.seed, 0)
+        self._held = ArrayStore(first[np.sort(order[:held])]) if held else None
+        self.first_window = first[order[held:]]
+        self.statistics = ArrayStore(self.first_window)
+        self._drop_nonfinite = data.drop_nonfinite
+        self._seed = data.seed
+        self._tokens = tokens
+        self.path = self.statistics.path.replace("array:", "iterable:")
+
+    def open_stream(self, data: DataConfig, split: str = "train", batch_size: int | None = None):
+        """Returns the stream of a split, as `activations.open_stream` does for a store."""
+        batch_size = batch_size or data.batch_size
+        if split == "heldout":
+            if self._held is None:
+                raise UserError("no row of the first window is held out")
+            return Stream(self._held, batch_size=batch_size, holdout_fraction=0, virtual_shards=1)
+        if data.epochs != 1:
+            raise UserError(
+                "activations that are not kept cannot be read again: leave epochs at 1, or write "
+                "them to a store first (sae_jax.write_store)"
+            )
+        return IterableStream(self, batch_size, self._tokens // batch_size)
+
+    def windows(self) -> Iterator[np.ndarray]:
+        """Yields shuffled windows (rows, width), the first one first; once."""
+        yield self.first_window
+        for window in itertools.count(1):
+            rows = self._rows.take(self._window_rows)
+            if not len(rows):
+                return
+            finite = statistics.finite_rows(rows)
+            if not finite.all() and not self._drop_nonfinite:
+                raise UserError(
+                    f"window {window} of the activations holds NaN or infinity in "
+                    f"{np.sum(~finite)} rows; set data.drop_nonfinite=true to leave them out"
+                )
+            rows = rows[finite]
+            yield rows[permutation(len(rows), _WINDOW, self._seed, window)]
+
+
+class IterableStream:
+    """Batches (batch_size, width) of `IterableData`, with the attributes of a `Stream` that a
+    training asks for. The rows cannot be read again, so `batches` gives them once."""
+
+    def __init__(self, source: IterableData, batch_size: int, num_steps: int):
+        self._source, self.batch_size = source, batch_size
+        self.num_steps = self.steps_per_epoch = num_steps
+        self.rows_per_epoch = num_steps * batch_size
+        site = source.statistics.meta.sites["activations"]
+        self.site_names, self.site_widths = ("activations",), (site.width,)
+        self.site_mean_squared_norms = (site.mean_squared_norm,)
+        self.width, self.mean = site.width, np.asarray(site.mean)
+
+    def batches(self, start_step: int = 0, rows=slice(None), prefetch: int = 0):
+        """Yields batches from `start_step` on: the slice of each, or the list of slices, that this
+        process needs. Nothing is read ahead, as the iterable may be running a model."""
+        del prefetch
+        slices = [rows] if isinstance(rows, slice) else rows
+        columns = np.concatenate([np.arange(self.batch_size)[part] for part in slices])
+        left = np.empty((0, self.width), self._source.first_window.dtype)
+        step = 0
+        for window in self._source.windows():
+            left = np.concatenate([left, window])
+            whole = len(left) // self.batch_size
+            for batch in left[: whole * self.batch_size].reshape(whole, self.batch_size, -1):
+                if start_step <= step < self.num_steps:
+                    yield batch[columns]
+                step += 1
+            left = left[whole * self.batch_size :]
+
+
+class _Rows:
+    """An iterable of arrays as a queue of rows."""
+
+    def __init__(self, batches: Iterable):
+        self._batches = iter(batches)
+        self._left: list[np.ndarray] = []
+        self._width: int | None = None
+        self.ended = False
+
+    def take(self, count: int) -> np.ndarray:
+        """Returns the next `count` rows, or as many as there are."""
+        have = sum(map(len, self._left))
+        while have < count and not self.ended:
+            batch = next(self._batches, None)
+            if batch is None:
+                self.ended = True
+                break
+            batch = as_rows("a batch", batch)
+            if self._width not in (None, batch.shape[1]):
+                raise UserError(
+                    f"a batch of activations is {batch.shape[1]} wide, those before {self._width}"
+                )
+            self._width = batch.shape[1]
+            self._left.append(batch)
+            have += len(batch)
+        if self._width is None:
+            raise UserError("the iterable gave no activations")
+        rows = np.concatenate(self._left) if self._left else np.empty((0, self._width))
+        self._left = [rows[count:]] if have > count else []
+        if not self._left and not self.ended:  # it may end right here
+            following = next(self._batches, None)
+            self.ended = following is None
+            if following is not None:
+                self._left = [as_rows("a batch", following)]
+        return rows[:count]

@@ -1,0 +1,77 @@
+"""Progress of long work: a bar on a terminal and in a notebook, lines in the log elsewhere.
+
+Only process 0 of a program shows anything.
+"""
+
+import importlib.util
+import sys
+import time
+from collections.abc import Iterable
+
+import jax
+import tqdm
+import tqdm.notebook
+from absl import logging
+
+_SECONDS_BETWEEN_LINES = 10  # of the log, where there is no bar
+
+
+def progress(items: Iterable, what: str, total: int | None = None, unit: str = "it") -> Iterable:
+    """Returns `items` to iterate over, which shows how many are done once that takes 2 seconds."""
+    if not _has_bar() and jax.process_index() == 0:
+        logging.info("%s", what)
+    return _make_bar(items, desc=what, total=total, unit=unit, delay=2)
+
+
+class TrainingBar:
+    """How far a training is, in steps of `total`, of which `done` were done before."""
+
+    def __init__(self, name: str, done: int, total: int):
+        self._name, self._done, self._total = name, done, total
+        self._bar = _make_bar(total=total, initial=done, unit="step", desc=name)
+        self._next_line = 0.0
+
+    def __enter__(self) -> "TrainingBar":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.close()
+
+    def advance(self, steps: int, line: dict | None = None) -> None:
+        """Counts `steps` more. `line` is the last line of metrics, where there is one run."""
+        self._done += steps
+        if line:
+            shown = {n: _short(line[n]) for n in ("loss", "fvu", "l0", "dead_fraction")}
+            self._bar.set_postfix(shown, refresh=False)
+        self._bar.update(steps)
+        now = time.monotonic()
+        if not self._bar.disable or jax.process_index() > 0:
+            return
+        if now > self._next_line or self._done == self._total:
+            self._next_line = now + _SECONDS_BETWEEN_LINES
+            text = f"{self._name}: step {self._done}/{self._total}"
+            if line:
+                text += "".join(f" {name} {value}" for name, value in shown.items())
+                text += f" {line['tokens_per_second'] or 0:.0f} tokens/s"
+            logging.info("%s", text)
+
+
+def _short(value: float | None) -> str:
+    return "nan" if value is None else f"{value:.4g}"
+
+
+def _has_bar() -> bool:
+    return jax.process_index() == 0 and (sys.stderr.isatty() or _in_notebook())
+
+
+def _make_bar(items: Iterable | None = None, **options) -> tqdm.tqdm:
+    widgets = _in_notebook() and importlib.util.find_spec("ipywidgets") is not None
+    kind = tqdm.notebook.tqdm if widgets else tqdm.tqdm
+    return kind(items, disable=not _has_bar(), **options)
+
+
+def _in_notebook() -> bool:
+    """Whether this is the kernel of a notebook, such as Jupyter's or Colab's."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return type(shell).__name__ in ("ZMQInteractiveShell", "Shell")

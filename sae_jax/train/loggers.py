@@ -1,0 +1,251 @@
+"""Where lines of metrics go besides metrics.jsonl: Weights & Biases and TensorBoard.
+
+The packages are those of the extra `log`; they are imported only where they are asked for.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from absl import logging
+
+from sae_jax import config as configs
+from sae_jax import paths
+from sae_jax.config import Config
+from sae_jax.errors import UserError, choose
+from sae_jax.paths import AnyPath
+from sae_jax.train.preemption import PreemptedError
+from sae_jax.train.results import run_id
+
+_SINKS = ("wandb", "tensorboard")
+_NOT_IN_A_PROJECT = "\\#?%:"  # refused by wandb's server in a project's name
+_FINISH_SECONDS = 60.0  # that a run's end waits for what is not uploaded yet; it is on disk
+
+
+class Logger(Protocol):
+    """Takes one run's lines of metrics, one after another, and is closed at the end."""
+
+    def __call__(self, line: dict) -> None:
+        """Logs a line of metrics.jsonl. Values that are None are left out."""
+
+    def close(self, result: dict | None) -> None:
+        """Ends the log. `result` is the content of result.json, or None for a run that has not
+        come to its end: it was stopped or has failed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    """Says where lines of metrics go besides metrics.jsonl; `parse_log` makes it of a text."""
+
+    project: str | None = None  # of Weights & Biases, PROJECT or ENTITY/PROJECT; None: not there
+    tensorboard: bool = False
+    group: str | None = None  # of the runs of a sweep, in Weights & Biases
+
+
+def parse_log(spec: str, workdir: str | AnyPath | None = None, *, is_sweep: bool = False) -> Log:
+    """Reads a text such as "wandb:PROJECT,tensorboard", and checks it without any device.
+
+    `workdir` is the directory of the run, or of the sweep, whose name is then the runs' group.
+
+    Raises UserError for an unknown place, one that is named twice, wandb without a project, a
+    package that is not installed, and tensorboard for a run that has no local directory."""
+    values = {}
+    for entry in spec.split(",") if spec else ():
+        sink, _, argument = entry.partition(":")
+        choose(sink, _SINKS, f"log={spec}: a place to log to")
+        if sink in values:
+            raise UserError(f"log={spec} names {sink} twice; name it once")
+        values[sink] = argument
+        _check_installed(sink)
+    if "wandb" in values:
+        _check_project(values["wandb"])
+    if values.get("tensorboard"):
+        raise UserError(
+            f"log=tensorboard:{values['tensorboard']}: write tensorboard alone; its files go to "
+            "the run's directory"
+        )
+    if "tensorboard" in values and (workdir is None or paths.is_remote(workdir)):
+        where = "without a workdir there is none" if workdir is None else f"{workdir} is remote"
+        raise UserError(
+            f"log=tensorboard writes into the run's directory on this machine, and {where}; use a "
+            "local workdir, or log=wandb:PROJECT"
+        )
+    group = paths.path(workdir).absolute().name if is_sweep else None
+    return Log(values.get("wandb"), "tensorboard" in values, group)
+
+
+def _check_installed(sink: str) -> None:
+    """A folder named `wandb`, such as wandb makes, is importable as an empty package."""
+    found = importlib.util.find_spec(sink)
+    if found is None or found.origin is None:
+        raise UserError(f'log={sink} needs a package: pip install "sae-jax[log]"')
+
+
+def _check_project(project: str) -> None:
+    if not project or project.startswith("/") or project.endswith("/"):
+        raise UserError(
+            f"log=wandb:{project} names no project; write log=wandb:PROJECT or "
+            "log=wandb:ENTITY/PROJECT"
+        )
+    if project.count("/") > 1 or set(_NOT_IN_A_PROJECT) & set(project):
+        raise UserError(
+            f"log=wandb:{project}: a project's name has none of / {' '.join(_NOT_IN_A_PROJECT)}"
+        )
+
+
+def open_loggers(
+    log: Log, config: Config, path: AnyPath | None, step: int, earlier: Callable[[], Sequence[dict]]
+) -> list[Logger]:
+    """Opens the loggers of a run that begins, or goes on, after `step`.
+
+    `config` is resolved. `path` is the run's directory, if it has one. `earlier`
+    returns the lines of its metrics.jsonl up to `step`: a log that lacks them gets them first, as
+    where a run of a sweep began with another's steps, or where a run was started without a log.
+    What fails from here on is said in one warning and does not end the run.
+
+    Raises UserError where Weights & Biases refuses the user or the project."""
+    loggers: list[Logger] = []
+    if log.project:
+        loggers.append(_Guarded("wandb", lambda: _Wandb(log, config, path, earlier)))
+    if log.tensorboard:
+        folder = path / "tensorboard"
+        loggers.append(_Guarded("tensorboard", lambda: _TensorBoard(folder, step, earlier)))
+    return loggers
+
+
+class _Guarded:
+    """A logger that is left alone after its first failure."""
+
+    def __init__(self, name: str, make: Callable[[], Logger]):
+        self._name, self._logger = name, None
+        with self._failure_as_warning():
+            self._logger = make()
+
+    def __call__(self, line: dict) -> None:
+        with self._failure_as_warning():
+            if self._logger is not None:
+                self._logger(line)
+
+    def close(self, result: dict | None) -> None:
+        with self._failure_as_warning():
+            if self._logger is not None:
+                self._logger.close(result)
+
+    @contextlib.contextmanager
+    def _failure_as_warning(self):
+        try:
+            yield
+        except (UserError, PreemptedError):
+            raise
+        except Exception as error:
+            self._logger = None
+            logging.warning(
+                "%s failed (%s: %s) and gets no more lines; the run goes on, and metrics.jsonl "
+                "has them all",
+                self._name,
+                type(error).__name__,
+                error,
+            )
+
+
+class _Wandb:
+    """A run in Weights & Biases with the id of ours, which a resumed run goes on with.
+
+    The server knows which steps it has, and lines of those steps, logged again after a kill, are
+    not sent again: each step is there once. Offline (WANDB_MODE=offline) every start of the run
+    leaves a folder of its own in RUN/wandb, with the steps after the checkpoint that it went on
+    from; `wandb sync` joins them by the id. Steps that were logged again are then in two of them,
+    with the same values, and charts are drawn over the field `step`."""
+
+    def __init__(self, log: Log, config: Config, path: AnyPath | None, earlier: Callable):
+        import wandb
+
+        local = path is not None and not paths.is_remote(path)
+        *entity, project = log.project.split("/")
+        settings = wandb.Settings(
+            console="off", finish_timeout=_FINISH_SECONDS, quiet=log.group is not None
+        )
+        try:
+            self._run = wandb.init(
+                project=project,
+                entity=entity[0] if entity else None,
+                id=run_id(config),
+                name=path.absolute().name if path is not None else None,
+                group=log.group,
+                config=configs.to_dict(config),
+                dir=str(path) if local else None,
+                resume="allow",
+                reinit="create_new",  # a sweep has many runs in one process
+                settings=settings,
+            )
+        except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"log=wandb:{log.project}: {reason} (log in with `wandb login`, or set "
+                "WANDB_MODE=offline to send the run later)"
+            ) from error
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
+        self._next = self._run.step  # those before it are there
+        if self._next:
+            logging.info("wandb has run %s up to step %d", self._run.id, self._next - 1)
+        if not (self._run.offline and self._earlier_folders()):
+            for line in earlier():
+                self(line)
+
+    def _earlier_folders(self) -> list[pathlib.Path]:
+        """Returns what earlier starts of this run have left where this one writes."""
+        own = pathlib.Path(self._run.dir).parent
+        return [p for p in own.parent.glob(f"*run-*-{self._run.id}") if p != own]
+
+    def __call__(self, line: dict) -> None:
+        if line["step"] >= self._next:
+            self._run.log(_without_nulls(line), step=line["step"])
+
+    def close(self, result: dict | None) -> None:
+        if result is not None:
+            self._run.summary.update(_without_nulls(result))
+        self._run.finish(exit_code=0 if result is not None else 1)
+
+
+class _TensorBoard:
+    """Event files in RUN/tensorboard: every start of the run adds one, and readers forget what
+    earlier ones have beyond the step that the run went on from."""
+
+    def __init__(self, folder: pathlib.Path, step: int, earlier: Callable):
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        is_new = not any(folder.glob("events.out.tfevents.*"))
+        self._writer = EventFileWriter(str(folder))
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        first = 0 if is_new else step + 1
+        self._writer.add_event(
+            event_pb2.Event(wall_time=time.time(), step=first, session_log=start)
+        )
+        if is_new:
+            for line in earlier():
+                self(line)
+
+    def __call__(self, line: dict) -> None:
+        values = [
+            self._summary.Value(tag=name, simple_value=value)
+            for name, value in _without_nulls(line).items()
+            if name != "step"
+        ]
+        summary = self._summary(value=values)
+        event = self._event(wall_time=time.time(), step=line["step"], summary=summary)
+        self._writer.add_event(event)
+        self._writer.flush()  # a kill must not lose lines from before a checkpoint
+
+    def close(self, result: dict | None) -> None:
+        self._writer.close()
+
+
+def _without_nulls(values: dict) -> dict:
+    return {name: value for name, value in values.items() if value is not None}

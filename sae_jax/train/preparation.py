@@ -1,0 +1,103 @@
+"""What is decided before the first step: the whole config, how many steps, the normalisation."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from sae_jax import sae as saes
+from sae_jax.activations import Stream, WorldStream
+from sae_jax.config import Config
+from sae_jax.errors import UserError, choose
+from sae_jax.train import optimizer
+from sae_jax.train.median import geometric_median
+
+_MEDIAN_ROWS = 32_768  # sample for the geometric median (Gao et al. 2024, A.1)
+
+
+def resolve(config: Config, stream: Stream | WorldStream) -> Config:
+    """`config` with everything filled in that the data and the architecture decide, and checked
+    as far as is possible without devices."""
+    optimizer.check(config.optimizer)
+    names, widths, target = stream.site_names, stream.site_widths, None
+    data = dataclasses.replace(config.data, site=",".join(names))
+    if config.data.target_site:
+        *inputs, target_name = names
+        data = dataclasses.replace(data, site=",".join(inputs), target_site=target_name)
+        *widths, target = widths
+    sae = saes.resolve(config.sae, tuple(widths), target)
+    adam = config.optimizer
+    if adam.learning_rate is None:
+        rate = saes.architecture(sae).learning_rate(sae.d_sae)
+        adam = dataclasses.replace(adam, learning_rate=rate)
+    choose(config.train.on_nonfinite, ("stop", "skip"), "train.on_nonfinite")
+    for name in ("tokens", "log_every", "checkpoint_every", "keep_checkpoints"):
+        if getattr(config.train, name) < 1:
+            raise UserError(f"train.{name} must be 1 or more, not {getattr(config.train, name)}")
+    return dataclasses.replace(config, sae=sae, data=data, optimizer=adam)
+
+
+def count_steps(config: Config, stream: Stream | WorldStream) -> int:
+    """The run's steps. UserError if the data does not hold as many."""
+    batch, tokens = config.data.batch_size, config.train.tokens
+    if tokens < batch:
+        raise UserError(f"train.tokens {tokens} is less than one batch of {batch}")
+    steps = tokens // batch
+    if steps > stream.num_steps:
+        need = -(-steps // stream.steps_per_epoch)
+        raise UserError(
+            f"train.tokens {tokens} is more than the {stream.num_steps * batch} training tokens "
+            f"that {config.data.store} gives in data.epochs={config.data.epochs}; harvest more, "
+            f"lower train.tokens, or set data.epochs={need} to see them again"
+        )
+    return steps
+
+
+def heldout_stream(config: Config, mesh, open_stream: Callable) -> Stream | WorldStream | None:
+    """Returns held-out rows in batches of the training's size, or of what there is; None where the
+    config holds out nothing. Raises UserError where that is too few rows."""
+    if config.data.holdout_fraction == 0:
+        return None
+    unit = math.lcm(config.data.virtual_shards, mesh.shape["data"])
+    once = dataclasses.replace(config.data, epochs=1)
+    try:
+        rows = open_stream(once, "heldout", unit).rows_per_epoch
+    except UserError as error:
+        raise UserError(
+            f"too few rows are held out to evaluate on ({error}); set data.holdout_fraction "
+            f"higher, now {config.data.holdout_fraction}, or to 0 for no evaluation"
+        ) from error
+    return open_stream(once, "heldout", min(config.data.batch_size, rows // unit * unit))
+
+
+def normalisation(config: Config, stream: Stream | WorldStream) -> tuple:
+    """What inputs and targets are multiplied by, from the data's statistics: one number for each
+    site, for a crosscoder's sites side by side (d_in,); and the variance of the targets after
+    that, summed over d_out."""
+    norms = np.asarray(stream.site_mean_squared_norms)
+    widths = np.asarray(stream.site_widths)
+    wanted = {"sqrt_d": widths, "unit": np.ones(len(widths)), "none": norms}
+    scales = np.sqrt(wanted[config.sae.normalize] / norms)
+    ends = np.cumsum(widths)[:-1]
+    means = np.array([np.sum(np.square(mean)) for mean in np.split(stream.mean, ends)])
+    variances = scales**2 * (norms - means)
+    if config.sae.kind == "crosscoder":
+        columns = np.repeat(scales, widths).astype(np.float32)
+        return columns, columns, float(variances.sum())
+    return float(scales[0]), float(scales[-1]), float(variances[-1])
+
+
+def initial_b_dec(config: Config, stream: Stream | WorldStream) -> np.ndarray:
+    """(d_out,) in the units of the targets."""
+    targets = slice(stream.width - config.sae.d_out, None)
+    if config.sae.b_dec_init == "zero":
+        return np.zeros(config.sae.d_out, np.float32)
+    if config.sae.b_dec_init == "mean":
+        return stream.mean[targets].astype(np.float32)
+    rows: list[np.ndarray] = []
+    for batch in stream.batches(prefetch=0):
+        rows.extend(batch[:, targets].astype(np.float32))
+        if len(rows) >= _MEDIAN_ROWS:
+            break
+    return geometric_median(np.stack(rows[:_MEDIAN_ROWS]))

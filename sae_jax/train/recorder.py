@@ -1,0 +1,215 @@
+"""Where what a run does is written down: its metrics, checkpoints and result, on disk or not."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+from absl import logging
+
+from sae_jax.config import Config
+from sae_jax.paths import AnyPath
+from sae_jax.train.checkpoints import Checkpoints
+from sae_jax.train.directory import RunDirectory, is_writer
+from sae_jax.train.loggers import Log, Logger, open_loggers
+from sae_jax.train.results import metrics_line
+from sae_jax.train.step import TrainState
+
+OnMetrics = Callable[[dict], None]
+
+
+class NonFiniteError(Exception):
+    """The loss or the gradient of a run became NaN or infinite."""
+
+
+class Recorder:
+    """Records one run in memory: its lines of metrics and its result.
+
+    `on_metrics` are called with every line, on process 0, and so are the loggers of `log`.
+    `RunRecorder` writes to disk as well.
+    """
+
+    checkpoint_steps: Sequence[int] = ()
+    _where_again = ""
+
+    def __init__(
+        self, config: Config, on_metrics: Sequence[OnMetrics] = (), log_to: Log | None = None
+    ):
+        self.config = config
+        self._lines: list[dict] = []
+        self.last_line: dict | None = None
+        self.result: dict | None = None
+        self.state: TrainState | None = None  # at the end; a run on disk has its checkpoint
+        self.failed = False  # its loss became NaN or infinite, and it was given up
+        self._on_metrics = on_metrics
+        self._log_to = log_to or Log()
+        self._loggers: list[Logger] = []
+
+    @property
+    def open(self) -> bool:
+        """Whether the run is still to be trained."""
+        return self.result is None and not self.failed
+
+    def start(self, step: int) -> None:
+        """Gets ready for the lines after `step`."""
+        self._open_loggers(step, None, list)
+
+    def log(self, step: int, values: dict[str, float], steps_per_second: float | None) -> None:
+        """Records a step's metrics. `values` are those of `Trainer.update` as numbers.
+
+        A step that was not finite ends the run (see `fail`), unless `train.on_nonfinite` says to
+        skip such steps, which is then said once in the log."""
+        values = dict(values)
+        bad_step = values.pop("nonfinite_step")
+        if bad_step >= 0:
+            if self.config.train.on_nonfinite == "stop":
+                return self.fail(bad_step)
+            logging.log_first_n(
+                logging.WARNING, "step %d gave a non-finite loss and was skipped", 1, bad_step + 1
+            )
+        self._add(metrics_line(self.config, step, values, steps_per_second))
+
+    def _add(self, line: dict) -> None:
+        """Keeps a line of metrics, and shows it to `on_metrics`."""
+        self.last_line = line
+        self._keep(line)
+        if is_writer():
+            for show in (*self._on_metrics, *self._loggers):
+                show(line)
+
+    def _keep(self, line: dict) -> None:
+        self._lines.append(line)
+
+    def fail(self, step: int) -> None:
+        """Raises NonFiniteError for the step (from 0) whose loss or gradient was not finite."""
+        raise NonFiniteError(
+            f"the loss or its gradient became NaN or infinite at step {step + 1}; "
+            f"{self._what_is_left()}. Lower optimizer.learning_rate, or set "
+            f"train.on_nonfinite=skip to leave out such steps{self._where_again}"
+        )
+
+    def save(self, state: TrainState, step: int) -> None:
+        """Makes a checkpoint of the state after `step`; it may still be written when this
+        returns."""
+
+    def finish_saving(self) -> None:
+        """Waits until the last checkpoint is written."""
+
+    def end(self, result: dict, state: TrainState) -> None:
+        """Keeps the result of the run, which has then ended, and its last state."""
+        self.result, self.state = result, state
+        self._close_loggers()
+
+    def read_lines(self) -> list[dict]:
+        """Returns all lines of metrics so far, oldest first."""
+        return self._lines
+
+    def close(self) -> None:
+        """Closes whatever is open."""
+        self._close_loggers()
+
+    def _open_loggers(
+        self, step: int, path: AnyPath | None, earlier: Callable[[], Sequence[dict]]
+    ) -> None:
+        if is_writer():
+            self._loggers = open_loggers(self._log_to, self.config, path, step, earlier)
+
+    def _close_loggers(self) -> None:
+        for logger in self._loggers:
+            logger.close(self.result)
+        self._loggers = []
+
+    def _what_is_left(self) -> str:
+        return "nothing was saved, as there is no workdir"
+
+
+class RunRecorder(Recorder):
+    """Records one run in its directory, RUN: config.json, metrics.jsonl, checkpoints/, result.json.
+
+    A run that is `one_of_many`, those of a sweep's pass, gets failed.json when its loss becomes NaN
+    and is left alone from then on, and the others go on; a single one raises NonFiniteError.
+    """
+
+    _where_again = ", in a new --workdir"
+
+    def __init__(
+        self,
+        config: Config,
+        path: AnyPath,
+        *,
+        on_metrics: Sequence[OnMetrics] = (),
+        log_to: Log | None = None,
+        keep: int | None = None,
+        one_of_many: bool = False,
+    ):
+        """Makes the directory, or finds the interrupted run of the same config in it.
+
+        `keep` is the number of checkpoints that stay, by default the config's. Raises UserError
+        where the directory holds something else."""
+        super().__init__(config, on_metrics, log_to)
+        self.directory = RunDirectory(path, config)
+        self.result = self.directory.result
+        self.failed = self.directory.failure is not None
+        self._one_of_many = one_of_many
+        self._checkpoints = Checkpoints(path, keep or config.train.keep_checkpoints)
+
+    @property
+    def checkpoint_steps(self) -> Sequence[int]:
+        """The steps that there are checkpoints of."""
+        return self._checkpoints.steps
+
+    def restore(self, like: TrainState, step: int) -> TrainState:
+        """Returns the state of a checkpoint, with the shapes and shardings of `like`."""
+        return self._checkpoints.restore(like, step)
+
+    def start(self, step: int) -> None:
+        self.directory.start_metrics(step)
+        earlier = functools.partial(self.directory.lines_until, step)
+        self._open_loggers(step, self.directory.path, earlier)
+
+    def copy_metrics(self, other: "RunRecorder", step: int) -> None:
+        """Makes another run's metrics up to `step` this one's, whose trunk it was."""
+        self.directory.copy_metrics(other.directory, step)
+
+    def _keep(self, line: dict) -> None:
+        self.directory.log(line)
+
+    def fail(self, step: int) -> None:
+        if not self._one_of_many:
+            super().fail(step)
+        reason = f"the loss or its gradient became NaN or infinite at step {step + 1}"
+        self.directory.save_failure({"step": step + 1, "reason": reason})
+        self.failed = True
+        self._close_loggers()
+        logging.warning(
+            "%s: non-finite loss at step %d; the run is given up, the others go on",
+            self.directory.path,
+            step + 1,
+        )
+
+    def save(self, state: TrainState, step: int) -> None:
+        self.directory.flush()
+        self._checkpoints.save(state, step)
+        if jax.process_count() > 1 and self._one_of_many:
+            self.finish_saving()  # Orbax's barriers are one set for all checkpointers
+
+    def finish_saving(self) -> None:
+        self._checkpoints.finish()
+
+    def end(self, result: dict, state: TrainState) -> None:
+        self.result = result
+        self.directory.save_result(result)
+        self._close_loggers()
+
+    def read_lines(self) -> list[dict]:
+        return self.directory.read_metrics()
+
+    def close(self) -> None:
+        self._checkpoints.close()
+        self.directory.close()
+        super().close()
+
+    def _what_is_left(self) -> str:
+        steps = self.checkpoint_steps
+        if not steps:
+            return f"there was no checkpoint yet in {self.directory.path}"
+        return f"the last checkpoint in {self.directory.path} (step {max(steps)}) is intact"

@@ -1,0 +1,84 @@
+"""One run: from a config to its directory, or to an SAE in memory."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+from absl import logging
+
+from sae_jax import paths
+from sae_jax.config import Config
+from sae_jax.errors import UserError
+from sae_jax.lm.live import open_stream
+from sae_jax.sae import SAE
+from sae_jax.train import preparation
+from sae_jax.train.loggers import Log
+from sae_jax.train.loop import PackInTraining, TrainingData, train_packs
+from sae_jax.train.pack import SingleTrainer
+from sae_jax.train.progress import Progress
+from sae_jax.train.recorder import OnMetrics, Recorder, RunRecorder
+from sae_jax.train.step import Trainer, TrainState
+from sae_jax.train.warm_start import start_fresh, start_from
+
+
+def train_run(
+    config: Config,
+    workdir: str | paths.AnyPath | None,
+    *,
+    load_sae: Callable[[str], SAE] | None = None,
+    start: SAE | None = None,
+    open_stream: Callable = open_stream,
+    on_metrics: Sequence[OnMetrics] = (),
+    log_to: Log | None = None,
+    extra_loss: Callable | None = None,
+    progress: Progress | None = None,
+) -> Recorder:
+    """Trains a run in `workdir`, from the last checkpoint there if there is one.
+
+    Args:
+        config: what is trained, on what data; what it leaves open is resolved by the data.
+        workdir: the run's directory, made if absent; None: nothing is written, and the returned
+            recorder holds the lines of metrics and the last state.
+        load_sae: reads the SAE that `train.init` names; its format may be another framework's.
+        start: an SAE whose parameters a fresh run begins with, instead of `train.init`.
+        open_stream: gives the streams of the data section, as `lm.open_stream` does.
+        on_metrics: each is called with every line of metrics, on process 0.
+        log_to: where the lines go besides metrics.jsonl, on process 0 (see `parse_log`).
+        extra_loss: a term to add to the loss (see `Trainer`).
+        progress: what a watchdog reads.
+
+    Returns the recorder of the run, with its `result`.
+
+    Raises UserError for a mistake in the config, the data or the directory, before anything is
+    computed; NonFiniteError if the loss became NaN; PreemptedError after SIGTERM."""
+    stream = open_stream(config.data)
+    config = preparation.resolve(config, stream)
+    steps = preparation.count_steps(config, stream)
+    if config.mesh.run != 1:
+        raise UserError("mesh.run shards the runs of a sweep; train has one: leave it at 1")
+    data = TrainingData.open(config, open_stream)
+    if workdir is None:
+        recorder = Recorder(config, on_metrics, log_to)
+    else:
+        recorder = RunRecorder(config, paths.path(workdir), on_metrics=on_metrics, log_to=log_to)
+    with jax.set_mesh(data.mesh), contextlib.closing(recorder), progress or Progress() as progress:
+        if recorder.result is not None:
+            logging.info("%s is finished; its result stands", workdir)
+            return recorder
+        if config.train.init and not recorder.checkpoint_steps:
+            start = load_sae(config.train.init)
+        _, _, variance = preparation.normalisation(config, data.stream)
+        pack = PackInTraining(
+            SingleTrainer(Trainer(config, steps, variance, extra_loss=extra_loss)),
+            [recorder],
+            data,
+            progress,
+            begin_with=start and functools.partial(_begin_with, start, config),
+        )
+        train_packs([pack], data, "train", progress)
+    return recorder
+
+
+def _begin_with(sae: SAE, config: Config, state: TrainState) -> TrainState:
+    return start_fresh(sae, state) if sae.is_fresh() else start_from(sae, config, state)
