@@ -1,7 +1,7 @@
 """The one kind of error that a user is shown, and how a choice is refused."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UserError(Exception):
@@ -22,7 +22,14 @@ def choose(value: str, choices: Iterable[str], what: str) -> str:
 
 
 def nearest(value: str, choices: Iterable[str]) -> str:
-    """Returns a hint for a message: the choice that is spelt most like `value`, or all of them."""
+    """Returns a hint for a message: the choice that is spelt most like `value`, or all of them (of
+    very many a few)."""
     choices = list(choices)
     near = difflib.get_close_matches(value, choices, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else f"it must be one of: {', '.join(choices)}"
+    return f"did you mean {near[0]!r}?" if near else f"it must be one of: {some(choices, 32)}"
+
+
+def some(names: Sequence[str], shown: int = 8) -> str:
+    """Returns the first few of `names` for a message, and how many more there are."""
+    more = f" and {len(names) - shown:,} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more

@@ -2,14 +2,13 @@
 
 import base64
 import csv
-import http.server
 import importlib.metadata
 import json
 import re
 import sys
-import threading
 from unittest import mock
 
+import hub_server
 import numpy as np
 import pytest
 from test_interop_formats import NEEDS_TORCH, random_sae
@@ -146,46 +145,12 @@ def test_widths_are_named_as_in_gemma_scope():
     assert [width_name(width) for width in widths] == names
 
 
-class StandIn(http.server.BaseHTTPRequestHandler):
-    """As much of the hub as an upload of small files asks for; keeps what it was sent."""
-
-    def do_POST(self):
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.seen[self.path] = body
-        url = f"{self.server.url}/me/sae"
-        if self.path == "/api/repos/create":
-            answer = {"url": url}
-        elif self.path == "/api/validate-yaml":
-            answer = {"errors": [], "warnings": []}
-        elif self.path == "/api/models/me/sae/preupload/main":
-            files = [file["path"] for file in json.loads(body)["files"]]
-            fields = {"uploadMode": "regular", "shouldIgnore": False}
-            answer = {"files": [{"path": path, **fields} for path in files]}
-        elif self.path == "/api/models/me/sae/commit/main":
-            answer = {"commitUrl": f"{url}/commit/0", "commitOid": "0"}
-        else:
-            return self.send_error(404)
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.end_headers()
-        self.wfile.write(json.dumps(answer).encode())
-
-    def log_message(self, *arguments):
-        pass
-
-
 @pytest.fixture
-def stand_in(monkeypatch):
-    constants = pytest.importorskip("huggingface_hub.constants")
-    server = http.server.ThreadingHTTPServer(("localhost", 0), StandIn)
-    server.seen, server.url = {}, f"http://localhost:{server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)
-    monkeypatch.setenv("HF_TOKEN", "hf_none")
-    with server:
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+def stand_in(monkeypatch, tmp_path):
+    with hub_server.running() as server:
+        hub_server.use(server, monkeypatch, tmp_path / "cache")
+        monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
         yield server
-        server.shutdown()
 
 
 @pytest.mark.slow
@@ -194,11 +159,11 @@ def test_push_sends_the_files(tmp_path, stand_in):
     interop.export(random_sae("topk"), "saelens", out)
     (out / "part").mkdir()
     (out / "part" / ".a.tmp").write_text("what an export that was stopped left")
-    assert cli("export", f"--out={out}", "--push_to=me/sae") == 0
-    made = json.loads(stand_in.seen["/api/repos/create"])
+    assert cli("export", f"--out={out}", "--push_to=hf://me/sae") == 0
+    made = json.loads(stand_in.uploads["/api/repos/create"])
     assert (made["organization"], made["name"]) == ("me", "sae")
     assert made.get("visibility") == "private" or made.get("private") is True
-    commit = stand_in.seen["/api/models/me/sae/commit/main"].splitlines()
+    commit = stand_in.uploads["/api/models/me/sae/commit/main"].splitlines()
     sent = [line["value"] for line in map(json.loads, commit) if line["key"] == "file"]
     files = {file["path"]: base64.b64decode(file["content"]) for file in sent}
     assert files == {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}

@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 ROWS = [
     {"errors"},
     {"paths", "fields", "recipe_files"},
-    {"json_files", "pages", "plots", "progress_bar", "python_files"},
+    {"hub", "json_files", "pages", "plots", "progress_bar", "python_files"},
     {"ops"},
     {"sae"},
     {"config"},  # a run's config holds that of its SAE
@@ -36,7 +36,7 @@ APART = {("sweep", "laws"), ("laws", "sweep")}  # results.csv alone joins them
 # Packages that an extra brings, which only some need: whoever does imports them in a function.
 OPTIONAL = {
     "datasets", "dictionary_learning", "huggingface_hub", "pyarrow", "sae_lens", "sparsify",
-    "tensorboardX", "torch", "transformers", "wandb", "zstandard",
+    "tensorboard", "tensorboardX", "torch", "transformers", "wandb", "yaml", "zstandard",
 }  # fmt: skip
 
 # What is still wrong: (the complaint's start, a part of it). To be emptied.

@@ -18,7 +18,7 @@ from sae_jax.errors import UserError
 from sae_jax.interop import FORMATS
 from sae_jax.sae import ARCHITECTURES, by_name, resolve
 from sae_jax.sae.config import KINDS
-from sae_jax.train.run import train_run
+from sae_jax.train import loop
 
 D, N = 8, 24
 NEEDS_TORCH = ("dictionary_learning", "openai")
@@ -227,7 +227,7 @@ def test_the_table_in_help_is_what_is_expressed():
 def test_a_run_goes_out_and_comes_back_by_the_commands(tmp_path, capsys):
     store = make_store(tmp_path / "store")
     run = tmp_path / "run"
-    train_run(make_config(store, "topk", steps=20), run)
+    loop.train(make_config(store, "topk", steps=20), run)
 
     def cli(*arguments) -> int:
         return main(
@@ -259,7 +259,9 @@ def test_a_run_goes_on_from_an_sae(tmp_path, architecture):
     config = dataclasses.replace(sae.config, d_in=16, d_out=16, d_sae=N)
     sae = type(sae).from_parameters(config, wide(sae), 1 / 3)
     interop.export(sae, "sae_jax", tmp_path / "sae")
-    fields = {"d_sae": N, "aux_coefficient": 0.0, "sparsity_coefficient": None, "k": sae.config.k}
+    fields = {"d_sae": N, "aux_coefficient": 0.0}
+    if sae.config.k is not None:
+        fields["k"] = sae.config.k
     if sae.config.k is None:
         fields["sparsity_coefficient"] = 1e-6
     config = make_config(
@@ -270,7 +272,7 @@ def test_a_run_goes_on_from_an_sae(tmp_path, architecture):
         train={"init": str(tmp_path / "sae")},
         optimizer={"learning_rate": 1e-12},
     )
-    result = train_run(config, tmp_path / "run", load_sae=interop.load).result
+    result = loop.train(config, tmp_path / "run", interop.load)
     x = next(open_stream(config.data).batches(0, prefetch=0)).astype(np.float32)
     back = sae_jax.load(tmp_path / "run")
     if architecture != "batchtopk":  # whose threshold is that of the last batch
@@ -280,7 +282,7 @@ def test_a_run_goes_on_from_an_sae(tmp_path, architecture):
     assert result["d_sae"] == N
     with pytest.raises(UserError, match="--config.sae.d_sae=24"):
         wrong = make_config(store, architecture, steps=1, train={"init": str(tmp_path / "sae")})
-        train_run(wrong, tmp_path / "wrong", load_sae=interop.load)
+        loop.train(wrong, tmp_path / "wrong", interop.load)
 
 
 def wide(sae) -> dict:

@@ -30,7 +30,7 @@ def forward_to_host(
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        model.directory, dtype=torch.float32
+        lm.with_weights(model.spec), dtype=torch.float32
     ).to(device)
     layers = theirs.get_submodule(model.layers_module)
     host = {site: torch.empty((*tokens_NxT.shape, model.site_width(site))) for site in sites}

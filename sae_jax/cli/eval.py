@@ -13,8 +13,8 @@ On a run, the store, sites and held-out rows are the run's own:
   sae-jax eval --run=runs/a --model=stories260K
 
 writes runs/a/eval.json, eval_latents.npz (density, mean and maximal activation of every latent) and
-figures, and prints a table. Without --model (which the shipped model does not need) there is no
-cross-entropy. Any SAE that sae_jax reads, on tokens of your own:
+figures, and prints a table. Without --model there is no cross-entropy, except where the store is
+from the shipped model or from one on the hub. Any SAE that sae_jax reads, on tokens of your own:
 
   sae-jax eval --sae=saelens_folder --model=stories260K --tokens_file=tokens.npz --out=eval.json
 
@@ -35,7 +35,7 @@ def define(values: flags.FlagValues) -> None:
         flags.DEFINE_integer(name, default, text, flag_values=values)
 
     string("run", "Directory of a run.")
-    string("sae", "Any SAE instead: a run, or a folder of SAELens'.")
+    string("sae", "Any SAE instead: what sae_jax.load reads, such as hf://ORG/REPOSITORY/FOLDER.")
     string("store", "Evaluate on this store's held-out rows; the run's.")
     string("site", "Site of the store or of the model; the run's, or what the SAE's file says.")
     string("target_site", "The site that a transcoder predicts; the run's.")
@@ -45,8 +45,9 @@ def define(values: flags.FlagValues) -> None:
     )
     string(
         "model",
-        "Directory of the language model; demo: the one that ships here; torch:DIRECTORY: run by "
-        "transformers, whatever its family.",
+        "Directory of the language model, or hf://ORG/REPOSITORY[@REVISION]; demo: the one that "
+        "ships here; torch: before either: run by transformers, whatever its family; none: leave "
+        "its part out. By default the store's, if it is on the hub.",
     )
     flags.DEFINE_enum(
         "model_dtype",
@@ -105,9 +106,10 @@ def _evaluate(args) -> None:
 
     if (args.run is None) == (args.sae is None):
         raise UserError("give either --run=RUN or --sae=PATH")
-    path = paths.path(args.run or args.sae)
-    sae = interop.load(path)
-    is_run = (path / "config.json").is_file()
+    named = args.run or args.sae
+    path = interop.locate(named)
+    sae = interop.load(named)
+    is_run = interop.format_of(path) is None and (path / "config.json").is_file()
     data = read_config(path).data if is_run else DataConfig()
     chosen = {
         name: getattr(args, name)
@@ -118,16 +120,17 @@ def _evaluate(args) -> None:
     if not data.site and not is_run:
         data = dataclasses.replace(data, site=interop.site(path) or "")
     store = lm.open_store(data.store) if data.store and not is_world(data.store) else None
-    directory = lm.DEMO_MODEL if args.model == "demo" else args.model
-    if directory is None and store is not None and _is_from(store, lm.DEMO_MODEL):
-        directory = lm.DEMO_MODEL
+    directory = _model(args.model, store)
     model = None
     if directory is not None:
         model = lm.open_model(directory, args.model_dtype)
         if store is not None and not (args.tokens_file or args.text):
             check_model(store, model)
     source = _source(args, data, store, model)
-    settings = {"sae": str(path.absolute()), "model": directory and str(directory)}
+    settings = {
+        "sae": named if paths.is_remote(named) else str(path.absolute()),
+        "model": directory and str(directory),
+    }
     if model is not None:
         settings["model_dtype"] = args.model_dtype
     out = args.out or (path / "eval.json" if args.run else None)
@@ -143,6 +146,20 @@ def _evaluate(args) -> None:
     save(evaluation, out)
     files = figures.save_all(evaluation, out, path / "metrics.jsonl" if is_run else None)
     print(f"Written: {', '.join(map(str, [out, *files]))}")
+
+
+def _model(asked: str | None, store):
+    """What `lm.open_model` takes, or None: without --model the store's own where it can be found
+    from anywhere, the model that ships here or one on the hub."""
+    from sae_jax import lm
+
+    if asked is not None:
+        return {"demo": lm.DEMO_MODEL, "none": None}.get(asked, asked)
+    if store is None:
+        return None
+    if _is_from(store, lm.DEMO_MODEL):
+        return lm.DEMO_MODEL
+    return store.meta.model if lm.hub_name(store.meta.model or "") else None
 
 
 def _source(args, data, store, model):

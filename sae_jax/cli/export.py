@@ -41,14 +41,20 @@ def define(values: flags.FlagValues) -> None:
     def string(name, text):
         flags.DEFINE_string(name, None, text, flag_values=values)
 
-    string("checkpoint", "A run, RUN/checkpoints/STEP, or any SAE that sae_jax.load reads.")
+    string(
+        "checkpoint",
+        "A run, RUN/checkpoints/STEP, or any SAE that sae_jax.load reads.",
+    )
     string("results", "A sweep instead, of which many are exported.")
     string("select", 'Of the sweep, as in "d_sae=16384 k=32"; all that are done.')
     string("format", "One of the table.")
     string("out", "A new directory; with --push_to alone, what is uploaded.")
     string("license", "For the model card, as the hub writes it: apache-2.0, mit, cc-by-4.0, ...")
     string("model_name", "The language model's name on the hub, or SAELens'; the store's.")
-    string("push_to", "Upload OUT to this repository of the Hugging Face hub: user/name.")
+    string(
+        "push_to",
+        "Upload OUT to this repository of the Hugging Face hub: user/name or hf://user/name.",
+    )
     flags.DEFINE_bool(
         "public", False, "A repository that --push_to makes is public.", flag_values=values
     )
@@ -56,15 +62,14 @@ def define(values: flags.FlagValues) -> None:
 
 def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
     del overrides
-    from sae_jax import paths
+    from sae_jax import hub, paths
     from sae_jax.errors import UserError
-    from sae_jax.interop import hub
 
     if not args.out:
         raise UserError("--out is needed; see sae-jax export --help")
     out = paths.local(args.out)
     if args.push_to:
-        hub.check(args.push_to)
+        args.push_to = hub.check_repo(args.push_to)
     elif args.public:
         raise UserError("--public says how --push_to=user/name makes a repository; give that too")
     if args.push_to and not (args.checkpoint or args.results):
@@ -96,8 +101,9 @@ def _write(args: flags.FlagValues, out) -> None:
         saes = export_many(sweep, args.format, out, args.select or "", place, named)
         print(f"Written: {out}: {len(saes)} SAEs, listed in {out / 'index.csv'}")
     else:
+        path = interop.locate(args.checkpoint)
+        about = interop.read_provenance(path) | named
         sae = interop.load(args.checkpoint)
-        about = interop.read_provenance(args.checkpoint) | named
         interop.export(sae, args.format, out, about, place)
         print(f"Written: {out}")
     if not args.license:

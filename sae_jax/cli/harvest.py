@@ -8,7 +8,8 @@ from sae_jax.cli import counts, distributed
 
 SUMMARY = """Write a language model's activations over text to a store.
 
-Reads a Hugging Face directory (config.json, model.safetensors, tokenizer.json) and text; packs the
+Reads a Hugging Face directory (config.json, model.safetensors, tokenizer.json), or one on the hub
+(--model=hf://org/name, with pip install "sae-jax[hub]"), and text; packs the
 text into contexts, each starting with BOS; runs the model on this machine's devices; writes the
 activations of the sites you name. Several processes (--distributed) share the store's shards out,
 each with the model on its own devices. Stopped at any moment and started again with the same flags,
@@ -42,8 +43,8 @@ def define(values: flags.FlagValues) -> None:
     string(
         "model",
         "demo",
-        "Directory of the model; demo: the one-layer model that ships here; torch:DIRECTORY or "
-        "torch:NAME of the Hugging Face hub: run by transformers.",
+        "Directory of the model, or hf://ORG/REPOSITORY[@REVISION] of the Hugging Face hub; demo: "
+        "the one-layer model that ships here; torch: before either: run by transformers.",
     )
     flags.DEFINE_list(
         "text",
@@ -146,9 +147,9 @@ def _peak_flops(mesh, dtype: str) -> float | None:
     """Published, of all devices; None for those that `plan` does not know."""
     from absl import logging
 
-    from sae_jax.plan.chips import chip_of
+    from sae_jax.plan.chips import chip_from_kind
 
-    chip = chip_of(mesh.devices.flat[0].device_kind)
+    chip = chip_from_kind(mesh.devices.flat[0].device_kind)
     if chip is None:
         logging.info(
             "the FLOP floor is at the rate of a product timed here, not at a published one"

@@ -32,13 +32,13 @@ def define(values: flags.FlagValues) -> None:
         "A recipe, NAME[:ARGUMENT], or FILE.py[:arg] with get_config(arg).",
         flag_values=values,
     )
-    logs.define(values)
     flags.DEFINE_bool(
         "show",
         False,
         "Print the config with all that the data and the architecture decide, and end.",
         flag_values=values,
     )
+    logs.define(values)
     distributed.define(values)
 
 
@@ -82,9 +82,9 @@ def _show(config: configs.Config) -> int:
     """Prints the config as JSON: resolved where there is a store, which decides the widths."""
     if config.data.store:
         from sae_jax import activations
-        from sae_jax.train import preparation
+        from sae_jax.train import loop
 
-        config = preparation.resolve(config, activations.open_stream(config.data))
+        config = loop.resolve(config, activations.open_stream(config.data))
     else:
         print("no --config.data.store=STORE, whose widths decide some fields", file=sys.stderr)
     print(json.dumps(configs.to_dict(config), indent=1))

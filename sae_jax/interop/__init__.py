@@ -1,47 +1,37 @@
 """Formats of other frameworks, one file each, and one door to all of them.
 
-Each has `recognises(path)`, `read(path)`, `write(sae, directory, about)`, `USAGE`, how its own
-framework is asked for latents, and `EXPRESSES`: what each (architecture, kind) of ours is called
-there. What is not in it is refused, never approximated.
+Each has `FILES` that it consists of, `recognises(path)`, `read(path)`, `write(sae, directory,
+about)`, `USAGE`, how its own framework is asked for latents, and `EXPRESSES`: what each
+(architecture, kind) of ours is called there. What is not in it is refused, never approximated.
 """
 
-from sae_jax import paths
 from sae_jax.errors import UserError, choose
-from sae_jax.interop import (
-    dictionary_learning,
-    gemma_scope,
-    gemma_scope_2,
-    openai,
-    sae_jax_format,
-    saelens,
-    sparsify,
-)
+from sae_jax.interop import formats, sae_jax_format, saelens
 from sae_jax.interop.card import Hub, model_card
+from sae_jax.interop.formats import FORMATS
+from sae_jax.interop.locate import is_fetched, locate
 from sae_jax.interop.provenance import read_provenance
 from sae_jax.sae import SAE, SAEConfig
 from sae_jax.sae.files import new_folder
 from sae_jax.train.checkpoints import load_sae
 
-FORMATS = {
-    "saelens": saelens,
-    "dictionary_learning": dictionary_learning,
-    "sparsify": sparsify,
-    "gemma_scope": gemma_scope,
-    "gemma_scope_2": gemma_scope_2,
-    "openai": openai,
-    "sae_jax": sae_jax_format,
-}
 
-
-def load(path, trust_code: bool = True) -> SAE:
+def load(path, sae_id: str | None = None, trust_code: bool = True) -> SAE:
     """Returns the SAE at `path`: a run of ours (its last checkpoint), one of its checkpoints
     (RUN/checkpoints/STEP), or what any of `FORMATS` describes.
 
+    `path` may be of another machine too: s3:// and gs:// for runs; hf://org/repository/folder on
+    the Hugging Face hub; and of SAELens' public releases saelens://RELEASE/SAE_ID, or RELEASE
+    together with `sae_id` (`locate`).
+
     trust_code: whether the user's file that defines the SAE's own architecture may be run, where
-    `path` names one and it is not imported yet. A file within `path` is never run. Raises UserError
-    if there is no SAE at `path`, or it cannot be read."""
-    path = paths.path(path)
-    name = format_of(path)
+    `path` names one and it is not imported yet. A file within `path` never is, nor any for what
+    is fetched from a hub.
+
+    Raises UserError if there is no SAE at `path`, or it cannot be read."""
+    trust_code = trust_code and not is_fetched(path, sae_id)
+    path = locate(path, sae_id)
+    name = formats.format_of(path)
     if name == "sae_jax":
         return sae_jax_format.read(path, trust_code)
     if name:
@@ -57,19 +47,19 @@ def load(path, trust_code: bool = True) -> SAE:
 
 
 def format_of(path) -> str | None:
-    """The format of a local folder or file that another framework, or `export`, wrote."""
-    path = paths.path(path)
-    if paths.is_remote(path):
-        return None
-    return next((name for name, one in FORMATS.items() if one.recognises(path)), None)
+    """Returns the format of what another framework, or `export`, wrote, None for a run.
+
+    `path` is any that `load` takes; UserError as there."""
+    return formats.format_of(locate(path))
 
 
 def site(path) -> str | None:
     """Our name of the site that the SAE at `path` reads, where its format says so."""
-    name = format_of(path)
+    path = locate(path)
+    name = formats.format_of(path)
     if name == "saelens":
-        return saelens.site(paths.path(path))
-    return sae_jax_format.read_about(paths.path(path)).get("site") if name == "sae_jax" else None
+        return saelens.site(path)
+    return sae_jax_format.read_about(path).get("site") if name == "sae_jax" else None
 
 
 def export(
@@ -108,6 +98,7 @@ __all__ = [
     "export",
     "format_of",
     "load",
+    "locate",
     "read_provenance",
     "site",
 ]

@@ -73,6 +73,7 @@ _CLASSES = {
 }  # fmt: skip
 EXPRESSES = {(c.architecture, "autoencoder"): name for name, c in _CLASSES.items()}
 WHY_NOT = "it has autoencoders only"
+FILES = ("config.json", "ae.pt")
 USAGE = """import torch
 from dictionary_learning.utils import load_dictionary
 
@@ -85,7 +86,7 @@ with torch.no_grad():
 
 
 def recognises(path: pathlib.Path) -> bool:
-    return (path / "ae.pt").is_file() and (path / "config.json").is_file()
+    return all((path / name).is_file() for name in FILES)
 
 
 def write(sae: SAE, directory: pathlib.Path, about: dict) -> None:

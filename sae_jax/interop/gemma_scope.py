@@ -36,11 +36,12 @@ latents = np.where(pre > p["threshold"], np.maximum(pre, 0), 0)
 x_hat = latents @ p["W_dec"] + p["b_dec"]
 """
 _FILE = "params.npz"
+FILES = (_FILE,)
 _NAMES = {"W_enc": "w_enc", "W_dec": "w_dec"}  # where they are not ours
 
 
 def recognises(path: pathlib.Path) -> bool:
-    return (path / _FILE).is_file()
+    return all((path / name).is_file() for name in FILES)
 
 
 def write(sae: SAE, directory: pathlib.Path, about: dict) -> None:

@@ -30,11 +30,12 @@ if "affine_skip_connection" in p:
     x_hat = x_hat + x @ p["affine_skip_connection"]
 """
 _FILE = "params.safetensors"
+FILES = ("config.json", _FILE)
 _SKIP = "affine_skip_connection"
 
 
 def recognises(path: pathlib.Path) -> bool:
-    return (path / _FILE).is_file() and (path / "config.json").is_file()
+    return all((path / name).is_file() for name in FILES)
 
 
 def write(sae: SAE, directory: pathlib.Path, about: dict) -> None:

@@ -33,6 +33,7 @@ latents = torch.relu(pre)
 x_hat = latents @ state["decoder.weight"].T + state["pre_bias"]
 """
 _FILE = "autoencoder.pt"
+FILES = (_FILE,)
 # Counters of training that its loader asks for.
 _COUNTERS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
 

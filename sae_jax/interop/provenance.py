@@ -10,7 +10,8 @@ from sae_jax.activations.store import read_complete_meta
 from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.interop import sae_jax_format, saelens
-from sae_jax.lm import hook_name
+from sae_jax.interop.locate import locate
+from sae_jax.lm import hook_name, hub_name
 from sae_jax.train.directory import read_config
 
 _MEASURED = ("tokens", "eval_loss", "eval_fvu", "dead_fraction")
@@ -31,7 +32,7 @@ def read_provenance(path) -> dict:
     did, `training` (how it was trained) and `evaluation` (of eval.json). What cannot be known, as
     when the store is not at hand any more, or how well a checkpoint does that is not a run's end,
     is left out."""
-    path = paths.path(path)
+    path = locate(path)
     if not paths.is_remote(path):
         if sae_jax_format.recognises(path):
             return sae_jax_format.read_about(path)
@@ -86,7 +87,7 @@ def _of_store(path: str, site: str) -> dict:
     except (UserError, OSError):
         return {}
     told = {
-        "model_name": meta.model,
+        "model_name": on_hub.repo if (on_hub := hub_name(meta.model or "")) else meta.model,
         "context_size": meta.context_length,
         "prepend_bos": True if meta.model else None,  # as `lm.pack` does
         "dataset_path": _dataset(meta.provenance.get("text")),

@@ -33,5 +33,6 @@ x = np.random.randn(4, $d_in).astype(np.float32)  # stands for activations at $s
 latents = sae.encode(x)
 x_hat = sae(x)
 """
+FILES = ("sae.json", "sae.safetensors")
 
-__all__ = ["EXPRESSES", "USAGE", "WHY_NOT", "read", "read_about", "recognises", "write"]
+__all__ = ["EXPRESSES", "FILES", "USAGE", "WHY_NOT", "read", "read_about", "recognises", "write"]

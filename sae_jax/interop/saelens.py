@@ -59,6 +59,9 @@ _READS = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu", "gated": "
 _GATED = {"b_enc": "b_gate", "b_mag": "b_mag", "r_mag": "r_mag"}
 _VERSION = "6.54.12"  # whose format this is
 _WEIGHTS = "sae_weights.safetensors"
+FILES = ("cfg.json", _WEIGHTS)
+_RENAMED = {"hook_point": "hook_name", "hook_point_layer": "hook_layer"}
+_RENAMED |= {"activation_fn_str": "activation_fn"}
 _ROUNDING = 1e-6  # of a norm of 1, in float32
 
 _METADATA = (
@@ -79,7 +82,7 @@ _SITES = {  # hook names: TransformerLens', and modules of Hugging Face's decode
 
 
 def recognises(path: pathlib.Path) -> bool:
-    return (path / "cfg.json").is_file() and (path / _WEIGHTS).is_file()
+    return all((path / name).is_file() for name in FILES)
 
 
 def write(sae: SAE, directory: pathlib.Path, about: dict) -> None:
@@ -129,7 +132,7 @@ def read(directory: pathlib.Path) -> SAE:
     inputs, an unknown reshaping, and tensors that are missing, additional or of another shape.
     """
     file = directory / "cfg.json"
-    cfg = read_json(file)
+    cfg = _read_cfg(directory)
     d_in, d_sae = (_whole_number(cfg, name, file) for name in ("d_in", "d_sae"))
     name, kind = _architecture(cfg, file)
     d_out = d_in if kind == "autoencoder" else _whole_number(cfg, "d_out", file)
@@ -147,7 +150,10 @@ def read(directory: pathlib.Path) -> SAE:
     ours = {"w_enc": (d_in, d_sae), "w_dec": (d_sae, d_out), "b_dec": (d_out,)}
     ours |= {"w_skip": (d_out, d_in)}
     shapes = {theirs: ours.get(name, (d_sae,)) for theirs, name in names.items()}
-    tensors = check_shapes(read_safetensors(directory / _WEIGHTS), shapes, directory / _WEIGHTS)
+    tensors = read_safetensors(directory / _WEIGHTS)
+    if np.allclose(tensors.get("scaling_factor", 0), 1):  # of early versions; others are refused
+        del tensors["scaling_factor"]
+    check_shapes(tensors, shapes, directory / _WEIGHTS)
     arrays = {name: tensors[theirs] for theirs, name in names.items()}
     if "w_skip" in arrays:
         arrays["w_skip"] = arrays["w_skip"].T
@@ -159,7 +165,7 @@ def read(directory: pathlib.Path) -> SAE:
 
 def about(directory: pathlib.Path) -> dict:
     """Of its metadata, what our exports say too."""
-    metadata = read_json(directory / "cfg.json").get("metadata") or {}
+    metadata = _read_cfg(directory).get("metadata") or {}
     told = {name: metadata.get(name) for name in _METADATA} | {"site": site(directory)}
     return {name: value for name, value in told.items() if value is not None}
 
@@ -167,7 +173,7 @@ def about(directory: pathlib.Path) -> dict:
 def site(directory: pathlib.Path) -> str | None:
     """Our name of the site that the SAE was trained on, where its cfg.json says so in a way that
     has a counterpart here."""
-    return site_of(read_json(directory / "cfg.json").get("metadata", {}).get("hook_name") or "")
+    return site_of((_read_cfg(directory).get("metadata") or {}).get("hook_name") or "")
 
 
 def site_of(hook: str) -> str | None:
@@ -176,6 +182,25 @@ def site_of(hook: str) -> str | None:
         if match := re.fullmatch(pattern, hook):
             return match.expand(ours)
     return None
+
+
+def _read_cfg(directory: pathlib.Path) -> dict:
+    """cfg.json as SAELens 6 has it, of earlier versions too (its handle_pre_6_0_config)."""
+    cfg = read_json(directory / "cfg.json")
+    if "metadata" in cfg:
+        return cfg
+    cfg = {_RENAMED.get(name, name): value for name, value in cfg.items()}
+    chosen = cfg.get("activation_fn_kwargs") or {}
+    picks = cfg.get("activation_fn") == "topk" and chosen.get("k") is not None
+    if picks:
+        cfg |= {"architecture": "topk", "k": chosen["k"]}
+    elif cfg.get("activation_fn", "relu") != "relu":
+        cfg["architecture"] = cfg["activation_fn"]  # which is then refused by this name
+    normalized = cfg.get("normalize_activations")
+    if normalized is None or isinstance(normalized, bool):
+        cfg["normalize_activations"] = "expected_average_only_in" if normalized else "none"
+    metadata = {name: cfg[name] for name in _METADATA if name in cfg}
+    return {"architecture": "standard", "metadata": metadata} | cfg
 
 
 def _of_heads(hook: str | None) -> bool:

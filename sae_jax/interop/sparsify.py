@@ -36,10 +36,11 @@ with torch.no_grad():
     x_hat = sae(x).sae_out
 """
 _FILE = "sae.safetensors"
+FILES = ("cfg.json", _FILE)
 
 
 def recognises(path: pathlib.Path) -> bool:
-    return (path / "cfg.json").is_file() and (path / _FILE).is_file()
+    return all((path / name).is_file() for name in FILES)
 
 
 def write(sae: SAE, directory: pathlib.Path, about: dict) -> None:

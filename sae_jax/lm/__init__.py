@@ -14,6 +14,7 @@ from sae_jax.lm.architecture import (
 from sae_jax.lm.bridge import TorchModel, is_torch
 from sae_jax.lm.corpus import standard_library
 from sae_jax.lm.decoder import forward, next_token_loss
+from sae_jax.lm.directory import hub_name
 from sae_jax.lm.documents import read_texts, text_files
 from sae_jax.lm.edits import add_direction, at, clamp, put, reconstruct
 from sae_jax.lm.families import load_config
@@ -22,7 +23,7 @@ from sae_jax.lm.language_model import LanguageModel, in_batches
 from sae_jax.lm.live import LiveStore, open_store, open_stream
 from sae_jax.lm.model import JaxModel, local_mesh, open_model
 from sae_jax.lm.text import PACKING_RULE, Tokenizer, load_tokenizer, pack
-from sae_jax.lm.weights import fingerprint, load_params, save_model
+from sae_jax.lm.weights import fingerprint, load_params, save_model, with_weights
 
 __all__ = [
     "DEMO_MODEL",
@@ -42,6 +43,7 @@ __all__ = [
     "forward",
     "harvest",
     "hook_name",
+    "hub_name",
     "in_batches",
     "init",
     "is_torch",
@@ -62,6 +64,7 @@ __all__ = [
     "site_width",
     "standard_library",
     "text_files",
+    "with_weights",
 ]
 
 DEMO_MODEL = pathlib.Path(__file__).parents[1] / "assets" / "one_layer"

@@ -24,11 +24,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from sae_jax import hub
 from sae_jax.errors import UserError, choose
+from sae_jax.lm.directory import TORCH, model_directory, pinned_spec
 from sae_jax.lm.language_model import LanguageModel
-from sae_jax.lm.weights import fingerprint
+from sae_jax.lm.weights import fingerprint, with_weights
 
-_PREFIX = "torch:"  # of a model's name, for one that transformers runs
 _HOOK = "hf:"  # of a site's name, for a module by its path
 
 _ATTENTION = ("self_attn", "attn", "attention", "self_attention")
@@ -41,7 +42,7 @@ _NORM_AFTER_ATTENTION = "post_attention_layernorm"
 
 def is_torch(spec) -> bool:
     """Whether `spec` names a model for transformers to run, and no directory for our decoder."""
-    return str(spec).startswith(_PREFIX)
+    return str(spec).startswith(TORCH)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,16 +54,18 @@ class _Place:
 
 
 class TorchModel(LanguageModel):
-    """Transformers' own model of "torch:DIRECTORY" or "torch:NAME", the name of one on the Hugging
-    Face hub, on the first GPU that torch has, else on the CPU. What it returns is on JAX's default
-    device.
+    """Transformers' own model of "torch:DIRECTORY", or "torch:NAME" of one on the Hugging Face hub
+    (org/repository, with or without hf:// before it), on the first GPU that torch has, else on the
+    CPU. What it returns is on JAX's default device.
 
     UserError without torch and transformers, or where there is no such model."""
 
     def __init__(self, spec, dtype: str = "float32"):
         self._torch, self._transformers = _import(spec)
-        self.directory = _directory(str(spec).removeprefix(_PREFIX))
-        self.spec = f"{_PREFIX}{self.directory.absolute()}"
+        name = _directory_or_hub_name(str(spec).removeprefix(TORCH))
+        self.directory = model_directory(name)
+        self._name = pinned_spec(name, self.directory)
+        self.spec = f"{TORCH}{self._name}"
         self.dtype, self.mesh = dtype, None
         config = self._load(self._transformers.AutoConfig).get_text_config()
         self.vocab_size = config.vocab_size
@@ -71,6 +74,7 @@ class TorchModel(LanguageModel):
 
     @functools.cached_property
     def fingerprint(self) -> str:
+        with_weights(self._name, old=True)
         old = sorted(file.name for file in self.directory.glob("pytorch_model*.bin"))
         return fingerprint(self.directory, [] if any(self.directory.glob("*.safetensors")) else old)
 
@@ -78,6 +82,7 @@ class TorchModel(LanguageModel):
     def _module(self):
         torch = self._torch
         dtype = getattr(torch, self.dtype)
+        with_weights(self._name, old=True)
         module = self._load(self._transformers.AutoModelForCausalLM, dtype=dtype)
         return module.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
@@ -248,20 +253,14 @@ def _child(module, names: Sequence[str]) -> str | None:
     return next((name for name in names if name in children), None)
 
 
-def _directory(name: str) -> pathlib.Path:
-    """The directory, or that of the copy of the hub's model of that name."""
-    if pathlib.Path(name).is_dir():
-        return pathlib.Path(name)
+def _directory_or_hub_name(name: str) -> str:
+    """A name that is no directory is one of the hub, as transformers has it."""
+    if pathlib.Path(name).is_dir() or hub.is_hub_name(name):
+        return name
     try:
-        import huggingface_hub
-
-        others = ["*.h5", "*.msgpack", "*.onnx*", "*.ot", "*.tflite", "*.gguf"]  # weights again
-        return pathlib.Path(huggingface_hub.snapshot_download(name, ignore_patterns=others))
-    except Exception as error:  # its own classes, and requests' or httpx's, as its version goes
-        reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
-        raise UserError(
-            f"{name} is no directory, and no model that the Hugging Face hub gives: {reason}"
-        ) from None
+        return str(hub.parse(f"{hub.SCHEME}{name}"))
+    except UserError:
+        raise UserError(f"{name} is no directory, and no name of a model on the hub") from None
 
 
 def _import(spec):

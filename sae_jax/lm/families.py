@@ -10,6 +10,7 @@ import pathlib
 from sae_jax.errors import UserError, choose
 from sae_jax.json_files import read_json
 from sae_jax.lm.architecture import DecoderConfig, Rope
+from sae_jax.lm.directory import model_directory
 
 OWN_TYPE = "sae_jax_decoder"
 FAMILIES = (
@@ -60,7 +61,7 @@ _SLIDING, _FULL = "sliding_attention", "full_attention"
 def load_config(directory) -> DecoderConfig:
     """The config of a model directory. UserError for a family or a field that is not implemented,
     naming it and its value."""
-    file = pathlib.Path(directory) / "config.json"
+    file = model_directory(directory) / "config.json"
     values = read_json(file)
     family = str(values.get("model_type"))
     if family not in FAMILIES:

@@ -23,6 +23,7 @@ from sae_jax.activations import LiveMeta, Store, StoreWriter
 from sae_jax.config import difference
 from sae_jax.errors import UserError
 from sae_jax.lm.architecture import hook_name
+from sae_jax.lm.directory import hub_name
 from sae_jax.lm.language_model import in_batches
 from sae_jax.lm.live import open_store
 from sae_jax.lm.model import local_mesh, open_model
@@ -118,7 +119,7 @@ def harvest(
         context_length=context_length,
         num_sequences=len(tokens_NxT),
         tokens=tokens_NxT,
-        model=tokenizer.name,
+        model=model.spec if hub_name(model.spec) else tokenizer.name,
         tokenizer=tokenizer.name,
         special_tokens=tokenizer.special_tokens,
         provenance={**told, **(provenance or {}), **function},

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import jax
 import numpy as np
 
+from sae_jax.lm.directory import TORCH
 from sae_jax.lm.edits import Edit
 from sae_jax.lm.text import Tokenizer, load_tokenizer
 
@@ -33,7 +34,7 @@ class LanguageModel(abc.ABC):
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of its directory. UserError where it has none."""
-        return load_tokenizer(self.directory)
+        return load_tokenizer(self.spec.removeprefix(TORCH))
 
     @property
     @abc.abstractmethod

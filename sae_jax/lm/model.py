@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import math
-import pathlib
 from collections.abc import Sequence
 
 import jax
@@ -17,6 +16,7 @@ from sae_jax.json_files import read_json
 from sae_jax.lm import bridge
 from sae_jax.lm.architecture import layout, site_width
 from sae_jax.lm.decoder import forward
+from sae_jax.lm.directory import model_directory, pinned_spec
 from sae_jax.lm.edits import as_pytree
 from sae_jax.lm.families import load_config
 from sae_jax.lm.language_model import LanguageModel
@@ -25,11 +25,13 @@ from sae_jax.lm.weights import fingerprint, load_params
 
 
 class JaxModel(LanguageModel):
-    """The model of a Hugging Face directory, run by `lm.forward`.
+    """The model of a Hugging Face directory, or of hf://org/repository[@revision] on the hub, run
+    by `lm.forward`.
 
     mesh: axes `data` and `model`; None: on JAX's default device. scan: run the layers in a loop,
     which compiles in the same time whatever their number. `config` is its `DecoderConfig`, and
-    `params` are the parameters that `lm.forward` takes."""
+    `params` are the parameters that `lm.forward` takes; those of a model on the hub are downloaded
+    when they are first asked for."""
 
     def __init__(
         self,
@@ -38,20 +40,20 @@ class JaxModel(LanguageModel):
         mesh: jax.sharding.Mesh | None = None,
         scan: bool = False,
     ):
-        self.directory = pathlib.Path(directory)
-        self.spec = str(self.directory.absolute())
+        self.directory = model_directory(directory)
+        self.spec = pinned_spec(directory, self.directory)
         self.dtype, self.mesh, self.scan = dtype, mesh, scan
-        self.config = load_config(directory)
+        self.config = load_config(self.spec)
         self.vocab_size = self.config.vocab_size
         self.max_context = self.config.max_context
 
     @functools.cached_property
     def params(self) -> dict:
-        return load_params(self.directory, jnp.dtype(self.dtype), self.mesh, self.scan)
+        return load_params(self.spec, jnp.dtype(self.dtype), self.mesh, self.scan)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        return fingerprint(self.directory)
+        return fingerprint(self.spec)
 
     @property
     def layers_module(self) -> str:
@@ -118,10 +120,11 @@ def open_model(
 ) -> LanguageModel:
     """Opens a language model.
 
-    spec: a Hugging Face directory, which our decoder runs; or "torch:DIRECTORY", or "torch:NAME" of
-    a model on the hub, which transformers runs on one device. dtype: in which it computes, float32
-    or bfloat16. mesh: axes `data` and `model` (None: JAX's default device). scan: run the layers in
-    a loop. UserError where there is no such model, or one of a family that we do not know."""
+    spec: a Hugging Face directory, or hf://org/repository[@revision] on the hub, which our decoder
+    runs; or either with "torch:" before it, which transformers runs on one device. dtype: in which
+    it computes, float32 or bfloat16. mesh: axes `data` and `model` (None: JAX's default device).
+    scan: run the layers in a loop. UserError where there is no such model, or one of a family that
+    we do not know."""
     if not bridge.is_torch(spec):
         return JaxModel(spec, dtype, mesh, scan)
     if scan:

@@ -17,8 +17,10 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import tokenizers
 
+from sae_jax import hub
 from sae_jax.errors import UserError
 from sae_jax.json_files import read_json
+from sae_jax.lm.directory import model_directory
 
 PACKING_RULE = "documents joined by BOS, cut every context_length - 1 tokens, each cut after a BOS"
 _SEPARATOR = "<|endoftext|>"  # between documents of GPT-2, Pythia, Qwen and their kin
@@ -68,12 +70,10 @@ def load_tokenizer(directory) -> Tokenizer:
     special are all special tokens (Llama 3's and Gemma's end of a turn too).
 
     UserError where a file is missing or damaged, or none of them gives a BOS."""
-    directory = pathlib.Path(directory)
+    spec, directory = directory, model_directory(directory)
     file = directory / "tokenizer.json"
     if not file.is_file():
-        raise UserError(
-            f"no tokenizer.json in {directory}; save the tokenizer there in that format"
-        )
+        raise UserError(f"no tokenizer.json in {spec}; save the tokenizer there in that format")
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the package raises plain Exception
@@ -89,7 +89,8 @@ def load_tokenizer(directory) -> Tokenizer:
         )
     marked = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
     special = {bos, eos, pad, *(marked & set(ids["eos"][0]))} - {None}
-    name = directory.resolve().name
+    on_hub = hub.is_hub_name(spec)
+    name = str(hub.pinned(spec, directory)) if on_hub else directory.resolve().name
     return Tokenizer(backend, bos, eos, pad, name, tuple(sorted(special)), why)
 
 

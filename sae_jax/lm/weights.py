@@ -19,9 +19,11 @@ import safetensors.numpy
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sae_jax import hub
 from sae_jax.errors import UserError
 from sae_jax.json_files import read_json
 from sae_jax.lm.architecture import DecoderConfig, Leaf, layout
+from sae_jax.lm.directory import model_directory
 from sae_jax.lm.families import OWN_TYPE, load_config
 from sae_jax.lm.tensors import IMAGE_PARTS, Names, in_files, names_of
 from sae_jax.paths import save_json
@@ -36,8 +38,8 @@ def load_params(
     UserError naming the file or the tensor where one is missing, truncated, of another shape or
     unknown.
     """
-    directory = pathlib.Path(directory)
-    config = load_config(directory)
+    config = load_config(directory)  # before the weights are downloaded
+    directory = with_weights(directory)
     tree = layout(config)
     with contextlib.ExitStack() as stack:
         tensors = _open(directory, stack)
@@ -122,7 +124,7 @@ def fingerprint(directory, files: Sequence[str] = ()) -> str:
     """Tells one model from another: a hash of config.json and, of every weight file, its size,
     its first and last MiB (the header is in the first) and 64 KiB from 64 places between. Not
     all bytes: reading 140 GB takes minutes. files: the weights where they are no safetensors."""
-    directory = pathlib.Path(directory)
+    directory = with_weights(directory)
     digest = hashlib.sha256((directory / "config.json").read_bytes())
     for name in files or _weight_files(directory):
         with (directory / name).open("rb") as file:
@@ -136,12 +138,36 @@ def fingerprint(directory, files: Sequence[str] = ()) -> str:
     return digest.hexdigest()
 
 
+def with_weights(spec, old: bool = False) -> pathlib.Path:
+    """Returns the local directory of a model, with its weights.
+
+    `spec` is a directory, or a name on the hub, from which the weight files are downloaded: the
+    safetensors that its index names, or with `old`, where there are none, what torch.save wrote.
+    Raises UserError as `hub.fetch`, and where there are no such files."""
+    directory = model_directory(spec)
+    if not hub.is_hub_name(spec):
+        return directory
+    name, stems = hub.pinned(spec, directory), ["model.safetensors"]
+    for stem in stems + ["pytorch_model.bin"] * old:
+        files = _files_by_index(directory, stem)
+        try:
+            hub.fetch(name, files, needed=files)
+            return directory
+        except hub.MissingFileError as error:
+            missing = str(error)
+    hint = "" if old else f"; --model=torch:{spec} runs what transformers can read"
+    raise UserError(f"{missing}{hint}")
+
+
+def _files_by_index(directory: pathlib.Path, stem: str) -> list[str]:
+    index = directory / f"{stem}.index.json"
+    if not index.is_file():
+        return [stem]
+    return sorted(set(read_json(index).get("weight_map", {}).values()))
+
+
 def _weight_files(directory: pathlib.Path) -> list[str]:
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-    else:
-        names = ["model.safetensors"]
+    names = _files_by_index(directory, "model.safetensors")
     for name in names:
         if not (directory / name).is_file():
             raise UserError(

@@ -1,0 +1,57 @@
+"""Where an SAE's files are: a path, a folder on the Hugging Face hub, or a release of SAELens'."""
+
+import dataclasses
+import difflib
+
+from sae_jax import hub, paths
+from sae_jax.errors import UserError, some
+from sae_jax.interop.formats import FILES, FORMATS, folders_of, format_of
+from sae_jax.interop.saelens_releases import SCHEME, hub_name
+
+
+def is_fetched(path, sae_id: str | None = None) -> bool:
+    """Returns whether `locate` fetches what it is given from a hub, where others wrote it."""
+    return sae_id is not None or str(path).startswith((SCHEME, hub.SCHEME))
+
+
+def locate(path, sae_id: str | None = None) -> paths.AnyPath:
+    """Returns the path from which the SAE of a name is read.
+
+    hf://org/repository[@revision]/folder: the local copy of that folder, of which only the files
+    of the formats that are known are downloaded. saelens://RELEASE/SAE_ID, or RELEASE with
+    `sae_id`: the same, where SAELens' public table of releases says it is. Another path: itself.
+
+    Raises UserError where a name on the hub has no SAE, naming the folders that have one."""
+    text = str(path)
+    if text.startswith(SCHEME):
+        release, _, sae_id = text.removeprefix(SCHEME).partition("/")
+        return _fetch(hub_name(release, sae_id))
+    if sae_id is not None:
+        return _fetch(hub_name(text, sae_id))
+    return _fetch(hub.parse(text)) if hub.is_hub_name(text) else paths.path(path)
+
+
+def _fetch(name: hub.HubName) -> paths.AnyPath:
+    folder, _, last = name.folder.rpartition("/")
+    if last in FILES:
+        name = dataclasses.replace(name, folder=folder)
+    try:
+        local = hub.fetch(name, FILES)
+    except hub.MissingFileError:
+        local = None
+    if local is None or format_of(local) is None:
+        raise UserError(_explained(name, folders_of(hub.list_files(name))))
+    return local
+
+
+def _explained(name: hub.HubName, saes: list[str]) -> str:
+    """saes: the folders of the repository that have one."""
+    if not saes:
+        return (
+            f"{name}: {name.repo} has no SAE in a format that is read here, of which there are "
+            f"{', '.join(FORMATS)}"
+        )
+    if inside := [folder for folder in saes if folder.startswith(name.file(""))]:
+        return f"{name} is not itself an SAE; name one of the folders in it: {some(inside)}"
+    near = difflib.get_close_matches(name.folder, saes, n=3, cutoff=0.3) or saes
+    return f"{name}: there is no SAE {name.folder!r} in {name.repo}; there are {some(near)}"

@@ -1,0 +1,40 @@
+"""Where a language model's files are: a local directory, or the copy of one on the hub."""
+
+import pathlib
+
+from sae_jax import hub
+
+TORCH = "torch:"  # before the name of a model, for one that transformers runs
+_SMALL = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+
+
+def model_directory(spec) -> pathlib.Path:
+    """Returns the local directory of a model, which need not have its weights yet.
+
+    `spec` is a directory, or hf://org/repository[@revision][/folder], of which the configuration
+    and the tokenizer are downloaded. Raises UserError as `hub.fetch`."""
+    if not hub.is_hub_name(spec):
+        return pathlib.Path(spec)
+    return hub.fetch(spec, _SMALL, needed=["config.json"])
+
+
+def hub_name(spec: str) -> hub.HubName | None:
+    """Returns the name on the hub of a model that `open_model` takes, None for a directory."""
+    name = spec.removeprefix(TORCH)
+    return hub.parse(name) if hub.is_hub_name(name) else None
+
+
+def pinned_spec(spec, directory: pathlib.Path) -> str:
+    """Returns the name of the model by which it is found again from anywhere.
+
+    It is the absolute path of its directory, or its name on the hub with the commit."""
+    if hub.is_hub_name(spec):
+        return str(hub.pinned(spec, directory))
+    return str(directory.absolute())
