@@ -18,7 +18,7 @@ from sae_jax.errors import UserError
 from sae_jax.interop import FORMATS
 from sae_jax.sae import ARCHITECTURES, by_name, resolve
 from sae_jax.sae.config import KINDS
-from sae_jax.train import loop
+from sae_jax.train.run import train_run
 
 D, N = 8, 24
 NEEDS_TORCH = ("dictionary_learning", "openai")
@@ -260,10 +260,10 @@ def test_a_run_goes_on_from_an_sae(tmp_path, architecture):
     sae = type(sae).from_parameters(config, wide(sae), 1 / 3)
     interop.export(sae, "sae_jax", tmp_path / "sae")
     fields = {"d_sae": N, "aux_coefficient": 0.0}
-    if sae.config.k is not None:
-        fields["k"] = sae.config.k
     if sae.config.k is None:
         fields["sparsity_coefficient"] = 1e-6
+    else:
+        fields["k"] = sae.config.k
     config = make_config(
         store,
         architecture,
@@ -272,7 +272,7 @@ def test_a_run_goes_on_from_an_sae(tmp_path, architecture):
         train={"init": str(tmp_path / "sae")},
         optimizer={"learning_rate": 1e-12},
     )
-    result = loop.train(config, tmp_path / "run", interop.load)
+    result = train_run(config, tmp_path / "run", load_sae=interop.load).result
     x = next(open_stream(config.data).batches(0, prefetch=0)).astype(np.float32)
     back = sae_jax.load(tmp_path / "run")
     if architecture != "batchtopk":  # whose threshold is that of the last batch
@@ -282,7 +282,7 @@ def test_a_run_goes_on_from_an_sae(tmp_path, architecture):
     assert result["d_sae"] == N
     with pytest.raises(UserError, match="--config.sae.d_sae=24"):
         wrong = make_config(store, architecture, steps=1, train={"init": str(tmp_path / "sae")})
-        loop.train(wrong, tmp_path / "wrong", interop.load)
+        train_run(wrong, tmp_path / "wrong", load_sae=interop.load)
 
 
 def wide(sae) -> dict:
