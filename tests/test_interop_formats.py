@@ -227,7 +227,7 @@ def test_the_table_in_help_is_what_is_expressed():
 def test_a_run_goes_out_and_comes_back_by_the_commands(tmp_path, capsys):
     store = make_store(tmp_path / "store")
     run = tmp_path / "run"
-    loop.train(make_config(store, "topk", steps=20), run)
+    train_run(make_config(store, "topk", steps=20), run)
 
     def cli(*arguments) -> int:
         return main(
