@@ -36,8 +36,9 @@ def is_remote(text) -> bool:
 
 
 def path(text) -> "AnyPath":
-    """Returns the path that a user's text names. Raises UserError for a scheme other than s3:// and
-    gs://, and where the bucket is missing.
+    """Returns the path that a user's text names.
+
+    Raises UserError for a scheme other than s3:// and gs://, and where the bucket is missing.
     """
     if isinstance(text, ObjectPath | pathlib.Path):
         return text
@@ -52,8 +53,9 @@ def path(text) -> "AnyPath":
 
 
 def local(text) -> pathlib.Path:
-    """Returns the path of something that must be on this machine. Raises UserError for another
-    place.
+    """Returns the path of something that must be on this machine.
+
+    Raises UserError for another place.
     """
     if is_remote(text):
         raise UserError(f"{text} is not a path of this machine, and here it must be one")
@@ -149,8 +151,9 @@ class ObjectPath:
         return self.read_bytes().decode(encoding)
 
     def read(self) -> tuple[bytes, bytes]:
-        """Returns the content of the file, and its generation, for `write_if`. Raises
-        FileNotFoundError.
+        """Returns the content of the file, and its generation, for `write_if`.
+
+        Raises FileNotFoundError.
         """
         with explained(self):
             found = self._bucket().read(self.key).result()

@@ -24,13 +24,14 @@ def load_module(path: str | pathlib.Path) -> types.ModuleType:
     name = f"_sae_jax_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}_{file.stem}"
     status = file.stat()
     version = status.st_mtime_ns, status.st_size
-    if _versions.get(name) == version:
-        return sys.modules[name]
-    if name not in _versions and (there := _imported_from(file)):
-        return there
+    before = sys.modules.get(name)
+    if before is None:
+        if there := _imported_from(file):
+            return there
+    elif _versions[name] == version:
+        return before
     spec = importlib.util.spec_from_file_location(name, file)
     module = importlib.util.module_from_spec(spec)
-    before = sys.modules.get(name)
     sys.modules[name] = module
     try:
         with mistakes_in(path):

@@ -36,7 +36,8 @@ def make_sae(kind="autoencoder", scale=1.7, architecture="relu", seed=0):
     if kind == "skip_transcoder":
         parameters["w_skip"] = rng.normal(size=(D, D_OUT)) / D
     parameters = {name: jnp.asarray(value, jnp.float32) for name, value in parameters.items()}
-    return {"relu": ReLU, "topk": TopK}[architecture](config, parameters, scale, target_scale)
+    cls = {"relu": ReLU, "topk": TopK}[architecture]
+    return cls.from_parameters(config, parameters, scale, target_scale)
 
 
 def rows_and_mask(mean=3.0, seed=1, width=D):

@@ -1,12 +1,15 @@
 """Who is judged dead, stuck or failed, and when. (With real processes: test_faults.)"""
 
 import dataclasses
+import subprocess
+import sys
 import time
 
 import pytest
 
 from sae_jax.train import watchdog
 from sae_jax.train.peer_health import Judge, Record, Verdict
+from sae_jax.train.progress import Progress
 
 HEARTBEAT, STEP = 30.0, 100.0
 
@@ -108,3 +111,30 @@ def test_a_process_that_was_stopped_does_not_count_that_time(monkeypatch):
         now[0] += step
         clock.tick()
     assert clock.now < 4
+
+
+@pytest.mark.parametrize("leave", ["end", "stop"])
+@pytest.mark.parametrize("seconds", [0, 0.4])
+def test_the_watch_of_one_process_ends_with_it(leave, seconds):
+    watch = watchdog.Watchdog(Progress(), HEARTBEAT, STEP)
+    watch.start()
+    time.sleep(seconds)
+    getattr(watch, leave)()
+
+
+def test_a_stuck_step_ends_the_only_process():
+    code = """
+import time
+from sae_jax.train.progress import Progress
+from sae_jax.train.watchdog import Watchdog
+progress = Progress()
+Watchdog(progress, heartbeat=9, step=1).start()
+progress.end(41)
+time.sleep(60)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert done.returncode == 75
+    assert done.stderr == (
+        "sae-jax: step 42 has not ended for 1 s (--watchdog_seconds); start the same command "
+        "again: it goes on from what was saved last\n"
+    )

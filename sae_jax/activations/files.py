@@ -99,8 +99,9 @@ class Array:
         self.fill = fill
 
     def open(self, folder: Folder, create: bool = False, context=None) -> ts.TensorStore:
-        """Opens the array in a store's folder. With `create`, it is created if it does not
-        exist.
+        """Opens the array in a store's folder.
+
+        With `create`, it is created if it does not exist.
         """
         rest = list(self.shape[1:])
         endian = {} if self.dtype == "uint8" else {"configuration": {"endian": "little"}}

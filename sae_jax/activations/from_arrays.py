@@ -97,8 +97,9 @@ class _RowQueue:
         self.ended = False
 
     def fill(self, until_rows: int | None = None, until_bytes: int | None = None) -> bool:
-        """Takes batches until so many rows or bytes are queued. Returns False if the batches ended
-        before there were so many rows.
+        """Takes batches until so many rows or bytes are queued.
+
+        Returns False if the batches ended before there were so many rows.
         """
         while not self.ended and (
             self.count < until_rows if until_rows is not None else self.bytes < until_bytes
@@ -136,8 +137,9 @@ class _RowQueue:
 
 
 def _count_sequences(rows: int, context_length: int) -> int:
-    """Returns the number of sequences that rows make. Raises UserError where they are not whole
-    sequences.
+    """Returns the number of sequences that rows make.
+
+    Raises UserError where they are not whole sequences.
     """
     if rows % context_length:
         raise UserError(

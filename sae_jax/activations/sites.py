@@ -55,8 +55,9 @@ class Sites:
         self.store.read_chunks(self.names, chunks, self._by_site(out))
 
     def read_rows(self, ids) -> np.ndarray:
-        """Returns the rows (n, width) with the store rows `ids` (n,), in any order. It is slow, and
-        for a few rows.
+        """Returns the rows (n, width) with the store rows `ids` (n,), in any order.
+
+        It is slow, and for a few rows.
         """
         out = np.empty((len(ids), self.width), self.dtype)
         self.store.read_rows(self.names, np.asarray(ids), self._by_site(out))

@@ -124,8 +124,9 @@ class Stream:
         return self.order.rows(window, np.arange(self.batch_size))[offset]
 
     def read(self, step: int) -> np.ndarray:
-        """Returns the batch (batch_size, width) of a step. It is read row by row, which is slow and
-        needs no window.
+        """Returns the batch (batch_size, width) of a step.
+
+        It is read row by row, which is slow and needs no window.
         """
         return self.read_rows(self.batch_rows(step))
 

@@ -148,8 +148,9 @@ class StoreWriter:
         return cls(folder, meta, tokens)
 
     def missing_shards(self) -> list[ShardSpec]:
-        """Returns the shards still to be written, in order. Writers may share them out in any
-        way.
+        """Returns the shards still to be written, in order.
+
+        Writers may share them out in any way.
         """
         if self.meta.complete:
             return []
@@ -294,8 +295,9 @@ class StoreWriter:
         return count, sums
 
     def _write_summaries(self, positions: list[int]) -> dict[int, int]:
-        """Writes excluded, usable_rows and checksums. Returns the number of rows excluded for each
-        reason.
+        """Writes excluded, usable_rows and checksums.
+
+        Returns the number of rows excluded for each reason.
         """
         meta = self.meta
         mask = self._arrays["excluded"].open(self.folder, create=True)

@@ -18,8 +18,6 @@ import sys
 from absl import flags
 from absl import logging as absl_logging
 
-from sae_jax.cli import recipes
-from sae_jax.config import Config, to_dict
 from sae_jax.errors import UserError, choose
 
 COMMANDS = """demo harvest store train eval sweep fit plan export import bench launch""".split()
@@ -60,14 +58,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(name: str, rest: list[str]) -> int:
-    command = _command(name)
     overrides, others = _split_overrides(rest)
+    _set_up_threads([name, *others])
+    command = _command(name)
     values = flags.FlagValues()
     command.define(values)
     flags.DEFINE_bool("v", False, "More detail in the log.", flag_values=values)
-    flags.DEFINE_integer(
-        "cpu_devices", None, "Pretend that the CPU is so many devices.", flag_values=values
-    )
+    _define_cpu_devices(values)
     if "-h" in others or "--help" in others:
         print(_help(name, command, values))
         return 0
@@ -119,11 +116,25 @@ def _set_up_logging(verbose: bool) -> None:
     )
 
 
+def _define_cpu_devices(values: flags.FlagValues) -> None:
+    flags.DEFINE_integer(
+        "cpu_devices", None, "Pretend that the CPU is so many devices.", flag_values=values
+    )
+
+
+def _set_up_threads(argv: list[str]) -> None:
+    """Before anything imports JAX: XLA sizes its thread pool by NPROC, and with fewer threads than
+    devices its collectives wait for each other for ever."""
+    values = flags.FlagValues()
+    _define_cpu_devices(values)
+    values(argv, known_only=True)
+    if values.cpu_devices:
+        enough = max(16, 2 * values.cpu_devices, os.cpu_count() or 1)
+        os.environ.setdefault("NPROC", str(enough))
+
+
 def _set_up_jax(cpu_devices: int | None) -> None:
-    """Takes effect because nothing has started JAX yet. XLA sizes its thread pool by NPROC; with
-    fewer threads than devices its collectives wait for each other for ever."""
-    if cpu_devices:
-        os.environ.setdefault("NPROC", str(max(16, 2 * cpu_devices, os.cpu_count() or 1)))
+    """Takes effect because nothing has started JAX's backends yet."""
     import jax
 
     # Float32 means float32 on accelerators too; bfloat16 is there for who wants its speed.
@@ -146,10 +157,10 @@ def _help(name: str, command, values: flags.FlagValues) -> str:
     for module in (command.__name__, __name__):
         lines.append(values.module_help(module).partition(":\n")[2])
     if "config" in values:
+        from sae_jax.cli import field_help, recipes  # slow to import
+
         lines += ["", *recipes.table("get_sweep" if name == "sweep" else "get_config")]
-        lines += ["", "Fields of the config, with their defaults:"]
-        for section, fields in to_dict(Config()).items():
-            lines += [f"  --config.{section}.{field}={value}" for field, value in fields.items()]
+        lines += ["", field_help.text()]
     return "\n".join(lines)
 
 

@@ -32,15 +32,23 @@ def define(values: flags.FlagValues) -> None:
         "A recipe, NAME[:ARGUMENT], or FILE.py[:arg] with get_config(arg).",
         flag_values=values,
     )
+    flags.DEFINE_bool(
+        "show",
+        False,
+        "Print the config with all that the data and the architecture decide, and end.",
+        flag_values=values,
+    )
     logs.define(values)
     distributed.define(values)
 
 
 def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
-    if not args.workdir:
+    if not args.workdir and not args.show:
         raise UserError("--workdir=RUN is needed: the directory to train in")
     config = configs.load_file(args.config) if args.config else configs.Config()
     config = configs.override(config, overrides)
+    if args.show:
+        return _show(config)
     if not config.data.store:
         raise UserError(
             "no activations given; add --config.data.store=STORE (make one with: sae-jax harvest)"
@@ -67,4 +75,17 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
             return 3
         if jax.process_index() == 0:
             print(json.dumps(result, indent=1))
+    return 0
+
+
+def _show(config: configs.Config) -> int:
+    """Prints the config as JSON: resolved where there is a store, which decides the widths."""
+    if config.data.store:
+        from sae_jax import activations
+        from sae_jax.train import loop
+
+        config = loop.resolve(config, activations.open_stream(config.data))
+    else:
+        print("no --config.data.store=STORE, whose widths decide some fields", file=sys.stderr)
+    print(json.dumps(configs.to_dict(config), indent=1))
     return 0

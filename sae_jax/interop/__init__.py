@@ -25,7 +25,8 @@ def load(path, sae_id: str | None = None, trust_code: bool = True) -> SAE:
     together with `sae_id` (`locate`).
 
     trust_code: whether the user's file that defines the SAE's own architecture may be run, where
-    `path` names one and it is not imported yet. It never is for what is fetched from a hub.
+    `path` names one and it is not imported yet. A file within `path` never is, nor any for what
+    is fetched from a hub.
 
     Raises UserError if there is no SAE at `path`, or it cannot be read."""
     trust_code = trust_code and not is_fetched(path, sae_id)

@@ -17,15 +17,15 @@ import numpy as np
 from sae_jax.laws.laws import Columns, Law, log_terms
 
 ESTIMATORS = ("huber", "log_least_squares", "lad")
-_DELTAS = {  # of Huber's function; each minimum is the start of the next one's search
+_DELTAS = {  # deltas of Huber's function; the minimum of each is where the next one starts
     "huber": (1e-3,),  # Hoffmann et al. 2022
     "log_least_squares": (np.inf,),
     "lad": (1e-3, 1e-4, 1e-5, 1e-6, 1e-7),  # the last stands for 0
 }
 _FINALISTS = 20  # starts that are refined to full precision
 _PATIENCE = 3000  # steps; valleys of openai_nk, and of Huber's function, are long and flat
-_LONGEST = 10.0  # step in coordinates, in which a residual moves by about as much
-_SHARES = {  # number of terms: of the loss at the data's centre, of each term but the last
+_LONGEST = 10.0  # longest step in coordinates; a residual moves by about as much
+_SHARES = {  # by number of terms, shares of the loss that each term but the last starts with
     1: (),
     2: (0.1, 0.3, 0.5, 0.7, 0.9),
     3: (0.1, 0.45),

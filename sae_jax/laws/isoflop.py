@@ -58,8 +58,9 @@ class Minima:
 
     @classmethod
     def from_results(cls, results: Results) -> "Minima":
-        """Finds the minima of the runs' isoFLOP curves. Raises UserError where fewer than three
-        budgets have a minimum within their sizes.
+        """Finds the minima of the runs' isoFLOP curves.
+
+        Raises UserError where fewer than three budgets have a minimum within their sizes.
         """
         curves, how = make_curves(results, results.compute)
         used = [curve for curve in curves if curve.rejected is None]

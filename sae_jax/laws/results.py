@@ -53,8 +53,9 @@ class Results:
         return self.columns["d_sae"] * self.columns["tokens"]
 
     def with_accounting(self, name: str) -> "Results":
-        """Returns results with compute counted by one of `ACCOUNTINGS`. Raises UserError where they
-        lack its column.
+        """Returns results with compute counted by one of `ACCOUNTINGS`.
+
+        Raises UserError where they lack its column.
         """
         if name == "flops":
             return self

@@ -38,8 +38,9 @@ def top_k(x_BxN: jax.Array, k: int, bias_N: jax.Array | None = None) -> tuple[ja
 
 
 def _grouped(x: jax.Array, spare: int) -> jax.Array:
-    """Splits the last axis into groups. They are filled up so that no filling is picked before an
-    element.
+    """Splits the last axis into groups.
+
+    They are filled up so that no filling is picked before an element.
     """
     if spare:
         widths = [(0, 0)] * (x.ndim - 1) + [(0, spare)]

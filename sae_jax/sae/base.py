@@ -155,7 +155,7 @@ class SAE(nnx.Module):
 
         x: of any float or integer type, from JAX, NumPy, torch or lists; computed in float32. A
         tensor of torch gives one back, without a gradient. Raises UserError for another width."""
-        x, restore = self._inputs(x)
+        x, restore = self.inputs(x)
         return restore(self.activate(self.preactivations(x)))
 
     def decode(self, latents, x=None) -> jax.Array:
@@ -167,13 +167,13 @@ class SAE(nnx.Module):
         if self.config.kind == "skip_transcoder":
             if x is None:
                 raise UserError("a skip transcoder decodes from x too: decode(latents, x)")
-            x, _ = self._inputs(x)
+            x, _ = self.inputs(x)
         return restore(self._decoded(latents, x))
 
     def __call__(self, x) -> jax.Array:
         """Returns the reconstruction (..., d_out) of activations x (..., d_in), both in the model's
         own units and of the types that `encode` takes."""
-        x, restore = self._inputs(x)
+        x, restore = self.inputs(x)
         return restore(self._decoded(self.activate(self.preactivations(x)), x))
 
     def direction(self, latent) -> jax.Array:
@@ -269,12 +269,14 @@ class SAE(nnx.Module):
         `sae_jax.load(path)` reads it. Raises UserError if there is something at `path` already."""
         files.save(self, path)
 
-    def _inputs(self, x) -> tuple[jax.Array, Restore]:
+    def inputs(self, x) -> tuple[jax.Array, Restore]:
+        """Returns activations (..., d_in) of any type as a float32 array, and what turns results
+        back into the type that came in (`sae.arrays.float32`)."""
         return float32(x, self.config.d_in, "activations")
 
     def _pair(self, x, y) -> tuple[jax.Array, jax.Array, Restore]:
         """Inputs (rows, d_in) and targets (rows, d_out) in the model's own units."""
-        x, restore = self._inputs(x)
+        x, restore = self.inputs(x)
         if y is None and self.config.kind in TRANSCODERS:
             raise UserError(f"a {self.config.kind} needs its targets y as well: loss(x, y)")
         y = x if y is None else float32(y, self.config.d_out, "targets")[0]

@@ -64,7 +64,8 @@ class SAEConfig:
     """Type of the operands of matrix products, float32 or bfloat16. Parameters and sums are
     float32 always."""
     extra_loss: str = ""
-    """FILE.py:FUNCTION of a term that is added to the training loss. See train.step.Trainer."""
+    """FILE.py:FUNCTION of a term that is added to the training loss: FUNCTION(sae, x, y), a
+    scalar, of inputs and targets times their scales (train.step.ExtraLoss)."""
 
     # What the trainer asks of every architecture. One that has it makes it a field; None, 0 and
     # 1 mean that there is no such thing.

@@ -39,12 +39,17 @@ class TopK(SAE):
         latents = latents.at[rows, indices].set(jax.nn.relu(values), unique_indices=True)
         return latents.reshape(preactivations.shape)
 
-    def encode_sparse(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The k latents of each row of x (B, d_in), without the dense (B, d_sae) latents:
-        values (B, k), largest first, and int32 indices (B, k). On one device."""
-        x, bias = self.encoder_input(self._scaled(x))
-        code, _ = ops.encode_top_k(x, self.w_enc[...], bias, None, self.config.k, 0)
-        return jax.nn.relu(code.values), code.indices
+    def encode_sparse(self, x) -> tuple[jax.Array, jax.Array]:
+        """Returns the k latents of each activation of x (..., d_in), without the dense latents
+        (..., d_sae): values (..., k), largest first, and int32 indices (..., k).
+
+        x: in the model's own units and of any type that `encode` takes. On one device."""
+        x, restore = self.inputs(x)
+        rows, bias = self.encoder_input(x.reshape(-1, x.shape[-1]) * self.scale)
+        code, _ = ops.encode_top_k(rows, self.w_enc[...], bias, None, self.config.k, 0)
+        shape = (*x.shape[:-1], self.config.k)
+        values = jax.nn.relu(code.values).reshape(shape)
+        return restore(values), restore(code.indices.reshape(shape))
 
     def fold(self) -> "TopK":
         """The same function with scales 1. Latents get unit decoder rows only where one factor

@@ -83,8 +83,9 @@ def load(spec: str, overrides: dict[str, str]) -> list[Run]:
 
 
 def expand(base: Config, grid: grids.Grid) -> list[Run]:
-    """Returns the runs of `grid` over the config `base`, each resolved against its data. Raises
-    UserError, which names the run, for a run that cannot be trained.
+    """Returns the runs of `grid` over the config `base`, each resolved against its data.
+
+    Raises UserError, which names the run, for a run that cannot be trained.
     """
     streams = functools.lru_cache(open_stream)
     runs: dict[str, Run] = {}
@@ -163,8 +164,9 @@ class SweepDirectory:
         return self.path / "runs" / run.id
 
     def state(self, run: Run) -> str:
-        """Returns one of STATES for a run. The leases tell who trains a run that has been started,
-        if anyone.
+        """Returns one of STATES for a run.
+
+        The leases tell who trains a run that has been started, if anyone.
         """
         if self._result(run) is not None:
             return "done"

@@ -25,8 +25,10 @@ Grid = list[Assignment]
 
 
 def sweep(field: str, values: Iterable) -> Grid:
-    """Returns a grid of one run for each value of a field. Raises UserError where there is no
-    value, and for a field of the mesh, which says where a run is trained and not which run it is.
+    """Returns a grid of one run for each value of a field.
+
+    Raises UserError where there is no value, and for a field of the mesh, which says where a run is
+    trained and not which run it is.
     """
     values = list(values)
     if not values:
@@ -43,6 +45,7 @@ def product(*grids: Grid) -> Grid:
 
 def zipped(*grids: Grid) -> Grid:
     """Returns a grid of the first runs of all `grids` together, of the second ones, and so on.
+
     Raises UserError unless all have the same length.
     """
     lengths = [len(grid) for grid in grids]
@@ -52,8 +55,9 @@ def zipped(*grids: Grid) -> Grid:
 
 
 def chain(*grids: Grid) -> Grid:
-    """Returns a grid of one grid's runs after the other's. A field that only some grids set keeps
-    the base config's value in the others.
+    """Returns a grid of one grid's runs after the other's.
+
+    A field that only some grids set keeps the base config's value in the others.
     """
     return _distinct(list(itertools.chain(*grids)))
 
@@ -223,8 +227,9 @@ def budgets(
 
 
 def _checked(grid: Grid) -> Grid:
-    """Returns the grid with every field known and every value of its field's type. NumPy's numbers
-    become Python's.
+    """Returns the grid with every field known and every value of its field's type.
+
+    NumPy's numbers become Python's.
     """
     return _distinct([{field: _value(field, v) for field, v in run.items()} for run in grid])
 

@@ -34,8 +34,9 @@ class Claim(Protocol):
 
 
 class LocalFiles:
-    """The files of a directory, which may be shared over a network. It is made when it is
-    needed.
+    """The files of a directory, which may be shared over a network.
+
+    It is made when it is needed.
     """
 
     def __init__(self, directory: pathlib.Path):
@@ -107,8 +108,9 @@ class ObjectFiles:
         return claim if claim.beat() else None
 
     def look(self, name: str) -> tuple[float | None, str] | None:
-        """Returns the age of a file in seconds, and its text; None where it was given back. At the
-        first look at a file its age is None.
+        """Returns the age of a file in seconds, and its text; None where it was given back.
+
+        At the first look at a file its age is None.
         """
         data = (self._directory / name).read_bytes()
         if data == _GIVEN_BACK:

@@ -62,8 +62,9 @@ class Leases:
     """The leases in one directory."""
 
     def __init__(self, directory: AnyPath, seconds: float = 60):
-        """Opens the leases in `directory`. Those claimed here run out after `seconds` without a
-        heartbeat.
+        """Opens the leases in `directory`.
+
+        Those claimed here run out after `seconds` without a heartbeat.
         """
         kind = ObjectFiles if isinstance(directory, ObjectPath) else LocalFiles
         self._files = kind(directory)
@@ -103,8 +104,9 @@ class Leases:
 
 
 class Lease:
-    """A claim, which lasts until `release` or the end of the `with`. A thread touches its file
-    meanwhile.
+    """A claim, which lasts until `release` or the end of the `with`.
+
+    A thread touches its file meanwhile.
     """
 
     def __init__(self, files: LocalFiles | ObjectFiles, claim: Claim, next: str, interval: float):

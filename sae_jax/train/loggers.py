@@ -102,10 +102,10 @@ def open_loggers(
 ) -> list[Logger]:
     """Opens the loggers of a run that begins, or goes on, after `step`.
 
-    `config` is resolved. `path` is the run's directory, if it has one. `earlier`
-    returns the lines of its metrics.jsonl up to `step`: a log that lacks them gets them first, as
-    where a run of a sweep began with another's steps, or where a run was started without a log.
-    What fails from here on is said in one warning and does not end the run.
+    `config` is resolved. `path` is the run's directory, if it has one. `earlier` returns the lines
+    of its metrics.jsonl up to `step`. A log that lacks them gets them first: in a sweep a run may
+    begin with the steps of another, and a run may have been started without a log. What fails from
+    here on is said in one warning and does not end the run.
 
     Raises UserError where Weights & Biases refuses the user or the project."""
     loggers: list[Logger] = []
@@ -148,18 +148,17 @@ class _Guarded:
                 "has them all",
                 self._name,
                 type(error).__name__,
-                error,
+                _one_line(error),
             )
 
 
 class _Wandb:
     """A run in Weights & Biases with the id of ours, which a resumed run goes on with.
 
-    The server knows which steps it has, and lines of those steps, logged again after a kill, are
-    not sent again: each step is there once. Offline (WANDB_MODE=offline) every start of the run
-    leaves a folder of its own in RUN/wandb, with the steps after the checkpoint that it went on
-    from; `wandb sync` joins them by the id. Steps that were logged again are then in two of them,
-    with the same values, and charts are drawn over the field `step`."""
+    The server knows which steps it has, and gets only those after them: each step is there once,
+    also those that are logged again after a kill. Offline (WANDB_MODE=offline) nobody knows, and a
+    kill loses the last lines of wandb's file. So every start of the run leaves a folder of its own
+    in RUN/wandb with all lines from step 1 on, and the newest is the one to `wandb sync`."""
 
     def __init__(self, log: Log, config: Config, path: AnyPath | None, earlier: Callable):
         import wandb
@@ -183,9 +182,8 @@ class _Wandb:
                 settings=settings,
             )
         except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
-            reason = " ".join(str(error).split())
             raise UserError(
-                f"log=wandb:{log.project}: {reason} (log in with `wandb login`, or set "
+                f"log=wandb:{log.project}: {_one_line(error)} (log in with `wandb login`, or set "
                 "WANDB_MODE=offline to send the run later)"
             ) from error
         self._run.define_metric("step", hidden=True)
@@ -193,14 +191,8 @@ class _Wandb:
         self._next = self._run.step  # those before it are there
         if self._next:
             logging.info("wandb has run %s up to step %d", self._run.id, self._next - 1)
-        if not (self._run.offline and self._earlier_folders()):
-            for line in earlier():
-                self(line)
-
-    def _earlier_folders(self) -> list[pathlib.Path]:
-        """Returns what earlier starts of this run have left where this one writes."""
-        own = pathlib.Path(self._run.dir).parent
-        return [p for p in own.parent.glob(f"*run-*-{self._run.id}") if p != own]
+        for line in earlier():
+            self(line)
 
     def __call__(self, line: dict) -> None:
         if line["step"] >= self._next:
@@ -245,6 +237,10 @@ class _TensorBoard:
 
     def close(self, result: dict | None) -> None:
         self._writer.close()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _without_nulls(values: dict) -> dict:

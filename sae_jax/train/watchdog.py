@@ -161,7 +161,7 @@ class Watchdog:
         records = self._records()
         heard = self._link.heard.get(0, {}) if self._link else {}
         if self._declared.is_set():
-            if heard.get("verdict") or self._others <= self._link.gone:
+            if heard.get("verdict") or self._others <= self._gone:
                 self._released.set()
             self._hurry(now)
         elif self._link and self._progress.error is not None and self._is_own_error(now):
@@ -178,7 +178,7 @@ class Watchdog:
         """The newest of each process whose records come here."""
         heard = self._link.heard if self._link else {}
         records = {
-            i: Record(**message["record"] | {"gone": i in self._link.gone})
+            i: Record(**message["record"] | {"gone": i in self._gone})
             for i, message in heard.items()
         }
         return records | {self._me: self._own}
@@ -214,7 +214,7 @@ class Watchdog:
 
     async def _obey(self, verdict: Verdict) -> None:
         """Says the verdict, passes it on, and ends this process."""
-        if self._me != 0 and 0 in self._link.gone:
+        if 0 in self._gone:
             self._abort.begun.wait(_ABORT_SECONDS)  # JAX's trace comes first, not in between
         say(verdict.text)
         self._verdict = verdict
@@ -225,13 +225,13 @@ class Watchdog:
     async def _await_others(self) -> None:
         """On process 0: until all have left, or are past hearing."""
         deadline = time.monotonic() + _FAREWELL_SECONDS
-        silent = set(self._verdict.silent) if self._verdict else set()
-        while (
-            self._me == 0
-            and not self._others <= self._link.gone | silent
-            and time.monotonic() < deadline
-        ):
+        left = self._others - set(self._verdict.silent if self._verdict else ())
+        while self._me == 0 and left - self._gone and time.monotonic() < deadline:
             await asyncio.sleep(INTERVAL / 20)
+
+    @property
+    def _gone(self) -> set[int]:
+        return self._link.gone if self._link else set()
 
 
 def of_this_program(

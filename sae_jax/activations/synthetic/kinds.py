@@ -151,8 +151,9 @@ class Superposition:
     seed: int = 0
 
     def build(self) -> Features:
-        """Returns the world's features. Raises UserError for settings that contradict each
-        other.
+        """Returns the world's features.
+
+        Raises UserError for settings that contradict each other.
         """
         if not 0 < self.min_rate <= self.max_rate <= 1:
             raise UserError(
