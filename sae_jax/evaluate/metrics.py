@@ -145,7 +145,7 @@ def batch_sums(sae: SAE, rows_BxW, used_B, shift_D) -> dict[str, jax.Array]:
 
 
 def activation_scale(sae: SAE) -> jax.Array:
-    """Returns what latents (d_sae,) are multiplied by to give the lengths that they add to y_hat."""
+    """Returns what latents (d_sae,) are multiplied by to give the lengths they add to y_hat."""
     return jnp.linalg.norm(sae.w_dec[...] / sae.target_scale, axis=1)
 
 

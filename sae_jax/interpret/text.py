@@ -63,7 +63,7 @@ def pieces(
 
 
 def token_text(tokenizer: lm.Tokenizer, token: int) -> str:
-    """Returns the text of one token, or the tokenizer's name for it if it is part of a character."""
+    """Returns the text of a token, or the tokenizer's name for it if it is part of a character."""
     text = _text(tokenizer, [int(token)])
     return _name(tokenizer, int(token)) if _BROKEN in text else text.translate(_VISIBLE)
 
