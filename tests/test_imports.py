@@ -39,8 +39,8 @@ OPTIONAL = {
     "tensorboard", "tensorboardX", "torch", "transformers", "wandb", "yaml", "zstandard",
 }  # fmt: skip
 
-# What is still wrong: (the complaint's start, a part of it). To be emptied.
-KNOWN = {("sae_jax/train/watchdog.py", "jax._src.distributed is private")}
+# What is still wrong: (the complaint's start, a part of it). To be kept empty.
+KNOWN: set[tuple[str, str]] = set()
 
 
 class Import(NamedTuple):

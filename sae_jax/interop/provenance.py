@@ -1,5 +1,6 @@
 """What is known of where an SAE comes from: for other frameworks and the reader of a model card."""
 
+import dataclasses
 import json
 
 from sae_jax import paths
@@ -106,7 +107,8 @@ def _dataset(texts) -> str | None:
 def _recipe(config: Config, steps: int) -> dict:
     sae, data, optimizer = config.sae, config.data, config.optimizer
     recipe = {"architecture": sae.architecture, "kind": sae.kind, "d_sae": sae.d_sae}
-    recipe |= {name: getattr(sae, name) for name in _SAE}
+    fields = dataclasses.asdict(sae)
+    recipe |= {name: fields.get(name) for name in _SAE}
     recipe |= {
         "tokens": steps * data.batch_size,
         "batch_size": data.batch_size,

@@ -13,13 +13,14 @@ Restore = Callable[[jax.Array], "jax.Array"]
 """Turns a result into a tensor of torch where the input was one, on its device."""
 
 
-def float32(values, width: int, what: str) -> tuple[jax.Array, Restore]:
+def float32(values, width: int, what: str, axis: str) -> tuple[jax.Array, Restore]:
     """Returns `values` (..., width) as a float32 array, and the `Restore` for what is made of it.
 
     values: an array of JAX (traced, too) or NumPy, a tensor of torch, numbers or nested lists of
     them, of any float or integer type. The cast is done before anything is computed: half
     precision gives what float32 of the same values gives. torch's tensors come and go through
-    DLPack, and no gradient of torch's flows through. what: what they are, for an error.
+    DLPack, and no gradient of torch's flows through. what, axis: what they and their last axis are
+    called, for an error.
 
     Raises UserError for another last axis, ragged lists, and what is not made of real numbers."""
     torch = sys.modules.get("torch")  # a tensor of torch's cannot be here without it
@@ -28,9 +29,10 @@ def float32(values, width: int, what: str) -> tuple[jax.Array, Restore]:
     else:
         array, restore = _from_numbers(values, what), _unchanged
     if array.ndim == 0 or array.shape[-1] != width:
+        shape = tuple(array.shape)
+        got = f"width {shape[-1]} and shape {shape}" if shape else "shape ()"
         raise UserError(
-            f"{what} of shape {tuple(array.shape)} were given, of width "
-            f"{array.shape[-1] if array.ndim else 'none'}; this SAE takes (..., {width})"
+            f"{what} of {got} given to an SAE with {axis} {width}; it takes (..., {width})"
         )
     return array, restore
 

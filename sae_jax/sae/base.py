@@ -163,7 +163,7 @@ class SAE(nnx.Module):
         (..., d_sae). A skip transcoder needs the x (..., d_in) that it encoded, too.
 
         Takes and returns the same types as `encode`. Raises UserError for another width."""
-        latents, restore = float32(latents, self.config.d_sae, "latents")
+        latents, restore = float32(latents, self.config.d_sae, "latents", "d_sae")
         if self.config.kind == "skip_transcoder":
             if x is None:
                 raise UserError("a skip transcoder decodes from x too: decode(latents, x)")
@@ -272,14 +272,14 @@ class SAE(nnx.Module):
     def inputs(self, x) -> tuple[jax.Array, Restore]:
         """Returns activations (..., d_in) of any type as a float32 array, and what turns results
         back into the type that came in (`sae.arrays.float32`)."""
-        return float32(x, self.config.d_in, "activations")
+        return float32(x, self.config.d_in, "activations", "d_in")
 
     def _pair(self, x, y) -> tuple[jax.Array, jax.Array, Restore]:
         """Inputs (rows, d_in) and targets (rows, d_out) in the model's own units."""
         x, restore = self.inputs(x)
         if y is None and self.config.kind in TRANSCODERS:
             raise UserError(f"a {self.config.kind} needs its targets y as well: loss(x, y)")
-        y = x if y is None else float32(y, self.config.d_out, "targets")[0]
+        y = x if y is None else float32(y, self.config.d_out, "targets", "d_out")[0]
         if x.shape[:-1] != y.shape[:-1]:
             raise UserError(f"x {x.shape} and y {y.shape} must have the same rows")
         return x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), restore

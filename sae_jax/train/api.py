@@ -17,6 +17,7 @@ from sae_jax.errors import UserError
 from sae_jax.sae import SAE, SAEConfig, architecture
 from sae_jax.sae.config import TRANSCODERS
 from sae_jax.train.checkpoints import load_sae
+from sae_jax.train.loggers import parse_log
 from sae_jax.train.recorder import OnMetrics, Recorder
 from sae_jax.train.run import train_run
 
@@ -53,6 +54,7 @@ def train(
     holdout_fraction: float | None = None,
     on_metrics: OnMetrics | Iterable[OnMetrics] = (),
     extra_loss: Callable | None = None,
+    log: str = "",
     config: Config | None = None,
 ) -> TrainResult:
     """Trains an SAE on activations, and returns a new one; the one given stays as it is.
@@ -79,6 +81,7 @@ def train(
       extra_loss: extra_loss(sae, x, y) -> scalar, a term to add to the training loss. x (B, d_in)
         and y (B, d_out) are in the SAE's own units, and arrays carry their sharding (see
         `train.step.Trainer`).
+      log: where the lines go besides, such as "wandb:PROJECT,tensorboard" (extra [log]).
       config: everything else (schedule, checkpoints, mesh, ...), whose `sae` section is ignored.
 
     Raises UserError for data or settings that do not fit; NonFiniteError if the loss became NaN;
@@ -123,6 +126,7 @@ def train(
         open_stream=open_streams,
         on_metrics=(on_metrics,) if callable(on_metrics) else tuple(on_metrics),
         extra_loss=extra_loss,
+        log_to=parse_log(log, workdir),
     )
     return TrainResult(
         sae=_trained(recorder) if workdir is None else load_sae(paths.path(workdir)),
