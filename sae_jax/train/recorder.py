@@ -190,7 +190,11 @@ class RunRecorder(Recorder):
 
     def restore(self, like: TrainState, step: int) -> TrainState:
         """Returns the state of a checkpoint, with the shapes and shardings of `like`."""
-        return self._checkpoints.restore(like, step)
+        state = self._checkpoints.restore(like, step)
+        if not self._one_of_many:
+            steps = self.config.train.tokens // self.config.data.batch_size
+            logging.info("resumed %s at step %d of %d", self.directory.path, step, steps)
+        return state
 
     def start(self, step: int) -> None:
         self.directory.start_metrics(step)
