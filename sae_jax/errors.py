@@ -1,7 +1,9 @@
 """The kind of error that is shown to users, and what refuses a wrong choice with it."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 
 
 class UserError(Exception):
@@ -20,6 +22,24 @@ def choose(value: str, choices: Iterable[str], what: str) -> str:
     if value not in choices:
         raise UserError(f"{what} is {value!r}; {nearest(value, choices)}")
     return value
+
+
+def known_arguments(function: Callable) -> Callable:
+    """Makes `function` refuse a keyword that it does not have as it refuses other mistakes.
+
+    It then raises UserError, which names the argument that is spelt most like it.
+    """
+    known = list(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def call(*values, **named):
+        for name in named:
+            if name not in known:
+                what = f"{function.__name__} has no argument {name!r}"
+                raise UserError(f"{what}; {nearest(name, known)}")
+        return function(*values, **named)
+
+    return call
 
 
 def nearest(value: str, choices: Iterable[str]) -> str:

@@ -40,8 +40,11 @@ def load(path, sae_id: str | None = None, trust_code: bool = True) -> SAE:
         return load_sae(path, trust_code=trust_code)
     if path.parent.name == "checkpoints" and path.name.isdecimal():
         return load_sae(path.parent.parent, int(path.name), trust_code)
+    where = f"no SAE at {path}"
+    if not path.exists():
+        where += f", and on the Hugging Face hub it would be hf://{path}"
     raise UserError(
-        f"no SAE at {path}: neither a run (config.json, checkpoints/) nor one of the formats "
+        f"{where}: neither a run (config.json, checkpoints/) nor one of the formats "
         f"{', '.join(FORMATS)}"
     )
 

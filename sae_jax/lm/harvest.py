@@ -10,7 +10,7 @@ import pathlib
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,12 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from sae_jax.activations import LiveMeta, Store, StoreWriter
+from sae_jax.activations.sites import split_names
 from sae_jax.config import difference
-from sae_jax.errors import UserError
+from sae_jax.errors import UserError, known_arguments
 from sae_jax.lm.architecture import hook_name
 from sae_jax.lm.directory import hub_name
+from sae_jax.lm.documents import read_texts
 from sae_jax.lm.language_model import in_batches
 from sae_jax.lm.live import open_store
 from sae_jax.lm.model import local_mesh, open_model
@@ -35,12 +37,13 @@ TOKENS_PER_CPU = 2048  # about 1.5 times as fast there as 16k: attention scores 
 _LOG_EVERY = 10.0  # seconds
 
 
+@known_arguments
 def harvest(
     model_dir,
-    texts: Iterable[str],
+    texts: str | pathlib.Path | Iterable[str],
     out,
     *,
-    sites: tuple[str, ...],
+    sites: str | Sequence[str],
     context_length: int | None = None,
     tokens: int | None = None,
     batch_size: int | None = None,
@@ -55,6 +58,7 @@ def harvest(
 ) -> Store:
     """Writes the activations of `sites` over `texts` to a store at `out`, and opens it.
 
+    texts: documents, or the path of a file or folder of them (`read_texts`). sites: one, or several.
     context_length: tokens of a context, BOS included (None: the model's own, at most 1024).
     tokens: at most so many (None: all). batch_size: contexts in a batch, over the mesh's `data`
     axis. dtype: of the store; model_dtype: in which the model computes. mesh: axes `data` and
@@ -73,6 +77,9 @@ def harvest(
     it does nothing. UserError before the model runs: an unknown site, text that fills no context,
     a store made from other text or another model, a disk that cannot hold the result.
     """
+    if isinstance(texts, str | pathlib.Path):
+        texts = read_texts([texts])
+    sites = tuple(split_names(sites))
     if live and scan_layers:
         raise UserError("a live store runs its model without a loop: leave out --scan_layers")
     model = open_model(model_dir, model_dtype, mesh or local_mesh(), scan_layers)

@@ -12,8 +12,8 @@ import numpy as np
 from sae_jax import activations, lm, paths
 from sae_jax.activations import ArrayStore, IterableData, Store, is_world
 from sae_jax.activations.arrays import as_rows
-from sae_jax.config import Config, DataConfig
-from sae_jax.errors import UserError
+from sae_jax.config import Config, DataConfig, typed_field
+from sae_jax.errors import UserError, known_arguments
 from sae_jax.sae import SAE, SAEConfig, architecture
 from sae_jax.sae.config import TRANSCODERS
 from sae_jax.train.checkpoints import load_sae
@@ -41,6 +41,7 @@ class TrainResult:
     """The run's directory, which `sae_jax.load` reads too; None where nothing was written."""
 
 
+@known_arguments
 def train(
     sae: SAE | SAEConfig,
     data,
@@ -98,7 +99,7 @@ def train(
     asked = {"batch_size": batch_size, "epochs": epochs, "holdout_fraction": holdout_fraction}
     asked |= {"seed": seed}
     section = dataclasses.replace(base.data, **{n: v for n, v in asked.items() if v is not None})
-    tokens = None if tokens is None else int(tokens)
+    tokens = None if tokens is None else typed_field("train.tokens", tokens)
     section, open_streams = _open(data, section, tokens, config is None and batch_size is None)
     sae_config = sae if isinstance(sae, SAEConfig) else sae.config
     section = _with_sites(section, sae_config, data)
@@ -119,6 +120,8 @@ def train(
         optimizer=adam,
         train=dataclasses.replace(base.train, **training),
     )
+    if not callable(on_metrics) and not isinstance(on_metrics, list | tuple):
+        raise UserError(f"on_metrics is a function, or several, not {on_metrics!r}")
     recorder = train_run(
         run,
         workdir,
