@@ -58,7 +58,7 @@ def harvest(
 ) -> Store:
     """Writes the activations of `sites` over `texts` to a store at `out`, and opens it.
 
-    texts: documents, or the path of a file or folder of them (`read_texts`). sites: one, or several.
+    texts: documents, or the path of files of them (`read_texts`). sites: one, or several.
     context_length: tokens of a context, BOS included (None: the model's own, at most 1024).
     tokens: at most so many (None: all). batch_size: contexts in a batch, over the mesh's `data`
     axis. dtype: of the store; model_dtype: in which the model computes. mesh: axes `data` and
