@@ -3,7 +3,7 @@
 When one dies, hangs or fails, all others end soon, each with one line on stderr that names it.
 
     what happened                          what the others do
-    a process is killed                    name it within 2 s
+    a process is killed                    name it within 3 s
     process 0 is killed                    name it within 3 s, after the trace that JAX prints
     a process is stopped, or cut off       name it after --heartbeat_seconds, or after 5 s where a
                                            collective has raised an error meanwhile
