@@ -1,6 +1,6 @@
 """Every public module, class, function and method has a docstring that begins with a sentence.
 
-`python tests/test_docstrings.py` lists what is wrong in the whole package, room by room.
+`python tests/test_docstrings.py` lists what is wrong in the whole package, folder by folder.
 """
 
 import ast
@@ -82,8 +82,10 @@ def inherited(file: pathlib.Path, name: str) -> str | None:
     module = ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts)
     found = importlib.import_module(module.removesuffix(".__init__"))
     for part in name.split("."):
-        found = inspect.getattr_static(found, part)
-    return inspect.getdoc(getattr(found, "__func__", found))
+        owner, found = found, inspect.getattr_static(found, part)
+    if isinstance(found, classmethod | staticmethod):
+        found = getattr(owner, part)  # getdoc looks at the base classes of what is bound
+    return inspect.getdoc(found)
 
 
 def fault(docstring: str | None, is_function: bool) -> str | None:
@@ -154,8 +156,8 @@ def test_what_counts_as_a_fault(docstring, is_function, is_fault):
 
 
 if __name__ == "__main__":
-    by_room = collections.defaultdict(list)
+    by_folder = collections.defaultdict(list)
     for path in files():
-        by_room[path.relative_to(PACKAGE).parts[0]] += faults(path)
-    for room, lines in by_room.items():
-        print(f"{room}: {len(lines)}", *lines, sep="\n  ")
+        by_folder[path.relative_to(PACKAGE).parts[0]] += faults(path)
+    for folder, lines in by_folder.items():
+        print(f"{folder}: {len(lines)}", *lines, sep="\n  ")

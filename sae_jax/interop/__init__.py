@@ -59,7 +59,7 @@ def site(path) -> str | None:
     name = formats.format_of(path)
     if name == "saelens":
         return saelens.site(path)
-    return sae_jax_format.read_about(path).get("site") if name == "sae_jax" else None
+    return sae_jax_format.read_provenance(path).get("site") if name == "sae_jax" else None
 
 
 def export(

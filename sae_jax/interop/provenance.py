@@ -35,7 +35,7 @@ def read_provenance(path) -> dict:
     path = locate(path)
     if not paths.is_remote(path):
         if sae_jax_format.recognises(path):
-            return sae_jax_format.read_about(path)
+            return sae_jax_format.read_provenance(path)
         if saelens.recognises(path):
             return saelens.about(path)
     step = int(path.name) if path.parent.name == "checkpoints" else None

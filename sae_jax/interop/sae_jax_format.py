@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 
 from sae_jax.sae import ARCHITECTURES
 from sae_jax.sae.config import KINDS
-from sae_jax.sae.files import read, read_about, recognises, write
+from sae_jax.sae.files import read, read_provenance, recognises, write
 
 
 class _Everything(Mapping):
@@ -35,4 +35,13 @@ x_hat = sae(x)
 """
 FILES = ("sae.json", "sae.safetensors")
 
-__all__ = ["EXPRESSES", "FILES", "USAGE", "WHY_NOT", "read", "read_about", "recognises", "write"]
+__all__ = [
+    "EXPRESSES",
+    "FILES",
+    "USAGE",
+    "WHY_NOT",
+    "read",
+    "read_provenance",
+    "recognises",
+    "write",
+]
