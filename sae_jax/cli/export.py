@@ -102,9 +102,9 @@ def _write(args: flags.FlagValues, out) -> None:
         print(f"Written: {out}: {len(saes)} SAEs, listed in {out / 'index.csv'}")
     else:
         path = interop.locate(args.checkpoint)
-        about = interop.read_provenance(path) | named
+        provenance = interop.read_provenance(path) | named
         sae = interop.load(args.checkpoint)
-        interop.export(sae, args.format, out, about, place)
+        interop.export(sae, args.format, out, provenance, place)
         print(f"Written: {out}")
     if not args.license:
         print("No license is stated; --license=apache-2.0, say, puts yours in the model card.")

@@ -40,8 +40,8 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
         raise UserError(f"{args.path} is not of the format {args.format}: {what}")
     sae = interop.load(args.path)
     out = paths.local(args.out)
-    about = interop.read_provenance(path) | {"imported_from": found or "sae_jax"}
-    interop.export(sae, "sae_jax", out, about)
+    provenance = interop.read_provenance(path) | {"imported_from": found or "sae_jax"}
+    interop.export(sae, "sae_jax", out, provenance)
     config = sae.config
     print(f"Written: {out}: {config.architecture} {config.kind}, {config.d_sae:,} latents, "
           f"d_in {config.d_in:,}")  # fmt: skip
