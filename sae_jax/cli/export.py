@@ -1,3 +1,5 @@
+"""Writes SAEs in the formats of other frameworks: `sae-jax export`."""
+
 from absl import flags
 
 SUMMARY = """Write a trained SAE in the format of another framework.
@@ -38,6 +40,8 @@ say --public.
 
 
 def define(values: flags.FlagValues) -> None:
+    """Defines the flags of `sae-jax export`."""
+
     def string(name, text):
         flags.DEFINE_string(name, None, text, flag_values=values)
 
@@ -61,6 +65,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
+    """Writes the export or exports, and uploads them with --push_to."""
     del overrides
     from sae_jax import hub, paths
     from sae_jax.errors import UserError
