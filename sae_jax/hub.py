@@ -3,9 +3,9 @@
 A name is `hf://org/repository[@revision][/folder]`. The revision is a branch, a tag or a commit,
 with %2F for a slash in it; without one it is the repository's main branch.
 
-Everything here goes through the package huggingface_hub (extra `hub`), which obeys HF_ENDPOINT, HF_HOME,
-HF_HUB_OFFLINE and HF_TOKEN. It reads most of them when it is first imported, so they are set before
-Python starts. What is downloaded is data only: nothing here runs a file of a repository.
+Everything here goes through the package huggingface_hub (extra `hub`), which obeys HF_ENDPOINT,
+HF_HOME, HF_HUB_OFFLINE and HF_TOKEN. It reads most of them when it is first imported, so they are
+set before Python starts. What is downloaded is data only: nothing here runs a file of a repository.
 """
 
 import contextlib
