@@ -82,7 +82,7 @@ def joined(args: flags.FlagValues, stops_at_a_step: bool = True) -> Iterator["Pr
         abort = HeldAbort(watchdog.LOST)
         _join(args)
         host = args.coordinator and args.coordinator.rpartition(":")[0].strip("[]")
-        watch = watchdog.of_this_program(progress, *limits, abort, host, args.watchdog_port)
+        watch = watchdog.open_watchdog(progress, *limits, abort, host, args.watchdog_port)
     else:
         watch = watchdog.Watchdog(progress, *limits)
     watch.start()

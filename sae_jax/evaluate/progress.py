@@ -1,5 +1,8 @@
-"""Progress of work that can take a while: a bar on a terminal, a line in the log elsewhere; of
-process 0 where there are several."""
+"""Shows the progress of work that can take a while.
+
+On a terminal it is a bar, elsewhere a line in the log. Where there are several processes, process 0
+alone shows it.
+"""
 
 import sys
 from collections.abc import Iterable
@@ -10,8 +13,12 @@ from absl import logging
 
 
 def progress(items: Iterable, what: str, total: int | None = None) -> Iterable:
+    """Returns an iterable over `items` that shows how many of `total` items were taken.
+
+    `what` says in the bar, or in the log, what is done. A bar appears after two seconds.
+    """
     terminal = sys.stderr.isatty()
-    speaks = jax.process_index() == 0
-    if speaks and not terminal:
+    shows = jax.process_index() == 0
+    if shows and not terminal:
         logging.info("%s", what)
-    return tqdm.tqdm(items, desc=what, total=total, delay=2, disable=not (speaks and terminal))
+    return tqdm.tqdm(items, desc=what, total=total, delay=2, disable=not (shows and terminal))
