@@ -68,9 +68,9 @@ def harvest(
 
     Args:
       model_dir: the model, as `open_model` takes it.
-      texts: the documents.
+      texts: the documents, or the path of a file or folder of them (`read_texts`).
       out: the store's directory.
-      sites: the sites to harvest.
+      sites: the site to harvest, or several.
       context_length: tokens of a context, BOS included. None: the model's own, at most 1024.
       tokens: how many tokens to harvest at most. None: all of the text.
       batch_size: contexts in a batch, over the mesh's axis `data`. None: `default_batch`.
