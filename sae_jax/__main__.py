@@ -1,3 +1,5 @@
+"""Runs the command line: `python -m sae_jax` is `sae-jax`."""
+
 import sys
 
 from sae_jax.cli import entry

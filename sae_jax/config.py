@@ -1,9 +1,9 @@
 """Configuration: frozen dataclasses, Python files, dotted overrides, JSON.
 
-A config says WHAT is trained and on what data; `MeshConfig` alone says WHERE, and is left out of
-a run's identity, so that the same run on other hardware is the same run. Every mistake in a
-config is a `UserError` that names the field, the value and the nearest right one. The section `sae`
-is the config of one architecture, and has its fields (`sae_jax.sae`).
+A config says what is trained and on what data. `MeshConfig` alone says on which hardware. It is
+left out of a run's identity, so that the same run on other hardware is the same run. Every mistake
+in a config is a `UserError` that names the field, the value and the nearest right one. The section
+`sae` is the config of one architecture, and has its fields (`sae_jax.sae`).
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ _ARCHITECTURE = "sae.architecture"
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """What is read, in which order. All of it is part of the run's identity."""
+    """What data are read, and in which order. All of it is part of the run's identity."""
 
     store: str = ""
     """Directory of the activation store, or "world:NAME,key=value,..." for a synthetic one."""
@@ -50,7 +50,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Adam with warm-up."""
+    """The settings of Adam and of the learning rate's schedule."""
 
     learning_rate: float | None = None
     """Peak learning rate. None: the architecture's rule for its d_sae."""
@@ -75,7 +75,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How long, from which seed, and what is written down."""
+    """How long a run is trained, from which seed, and how often it is logged and saved."""
 
     tokens: int = 10_000_000
     """Tokens to train on."""
@@ -115,7 +115,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All that a run is: five sections."""
+    """The config of a run, in five sections."""
 
     sae: SAEConfig = TopKConfig()
     data: DataConfig = DataConfig()
@@ -128,8 +128,10 @@ class Config:
 
 
 def to_dict(config: Config) -> dict:
-    """Returns a config as nested plain values. Beside the sections stands `architecture_file` where
-    a user's own file defines the architecture."""
+    """Returns a config as nested plain values.
+
+    If a user's own file defines the architecture, there is the key `architecture_file` too.
+    """
     values = dataclasses.asdict(config)
     file = architecture_file(config.sae)
     return values | ({"architecture_file": file} if file else {})
@@ -143,18 +145,28 @@ def without_hardware(config: Config) -> dict:
 
 
 def identity(config: Config) -> dict:
-    """Returns the config without hardware and places of files: what must agree for two runs to be
-    the same run."""
+    """Returns what must agree for two runs to be the same run.
+
+    It is the config as nested plain values, without hardware and places of files.
+    """
     values = without_hardware(config)
     values.pop("architecture_file", None)
     return values
 
 
 def from_dict(values: dict, cls=Config, prefix: str = "", folder=None, trust_code: bool = True):
-    """Returns the dataclass `cls` from nested plain values.
+    """Returns the dataclass `cls` from nested plain values, as `to_dict` makes them.
 
-    folder, trust_code: where the values were read, and whether code that they name may be run
-    (`sae.registry.find`). Raises UserError for an unknown field and a value of another type."""
+    Args:
+      values: the values, by the names of the fields.
+      cls: a config or a section of one.
+      prefix: what messages put before the name of a field.
+      folder: where the values were read, if in a file.
+      trust_code: whether a file that defines a user's own architecture may be run (see
+        `sae.registry.find`).
+
+    Raises UserError for an unknown field and for a value of another type.
+    """
     if not isinstance(values, dict):
         raise UserError(f"{prefix.rstrip('.') or 'config'} must be a section, not {values!r}")
     if cls is SAEConfig:
@@ -183,21 +195,26 @@ def _sae_section(values: dict) -> SAEConfig:
 
 
 def override(config: Config, assignments: dict[str, str]) -> Config:
-    """Returns `config` with dotted fields replaced, each given as text: {"sae.k": "32"}. Works as
-    `assign`."""
+    """Returns `config` with dotted fields replaced, each given as text: {"sae.k": "32"}.
+
+    It does what `assign` does with the values that the texts stand for.
+    """
     name = assignments.get(_ARCHITECTURE, config.sae.architecture)
     sae = by_name(name).Config
     hints = {path: _hint(path, sae) for path in assignments}
-    return assign(config, {path: parse(t, hints[path], path) for path, t in assignments.items()})
+    return assign(config, {path: parse(v, hints[path], path) for path, v in assignments.items()})
 
 
 def assign(config: Config, assignments: dict[str, object]) -> Config:
     """Returns `config` with dotted fields replaced: {"sae.k": 32}.
 
-    Another `sae.architecture` makes the section `sae` that architecture's. It keeps the values of
-    the fields that both architectures have, where they are not the old one's defaults; the others
-    become the new one's defaults. Raises UserError for a field that there is not, naming the
-    architecture's fields where another one has it, and for a value of another type."""
+    If `sae.architecture` is replaced, the section `sae` becomes that of the new architecture. It
+    keeps the values of fields that both architectures have and that are not the old one's defaults.
+    The other fields get the new one's defaults.
+
+    Raises UserError for an unknown field, a field of another architecture, and a value of another
+    type.
+    """
     changes: dict[str, dict] = {}
     for path, value in assignments.items():
         typed_field(path, value)
@@ -227,14 +244,19 @@ def _changed_sae(before: SAEConfig, changes: dict) -> SAEConfig:
 
 
 def typed_field(path: str, value):
-    """Returns `value` as the dotted field has it. Raises UserError for an unknown field and a value
-    of another type. A field of `sae` may be that of any architecture."""
+    """Returns `value` as the dotted field `path` holds it, for example 3.0 for 3 in a float field.
+
+    A field of `sae` may be that of any architecture. Raises UserError for an unknown field and for
+    a value of another type.
+    """
     return typed(value, _hint(path), path)
 
 
 def _hint(path: str, sae: type[SAEConfig] | None = None):
-    """The type of a dotted field; of an architecture's field that of the class `sae`, if that has
-    it."""
+    """Returns the type of a dotted field.
+
+    Where several architectures have the field, it is the type in the class `sae`, if given.
+    """
     hints = {f"{s}.{f}": h for s, cls in types_of(Config).items() for f, h in types_of(cls).items()}
     known = [cls.Config for cls in ARCHITECTURES.values()]
     first = [] if sae is None else [sae]
@@ -248,8 +270,9 @@ def _hint(path: str, sae: type[SAEConfig] | None = None):
 def load_file(spec: str) -> Config:
     """Returns what `get_config` of a Python file returns.
 
-    spec: "FILE.py", or "FILE.py:arg" for `get_config(arg)`. In place of FILE.py stands the name of
-    a recipe, as in "openai_topk:tiny". Raises UserError if there is no such file, or if it fails.
+    `spec` is "FILE.py", or "FILE.py:arg" for `get_config(arg)`. It may have the name of a recipe in
+    place of FILE.py, as in "openai_topk:tiny". Raises UserError if there is no such file, or if it
+    fails.
     """
     config = call_in_file(spec, "get_config", "a config file defines one that returns Config")
     if not isinstance(config, Config):
@@ -259,7 +282,7 @@ def load_file(spec: str) -> Config:
 
 
 def difference(a: dict, b: dict, prefix: str = "") -> list[str]:
-    """Lines "section.field: a -> b" for every field in which two plain configs differ."""
+    """Returns a line "section.field: a -> b" for each field in which two plain configs differ."""
     lines = []
     for name in sorted(a.keys() | b.keys()):
         left, right = a.get(name), b.get(name)

@@ -1,7 +1,9 @@
-"""The one kind of error that a user is shown, and how a choice is refused."""
+"""The kind of error that is shown to users, and what refuses a wrong choice with it."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 
 
 class UserError(Exception):
@@ -15,15 +17,36 @@ class UserError(Exception):
 def choose(value: str, choices: Iterable[str], what: str) -> str:
     """Returns `value` if it is one of `choices`.
 
-    Raises UserError if it is not; the text names `what` was chosen and the nearest choice."""
+    Raises UserError if it is not; the text names `what` was chosen and the nearest choice.
+    """
     if value not in choices:
         raise UserError(f"{what} is {value!r}; {nearest(value, choices)}")
     return value
 
 
+def known_arguments(function: Callable) -> Callable:
+    """Makes `function` refuse a keyword that it does not have as it refuses other mistakes.
+
+    It then raises UserError, which names the argument that is spelt most like it.
+    """
+    known = list(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def call(*values, **named):
+        for name in named:
+            if name not in known:
+                what = f"{function.__name__} has no argument {name!r}"
+                raise UserError(f"{what}; {nearest(name, known)}")
+        return function(*values, **named)
+
+    return call
+
+
 def nearest(value: str, choices: Iterable[str]) -> str:
-    """Returns a hint for a message: the choice that is spelt most like `value`, or all of them (of
-    very many a few)."""
+    """Returns a hint for a message: the choice that is spelt most like `value`.
+
+    If none is much like it, the hint lists the choices, at most 32 of them.
+    """
     choices = list(choices)
     near = difflib.get_close_matches(value, choices, n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else f"it must be one of: {some(choices, 32)}"

@@ -1,7 +1,7 @@
 """Fields of dataclasses: their types, their values as text, and their documentation.
 
 A config is a frozen dataclass whose values are checked when it is made, in Python as on the command
-line. The text of a field is a string literal that stands under it in the class.
+line. The documentation of a field is a string literal under it in the class.
 """
 
 import ast
@@ -29,7 +29,8 @@ def check_types(instance, prefix: str) -> None:
     """Checks the value of each field of a frozen dataclass against its type.
 
     A value of another type that means the same is replaced: 3 by 3.0, a list by a tuple, a number
-    of NumPy's by Python's. Raises UserError, naming the field with `prefix`, for any other."""
+    of NumPy by one of Python. Raises UserError, naming the field with `prefix`, for any other.
+    """
     for name, hint in types_of(type(instance)).items():
         value = getattr(instance, name)
         same = typed(value, hint, prefix + name)
@@ -38,8 +39,10 @@ def check_types(instance, prefix: str) -> None:
 
 
 def typed(value, hint, path: str):
-    """Returns `value` as a field of type `hint` has it. Raises UserError, naming the field by
-    `path`, if it is of another type."""
+    """Returns `value` as a field of type `hint` holds it, for example 3.0 for 3 in a float field.
+
+    Raises UserError, calling the field `path`, if the value is of another type.
+    """
     kinds = _kinds(hint)
     if isinstance(value, np.generic):
         value = value.item()
@@ -70,8 +73,10 @@ def typed(value, hint, path: str):
 
 
 def parse(text: str, hint, path: str):
-    """Returns the value of type `hint` that `text`, of the command line, stands for. Raises
-    UserError, naming the field by `path`, if it stands for none."""
+    """Returns the value of type `hint` that `text`, from the command line, stands for.
+
+    Raises UserError, calling the field `path`, if it stands for none.
+    """
     kinds = _kinds(hint)
     if type(None) in kinds and text.lower() == "none":
         return None
@@ -96,8 +101,10 @@ def parse(text: str, hint, path: str):
 
 
 def documentation(cls: type) -> dict[str, str]:
-    """Returns the documentation of each field of the dataclass `cls`, by name: the string literal
-    under the field, on one line. A field without one is left out."""
+    """Returns the documentation of each field of the dataclass `cls`, by name.
+
+    It is the string literal under the field, on one line. A field without one is left out.
+    """
     found: dict[str, str] = {}
     for owner in reversed(cls.__mro__):
         if dataclasses.is_dataclass(owner):
@@ -108,7 +115,10 @@ def documentation(cls: type) -> dict[str, str]:
 
 
 def _documented(cls: type) -> dict[str, str]:
-    """Of the fields that the class itself names; nothing where its source is not at hand."""
+    """Returns the documentation of the fields that the class itself names.
+
+    It is empty if the source of the class cannot be read.
+    """
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     except (OSError, TypeError):
@@ -131,7 +141,7 @@ def _alternatives(hint) -> tuple:
 
 
 def _element(hint):
-    """The type of the elements of a tuple[TYPE, ...]."""
+    """Returns the type of the elements of a tuple[TYPE, ...]."""
     (found,) = (kind for kind in _alternatives(hint) if typing.get_origin(kind) is tuple)
     return typing.get_args(found)[0]
 

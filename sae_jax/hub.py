@@ -1,11 +1,11 @@
-"""The Hugging Face hub: names such as hf://org/repository, downloads to its cache, and uploads.
+"""Downloads from the Hugging Face hub, by names such as hf://org/repository, and uploads to it.
 
 A name is `hf://org/repository[@revision][/folder]`. The revision is a branch, a tag or a commit,
 with %2F for a slash in it; without one it is the repository's main branch.
 
-All of it goes through the package huggingface_hub (extra `hub`), which obeys HF_ENDPOINT, HF_HOME,
-HF_HUB_OFFLINE and HF_TOKEN. It reads most of them when it is first imported, so they are set before
-Python starts. What is downloaded is data only: nothing here runs a file of a repository.
+Everything here goes through the package huggingface_hub (extra `hub`), which obeys HF_ENDPOINT,
+HF_HOME, HF_HUB_OFFLINE and HF_TOKEN. It reads most of them when it is first imported, so they are
+set before Python starts. What is downloaded is data only: nothing here runs a file of a repository.
 """
 
 import contextlib
@@ -30,16 +30,22 @@ _LOG_IN = "log in (`hf auth login`, or HF_TOKEN=...)"
 
 
 class MissingFileError(UserError):
-    """A repository that is there does not have what was asked for."""
+    """Is raised if a repository exists but does not have the files that were asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
 class HubName:
-    """A folder, or a file, of a repository on the hub."""
+    """Names a folder, or a file, of a repository on the hub.
 
-    repo: str  # org/repository; repositories of the hub's first days have no org
+    Attributes:
+      repo: org/repository; repositories of the hub's first days have no org.
+      revision: a branch, a tag or a commit; None for the main branch.
+      folder: the path in the repository; "" for the repository itself.
+    """
+
+    repo: str
     revision: str | None = None
-    folder: str = ""  # "" for the repository itself
+    folder: str = ""
 
     def __str__(self) -> str:
         at = f"@{urllib.parse.quote(self.revision, safe='')}" if self.revision else ""
@@ -58,7 +64,8 @@ def is_hub_name(text) -> bool:
 def parse(text) -> HubName:
     """Returns the parts of hf://org/repository[@revision][/folder].
 
-    Raises UserError for a text that is not of this form."""
+    Raises UserError for a text that is not of this form.
+    """
     if isinstance(text, HubName):
         return text
     pattern = r"([\w.-]+(?:/[\w.-]+)?)(?:@([^/]+))?((?:/[^/]+)*)/?"
@@ -74,16 +81,20 @@ def parse(text) -> HubName:
 def fetch(name, files: Sequence[str], needed: Sequence[str] = ()) -> pathlib.Path:
     """Downloads the given files of a folder on the hub, and returns the local copy of the folder.
 
-    `name` is a text that `parse` takes, or its parts. `files` are names in the folder, with no
-    folders of their own; those that are not there are left out, and nothing else is downloaded.
-    Where `name` is itself a file, that file is downloaded, and its path returned. What the cache
-    has is not downloaded again. Where the hub cannot be reached the cache alone has to do.
+    If `name` is itself a file, that file is downloaded and its path returned. Files that are in the
+    cache are not downloaded again, and if the hub cannot be reached only the cache is used. A
+    download of more than two seconds is shown by a progress bar on a terminal, and by a line in the
+    log.
 
-    A download that takes longer shows a progress bar on a terminal, and a line in the log.
+    Raises UserError for a repository or revision that does not exist or may not be read, if the hub
+    cannot be reached and the cache does not have the files, and if the download stops. Raises
+    MissingFileError if the folder has none of `files`, or lacks one of `needed`.
 
-    Raises UserError for a repository or revision that does not exist or may not be read, where the
-    hub cannot be reached and the cache does not have the files, and where the download stops.
-    Raises MissingFileError where the folder has none of `files`, or lacks one of `needed`."""
+    Args:
+      name: a text that `parse` takes, or a HubName.
+      files: the names of files in the folder itself. Those that it does not have are left out.
+      needed: those of `files` that the folder must have.
+    """
     name = parse(name)
     there, commit, trouble = _look(name)
     wanted = [file for file in [name.folder, *map(name.file, files)] if file]
@@ -102,7 +113,7 @@ def fetch(name, files: Sequence[str], needed: Sequence[str] = ()) -> pathlib.Pat
 
 
 def pinned(name, local: pathlib.Path) -> HubName:
-    """Returns `name` with the commit of the copy `local` that `fetch` made of it."""
+    """Returns `name` with the commit of `local`, the path that `fetch` returned for it."""
     name = parse(name)
     depth = len(pathlib.PurePosixPath(name.folder).parts)
     return dataclasses.replace(name, revision=[local, *local.parents][depth].name)
@@ -111,7 +122,9 @@ def pinned(name, local: pathlib.Path) -> HubName:
 def list_files(name) -> list[str]:
     """Returns the paths of all files of the repository, at the revision of `name`.
 
-    Raises UserError as `fetch`, and where the hub cannot be reached."""
+    Raises UserError for a repository or revision that does not exist or may not be read, and if the
+    hub cannot be reached.
+    """
     name = parse(name)
     there, _, trouble = _look(name)
     if there is None:
@@ -122,7 +135,8 @@ def list_files(name) -> list[str]:
 def check_repo(text: str) -> str:
     """Returns the repository user/name of the flag --push_to, which may begin with hf://.
 
-    Raises UserError for another text, and where huggingface_hub is not installed."""
+    Raises UserError for another text, and if huggingface_hub is not installed.
+    """
     _import()
     repo = text.removeprefix(SCHEME)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
@@ -131,11 +145,16 @@ def check_repo(text: str) -> str:
 
 
 def push(directory: pathlib.Path, repo: str, public: bool = False) -> str:
-    """Uploads the folder's content to the model repository `repo`, and returns its address.
+    """Uploads the content of a folder to a model repository, and returns the repository's address.
 
-    A repository that does not exist is made, private unless `public`; one that exists stays as
-    visible as it is. Raises UserError where the hub refuses or cannot be reached; the folder
-    stays."""
+    A repository that does not exist is made. The folder is kept in any case. Raises UserError if
+    the hub refuses or cannot be reached.
+
+    Args:
+      directory: the folder.
+      repo: the repository, as user/name.
+      public: whether a repository that is made is public. One that exists stays as it is.
+    """
     api = _import().HfApi()
     try:
         url = api.create_repo(repo, private=not public, exist_ok=True)
@@ -167,7 +186,7 @@ def _import():
 
 
 def _cached(name: HubName, commit: str, files: Sequence[str]) -> pathlib.Path | None:
-    """The copy of the repository in the cache, if it is of this commit and has all the files."""
+    """Returns the cached copy of the repository if it is of this commit and has all the files."""
     for file in files:
         revision = name.revision or "main"
         found = _import().try_to_load_from_cache(name.repo, file, revision=revision)
@@ -181,8 +200,10 @@ def _cached(name: HubName, commit: str, files: Sequence[str]) -> pathlib.Path | 
 
 
 def _download(name: HubName, files: Sequence[str], trouble: Exception | None) -> pathlib.Path:
-    """The copy of the repository in the cache, with the files; from the cache alone where there
-    is `trouble` with reaching the hub."""
+    """Downloads files, and returns the copy of the repository in the cache.
+
+    If there is `trouble` with reaching the hub, the cache alone is used.
+    """
     hub, shown = _import(), sys.stderr.isatty() or "ipykernel" in sys.modules
 
     class SilentBar(hub.utils.tqdm):
@@ -206,8 +227,10 @@ def _download(name: HubName, files: Sequence[str], trouble: Exception | None) ->
 
 
 def _look(name: HubName) -> tuple[list[str] | None, str | None, Exception | None]:
-    """(all files of the repository, its commit, None), or (None, None, why) where the hub does not
-    answer."""
+    """Asks the hub for a repository's files.
+
+    Returns all files, the commit and None, or None, None and the error if the hub does not answer.
+    """
     hub = _import()
     try:
         timeout = hub.constants.HF_HUB_ETAG_TIMEOUT
@@ -222,7 +245,7 @@ def _look(name: HubName) -> tuple[list[str] | None, str | None, Exception | None
 
 
 def _answer(error: BaseException | None):
-    """The hub's answer that led to `error`: the nearest of its causes with a status of 4xx."""
+    """Returns the hub's answer that led to `error`: its nearest cause with a status of 4xx."""
     while error is not None:
         if isinstance(error, _import().errors.HfHubHTTPError):
             response = error.response  # None in what early versions raise without asking the hub
@@ -233,7 +256,7 @@ def _answer(error: BaseException | None):
 
 
 def _refused(name: HubName, error) -> UserError:
-    """What the hub's answer to a request means to the user."""
+    """Returns the error that says what the hub's answer to a request means to the user."""
     hub = _import()
     if isinstance(error, hub.errors.GatedRepoError):
         where = f"{hub.constants.ENDPOINT}/{name.repo}"
@@ -274,7 +297,10 @@ def _check_there(name: HubName, wanted, files, needed, there: list[str]) -> None
 
 
 def _stopped(name: HubName, trouble: Exception | None, error: Exception) -> UserError:
-    """trouble: why the hub could not be reached; None: it was, and then `error` came."""
+    """Returns the error that says why a download stopped.
+
+    trouble: why the hub could not be reached; None if it was reached, and `error` came later.
+    """
     constants = _import().constants
     if trouble is None:
         return UserError(
@@ -297,8 +323,10 @@ def _reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _logged(what: str) -> Iterator[None]:
-    """Says in the log `what` is being done if it takes more than two seconds, and how long it
-    took. (On a terminal huggingface_hub shows bars besides.)"""
+    """Logs `what` is being done if it takes more than two seconds, and how long it took.
+
+    On a terminal huggingface_hub also shows progress bars.
+    """
     start = time.monotonic()
     timer = threading.Timer(_LOG_AFTER, logging.info, [what])
     timer.daemon = True

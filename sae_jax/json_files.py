@@ -1,4 +1,4 @@
-"""Reading JSON files that others wrote."""
+"""Reads JSON files that other programs wrote."""
 
 import json
 
@@ -7,8 +7,10 @@ from sae_jax.paths import AnyPath
 
 
 def read_json(path: AnyPath, default: dict | None = None) -> dict:
-    """The JSON object in a file. UserError where the file is missing (and there is no default), is
-    not valid JSON, or holds something else than an object."""
+    """Returns the JSON object in a file, or `default` if it is given and there is no file.
+
+    Raises UserError if the file is missing, is not valid JSON, or holds no object.
+    """
     if not path.is_file():
         if default is None:
             raise UserError(f"no {path.name} in {path.parent}")

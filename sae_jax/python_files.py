@@ -1,4 +1,4 @@
-"""Python files of the user's, run as modules: configs, sweeps, architectures, loss terms."""
+"""Runs a user's Python files as modules: configs, sweeps, architectures, loss terms."""
 
 import contextlib
 import hashlib
@@ -10,7 +10,7 @@ import types
 from sae_jax import recipe_files
 from sae_jax.errors import UserError
 
-_versions: dict[str, tuple[int, int]] = {}  # of the files that were run here: time and size
+_versions: dict[str, tuple[int, int]] = {}  # by module: time and size of its file when it was run
 
 
 def load_module(path: str | pathlib.Path) -> types.ModuleType:
@@ -18,16 +18,18 @@ def load_module(path: str | pathlib.Path) -> types.ModuleType:
 
     A file is run once, so that the classes in it stay the same, and again when it has changed. A
     module that was imported from it in any other way is returned as it is. The module is in
-    sys.modules, where type hints and `inspect` look for it. Raises UserError if there is no such
-    file or running it fails."""
+    sys.modules, where type hints and `inspect` look for it.
+
+    Raises UserError if there is no such file or running it fails.
+    """
     file = recipe_files.find(str(path)).resolve()
     name = f"_sae_jax_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}_{file.stem}"
     status = file.stat()
     version = status.st_mtime_ns, status.st_size
     before = sys.modules.get(name)
     if before is None:
-        if there := _imported_from(file):
-            return there
+        if imported := _imported_from(file):
+            return imported
     elif _versions[name] == version:
         return before
     spec = importlib.util.spec_from_file_location(name, file)
@@ -46,8 +48,10 @@ def load_module(path: str | pathlib.Path) -> types.ModuleType:
 
 
 def attribute_of(spec: str, what: str):
-    """Returns what "FILE.py:NAME" names. `what` says in an error what it is for. Raises UserError
-    if the file does not define it."""
+    """Returns what "FILE.py:NAME" names.
+
+    Raises UserError if the file does not define it; the message begins with `what` it is for.
+    """
     path, _, name = spec.rpartition(":")
     if not path or not name:
         raise UserError(f"{what} is {spec!r}; it must be FILE.py:NAME")
@@ -58,8 +62,12 @@ def attribute_of(spec: str, what: str):
 
 
 def call_in_file(spec: str, name: str, what: str):
-    """Returns `name()` of a Python file, or `name(arg)` for "FILE.py:arg". `what` tells the user of
-    a file without it what it is for. Raises UserError if the file or the call fails."""
+    """Returns what the function `name` of a Python file returns.
+
+    It is called without an argument for "FILE.py", and with "arg" for "FILE.py:arg". Raises
+    UserError if the file or the call fails. If the file has no such function, the message ends with
+    `what`, which says what the function is for.
+    """
     path, _, arg = spec.partition(":")
     module = load_module(path)
     if not hasattr(module, name):
@@ -70,7 +78,7 @@ def call_in_file(spec: str, name: str, what: str):
 
 @contextlib.contextmanager
 def mistakes_in(path: str | pathlib.Path):
-    """Turns whatever the user's own file raises within it into a UserError that names the file."""
+    """Turns whatever is raised within it into a UserError that names the user's own file."""
     try:
         yield
     except UserError as error:
@@ -80,13 +88,12 @@ def mistakes_in(path: str | pathlib.Path):
 
 
 def _imported_from(file: pathlib.Path) -> types.ModuleType | None:
+    """Returns the module that was imported from a file, or None."""
     for module in list(sys.modules.values()):
-        there = getattr(module, "__file__", None)
-        if (
-            isinstance(there, str)
-            and there.endswith(".py")
-            and pathlib.Path(there).stem == file.stem
-        ):
-            if pathlib.Path(there).resolve() == file:
-                return module
+        source = getattr(module, "__file__", None)
+        if not isinstance(source, str) or not source.endswith(".py"):
+            continue
+        source = pathlib.Path(source)
+        if source.stem == file.stem and source.resolve() == file:
+            return module
     return None

@@ -1,7 +1,7 @@
-"""The recipes that come with the package, found by their names.
+"""Finds the recipes that come with the package by their names.
 
-They are the files of experiments/ in the repository. `recipes`, beside this file, is a link to that
-folder; an installed package has a copy of its files there.
+They are the files of experiments/ in the repository. The folder `recipes` beside this file is a
+link to that folder. In an installed package it has a copy of the files.
 """
 
 import pathlib
@@ -12,7 +12,7 @@ _FOLDER = pathlib.Path(__file__).parent / "recipes"
 
 
 def names() -> list[str]:
-    """Returns the names of all recipes: of the files that define `get_config`."""
+    """Returns the names of all recipes, which are the files that define `get_config`."""
     files = sorted(_FOLDER.glob("*.py"))
     return [file.stem for file in files if "def get_config(" in file.read_text(encoding="utf-8")]
 
@@ -20,7 +20,8 @@ def names() -> list[str]:
 def find(text: str) -> pathlib.Path:
     """Returns the Python file at the path `text`, or else the file of the recipe with that name.
 
-    Raises UserError, with the recipe whose name is most like it, if there is neither."""
+    Raises UserError, naming the recipe whose name is most like it, if there is neither.
+    """
     path = pathlib.Path(text)
     if path.suffix == ".py" and path.is_file():
         return path

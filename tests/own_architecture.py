@@ -61,7 +61,7 @@ class Level(SAE):
 
 def pull_biases(sae: SAE, x: jax.Array, y: jax.Array) -> jax.Array:
     """An extra loss term, for any architecture."""
-    return 0.01 * jnp.sum(jnp.square(sae.b_enc[...] - 0.5))
+    return jnp.sum(jnp.square(sae.b_enc[...] - 0.5))
 
 
 def get_config(store: str = "store") -> Config:

@@ -1,326 +1,298 @@
-"""What a notebook types: `train`, `evaluate` and the names of `sae_jax`, for any data."""
+"""What a notebook types: `sae_jax.train`, `evaluate`, `save`, `load`, on data of every kind."""
 
 import ast
-import dataclasses
 import importlib
-import inspect
+import json
 import pathlib
+import sys
+import types
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from training import WIDTH, sparse_rows
+from training import assert_same_arrays, saved_arrays, sparse_rows
 
 import sae_jax
 from sae_jax import lm
-from sae_jax.config import Config, DataConfig, MeshConfig, TrainConfig
-from sae_jax.errors import UserError
+from sae_jax.activations.iterables import IterableData
+from sae_jax.sae import ARCHITECTURES
 
-ROWS, BATCH = 768, 64
-SMALL = Config(
-    data=DataConfig(batch_size=BATCH, virtual_shards=8, holdout_fraction=0.2),
-    train=TrainConfig(log_every=1, checkpoint_every=4),
-    mesh=MeshConfig(data=1, model=1),
-)
-LONG = DataConfig(batch_size=4096, holdout_fraction=0.1, window_rows=65_536)
-every_architecture = pytest.mark.parametrize("name", sae_jax.ARCHITECTURES)
+ROWS = sparse_rows(6000)
+QUICK = {"batch_size": 64, "tokens": 64 * 12}
+FACE = pathlib.Path(sae_jax.__file__)
 
 
-@pytest.fixture(scope="module")
-def rows():
-    return sparse_rows(ROWS)
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """Most notebooks have one; the tests' process has four."""
+    monkeypatch.setattr(jax, "devices", lambda *_: jax.local_devices()[:1])
 
 
-def make(name="topk", **fields):
-    """A small SAE of an architecture."""
-    cls = sae_jax.ARCHITECTURES[name]
-    picks = {"k": 3} if cls.Config.k is not None else {}
-    return cls(**({"d_in": WIDTH, "d_sae": 32} | picks | fields))
+def fresh(architecture="topk", **fields):
+    if ARCHITECTURES[architecture].Config.k is not None:
+        fields = {"k": 4} | fields
+    return ARCHITECTURES[architecture](d_in=16, d_sae=64, **fields)
 
 
-def train(sae, data, **options):
-    return sae_jax.train(sae, data, **({"config": SMALL} | options))
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_architecture_on_an_array(architecture, tmp_path):
+    lines = []
+    sae = fresh(architecture)
+    before = sae.parameters()
+    result = sae_jax.train(sae, ROWS, **QUICK, on_metrics=lines.append)
+    assert lines == result.metrics and lines[-1]["step"] == 12
+    assert result.config.data.batch_size == 64 and result.result["tokens"] == 64 * 12
+    assert np.isfinite(result.result["eval_fvu"]) and result.workdir is None
+    assert result.sae.config == result.config.sae and not result.sae.is_fresh()
+    assert_same_arrays(sae.parameters(), before)  # the one given stays as it is
+    x = ROWS[:50]
+    mse = np.mean(np.sum((x - result.sae(x)) ** 2, axis=1))
+    np.testing.assert_allclose(result.sae.loss(x, training=False).mse, mse, rtol=1e-4)
+    result.sae.save(tmp_path / "mine")
+    again = sae_jax.load(tmp_path / "mine")
+    np.testing.assert_array_equal(again.encode(x), result.sae.encode(x))
+    assert sae_jax.evaluate(again, x).rows.scalars["fvu"] > 0
 
 
-def assert_same(one, other):
-    assert one.sae.scale == other.sae.scale
-    for name, value in one.sae.parameters().items():
-        np.testing.assert_array_equal(other.sae.parameters()[name], value, err_msg=name)
+def test_an_array_is_the_store_that_it_would_make(tmp_path):
+    store = sae_jax.write_store(tmp_path / "store", [ROWS])
+    options = QUICK | {"holdout_fraction": 0.1, "seed": 3}
+    config = sae_jax.Config(data=sae_jax.DataConfig(virtual_shards=8))
+    got = [
+        sae_jax.train(fresh(), data, config=config, **options)
+        for data in (ROWS, list(np.split(ROWS, 3)), store, str(tmp_path / "store"), iter([ROWS]))
+    ]
+    for other in got[1:]:
+        assert_same_arrays(other.sae.parameters(), got[0].sae.parameters())
+        assert other.result["eval_loss"] == got[0].result["eval_loss"]
 
 
-def timeless(lines):
-    return [{n: v for n, v in line.items() if n != "tokens_per_second"} for line in lines]
+class StopError(Exception):
+    pass
 
 
-def one_line(error) -> str:
-    text = str(error.value)
-    assert text and "\n" not in text
-    return text
+@pytest.mark.parametrize("kind", ["array", "generator"])
+def test_a_run_on_disk_goes_on_bit_for_bit(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("sae_jax.activations.iterables._MIN_WINDOW_ROWS", 1000)
 
-
-# ------------------------------------------------------------------------------- train
-
-
-@every_architecture
-def test_array_store_and_path_are_the_same_training(name, rows, tmp_path):
-    sae = make(name)
-    before = {n: np.asarray(v) for n, v in sae.parameters().items()}
-    of_array = train(sae, rows)
-    store = sae_jax.write_store(tmp_path / "store", [rows])
-    of_path = train(sae, str(tmp_path / "store"), workdir=tmp_path / "run")
-    assert_same(of_array, of_path)
-    assert timeless(of_array.metrics) == timeless(of_path.metrics)
-    assert of_array.result["eval_loss"] == of_path.result["eval_loss"]
-    if name == "topk":
-        assert_same(of_array, train(sae, store))
-    loaded = sae_jax.load(tmp_path / "run")
-    np.testing.assert_array_equal(loaded.encode(rows[:9]), of_array.sae.encode(rows[:9]))
-
-    assert of_array.workdir is None and of_path.workdir == str(tmp_path / "run")
-    assert of_array.metrics[-1]["loss"] < of_array.metrics[0]["loss"]
-    for parameter, value in before.items():
-        np.testing.assert_array_equal(sae.parameters()[parameter], value)
-    assert of_array.sae.encode(rows[0]).shape == (32,)
-    assert of_array.sae.scale != 1, "activations are given in the model's own units"
-
-
-def test_other_shapes_of_the_same_rows(rows):
-    torch = pytest.importorskip("torch")
-    sae, whole = make(), train(make(), rows)
-    assert_same(whole, train(sae, [rows[:500], rows[500:]]))
-    assert_same(whole, train(sae, (rows[i : i + 100] for i in range(0, ROWS, 100))))
-    assert_same(whole, train(sae, torch.from_numpy(rows)))
-    assert_same(whole, train(sae, rows.tolist()))
-    of_config = train(sae.config, rows)
-    np.testing.assert_allclose(of_config.metrics[-1]["loss"], whole.metrics[-1]["loss"], rtol=1e-5)
-    assert_same(whole, train(sae, rows, seed=0, epochs=1, batch_size=BATCH))
-
-
-def test_a_generator_that_does_not_end():
-    made = []
-
-    def batches():
-        for seed in range(1000):
-            made.append(seed)
-            yield sparse_rows(10_000, seed, width=4)
-
-    sae = sae_jax.ReLU(d_in=4, d_sae=8)
-    config = dataclasses.replace(SMALL, data=LONG)
-    result = sae_jax.train(sae, batches(), tokens=80_000, config=config)
-    assert result.result["tokens"] == 80_000 // 4096 * 4096
-    assert len(made) < 20, "it is read no further than needed"
-    for options, why in (({}, "tokens="), ({"tokens": 10**5, "epochs": 2}, "epochs")):
-        with pytest.raises(UserError, match=why) as error:
-            sae_jax.train(sae, batches(), config=config, **options)
-        one_line(error)
-
-
-def test_sites(rows):
-    data = {"a": rows, "b": rows[:, :10] * 3}
-    crossed = train(sae_jax.TopK(kind="crosscoder", site_widths=(16, 10), d_sae=32, k=3), data)
-    assert crossed.config.data.site == "a,b"
-    assert crossed.sae.encode(np.hstack(list(data.values()))).shape == (ROWS, 32)
-    coder = sae_jax.TopK(kind="transcoder", d_in=16, d_out=10, d_sae=32, k=3)
-    trained = train(coder, data)
-    assert (trained.config.data.site, trained.config.data.target_site) == ("a", "b")
-    assert trained.sae(rows[:5]).shape == (5, 10)
-    assert trained.sae.scale != trained.sae.target_scale
-    assert sae_jax.evaluate(trained.sae, data).rows.rows == ROWS
-    with pytest.raises(UserError, match="reads one site, but got 2") as error:
-        train(make(), data)
-    one_line(error)
-
-
-def test_interrupted_and_resumed(rows, tmp_path):
-    seen = []
+    def data():
+        return ROWS if kind == "array" else (part for part in np.array_split(ROWS, 13))
 
     def stop(line):
-        seen.append(line["step"])
-        if line["step"] == 6:
-            raise KeyboardInterrupt
+        if line["step"] == 7:
+            raise StopError
 
-    with pytest.raises(KeyboardInterrupt):
-        train(make(), rows, workdir=tmp_path / "run", on_metrics=stop)
-    resumed = train(make(), rows, workdir=tmp_path / "run")
-    whole = train(make(), rows)
-    assert seen == [1, 2, 3, 4, 5, 6]
-    assert_same(whole, resumed)
-    assert timeless(whole.metrics) == timeless(resumed.metrics)
-    finished = train(make(), rows, workdir=tmp_path / "run")
-    assert_same(whole, finished)
-    with pytest.raises(UserError, match="another|differ") as error:
-        train(make(k=4), rows, workdir=tmp_path / "run")
-    assert "k" in one_line(error)
-    with pytest.raises(UserError, match="another|differ") as error:
-        train(make(), rows[::-1], workdir=tmp_path / "run")
-    one_line(error)
-
-
-def test_on_metrics_and_extra_loss(rows):
-    first, second, terms = [], [], []
-
-    def extra(sae, x, y):
-        terms.append((x.shape, y.shape))
-        return 0.5 * (sae.b_dec[...] ** 2).sum() + 1.0
-
-    result = train(make(), rows, on_metrics=[first.append, second.append], extra_loss=extra)
-    assert first == second == result.metrics
-    assert terms[0] == ((BATCH, WIDTH), (BATCH, WIDTH))
-    assert result.metrics[0]["extra_loss"] >= 1
+    data_section = sae_jax.DataConfig(window_rows=1000, virtual_shards=8)
+    training = sae_jax.TrainConfig(log_every=1, checkpoint_every=3)
+    config = sae_jax.Config(data=data_section, train=training)
+    options = QUICK | {"config": config}
+    with pytest.raises(StopError):
+        sae_jax.train(fresh(), data(), **options, workdir=tmp_path / "cut", on_metrics=stop)
+    cut = sae_jax.train(fresh(), data(), **options, workdir=tmp_path / "cut")
+    whole = sae_jax.train(fresh(), data(), **options, workdir=tmp_path / "whole")
+    assert_same_arrays(saved_arrays(tmp_path / "cut"), saved_arrays(tmp_path / "whole"))
+    assert [line["loss"] for line in cut.metrics] == [line["loss"] for line in whole.metrics]
+    finished = sae_jax.train(fresh(), data(), **options, workdir=tmp_path / "cut")
+    assert finished.result == cut.result == json.loads((tmp_path / "cut/result.json").read_text())
+    in_memory = sae_jax.train(fresh(), data(), **options)
+    assert_same_arrays(in_memory.sae.parameters(), whole.sae.parameters())
+    with pytest.raises(sae_jax.UserError, match="another config"):
+        sae_jax.train(fresh(k=5), data(), **options, workdir=tmp_path / "cut")
+    with pytest.raises(sae_jax.UserError, match="another config"):
+        sae_jax.train(fresh(), ROWS + 1, **options, workdir=tmp_path / "cut")
 
 
-def test_defaults():
-    """Without a config batches and lines of metrics are of a number that suits the rows."""
-    rows = sparse_rows(400)
-    result = sae_jax.train(make(), rows, epochs=3)
-    data = result.config.data
-    assert data.batch_size == 16 and data.holdout_fraction == 0.05
-    steps = (400 - 20) * 3 // 16
-    assert steps - 4 <= result.metrics[-1]["step"] <= steps
-    assert 0 < result.result["eval_fvu"]
-    again = sae_jax.train(result.sae, rows, tokens=64.0, learning_rate=1e-6)
-    assert again.result["tokens"] == 64 and again.config.optimizer.learning_rate == 1e-6
-    assert again.metrics[0]["fvu"] < result.metrics[0]["fvu"], "it starts where it ended"
+def test_a_generator_is_read_once_in_shuffled_windows(monkeypatch):
+    monkeypatch.setattr("sae_jax.activations.iterables._MIN_WINDOW_ROWS", 1000)
+    rows = np.arange(5000, dtype=np.float32)[:, None] * [1.0, 2.0]
+    data = sae_jax.DataConfig(batch_size=100, window_rows=1000, virtual_shards=4)
+    source = IterableData(np.array_split(rows, 37), data, tokens=4500)
+    stream = source.open_stream(data)
+    held = source.open_stream(data, "heldout", 50)
+    seen = np.concatenate(list(stream.batches()))
+    held = np.concatenate(list(held.batches(prefetch=0)))
+    assert len(seen) == 4500 and len(held) == 50
+    assert len({*seen[:, 0]} | {*held[:, 0]}) == 4550, "no row twice, none of the held out"
+    assert held.max() < 2 * 1000 and not np.array_equal(seen, np.sort(seen, axis=0))
+    parts = IterableData(np.array_split(rows, 5), data, 4500).open_stream(data)
+    own = np.concatenate(list(parts.batches(20, [slice(0, 10), slice(50, 60)])))
+    want = seen.reshape(45, 100, 2)[20:][:, [*range(10), *range(50, 60)]]
+    np.testing.assert_array_equal(own, want.reshape(-1, 2))
 
 
-@pytest.mark.parametrize("dtype", [np.float64, np.float16, ml_dtypes.bfloat16, np.int32])
-def test_types_of_numbers(rows, dtype):
-    data = (rows * 10).astype(dtype)
-    result = train(make(), data, tokens=4 * BATCH)
-    assert np.isfinite(result.result["eval_loss"])
-    assert result.sae.w_enc.dtype == np.float32
+def test_data_of_other_types(tmp_path):
+    torch = pytest.importorskip("torch")
+    whole = sae_jax.train(fresh(), ROWS, **QUICK)
+    for data in (torch.from_numpy(ROWS), jax.numpy.asarray(ROWS), ROWS.astype(np.float64)):
+        got = sae_jax.train(fresh(), data, **QUICK)
+        assert_same_arrays(got.sae.parameters(), whole.sae.parameters())
+    for dtype in (np.float16, ml_dtypes.bfloat16):
+        half = sae_jax.train(fresh(), ROWS.astype(dtype), **QUICK)
+        assert half.result["eval_fvu"] == pytest.approx(whole.result["eval_fvu"], rel=0.05)
 
 
-WRONG = {
-    "three axes": (lambda x: x[None], "(rows, width)"),
-    "one axis": (lambda x: x[0], "(rows, width)"),
-    "words": (lambda x: x.astype(str), "numbers"),
-    "no rows": (lambda x: x[:0], "no rows"),
-    "too few rows": (lambda x: x[:1], "fewer than one batch"),
-    "another width": (lambda x: x[:, :5], "16"),
-    "no activations": (lambda x: 3, "int"),
-    "nothing": (lambda x: None, "NoneType"),
-    "a path to nowhere": (lambda x: "no/such/store", "no/such/store"),
-    "an empty list": (lambda x: [], "rows"),
-    "widths that differ": (lambda x: [x, x[:, :3]], "width"),
-    "sites of other lengths": (lambda x: {"a": x, "b": x[:9]}, "rows"),
-}
-
-
-@pytest.mark.parametrize("what", WRONG)
-def test_wrong_data(what, rows):
-    change, said = WRONG[what]
-    with pytest.raises(UserError) as error:
-        sae_jax.train(make(), change(rows))
-    assert said in one_line(error)
-
-
-def test_rows_that_are_not_finite(rows):
-    broken = rows.copy()
-    broken[[5, 9], 3] = np.nan, np.inf
-    with pytest.raises(UserError, match="NaN") as error:
-        train(make(), broken)
-    one_line(error)
-    data = dataclasses.replace(SMALL.data, drop_nonfinite=True)
-    result = train(make(), broken, config=dataclasses.replace(SMALL, data=data))
-    assert np.isfinite(result.result["eval_loss"])
-
-
-def test_wrong_settings(rows):
-    for call, said in (
-        (lambda: sae_jax.TopK(d_in=16, dsae=32), "d_sae"),
-        (lambda: sae_jax.TopK(d_in=16, d_sae=32, k="three"), "sae.k"),
-        (lambda: train("topk", rows), "str"),
-        (lambda: train(sae_jax.TopK, rows), "TopK"),
-        (lambda: train(make(), rows, tokens=10**9), "epochs"),
-        (lambda: train(make(), rows, tokens=1), "batch"),
-        (lambda: train(make(), rows, tokens="all"), "tokens"),
-        (lambda: train(make(), rows, batch_size=0), "batch"),
-        (lambda: train(make(), rows, epochs=0), "epochs"),
-        (lambda: train(make(), rows, learning_rate="high"), "learning_rate"),
-        (lambda: train(make(), rows, holdout_fraction=2.0), "holdout"),
-        (lambda: train(make(), "world:superposition"), "tokens="),
+@pytest.mark.parametrize("kind", ["crosscoder", "transcoder", "skip_transcoder"])
+def test_several_sites(kind):
+    sites = {"a": ROWS, "b": ROWS[:, :8] + 1}
+    for sae in (
+        sae_jax.TopKConfig(kind=kind, d_sae=64, k=4),
+        sae_jax.TopK(kind="crosscoder", d_in=24, site_widths=(16, 8), d_sae=64, k=4)
+        if kind == "crosscoder"
+        else sae_jax.TopK(kind=kind, d_in=16, d_out=8, d_sae=64, k=4),
     ):
-        with pytest.raises(UserError) as error:
-            call()
-        assert said in one_line(error), one_line(error)
+        result = sae_jax.train(sae, sites, **QUICK)
+        assert result.sae.config.d_out == (24 if kind == "crosscoder" else 8)
+        assert sae_jax.evaluate(result.sae, sites).rows.scalars["fvu"] > 0
 
 
-# ---------------------------------------------------------------------------- evaluate
+def test_a_trained_sae_goes_on_and_defaults_fit_the_data():
+    first = sae_jax.train(fresh(), ROWS, batch_size=64, learning_rate=3e-3, epochs=4)
+    start = sae_jax.train(first.sae, ROWS, batch_size=64, tokens=64, learning_rate=1e-9)
+    assert start.metrics[0]["fvu"] == pytest.approx(first.metrics[-1]["fvu"], rel=0.3)
+    assert start.metrics[0]["fvu"] < 0.6 * first.metrics[0]["fvu"]
+    few = sae_jax.train(sae_jax.TopKConfig(d_sae=64, k=4), ROWS[:200])
+    assert few.config.data.batch_size == 8 and few.result["tokens"] > 150
 
 
-def test_evaluate(rows, tmp_path):
-    sae = train(make(), rows).sae
-    whole = sae_jax.evaluate(sae, rows)
-    assert whole.rows.rows == ROWS
-    centred = np.square(rows - rows.mean(axis=0)).sum()
-    fvu = np.square(rows - np.asarray(sae(rows))).sum() / centred
-    assert whole.scalars["fvu"] == pytest.approx(fvu, rel=1e-4)
-    assert repr(whole) == whole.table() and "Positions: all" in repr(whole)
-    by_site = sae_jax.evaluate(sae, {"a": rows}).scalars
-    assert by_site == whole.scalars
-    store = sae_jax.write_store(tmp_path / "store", [rows])
+def test_few_rows_on_several_devices(monkeypatch):
+    """A batch has a row for each device, and an SAE on one of them goes on on all."""
+    monkeypatch.undo()
+    first = sae_jax.train(fresh(), ROWS[:400], epochs=3)
+    assert first.result["devices"] == 4 and first.config.data.batch_size == 16
+    start = sae_jax.train(first.sae, ROWS[:400], tokens=64, learning_rate=1e-9)
+    assert start.metrics[0]["fvu"] < 0.9 * first.metrics[0]["fvu"]
+    fewer = sae_jax.train(fresh(), ROWS[:40], holdout_fraction=0.2)
+    assert fewer.config.data.batch_size == 4
+
+
+def test_a_path_is_fitted_like_its_store(tmp_path):
+    store = sae_jax.write_store(tmp_path / "store", [ROWS[:500]])
+    of_store, of_path = (sae_jax.train(fresh(), data) for data in (store, tmp_path / "store"))
+    assert of_path.config.data.batch_size == of_store.config.data.batch_size == 16
+    assert_same_arrays(of_path.sae.parameters(), of_store.sae.parameters())
+
+
+def test_evaluate(tmp_path):
+    sae = fresh()
+    whole = sae_jax.evaluate(sae, ROWS)
+    centred = np.square(ROWS - ROWS.mean(axis=0)).sum()
+    fvu = np.square(ROWS - np.asarray(sae(ROWS))).sum() / centred
+    assert whole.scalars["fvu"] == pytest.approx(fvu, rel=1e-4) and whole.rows.rows == len(ROWS)
+    assert sae_jax.evaluate(sae, {"a": ROWS}).scalars == whole.scalars
+    store = sae_jax.write_store(tmp_path / "store", [ROWS])
     held = sae_jax.evaluate(sae, store=store, holdout_fraction=0.2)
-    assert held.rows.rows < ROWS
     of_path = sae_jax.evaluate(sae, store=str(tmp_path / "store"), holdout_fraction=0.2)
-    assert of_path.scalars == held.scalars
-    for wrong, said in (
-        ({}, "none"),
-        ({"data": rows, "store": store}, "store"),
-        ({"data": rows[:, :3]}, "16"),
-        ({"token_ids": [[1, 2]]}, "model"),
-        ({"store": "nowhere"}, "nowhere"),
-        ({"data": np.full((3, 16), np.nan)}, "excluded"),
-    ):
-        with pytest.raises(UserError) as error:
-            sae_jax.evaluate(sae, **wrong)
-        assert said in one_line(error), one_line(error)
+    assert held.rows.rows < len(ROWS) and of_path.scalars == held.scalars
+    token_ids = np.random.default_rng(0).integers(1, 100, (4, 16))
+    model = {"model": lm.DEMO_MODEL, "site": "mlp_act.0"}
+    inside = sae_jax.evaluate(sae_jax.TopK(d_in=512, d_sae=64, k=4), token_ids=token_ids, **model)
+    assert inside.spliced["replaced"] == 64 and inside.scalars["ce_spliced"] > 0
 
 
-def test_evaluate_inside_a_model():
-    model = lm.open_model(lm.DEMO_MODEL)
-    token_ids = np.random.default_rng(0).integers(1, model.vocab_size, (4, 16))
-    sae = sae_jax.TopK(d_in=512, d_sae=64, k=4)
-    found = sae_jax.evaluate(sae, token_ids=token_ids, model=lm.DEMO_MODEL, site="mlp_act.0")
-    assert found.scalars["ce_spliced"] > 0 and found.spliced["replaced"] == 64
-    with pytest.raises(UserError, match="whole numbers") as error:
-        sae_jax.evaluate(sae, token_ids=token_ids / 2, model=model, site="mlp_act.0")
-    one_line(error)
-
-
-# ------------------------------------------------------------------------------- names
-
-
-def test_every_name_is_what_the_editor_is_told():
-    importlib.import_module("sae_jax.train.loop")
-    importlib.import_module("sae_jax.evaluate.api")
-    assert inspect.isfunction(sae_jax.train) and inspect.isfunction(sae_jax.evaluate)
-    tree = ast.parse(pathlib.Path(sae_jax.__file__).read_text())
-    (block,) = [
-        node
-        for node in tree.body
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-    ]
-    told = set()
-    for statement in block.body:
-        module = importlib.import_module(statement.module)
-        for alias in statement.names:
-            assert getattr(sae_jax, alias.name) is getattr(module, alias.name), alias.name
-            told.add(alias.name)
-    rooms = set(sae_jax.__all__) - told
-    for name in rooms:
-        assert getattr(sae_jax, name) is importlib.import_module(f"sae_jax.{name}")
-    assert told < set(sae_jax.__all__) <= set(dir(sae_jax))
-    with pytest.raises(AttributeError, match="no attribute 'trian'"):
-        _ = sae_jax.trian
-
-
-def test_what_a_notebook_shows(rows, tmp_path):
-    assert repr(make()) == str(make()) == "TopK(d_in=16, d_sae=32, k=3)"
-    assert repr(make("relu", scale=0.5)) == "ReLU(d_in=16, d_sae=32, scale=0.5)"
-    coder = make(kind="transcoder", d_out=8)
-    assert repr(coder) == "TopK(d_in=16, d_sae=32, kind='transcoder', d_out=8, k=3)"
-    result = train(make(), rows, tokens=4 * BATCH)
+def test_what_a_notebook_shows(tmp_path):
+    assert repr(fresh()) == str(fresh()) == "TopK(d_in=16, d_sae=64, k=4)"
+    assert repr(fresh("relu", scale=0.5)) == "ReLU(d_in=16, d_sae=64, scale=0.5)"
+    coder = fresh(kind="transcoder", d_out=8)
+    assert repr(coder) == "TopK(d_in=16, d_sae=64, kind='transcoder', d_out=8, k=4)"
+    result = sae_jax.train(fresh(), ROWS, **QUICK)
     assert repr(result).startswith("TrainResult(TopK(d_in=16") and "eval_fvu" in repr(result)
-    store = sae_jax.write_store(tmp_path / "store", [rows])
-    assert "768 rows of activations (16, float32)" in repr(store)
+    store = sae_jax.write_store(tmp_path / "store", [ROWS])
+    assert "6,000 rows of activations (16, float32)" in repr(store)
+    evaluation = sae_jax.evaluate(result.sae, ROWS)
+    assert repr(evaluation) == evaluation.table() and "Positions: all" in repr(evaluation)
+
+
+def test_a_notebook_keeps_the_last_line_of_a_bar(monkeypatch):
+    shown = []
+
+    class Output:
+        def update(self, data, raw):
+            shown[-1] = data["text/plain"]
+
+    def display(data, raw, display_id):
+        shown.append(data["text/plain"])
+        return Output()
+
+    ipython = types.SimpleNamespace(
+        get_ipython=type("ZMQInteractiveShell", (), {}),
+        display=types.SimpleNamespace(display=display),
+    )
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    sae_jax.train(fresh(), ROWS, **QUICK)
+    (line,) = shown
+    assert line.startswith("train: 100%") and "12/12" in line and "fvu=" in line
+
+
+def test_an_extra_loss_is_added_and_logged():
+    def extra(sae, x, y):
+        return 0.5 + 0.0 * x.sum() + 0.0 * y.sum() + 0.0 * sae.b_enc[...].sum()
+
+    plain = sae_jax.train(fresh(), ROWS, **QUICK)
+    result = sae_jax.train(fresh(), ROWS, **QUICK, extra_loss=extra)
+    assert {line["extra_loss"] for line in result.metrics} == {0.5}
+    for line, without in zip(result.metrics, plain.metrics, strict=True):
+        assert line["loss"] == pytest.approx(without["loss"] + 0.5, rel=1e-5)
+
+
+NAN = ROWS.copy()
+NAN[7, 3] = np.nan
+MISTAKES = [
+    (lambda: sae_jax.train("topk", ROWS), "an SAE"),
+    (lambda: sae_jax.train(fresh(), 5), "an array"),
+    (lambda: sae_jax.train(fresh(), ROWS[0]), "(rows, width)"),
+    (lambda: sae_jax.train(fresh(), ROWS[:0]), "no rows"),
+    (lambda: sae_jax.train(fresh(), ROWS[:, :15]), "sae.d_in is 16"),
+    (lambda: sae_jax.train(fresh(), [["a", "b"]]), "numbers"),
+    (lambda: sae_jax.train(fresh(), NAN), "drop_nonfinite"),
+    (lambda: sae_jax.train(fresh(), ROWS, tokenz=5), "did you mean 'tokens'"),
+    (lambda: sae_jax.train(fresh(), ROWS, tokens="many"), "train.tokens"),
+    (lambda: sae_jax.train(fresh(), ROWS, tokens=10**9), "epochs"),
+    (lambda: sae_jax.train(fresh(), ROWS, batch_size=0.5), "data.batch_size"),
+    (lambda: sae_jax.train(fresh(), ROWS, on_metrics=5), "on_metrics"),
+    (lambda: sae_jax.train(fresh(), ROWS, log="wandbb:x"), "wandb"),
+    (lambda: sae_jax.train(fresh(), "no_such_store"), "no_such_store"),
+    (lambda: sae_jax.train(fresh(), "world:superposition,width=16,features=32"), "tokens="),
+    (lambda: sae_jax.train(fresh(), {"a": ROWS, "b": ROWS[:5]}), "same number of rows"),
+    (lambda: sae_jax.train(fresh(), [ROWS, ROWS[:, :3]]), "of one width"),
+    (lambda: sae_jax.train(fresh(), {"a": ROWS, "b": ROWS}), "reads one site, but got 2"),
+    (lambda: sae_jax.train(fresh(), ROWS[:1]), "fewer than one batch"),
+    (lambda: sae_jax.evaluate(fresh(), ROWS, store="store"), "data and store"),
+    (lambda: sae_jax.evaluate(fresh(), token_ids=[[1, 2]]), "model="),
+    (lambda: sae_jax.train(fresh(), iter([ROWS, ROWS[:, :3]])), "wide"),
+    (lambda: sae_jax.train(fresh(), iter([])), "no activations"),
+    (lambda: sae_jax.evaluate(fresh()), "data=array"),
+    (lambda: sae_jax.evaluate(fresh(), ROWS, modell=1), "did you mean 'model'"),
+    (lambda: sae_jax.evaluate(fresh(), ROWS[:, :15]), "16"),
+    (lambda: sae_jax.load("no/such/folder"), "hf://no/such/folder"),
+    (lambda: sae_jax.export(fresh(), "saelenz", "out"), "did you mean 'saelens'"),
+]
+
+
+@pytest.mark.parametrize("call,words", MISTAKES, ids=[words for _, words in MISTAKES])
+def test_mistakes_are_one_line(call, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(sae_jax.UserError) as error:
+        call()
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_names_of_the_face():
+    """What an editor is told is what there is; and the functions stay functions."""
+    importlib.import_module("sae_jax.train.loop")
+    importlib.import_module("sae_jax.evaluate.report")
+    assert callable(sae_jax.train) and callable(sae_jax.evaluate)
+    told = {}
+    (block,) = (node for node in ast.parse(FACE.read_text()).body if isinstance(node, ast.If))
+    for node in block.body:
+        told |= {alias.name: node.module for alias in node.names}
+    for name in sae_jax.__all__:
+        value = getattr(sae_jax, name)
+        if name in told:
+            assert value is getattr(importlib.import_module(told.pop(name)), name)
+        else:
+            assert value is importlib.import_module(f"sae_jax.{name}")
+    assert not told
+    with pytest.raises(AttributeError, match="tran"):
+        _ = sae_jax.tran

@@ -20,7 +20,6 @@ from training import make_config, make_store
 
 import sae_jax
 from sae_jax import hub, interop, lm
-from sae_jax.activations import Store
 from sae_jax.cli import main
 from sae_jax.errors import UserError
 from sae_jax.interop import saelens_releases
@@ -207,6 +206,21 @@ def test_an_sae_of_each_format(tmp_path, server, format, architecture):
     assert server.sent() == []
 
 
+def test_no_code_is_run_for_an_sae_from_a_hub(tmp_path, server):
+    """Of an architecture of a user's own, whose file is even on this machine."""
+    interop.export(random_sae("topk"), "sae_jax", tmp_path / "sae")
+    code = tmp_path / "mine.py"
+    code.write_text("raise SystemExit('it ran')")
+    values = json.loads((tmp_path / "sae" / "sae.json").read_text())
+    values["config"]["architecture"] = "mine"
+    values["architecture_file"] = str(code)
+    files = files_of(tmp_path / "sae", "a")
+    server.repos["me/x"] = Repo(files | {"a/sae.json": json.dumps(values).encode()})
+    with pytest.raises(UserError, match="mine.py, which was not run"):
+        sae_jax.load("hf://me/x/a", trust_code=True)
+    assert cli("import", "--path=hf://me/x/a", f"--out={tmp_path / 'out'}") == 2
+
+
 def test_a_folder_that_is_no_sae_is_told_which_are(tmp_path, server, capsys):
     interop.export(random_sae("jumprelu"), "gemma_scope", tmp_path / "sae")
     saes = {}
@@ -347,7 +361,7 @@ def test_a_store_knows_its_model_on_the_hub(tmp_path, server, live):
     assert cli("harvest", "--model=hf://me/lm", f"--out={tmp_path / 'store'}", *flags) == 0
     assert server.sent() == sorted(file for file in files if file != "training.json")
     repo.revisions, repo.files = {"was": repo.files}, files_of(FIXTURES / "gpt2")  # main moves on
-    store = Store.open(tmp_path / "store")
+    store = lm.open_store(tmp_path / "store")
     assert store.meta.model == name
     assert store.meta.provenance["model_fingerprint"] == lm.fingerprint(name)
     if not live:
@@ -355,7 +369,7 @@ def test_a_store_knows_its_model_on_the_hub(tmp_path, server, live):
     assert store.meta.live.model == name
     run = tmp_path / "run"
     config = make_config(str(store.path), steps=10, sae={"aux_coefficient": 0.0})
-    train_run(config, run)
+    train_run(config, run, open_stream=lm.open_stream)
     assert interop.read_provenance(run)["model_name"] == "me/lm"
     assert cli("eval", f"--run={run}", "--lm_tokens=64") == 0
     evaluation = json.loads((run / "eval.json").read_text())

@@ -13,8 +13,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-# From the bottom: a room imports those of earlier rows only, and those of its own row where that
-# makes no circle. Files beside the rooms are named as rooms.
+# From the bottom: a folder imports those of earlier rows only, and those of its own row where that
+# makes no circle. Files beside the folders are named as folders.
 ROWS = [
     {"errors"},
     {"paths", "fields", "recipe_files"},
@@ -30,7 +30,7 @@ ROWS = [
     {"cli"},
     {"__init__", "__main__"},
 ]
-HEIGHT = {room: height for height, row in enumerate(ROWS) for room in row}
+HEIGHT = {folder: height for height, row in enumerate(ROWS) for folder in row}
 APART = {("sweep", "laws"), ("laws", "sweep")}  # results.csv alone joins them
 
 # Packages that an extra brings, which only some need: whoever does imports them in a function.
@@ -39,8 +39,8 @@ OPTIONAL = {
     "tensorboard", "tensorboardX", "torch", "transformers", "wandb", "yaml", "zstandard",
 }  # fmt: skip
 
-# What is still wrong: (the complaint's start, a part of it). To be emptied.
-KNOWN = {("sae_jax/train/watchdog.py", "jax._src.distributed is private")}
+# What is still wrong: (the complaint's start, a part of it). To be kept empty.
+KNOWN: set[tuple[str, str]] = set()
 
 
 class Import(NamedTuple):
@@ -64,11 +64,11 @@ class Source(NamedTuple):
     tree: ast.Module
 
     @property
-    def room(self) -> str:
-        return _room(self.module)
+    def folder(self) -> str:
+        return _folder(self.module)
 
 
-def _room(module: str) -> str:
+def _folder(module: str) -> str:
     """ "lm" of sae_jax.lm.text; "__init__" of sae_jax itself."""
     return module.split(".")[1] if "." in module else "__init__"
 
@@ -117,10 +117,12 @@ def complaints(root: pathlib.Path) -> list[str]:
             found += _private_name(i)
         found += _private_attributes(source, ours)
     found += _circles(edges, "module")
-    rooms = {}
+    folders = {}
     for module, targets in edges.items():
-        rooms.setdefault(_room(module), set()).update(map(_room, targets))
-    return found + _circles({room: targets - {room} for room, targets in rooms.items()}, "room")
+        folders.setdefault(_folder(module), set()).update(map(_folder, targets))
+    return found + _circles(
+        {folder: targets - {folder} for folder, targets in folders.items()}, "folder"
+    )
 
 
 def _is_ours(target: str) -> bool:
@@ -128,9 +130,9 @@ def _is_ours(target: str) -> bool:
 
 
 def _wrong_way(source: Source, i: Import) -> Iterator[str]:
-    above, below = source.room, _room(i.target)
+    above, below = source.folder, _folder(i.target)
     if above not in HEIGHT or below not in HEIGHT:
-        yield f"{i}: {above} or {below} is no room that this test knows; add it to ROWS"
+        yield f"{i}: {above} or {below} is no folder that this test knows; add it to ROWS"
     elif HEIGHT[above] < HEIGHT[below]:
         yield f"{i}: {above} imports {below} ({i.target}), which lies above it"
     elif (above, below) in APART:
@@ -139,7 +141,7 @@ def _wrong_way(source: Source, i: Import) -> Iterator[str]:
 
 def _wrong_place(source: Source, i: Import) -> Iterator[str]:
     package = i.target.split(".")[0]
-    if i.function is None or package in OPTIONAL or source.room == "cli":
+    if i.function is None or package in OPTIONAL or source.folder == "cli":
         return  # a command imports what is heavy after it has seen the user's mistakes
     yield f"{i}: {i.target} is imported in the function {i.function}; import it at the top"
 
@@ -217,9 +219,9 @@ WRONG = {
         {"lm/a.py": "from sae_jax.lm import b", "lm/b.py": "from sae_jax.lm.a import x"},
         "a circle of modules: sae_jax.lm.a -> sae_jax.lm.b -> sae_jax.lm.a",
     ),
-    "a circle of rooms": (
+    "a circle of folders": (
         {"bench/a.py": "import sae_jax.sweep.b", "sweep/b.py": "import sae_jax.bench.c"},
-        "a circle of rooms: bench -> sweep -> bench",
+        "a circle of folders: bench -> sweep -> bench",
     ),
     "a private name": ({"lm/a.py": "from sae_jax.lm.b import _x"}, "sae_jax.lm.b._x is private"),
     "a private attribute": (

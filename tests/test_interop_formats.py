@@ -18,7 +18,7 @@ from sae_jax.errors import UserError
 from sae_jax.interop import FORMATS
 from sae_jax.sae import ARCHITECTURES, by_name, resolve
 from sae_jax.sae.config import KINDS
-from sae_jax.train import loop
+from sae_jax.train.run import train_run
 
 D, N = 8, 24
 NEEDS_TORCH = ("dictionary_learning", "openai")
@@ -119,7 +119,7 @@ def test_one_threshold_is_not_made_of_many(tmp_path):
     pytest.importorskip("torch")
     sae = random_sae("batchtopk")
     parameters = sae.parameters() | {"threshold": jnp.linspace(0.1, 1, N)}
-    sae = type(sae)(sae.config, parameters, sae.scale)
+    sae = type(sae).from_parameters(sae.config, parameters, sae.scale)
     with pytest.raises(UserError, match="one threshold for all latents"):
         interop.export(sae, "dictionary_learning", tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -227,7 +227,7 @@ def test_the_table_in_help_is_what_is_expressed():
 def test_a_run_goes_out_and_comes_back_by_the_commands(tmp_path, capsys):
     store = make_store(tmp_path / "store")
     run = tmp_path / "run"
-    loop.train(make_config(store, "topk", steps=20), run)
+    train_run(make_config(store, "topk", steps=20), run)
 
     def cli(*arguments) -> int:
         return main(
@@ -256,11 +256,14 @@ def test_a_run_goes_on_from_an_sae(tmp_path, architecture):
     have norm sqrt(d)."""
     store = make_store(tmp_path / "store")
     sae = random_sae(architecture)
-    sae = type(sae)(dataclasses.replace(sae.config, d_in=16, d_out=16, d_sae=N), wide(sae), 1 / 3)
+    config = dataclasses.replace(sae.config, d_in=16, d_out=16, d_sae=N)
+    sae = type(sae).from_parameters(config, wide(sae), 1 / 3)
     interop.export(sae, "sae_jax", tmp_path / "sae")
-    fields = {"d_sae": N, "aux_coefficient": 0.0, "sparsity_coefficient": None, "k": sae.config.k}
+    fields = {"d_sae": N, "aux_coefficient": 0.0}
     if sae.config.k is None:
         fields["sparsity_coefficient"] = 1e-6
+    else:
+        fields["k"] = sae.config.k
     config = make_config(
         store,
         architecture,
@@ -269,7 +272,7 @@ def test_a_run_goes_on_from_an_sae(tmp_path, architecture):
         train={"init": str(tmp_path / "sae")},
         optimizer={"learning_rate": 1e-12},
     )
-    result = loop.train(config, tmp_path / "run", interop.load)
+    result = train_run(config, tmp_path / "run", load_sae=interop.load).result
     x = next(open_stream(config.data).batches(0, prefetch=0)).astype(np.float32)
     back = sae_jax.load(tmp_path / "run")
     if architecture != "batchtopk":  # whose threshold is that of the last batch
@@ -279,7 +282,7 @@ def test_a_run_goes_on_from_an_sae(tmp_path, architecture):
     assert result["d_sae"] == N
     with pytest.raises(UserError, match="--config.sae.d_sae=24"):
         wrong = make_config(store, architecture, steps=1, train={"init": str(tmp_path / "sae")})
-        loop.train(wrong, tmp_path / "wrong", interop.load)
+        train_run(wrong, tmp_path / "wrong", load_sae=interop.load)
 
 
 def wide(sae) -> dict:

@@ -109,9 +109,9 @@ def test_bos_of_each_family(tmp_path, name):
     tokens, configs, bos, special, why = FAMILIES[name]
     tokenizer = family(tmp_path, *tokens, **configs)
     assert (tokenizer.bos, tokenizer.special_tokens) == (bos, special)
-    about = tokenizer.about_bos()
-    assert why in about["why"] and about["id"] == bos
-    assert about["token"] == tokenizer.decode([bos])
+    provenance = tokenizer.bos_provenance()
+    assert why in provenance["why"] and provenance["id"] == bos
+    assert provenance["token"] == tokenizer.decode([bos])
     contexts = lm.pack(["abab", "bb"], tokenizer, 4)
     np.testing.assert_array_equal(contexts, [[bos, 0, 1, 0], [bos, 1, bos, 1]])
 

@@ -17,7 +17,7 @@ from sae_jax import interop, sae
 from sae_jax.config import from_dict, load_file, override, to_dict
 from sae_jax.errors import UserError
 from sae_jax.python_files import load_module
-from sae_jax.train import loop
+from sae_jax.train.run import train_run
 
 FILE = pathlib.Path(__file__).parent / "own_architecture.py"
 
@@ -44,7 +44,7 @@ def forgotten() -> None:
 
 def test_it_trains_and_loads_with_its_path_alone(mine, store, tmp_path):
     config = override(load_file(f"{mine}:{store}"), {"sae.level": "0.75"})
-    result = loop.train(config, tmp_path / "run")
+    result = train_run(config, tmp_path / "run").result
     assert result["architecture"] == "level" and result["sparsity_coefficient"] == 0.1
     lines = metrics(tmp_path / "run")
     assert lines[-1]["loss"] < lines[0]["loss"]
@@ -110,11 +110,11 @@ def test_a_class_may_be_defined_again_but_not_under_a_name_of_ours(mine):
 def test_an_extra_loss_is_added_and_logged(mine, store, tmp_path, architecture):
     config = load_file(f"{mine}:{store}")
     config = override(config, {"sae.architecture": architecture})
-    plain = loop.train(config, tmp_path / "plain")
-    loop.train(override(config, {"sae.extra_loss": f"{mine}:pull_biases"}), tmp_path / "with")
+    plain = train_run(config, tmp_path / "plain").result
+    train_run(override(config, {"sae.extra_loss": f"{mine}:pull_biases"}), tmp_path / "with")
     with_it, without = metrics(tmp_path / "with"), metrics(tmp_path / "plain")
     assert "extra_loss" not in without[0] and plain["eval_loss"] > 0
-    assert with_it[0]["extra_loss"] == pytest.approx(0.01 * 64 * 0.25)
+    assert with_it[0]["extra_loss"] == pytest.approx(64 * 0.25)
     assert with_it[0]["loss"] == pytest.approx(without[0]["loss"] + with_it[0]["extra_loss"])
     assert with_it[-1]["extra_loss"] < with_it[0]["extra_loss"]
 
@@ -146,6 +146,6 @@ def test_every_command_in_processes_of_its_own(mine, store, tmp_path):
     rows = (tmp_path / "sweep" / "results.csv").read_text().splitlines()
     assert len(rows) == 5 and "level" in rows[0]
     run("eval", "--run=run")
-    run("export", "--run=run", "--format=sae_jax", "--out=out")
+    run("export", "--checkpoint=run", "--format=sae_jax", "--out=out")
     assert sae_jax.load(tmp_path / "out").config.level == 0.75
     assert jax.tree.leaves(sae_jax.load(tmp_path / "sweep" / "runs" / rows[1].split(",")[0]))

@@ -65,6 +65,7 @@ def test_the_way_from_text_to_an_evaluated_sae(tmp_path):
         run_python(tmp_path, "-m", "sae_jax", *arguments)
 
     check = "import numpy, sys; x = numpy.ones((3, 512), 'float32'); "
+    check += "activations = numpy.random.default_rng(0).normal(size=(4096, 512)); "
     check += "tokens = numpy.arange(20).reshape(2, 10); "
     check += "batches = [numpy.ones((2000, 8), 'float32')]\n" + "".join(blocks("python"))
     check += "assert latents.shape == (3, 1024) and x_hat.shape == (3, 512)\n"

@@ -128,7 +128,7 @@ def test_every_type_is_as_float32_of_its_values(kind, leading):
 @pytest.mark.parametrize(
     "x, words",
     [
-        (np.zeros((2, D + 1)), ["width 7", "(..., 6)"]),
+        (np.zeros((2, D + 1)), ["width 7", "d_in 6", "(..., 6)"]),
         (np.float32(1), ["()"]),
         ([[1.0], [1.0, 2.0]], ["activations"]),
         (["a"] * D, ["real numbers"]),

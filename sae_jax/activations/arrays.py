@@ -1,5 +1,7 @@
-"""A store whose rows are arrays in memory: what `write_store` would make of them, without the
-files."""
+"""A store whose rows are arrays in memory.
+
+It is what `write_store` would make of the arrays, without the files.
+"""
 
 import dataclasses
 import hashlib
@@ -18,15 +20,24 @@ _FLOATS = (np.float32, np.float16, ml_dtypes.bfloat16)
 
 
 class ArrayStore:
-    """Arrays (rows, width) in memory, to be read as a `Store` is.
+    """Arrays (rows, width) in memory, which are read as a `Store` is.
 
-    `arrays` is one array, or {site: array} with the same number of rows each. Its rows come in the
-    order, and with the statistics, of the store that `write_store` would make of the arrays, so a
-    training on either is the same, bit for bit. Arrays of float32, float16 and bfloat16 are not
-    copied; other numbers become float32. Raises UserError for what has no two axes or no rows.
+    The rows come in the order, and with the statistics, of the store that `write_store` would make
+    of the arrays. So training on either is the same, bit for bit.
+
+    Attributes:
+      path: a name that tells these arrays from others, so that a run is not resumed on others.
+      meta: what meta.json of the store would say.
+      num_rows: the number of rows.
+      usable_rows: see `Store.usable_rows`.
     """
 
     def __init__(self, arrays: np.ndarray | Mapping[str, np.ndarray]):
+        """Takes one array, or {site: array} with the same number of rows each.
+
+        Arrays of float32, float16 and bfloat16 are not copied; other numbers become float32. Raises
+        UserError if an array has no two axes or no rows, or if the numbers of rows differ.
+        """
         if not isinstance(arrays, Mapping):
             arrays = {"activations": arrays}
         self._arrays = {name: as_rows(name, x) for name, x in arrays.items()}
@@ -48,7 +59,10 @@ class ArrayStore:
         self.usable_rows = np.stack(counts, axis=1).astype(np.int32)
 
     def resolve_site(self, name: str = "") -> str:
-        """Returns `name` if there is that site; for "" the only one. UserError lists the sites."""
+        """Returns `name` if there is that site, and for "" the name of the only site.
+
+        Raises UserError, listing the sites, if there is no such site or "" could be several.
+        """
         if not name and len(self._arrays) > 1:
             raise UserError(f"there are several sites, choose one: {', '.join(self._arrays)}")
         return choose(name, self._arrays, "the site") if name else next(iter(self._arrays))
@@ -75,8 +89,8 @@ class ArrayStore:
     def _copy_chunks(self, values: np.ndarray, chunks, out: np.ndarray) -> None:
         rows = self.meta.chunk_rows
         for chunk, target in zip(chunks, out, strict=True):
-            there = values[chunk * rows : (chunk + 1) * rows]
-            target[: len(there)] = there
+            found = values[chunk * rows : (chunk + 1) * rows]
+            target[: len(found)] = found
 
     def _describe(self) -> StoreMeta:
         sites = {name: SiteMeta(x.shape[1], x.dtype.name) for name, x in self._arrays.items()}
@@ -85,7 +99,7 @@ class ArrayStore:
         used = self._excluded == 0
         for name, x in self._arrays.items():
             nonfinite = int((~statistics.finite_rows(x)).sum())
-            parts = [  # by the shards of a store, so that sums are rounded as there
+            parts = [  # the shards of a store, so that sums are rounded as in one
                 statistics.site_sums(x[i : i + shard], used[i : i + shard, None], 0)
                 for i in range(0, self.num_rows, shard)
             ]
@@ -110,9 +124,12 @@ class ArrayStore:
 
 
 def as_rows(name: str, x) -> np.ndarray:
-    """Returns activations as an array (rows, width) of a float type that stores have; arrays of
-    such a type are not copied. `name` is what an error calls it. UserError for anything else."""
-    torch = sys.modules.get("torch")  # a tensor of torch's cannot be here without it
+    """Returns activations as an array (rows, width) of a float type that stores have.
+
+    Arrays of such a type are not copied, and other numbers become float32. Raises UserError, which
+    calls the array `name`, for anything else.
+    """
+    torch = sys.modules.get("torch")  # there is no torch tensor before torch is imported
     if torch is not None and isinstance(x, torch.Tensor):
         x = x.detach().cpu()
         x = x.float() if x.dtype == torch.bfloat16 else x  # NumPy has no such type
@@ -125,7 +142,7 @@ def as_rows(name: str, x) -> np.ndarray:
 
 
 def _fingerprint(arrays: Mapping[str, np.ndarray]) -> str:
-    """Tells arrays apart, so that a run is not resumed on others."""
+    """Returns a hash of the arrays' names, shapes, types and values."""
     digest = hashlib.blake2b(digest_size=8)
     for name, x in arrays.items():
         digest.update(f"{name} {x.shape} {x.dtype.name} ".encode())

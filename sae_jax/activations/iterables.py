@@ -1,7 +1,7 @@
 """A stream over arrays that come one after another, such as a generator that runs a model.
 
-Two windows of rows are in memory: the first, which the statistics and the held-out rows are taken
-from, and the one that batches are drawn from.
+Two windows of rows are in memory. The statistics and the held-out rows are taken from the first
+one. Batches are drawn from the other, which moves on.
 """
 
 import itertools
@@ -18,23 +18,34 @@ from sae_jax.errors import UserError
 
 _MIN_WINDOW_ROWS = 65_536  # enough for the statistics and the geometric median
 _MOST_HELD_OUT = 65_536
-_WINDOW = 3  # what a permutation is for; `order` uses 0 to 2
+_WINDOW = 3  # tells these permutations from those of `order`, which uses 0 to 2
 
 
 class IterableData:
     """Rows of an iterable of arrays (rows, width), each of any number of rows.
 
-    The first `data.window_rows` rows (at least 65,536) are read at once. Where the iterable ends
-    within them it is simply an array (`ArrayStore`), to be shuffled, held out and read again as
-    one. A longer one is read once, in windows whose rows are shuffled; of the first window
-    `data.holdout_fraction` of the rows are held out. A run that is resumed reads the iterable from
-    its beginning again and drops what was done: the same rows in the same order give the same run.
+    The first `data.window_rows` rows (at least 65,536) are read at once. If the iterable ends
+    within them, its rows are an array, which is shuffled, held out and read again as one. A longer
+    iterable is read once, in windows whose rows are shuffled. `data.holdout_fraction` of the first
+    window's rows are held out.
+
+    A run that is resumed reads the iterable from its beginning again and drops what was done: the
+    same rows in the same order give the same run.
+
+    Attributes:
+      array: all rows as an `ArrayStore` if the iterable ended within the first window, else None.
+        Only if it is None there are the other attributes.
+      first_window: the shuffled rows of the first window that are not held out.
+      statistics: an `ArrayStore` of these, whose statistics stand for all rows.
+      path: a name that tells these rows from others.
     """
 
     def __init__(self, batches: Iterable, data: DataConfig, tokens: int | None):
         """Reads the first window. `tokens` is how many rows the run will train on.
 
-        Raises UserError where the arrays do not fit together, or `tokens` is needed and missing."""
+        Raises UserError if the arrays do not fit together, if rows are not finite and
+        `data.drop_nonfinite` is false, or if `tokens` is needed and missing.
+        """
         self._rows = _Rows(batches)
         self._window_rows = max(data.window_rows, _MIN_WINDOW_ROWS)
         first = self._rows.take(self._window_rows)
@@ -64,7 +75,10 @@ class IterableData:
         self.path = self.statistics.path.replace("array:", "iterable:")
 
     def open_stream(self, data: DataConfig, split: str = "train", batch_size: int | None = None):
-        """Returns the stream of a split, as `activations.open_stream` does for a store."""
+        """Returns the stream of a split, as `activations.open_stream` does for a store.
+
+        Raises UserError if no row is held out, or if `data` asks for more than one epoch.
+        """
         batch_size = batch_size or data.batch_size
         if split == "heldout":
             if self._held is None:
@@ -78,7 +92,10 @@ class IterableData:
         return IterableStream(self, batch_size, self._tokens // batch_size)
 
     def windows(self) -> Iterator[np.ndarray]:
-        """Yields shuffled windows (rows, width), the first one first; once."""
+        """Yields shuffled windows (rows, width), from the first one on. They can be read once.
+
+        Raises UserError if rows are not finite and `data.drop_nonfinite` was false.
+        """
         yield self.first_window
         for window in itertools.count(1):
             rows = self._rows.take(self._window_rows)
@@ -95,10 +112,14 @@ class IterableData:
 
 
 class IterableStream:
-    """Batches (batch_size, width) of `IterableData`, with the attributes of a `Stream` that a
-    training asks for. The rows cannot be read again, so `batches` gives them once."""
+    """Batches (batch_size, width) of `IterableData`.
+
+    It has the attributes of a `Stream` that training needs. The rows cannot be read again, so
+    `batches` can be called once.
+    """
 
     def __init__(self, source: IterableData, batch_size: int, num_steps: int):
+        """Opens the stream of `num_steps` batches."""
         self._source, self.batch_size = source, batch_size
         self.num_steps = self.steps_per_epoch = num_steps
         self.rows_per_epoch = num_steps * batch_size
@@ -108,11 +129,14 @@ class IterableStream:
         self.width, self.mean = site.width, np.asarray(site.mean)
 
     def batches(self, start_step: int = 0, rows=slice(None), prefetch: int = 0):
-        """Yields batches from `start_step` on: the slice of each, or the list of slices, that this
-        process needs. Nothing is read ahead, as the iterable may be running a model."""
+        """Yields the batches from `start_step` on.
+
+        Of each batch it yields the rows that this process needs: a slice of them, or several slices
+        one after another. Nothing is read ahead, because the iterable may be running a model.
+        """
         del prefetch
         slices = [rows] if isinstance(rows, slice) else rows
-        columns = np.concatenate([np.arange(self.batch_size)[part] for part in slices])
+        own_rows = np.concatenate([np.arange(self.batch_size)[part] for part in slices])
         left = np.empty((0, self.width), self._source.first_window.dtype)
         step = 0
         for window in self._source.windows():
@@ -120,13 +144,13 @@ class IterableStream:
             whole = len(left) // self.batch_size
             for batch in left[: whole * self.batch_size].reshape(whole, self.batch_size, -1):
                 if start_step <= step < self.num_steps:
-                    yield batch[columns]
+                    yield batch[own_rows]
                 step += 1
             left = left[whole * self.batch_size :]
 
 
 class _Rows:
-    """An iterable of arrays as a queue of rows."""
+    """The rows of an iterable of arrays, to be taken one window after another."""
 
     def __init__(self, batches: Iterable):
         self._batches = iter(batches)
@@ -135,9 +159,12 @@ class _Rows:
         self.ended = False
 
     def take(self, count: int) -> np.ndarray:
-        """Returns the next `count` rows, or as many as there are."""
-        have = sum(map(len, self._left))
-        while have < count and not self.ended:
+        """Returns the next `count` rows, or as many as are left.
+
+        Raises UserError for what is not an array (rows, width), or of another width than before.
+        """
+        available = sum(map(len, self._left))
+        while available < count and not self.ended:
             batch = next(self._batches, None)
             if batch is None:
                 self.ended = True
@@ -149,11 +176,11 @@ class _Rows:
                 )
             self._width = batch.shape[1]
             self._left.append(batch)
-            have += len(batch)
+            available += len(batch)
         if self._width is None:
             raise UserError("the iterable gave no activations")
         rows = np.concatenate(self._left) if self._left else np.empty((0, self._width))
-        self._left = [rows[count:]] if have > count else []
+        self._left = [rows[count:]] if available > count else []
         if not self._left and not self.ended:  # it may end right here
             following = next(self._batches, None)
             self.ended = following is None

@@ -16,13 +16,20 @@ def open_stream(
     batch_size: int | None = None,
     open_store: Callable[[str], Store] = Store.open,
 ) -> Stream | WorldStream:
-    """The batches that `data` describes, of its site or sites and then its target site. split:
-    "train" or "heldout"; batch_size: another than data.batch_size; open_store: what opens the store
-    (`lm.open_stream` gives what opens live ones too). UserError for a store, site or setting that
-    does not fit.
+    """Opens the stream of batches that `data` describes.
 
-    Of a world the data's seed, sites and batch size matter: it has no chunks to hold out or to
-    shuffle, and never ends."""
+    Args:
+      data: the data section of a config. A row has the columns of its site or sites, and then those
+        of its target site.
+      split: "train" or "heldout".
+      batch_size: another batch size than that of `data`.
+      open_store: what opens the store, given its path. `lm.open_stream` opens live ones too.
+
+    Of a synthetic world only the data's seed, sites and batch size matter, because it has no chunks
+    to hold out or to shuffle, and never ends.
+
+    Raises UserError for a store, a site or a setting that does not fit.
+    """
     batch_size = batch_size or data.batch_size
     sites = f"{data.site},{data.target_site}" if data.target_site else data.site
     if is_world(data.store):
@@ -49,11 +56,11 @@ def open_stream(
 
 
 def is_world(store: str) -> bool:
-    """Whether `store`, as in a config, names a synthetic world and no directory."""
+    """Whether `store`, as in a config, names a synthetic world and not a directory."""
     return store.startswith(PREFIX)
 
 
 @functools.lru_cache(maxsize=4)
 def open_world(spec: str) -> World:
-    """`World(spec)`, made once: every stream of a process shares it."""
+    """Returns `World(spec)`, which is made once for all streams of a process."""
     return World(spec)

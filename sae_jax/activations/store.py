@@ -48,27 +48,44 @@ _READING = {
 
 @dataclasses.dataclass(frozen=True)
 class SiteMeta:
-    """One site. Statistics are over the rows that are not excluded, in the units of the data."""
+    """What meta.json says of a site.
+
+    Statistics are over the rows that are not excluded, in the units of the data.
+
+    Attributes:
+      width: how many columns it has.
+      dtype: the type of its values, one of `DTYPES`.
+      mean: the mean row, (width,).
+      mean_squared_norm: the mean of the rows' squared norms.
+      rows_used: how many rows the statistics are of.
+      nonfinite_rows: how many rows hold NaN or infinity.
+    """
 
     width: int
     dtype: str
-    mean: list = dataclasses.field(default_factory=list)  # (width,)
+    mean: list = dataclasses.field(default_factory=list)
     mean_squared_norm: float = 0.0
     rows_used: int = 0
     nonfinite_rows: int = 0
 
     @property
     def numpy_dtype(self) -> np.dtype:
+        """The type of the site's values as NumPy has it."""
         return np.dtype(getattr(ml_dtypes, self.dtype, self.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
 class LiveMeta:
-    """What computes the rows of a live store.
+    """What meta.json says of a live store, whose rows a language model computes.
 
-    model: of which language model, by an absolute path. model_fingerprint: of its weights.
-    batch_size: contexts that the model always runs on. mesh_model: devices that share the model.
-    statistics_tokens: the statistics are of at least so many tokens; None: of all."""
+    Attributes:
+      model: the absolute path of the language model.
+      model_fingerprint: the fingerprint of its weights.
+      model_dtype: the type that it computes in.
+      batch_size: how many contexts the model always runs on at once.
+      mesh_model: how many devices share the model.
+      statistics_tokens: at least how many tokens the statistics are of; None for all.
+    """
 
     model: str
     model_fingerprint: str
@@ -80,6 +97,26 @@ class LiveMeta:
 
 @dataclasses.dataclass(frozen=True)
 class StoreMeta:
+    """The content of meta.json.
+
+    Attributes:
+      format_version: `FORMAT_VERSION` of the package that wrote it.
+      complete: whether the store is finished.
+      context_length: the rows of a sequence.
+      num_sequences: how many sequences there are.
+      chunk_sequences: the sequences of a chunk, the unit of reading.
+      shard_sequences: the sequences of a shard, the unit of writing.
+      sites: a `SiteMeta` by the name of each site.
+      model: the language model that the activations are of, if known.
+      tokenizer: its tokenizer, if known.
+      tokens_sha256: the hash of the tokens; None where the store has no tokens.
+      excluded_tokens: the token ids that are excluded.
+      excluded_positions: the positions of a sequence that are excluded.
+      excluded_why: what is excluded, in words.
+      provenance: where the activations come from.
+      live: what computes the rows of a live store; None where the sites are in the store.
+    """
+
     format_version: int
     complete: bool
     context_length: int
@@ -89,31 +126,35 @@ class StoreMeta:
     sites: dict
     model: str | None = None
     tokenizer: str | None = None
-    tokens_sha256: str | None = None  # None: the store has no tokens
+    tokens_sha256: str | None = None
     excluded_tokens: list = dataclasses.field(default_factory=list)
     excluded_positions: list = dataclasses.field(default_factory=list)
     excluded_why: str = ""
     provenance: dict = dataclasses.field(default_factory=dict)
-    live: LiveMeta | None = None  # None: the sites are in the store
+    live: LiveMeta | None = None
 
     @property
     def num_rows(self) -> int:
+        """The number of rows of each site."""
         return self.num_sequences * self.context_length
 
     @property
     def chunk_rows(self) -> int:
+        """The number of rows of a chunk."""
         return self.chunk_sequences * self.context_length
 
     @property
     def num_chunks(self) -> int:
+        """The number of chunks; the last one may be short."""
         return -(-self.num_sequences // self.chunk_sequences)
 
     @property
     def num_shards(self) -> int:
+        """The number of shards; the last one may be short."""
         return -(-self.num_sequences // self.shard_sequences)
 
     def arrays(self) -> dict[str, Array]:
-        """Every array of the store by name ("sites/NAME", "tokens", ...)."""
+        """Returns the arrays of the store by their names, such as "sites/NAME" and "tokens"."""
         shard_chunks = self.shard_sequences // self.chunk_sequences
         rows, chunk_rows = self.num_rows, self.chunk_rows
         arrays = [] if self.live else [
@@ -133,11 +174,15 @@ class StoreMeta:
         return {array.name: array for array in arrays}
 
     def to_json(self) -> bytes:
+        """Returns the bytes of meta.json."""
         return (json.dumps(dataclasses.asdict(self), indent=1) + "\n").encode()
 
 
 def read_meta(folder: Folder) -> StoreMeta | None:
-    """meta.json; None where there is none. UserError if it is garbled or of another version."""
+    """Returns the content of meta.json, or None where there is none.
+
+    Raises UserError if it is garbled or of another version.
+    """
     file = f"{folder.path}/meta.json"
     data = folder.read("meta.json")
     if data is None:
@@ -167,7 +212,7 @@ def read_meta(folder: Folder) -> StoreMeta | None:
 
 
 def read_complete_meta(folder: Folder) -> StoreMeta:
-    """meta.json of a finished store. UserError where there is none, or an unfinished one."""
+    """Returns meta.json of a finished store. Raises UserError if there is no finished store."""
     meta = read_meta(folder)
     if meta is None:
         raise UserError(f"no activation store at {folder.path}: {folder.path}/meta.json is missing")
@@ -180,11 +225,18 @@ def read_complete_meta(folder: Folder) -> StoreMeta:
 
 
 class Store:
-    """A complete store whose sites are there, opened for reading: `Store.open(path)`.
+    """A complete store, opened for reading by `Store.open(path)`.
 
-    `lm.open_store(path)` opens live stores too, whose rows a language model computes."""
+    `lm.open_store(path)` opens live stores too, whose rows a language model computes.
+
+    Attributes:
+      path: where the store is.
+      folder: its files.
+      meta: the content of its meta.json.
+    """
 
     def __init__(self, folder: Folder, meta: StoreMeta):
+        """Prefer `Store.open`, which checks the files."""
         self.folder = folder
         self.path = folder.path
         self.meta = meta
@@ -194,10 +246,12 @@ class Store:
 
     @classmethod
     def open(cls, path) -> "Store":
-        """The store at `path`. Raises UserError, naming the file, if the store is missing,
-        incomplete, of another version, or if any of its files is missing or has another size or
-        shape than meta.json says; and if it is live. Altered bytes of the right size are found by
-        `check` only."""
+        """Opens the store at `path`.
+
+        Raises UserError if the store is missing, incomplete, live or of another version. Raises it
+        too, naming the file, if a file is missing or has another size or shape than meta.json says.
+        Altered bytes of the right size are found by `check` only.
+        """
         folder = Folder(path)
         meta = read_complete_meta(folder)
         if meta.live:
@@ -215,10 +269,14 @@ class Store:
 
     @property
     def num_rows(self) -> int:
+        """The number of rows of each site."""
         return self.meta.num_rows
 
     def resolve_site(self, name: str = "") -> str:
-        """`name` if the store has that site; for "" the only one. UserError lists the sites."""
+        """Returns `name` if the store has that site, and for "" the name of its only site.
+
+        Raises UserError, listing the sites, if there is no such site or "" could be several.
+        """
         sites = list(self.meta.sites)
         if name:
             return choose(name, sites, f"the site of {self.path}")
@@ -227,40 +285,58 @@ class Store:
         return sites[0]
 
     def site(self, name: str = "") -> ts.TensorStore:
-        """Handle (rows, width)."""
+        """Returns a TensorStore handle (rows, width) of a site, by default of the only one."""
         return self._handle(f"sites/{self.resolve_site(name)}")
 
     def tokens(self) -> ts.TensorStore | None:
-        """Handle (num_sequences, context_length) int32; None where the store has no tokens."""
+        """Returns a TensorStore handle of the token ids, or None where the store has no tokens.
+
+        They are (num_sequences, context_length), int32.
+        """
         return self._handle("tokens") if self.meta.tokens_sha256 is not None else None
 
     @property
     def excluded(self) -> ts.TensorStore:
-        """Handle (rows,) uint8: 0, or a sum of SPECIAL_TOKEN, HIGH_NORM and NONFINITE."""
+        """A TensorStore handle that says which rows are excluded, (rows,) uint8.
+
+        Values are 0, or a sum of SPECIAL_TOKEN, HIGH_NORM and NONFINITE.
+        """
         return self._handle("excluded")
 
     @functools.cached_property
     def usable_rows(self) -> np.ndarray:
-        """(chunks, 2) int32: rows of each chunk that are not excluded; that are finite."""
+        """The number of rows of each chunk that are not excluded, and that are finite.
+
+        The array is (chunks, 2), int32.
+        """
         return self._handle("usable_rows").read().result()
 
     def read(self, site: str, rows: slice) -> np.ndarray:
-        """Rows [rows.start, rows.stop) of a site as stored: (rows, width). A slow path for a few
-        rows; training reads through `Stream`."""
+        """Returns the rows [rows.start, rows.stop) of a site as they are stored, (rows, width).
+
+        It is slow, and meant for a few rows; training reads through `Stream`. Raises UserError if
+        they cannot be read.
+        """
         site = self.resolve_site(site)
         start, stop, step = rows.indices(self.num_rows)
         with self._damage_named(f"sites/{site}"):
             return self.site(site)[start : max(start, stop) : step].read().result()
 
     def read_rows(self, sites: Sequence[str], ids: np.ndarray, outs: Sequence[np.ndarray]) -> None:
-        """Rows `ids` (n,), in any order, of each site into its `out` (n, width). A slow path for
-        a few rows."""
+        """Reads the rows `ids` (n,), in any order, of each site into its `out` (n, width).
+
+        It is slow, and meant for a few rows. Raises UserError if they cannot be read.
+        """
         for site, out in zip(sites, outs, strict=True):
             with self._damage_named(f"sites/{site}"):
                 out[...] = self.site(site)[ids].read().result()
 
     def read_excluded(self, chunks) -> np.ndarray:
-        """(len(chunks), chunk_rows) uint8; rows beyond the store's end are PADDING."""
+        """Returns which rows of the chunks are excluded, (len(chunks), chunk_rows) uint8.
+
+        Values are as in `excluded`, and PADDING for rows beyond the store's end. Raises UserError
+        if they cannot be read.
+        """
         chunk_rows = self.meta.chunk_rows
         out = np.full((len(chunks), chunk_rows), PADDING, np.uint8)
         self._read_chunks("excluded", chunks, out)
@@ -271,14 +347,21 @@ class Store:
         return bool(self.excluded[row].read().result() & NONFINITE)
 
     def read_chunks(self, sites: Sequence[str], chunks, outs: Sequence[np.ndarray]) -> None:
-        """Reads whole chunks of each site, all in flight at once, into its `out` (len(chunks),
-        chunk_rows, width). Rows of it beyond the store's end are left as they are."""
+        """Reads whole chunks of each site, all at once, into its `out`.
+
+        `out` is (len(chunks), chunk_rows, width). Its rows beyond the store's end are left as they
+        are. Raises UserError if the chunks cannot be read.
+        """
         for site, out in zip(sites, outs, strict=True):
             self._read_chunks(f"sites/{site}", chunks, out)
 
     def check(self, progress=lambda chunks: chunks) -> None:
-        """Reads every byte of every site. UserError names the site and chunk that do not have
-        the checksum of when they were written, or hold non-finite rows not marked as such."""
+        """Reads every byte of every site and compares it with the checksums.
+
+        `progress` may wrap the iterator over the chunks. Raises UserError, naming the site and the
+        chunk, if bytes were altered since they were written, or if a row that is not finite is not
+        marked as such.
+        """
         recorded = self._handle("checksums").read().result()
         for chunk in progress(range(self.meta.num_chunks)):
             excluded = self.read_excluded([chunk])[0]
@@ -306,6 +389,7 @@ class Store:
 
     @contextlib.contextmanager
     def _damage_named(self, name: str):
+        """Turns a failure to read an array into a UserError that names it."""
         try:
             yield
         except ValueError as error:  # TensorStore has no class of its own
@@ -345,4 +429,5 @@ class Store:
 
 
 def checksum(values: np.ndarray) -> int:
+    """Returns the CRC-32 of an array's bytes."""
     return zlib.crc32(np.ascontiguousarray(values).view(np.uint8))

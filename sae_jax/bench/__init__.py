@@ -1,1 +1,1 @@
-"""Measuring our own speed: the training step, reading, harvest, and packs of runs."""
+"""Measures our own speed: the training step, reading, harvest, and packs of runs."""

@@ -1,4 +1,4 @@
-"""Harvest: tokens/s of a model's activations copied to the host, and written to a store."""
+"""Measures harvest: tokens/s of a model's activations, to the host and into a store."""
 
 import os
 import pathlib
@@ -17,7 +17,13 @@ from sae_jax.lm.harvest import default_batch, matmul_rate, write_shards
 
 
 class Contestant(NamedTuple):
-    """Another harvester: `run()` fills `arrays`, {site: (sequences, T, width) float32}."""
+    """Another harvester to compare with.
+
+    Attributes:
+      name: what the table calls it.
+      run: fills `arrays`.
+      arrays: by site, activations (sequences, T, width), float32.
+    """
 
     name: str
     run: Callable[[], None]
@@ -33,15 +39,26 @@ def measure_harvest(
     rounds: int = 7,
     make_other: Callable[[lm.JaxModel, tuple, np.ndarray, int], Contestant] | None = None,
 ) -> dict:
-    """Tokens/s over `tokens` tokens, medians of `rounds` rounds in which each contestant runs in
-    turn: our model, with the activations copied to float32 arrays of the host; ours with a bfloat16
-    store written and finished; and what `make_other(model, sites, tokens (sequences, T), batch)`
-    makes.
+    """Measures how many tokens a second are harvested.
 
-    Returns also `processor_seconds`, which another load on the machine disturbs less; the fraction
-    of the FLOP floor, at the rate of a product timed in each round; and where there is another
-    contestant, the median ratio to it of both times, and the largest difference of an
-    activation."""
+    The contestants are our model with activations copied to float32 arrays of the host, our model
+    with a bfloat16 store written and finished, and another harvester if there is one.
+
+    Args:
+      model_dir: the directory of the language model.
+      texts: the texts to run it on.
+      sites: the sites to harvest.
+      context_length: the tokens of a sequence.
+      tokens: how many tokens to harvest.
+      rounds: how many rounds are timed. In each every contestant runs once, in turn.
+      make_other: returns the other harvester, given (model, sites, tokens (sequences, T), batch).
+
+    Returns figures by name, medians over the rounds. Besides `seconds` and `tokens_per_second`
+    there are `processor_seconds`, which another load on the machine disturbs less, and
+    `fraction_of_floor`: the seconds that the model's floating-point operations take at the rate of
+    a matrix product timed in each round, over the contestant's. With another harvester there are
+    also the ratios of both times to ours, and the largest difference of an activation.
+    """
     mesh = lm.local_mesh()
     model = lm.JaxModel(model_dir, mesh=mesh)
     batch = default_batch(context_length, mesh)
@@ -110,14 +127,14 @@ def measure_harvest(
 
 
 def default_sites(model_dir) -> tuple[str, ...]:
-    """Five sites of the model's middle layer."""
+    """Returns the names of five sites of the model's middle layer."""
     middle = lm.load_config(model_dir).num_layers // 2
     names = ("resid_pre", "attn_out", "mlp_act", "mlp_out", "resid_post")
     return tuple(f"{name}.{middle}" for name in names)
 
 
 def table(figures: dict) -> str:
-    """The figures of `measure_harvest`, for people."""
+    """Returns the figures of `measure_harvest` as a table for people."""
     lines = [
         f"{figures['tokens']:,} tokens in contexts of {figures['context_length']}, batches of "
         f"{figures['batch_size']}, {len(figures['sites'])} sites, {figures['device']}",

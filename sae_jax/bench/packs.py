@@ -1,4 +1,4 @@
-"""Packs against their runs one by one: the steady step, bytes read, and the wall."""
+"""Compares packs of runs with the same runs one by one: seconds a step, bytes read, total time."""
 
 import dataclasses
 import itertools
@@ -26,11 +26,12 @@ _BATCHES = 4  # distinct ones in memory, taken in turn
 
 
 def measure_pack_step(config: Config, runs: int, rounds: int) -> dict:
-    """Times one step of a pack of `runs`, and of each of its runs alone, in turn; every one has
-    its own state, and its batch comes from the host's memory.
+    """Times one step of a pack of `runs` runs, and of each of its runs alone, in turn.
 
-    Returns the medians in seconds, and `pack_over_sum`: the pack's over the sum of the others',
-    the median over rounds."""
+    Every run has its own state, and batches come from the host's memory. Returns figures by name,
+    medians over `rounds` rounds: `seconds`, and `pack_over_sum`, the time of the pack over the sum
+    of the times of its runs.
+    """
     shape = config.data.batch_size, config.sae.d_in
     batches = np.random.default_rng(0).normal(size=(_BATCHES, *shape)).astype(np.float32)
     packed = [
@@ -70,10 +71,13 @@ def measure_pack_step(config: Config, runs: int, rounds: int) -> dict:
 
 
 def measure_sweep(runs: list[Config]) -> dict:
-    """The whole of a sweep in one process, then every run of it in a process of its own, with
-    start-up, compilation, evaluation and checkpoints. Of each the seconds; the bytes read from
-    the moment that the package was imported; and the largest relative difference of a run's
-    eval_loss between the two."""
+    """Times a whole sweep in one process, then every run of it in a process of its own.
+
+    Start-up, compilation, evaluation and checkpoints are included. Returns figures by name: for
+    both ways `seconds` and `bytes_read` (after the package was imported), their ratios, and the
+    largest relative difference of a run's eval_loss between the two. Raises UserError if the runs
+    do not read the same data.
+    """
     stream = open_stream(runs[0].data)
     runs = [preparation.resolve(run, stream) for run in runs]
     if len(make_passes(runs)) > 1:
@@ -114,8 +118,11 @@ def _in_processes(parts: list[list[Config]], out: pathlib.Path) -> dict:
 
 
 def sweep_of(config: Config, store: str, site: str, runs: int, tokens: int) -> list[Config]:
-    """Runs over one pass of a store, of the architecture and d_sae of `config`, half of it and
-    twice of it: `runs` of each, that differ in sparsity, learning rate and seed."""
+    """Returns the configs of a sweep over a store, whose runs can be trained in one pass.
+
+    They have the architecture of `config`, and half, once and twice its d_sae. There are `runs` of
+    each size, which differ in sparsity, learning rate and seed.
+    """
     unsized = dict.fromkeys(["sae.d_in", "sae.d_out", "sae.aux_k"])
     data = dataclasses.replace(config.data, store=store, site=site)
     base = dataclasses.replace(set_fields(config, unsized), data=data)
@@ -136,7 +143,7 @@ def sweep_of(config: Config, store: str, site: str, runs: int, tokens: int) -> l
 
 
 def step_table(figures: dict) -> str:
-    """The figures of `measure_pack_step`, for people."""
+    """Returns the figures of `measure_pack_step` as a line for people."""
     shape = " ".join(f"{name} {value}" for name, value in figures["shape"].items())
     pack, alone = (1e3 * figures["seconds"][name] for name in ("pack", "alone"))
     return (
@@ -146,7 +153,7 @@ def step_table(figures: dict) -> str:
 
 
 def sweep_table(figures: dict) -> str:
-    """The figures of `measure_sweep`, for people."""
+    """Returns the figures of `measure_sweep` as a table for people."""
     lines = [f"{figures['runs']} runs{'':14}{'seconds':>10}{'GB read':>10}"]
     for name, label in (("sweep", "one sweep"), ("alone", "a process each")):
         seconds, size = figures[name]["seconds"], figures[name]["bytes_read"] / 1e9

@@ -1,4 +1,4 @@
-"""Reading batches: GB/s of the stream, beside plain sequential reads of the same bytes."""
+"""Measures reading: GB/s of the stream of batches, beside plain reads of the same bytes."""
 
 import contextlib
 import os
@@ -26,14 +26,26 @@ def measure_reading(
     batch_size: int = 2048,
     rounds: int = 5,
 ) -> dict:
-    """Median GB/s over `rounds` of a pass of shuffled batches and of a plain sequential read of
-    the site's files, taken in turn, with the files in the page cache ("warm") and not ("cold";
-    only where this process may drop the system's caches, which slows others down for a while).
-    Without `store_path` it makes a bfloat16 store (rows, width) in a temporary directory.
+    """Measures shuffled batches and a plain sequential read of the site's files, in turn.
 
-    A cold pass is one epoch that starts with nothing read, so that its first window is read
-    before the first batch comes; a warm pass is four epochs. The window buffers were touched
-    before, as they are in all but the first second of training."""
+    Args:
+      store_path: the store to read. Without it a bfloat16 store is made in a temporary directory.
+      site: the site to read, by default the only one.
+      width: the width of the store that is made.
+      rows: how many rows it has.
+      batch_size: rows of a batch.
+      rounds: how many rounds are timed.
+
+    Returns medians in GB/s, with the files in the page cache ("warm") and not ("cold"). Cold reads
+    are measured only where this process may drop the system's caches, which slows others down for a
+    while.
+
+    A warm pass is four epochs. A cold pass is one epoch that starts with nothing read, so that its
+    first window is read before the first batch comes. The window buffers were touched before, as
+    they are in all but the first second of training.
+
+    Raises UserError if the store is not on this machine.
+    """
     with contextlib.ExitStack() as stack:
         if store_path is None:
             directory = stack.enter_context(tempfile.TemporaryDirectory())
@@ -64,7 +76,7 @@ def measure_reading(
 
 
 def table(figures: dict) -> str:
-    """The figures of `measure_reading`, for people."""
+    """Returns the figures of `measure_reading` as a table for people."""
     lines = [
         f"{figures['bytes'] / 1e9:.2f} GB in chunks of {figures['chunk_rows']} rows; GB/s, medians",
         f"{'':12}{'plain read':>12}{'stream':>10}{'ratio':>8}",
@@ -73,9 +85,9 @@ def table(figures: dict) -> str:
         if state not in figures:
             lines.append(f"{state:12}only as root, who may drop the page cache")
             continue
-        f = figures[state]
-        plain, stream = f["plain_gb_per_second"], f["stream_gb_per_second"]
-        lines.append(f"{state:12}{plain:12.2f}{stream:10.2f}{f['stream_over_plain']:7.0%}")
+        rates = figures[state]
+        plain, stream = rates["plain_gb_per_second"], rates["stream_gb_per_second"]
+        lines.append(f"{state:12}{plain:12.2f}{stream:10.2f}{rates['stream_over_plain']:7.0%}")
     return "\n".join(lines)
 
 
@@ -88,8 +100,8 @@ def _measure(stream: Stream, rounds: int, cold: bool) -> dict:
     }
     rates = {name: [] for name in passes}
     for i in range(rounds + 1):  # the first round touches the buffers, and is not counted
-        # Each goes first in turn: what the one left behind, in caches or queues, helps or harms
-        # the other.
+        # Each goes first in turn, because what one leaves in caches and queues helps or harms the
+        # other.
         for name in sorted(passes, reverse=i % 2 == 1):
             batches.set_state({"step": 0})
             if cold:
@@ -104,7 +116,7 @@ def _measure(stream: Stream, rounds: int, cold: bool) -> dict:
 
 
 def _rate(sizes) -> float:
-    """GB/s of taking everything from `sizes`, an iterator that works and says how many bytes."""
+    """Returns GB/s of an iterator that does the work and yields how many bytes it read."""
     begin = time.perf_counter()
     return sum(sizes) / 1e9 / (time.perf_counter() - begin)
 

@@ -21,6 +21,7 @@ from sae_jax.train.run import train_run
 
 
 def main() -> None:
+    """Trains the configs on standard input into the directory that the command line names."""
     jax.config.update("jax_default_matmul_precision", "highest")  # as the command does
     runs = [configs.from_dict(run) for run in json.load(sys.stdin)]
     before, out = _bytes_read(), pathlib.Path(sys.argv[1])

@@ -1,4 +1,4 @@
-"""The training step: tokens/s, beside the machine's own matmul rate."""
+"""Measures the training step: tokens/s, beside the machine's own rate of matrix products."""
 
 import dataclasses
 import time
@@ -22,16 +22,22 @@ Step = Callable[[np.ndarray], None]
 
 
 def measure_step(config: Config, rounds: int, others: dict[str, Step] | None = None) -> dict:
-    """Times `rounds` rounds of training steps on random normal activations in memory.
+    """Times training steps on random normal activations in memory.
 
-    others: steps to time beside ours, by name. Each round runs one step of every contestant in
-    turn, so that a drift of the machine meets all alike.
+    Args:
+      config: the resolved config of our step.
+      rounds: how many rounds are timed. In each every contestant runs one step, in turn, so that a
+        drift of the machine affects all alike.
+      others: steps to time beside ours, by name.
 
-    Returns medians in seconds and tokens/s by contestant; for each of the others the ratio of our
-    speed to its, the median over rounds; `matmul_flops_per_second` of the encoder's product (batch
-    x d_in by d_in x d_sae) in the same rounds; and the fraction of the floor: the seconds that the
-    step's floating-point operations take at that rate, over ours. The floor of a dense step is
-    12 n d a token, of a top-k step 2 n d, the encoder's forward pass.
+    Returns figures by name, medians over the rounds:
+
+    - `seconds` and `tokens_per_second`, by contestant.
+    - `times_faster_than`, the ratio of our speed to that of each of the others.
+    - `matmul_flops_per_second` of the encoder's product (batch x d_in by d_in x d_sae).
+    - `fraction_of_floor`, the seconds that the step's floating-point operations take at that rate,
+      over ours. A dense step has 12 d_sae d_in of them a token. Of a top-k step only the encoder's
+      forward pass counts, 2 d_sae d_in.
     """
     batch, d_in, d_sae = config.data.batch_size, config.sae.d_in, config.sae.d_sae
     batches = np.random.default_rng(0).normal(size=(_BATCHES, batch, d_in)).astype(np.float32)
@@ -73,7 +79,7 @@ def measure_step(config: Config, rounds: int, others: dict[str, Step] | None = N
 
 
 def table(figures: dict) -> str:
-    """The figures of `measure_step`, for people."""
+    """Returns the figures of `measure_step` as a table for people."""
     shape = " ".join(f"{name} {value}" for name, value in figures["shape"].items() if value)
     lines = [
         f"{figures['architecture']} {figures['compute_dtype']}, {shape}, {figures['device']}",
@@ -94,7 +100,17 @@ def table(figures: dict) -> str:
 def bench_config(
     architecture: str, batch: int, d_in: int, d_sae: int, k: int, compute_dtype: str, model: int
 ) -> Config:
-    """A resolved config of this shape, without a store."""
+    """Returns a resolved config of this shape, without a store.
+
+    Args:
+      architecture: the name of the architecture.
+      batch: tokens of a step.
+      d_in: the width of activations.
+      d_sae: the number of latents.
+      k: latents that are active, where the architecture has a k.
+      compute_dtype: the type of the operands of the big products.
+      model: devices along the mesh's model axis.
+    """
     config = Config()
     section = by_name(architecture).Config
     picks = {} if section.k is None else {"k": k}
@@ -125,8 +141,7 @@ def _our_step(config: Config) -> Step:
 
 
 def _matmul(batch: int, d_in: int, d_sae: int, config: Config) -> Step:
-    """The encoder's product by XLA, with the step's operand type, reduced so that writing the
-    result costs nothing."""
+    """Returns a step that is the encoder's product alone, by XLA, with our step's operand type."""
     dtype = jnp.dtype(config.sae.compute_dtype)
     w = jax.random.normal(jax.random.key(0), (d_in, d_sae), dtype)
 

@@ -24,11 +24,12 @@ COMMANDS = """demo harvest store train eval sweep fit plan export import bench l
 
 
 def entry() -> int:
-    """`main`, in a process whose large arrays lie on huge pages.
+    """Runs `main` in a process whose large arrays lie on huge pages, and returns the exit code.
 
-    glibc reads the setting when a process starts, so this starts the process once more. Without
-    it the top-k step of `sae-jax bench` took an eighth more processor time (compare with
-    `GLIBC_TUNABLES= sae-jax bench`, which is left alone)."""
+    glibc reads the setting when a process starts, so on Linux this starts the process once more.
+    Without it the top-k step of `sae-jax bench` took an eighth more processor time. A process that
+    has GLIBC_TUNABLES set, as in `GLIBC_TUNABLES= sae-jax bench`, is not started again.
+    """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, sys.orig_argv)
@@ -36,6 +37,11 @@ def entry() -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Runs the command that `argv` (by default that of the process) names.
+
+    Errors of the user's are printed as one line. Returns the exit code, one of those that this
+    module's documentation lists, or 130 after Ctrl-C.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(_overview())
@@ -81,7 +87,7 @@ def _run(name: str, rest: list[str]) -> int:
 
 
 def _command(name: str):
-    """The module of a command. `import` is a word of Python's own, so its file is import_.py."""
+    """Returns the module of a command. That of `import`, a keyword of Python, is import_.py."""
     return importlib.import_module(f"sae_jax.cli.{'import_' if name == 'import' else name}")
 
 
@@ -99,8 +105,11 @@ def _split_overrides(argv: list[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def _set_up_logging(verbose: bool) -> None:
-    """Our own log lines on standard error; other packages' only if they warn, or with -v. Their
-    traces of an exception are left out: whoever handles it says what it means to the user."""
+    """Shows our own log lines on standard error, and with --v those of other packages too.
+
+    Without --v only warnings of other packages are shown. Their traces of an exception are left
+    out: the code that handles it says what it means to the user.
+    """
     flags.FLAGS.mark_as_parsed()
     absl_logging.use_absl_handler()
     absl_logging.set_verbosity(absl_logging.DEBUG if verbose else absl_logging.INFO)
@@ -123,8 +132,10 @@ def _define_cpu_devices(values: flags.FlagValues) -> None:
 
 
 def _set_up_threads(argv: list[str]) -> None:
-    """Before anything imports JAX: XLA sizes its thread pool by NPROC, and with fewer threads than
-    devices its collectives wait for each other for ever."""
+    """Sets the size of XLA's thread pool, which XLA reads from NPROC when JAX is imported.
+
+    With fewer threads than devices XLA's collectives would wait for each other for ever.
+    """
     values = flags.FlagValues()
     _define_cpu_devices(values)
     values(argv, known_only=True)
@@ -134,7 +145,7 @@ def _set_up_threads(argv: list[str]) -> None:
 
 
 def _set_up_jax(cpu_devices: int | None) -> None:
-    """Takes effect because nothing has started JAX's backends yet."""
+    """Sets JAX's precision and devices. It must run before JAX's backends are started."""
     import jax
 
     # Float32 means float32 on accelerators too; bfloat16 is there for who wants its speed.

@@ -1,3 +1,5 @@
+"""Measures a training step, the reading of batches, or a harvest: `sae-jax bench`."""
+
 from absl import flags
 
 SUMMARY = """Measure a training step, the reading of batches, or a harvest, on this machine.
@@ -15,6 +17,7 @@ drifts.
 
 
 def define(values: flags.FlagValues) -> None:
+    """Defines the flags of `sae-jax bench`."""
     flags.DEFINE_string("architecture", "topk", "topk or relu.", flag_values=values)
     flags.DEFINE_integer("batch", 2048, "Tokens a step.", flag_values=values)
     flags.DEFINE_integer("d_in", 768, "Width of the activations.", flag_values=values)
@@ -54,6 +57,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
+    """Measures what the flags say, prints a table and, with --out, writes the figures."""
     del overrides
     from sae_jax.bench import harvest, packs, reading, step
     from sae_jax.paths import path, save_json

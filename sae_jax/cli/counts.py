@@ -1,4 +1,4 @@
-"""Flags for large numbers."""
+"""Defines flags for large numbers."""
 
 import re
 
@@ -20,6 +20,13 @@ class _Parser(flags.ArgumentParser):
 
 
 def define(name: str, default: int | None, text: str, values: flags.FlagValues) -> None:
-    """An integer flag that also takes 1_000_000, 1e6, 10.5K, 2M and 1B."""
+    """Defines an integer flag that also takes 1_000_000, 1e6, 10.5K, 2M and 1B.
+
+    Args:
+      name: the flag's name.
+      default: its default.
+      text: its help.
+      values: the flags that it is added to.
+    """
     serializer = flags.ArgumentSerializer()
     flags.DEFINE(_Parser(), name, default, text, flag_values=values, serializer=serializer)

@@ -1,4 +1,4 @@
-"""sae-jax demo: from text to a page about an SAE, in a few minutes and with no download."""
+"""Goes from text to a page about an SAE, in minutes and with no download: `sae-jax demo`."""
 
 import pathlib
 import sys
@@ -20,6 +20,7 @@ EXAMPLE_TOKENS = 400_000  # among which the page looks for texts
 
 
 def define(values: flags.FlagValues) -> None:
+    """Defines the flags of `sae-jax demo`."""
     flags.DEFINE_string("out", "sae_demo", "Directory of all results.", flag_values=values)
     flags.DEFINE_integer("tokens", 600_000, "Tokens of text to harvest.", flag_values=values)
     flags.DEFINE_integer("d_sae", 2048, "Latents.", flag_values=values)
@@ -27,6 +28,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def run(args, overrides) -> int:
+    """Runs the demo, and returns the exit code."""
     del overrides
     from sae_jax import lm, paths
     from sae_jax.train import preemption
@@ -61,8 +63,23 @@ def demo(
     k: int = 32,
     batch_size: int = 2048,
 ) -> pathlib.Path:
-    """Harvest, train, evaluate and draw into `out`, each unless its result is there; returns the
-    page. more_sites: harvested too. UserError where `out` holds a demo with other settings."""
+    """Harvests, trains, evaluates and writes a page into `out`, and returns the page's path.
+
+    Steps whose results are there already are skipped. Raises UserError if `out` holds a demo with
+    other settings.
+
+    Args:
+      out: the directory of all results.
+      model_directory: the language model, as `lm.open_model` takes it.
+      texts: the sources of text, as `lm.read_texts` takes them.
+      site: the site whose activations the SAE is trained on.
+      more_sites: sites that are harvested too.
+      tokens: how many tokens of text to harvest.
+      d_sae: the number of latents.
+      epochs: how many times the activations are trained on.
+      k: the latents for each token.
+      batch_size: tokens in a batch.
+    """
     from sae_jax import interop, interpret, lm
     from sae_jax.evaluate import figures, report
     from sae_jax.evaluate.sources import HeldOutRows
@@ -111,7 +128,17 @@ def demo(
 
 
 def training_config(store, path, site: str, d_sae: int, epochs: int, k: int, batch_size: int):
-    """TopK over all the training rows of a site of the store, `epochs` times."""
+    """Returns the config of a TopK run over all the training rows of a site, `epochs` times.
+
+    Args:
+      store: the store.
+      path: the store's path, for the config.
+      site: a site of the store.
+      d_sae: the number of latents.
+      epochs: the passes over the rows.
+      k: the latents for each token.
+      batch_size: rows in a batch.
+    """
     from sae_jax.activations import Stream
     from sae_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
     from sae_jax.sae import TopKConfig

@@ -1,4 +1,4 @@
-"""Flags, start and end of one program's processes, for the commands that can be several."""
+"""Joins the processes of one program, for the commands that several processes can run."""
 
 import contextlib
 from collections.abc import Iterator
@@ -17,6 +17,7 @@ flags.disclaim_key_flags()  # they are the command's that defines them, in its -
 
 
 def define(values: flags.FlagValues) -> None:
+    """Defines the flags of commands that several processes can run as one program."""
     flags.DEFINE_bool(
         "distributed",
         False,
@@ -58,14 +59,19 @@ def define(values: flags.FlagValues) -> None:
 
 @contextlib.contextmanager
 def joined(args: flags.FlagValues, stops_at_a_step: bool = True) -> Iterator["Progress"]:
-    """Makes this process one of the program's, if the flags say that there are several, and
-    watches it (`train.watchdog`) until the context is left. Yields the Progress that is watched,
-    for whoever takes steps. An error in one process ends them all; an orderly end waits for all.
+    """Joins this process to the program's others, if the flags say that there are several.
 
-    stops_at_a_step: whether the command asks JAX, step by step, if it was told to stop; if not,
-    SIGTERM raises PreemptedError in the process that gets it.
+    The process is watched (`train.watchdog`) until the context is left. The context gives the
+    Progress that is watched, for the code that takes steps. An error in one process ends them all,
+    and an orderly end waits for all.
 
-    Raises UserError if the processes do not find each other."""
+    Raises UserError if the processes do not find each other.
+
+    Args:
+      args: the flags that `define` defined.
+      stops_at_a_step: whether the command asks JAX at every step whether to stop. If it does not,
+        SIGTERM raises PreemptedError in the process that gets it.
+    """
     from sae_jax.train import preemption, watchdog
     from sae_jax.train.last_words import HeldAbort
     from sae_jax.train.progress import Progress
@@ -76,7 +82,7 @@ def joined(args: flags.FlagValues, stops_at_a_step: bool = True) -> Iterator["Pr
         abort = HeldAbort(watchdog.LOST)
         _join(args)
         host = args.coordinator and args.coordinator.rpartition(":")[0].strip("[]")
-        watch = watchdog.of_this_program(progress, *limits, abort, host, args.watchdog_port)
+        watch = watchdog.open_watchdog(progress, *limits, abort, host, args.watchdog_port)
     else:
         watch = watchdog.Watchdog(progress, *limits)
     watch.start()

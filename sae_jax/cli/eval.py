@@ -1,4 +1,4 @@
-"""sae-jax eval: how good an SAE is, alone and inside its language model."""
+"""Evaluates an SAE, alone and inside its language model: `sae-jax eval`."""
 
 import sys
 
@@ -28,6 +28,8 @@ device; process 0 writes. What each number is: `python -m pydoc sae_jax.evaluate
 
 
 def define(values: flags.FlagValues) -> None:
+    """Defines the flags of `sae-jax eval`."""
+
     def string(name, text):
         flags.DEFINE_string(name, None, text, flag_values=values)
 
@@ -80,6 +82,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def run(args, overrides) -> int:
+    """Evaluates the SAE that the flags name, and returns the exit code."""
     del overrides
     from sae_jax.train import preemption
 
@@ -149,8 +152,10 @@ def _evaluate(args) -> None:
 
 
 def _model(asked: str | None, store):
-    """What `lm.open_model` takes, or None: without --model the store's own where it can be found
-    from anywhere, the model that ships here or one on the hub."""
+    """Returns the model that the flag --model asks for, as `lm.open_model` takes it, or None.
+
+    Without the flag it is the store's own model, if that is the one that ships here or on the hub.
+    """
     from sae_jax import lm
 
     if asked is not None:
@@ -163,7 +168,7 @@ def _model(asked: str | None, store):
 
 
 def _source(args, data, store, model):
-    """What to evaluate on: the user's tokens or text if given, else the store or world."""
+    """Returns what to evaluate on: the user's tokens or text if given, else the store or world."""
     from sae_jax import lm
     from sae_jax.activations import is_world
     from sae_jax.errors import UserError

@@ -1,3 +1,5 @@
+"""Writes SAEs in the formats of other frameworks: `sae-jax export`."""
+
 from absl import flags
 
 SUMMARY = """Write a trained SAE in the format of another framework.
@@ -38,6 +40,8 @@ say --public.
 
 
 def define(values: flags.FlagValues) -> None:
+    """Defines the flags of `sae-jax export`."""
+
     def string(name, text):
         flags.DEFINE_string(name, None, text, flag_values=values)
 
@@ -61,6 +65,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
+    """Writes the export or exports, and uploads them with --push_to."""
     del overrides
     from sae_jax import hub, paths
     from sae_jax.errors import UserError
@@ -102,9 +107,9 @@ def _write(args: flags.FlagValues, out) -> None:
         print(f"Written: {out}: {len(saes)} SAEs, listed in {out / 'index.csv'}")
     else:
         path = interop.locate(args.checkpoint)
-        about = interop.read_provenance(path) | named
+        provenance = interop.read_provenance(path) | named
         sae = interop.load(args.checkpoint)
-        interop.export(sae, args.format, out, about, place)
+        interop.export(sae, args.format, out, provenance, place)
         print(f"Written: {out}")
     if not args.license:
         print("No license is stated; --license=apache-2.0, say, puts yours in the model card.")

@@ -1,4 +1,4 @@
-"""The fields of a config, each with its default and its documentation, for --help."""
+"""Lists the fields of a config, with their defaults and documentation, for --help."""
 
 import dataclasses
 import textwrap

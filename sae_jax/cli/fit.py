@@ -1,3 +1,5 @@
+"""Fits scaling laws to the results of runs: `sae-jax fit`."""
+
 from absl import flags
 
 from sae_jax.errors import UserError
@@ -35,6 +37,7 @@ _RENAMES = {
 
 
 def define(values: flags.FlagValues) -> None:
+    """Defines the flags of `sae-jax fit`."""
     flags.DEFINE_string("results", None, "A .csv or .jsonl file, or SWEEP.", flag_values=values)
     flags.DEFINE_string(
         "law", None, "power, isoflop, chinchilla, openai_nk or joint.", flag_values=values
@@ -96,6 +99,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
+    """Fits the law, writes the results to --out, and prints a summary."""
     from sae_jax.errors import choose
     from sae_jax.laws import fit, next_run, predict, report, results
     from sae_jax.laws.estimators import ESTIMATORS

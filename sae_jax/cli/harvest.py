@@ -1,4 +1,4 @@
-"""sae-jax harvest: activations of a language model over text, into a store."""
+"""Writes a language model's activations over text to a store: `sae-jax harvest`."""
 
 import sys
 
@@ -34,6 +34,8 @@ For example:
 
 
 def define(values: flags.FlagValues) -> None:
+    """Defines the flags of `sae-jax harvest`."""
+
     def string(name, default, text, required=False):
         flags.DEFINE_string(name, default, text, flag_values=values, required=required)
 
@@ -87,6 +89,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def run(args, overrides) -> int:
+    """Harvests what the flags say, and returns the exit code."""
     del overrides
     from sae_jax.train import preemption
 
@@ -144,7 +147,7 @@ def _harvest(args) -> None:
 
 
 def _peak_flops(mesh, dtype: str) -> float | None:
-    """Published, of all devices; None for those that `plan` does not know."""
+    """Returns the published FLOP/s of all devices, or None for chips that `plan` does not know."""
     from absl import logging
 
     from sae_jax.plan.chips import chip_from_kind

@@ -1,3 +1,5 @@
+"""Reads an SAE of another framework and writes it in our own format: `sae-jax import`."""
+
 from absl import flags
 
 SUMMARY = """Read an SAE of another framework, and write it as a folder of our own.
@@ -14,6 +16,8 @@ PyTorch are read as tensors only: nothing in them is run.
 
 
 def define(values: flags.FlagValues) -> None:
+    """Defines the flags of `sae-jax import`."""
+
     def string(name, text):
         flags.DEFINE_string(name, None, text, flag_values=values)
 
@@ -27,6 +31,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
+    """Reads the SAE at --path and writes it to --out."""
     del overrides
     from sae_jax import interop, paths
     from sae_jax.errors import UserError, choose
@@ -40,8 +45,8 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
         raise UserError(f"{args.path} is not of the format {args.format}: {what}")
     sae = interop.load(args.path)
     out = paths.local(args.out)
-    about = interop.read_provenance(path) | {"imported_from": found or "sae_jax"}
-    interop.export(sae, "sae_jax", out, about)
+    provenance = interop.read_provenance(path) | {"imported_from": found or "sae_jax"}
+    interop.export(sae, "sae_jax", out, provenance)
     config = sae.config
     print(f"Written: {out}: {config.architecture} {config.kind}, {config.d_sae:,} latents, "
           f"d_in {config.d_in:,}")  # fmt: skip

@@ -1,3 +1,5 @@
+"""Copies scripts that run a command on many hosts: `sae-jax launch`."""
+
 import pathlib
 import shutil
 
@@ -37,6 +39,7 @@ _FILES = {
 
 
 def define(values: flags.FlagValues) -> None:
+    """Defines the flags of `sae-jax launch`."""
     flags.DEFINE_string("copy", None, f"Which: {', '.join(_FILES)}.", flag_values=values)
     flags.DEFINE_string(
         "out", "launch", "Directory for the copies, made if absent.", flag_values=values
@@ -44,6 +47,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
+    """Copies the scripts that --copy names, or lists all."""
     if not args.copy:
         print(SUMMARY.strip())
         return
@@ -58,7 +62,7 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
 
 
 def _check(source: pathlib.Path, target: pathlib.Path) -> None:
-    """UserError if something else is at `target` than a copy of `source`."""
+    """Raises UserError if something other than a copy of `source` is at `target`."""
     if not target.exists():
         return
     if not target.is_file() or target.read_bytes() != source.read_bytes():

@@ -1,4 +1,4 @@
-"""The flag --log, of the commands that train."""
+"""Defines the flag --log of the commands that train."""
 
 from absl import flags
 
@@ -6,6 +6,7 @@ flags.disclaim_key_flags()  # it is the command's that defines it, in its --help
 
 
 def define(values: flags.FlagValues) -> None:
+    """Defines the flag --log."""
     flags.DEFINE_string(
         "log",
         "",

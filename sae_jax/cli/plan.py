@@ -1,3 +1,5 @@
+"""Estimates what a run takes of each device, without the devices: `sae-jax plan`."""
+
 import dataclasses
 import json
 import sys
@@ -26,6 +28,7 @@ _DEFAULT_D_IN = 4096
 
 
 def define(values: flags.FlagValues) -> None:
+    """Defines the flags of `sae-jax plan`."""
     flags.DEFINE_string(
         "config",
         None,
@@ -54,6 +57,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
+    """Prints the estimate, and returns 0 if the run fits the devices, else 1."""
     config = configs.load_file(args.config) if args.config else Config()
     config = configs.override(config, overrides)
     if args.mesh:
@@ -77,7 +81,7 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
     print(json.dumps(table.as_dict(best), indent=1) if args.json else table.text(best))
     if best.fits:
         return 0
-    print(_what_would(config, topology), file=sys.stderr)
+    print(_fitting_mesh(config, topology), file=sys.stderr)
     return 1
 
 
@@ -94,7 +98,7 @@ def _cpus(mesh: configs.MeshConfig) -> str:
 
 
 def _resolve(config: Config) -> Config:
-    """With the widths of the store, where there is one."""
+    """Returns the config with all fields filled in, by the widths of its store if it has one."""
     from sae_jax.plan import estimate
 
     if config.data.store:
@@ -114,7 +118,7 @@ def _resolve(config: Config) -> Config:
 
 
 def _estimate(config: Config, topology):
-    """Seconds of compiling; a line that says so."""
+    """Logs that the step is compiled, which takes seconds, and returns the estimate."""
     from absl import logging
 
     from sae_jax.plan import estimate
@@ -124,7 +128,7 @@ def _estimate(config: Config, topology):
 
 
 def _find(config: Config, topology, by: str):
-    """The best of all meshes, or None if none fits. Prints them all, if there is a table."""
+    """Prints the estimates of all meshes, and returns the best, or None if none fits."""
     import tqdm
 
     from sae_jax.plan import estimate, table
@@ -141,8 +145,8 @@ def _find(config: Config, topology, by: str):
     return min(fitting, key=lambda e: e.total if by == "memory" else e.step_seconds, default=None)
 
 
-def _what_would(config: Config, topology) -> str:
-    """Names the mesh of this topology with the fewest shards of the dictionary that fits."""
+def _fitting_mesh(config: Config, topology) -> str:
+    """Says which mesh fits this topology, with the fewest shards of the dictionary."""
     from sae_jax.plan import estimate
 
     for candidate in estimate.candidates(config, len(topology.devices)):

@@ -1,4 +1,4 @@
-"""The list of recipes that `--help` shows for a command with --config."""
+"""Lists the recipes, for `--help` of a command with --config."""
 
 import inspect
 import textwrap
@@ -7,8 +7,10 @@ from sae_jax import python_files, recipe_files
 
 
 def table(function: str) -> list[str]:
-    """Returns lines of text: for each recipe that defines `function` its name, its arguments (the
-    default first), and the first paragraph of its docstring."""
+    """Returns the lines of a list of the recipes that define `function`.
+
+    Each has its name, its arguments (the default first) and the first paragraph of its docstring.
+    """
     lines = ["Recipes, as --config=NAME:ARGUMENT; NAME alone has the first of its arguments:"]
     for name in recipe_files.names():
         module = python_files.load_module(name)
@@ -20,7 +22,7 @@ def table(function: str) -> list[str]:
 
 
 def _arguments(module) -> str:
-    """As in "paper|tiny", where the recipe lists its sizes, or else as in "STORE"."""
+    """Returns "paper|tiny" and the like for a recipe that lists its sizes, else as in "STORE"."""
     (parameter,) = inspect.signature(module.get_config).parameters.values()
     if not hasattr(module, "SIZES"):
         return parameter.name.upper()

@@ -1,3 +1,5 @@
+"""Describes an activation store, or makes one from files: `sae-jax store`."""
+
 from absl import flags, logging
 
 from sae_jax.errors import UserError
@@ -15,6 +17,8 @@ when it is started again.
 
 
 def define(values: flags.FlagValues) -> None:
+    """Defines the flags of `sae-jax store`."""
+
     def string(name, text):
         flags.DEFINE_string(name, None, text, flag_values=values)
 
@@ -30,6 +34,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
+    """Prints what a store holds, after making it with --from."""
     from sae_jax.lm.live import open_store
 
     if (args.path is None) == (args["from"].value is None):
@@ -42,6 +47,7 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
 
 
 def describe(store) -> str:
+    """Returns a description of a store as text: its sites, statistics, exclusions, provenance."""
     meta, tokens = store.meta, store.tokens()
     lines = [
         f"{store.path}: format {meta.format_version}, {meta.num_sequences:,} sequences of "

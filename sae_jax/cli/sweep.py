@@ -1,3 +1,5 @@
+"""Trains the runs of a sweep: `sae-jax sweep`."""
+
 import sys
 
 from absl import flags
@@ -37,6 +39,7 @@ mistake in the input; 75 to be started again (SIGTERM; a dead process, a step th
 
 
 def define(values: flags.FlagValues) -> None:
+    """Defines the flags of `sae-jax sweep`."""
     flags.DEFINE_string(
         "workdir", None, "The sweep's directory, made if absent.", flag_values=values
     )
@@ -72,6 +75,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
+    """Works on the sweep, or shows what it is, and returns the exit code."""
     from sae_jax import paths
     from sae_jax.sweep import dry_run, leases, status
     from sae_jax.sweep.directory import SweepDirectory, load

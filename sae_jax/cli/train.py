@@ -1,3 +1,5 @@
+"""Trains one SAE: `sae-jax train`."""
+
 import json
 import sys
 
@@ -25,6 +27,7 @@ stopped by SIGTERM after saving, or another process of the run has died, or a st
 
 
 def define(values: flags.FlagValues) -> None:
+    """Defines the flags of `sae-jax train`."""
     flags.DEFINE_string("workdir", None, "The run's directory, made if absent.", flag_values=values)
     flags.DEFINE_string(
         "config",
@@ -43,6 +46,7 @@ def define(values: flags.FlagValues) -> None:
 
 
 def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
+    """Trains the run, or shows its config, and returns the exit code."""
     if not args.workdir and not args.show:
         raise UserError("--workdir=RUN is needed: the directory to train in")
     config = configs.load_file(args.config) if args.config else configs.Config()

@@ -1,1 +1,1 @@
-"""How good an SAE is: alone on activations, and inside its language model."""
+"""Measures how good an SAE is: alone on activations, and inside its language model."""

@@ -8,7 +8,7 @@ import numpy as np
 from sae_jax import lm, paths
 from sae_jax.activations import ArrayStore, is_world
 from sae_jax.config import DataConfig
-from sae_jax.errors import UserError
+from sae_jax.errors import UserError, known_arguments
 from sae_jax.evaluate.report import Evaluation
 from sae_jax.evaluate.report import evaluate as evaluate_source
 from sae_jax.evaluate.sources import HeldOutRows, ModelRows, check_model
@@ -16,6 +16,7 @@ from sae_jax.evaluate.worlds import WorldRows
 from sae_jax.sae import SAE
 
 
+@known_arguments
 def evaluate(
     sae: SAE,
     data=None,

@@ -1,7 +1,8 @@
-"""Figures: training curves, how often latents fire, how strongly against how often, and how much
-of a world's features was found.
+"""Draws figures of a run and of an evaluation.
 
-Each function returns a matplotlib Figure, for `save` and `inline_svg` of sae_jax.plots.
+There are training curves, a histogram of how often latents fire, how strongly they fire against how
+often, and how much of a synthetic world's features was found. Functions that draw return a
+matplotlib Figure, for `save` and `inline_svg` of sae_jax.plots.
 """
 
 import json
@@ -20,9 +21,11 @@ from sae_jax.plots import BLUE, INK, ORANGE, STYLE, save
 
 
 def save_all(evaluation: Evaluation, out, metrics_file=None) -> list[AnyPath]:
-    """Writes the figures of an evaluation beside its JSON `out`: STEM_density.png,
-    STEM_strength.png, on a synthetic world STEM_recovery.png and, given a run's metrics.jsonl,
-    STEM_training.png."""
+    """Writes the figures of an evaluation beside its JSON file `out`, and returns their paths.
+
+    They are STEM_density.png and STEM_strength.png, on a synthetic world STEM_recovery.png, and,
+    given a run's metrics.jsonl, STEM_training.png. STEM is the name of `out` without .json.
+    """
     rows = evaluation.rows
     drawn = {
         "density": density_histogram(rows.density, rows.rows),
@@ -40,7 +43,10 @@ def save_all(evaluation: Evaluation, out, metrics_file=None) -> list[AnyPath]:
 
 
 def training_curves(metrics_file) -> Figure:
-    """FVU, L0, dead latents and learning rate against tokens, from a run's metrics.jsonl."""
+    """Draws FVU, L0, dead latents and learning rate against tokens, from a run's metrics.jsonl.
+
+    Raises UserError if there is no such file, or no line in it.
+    """
     steps = read_metrics(metrics_file)
     tokens = np.array([step["tokens"] for step in steps], float)
     unit, name = (1e6, "million") if tokens[-1] >= 1e6 else (1e3, "thousand")
@@ -70,7 +76,10 @@ def training_curves(metrics_file) -> Figure:
 
 
 def density_histogram(density: np.ndarray, rows: int) -> Figure:
-    """How many latents fire how often. density (d_sae,): part of `rows` rows."""
+    """Draws a histogram of how often latents fire.
+
+    `density` (d_sae,) is the part of the `rows` rows on which each latent fires.
+    """
     alive = density[density > 0]
     never = len(density) - len(alive)
     with matplotlib.rc_context(STYLE):
@@ -90,7 +99,10 @@ def density_histogram(density: np.ndarray, rows: int) -> Figure:
 
 
 def density_against_activation(density: np.ndarray, mean_activation: np.ndarray) -> Figure:
-    """One point for each latent that fires; the mean is over the tokens on which it fires."""
+    """Draws the mean activation of each latent that fires against how often it fires.
+
+    Both arrays are (d_sae,). The mean is over the tokens on which the latent fires.
+    """
     fires = density > 0
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.5, 2.6), layout="constrained")
@@ -108,9 +120,12 @@ def density_against_activation(density: np.ndarray, mean_activation: np.ndarray)
 
 
 def recovery_by_rate(recovery: Recovery) -> Figure:
-    """One point for each feature of a world, in three panels: its largest cosine to a latent, and
-    the F1 of its matched latent, against the rate at which it fires; and the latent's activation
-    against its magnitude."""
+    """Draws how well each feature of a world was found, in three panels.
+
+    The first two show the feature's largest cosine to a latent, and the F1 of its matched latent,
+    against the rate at which the feature fires. The third shows the latent's mean activation
+    against the feature's mean magnitude.
+    """
     features = recovery.features
     fires = features["rate"] > 0
     rate = np.log10(features["rate"][fires])
@@ -142,7 +157,10 @@ def recovery_by_rate(recovery: Recovery) -> Figure:
 
 
 def read_metrics(file) -> list[dict]:
-    """The lines of a metrics.jsonl; a last line that was cut by a kill is left out."""
+    """Returns the lines of a metrics.jsonl, without a last line that was cut by a kill.
+
+    Raises UserError if there is no such file, or no line in it.
+    """
     file = paths.path(file)
     if not file.is_file():
         raise UserError(f"no {file.name} in {file.parent}; it is not a run's directory")

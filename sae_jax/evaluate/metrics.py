@@ -1,8 +1,10 @@
-"""What an SAE keeps of its targets, and how sparsely: sums over rows, no mean of ratios of batches.
+"""Measures how well an SAE reconstructs its targets, and how sparsely.
 
-One jitted step gives a batch's sums in float32; they are added up on the host in float64. With
-targets y (an autoencoder's inputs; a transcoder's other site; a crosscoder's sites side by side),
-reconstructions y_hat, N rows in all and every norm over the d_out dimensions:
+A jitted function returns a batch's sums in float32, which are added up on the host in float64.
+Every metric is a function of sums over all rows, and not a mean of the batches' metrics.
+
+The targets y are an autoencoder's inputs, the other site of a transcoder, or the sites of a
+crosscoder side by side. With reconstructions y_hat, N rows, and norms over the d_out dimensions:
 
     mse                           1/N sum ||y - y_hat||^2, summed over d_out, in the units of y
     fvu                           sum ||y - y_hat||^2 / sum ||y - mean||^2, the mean over all N rows
@@ -16,9 +18,9 @@ reconstructions y_hat, N rows in all and every norm over the d_out dimensions:
     l1                            1/N sum over latents of activation
     dead_fraction                 latents that fired on none of the N rows
 
-An activation here is the length of what its latent adds to y_hat, in the units of y: latent *
-norm of its decoder row / the scale of the SAE's targets. So it does not depend on how the SAE
-splits length between encoder, decoder and normalisation.
+An activation here is the length of what its latent adds to y_hat, in the units of y: the latent
+times the norm of its decoder row, divided by the scale of the SAE's targets. So it does not depend
+on how the SAE splits length between encoder, decoder and normalisation.
 """
 
 import dataclasses
@@ -38,9 +40,17 @@ _TINY = 1e-12  # norms below count as zero: such a row has cosine similarity and
 
 @dataclasses.dataclass(frozen=True)
 class RowMetrics:
-    """`scalars` by the names above; arrays over latents (d_sae,): `density` (part of the rows on
-    which the latent fires), `mean_activation` (where it fires), `max_activation`; `mean` (d_out,)
-    of the targets; `site_fvu` (sites,), of each of a crosscoder's sites, else of the only one."""
+    """Metrics of an SAE over rows.
+
+    Attributes:
+      rows: how many rows there are.
+      scalars: the metrics above, by name.
+      density: the part of the rows on which each latent fires, (d_sae,).
+      mean_activation: the mean activation of each latent where it fires, (d_sae,).
+      max_activation: the largest activation of each latent, (d_sae,).
+      mean: the mean of the targets, (d_out,).
+      site_fvu: FVU at each of a crosscoder's sites, else at the only one, (sites,).
+    """
 
     rows: int
     scalars: dict[str, float]
@@ -52,16 +62,22 @@ class RowMetrics:
 
 
 def measure_rows(sae: SAE, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> RowMetrics:
-    """Metrics over the rows of `batches`: pairs of rows (B, width) of any float type, a stream's
-    columns, and used (B,) bool, those that count; where there are several processes, each one's own
-    share. Batches of one size compile once. UserError if no row counts."""
+    """Returns the metrics of `sae` over the rows of `batches`.
+
+    A batch is a pair of rows (B, width) of any float type, with the columns of a stream, and a mask
+    (B,) of the rows that count. Where there are several processes, each gives its own share of the
+    batches, and all get the same metrics. Batches of one size compile once.
+
+    Raises UserError if no row counts.
+    """
     batches = iter(batches)
     first = next((batch for batch in batches if batch[1].any()), None)
     mean = None if first is None else np.asarray(first[0], np.float32)[first[1]].mean(axis=0)
     mean = next((mean for mean in from_all(mean) if mean is not None), None)
     if mean is None:
         raise UserError("there are no rows to evaluate on: all of them are excluded")
-    # Of the first batch, so that the variance is not the difference of two large sums.
+    # The mean of the first batch is subtracted from all rows, so that the variance is not the
+    # difference of two large sums.
     _, shift = sae.split(mean)
     totals = add_up(
         batch_sums(sae, jnp.asarray(rows), jnp.asarray(used), jnp.asarray(shift))
@@ -71,12 +87,16 @@ def measure_rows(sae: SAE, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> 
 
 
 def add_up(steps: Iterable[dict[str, jax.Array]]) -> dict[str, np.ndarray]:
-    """Sums by name over steps, and over all processes, in float64 on the host; of `max_*` the
-    maximum. Reads a step's sums after the next one was dispatched."""
+    """Adds up sums by name, over steps and over all processes, in float64 on the host.
+
+    Of values named `max_*` the maximum is taken. A step's sums are read after the next step was
+    dispatched, so that the device does not wait.
+    """
     return add_up_all(from_all(add_up_all(_one_behind(steps))))
 
 
 def _one_behind(steps: Iterable[dict[str, jax.Array]]) -> Iterator[dict[str, np.ndarray]]:
+    """Yields each step's sums on the host after the next step was dispatched."""
     pending = None
     for sums in steps:
         if pending is not None:
@@ -88,9 +108,12 @@ def _one_behind(steps: Iterable[dict[str, jax.Array]]) -> Iterator[dict[str, np.
 
 @jax.jit
 def batch_sums(sae: SAE, rows_BxW, used_B, shift_D) -> dict[str, jax.Array]:
-    """Sums over the used rows of one batch, by name: per column of the targets (d_out,) for
-    `centred`, `centred_squared` and `error`; per latent (d_sae,) for `fired`, `activation` and
-    `max_activation`."""
+    """Returns sums over the used rows of one batch, by name.
+
+    `centred`, `centred_squared` and `error` have one for each column of the targets, (d_out,).
+    `fired`, `activation` and `max_activation` have one for each latent, (d_sae,). The others are
+    scalars.
+    """
     used_Bx1 = used_B[:, None]
     x, y = sae.split(jnp.where(used_Bx1, rows_BxW.astype(jnp.float32), 0.0))
     latents = sae.encode(x)
@@ -122,41 +145,42 @@ def batch_sums(sae: SAE, rows_BxW, used_B, shift_D) -> dict[str, jax.Array]:
 
 
 def activation_scale(sae: SAE) -> jax.Array:
-    """(d_sae,): what a latent is multiplied by to give the length that it adds to y_hat."""
+    """Returns what latents (d_sae,) are multiplied by to give the lengths they add to y_hat."""
     return jnp.linalg.norm(sae.w_dec[...] / sae.target_scale, axis=1)
 
 
-def _finish(t: dict, shift: np.ndarray, site_widths: tuple[int, ...]) -> RowMetrics:
-    n = t["rows"]
-    # Of each column, as the error; what rounding makes of no variance may be below 0.
-    variance = np.maximum(t["centred_squared"] - t["centred"] ** 2 / n, 0.0)
+def _finish(totals: dict, shift: np.ndarray, site_widths: tuple[int, ...]) -> RowMetrics:
+    """Returns the metrics that follow from the sums over all rows."""
+    n = totals["rows"]
+    # One value for each column. Rounding may make a variance of 0 negative.
+    variance = np.maximum(totals["centred_squared"] - totals["centred"] ** 2 / n, 0.0)
     starts = np.cumsum((0, *site_widths[:-1]))
-    site_variance, site_error = (np.add.reduceat(v, starts) for v in (variance, t["error"]))
+    site_variance, site_error = (np.add.reduceat(v, starts) for v in (variance, totals["error"]))
     fvu = _ratio(site_error.sum(), site_variance.sum())
     scalars = {
         "fvu": fvu,
         "explained_variance": 1 - fvu,
-        "mse": t["error"].sum() / n,
-        "cosine_similarity": t["cosine"] / n,
-        "norm_in": t["norm"] / n,
-        "norm_out": t["norm_hat"] / n,
-        "norm_ratio": t["norm_ratio"] / n,
-        "relative_reconstruction_bias": _ratio(t["squared_norm_hat"], t["dot"]),
-        "l0": t["fired"].sum() / n,
-        "l1": t["activation"].sum() / n,
-        "dead_fraction": np.mean(t["fired"] == 0),
+        "mse": totals["error"].sum() / n,
+        "cosine_similarity": totals["cosine"] / n,
+        "norm_in": totals["norm"] / n,
+        "norm_out": totals["norm_hat"] / n,
+        "norm_ratio": totals["norm_ratio"] / n,
+        "relative_reconstruction_bias": _ratio(totals["squared_norm_hat"], totals["dot"]),
+        "l0": totals["fired"].sum() / n,
+        "l1": totals["activation"].sum() / n,
+        "dead_fraction": np.mean(totals["fired"] == 0),
     }
     return RowMetrics(
         rows=int(n),
         scalars={name: float(value) for name, value in scalars.items()},
-        density=t["fired"] / n,
-        mean_activation=t["activation"] / np.maximum(t["fired"], 1),
-        max_activation=t["max_activation"],
-        mean=shift + t["centred"] / n,
+        density=totals["fired"] / n,
+        mean_activation=totals["activation"] / np.maximum(totals["fired"], 1),
+        max_activation=totals["max_activation"],
+        mean=shift + totals["centred"] / n,
         site_fvu=_ratio(site_error, site_variance),
     )
 
 
 def _ratio(a, b):
-    """a / b in float64, NaN where b is 0."""
+    """Returns a / b in float64, NaN where b is 0."""
     return np.divide(a, b, out=np.full(np.shape(a), np.nan), where=np.asarray(b) != 0)

@@ -1,5 +1,8 @@
-"""The batches of an evaluation shared out among the processes of a program. Each computes its own
-on its first device, knowing nothing of the others; what they added up is added up at the end."""
+"""Shares the batches of an evaluation among the processes of a program.
+
+Each process computes its own batches on its first device, independently of the others. Their sums
+are added up at the end.
+"""
 
 import pickle
 from collections.abc import Iterable
@@ -9,14 +12,19 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 
-def shared_out(starts: range) -> range:
-    """Those of the batches' starts that are this process's."""
+def own_share(starts: range) -> range:
+    """Returns this process's share of `starts`, the numbers of the batches' first rows.
+
+    With P processes, process p gets every P-th number, from the p-th on.
+    """
     return starts[jax.process_index() :: jax.process_count()]
 
 
 def from_all(value) -> list:
-    """What each process has, in their order; all must call it. Exact, whatever it is: pickled, for
-    JAX would round float64."""
+    """Returns the values of all processes, in the order of their numbers.
+
+    All processes must call it. Values are pickled, because JAX would round float64.
+    """
     if jax.process_count() == 1:
         return [value]
     own = np.frombuffer(pickle.dumps(value), np.uint8)
@@ -27,7 +35,7 @@ def from_all(value) -> list:
 
 
 def add_up_all(totals: Iterable[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Sums by name, in float64 on the host; of `max_*` the maximum."""
+    """Adds up sums by name, in float64 on the host. Of `max_*` it takes the maximum."""
     out: dict[str, np.ndarray] = {}
     for sums in totals:
         for name, value in sums.items():

@@ -1,7 +1,8 @@
-"""How much of a world's true features an SAE has found.
+"""Measures how much of a synthetic world's true features an SAE has found.
 
-With G features, N latents, cos(i, j) between feature i and decoder row j (both of all sites where
-there are several), "fires" for above zero, and every mean over all rows:
+There are G features and N latents. cos(i, j) is the cosine between feature i and decoder row j,
+over all sites where there are several. A feature or a latent fires, or is on, where it is above
+zero. Means are over all rows unless they are said to be over something else:
 
     mmcs          mean over features of max_j cos(i, j) (Sharkey et al. 2022, "Taking features out
                   of superposition with sparse autoencoders")
@@ -12,9 +13,9 @@ there are several), "fires" for above zero, and every mean over all rows:
                   between the magnitude of a feature and the activation of a latent; 0 where one of
                   them is constant
     uniqueness    how many features are the best (largest |cos|) of some latent, over N
-    precision     mean over latents of: part of the rows with the latent on which have its best
+    precision     mean over latents of the part of the rows with the latent on that have its best
                   feature on; 0 for a dead latent
-    recall        mean over latents of: part of the rows with its best feature on which have the
+    recall        mean over latents of the part of the rows with its best feature on that have the
                   latent on
     f1            mean over latents of the harmonic mean of its precision and recall
     shrinkage     mean of activation / magnitude over (row, latent) with the latent and its best
@@ -22,9 +23,10 @@ there are several), "fires" for above zero, and every mean over all rows:
     dead_fraction latents that never fire
 
 mcc, uniqueness, precision, recall and f1 are SynthSAEBench's (arXiv:2602.14687), whose code also
-takes |cos|; its shrinkage is another, the ratio of norms that `metrics` has. An activation is the
-length that its latent adds to the reconstruction, as in `metrics`. Where a feature spans several
-directions (a manifold), cos is the length of the unit decoder row's projection on their span.
+takes |cos|. Its shrinkage is another one, the ratio of norms that `metrics` has. An activation is
+the length that its latent adds to the reconstruction, as in `metrics`. Where a feature spans
+several directions (a manifold), cos is the length of the unit decoder row's projection on their
+span.
 """
 
 import dataclasses
@@ -46,13 +48,17 @@ _NONE = -1
 
 @dataclasses.dataclass(frozen=True)
 class Recovery:
-    """scalars by the names above; `features` and `latents` hold arrays (G,) and (N,) by name.
+    """How well features were found.
 
-    features: `rate` (part of the rows with it on), `cosine` (max_j cos), `match` (its latent in
-    mcc's matching, -1 for none), and with that latent `f1`, `magnitude` and `activation` (means
-    over the rows with both on; NaN without)
-    latents: `best` (feature of the largest |cos|), `cosine` (that |cos|), `precision`, `recall`,
-    `f1`, `density`
+    Attributes:
+      rows: how many rows were looked at.
+      scalars: the metrics above, by name.
+      features: arrays (G,) by name: `rate`, the part of the rows with the feature on; `cosine`,
+        max_j cos; `match`, its latent in mcc's matching, -1 for none; with that latent its `f1`;
+        and `magnitude` and `activation`, means over the rows with both on, NaN where there are
+        none.
+      latents: arrays (N,) by name: `best`, the feature of the largest |cos|; `cosine`, that |cos|;
+        `precision`, `recall`, `f1` and `density`.
     """
 
     rows: int
@@ -61,13 +67,13 @@ class Recovery:
     latents: dict[str, np.ndarray]
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """By the names "features/NAME" and "latents/NAME"."""
+        """Returns all arrays by the names "features/NAME" and "latents/NAME"."""
         both = {"features": self.features, "latents": self.latents}
         return {f"{part}/{name}": a for part, arrays in both.items() for name, a in arrays.items()}
 
     @classmethod
     def from_parts(cls, rows: int, scalars: dict[str, float], arrays) -> "Recovery":
-        """The inverse of `arrays`, a mapping by these names."""
+        """Returns a recovery of its parts. `arrays` are by the names that `arrays()` gives them."""
         parts = {"features": {}, "latents": {}}
         for key in arrays:
             part, name = key.split("/")
@@ -76,8 +82,11 @@ class Recovery:
 
 
 def measure_recovery(sae: SAE, source: WorldRows) -> Recovery:
-    """Recovery of the world's features at the sites that `sae` reconstructs, on the source's
-    rows. Takes 16 bytes for each pair of feature and latent."""
+    """Measures how well `sae` has found the features of a world, on the rows of `source`.
+
+    The features are looked at in the sites that the SAE reconstructs. It takes 16 bytes of memory
+    for each pair of a feature and a latent.
+    """
     features = np.asarray(sae.split(source.stream.features)[1])
     decoder = np.asarray(sae.w_dec[...] / sae.target_scale)
     meter = RecoveryMeter(features, decoder, source.world.dims)
@@ -98,29 +107,37 @@ def _activations(sae: SAE, rows: jax.Array, norms: jax.Array) -> jax.Array:
 
 
 class RecoveryMeter:
-    """Recovery from batches, of any SAE given as arrays.
-
-    features_GxD: true directions, `dims` orthonormal rows for each feature. decoder_NxD: decoder
-    rows in the same columns. `add` batches, then `finish`."""
+    """Measures recovery from batches, for any SAE given as arrays: `add` batches, then `finish`."""
 
     def __init__(self, features_GxD: np.ndarray, decoder_NxD: np.ndarray, dims: int = 1):
+        """Takes the true directions and the decoder.
+
+        Args:
+          features_GxD: the true directions, `dims` orthonormal rows for each feature.
+          decoder_NxD: the decoder's rows, with the same columns.
+          dims: how many directions a feature spans.
+        """
         norms = np.linalg.norm(features_GxD, axis=1)
         self._norms = norms[::dims]  # sqrt(sites) where several sites show a feature
         self._cosines = _cosines(features_GxD / norms[:, None], decoder_NxD, dims)
-        size = np.abs(self._cosines)
-        self._best = size.argmax(axis=0)
-        self._best_cosine = size.max(axis=0)
-        self._matched, self._match = _assign(size)  # features, and the latent of each
-        G, N = size.shape
+        similarity = np.abs(self._cosines)
+        self._best = similarity.argmax(axis=0)
+        self._best_cosine = similarity.max(axis=0)
+        self._matched, self._match = _assign(similarity)  # features, and the latent of each
+        G, N = similarity.shape
         self._rows = 0
-        self._sums = _Sums.zeros(G), _Sums.zeros(N)  # of features, of latents
+        self._sums = _Sums.zeros(G), _Sums.zeros(N)  # for features, for latents
         self._cross = np.zeros((G, N), np.float32)  # sum of magnitude * activation
-        self._by_latent = _Pairs.zeros(N)  # with its best feature
-        self._by_feature = _Pairs.zeros(len(self._matched))  # with its matched latent
+        self._by_latent = _Pairs.zeros(N)  # each latent with its best feature
+        self._by_feature = _Pairs.zeros(len(self._matched))  # each with its matched latent
 
     def add(self, magnitudes, latents) -> None:
-        """magnitudes (B, G): of each feature on each row, 0 where it is off; latents (B, N), times
-        the norm of their decoder rows. Sparse or dense."""
+        """Adds a batch, whose arrays may be dense or of scipy.sparse.
+
+        Args:
+          magnitudes: the magnitude of each feature on each row, 0 where it is off, (B, G).
+          latents: each latent times the norm of its decoder row, (B, N).
+        """
         true = (scipy.sparse.csr_array(magnitudes) * self._norms).tocsr()
         true.eliminate_zeros()
         found = scipy.sparse.csr_array(latents)
@@ -133,6 +150,7 @@ class RecoveryMeter:
         self._by_feature.add(true[:, self._matched], found[:, self._match])
 
     def finish(self) -> Recovery:
+        """Returns the recovery over all batches."""
         true, found = self._sums
         correlation = self._correlation()
         precision, recall, f1 = self._by_latent.scores(true.on[self._best], found.on)
@@ -148,14 +166,14 @@ class RecoveryMeter:
             "dead_fraction": np.mean(found.on == 0),
         }
         pairs = self._by_feature
-        of_pairs = {
+        of_matched = {
             "match": self._match,
             "f1": pairs.scores(true.on[self._matched], found.on[self._match])[2],
             "magnitude": _ratio(pairs.true, pairs.both, np.nan),
             "activation": _ratio(pairs.found, pairs.both, np.nan),
         }
         features = {"rate": true.on / self._rows, "cosine": self._cosines.max(axis=1)}
-        for name, values in of_pairs.items():
+        for name, values in of_matched.items():
             features[name] = np.full(len(true.on), _NONE if name == "match" else np.nan)
             features[name][self._matched] = values
         latents = {
@@ -170,7 +188,7 @@ class RecoveryMeter:
         return Recovery(self._rows, scalars, features, latents)
 
     def _correlation(self) -> np.ndarray:
-        """(G, N) float32: Pearson's, 0 where one side is constant."""
+        """Returns Pearson's correlation (G, N), float32, 0 where one side is constant."""
         n = self._rows
         deviations = [
             np.sqrt(np.maximum(s.squared / n - (s.total / n) ** 2, 0)) for s in self._sums
@@ -186,7 +204,7 @@ class RecoveryMeter:
 
 @dataclasses.dataclass
 class _Sums:
-    """Over rows, for each column: rows where it is on, sum, sum of squares."""
+    """Counts and sums for each column: the rows where it is on, its sum, its sum of squares."""
 
     on: np.ndarray
     total: np.ndarray
@@ -204,8 +222,14 @@ class _Sums:
 
 @dataclasses.dataclass
 class _Pairs:
-    """Over rows where both of a pair are on: their number, the sums of the true magnitude, of the
-    activation, and of activation / magnitude."""
+    """Counts and sums for pairs of a feature and a latent, over the rows where both are on.
+
+    Attributes:
+      both: the number of these rows.
+      true: the sum of the feature's magnitude.
+      found: the sum of the latent's activation.
+      ratio: the sum of activation / magnitude.
+    """
 
     both: np.ndarray
     true: np.ndarray
@@ -226,14 +250,14 @@ class _Pairs:
         self.ratio += found.multiply(inverse).sum(axis=0, dtype=np.float64)
 
     def scores(self, true_on: np.ndarray, found_on: np.ndarray):
-        """(precision, recall, f1) of each pair, 0 where undefined."""
+        """Returns (precision, recall, f1) of each pair, 0 where undefined."""
         precision = _ratio(self.both, found_on, 0.0)
         recall = _ratio(self.both, true_on, 0.0)
         return precision, recall, _ratio(2 * precision * recall, precision + recall, 0.0)
 
 
 def _cosines(features_GxD: np.ndarray, decoder_NxD: np.ndarray, dims: int) -> np.ndarray:
-    """(G / dims, N) float32; 0 for a decoder row of norm 0."""
+    """Returns the cosines (G / dims, N), float32, 0 for a decoder row of norm 0."""
     norms = np.linalg.norm(decoder_NxD, axis=1, keepdims=True)
     decoder = decoder_NxD / np.where(norms > 0, norms, 1)
     cosines = features_GxD.astype(np.float32) @ decoder.astype(np.float32).T
@@ -243,10 +267,10 @@ def _cosines(features_GxD: np.ndarray, decoder_NxD: np.ndarray, dims: int) -> np
 
 
 def _assign(score_GxN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(features, latents) of the one-to-one matching of the largest sum."""
+    """Returns the (features, latents) of the one-to-one matching with the largest sum of scores."""
     return scipy.optimize.linear_sum_assignment(score_GxN, maximize=True)
 
 
 def _ratio(a, b, otherwise: float):
-    """a / b, and `otherwise` where b is 0."""
+    """Returns a / b, and `otherwise` where b is 0."""
     return np.where(b == 0, otherwise, a / np.where(b == 0, 1, b))

@@ -1,4 +1,4 @@
-"""An evaluation as a whole: run it, print it, keep it."""
+"""Runs an evaluation as a whole, and prints, saves and loads it."""
 
 import dataclasses
 import io
@@ -26,7 +26,7 @@ from sae_jax.progress_bar import progress
 from sae_jax.sae import SAE
 
 _LATENTS = 2**25  # elements of one batch's dense latents
-_HISTOGRAM = np.linspace(-6.0, 0.0, 25)  # of log10 density
+_HISTOGRAM_EDGES = np.linspace(-6.0, 0.0, 25)  # of log10 density
 
 _ROWS = {  # name: (label, unit)
     "fvu": ("fraction of variance unexplained", ""),
@@ -70,10 +70,17 @@ _SPARSITY = ("l0", "l1", "dead_fraction")
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Evaluation:
-    """settings: what was evaluated on what, in words and numbers; rows: metrics of the SAE
-    alone; spliced: metrics inside the language model, or None; sites: of a crosscoder's sites, each
-    one's `fvu` and metrics inside the model, of which `spliced` has the means; recovery: of a
-    world's features, or None, its scalars with `optimal_mse` and `mse_over_optimal` where known."""
+    """What an evaluation of an SAE came to.
+
+    Attributes:
+      settings: what was evaluated on what, in words and numbers.
+      rows: the metrics of the SAE alone.
+      spliced: the metrics inside the language model by name (see `spliced`), or None. For a
+        crosscoder they are means over its sites.
+      sites: for each of a crosscoder's sites its `fvu` and its metrics inside the model.
+      recovery: how well the features of a synthetic world were found, or None. Where the least
+        possible error is known, its scalars have `optimal_mse` and `mse_over_optimal` too.
+    """
 
     settings: dict
     rows: RowMetrics
@@ -93,6 +100,11 @@ class Evaluation:
         return self.rows.scalars | (self.spliced or {}) | recovered
 
     def to_dict(self) -> dict:
+        """Returns the evaluation without its arrays, as it is saved in JSON.
+
+        Its keys are settings, rows, reconstruction, sparsity, language_model, sites and recovery.
+        Values that are not finite are None.
+        """
         scalars = self.rows.scalars
         log_density = np.log10(np.maximum(self.rows.density, 1e-30))
         alive = log_density[self.rows.density > 0]
@@ -104,8 +116,8 @@ class Evaluation:
                 **{n: scalars[n] for n in _SPARSITY},
                 "d_sae": len(self.rows.density),
                 "density_histogram": {
-                    "log10_edges": _HISTOGRAM.tolist(),
-                    "latents": np.histogram(alive.clip(-6, 0), _HISTOGRAM)[0].tolist(),
+                    "log10_edges": _HISTOGRAM_EDGES.tolist(),
+                    "latents": np.histogram(alive.clip(-6, 0), _HISTOGRAM_EDGES)[0].tolist(),
                     "never_fired": int((self.rows.density == 0).sum()),
                 },
             },
@@ -115,7 +127,7 @@ class Evaluation:
         }
 
     def sections(self) -> list[tuple[str, list[tuple[str, float, str]]]]:
-        """(what, [(label, value, unit)]) for people."""
+        """Returns the metrics in words for people: a list of (title, [(label, value, unit)])."""
         what = f"On {self.rows.rows:,} rows: {self.settings['rows']}"
         sections = [(what, _labelled(_ROWS, self.rows.scalars))]
         if self.spliced:
@@ -130,6 +142,7 @@ class Evaluation:
         return sections
 
     def table(self) -> str:
+        """Returns a table of all metrics for people, as a text of several lines."""
         lines = []
         for what, values in self.sections():
             lines.append(what)
@@ -144,11 +157,22 @@ def evaluate(
     spliced_tokens: int = 262_144,
     settings: dict | None = None,
 ) -> Evaluation:
-    """Metrics of `sae` on the source's rows and, given its model, inside the model on about
-    `spliced_tokens` of the source's tokens. Mean ablation uses the mean of the evaluated rows.
-    Several processes share the batches out and all return the same, but for the recovery of a
-    world's features, which process 0 alone computes and has.
-    UserError where the source's sites are not of the SAE's number and widths."""
+    """Measures `sae` on the rows of `source` and, given its language model, inside the model.
+
+    Args:
+      sae: the SAE.
+      source: the rows, and where it has them the tokens (see `sources`).
+      model: the language model whose activations the SAE was trained on, or None.
+      spliced_tokens: about how many of the source's tokens to run the model on.
+      settings: what else the evaluation's settings should say.
+
+    Mean ablation uses the mean of the evaluated rows. Several processes share the batches, and all
+    return the same. Only the recovery of a world's features is computed by process 0 alone, and
+    None on the others.
+
+    Raises UserError if the source's sites do not have the SAE's number and widths, or if a model is
+    given and the source has no tokens.
+    """
     check_sites(sae, source)
     size = min(max(128, _LATENTS // sae.config.d_sae), 8192)
     batches = source.batches(size)
@@ -180,7 +204,7 @@ def evaluate(
 
 
 def _with_optimum(recovery: Recovery, sae: SAE, source: WorldRows, mse: float) -> Recovery:
-    """With the least error there is for as many latents on the same rows, where it is known."""
+    """Returns `recovery` with the least error that as many latents can have, where it is known."""
     least = source.optimal_mse(sae)
     if least is None:
         return recovery
@@ -189,9 +213,12 @@ def _with_optimum(recovery: Recovery, sae: SAE, source: WorldRows, mse: float) -
 
 
 def save(evaluation: Evaluation, out) -> None:
-    """Writes the JSON to `out` and arrays beside it (`latents_file`, and for a world
-    `recovery_file`). UserError where `out` holds an evaluation with other settings, which stays as
-    it is."""
+    """Writes an evaluation to the JSON file `out`, and its arrays beside it.
+
+    The arrays are in `latents_file` and, for a synthetic world, in `recovery_file`. Raises
+    UserError if `out` holds anything but an evaluation with the same settings, and leaves it as it
+    is.
+    """
     out = paths.path(out)
     _check_out(out, evaluation.settings)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -204,7 +231,7 @@ def save(evaluation: Evaluation, out) -> None:
 
 
 def load(file) -> Evaluation:
-    """What `save` wrote to `file`. UserError where it is missing or damaged."""
+    """Returns the evaluation that `save` wrote to `file`. Raises UserError if it cannot be read."""
     file = paths.path(file)
     try:
         values = json.loads(file.read_text())
@@ -224,7 +251,7 @@ def load(file) -> Evaluation:
 
 
 def _check_out(out: AnyPath, settings: dict) -> None:
-    """UserError if `out` holds anything but an evaluation with these settings."""
+    """Raises UserError if `out` holds anything but an evaluation with these settings."""
     if not out.exists():
         return
     try:
@@ -237,15 +264,20 @@ def _check_out(out: AnyPath, settings: dict) -> None:
 
 
 def latents_file(out) -> AnyPath:
-    """Where the arrays of the evaluation `out` are: density, mean_activation and max_activation,
-    each (d_sae,) float32, the mean (d_out,) of the targets, and site_fvu (sites,)."""
+    """Returns the path of the .npz file with the arrays of the evaluation in `out`.
+
+    They are those of `metrics.RowMetrics`, in float32: density, mean_activation and max_activation
+    (d_sae,), the mean of the targets (d_out,), and site_fvu (sites,).
+    """
     out = paths.path(out)
     return out.with_name(f"{out.stem}_latents.npz")
 
 
 def recovery_file(out) -> AnyPath:
-    """Where the arrays of the evaluation `out` over a world's features are, and those over latents
-    that need the features (`Recovery`)."""
+    """Returns the path of the .npz file with the arrays of the recovery in the evaluation `out`.
+
+    They have the names that `Recovery.arrays` gives them.
+    """
     out = paths.path(out)
     return out.with_name(f"{out.stem}_recovery.npz")
 
@@ -257,14 +289,15 @@ def _save_arrays(file: AnyPath, arrays: dict[str, np.ndarray]) -> None:
 
 
 def _finite(values: dict[str, float]) -> dict:
-    """A ratio over nothing is null in JSON, which has no NaN."""
+    """Returns the values with None for those that are not finite, which JSON cannot hold."""
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def _with_nan(values: dict) -> dict:
+    """Returns the values with NaN for those that are None."""
     return {name: math.nan if value is None else value for name, value in values.items()}
 
 
 def _labelled(labels: dict, values: dict) -> list[tuple[str, float, str]]:
-    """Of those of the labels that have a value."""
+    """Returns (label, value, unit) for each of the metrics in `values` that has a label."""
     return [(label, values[name], unit) for name, (label, unit) in labels.items() if name in values]

@@ -1,12 +1,20 @@
-"""What an SAE is evaluated on: held-out rows of a store, or a language model's activations on
-given tokens.
+"""Sources: what an SAE is evaluated on.
 
-Both sources have `site_names` and `site_widths`; `batches(rows)`, pairs of activations (B, sum of
-widths), the columns of the sites in their order, B at most about `rows`, and the mask (B,) of rows
-that count, of several processes each one's share; `num_batches(rows)` of that share;
-`sequences(limit)`, tokens (n, T) with the mask (n, T) of positions that count, or None where there
-are no tokens; `origin`, a short name for messages; and `settings`, which say in plain words what it
-is.
+`HeldOutRows` are rows of a store, and `ModelRows` a language model's activations on given tokens.
+`worlds.WorldRows` are rows of a synthetic world. Every source has:
+
+    site_names, site_widths  the sites in the order of a row's columns, and how many each has
+    num_rows                 about how many rows there are
+    batches(rows)            an iterator over batches of at most about `rows` rows
+    num_batches(rows)        how many batches this process gets
+    sequences(limit)         the tokens to run a language model on
+    origin                   a short name for messages
+    settings                 what it is, in words and numbers
+
+A batch is a pair of activations (B, sum of widths) and a mask (B,) of the rows that count. Where
+there are several processes, each gets its own share of the batches. `sequences` returns at least
+`limit` tokens, as far as there are so many: token ids (n, T) and a mask (n, T) of the positions
+that count; None where there are no tokens.
 """
 
 import pathlib
@@ -20,18 +28,14 @@ from sae_jax.activations.sites import check_distinct, split_names
 from sae_jax.activations.store import NONFINITE
 from sae_jax.errors import UserError
 from sae_jax.evaluate.batching import evenly_spaced, pad_rows
-from sae_jax.evaluate.processes import shared_out
+from sae_jax.evaluate.processes import own_share
 from sae_jax.lm import LanguageModel
 from sae_jax.sae import SAE
 from sae_jax.sae.config import TRANSCODERS
 
 
 class HeldOutRows:
-    """The sequences that a run on `store` never trains on, about `tokens` of them, spread evenly.
-
-    With holdout_fraction None they are taken from all sequences. Excluded rows (BOS, high-norm
-    positions) do not count unless `include_excluded`; rows that are not finite never do.
-    """
+    """Rows of the sequences of a store that a run never trains on, as a source."""
 
     def __init__(
         self,
@@ -42,6 +46,18 @@ class HeldOutRows:
         holdout_fraction: float | None,
         include_excluded: bool = False,
     ):
+        """Chooses the sequences, spread evenly.
+
+        Args:
+          store: the store.
+          sites: the names of its sites, the target of a transcoder last; "" for the only one.
+          tokens: about how many rows to choose.
+          holdout_fraction: the part that was held out in training; None for all sequences.
+          include_excluded: whether excluded rows (BOS, positions of high norm) count too. Rows that
+            are not finite never do.
+
+        Raises UserError if the store lacks a site, or holds out no sequence.
+        """
         self.store, self.origin = store, store.path
         self._sites = Sites(store, sites)
         self.site_names, self.site_widths = self._sites.names, self._sites.widths
@@ -68,14 +84,16 @@ class HeldOutRows:
         }
 
     def num_batches(self, rows: int) -> int:
+        """Returns how many batches of at most `rows` rows this process gets."""
         chunks, parts = self._layout(rows)
-        return len(shared_out(range(0, len(self._chunks), chunks))) * parts
+        return len(own_share(range(0, len(self._chunks), chunks))) * parts
 
     def batches(self, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields (activations, which rows count) of this process's batches."""
         meta, sites = self.store.meta, self._sites
         chunks, parts = self._layout(rows)
         size = -(-chunks * meta.chunk_rows // parts)
-        for start in shared_out(range(0, len(self._chunks), chunks)):
+        for start in own_share(range(0, len(self._chunks), chunks)):
             numbers = self._chunks[start : start + chunks]
             # A new buffer each time: JAX may still be reading the last one.
             x = np.zeros((chunks, meta.chunk_rows, sites.width), sites.dtype)
@@ -86,6 +104,10 @@ class HeldOutRows:
                 yield pad_rows(x[part], size), pad_rows(used[part], size)
 
     def sequences(self, limit: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Returns (token ids, which positions count) of sequences with about `limit` tokens.
+
+        Both are (n, T). Returns None where the store has no tokens.
+        """
         meta, tokens = self.store.meta, self.store.tokens()
         if tokens is None:
             return None
@@ -98,7 +120,7 @@ class HeldOutRows:
         return tokens[numbers].read().result(), used[place, numbers % meta.chunk_sequences]
 
     def _layout(self, rows: int) -> tuple[int, int]:
-        """(chunks read at once, batches that they make) for batches of at most `rows` rows."""
+        """Returns (chunks to read at once, batches to cut them into) for batches of `rows` rows."""
         chunk_rows = self.store.meta.chunk_rows
         return max(1, rows // chunk_rows), max(1, -(-chunk_rows // rows))
 
@@ -107,9 +129,7 @@ class HeldOutRows:
 
 
 class ModelRows:
-    """A language model's activations at `sites` on `tokens` (sequences, T). Tokens that are in
-    `excluded_tokens` and positions in `excluded_positions` do not count. The metrics of rows
-    take `sequences`, those of the spliced model `spliced_sequences`."""
+    """A language model's activations on given tokens, as a source."""
 
     def __init__(
         self,
@@ -123,6 +143,20 @@ class ModelRows:
         sequences: slice = slice(None),
         spliced_sequences: slice = slice(None),
     ):
+        """Takes the tokens to run the model on.
+
+        Args:
+          model: the language model.
+          sites: the names of its sites, the target of a transcoder last.
+          tokens: token ids (sequences, T).
+          what: what messages and the evaluation's settings call the tokens.
+          excluded_tokens: the ids that do not count.
+          excluded_positions: the positions of a sequence that do not count.
+          sequences: which sequences `batches` takes.
+          spliced_sequences: which sequences `sequences` takes.
+
+        Raises UserError if the model lacks a site or a token, or if there are no sequences.
+        """
         self.model, self.origin = model, "the model"
         self.site_names = tuple(split_names(sites))
         check_distinct(self.site_names, self.origin)
@@ -153,12 +187,14 @@ class ModelRows:
         }
 
     def num_batches(self, rows: int) -> int:
-        return len(shared_out(range(0, len(self._rows[0]), self._sequences_at_once(rows))))
+        """Returns how many batches of at most `rows` rows this process gets."""
+        return len(own_share(range(0, len(self._rows[0]), self._sequences_at_once(rows))))
 
     def batches(self, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields (activations, which rows count) of this process's batches."""
         tokens, used = self._rows
         size = self._sequences_at_once(rows)
-        for start in shared_out(range(0, len(tokens), size)):
+        for start in own_share(range(0, len(tokens), size)):
             batch = pad_rows(tokens[start : start + size], size)
             _, tapped = self.model.forward(batch, taps=self.site_names, logits=False)
             x_BxTxW = np.concatenate([tapped[site] for site in self.site_names], axis=-1)
@@ -166,6 +202,7 @@ class ModelRows:
             yield x_BxTxW.reshape(len(mask), -1), mask
 
     def sequences(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (token ids, which positions count), (n, T) each, of about `limit` tokens."""
         tokens, used = self._spliced
         count = -(-limit // tokens.shape[1])
         return tokens[:count], used[:count]
@@ -176,7 +213,7 @@ class ModelRows:
 
 
 def check_model(store: Store, model: LanguageModel) -> None:
-    """UserError if the store says that its activations are another model's."""
+    """Raises UserError if the store says that its activations are another model's."""
     made_by = store.meta.provenance.get("model_fingerprint")
     if made_by is not None and made_by != model.fingerprint:
         raise UserError(
@@ -186,8 +223,10 @@ def check_model(store: Store, model: LanguageModel) -> None:
 
 
 def check_sites(sae: SAE, source: HeldOutRows | ModelRows) -> None:
-    """UserError unless the source's sites are as many, and as wide, as the SAE's inputs and
-    targets. A transcoder would cut rows of other widths at the wrong column, with no error."""
+    """Raises UserError unless the source's sites have the number and widths that the SAE expects.
+
+    Without the check a transcoder would cut rows of other widths at the wrong column.
+    """
     config = sae.config
     made_for, flag = (config.d_in,), "--site"
     if config.kind == "crosscoder":
@@ -203,13 +242,19 @@ def check_sites(sae: SAE, source: HeldOutRows | ModelRows) -> None:
 
 
 def input_and_target_sites(sae: SAE, sites: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
-    """Which of the sites, in the order of a row's columns, `sae` reads, and which it predicts."""
+    """Returns which of the sites `sae` reads, and which it predicts.
+
+    `sites` are in the order of a row's columns: a transcoder's target is the last.
+    """
     return (sites[:-1], sites[-1:]) if sae.config.kind in TRANSCODERS else (sites, sites)
 
 
 def read_tokens(path) -> np.ndarray:
-    """Token ids (sequences, T) int32 of an .npy file, or of the array `tokens` (or the only one)
-    of an .npz; leading axes are joined. UserError where there are none."""
+    """Returns the token ids (sequences, T), int32, of an .npy or .npz file.
+
+    Of an .npz file it takes the array `tokens`, or the only one. Leading axes are joined. Raises
+    UserError if there is no such file or it has no token ids.
+    """
     path = pathlib.Path(path)
     if not path.is_file():
         raise UserError(f"no tokens file at {path}; give an .npy or .npz of token ids")

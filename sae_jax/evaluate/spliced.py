@@ -1,14 +1,15 @@
-"""An SAE inside its language model: what the model loses when it reads y_hat for y.
+"""Measures what a language model loses when it reads an SAE's reconstructions y_hat in place of y.
 
-The SAE's targets y are the activations that it reads, for a transcoder those of another site. They
-are replaced at the positions that count and stay as they are at others; of a crosscoder's sites,
-one at a time. y_hat is computed from the untouched model's activations. Cross-entropy (nats a
-token, of the token after each replaced position) and KL(clean || replaced) (over replaced
-positions) for three replacements: y_hat, zero, and the mean of y.
+The SAE's targets y are the activations that it reads, or for a transcoder those of another site.
+They are replaced at the positions that count and stay as they are at others. The sites of a
+crosscoder are replaced one at a time. y_hat is computed from the untouched model's activations.
 
-    ce_recovered = (ce_ablated - ce_spliced) / (ce_ablated - ce_clean)
+There are three replacements: y_hat, zero, and the mean of y. For each the metrics are, in nats:
 
-for zero and for mean ablation: 1 if nothing is lost, 0 if the SAE is no better than ablation.
+    ce            cross-entropy a token, over the tokens after replaced positions
+    kl            KL(untouched || replaced) of the next token, over replaced positions
+    ce_recovered  (ce_ablated - ce_spliced) / (ce_ablated - ce_clean), for zero and mean ablation:
+                  1 if nothing is lost, 0 if the SAE is no better than ablation
 """
 
 import functools
@@ -22,7 +23,7 @@ from sae_jax import lm
 from sae_jax.errors import UserError
 from sae_jax.evaluate.batching import pad_rows, sequences_at_once
 from sae_jax.evaluate.metrics import add_up
-from sae_jax.evaluate.processes import shared_out
+from sae_jax.evaluate.processes import own_share
 from sae_jax.evaluate.sources import input_and_target_sites
 from sae_jax.progress_bar import progress
 from sae_jax.sae import SAE
@@ -36,12 +37,19 @@ def measure_spliced(
     replaced: np.ndarray,
     mean: np.ndarray,
 ) -> dict[str, dict[str, float]]:
-    """By target site, metrics over `tokens` (sequences, T): `ce_*`, `ce_recovered_*`, `kl_*`, and
-    how many positions were `replaced` and `predicted`.
+    """Returns the metrics of each target site, by the site's name.
 
-    sites: the SAE's, a transcoder's target last. replaced: (sequences, T) bool, positions whose
-    activations are replaced. mean: (d_out,) of the targets, for mean ablation. UserError where
-    nothing is replaced that predicts a token.
+    Args:
+      sae: the SAE.
+      model: its language model.
+      sites: the SAE's sites, a transcoder's target last.
+      tokens: token ids (sequences, T).
+      replaced: the positions whose activations are replaced, (sequences, T) bool.
+      mean: the mean of the targets (d_out,), for mean ablation.
+
+    The metrics are `ce_clean`, `ce_X` and `kl_X` for X in spliced, zero and mean, `ce_recovered_X`
+    for X in zero and mean, and the numbers of positions that were `replaced` and that `predicted`
+    a token. Raises UserError if no replaced position predicts a token.
     """
     if not replaced[:, :-1].any():
         raise UserError("there is no position to splice the SAE in at: all of them are excluded")
@@ -52,7 +60,7 @@ def measure_spliced(
     found, first = {}, 0
     for site in targets:
         columns = (first, first + model.site_width(site))
-        starts = shared_out(range(0, len(tokens), size))
+        starts = own_share(range(0, len(tokens), size))
         totals = add_up(
             _batch_sums(
                 model,
@@ -72,8 +80,10 @@ def measure_spliced(
 
 
 def _batch_sums(model, sae, tokens_BxT, replaced_BxT, mean_D, inputs, site, columns) -> dict:
-    """Sums for one target site, which has `columns` (first, stop) of the SAE's d_out. The model
-    runs four times, one after the other: a batch of its logits is large."""
+    """Returns a batch's sums for one target site, which has `columns` (first, stop) of the d_out.
+
+    The model runs four times, one after the other, because a batch of its logits is large.
+    """
     clean, tapped = model.forward(tokens_BxT, taps=inputs)
     y_hat_BxTxD = _reconstruction(sae, [tapped[name] for name in inputs], columns)
     mean_BxTxD = jnp.broadcast_to(mean_D[slice(*columns)], y_hat_BxTxD.shape)
@@ -97,8 +107,10 @@ def _reconstruction(sae, inputs, columns):
 
 @jax.jit
 def _losses(clean_BxTxV, logits_BxTxV, tokens_BxT, replaced_BxT):
-    """Cross-entropy of `logits` summed over the tokens after replaced positions, and KL to them
-    over these positions."""
+    """Returns the sums of cross-entropy and of KL(clean || logits).
+
+    The cross-entropy is that of the tokens after replaced positions, KL that of these positions.
+    """
     log_p_BxTxV = jax.nn.log_softmax(clean_BxTxV)
     difference = log_p_BxTxV - jax.nn.log_softmax(logits_BxTxV)
     kl_BxT = jnp.sum(jnp.exp(log_p_BxTxV) * difference, axis=-1)

@@ -1,4 +1,4 @@
-"""README.md of an export: the card that the Hugging Face hub shows, with its YAML front matter."""
+"""Writes the README.md of an export, the model card that the Hugging Face hub shows."""
 
 import dataclasses
 import importlib.metadata
@@ -10,7 +10,8 @@ from sae_jax import pages
 from sae_jax.sae import SAE
 
 _HERE = pathlib.Path(__file__).parent
-_LIBRARIES = ("saelens", "dictionary_learning", "sparsify", "sae_jax")  # others are of no package
+# The formats that belong to a package, which the hub calls a library.
+_LIBRARIES = ("saelens", "dictionary_learning", "sparsify", "sae_jax")
 _TAGS = ["sparse-autoencoder", "sae", "mechanistic-interpretability", "sae_jax"]
 
 _RECIPE = {
@@ -30,7 +31,7 @@ _RECIPE = {
     "normalize": "normalisation of activations",
     "seed": "seed",
 }
-_OF_WHAT = {
+_SOURCE = {
     "model_name": "language model",
     "site": "site",
     "hook_name": "hook, as TransformerLens calls it",
@@ -41,7 +42,7 @@ _OF_WHAT = {
     "imported_from": "imported from the format",
     "run_id": "run",
 }
-_AT_THE_END = {"l0": "L0", "eval_fvu": "FVU", "dead_fraction": "latents dead at the end, fraction"}
+_RUN_METRICS = {"l0": "L0", "eval_fvu": "FVU", "dead_fraction": "latents dead at the end, fraction"}
 _METRICS = {
     "l0": "L0, latents active a token",
     "fvu": "FVU, fraction of variance unexplained",
@@ -83,36 +84,50 @@ _PAPERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Hub:
-    """Where on the hub an export will be, and under which license: what no run knows."""
+    """Says where on the hub an export will be, and under which license.
+
+    Attributes:
+      license: the license as the hub writes it, such as apache-2.0; None if none is stated.
+      repo: the repository as user/name; None if there is none.
+      folder: the export's folder in the repository; "" if it is the whole repository.
+    """
 
     license: str | None = None
-    repo: str | None = None  # user/name
-    folder: str = ""  # in the repo
+    repo: str | None = None
+    folder: str = ""
 
 
-def model_card(sae: SAE, format: str, usage: str, about: dict, hub: Hub) -> str:
-    """Of one SAE. usage: the format's USAGE. about: as `origin` gives it."""
-    config, training = sae.config, about.get("training", {})
+def model_card(sae: SAE, format: str, usage: str, provenance: dict, hub: Hub) -> str:
+    """Returns the text of the model card of one SAE.
+
+    Args:
+      sae: the SAE.
+      format: the name of the export's format.
+      usage: the format's `USAGE`, a snippet of Python.
+      provenance: where the SAE comes from, as `read_provenance` gives it.
+      hub: where on the hub the export will be, and its license.
+    """
+    config, training = sae.config, provenance.get("training", {})
     # An import does not know what it was before its format made, say, a JumpReLU of a BatchTopK.
     architecture = training.get("architecture", config.architecture)
-    site = about.get("hook_name") or about.get("site")
+    site = provenance.get("hook_name") or provenance.get("site")
     title = f"{architecture} {config.kind.replace('_', ' ')}"
     title += f" at {site}" if site else ""
-    title += f" of {about['model_name']}" if "model_name" in about else ""
+    title += f" of {provenance['model_name']}" if "model_name" in provenance else ""
     return _render(
         "card.md",
         title=title,
-        front_matter=_front_matter(format, [architecture, config.kind], about, hub),
+        front_matter=_front_matter(format, [architecture, config.kind], provenance, hub),
         format=format,
         config=config,
-        of_what=_rows(_OF_WHAT, about),
+        source=_rows(_SOURCE, provenance),
         usage=_with_path(
             string.Template(usage).substitute(d_in=config.d_in, site=site or "the site"), hub
         ),
         recipe=_rows(_RECIPE, training),
-        metrics=_rows(_METRICS, about["evaluation"])
-        if "evaluation" in about
-        else _rows(_AT_THE_END, about),
+        metrics=_rows(_METRICS, provenance["evaluation"])
+        if "evaluation" in provenance
+        else _rows(_RUN_METRICS, provenance),
         license=hub.license,
         citations=[
             *(_PAPERS[what] for what in (architecture, config.kind) if what in _PAPERS),
@@ -121,13 +136,21 @@ def model_card(sae: SAE, format: str, usage: str, about: dict, hub: Hub) -> str:
     )
 
 
-def collection_card(title: str, format: str, saes: list[dict], about: dict, hub: Hub) -> str:
-    """Of many, as `many.export_many` lists them. about: what they have in common."""
+def collection_card(title: str, format: str, saes: list[dict], provenance: dict, hub: Hub) -> str:
+    """Returns the text of the model card of several SAEs.
+
+    Args:
+      title: the card's title.
+      format: the name of the exports' format.
+      saes: the entries of the index that `many.export_many` writes.
+      provenance: the provenance that all the SAEs have in common.
+      hub: where on the hub the exports will be, and their license.
+    """
     tags = sorted({sae["architecture"] for sae in saes})
     return _render(
         "collection.md",
         title=title,
-        front_matter=_front_matter(format, tags, about, hub),
+        front_matter=_front_matter(format, tags, provenance, hub),
         format=format,
         saes=saes,
         number=_text,
@@ -149,19 +172,21 @@ def _render(template: str, **values) -> str:
     return pages.render(_HERE / template, **values).rstrip() + "\n"
 
 
-def _front_matter(format: str, tags: list[str], about: dict, hub: Hub) -> dict:
-    """Values as JSON, which YAML reads. The hub refuses a base_model that is no name of its own,
-    as the name of a local folder is."""
+def _front_matter(format: str, tags: list[str], provenance: dict, hub: Hub) -> dict:
+    """Returns the values of the card's YAML front matter, by name.
+
+    The hub refuses a base_model that is no name of its own, so a local folder is left out.
+    """
     values = {"library_name": format} if format in _LIBRARIES else {}
     if hub.license:
         values["license"] = hub.license
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", about.get("model_name", "")):
-        values["base_model"] = about["model_name"]
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", provenance.get("model_name", "")):
+        values["base_model"] = provenance["model_name"]
     return values | {"tags": [*_TAGS, *tags]}
 
 
 def _with_path(usage: str, hub: Hub) -> str:
-    """The snippet, with `path` said behind its imports."""
+    """Returns the snippet with a line behind its imports that sets `path`."""
     imports, _, rest = usage.rstrip().partition("\n\n")
     if not hub.repo:
         return f'{imports}\n\npath = "."  # the folder of this README\n{rest}'

@@ -1,7 +1,8 @@
-"""dictionary_learning: ae.pt, a state dict that torch.save wrote, and config.json.
+"""Reads and writes the format of dictionary_learning: ae.pt and config.json.
 
-Each class there has its own names and conventions: whether b_dec is taken from x, and which way the
-matrices lie (nn.Linear's weights are (out, in)).
+ae.pt is a state dict that torch.save wrote. Each class of that package has its own names of the
+parameters, subtracts b_dec from x or does not, and has its matrices as (in, out) or, where they are
+weights of nn.Linear, as (out, in).
 """
 
 import dataclasses
@@ -18,8 +19,8 @@ from sae_jax.interop.weights import (
     import_torch,
     make_sae,
     matrix_shape,
+    parameters_for,
     read_torch,
-    without_shift,
 )
 from sae_jax.json_files import read_json
 from sae_jax.sae import ARCHITECTURES, SAE
@@ -27,48 +28,57 @@ from sae_jax.sae import ARCHITECTURES, SAE
 
 @dataclasses.dataclass(frozen=True)
 class _Class:
-    """One of their classes: our architecture, and their name of each of our parameters."""
+    """Describes a class of dictionary_learning.
+
+    Attributes:
+      architecture: the architecture of sae_jax that it is.
+      names: its name of each parameter, by ours.
+      subtracts: whether b_dec is taken from x.
+      unit_norm: whether its decoder rows have norm 1.
+      has_k: whether it stores k.
+      one_threshold: whether it has one threshold for all latents.
+    """
 
     architecture: str
     names: dict[str, str]
-    subtracts: bool  # b_dec from x
+    subtracts: bool
     unit_norm: bool = True
     has_k: bool = False
     one_threshold: bool = False
 
-    def is_turned(self, name: str) -> bool:
-        """Whether a matrix lies the other way there."""
+    def is_transposed(self, name: str) -> bool:
+        """Returns whether one of our parameters is stored transposed."""
         return self.names[name].endswith(".weight")
 
 
-_LINEAR = {"w_enc": "encoder.weight", "w_dec": "decoder.weight"}
-_PLAIN = {"w_enc": "W_enc", "w_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec"}
-_PICKING = _LINEAR | {"b_enc": "encoder.bias", "b_dec": "b_dec"}
+_LINEAR_NAMES = {"w_enc": "encoder.weight", "w_dec": "decoder.weight"}
+_PLAIN_NAMES = {"w_enc": "W_enc", "w_dec": "W_dec", "b_enc": "b_enc", "b_dec": "b_dec"}
+_TOP_K_NAMES = _LINEAR_NAMES | {"b_enc": "encoder.bias", "b_dec": "b_dec"}
 _CLASSES = {
     "AutoEncoderNew": _Class(
         "relu",
-        _LINEAR | {"b_enc": "encoder.bias", "b_dec": "decoder.bias"},
+        _LINEAR_NAMES | {"b_enc": "encoder.bias", "b_dec": "decoder.bias"},
         subtracts=False,
         unit_norm=False,
     ),
     "AutoEncoder": _Class(
-        "relu_l1_unit", _LINEAR | {"b_enc": "encoder.bias", "b_dec": "bias"}, subtracts=True
+        "relu_l1_unit", _LINEAR_NAMES | {"b_enc": "encoder.bias", "b_dec": "bias"}, subtracts=True
     ),
     "GatedAutoEncoder": _Class(
         "gated",
-        _LINEAR
+        _LINEAR_NAMES
         | {"b_dec": "decoder_bias", "b_enc": "gate_bias", "b_mag": "mag_bias", "r_mag": "r_mag"},
         subtracts=True,
     ),
-    "AutoEncoderTopK": _Class("topk", _PICKING, subtracts=True, has_k=True),
+    "AutoEncoderTopK": _Class("topk", _TOP_K_NAMES, subtracts=True, has_k=True),
     "BatchTopKSAE": _Class(
-        "batchtopk", _PICKING, subtracts=True, has_k=True, one_threshold=True
+        "batchtopk", _TOP_K_NAMES, subtracts=True, has_k=True, one_threshold=True
     ),
     "MatryoshkaBatchTopKSAE": _Class(
-        "matryoshka", _PLAIN, subtracts=True, has_k=True, one_threshold=True
+        "matryoshka", _PLAIN_NAMES, subtracts=True, has_k=True, one_threshold=True
     ),
     "JumpReluAutoEncoder": _Class(
-        "jumprelu", _PLAIN | {"threshold": "threshold"}, subtracts=False, unit_norm=False
+        "jumprelu", _PLAIN_NAMES | {"threshold": "threshold"}, subtracts=False, unit_norm=False
     ),
 }  # fmt: skip
 EXPRESSES = {(c.architecture, "autoencoder"): name for name, c in _CLASSES.items()}
@@ -86,24 +96,29 @@ with torch.no_grad():
 
 
 def recognises(path: pathlib.Path) -> bool:
+    """Returns whether `path` is a folder of dictionary_learning."""
     return all((path / name).is_file() for name in FILES)
 
 
-def write(sae: SAE, directory: pathlib.Path, about: dict) -> None:
+def write(sae: SAE, directory: pathlib.Path, provenance: dict) -> None:
+    """Writes a folded SAE to an existing folder as dictionary_learning's class for it.
+
+    Raises UserError if torch is not installed, or if thresholds differ where the class has one.
+    """
     torch = import_torch(directory / "ae.pt")
     config = sae.config
     name = EXPRESSES[config.architecture, "autoencoder"]
     kind = _CLASSES[name]
-    arrays = float32(without_shift(sae, kind.subtracts))
+    arrays = float32(parameters_for(sae, kind.subtracts))
     tensors = {
-        theirs: np.ascontiguousarray(arrays[ours].T if kind.is_turned(ours) else arrays[ours])
+        theirs: np.ascontiguousarray(arrays[ours].T if kind.is_transposed(ours) else arrays[ours])
         for ours, theirs in kind.names.items()
     }
     if kind.has_k:
         tensors["k"] = np.asarray(config.k, np.int32)
         tensors["threshold"] = np.float32(-1.0)  # its own mark of a threshold never estimated
     if kind.one_threshold:
-        tensors["threshold"] = _the_threshold(arrays["threshold"], name)
+        tensors["threshold"] = _single_threshold(arrays["threshold"], name)
     if name == "MatryoshkaBatchTopKSAE":
         tensors["group_sizes"] = np.diff([0, *config.prefix_widths]).astype(np.int64)
     torch.save(
@@ -114,15 +129,20 @@ def write(sae: SAE, directory: pathlib.Path, about: dict) -> None:
         "activation_dim": config.d_in,
         "dict_size": config.d_sae,
         "k": config.k,
-        "layer": about.get("hook_layer"),
-        "lm_name": about.get("model_name"),
-        "submodule_name": about.get("hook_name"),
+        "layer": provenance.get("hook_layer"),
+        "lm_name": provenance.get("model_name"),
+        "submodule_name": provenance.get("hook_name"),
     }
-    values = {"trainer": trainer, "buffer": {"ctx_len": about.get("context_size")}}
+    values = {"trainer": trainer, "buffer": {"ctx_len": provenance.get("context_size")}}
     (directory / "config.json").write_text(json.dumps(values, indent=1) + "\n")
 
 
 def read(directory: pathlib.Path) -> SAE:
+    """Returns the SAE in a folder of dictionary_learning, in float32.
+
+    Raises UserError for a class that is not known here, for tensors that are missing, additional or
+    of another shape, for a threshold that was never estimated, and if torch is not installed.
+    """
     file = directory / "config.json"
     trainer = read_json(file).get("trainer") or {}
     name = trainer.get("dict_class")
@@ -134,22 +154,22 @@ def read(directory: pathlib.Path) -> SAE:
     tensors = read_torch(file)
     encoder = kind.names["w_enc"]
     shape = matrix_shape(tensors, encoder, file)
-    d, n = shape[::-1] if kind.is_turned("w_enc") else shape
+    d, n = shape[::-1] if kind.is_transposed("w_enc") else shape
     ours = {"w_enc": (d, n), "w_dec": (n, d), "b_dec": (d,)}
     shapes = {
-        theirs: ours.get(name, (n,))[:: -1 if kind.is_turned(name) else 1]
+        theirs: ours.get(name, (n,))[:: -1 if kind.is_transposed(name) else 1]
         for name, theirs in kind.names.items()
     }
     fields = {}
     if kind.has_k:
-        fields["k"] = _picked(tensors.pop("k", None), trainer.get("k"), directory)
+        fields["k"] = _checked_k(tensors.pop("k", None), trainer.get("k"), directory)
         threshold = float(tensors.pop("threshold", -1.0))
     if name == "MatryoshkaBatchTopKSAE":
         sizes = np.asarray(tensors.pop("group_sizes", ()), np.int64).tolist()
         fields["prefix_widths"] = tuple(itertools.accumulate(sizes))
     arrays = check_shapes(tensors, shapes, file)
     parameters = {
-        name: arrays[theirs].T if kind.is_turned(name) else arrays[theirs]
+        name: arrays[theirs].T if kind.is_transposed(name) else arrays[theirs]
         for name, theirs in kind.names.items()
     }
     if kind.one_threshold:
@@ -172,7 +192,7 @@ def read(directory: pathlib.Path) -> SAE:
     return sae.fold() if gated else sae  # ours has unit rows only
 
 
-def _the_threshold(thresholds: np.ndarray, name: str) -> np.ndarray:
+def _single_threshold(thresholds: np.ndarray, name: str) -> np.ndarray:
     if not np.allclose(thresholds, thresholds[0], rtol=1e-6, atol=0):
         raise UserError(
             f"{name} of dictionary_learning has one threshold for all latents, and these differ "
@@ -181,10 +201,10 @@ def _the_threshold(thresholds: np.ndarray, name: str) -> np.ndarray:
     return thresholds[0]
 
 
-def _picked(k, told, directory: pathlib.Path) -> int:
-    k = told if k is None else int(k)
-    if not isinstance(k, int) or k < 1 or told not in (None, k):
-        raise UserError(f"{directory}: k is {k!r} in ae.pt and {told!r} in config.json")
+def _checked_k(stored, configured, directory: pathlib.Path) -> int:
+    k = configured if stored is None else int(stored)
+    if not isinstance(k, int) or k < 1 or configured not in (None, k):
+        raise UserError(f"{directory}: k is {k!r} in ae.pt and {configured!r} in config.json")
     return k
 
 

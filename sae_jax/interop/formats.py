@@ -1,4 +1,4 @@
-"""The table of the formats that are read and written, and how one is told from the files."""
+"""Lists the formats that are read and written, and recognises them by their files."""
 
 import pathlib
 
@@ -26,14 +26,14 @@ FILES = tuple(sorted({file for one in FORMATS.values() for file in one.FILES}))
 
 
 def format_of(path: paths.AnyPath) -> str | None:
-    """Returns the format of a local folder or file, None where it is of none of them."""
+    """Returns the name in `FORMATS` of the format of a local folder or file; None for others."""
     if not isinstance(path, pathlib.Path):
         return None
     return next((name for name, one in FORMATS.items() if one.recognises(path)), None)
 
 
 def folders_of(files: list[str]) -> list[str]:
-    """Returns those folders of a repository that an SAE can be read from, by its list of files."""
+    """Returns the folders of a repository that hold an SAE, given the paths of all its files."""
     there = {}
     for file in files:
         folder, _, name = file.rpartition("/")

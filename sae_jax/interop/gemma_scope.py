@@ -1,8 +1,9 @@
-"""Gemma Scope (Lieberum et al. 2024): JumpReLU SAEs and transcoders as params.npz.
+"""Reads and writes the format of Gemma Scope (Lieberum et al. 2024): params.npz.
 
-latents = z 1[z > threshold], z = x W_enc + b_enc: b_dec is never taken from x, so for our SAEs that
-do, b_enc' = b_enc - b_dec @ W_enc. A ReLU is a threshold of 0. The file says nothing of the
-language model; its place in the folders of a release does.
+It has JumpReLU SAEs and transcoders: latents = z 1[z > threshold], with z = x W_enc + b_enc. As
+b_dec is never taken from x, an SAE of ours that takes it is written with b_enc' = b_enc - b_dec @
+W_enc. A ReLU is written with thresholds of 0. The file says nothing of the language model; its
+place in the folders of a release does.
 """
 
 import pathlib
@@ -17,7 +18,7 @@ from sae_jax.interop.weights import (
     float32,
     make_sae,
     matrix_shape,
-    without_shift,
+    parameters_for,
 )
 from sae_jax.sae import SAE, JumpReLUConfig
 
@@ -41,17 +42,24 @@ _NAMES = {"W_enc": "w_enc", "W_dec": "w_dec"}  # where they are not ours
 
 
 def recognises(path: pathlib.Path) -> bool:
+    """Returns whether `path` is a folder of Gemma Scope's."""
     return all((path / name).is_file() for name in FILES)
 
 
-def write(sae: SAE, directory: pathlib.Path, about: dict) -> None:
-    del about
+def write(sae: SAE, directory: pathlib.Path, provenance: dict) -> None:
+    """Writes a folded SAE to an existing folder. The format has no place for its provenance."""
+    del provenance
     arrays = parameters(sae)
     ours = {name: name for name in arrays} | {ours: theirs for theirs, ours in _NAMES.items()}
     np.savez(directory / _FILE, **{ours[name]: array for name, array in arrays.items()})
 
 
 def read(directory: pathlib.Path) -> SAE:
+    """Returns the SAE in a folder of Gemma Scope's, in float32.
+
+    Raises UserError if the file is damaged, or for tensors that are missing, additional or of
+    another shape.
+    """
     file = directory / _FILE
     try:
         with file.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
@@ -62,14 +70,25 @@ def read(directory: pathlib.Path) -> SAE:
 
 
 def parameters(sae: SAE) -> Arrays:
-    """Of a folded SAE, as JumpReLU's, in float32 and by our names."""
-    arrays = without_shift(sae, subtracts=False)
+    """Returns the parameters of a folded SAE as those of a JumpReLU, float32 arrays by name.
+
+    b_dec is not to be taken from x with them. Where the SAE has no thresholds they are 0.
+    """
+    arrays = parameters_for(sae, subtracts_b_dec=False)
     arrays.setdefault("threshold", np.zeros(sae.config.d_sae))
     return float32(arrays)
 
 
 def jump_relu(tensors: Arrays, file: pathlib.Path, kind: str | None = None) -> SAE:
-    """From arrays by our names. kind: by default what the widths say."""
+    """Returns the JumpReLU SAE that has the given parameters, in float32.
+
+    Raises UserError for arrays that are missing, additional or of another shape.
+
+    Args:
+      tensors: arrays by our names of the parameters.
+      file: the file that they are from, for errors.
+      kind: the SAE's kind. None stands for an autoencoder where d_in is d_out, else a transcoder.
+    """
     d_in, d_sae = matrix_shape(tensors, "w_enc", file)
     d_out = matrix_shape(tensors, "w_dec", file)[1]
     shapes = {

@@ -1,5 +1,8 @@
-"""Gemma Scope 2: params.safetensors with a config.json, which says where the SAE reads and writes,
-and whether a transcoder has an affine skip. Otherwise as Gemma Scope's (`gemma_scope.py`)."""
+"""Reads and writes the format of Gemma Scope 2: params.safetensors and config.json.
+
+config.json says where in the model the SAE reads and writes, and whether a transcoder has an affine
+skip. The SAEs compute what those of Gemma Scope compute (`gemma_scope.py`).
+"""
 
 import json
 import pathlib
@@ -35,28 +38,35 @@ _SKIP = "affine_skip_connection"
 
 
 def recognises(path: pathlib.Path) -> bool:
+    """Returns whether `path` is a folder of Gemma Scope 2's."""
     return all((path / name).is_file() for name in FILES)
 
 
-def write(sae: SAE, directory: pathlib.Path, about: dict) -> None:
+def write(sae: SAE, directory: pathlib.Path, provenance: dict) -> None:
+    """Writes a folded SAE to an existing folder, with what its provenance says of the model."""
     arrays = gemma_scope.parameters(sae)
     if "w_skip" in arrays:
         arrays[_SKIP] = arrays.pop("w_skip")
     safetensors.numpy.save_file(arrays, directory / _FILE)
-    source, target = about.get("hf_module"), about.get("hf_target_module")
+    source, target = provenance.get("hf_module"), provenance.get("hf_target_module")
     config = {
         "architecture": "jump_relu",
-        "model_name": about.get("model_name"),
+        "model_name": provenance.get("model_name"),
         "hf_hook_point_in": source,
         "hf_hook_point_out": target or source,
         "affine_connection": _SKIP in arrays,
         "width": sae.config.d_sae,
-        "l0": about.get("l0"),
+        "l0": provenance.get("l0"),
     }
     (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 def read(directory: pathlib.Path) -> SAE:
+    """Returns the SAE in a folder of Gemma Scope 2's, in float32.
+
+    Raises UserError for an architecture other than jump_relu, if a file is damaged, and for tensors
+    that are missing, additional or of another shape.
+    """
     file = directory / "config.json"
     config = read_json(file)
     if config.get("architecture") != "jump_relu":

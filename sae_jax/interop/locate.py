@@ -1,4 +1,4 @@
-"""Where an SAE's files are: a path, a folder on the Hugging Face hub, or a release of SAELens'."""
+"""Finds an SAE's files by a path, a name on the Hugging Face hub, or a release of SAELens'."""
 
 import dataclasses
 import difflib
@@ -10,18 +10,22 @@ from sae_jax.interop.saelens_releases import SCHEME, hub_name
 
 
 def is_fetched(path, sae_id: str | None = None) -> bool:
-    """Returns whether `locate` fetches what it is given from a hub, where others wrote it."""
+    """Returns whether `locate` fetches these arguments from a hub, where others wrote the files."""
     return sae_id is not None or str(path).startswith((SCHEME, hub.SCHEME))
 
 
 def locate(path, sae_id: str | None = None) -> paths.AnyPath:
-    """Returns the path from which the SAE of a name is read.
+    """Returns the path from which an SAE is read, after downloading it if it is on a hub.
 
-    hf://org/repository[@revision]/folder: the local copy of that folder, of which only the files
-    of the formats that are known are downloaded. saelens://RELEASE/SAE_ID, or RELEASE with
-    `sae_id`: the same, where SAELens' public table of releases says it is. Another path: itself.
+    Of a folder on the hub only the files of known formats are downloaded, and the result is the
+    path of the local copy. Raises UserError if there is no SAE of the name on the hub, naming the
+    folders that have one, and if the hub cannot be reached.
 
-    Raises UserError where a name on the hub has no SAE, naming the folders that have one."""
+    Args:
+      path: hf://org/repository[@revision]/folder, saelens://RELEASE/SAE_ID, or any other path,
+        which is returned as it is. SAELens' public table says where a release is on the hub.
+      sae_id: the SAE of the SAELens release that `path` then names.
+    """
     text = str(path)
     if text.startswith(SCHEME):
         release, _, sae_id = text.removeprefix(SCHEME).partition("/")
@@ -45,7 +49,7 @@ def _fetch(name: hub.HubName) -> paths.AnyPath:
 
 
 def _explained(name: hub.HubName, saes: list[str]) -> str:
-    """saes: the folders of the repository that have one."""
+    """Returns why a name is no SAE. `saes` are the folders of its repository that hold one."""
     if not saes:
         return (
             f"{name}: {name.repo} has no SAE in a format that is read here, of which there are "

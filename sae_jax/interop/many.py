@@ -1,4 +1,4 @@
-"""Exporting the SAEs of a sweep, in folders as Gemma Scope's are, with an index of them.
+"""Exports the SAEs of a sweep to folders named as Gemma Scope's are, with an index of them.
 
 DIR/SITE/width_16k/average_l0_32/   an export each; -2, -3, ... where another has the same name
 DIR/index.json, index.csv           path, run_id, architecture, site, width, L0, FVU, CE recovered
@@ -29,26 +29,39 @@ def export_many(
     out: pathlib.Path,
     terms: str = "",
     hub: Hub | None = None,
-    also: dict | None = None,
+    extra_provenance: dict | None = None,
 ) -> list[dict]:
-    """Exports the runs that `select` finds to `out`, and returns what its index says of all that
-    are there. Started again it goes on with those that are missing; with other terms it adds to
-    them. also: what `origin` cannot know of any of them.
+    """Exports runs of a sweep to `out`, and returns the entries of the index there.
 
-    UserError before anything is written where the format cannot express one of them, and where
-    `out` holds something else."""
+    Exports that are there already are kept: called again after it was stopped it writes those that
+    are missing, and called with other terms it adds to them.
+
+    Raises UserError, before anything is written, if the format cannot express one of the runs or if
+    `out` holds something else.
+
+    Args:
+      sweep: the sweep's directory.
+      format: a name of `FORMATS`.
+      out: the directory of all exports.
+      terms: the conditions of `select` on the runs; "" exports all that are done.
+      hub: where on the hub the exports will be, and their license.
+      extra_provenance: what `read_provenance` cannot know, such as the model's name on the hub.
+    """
     hub = hub or Hub()
     runs = {row["run_id"]: sweep / "runs" / row["run_id"] for row in select(sweep, terms)}
     for run in runs.values():
         interop.check_expressible(read_config(run).sae, format)
     index = _read_index(out, format)
-    abouts = {}
+    provenances = {}
     for run_id, run in runs.items():
-        abouts[run_id] = about = read_provenance(run) | (also or {})
+        provenances[run_id] = provenance = read_provenance(run) | (extra_provenance or {})
         taken = [entry["path"] for name, entry in index.items() if name != run_id]
-        entry = _entry(run_id, about)
-        there = index.get(run_id)
-        index[run_id] = {"path": there["path"] if there else _free(_folder(about), taken)} | entry
+        entry = _entry(run_id, provenance)
+        if run_id in index:
+            path = index[run_id]["path"]
+        else:
+            path = _free_name(_folder_name(provenance), taken)
+        index[run_id] = {"path": path} | entry
     out.mkdir(parents=True, exist_ok=True)
     # First, so that an export that was stopped finds its folders again.
     paths.save_json({"format": format, "saes": list(index.values())}, out / "index.json")
@@ -57,37 +70,37 @@ def export_many(
         folder = index[run_id]["path"]
         place = Hub(hub.license, hub.repo, folder)
         sae = interop.load(runs[run_id])
-        interop.export(sae, format, out / folder, abouts[run_id], place)
+        interop.export(sae, format, out / folder, provenances[run_id], place)
         if not sys.stderr.isatty():
             logging.info("exported %s", folder)
     saes = list(index.values())
     _write_csv(saes, out / "index.csv")
-    models = {about.get("model_name") for about in abouts.values()}
+    models = {provenance.get("model_name") for provenance in provenances.values()}
     common = {"model_name": models.pop()} if len(models) == 1 and None not in models else {}
     title = f"Sparse autoencoders of {common.get('model_name', 'a language model')}"
     paths.write(out / "README.md", collection_card(title, format, saes, common, hub))
     return saes
 
 
-def _folder(about: dict) -> str:
-    sites = about["site"].replace(",", "+")
-    if "target_site" in about:
-        sites += f"-{about['target_site']}"
+def _folder_name(provenance: dict) -> str:
+    sites = provenance["site"].replace(",", "+")
+    if "target_site" in provenance:
+        sites += f"-{provenance['target_site']}"
     sites = re.sub(r"[^\w.+-]", "_", sites) or "site"
-    width = width_name(about["training"]["d_sae"])
-    l0 = f"{about['l0']:.0f}" if "l0" in about else "unknown"
+    width = width_name(provenance["training"]["d_sae"])
+    l0 = f"{provenance['l0']:.0f}" if "l0" in provenance else "unknown"
     return f"{sites}/width_{width}/average_l0_{l0}"
 
 
 def width_name(width: int) -> str:
-    """As Gemma Scope has it: 16384 is 16k, 131072 is 131k, 1048576 is 1m."""
+    """Returns a width as Gemma Scope names it: 16384 is 16k, 131072 is 131k, 1048576 is 1m."""
     for unit, size in (("m", 10**6), ("k", 10**3)):
         if width >= size:
             return f"{width // size}{unit}"
     return str(width)
 
 
-def _free(path: str, taken: list[str]) -> str:
+def _free_name(path: str, taken: list[str]) -> str:
     number, name = 1, path
     while name in taken:
         number += 1
@@ -95,23 +108,25 @@ def _free(path: str, taken: list[str]) -> str:
     return name
 
 
-def _entry(run_id: str, about: dict) -> dict:
-    """What the index says of a run, by eval.json where there is one, else by the run's own
-    held-out rows."""
-    evaluation = about.get("evaluation", {})
+def _entry(run_id: str, provenance: dict) -> dict:
+    """Returns a run's entry of the index, without its path.
+
+    Its metrics are those of eval.json if there is one, else those of the run's own held-out rows.
+    """
+    evaluation = provenance.get("evaluation", {})
     return {
         "run_id": run_id,
-        "architecture": about["training"]["architecture"],
-        "site": about["site"],
-        "width": about["training"]["d_sae"],
-        "l0": evaluation.get("l0", about.get("l0")),
-        "fvu": evaluation.get("fvu", about.get("eval_fvu")),
+        "architecture": provenance["training"]["architecture"],
+        "site": provenance["site"],
+        "width": provenance["training"]["d_sae"],
+        "l0": evaluation.get("l0", provenance.get("l0")),
+        "fvu": evaluation.get("fvu", provenance.get("eval_fvu")),
         "ce_recovered": evaluation.get("ce_recovered_zero"),
     }
 
 
 def _read_index(out: pathlib.Path, format: str) -> dict[str, dict]:
-    """The entries of `out` by run_id; none where it is new."""
+    """Returns the entries of the index in `out` by run_id, none if `out` is new."""
     file = out / "index.json"
     if not file.is_file():
         started = {file.with_name("index.json.tmp")}  # by an export that was stopped there

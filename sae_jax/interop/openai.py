@@ -1,8 +1,12 @@
-"""OpenAI's sparse_autoencoder package: a state dict that torch.save wrote, autoencoder.pt.
+"""Reads and writes the format of OpenAI's sparse_autoencoder package: autoencoder.pt.
 
-latents = ReLU((x - pre_bias) @ encoder.weight.T + latent_bias),
-x_hat = latents @ decoder.weight.T + pre_bias. Its TopK always puts a LayerNorm before the encoder
-and takes it back behind the decoder: no SAE of ours does that, so TopK goes neither way.
+The file is a state dict that torch.save wrote, of an SAE that computes
+
+    latents = ReLU((x - pre_bias) @ encoder.weight.T + latent_bias)
+    x_hat = latents @ decoder.weight.T + pre_bias
+
+The package's TopK always applies a LayerNorm before the encoder and undoes it behind the decoder.
+No SAE of ours does that, so TopK is neither read nor written.
 """
 
 import pathlib
@@ -16,8 +20,8 @@ from sae_jax.interop.weights import (
     import_torch,
     make_sae,
     matrix_shape,
+    parameters_for,
     read_torch,
-    without_shift,
 )
 from sae_jax.sae import SAE, ReLUL1UnitConfig
 
@@ -39,13 +43,18 @@ _COUNTERS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean
 
 
 def recognises(path: pathlib.Path) -> bool:
+    """Returns whether `path` is a folder with autoencoder.pt, or a .pt file itself."""
     return (path / _FILE).is_file() or path.suffix == ".pt" and path.is_file()
 
 
-def write(sae: SAE, directory: pathlib.Path, about: dict) -> None:
-    del about
+def write(sae: SAE, directory: pathlib.Path, provenance: dict) -> None:
+    """Writes a folded SAE to an existing folder. The format has no place for its provenance.
+
+    Raises UserError if torch is not installed.
+    """
+    del provenance
     torch = import_torch(directory / _FILE)
-    arrays = float32(without_shift(sae, subtracts=True))
+    arrays = float32(parameters_for(sae, subtracts_b_dec=True))
     n = sae.config.d_sae
     tensors = {
         "pre_bias": arrays["b_dec"],
@@ -61,6 +70,11 @@ def write(sae: SAE, directory: pathlib.Path, about: dict) -> None:
 
 
 def read(path: pathlib.Path) -> SAE:
+    """Returns the SAE in a folder or .pt file of OpenAI's package, in float32.
+
+    Raises UserError for an activation function other than ReLU, for tensors that are missing,
+    additional or of another shape, if the file is damaged, and if torch is not installed.
+    """
     file = path / _FILE if path.is_dir() else path
     state = read_torch(file)
     activation = state.pop("activation", "ReLU")

@@ -1,5 +1,6 @@
-"""What is known of where an SAE comes from: for other frameworks and the reader of a model card."""
+"""Reads where an SAE comes from, for other frameworks and for the readers of a model card."""
 
+import dataclasses
 import json
 
 from sae_jax import paths
@@ -23,20 +24,23 @@ _EVALUATED = {
 
 
 def read_provenance(path) -> dict:
-    """Of the SAE at `path`: a run of ours, one of its checkpoints, our own exchange format, or
-    SAELens'.
+    """Returns what is known of where the SAE at `path` comes from, by name.
 
-    Names as in SAELens' metadata where it has one: hook_name and hook_layer in TransformerLens'
-    terms, model_name, dataset_path, context_size, prepend_bos, l0; then site, run_id, how well it
-    did, `training` (how it was trained) and `evaluation` (of eval.json). What cannot be known, as
-    when the store is not at hand any more, or how well a checkpoint does that is not a run's end,
-    is left out."""
+    `path` is a run, one of its checkpoints, or an export in sae_jax's own format or in SAELens'.
+    For other formats, and where there is no SAE, the result is empty.
+
+    The names are those of SAELens' metadata where it has one: hook_name and hook_layer in
+    TransformerLens' terms, model_name, dataset_path, context_size, prepend_bos and l0. Others are
+    site, run_id, the final metrics of the run, `training` (how the SAE was trained) and
+    `evaluation` (the metrics of eval.json). What cannot be known is left out: what the store says,
+    if the store is gone, and the metrics of a checkpoint that is not the end of its run.
+    """
     path = locate(path)
     if not paths.is_remote(path):
         if sae_jax_format.recognises(path):
-            return sae_jax_format.read_about(path)
+            return sae_jax_format.read_provenance(path)
         if saelens.recognises(path):
-            return saelens.about(path)
+            return saelens.read_provenance(path)
     step = int(path.name) if path.parent.name == "checkpoints" else None
     run = path if step is None else path.parent.parent
     if not (run / "config.json").is_file() or not (run / "checkpoints").is_dir():
@@ -46,46 +50,49 @@ def read_provenance(path) -> dict:
     if step is None:
         names = [entry.name for entry in (run / "checkpoints").iterdir()]
         step = max((int(name) for name in names if name.isdecimal()), default=0)
-    about = _of_sites(data.site, data.target_site) | _of_store(data.store, data.site)
-    about["training"] = _recipe(config, step)
-    return about | _result(run) | _evaluation(run) if step == last else about
+    provenance = _site_provenance(data.site, data.target_site)
+    provenance |= _store_provenance(data.store, data.site)
+    provenance["training"] = _recipe(config, step)
+    if step == last:
+        provenance |= _result_provenance(run) | _evaluation_provenance(run)
+    return provenance
 
 
-def _result(run: paths.AnyPath) -> dict:
-    """What result.json says of a run that has ended."""
-    values = _read(run / "result.json")
-    told = {"run_id": values.get("run_id"), "l0": values.get("eval_l0")}
-    return _known(told | {name: values.get(name) for name in _MEASURED})
+def _result_provenance(run: paths.AnyPath) -> dict:
+    """Returns what result.json says of a run that has ended."""
+    result = _read(run / "result.json")
+    values = {"run_id": result.get("run_id"), "l0": result.get("eval_l0")}
+    return _without_none(values | {name: result.get(name) for name in _MEASURED})
 
 
-def _evaluation(run: paths.AnyPath) -> dict:
-    """{"evaluation": {...}} of the eval.json that `sae-jax eval --run` left, {} without one."""
-    values = _read(run / "eval.json")
-    told = {
-        name: (values.get(section) or {}).get(name)
+def _evaluation_provenance(run: paths.AnyPath) -> dict:
+    """Returns {"evaluation": the metrics of the run's eval.json}, or {} if it has none."""
+    evaluation = _read(run / "eval.json")
+    values = {
+        name: (evaluation.get(section) or {}).get(name)
         for section, names in _EVALUATED.items()
         for name in names
     }
-    told = _known(told | {"rows": values.get("rows")})
-    return {"evaluation": told} if told else {}
+    values = _without_none(values | {"rows": evaluation.get("rows")})
+    return {"evaluation": values} if values else {}
 
 
-def _of_sites(site: str, target: str) -> dict:
+def _site_provenance(site: str, target: str) -> dict:
     hook, layer = hook_name(site), site.rpartition(".")[2]
-    told = {"site": site, "hook_name": hook, "hook_layer": int(layer) if hook else None}
+    values = {"site": site, "hook_name": hook, "hook_layer": int(layer) if hook else None}
     if target:
-        told |= {"target_site": target, "hook_name_out": hook_name(target)}
-    return _known(told)
+        values |= {"target_site": target, "hook_name_out": hook_name(target)}
+    return _without_none(values)
 
 
-def _of_store(path: str, site: str) -> dict:
+def _store_provenance(path: str, site: str) -> dict:
     if is_world(path):
         return {"dataset_path": path}
     try:
         meta = read_complete_meta(Folder(path))
     except (UserError, OSError):
         return {}
-    told = {
+    values = {
         "model_name": on_hub.repo if (on_hub := hub_name(meta.model or "")) else meta.model,
         "context_size": meta.context_length,
         "prepend_bos": True if meta.model else None,  # as `lm.pack` does
@@ -93,12 +100,12 @@ def _of_store(path: str, site: str) -> dict:
     }
     name, _, layer = site.rpartition(".")
     if name == "resid_post" and "layers_module" in meta.provenance:
-        told["hf_module"] = f"{meta.provenance['layers_module']}.{layer}.output"
-    return _known(told)
+        values["hf_module"] = f"{meta.provenance['layers_module']}.{layer}.output"
+    return _without_none(values)
 
 
 def _dataset(texts) -> str | None:
-    """Of harvest's --text, as Hugging Face's `datasets` calls it where it is from there."""
+    """Returns the texts of harvest's --text, by the names that Hugging Face's `datasets` uses."""
     texts = [texts] if isinstance(texts, str) else texts or []
     return ",".join(text.removeprefix("datasets:") for text in texts) or None
 
@@ -106,7 +113,8 @@ def _dataset(texts) -> str | None:
 def _recipe(config: Config, steps: int) -> dict:
     sae, data, optimizer = config.sae, config.data, config.optimizer
     recipe = {"architecture": sae.architecture, "kind": sae.kind, "d_sae": sae.d_sae}
-    recipe |= {name: getattr(sae, name) for name in _SAE}
+    fields = dataclasses.asdict(sae)
+    recipe |= {name: fields.get(name) for name in _SAE}
     recipe |= {
         "tokens": steps * data.batch_size,
         "batch_size": data.batch_size,
@@ -115,12 +123,12 @@ def _recipe(config: Config, steps: int) -> dict:
         "schedule": optimizer.schedule,
         "seed": config.train.seed,
     }
-    return _known(recipe)
+    return _without_none(recipe)
 
 
 def _read(file: paths.AnyPath) -> dict:
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
-def _known(values: dict) -> dict:
+def _without_none(values: dict) -> dict:
     return {name: value for name, value in values.items() if value is not None}

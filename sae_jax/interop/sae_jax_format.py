@@ -1,14 +1,14 @@
-"""Our own exchange format, as one of the formats that are read and written (`sae.files`)."""
+"""Makes sae_jax's own exchange format (`sae.files`) one of the formats of this package."""
 
 from collections.abc import Iterator, Mapping
 
 from sae_jax.sae import ARCHITECTURES
 from sae_jax.sae.config import KINDS
-from sae_jax.sae.files import read, read_about, recognises, write
+from sae_jax.sae.files import read, read_provenance, recognises, write
 
 
 class _Everything(Mapping):
-    """What this format expresses: every architecture, a user's own too, with every kind."""
+    """Maps every (architecture, kind) to "sae_jax", those of a user's own architectures too."""
 
     def __getitem__(self, what: tuple[str, str]) -> str:
         architecture, kind = what
@@ -35,4 +35,13 @@ x_hat = sae(x)
 """
 FILES = ("sae.json", "sae.safetensors")
 
-__all__ = ["EXPRESSES", "FILES", "USAGE", "WHY_NOT", "read", "read_about", "recognises", "write"]
+__all__ = [
+    "EXPRESSES",
+    "FILES",
+    "USAGE",
+    "WHY_NOT",
+    "read",
+    "read_provenance",
+    "recognises",
+    "write",
+]

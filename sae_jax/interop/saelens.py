@@ -1,13 +1,19 @@
-"""SAELens' folders (6.x): cfg.json and sae_weights.safetensors. Also what SAEDashboard, Neuronpedia
-and SAEBench read.
+"""Reads and writes the format of SAELens 6: cfg.json and sae_weights.safetensors.
 
-SAELens computes `latents = f((x - b_dec) @ W_enc + b_enc)`, `x_hat = latents @ W_dec + b_dec`, with
-x - b_dec only where `apply_b_dec_to_input`. Where our architecture has no such choice b_dec is
-folded, b_enc' = b_enc - b_dec @ W_enc. A top-k SAE with `rescale_acts_by_decoder_norm` ranks
-pre-activations times the norms of the decoder's rows and divides the kept ones by them again: the
-norms go into W_enc and b_enc, and the decoder's rows get norm 1. Either way it is the same function
-to rounding. BatchTopK has no inference form of its own there: it is written, as SAELens does, as a
-JumpReLU with the estimated threshold.
+SAEDashboard, Neuronpedia and SAEBench read this format too. SAELens computes
+
+    latents = f((x - b_dec) @ W_enc + b_enc)
+    x_hat = latents @ W_dec + b_dec
+
+with x - b_dec only where `apply_b_dec_to_input` is set. What is read and what is written are the
+same function of x up to rounding. Three things differ from ours:
+
+- Where our architecture never takes b_dec from x, it is folded: b_enc' = b_enc - b_dec @ W_enc.
+- A top-k SAE with `rescale_acts_by_decoder_norm` ranks pre-activations times the norms of the
+  decoder's rows, and divides the kept ones by the norms again. Here the norms are multiplied into
+  W_enc and b_enc, and the decoder's rows get norm 1.
+- BatchTopK has no inference form of its own. It is written as SAELens writes it, as a JumpReLU with
+  the estimated threshold.
 """
 
 import json
@@ -23,7 +29,7 @@ from sae_jax.interop.weights import (
     check_shapes,
     float32,
     make_sae,
-    without_shift,
+    parameters_for,
 )
 from sae_jax.json_files import read_json
 from sae_jax.sae import ARCHITECTURES, SAE, SAEConfig
@@ -82,15 +88,17 @@ _SITES = {  # hook names: TransformerLens', and modules of Hugging Face's decode
 
 
 def recognises(path: pathlib.Path) -> bool:
+    """Returns whether `path` is a folder of SAELens'."""
     return all((path / name).is_file() for name in FILES)
 
 
-def write(sae: SAE, directory: pathlib.Path, about: dict) -> None:
+def write(sae: SAE, directory: pathlib.Path, provenance: dict) -> None:
+    """Writes a folded SAE to an existing folder, with its provenance as SAELens' metadata."""
     config = sae.config
     architecture = EXPRESSES[config.architecture, config.kind]
     subtracts = bool(config.apply_b_dec_to_input)
-    arrays = float32(without_shift(sae, subtracts))
-    names = _names(architecture)
+    arrays = float32(parameters_for(sae, subtracts))
+    names = _parameter_names(architecture)
     if "W_skip" in names:
         arrays["w_skip"] = np.ascontiguousarray(arrays["w_skip"].T)
     tensors = {theirs: arrays[ours] for theirs, ours in names.items()}
@@ -103,8 +111,8 @@ def write(sae: SAE, directory: pathlib.Path, about: dict) -> None:
         "device": "cpu",
         "apply_b_dec_to_input": subtracts,
         "normalize_activations": "none",
-        "reshape_activations": "hook_z" if _of_heads(about.get("hook_name")) else "none",
-        **(_top_k(config.k, arrays["w_dec"]) if architecture == "topk" else {}),
+        "reshape_activations": "hook_z" if _is_hook_z(provenance.get("hook_name")) else "none",
+        **(_top_k_fields(config.k, arrays["w_dec"]) if architecture == "topk" else {}),
         **({"d_out": config.d_out} if "transcoder" in architecture else {}),
         "metadata": {
             "sae_lens_version": _VERSION,
@@ -112,24 +120,29 @@ def write(sae: SAE, directory: pathlib.Path, about: dict) -> None:
             "training_architecture": config.architecture,
             "trained_with": "sae_jax",
             "hook_head_index": None,
-            **about,
+            **provenance,
         },
     }
     (directory / "cfg.json").write_text(json.dumps(cfg, indent=1) + "\n")
 
 
-def _top_k(k: int, w_dec: np.ndarray) -> dict:
-    """With rows of norm 1 the rescaling changes nothing, but without it SAEDashboard refuses."""
+def _top_k_fields(k: int, w_dec: np.ndarray) -> dict:
+    """Returns the fields of cfg.json that only a top-k SAE has.
+
+    With decoder rows of norm 1 the rescaling changes nothing, but SAEDashboard refuses an SAE
+    without it.
+    """
     unit = bool(np.allclose(np.linalg.norm(w_dec, axis=1), 1, atol=_ROUNDING))
     return {"k": k, "rescale_acts_by_decoder_norm": unit}
 
 
 def read(directory: pathlib.Path) -> SAE:
-    """The SAE in `directory`, in float32, as the same function of x.
+    """Returns the SAE in a folder of SAELens', in float32, as the same function of x.
 
-    Raises UserError, naming the field or the tensor, for an architecture that is not implemented,
-    a top-k SAE without k (SAELens would silently take 100), a run-time normalisation of the
-    inputs, an unknown reshaping, and tensors that are missing, additional or of another shape.
+    Raises UserError, which names the field or the tensor, for an architecture that is not
+    implemented, for a top-k SAE without k (for which SAELens takes 100), for a normalisation of the
+    inputs at run time, for an unknown reshaping, and for tensors that are missing, additional or of
+    another shape.
     """
     file = directory / "cfg.json"
     cfg = _read_cfg(directory)
@@ -146,7 +159,7 @@ def read(directory: pathlib.Path) -> SAE:
                 f"{file}: {field} {cfg[field]!r} happens at run time in SAELens; fold it "
                 'into the weights there, so that the field reads "none"'
             )
-    names = _names(cfg["architecture"])
+    names = _parameter_names(cfg["architecture"])
     ours = {"w_enc": (d_in, d_sae), "w_dec": (d_sae, d_out), "b_dec": (d_out,)}
     ours |= {"w_skip": (d_out, d_in)}
     shapes = {theirs: ours.get(name, (d_sae,)) for theirs, name in names.items()}
@@ -160,24 +173,32 @@ def read(directory: pathlib.Path) -> SAE:
     config = ARCHITECTURES[name].Config(
         kind=kind, d_sae=d_sae, normalize="none", **_fields(name, kind, cfg, file)
     )
-    return _same_function(config, arrays, cfg, d_in, d_out)
+    return _equivalent_sae(config, arrays, cfg, d_in, d_out)
 
 
-def about(directory: pathlib.Path) -> dict:
-    """Of its metadata, what our exports say too."""
+def read_provenance(directory: pathlib.Path) -> dict:
+    """Returns what a folder's metadata says of the SAE's origin, by the names that we export.
+
+    The names are those that `interop.read_provenance` lists. What the metadata lacks is left out.
+    """
     metadata = _read_cfg(directory).get("metadata") or {}
-    told = {name: metadata.get(name) for name in _METADATA} | {"site": site(directory)}
-    return {name: value for name, value in told.items() if value is not None}
+    values = {name: metadata.get(name) for name in _METADATA} | {"site": site(directory)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def site(directory: pathlib.Path) -> str | None:
-    """Our name of the site that the SAE was trained on, where its cfg.json says so in a way that
-    has a counterpart here."""
+    """Returns the site that the SAE was trained on, such as resid_post.3.
+
+    It is None if cfg.json names no hook, or one that `site_of` does not know.
+    """
     return site_of((_read_cfg(directory).get("metadata") or {}).get("hook_name") or "")
 
 
 def site_of(hook: str) -> str | None:
-    """Our name of a hook of theirs, where it has a counterpart here."""
+    """Returns the site of a hook that SAELens names, such as blocks.3.hook_resid_post.
+
+    It is None for a hook that is no site of sae_jax.
+    """
     for pattern, ours in _SITES.items():
         if match := re.fullmatch(pattern, hook):
             return match.expand(ours)
@@ -185,7 +206,10 @@ def site_of(hook: str) -> str | None:
 
 
 def _read_cfg(directory: pathlib.Path) -> dict:
-    """cfg.json as SAELens 6 has it, of earlier versions too (its handle_pre_6_0_config)."""
+    """Returns cfg.json with the fields of SAELens 6, also if an earlier version wrote it.
+
+    Source: handle_pre_6_0_config of SAELens.
+    """
     cfg = read_json(directory / "cfg.json")
     if "metadata" in cfg:
         return cfg
@@ -203,12 +227,12 @@ def _read_cfg(directory: pathlib.Path) -> dict:
     return {"architecture": "standard", "metadata": metadata} | cfg
 
 
-def _of_heads(hook: str | None) -> bool:
+def _is_hook_z(hook: str | None) -> bool:
     return bool(hook) and hook.endswith("attn.hook_z")
 
 
-def _names(architecture: str) -> dict[str, str]:
-    """Their tensors, and which of our parameters each is."""
+def _parameter_names(architecture: str) -> dict[str, str]:
+    """Returns our name of each tensor of SAELens' architecture, by SAELens' name."""
     names = {"W_enc": "w_enc", "W_dec": "w_dec", "b_dec": "b_dec"}
     if architecture == "gated":
         return names | {theirs: ours for ours, theirs in _GATED.items()}
@@ -221,7 +245,7 @@ def _names(architecture: str) -> dict[str, str]:
 
 
 def _architecture(cfg: dict, file: pathlib.Path) -> tuple[str, str]:
-    """Our architecture and kind."""
+    """Returns the name of our architecture, and the kind."""
     theirs = cfg.get("architecture")
     if theirs in _READS:
         return _READS[theirs], "autoencoder"
@@ -234,7 +258,7 @@ def _architecture(cfg: dict, file: pathlib.Path) -> tuple[str, str]:
 
 
 def _fields(name: str, kind: str, cfg: dict, file: pathlib.Path) -> dict:
-    """What our config says of it besides."""
+    """Returns the fields of our config that differ between SAEs of an architecture and kind."""
     fields = {}
     if name != "relu" and kind == "autoencoder":
         fields["apply_b_dec_to_input"] = _subtracts_b_dec(cfg)
@@ -247,7 +271,7 @@ def _fields(name: str, kind: str, cfg: dict, file: pathlib.Path) -> dict:
     return fields
 
 
-def _same_function(config: SAEConfig, arrays: Arrays, cfg: dict, d_in: int, d_out: int) -> SAE:
+def _equivalent_sae(config: SAEConfig, arrays: Arrays, cfg: dict, d_in: int, d_out: int) -> SAE:
     subtracts = _subtracts_b_dec(cfg)
     if subtracts and not config.apply_b_dec_to_input and config.kind == "autoencoder":
         arrays["b_enc"] = arrays["b_enc"] - arrays["b_dec"] @ arrays["w_enc"]

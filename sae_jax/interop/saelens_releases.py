@@ -1,7 +1,8 @@
-"""SAELens' public table of releases: which repository and folder a (release, sae_id) stands for.
+"""Reads SAELens' public table of releases, which says where on the hub each of its SAEs is.
 
-The table is the file pretrained_saes.yaml in the package sae-lens. It is read where that package is
-installed; neither it nor torch is imported.
+The table maps a (release, sae_id) to a repository and a folder in it. It is the file
+pretrained_saes.yaml of the package sae-lens, and is read where that package is installed. Neither
+sae-lens nor torch is imported.
 """
 
 import functools
@@ -22,8 +23,9 @@ _CHANGES = ("normalize_activations", "apply_b_dec_to_input", "rescale_acts_by_de
 def hub_name(release: str, sae_id: str) -> HubName:
     """Returns the folder on the hub of a SAELens release's SAE.
 
-    Raises UserError for a release or an id that the table does not have, naming the nearest; for
-    one in a format that is not read here; and where sae-lens or PyYAML is not installed."""
+    Raises UserError for a release or an id that the table does not have, naming the nearest; for an
+    SAE in a format that is not read here; and if sae-lens or PyYAML is not installed.
+    """
     table = read_table()
     choose(release, table, f"the release of {SCHEME}{release}/{sae_id}")
     entry = table[release]
@@ -47,9 +49,10 @@ def hub_name(release: str, sae_id: str) -> HubName:
 
 @functools.cache
 def read_table() -> dict:
-    """Returns {release: its entry} of the table in the installed package.
+    """Returns the table in the installed package: the entry of each release, by its name.
 
-    Raises UserError where sae-lens or PyYAML is not installed."""
+    Raises UserError if sae-lens or PyYAML is not installed.
+    """
     package = importlib.util.find_spec("sae_lens")
     if package is None or not package.submodule_search_locations:
         raise UserError(

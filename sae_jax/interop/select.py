@@ -1,4 +1,4 @@
-"""Which runs of a sweep are meant: conditions on the columns of its results.csv."""
+"""Selects runs of a sweep by conditions on the columns of its results.csv."""
 
 import csv
 import io
@@ -21,10 +21,16 @@ _TERM = re.compile(rf"([\w.]+)({'|'.join(_OPERATORS)})(\S+)")
 
 
 def select(sweep: paths.AnyPath, terms: str = "") -> list[dict[str, str]]:
-    """Rows of SWEEP/results.csv of runs that are done and meet every term of `terms`: COLUMN,
-    one of = != < <= > >=, VALUE; spaces between terms. An empty cell meets only !=.
+    """Returns the rows of SWEEP/results.csv of runs that are done and meet every term.
 
-    UserError for a term that cannot be read, an unknown column, or if there is no such run."""
+    Raises UserError for a term that cannot be read, for an unknown column, and if no run meets all
+    terms.
+
+    Args:
+      sweep: the sweep's directory.
+      terms: terms with spaces between them, such as "d_sae=16384 eval_l0<60". A term is the name of
+        a column, one of = != < <= > >=, and a value. An empty cell meets only !=.
+    """
     file = sweep / "results.csv"
     if not file.is_file():
         raise UserError(

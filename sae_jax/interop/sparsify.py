@@ -1,7 +1,7 @@
-"""EleutherAI's sparsify: cfg.json and sae.safetensors.
+"""Reads and writes the format of EleutherAI's sparsify: cfg.json and sae.safetensors.
 
-latents = TopK(ReLU((x - b_dec) @ encoder.weight.T + encoder.bias)); a transcoder takes no b_dec
-from x, and adds x @ W_skip.T where it has a skip.
+Its SAEs compute latents = TopK(ReLU((x - b_dec) @ encoder.weight.T + encoder.bias)). A transcoder
+takes no b_dec from x, and adds x @ W_skip.T to its output if it has a skip.
 """
 
 import json
@@ -16,7 +16,7 @@ from sae_jax.interop.weights import (
     float32,
     make_sae,
     matrix_shape,
-    without_shift,
+    parameters_for,
 )
 from sae_jax.json_files import read_json
 from sae_jax.sae import SAE, TopKConfig
@@ -40,11 +40,16 @@ FILES = ("cfg.json", _FILE)
 
 
 def recognises(path: pathlib.Path) -> bool:
+    """Returns whether `path` is a folder of sparsify's."""
     return all((path / name).is_file() for name in FILES)
 
 
-def write(sae: SAE, directory: pathlib.Path, about: dict) -> None:
-    del about
+def write(sae: SAE, directory: pathlib.Path, provenance: dict) -> None:
+    """Writes a folded SAE to an existing folder. The format has no place for its provenance.
+
+    Raises UserError if inputs and outputs differ in width.
+    """
+    del provenance
     config = sae.config
     if config.d_in != config.d_out:
         raise UserError(
@@ -52,7 +57,7 @@ def write(sae: SAE, directory: pathlib.Path, about: dict) -> None:
             "in width"
         )
     transcodes = config.kind != "autoencoder"
-    arrays = float32(without_shift(sae, subtracts=not transcodes))
+    arrays = float32(parameters_for(sae, subtracts_b_dec=not transcodes))
     tensors = {
         "encoder.weight": np.ascontiguousarray(arrays["w_enc"].T),
         "encoder.bias": arrays["b_enc"],
@@ -77,6 +82,11 @@ def write(sae: SAE, directory: pathlib.Path, about: dict) -> None:
 
 
 def read(directory: pathlib.Path) -> SAE:
+    """Returns the SAE in a folder of sparsify's, in float32.
+
+    Raises UserError for an activation other than topk, for a k or widths that are wrong, and for
+    tensors that are missing, additional or of another shape.
+    """
     file = directory / "cfg.json"
     cfg = read_json(file)
     if cfg.get("activation", "topk") != "topk":

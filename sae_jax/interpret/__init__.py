@@ -1,4 +1,4 @@
-"""What latents respond to: examples, output tokens, and a page to look at."""
+"""Shows what latents respond to: examples, output tokens, and a page to look at."""
 
 from sae_jax.interpret.effects import OutputTokens, output_tokens
 from sae_jax.interpret.examples import Example, find_examples

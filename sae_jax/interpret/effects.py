@@ -1,8 +1,8 @@
-"""What a latent does to the model's output: the tokens that its decoder row speaks for.
+"""Finds which output tokens a latent promotes, and which it suppresses.
 
-The direct path alone: the row as part of the residual stream, through the last norm's weights and
-the unembedding, without the layers between. The norm's scale, which differs by token, is left
-out, and so is what is common to all tokens: the softmax does not see it.
+Only the direct path counts: the latent's decoder row is part of the residual stream, and goes
+through the last norm's weights and the unembedding, without the layers between. The norm's scale,
+which differs by token, is left out. So is what is common to all tokens, which the softmax ignores.
 """
 
 import dataclasses
@@ -20,7 +20,12 @@ _INTO_RESIDUAL = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 
 @dataclasses.dataclass(frozen=True)
 class OutputTokens:
-    """Token ids (L, n) that each latent promotes and suppresses most, keep_top_k first."""
+    """The output tokens that latents promote and suppress most, the most affected ones first.
+
+    Attributes:
+      promoted: token ids (latents, n).
+      suppressed: token ids (latents, n).
+    """
 
     promoted: np.ndarray
     suppressed: np.ndarray
@@ -29,16 +34,25 @@ class OutputTokens:
 def output_tokens(
     sae: SAE, model: lm.JaxModel, site: str, latents: np.ndarray, count: int = 8
 ) -> OutputTokens | None:
-    """For `latents` (L,); None where what is written at `site` does not go to the residual
-    stream by a linear map (mlp_in)."""
+    """Returns the `count` output tokens that each latent promotes, and suppresses, most.
+
+    Args:
+      sae: the SAE.
+      model: its language model.
+      site: the site that the SAE writes to.
+      latents: the numbers of the latents, (L,).
+      count: how many tokens to return for each.
+
+    Returns None where no linear map leads from the site to the residual stream (mlp_in).
+    """
     name, _, layer = site.partition(".")
     rows_LxW = sae.w_dec[...][jnp.asarray(latents)]
     if name in _MATRICES:
         matrix, norm = _MATRICES[name]
-        p = model.params["layers"][int(layer)]
-        rows_LxD = rows_LxW @ p[matrix].astype(jnp.float32).reshape(rows_LxW.shape[1], -1)
+        weights = model.params["layers"][int(layer)]
+        rows_LxD = rows_LxW @ weights[matrix].astype(jnp.float32).reshape(rows_LxW.shape[1], -1)
         if model.config.post_norms:
-            rows_LxD = _through_norm(rows_LxD, p[norm], model.config)
+            rows_LxD = _through_norm(rows_LxD, weights[norm], model.config)
     elif name in _INTO_RESIDUAL:
         rows_LxD = rows_LxW
     else:

@@ -1,13 +1,13 @@
-"""Texts on which latents are most active, and texts from below their maximum.
+"""Finds texts on which latents are most active, and texts on which they are less active.
 
-One pass over a store in the order of its sequences. Only a running best of `count` sequences for
-each latent and group is kept, on the device. A sequence stands in a group by its peak, the
-largest activation of the latent in it, so that the examples come from distinct sequences.
+The store is read once, in the order of its sequences. For each latent and group only the best
+`count` sequences so far are kept, on the device. A sequence belongs to a group by its peak, which
+is the largest activation of the latent in it. So the examples come from distinct sequences.
 
-Group 0 holds the sequences with the highest peaks. Groups 1 to `intervals` cut the range from 0
-to the latent's maximum into equal parts, the highest first, and hold sequences drawn at random
-from those whose peak lies in the part: what a latent means at half its strength is often not
-what it means at its maximum (Bricken et al. 2023, "Towards Monosemanticity").
+Group 0 holds the sequences with the highest peaks. Groups 1 to `intervals` cut the range from 0 to
+the latent's maximum into equal parts, the highest first. Each holds sequences drawn at random from
+those whose peak lies in its part: what a latent means at half its strength is often not what it
+means at its maximum (Bricken et al. 2023, "Towards Monosemanticity").
 """
 
 import dataclasses
@@ -28,9 +28,17 @@ _LATENTS = 2**25  # elements of one batch's dense latents
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A window of a sequence: tokens start to stop of its `ids` (T,), with the latent's
-    `activations` (stop - start,) in the units of `evaluate.metrics`. The token at `peak`, counted
-    like start, has the highest of the whole sequence."""
+    """A window of a sequence on which a latent is active.
+
+    Attributes:
+      sequence: the number of the sequence in the store.
+      ids: the token ids of the whole sequence, (T,).
+      start: the position of the window's first token.
+      stop: the position after its last token.
+      peak: the position of the highest activation in the whole sequence.
+      activations: the latent's activations in the window, (stop - start,), as lengths in the units
+        of the data (see `evaluate.metrics`).
+    """
 
     sequence: int
     ids: np.ndarray
@@ -55,14 +63,23 @@ def find_examples(
     after: int = 14,
     seed: int = 0,
 ) -> list[list[list[Example]]]:
-    """Examples [latent][group][example] for `latents` (L,), at most `count` in group 0 and
-    `per_interval` (<= count) in the others; see above for the groups. A latent that does not
-    fire has empty ones.
+    """Returns examples [latent][group][example]; see above for the groups.
 
-    site: what the SAE reads; a crosscoder's are "a,b". max_activation: (L,), of which the
-    intervals are parts. tokens: about how many of the store's to look at, spread evenly over it.
-    Excluded rows do not count. before, after: tokens of the window on both sides of the peak.
-    UserError if the store has no tokens.
+    Args:
+      sae: the SAE.
+      store: where texts are looked for. Its excluded rows do not count.
+      site: the site that the SAE reads; "a,b" for a crosscoder's.
+      latents: the numbers of the latents, (L,).
+      max_activation: the latents' maxima, (L,), of which the intervals are parts.
+      tokens: about how many of the store's tokens to look at, spread evenly.
+      count: how many examples to find at most for group 0.
+      intervals: how many other groups there are.
+      per_interval: how many examples to find at most for each of them, up to `count`.
+      before: how many tokens of the window lie before the peak.
+      after: how many tokens of the window lie after the peak.
+      seed: the seed of what is drawn at random.
+
+    A latent that does not fire has empty groups. Raises UserError if the store has no tokens.
     """
     ids = store.tokens()
     if ids is None:
@@ -102,7 +119,7 @@ def _search(sae, sites, latents, edges, tokens, count, seed) -> dict[str, np.nda
 
 @jax.jit
 def _merge(best, sae, x_SxTxD, used_SxT, latents_L, edges_GxL, start, key) -> dict:
-    """The running best with the sequences start, start + 1, ... taken in."""
+    """Returns the best sequences so far, taking in the sequences start, start + 1, and so on."""
     acts_SxTxL = _activations(sae, x_SxTxD, latents_L) * used_SxT[:, :, None]
     peak_LxS = acts_SxTxL.max(axis=1).T
     position_LxS = acts_SxTxL.argmax(axis=1).T
@@ -124,7 +141,7 @@ def _merge(best, sae, x_SxTxD, used_SxT, latents_L, edges_GxL, start, key) -> di
 
 
 def _activations(sae: SAE, x_SxTxD, latents_L):
-    """Activations (S, T, L) of the chosen latents."""
+    """Returns the activations (S, T, L) of the chosen latents."""
     latents = sae.encode(x_SxTxD.astype(jnp.float32))
     return latents[..., latents_L] * activation_scale(sae)[latents_L]
 

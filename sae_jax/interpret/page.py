@@ -1,4 +1,7 @@
-"""One self-contained HTML page about an SAE: metrics, figures, and what some latents respond to."""
+"""Writes one HTML page about an SAE: metrics, figures, and what some of its latents respond to.
+
+The page is one file, which needs nothing else.
+"""
 
 import dataclasses
 import pathlib
@@ -23,7 +26,14 @@ HOW_CHOSEN = (
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """A piece of text as the page shows it: `strength` 0 to 1 of the latent's maximum."""
+    """A piece of text as the page shows it.
+
+    Attributes:
+      text: the text.
+      activation: the latent's largest activation in it.
+      strength: the activation as a part of the latent's maximum, 0 to 1.
+      peak: whether the latent is most active here of the whole text.
+    """
 
     text: str
     activation: float
@@ -33,6 +43,19 @@ class Span:
 
 @dataclasses.dataclass(frozen=True)
 class LatentView:
+    """What the page shows of a latent.
+
+    Attributes:
+      index: the number of the latent.
+      density: the part of the rows on which it fires.
+      mean_activation: its mean activation where it fires.
+      max_activation: its largest activation.
+      promoted: the output tokens that it promotes most.
+      suppressed: the output tokens that it suppresses most.
+      top: the texts on which it is most active.
+      intervals: texts on which it is less active, as pairs of a title and texts.
+    """
+
     index: int
     density: float
     mean_activation: float
@@ -40,12 +63,15 @@ class LatentView:
     promoted: list[str]
     suppressed: list[str]
     top: list[list[Span]]
-    intervals: list[tuple[str, list[list[Span]]]]  # (which part of the range, examples)
+    intervals: list[tuple[str, list[list[Span]]]]
 
 
 def choose_latents(density: np.ndarray, rows: int, count: int) -> np.ndarray:
-    """Latents across the range of densities (d_sae,), by the rule that `HOW_CHOSEN` states. If too
-    few fired that often, of all that fired."""
+    """Returns the numbers of up to `count` latents from rare to frequent ones.
+
+    The rule is that of `HOW_CHOSEN`. If too few latents fired often enough, it chooses among all
+    that fired. `density` (d_sae,) is the part of the `rows` rows on which each latent fires.
+    """
     alive = np.flatnonzero(density * rows > _MIN_ROWS - 0.5)
     if len(alive) < count:
         alive = np.flatnonzero(density > 0)
@@ -67,11 +93,22 @@ def write_page(
     tokens: int = 1_000_000,
     title: str = "Sparse autoencoder",
 ) -> None:
-    """Writes the page to `out`, under a temporary name first.
+    """Writes the page to the file `out`, under a temporary name first.
 
-    Shows `count` latents with their keep_top_k texts among about `tokens` tokens of the store.
-    Without `model` there are no output tokens, nor where a latent's decoder row does not stand for
-    one place in the residual stream; without `metrics_file` no training curves.
+    Args:
+      out: the path of the file.
+      sae: the SAE.
+      evaluation: its metrics.
+      store: where texts are looked for.
+      tokenizer: what turns the store's tokens into text.
+      model: the SAE's language model. Without it no output tokens are shown. They are not shown
+        either where a decoder row does not stand for one place in the residual stream.
+      metrics_file: the run's metrics.jsonl. Without it no training curves are shown.
+      count: how many latents to show.
+      tokens: about how many of the store's tokens to look at.
+      title: the title of the page.
+
+    Raises UserError if the store has no tokens.
     """
     rows, site = evaluation.rows, evaluation.settings["site"]
     latents = choose_latents(rows.density, rows.rows, count)
@@ -119,6 +156,18 @@ def write_page(
 
 
 def render(*, title, sae, evaluation, store, figures, latents, tokens, without_effects) -> str:
+    """Returns the page as HTML.
+
+    Args:
+      title: the title of the page.
+      sae: the SAE.
+      evaluation: its metrics.
+      store: where texts were looked for.
+      figures: pairs of a kind ("wide" or "half") and an SVG, in the order of the page.
+      latents: a `LatentView` for each latent to show.
+      tokens: how many tokens were looked at.
+      without_effects: whether to say that no output tokens are shown.
+    """
     return pages.render(
         pathlib.Path(__file__).with_name("page.html"),
         title=title,
@@ -138,7 +187,7 @@ def render(*, title, sae, evaluation, store, figures, latents, tokens, without_e
 
 
 def _figures(evaluation: Evaluation, metrics_file) -> list[tuple[str, str]]:
-    """(kind, svg) in the order of the page."""
+    """Returns pairs of a kind ("wide" or "half") and an SVG, in the order of the page."""
     rows = evaluation.rows
     drawn = []
     if metrics_file is not None:

@@ -1,4 +1,4 @@
-"""Tokens as text for people: whole characters, spaces kept, control characters visible."""
+"""Turns tokens into text for people: whole characters, spaces kept, control characters visible."""
 
 import dataclasses
 
@@ -15,8 +15,15 @@ _VISIBLE = _CONTROL_PICTURES | {ord("\n"): "↵", ord("\t"): "⇥"}
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Tokens start to stop (exclusive): one, or several of which only the last ends a character.
-    A character belongs to the token that ends it."""
+    """A piece of text that one token stands for, or several that are parts of one character.
+
+    A character belongs to the token that ends it.
+
+    Attributes:
+      start: the position of its first token.
+      stop: the position after its last token.
+      text: the text.
+    """
 
     start: int
     stop: int
@@ -26,8 +33,10 @@ class Piece:
 def pieces(
     tokenizer: lm.Tokenizer, ids: np.ndarray, start: int = 0, stop: int | None = None
 ) -> list[Piece]:
-    """Pieces of ids[start:stop], cut between characters and as finely as tokens are. The tokens
-    around the window help with characters that its ends cut."""
+    """Returns the pieces of ids[start:stop], cut between characters and as finely as tokens are.
+
+    The tokens around the window are decoded too, for characters that its ends cut.
+    """
     stop = len(ids) if stop is None else stop
     low = max(0, start - _MARGIN)
     ids = [int(i) for i in ids[low : stop + _MAX_TOKENS]]
@@ -54,7 +63,7 @@ def pieces(
 
 
 def token_text(tokenizer: lm.Tokenizer, token: int) -> str:
-    """One token by itself; the tokenizer's own name for it where it is part of a character."""
+    """Returns the text of a token, or the tokenizer's name for it if it is part of a character."""
     text = _text(tokenizer, [int(token)])
     return _name(tokenizer, int(token)) if _BROKEN in text else text.translate(_VISIBLE)
 
@@ -64,7 +73,10 @@ def _name(tokenizer: lm.Tokenizer, token: int) -> str:
 
 
 def _text(tokenizer: lm.Tokenizer, ids: list[int]) -> str:
-    """The text of ids in the midst of others. Decoded after BOS: many decoders drop the space
-    that the very first token begins with."""
+    """Returns the text of ids that do not begin a document.
+
+    They are decoded after BOS, because many decoders drop the space that the very first token
+    begins with.
+    """
     bos = tokenizer.decode([tokenizer.bos])
     return tokenizer.decode([tokenizer.bos, *ids]).removeprefix(bos)

@@ -1,4 +1,4 @@
-"""Language models: a decoder with taps and edits, its weights, text, and harvest to a store."""
+"""Language models: a decoder whose activations can be read and edited, and harvests of them."""
 
 import pathlib
 
@@ -68,4 +68,5 @@ __all__ = [
 ]
 
 DEMO_MODEL = pathlib.Path(__file__).parents[1] / "assets" / "one_layer"
-"""Directory of the shipped one-layer transformer; experiments/one_layer_transformer.py made it."""
+"""The directory of the one-layer transformer that ships here, which
+experiments/one_layer_transformer.py made."""

@@ -1,6 +1,7 @@
-"""What a decoder is made of: its switches, its parameters with their sharding, its sites.
+"""Describes a decoder: its switches, its parameters with their shardings, and its sites.
 
-Sites, for a layer L and activations of shape (B, T, width), with TransformerLens' names:
+A site is a place in the model whose activations (B, T, width) can be read and replaced. The sites
+of a layer L, with their widths and TransformerLens' names, are
 
     resid_pre.L   d_model  hook_resid_pre       the residual stream that enters the layer
     z.L           heads *  attn.hook_z          what the heads give, before the matrix that mixes
@@ -45,23 +46,37 @@ SITES = tuple(_HOOKS)
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary positions (Su et al. 2021, arXiv:2104.09864): feature i of a head turns with feature
-    i + features/2, Hugging Face's convention. The scalings are for contexts longer than those of
-    training: `linear` (all frequencies divided by `factor`), `llama3` (low ones, with a smooth
-    step; Llama 3.1's), `yarn` (Peng et al. 2023, arXiv:2309.00071)."""
+    """Rotary positions (Su et al. 2021, arXiv:2104.09864).
 
-    features: int | None = None  # the first ones of a head, the others do not turn; None: all
+    Feature i of a head is rotated together with feature i + features/2, as Hugging Face has it. The
+    scalings other than `default` are for contexts longer than those of training: `linear` divides
+    all frequencies by `factor`, `llama3` divides low ones, with a smooth transition (Llama 3.1),
+    and `yarn` is that of Peng et al. 2023, arXiv:2309.00071.
+
+    Attributes:
+      features: how many features of a head are rotated, from its first; None stands for all.
+      theta: the base of the frequencies.
+      scaling: default, linear, llama3 or yarn.
+      factor: what scaled frequencies are divided by.
+      original_context: the tokens of a context in training, for llama3 and yarn.
+      low: llama3's low_freq_factor, or yarn's beta_slow.
+      high: llama3's high_freq_factor, or yarn's beta_fast.
+      attention_factor: what sine and cosine are multiplied by, for yarn.
+      truncate: whether yarn's ramp begins and ends at whole features.
+    """
+
+    features: int | None = None
     theta: float = 10_000.0
     scaling: str = "default"
     factor: float = 1.0
     original_context: int = 0
-    low: float = 1.0  # llama3: low_freq_factor; yarn: beta_slow
-    high: float = 4.0  # llama3: high_freq_factor; yarn: beta_fast
-    attention_factor: float = 1.0  # yarn: of sine and cosine
-    truncate: bool = True  # yarn: the ramp from a whole feature to a whole feature
+    low: float = 1.0
+    high: float = 4.0
+    attention_factor: float = 1.0
+    truncate: bool = True
 
     def frequencies(self, head_dim: int) -> np.ndarray:
-        """(features / 2,) float32, radians a position."""
+        """Returns the frequencies (features / 2,) in radians a position, float32."""
         features = self.features or head_dim
         exponents = np.arange(0, features, 2, dtype=np.float32) / np.float32(features)
         plain = 1.0 / np.power(np.float32(self.theta), exponents)
@@ -77,7 +92,8 @@ class Rope:
         return np.float32(plain * kept + plain / self.factor * (1 - kept))
 
     def _yarn_ramp(self, features: int) -> np.ndarray:
-        def feature(turns: float) -> float:  # the one that turns so often in the original context
+        def feature(turns: float) -> float:
+            """Returns the feature that turns so often in the original context."""
             ratio = self.original_context / (turns * 2 * math.pi)
             return features * math.log(ratio) / (2 * math.log(self.theta))
 
@@ -91,16 +107,25 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
-    """What differs between layers beside their parameters."""
+    """Holds what differs between layers beside their parameters.
+
+    Attributes:
+      rope: the layer's rotary positions, or None.
+      window: how many tokens a token attends to, itself included; None: all before it.
+      attn_scale: what attention scores are multiplied by.
+    """
 
     rope: Rope | None
-    window: int | None  # a token sees so many, itself included; None: all before it
+    window: int | None
     attn_scale: float
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """The function that the parameters are put into. Hashable: pass it to jit as static."""
+    """Describes the function of a decoder, apart from its parameters.
+
+    It is hashable, so it can be a static argument of `jax.jit`.
+    """
 
     vocab_size: int
     d_model: int
@@ -133,10 +158,11 @@ class DecoderConfig:
 
     @property
     def group(self) -> int:
-        """Query heads that share a key/value head."""
+        """How many query heads share a key/value head."""
         return self.num_heads // self.num_kv_heads
 
     def kind(self, layer: int) -> LayerKind:
+        """Returns how the layer of this number attends."""
         window = self.windows[layer] if self.windows else None
         local = window is not None and self.local_rope is not None
         scale = self.head_dim**-0.5 if self.attn_scale is None else self.attn_scale
@@ -147,26 +173,35 @@ class DecoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """A parameter: its shape, the axes that the mesh's `model` may shard, the first that it
-    divides, and how many of its leading axes are inputs of the matrix (0: a vector)."""
+    """Describes a parameter.
+
+    Attributes:
+      shape: its shape.
+      model_axes: the axes that the mesh's axis `model` may shard, the preferred one first.
+      inputs: how many of its leading axes are inputs of the matrix; 0 for a vector.
+    """
 
     shape: tuple[int, ...]
     model_axes: tuple[int, ...] = ()
     inputs: int = 0
 
     def model_axis(self, model_size: int) -> int | None:
+        """Returns the first of `model_axes` that `model_size` devices divide, None if none is."""
         return next((a for a in self.model_axes if self.shape[a] % model_size == 0), None)
 
     def spec(self, model_size: int) -> P:
-        """Sharded where `model` divides an axis, whole otherwise."""
+        """Returns the parameter's PartitionSpec on a mesh whose axis `model` has this size."""
         axis = self.model_axis(model_size)
         return P(*("model" if i == axis else None for i in range(len(self.shape))))
 
 
 def layout(config: DecoderConfig) -> dict:
-    """The tree of parameters, a `Leaf` for each. `model` shards the key/value heads with the query
-    heads they serve (n), or else the query heads of each (g); the MLP's width; the vocabulary, or
-    else the width of its vectors."""
+    """Returns the tree of a decoder's parameters, with a `Leaf` for each.
+
+    The mesh's axis `model` shards the key/value heads (n) with the query heads that share them, or
+    else the query heads of each (g); the MLP's width; and the vocabulary, or else the width of its
+    vectors.
+    """
     d, n, g, k = config.d_model, config.num_kv_heads, config.group, config.head_dim
     f, v = config.d_mlp, config.vocab_size
     layer = {
@@ -211,8 +246,12 @@ def layout(config: DecoderConfig) -> dict:
 
 
 def init(key: jax.Array, config: DecoderConfig, dtype=jnp.float32) -> dict:
-    """Random parameters: norms one, biases zero, embeddings N(0, 0.02^2), matrices N(0, 1/fan_in)
-    with those that write to the residual stream divided by sqrt(2 * layers), as in GPT-2."""
+    """Returns random parameters, the tree of `layout`.
+
+    Norms are one and biases zero. Embeddings are drawn from N(0, 0.02^2) and matrices from
+    N(0, 1/fan_in). Matrices that write to the residual stream are divided by sqrt(2 * layers), as
+    in GPT-2.
+    """
     paths, tree = jax.tree_util.tree_flatten_with_path(layout(config))
     keys = jax.random.split(key, len(paths))
     leaves = []
@@ -232,7 +271,10 @@ def init(key: jax.Array, config: DecoderConfig, dtype=jnp.float32) -> dict:
 
 
 def site_width(config: DecoderConfig, site: str) -> int:
-    """The width of a site's activations. UserError for a site that the model does not have."""
+    """Returns the width of a site's activations.
+
+    Raises UserError for a site that the model does not have.
+    """
     names = [name for name in SITES if not (config.parallel and name == "resid_mid")]
     name, _, layer = site.rpartition(".")
     if name not in names or not layer.isdecimal() or int(layer) >= config.num_layers:
@@ -245,6 +287,6 @@ def site_width(config: DecoderConfig, site: str) -> int:
 
 
 def hook_name(site: str) -> str | None:
-    """TransformerLens' name of a site; None for what is no site of a decoder."""
+    """Returns TransformerLens' name of a site, or None for a name that is no site of a decoder."""
     name, _, layer = site.rpartition(".")
     return f"blocks.{layer}.{_HOOKS[name]}" if name in _HOOKS and layer.isdecimal() else None

@@ -1,7 +1,7 @@
-"""Causal attention, with the device's fused kernel where it has one.
+"""Computes causal attention, with the device's fused kernel where it has one.
 
-b: batch; t, s: positions of queries and keys; n: key/value heads; g: query heads of each; k:
-features of a head.
+In shapes, b is the batch, t and s are positions of queries and keys, n is the number of key/value
+heads, g that of query heads of each, and k that of a head's features.
 """
 
 import contextlib
@@ -19,9 +19,18 @@ _MAX_BLOCKS = 16  # each is a part of the compiled program
 
 
 def attend(q, k, v, kind: LayerKind, softcap: float | None):
-    """q (b, t, n, g, k), k and v (b, s, n, k) -> (b, t, n, g, k). Scores and softmax are float32.
+    """Returns what each head's queries attend to, (b, t, n, g, k).
 
-    On a mesh each device attends for its own rows and heads; nothing is sent."""
+    Scores and softmax are float32. On a mesh each device computes its own rows and heads, and
+    nothing is sent.
+
+    Args:
+      q: queries (b, t, n, g, k).
+      k: keys (b, s, n, k).
+      v: values (b, s, n, k).
+      kind: how the layer attends.
+      softcap: the bound c of scores c * tanh(score / c); None: there is none.
+    """
     run = functools.partial(_attend, kind=kind, softcap=softcap)
     mesh = jax.typeof(q).sharding.mesh
     if mesh.empty:
@@ -31,7 +40,7 @@ def attend(q, k, v, kind: LayerKind, softcap: float | None):
 
 
 def rotate(x, rope: Rope):
-    """Turns the features of x (b, t, *heads, k) by their position."""
+    """Returns x (b, t, *heads, k) with its features rotated by their positions, in x's dtype."""
     length, width = x.shape[1], x.shape[-1]
     frequencies = rope.frequencies(width)
     angle = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies[None, :]
@@ -69,11 +78,13 @@ def _fused(q, k, v, *, kind: LayerKind):
 
 
 def _in_blocks(q, k, v, *, kind: LayerKind, softcap: float | None):
-    """A block of queries meets only the keys that some of them see: half of all where there is no
-    window. The (t, t) scores never exist. With 512 tokens and 8 heads of 8, on 2 CPU cores, this
-    took two thirds of the time of torch's fused kernel and a seventh of that of all scores at once.
+    """Returns the same as `attend`, computed for a block of queries at a time.
 
-    softcap: scores lie between -softcap and softcap (Gemma 2), which the fused kernels cannot."""
+    A block's scores are computed only for the keys that some of its queries see, which are half of
+    all where there is no window. The (t, t) scores never exist. With 512 tokens and 8 heads of 8,
+    on 2 CPU cores, this took two thirds of the time of torch's fused kernel and a seventh of that
+    of all scores at once. Unlike the fused kernels it can bound scores by `softcap` (Gemma 2).
+    """
     length = q.shape[1]
     block = max(_QUERIES, -(-length // _MAX_BLOCKS))
     q, k, v = (jnp.moveaxis(x, 1, -2) for x in (q, k, v))

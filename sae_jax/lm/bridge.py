@@ -1,8 +1,7 @@
-"""Models of families that our decoder does not know, run by transformers and torch themselves.
+"""Runs models of families that our decoder does not know, by transformers and torch.
 
-The sites of a `TorchModel` are what hooks see: what goes into a module of transformers' own, or
-what comes out. By the names that our decoder has, where the tree of modules says which module it
-is:
+A site of a `TorchModel` is the input or the output of a module of transformers' model. Where the
+tree of modules says which module it is, it has the name of our decoder's site:
 
     resid_pre.L  resid_post.L  into and out of the L-th layer (of the longest list of modules)
     mlp_in.L     into the layer's MLP
@@ -10,8 +9,8 @@ is:
     mlp_act.L  mlp_out.L  into and out of the MLP's last projection
                  (where a norm follows before the residual stream, *_out.L is what leaves the norm)
 
-And of any module by its path: hf:model.layers.3.mlp is what comes out of it, hf:PATH:in what goes
-in (the first tensor in both cases).
+Any module also has sites by its path: hf:model.layers.3.mlp is its output and hf:PATH:in its input,
+in both cases the first tensor.
 """
 
 import contextlib
@@ -41,26 +40,35 @@ _NORM_AFTER_ATTENTION = "post_attention_layernorm"
 
 
 def is_torch(spec) -> bool:
-    """Whether `spec` names a model for transformers to run, and no directory for our decoder."""
+    """Returns whether `spec` names a model that transformers runs and not our decoder."""
     return str(spec).startswith(TORCH)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
-    """What goes into the module at `path`, or what comes out."""
+class _HookPoint:
+    """Names the output of the module at `path`, or with `is_input` its input."""
 
     path: str
-    inward: bool = False
+    is_input: bool = False
 
 
 class TorchModel(LanguageModel):
-    """Transformers' own model of "torch:DIRECTORY", or "torch:NAME" of one on the Hugging Face hub
-    (org/repository, with or without hf:// before it), on the first GPU that torch has, else on the
-    CPU. What it returns is on JAX's default device.
+    """A language model that transformers runs.
 
-    UserError without torch and transformers, or where there is no such model."""
+    It runs on the first GPU that torch has, else on the CPU. The arrays that it returns are on
+    JAX's default device.
+    """
 
     def __init__(self, spec, dtype: str = "float32"):
+        """Opens the model, but does not read its weights.
+
+        Raises UserError if torch or transformers is not installed, or if there is no such model.
+
+        Args:
+          spec: torch:DIRECTORY, or torch:org/repository for a model on the Hugging Face hub, with
+            or without hf:// before it.
+          dtype: the type in which it computes, a name of torch's.
+        """
         self._torch, self._transformers = _import(spec)
         name = _directory_or_hub_name(str(spec).removeprefix(TORCH))
         self.directory = model_directory(name)
@@ -74,6 +82,7 @@ class TorchModel(LanguageModel):
 
     @functools.cached_property
     def fingerprint(self) -> str:
+        """A hash of its config and weights, which a store keeps."""
         with_weights(self._name, old=True)
         old = sorted(file.name for file in self.directory.glob("pytorch_model*.bin"))
         return fingerprint(self.directory, [] if any(self.directory.glob("*.safetensors")) else old)
@@ -88,7 +97,7 @@ class TorchModel(LanguageModel):
 
     @functools.cached_property
     def layers_module(self) -> str:
-        """The path of the layers: of the longest list of modules that is in no other list."""
+        """The path of the model's layers: the longest list of modules that is in no other list."""
         torch, lists = self._torch, {}
         for name, module in self._module.named_modules():
             inner = any(name.startswith(f"{outer}.") for outer in lists)
@@ -99,15 +108,18 @@ class TorchModel(LanguageModel):
         return max(lists, key=lists.get)
 
     def site_width(self, site: str) -> int:
-        """See `LanguageModel.site_width`. Runs the model on a few tokens."""
+        """Returns the width of a site's activations, after running the model on a few tokens.
+
+        Raises UserError for a site that the model does not have.
+        """
         _, taps = self._run(np.zeros((2, 3), np.int32), (site,), {}, head=False)
         return taps[site].shape[-1]
 
     def flops_per_token(self, sites: Sequence[str], context_length: int) -> None:
-        """Not known of other families."""
+        """Returns None: the FLOPs of these families are not known."""
 
     def runner(self, sites: Sequence[str], dtype) -> Callable[[np.ndarray], dict]:
-        """tokens (B, T) -> {site: (B, T, width)} of `dtype`, on the host."""
+        """Returns a function from tokens (B, T) to {site: (B, T, width)} of `dtype` on the host."""
         sites, dtype = tuple(sites), getattr(self._torch, np.dtype(dtype).name)
 
         def run(tokens):
@@ -117,7 +129,10 @@ class TorchModel(LanguageModel):
         return run
 
     def forward(self, tokens, taps=(), edits=None, logits=True):
-        """See `LanguageModel.forward`. An edited site's activations go to JAX and back."""
+        """Runs the model as `LanguageModel.forward` says.
+
+        The activations of an edited site are copied to JAX and back.
+        """
 
         def in_torch(site, edit, x):
             x_BxTxW = jnp.asarray(self._to_numpy(x))
@@ -137,13 +152,15 @@ class TorchModel(LanguageModel):
         return (jnp.asarray(self._to_numpy(out.float())) if logits else None), tapped
 
     def _run(self, tokens_BxT: np.ndarray, taps: tuple, edits: dict, head: bool):
-        """(logits or None, {tap: tensor (B, T, width)}); a tap at an edited site gives the
-        replacement. edits: {site: function of such a tensor}."""
+        """Returns logits, or None without `head`, and {tap: tensor (B, T, width)}.
+
+        edits: functions from such a tensor to its replacement, by site.
+        """
         torch, tapped = self._torch, {}
-        places = {site: self._place(site) for site in (*taps, *edits)}
+        points = {site: self._hook_point(site) for site in (*taps, *edits)}
 
         def visit(site, x):
-            """What the model goes on with for `x`."""
+            """Returns what the model goes on with in place of `x`."""
             if site in tapped:
                 raise UserError(f"{site} runs several times in one pass of {self.directory}")
             x_BxTxW = _by_token(x, tokens_BxT.shape, site)
@@ -154,60 +171,60 @@ class TorchModel(LanguageModel):
 
         module = self._module
         prefix = f"{module.base_model_prefix}."
-        if not head and all(place.path.startswith(prefix) for place in places.values()):
+        if not head and all(point.path.startswith(prefix) for point in points.values()):
             run = module.base_model  # without the unembedding, which may be most of the work
         else:
             run = module
         with torch.inference_mode(), contextlib.ExitStack() as hooks:
-            for site, place in places.items():
-                hooks.enter_context(_hook(module, place, functools.partial(visit, site), torch))
+            for site, point in points.items():
+                hooks.enter_context(_hook(module, point, functools.partial(visit, site), torch))
             ids = torch.tensor(tokens_BxT, dtype=torch.long, device=module.device)
             out = run(input_ids=ids, use_cache=False)
-        for site in places:
+        for site in points:
             if site not in tapped:
                 raise UserError(f"{site} has no part in a pass of {self.directory}; name another")
         return out.logits if head else None, {site: tapped[site] for site in taps}
 
-    def _place(self, site: str) -> _Place:
+    def _hook_point(self, site: str) -> _HookPoint:
         if site.startswith(_HOOK):
             path = site.removeprefix(_HOOK)
-            inward = path.endswith(":in")
             modules = [name for name, _ in self._module.named_modules() if name]
-            return _Place(choose(path.removesuffix(":in"), modules, f"the module {site}"), inward)
-        if site not in self._named:
-            names = sorted({name.partition(".")[0] for name in self._named})
+            module = choose(path.removesuffix(":in"), modules, f"the module {site}")
+            return _HookPoint(module, is_input=path.endswith(":in"))
+        if site not in self._site_hooks:
+            names = sorted({name.partition(".")[0] for name in self._site_hooks})
             raise UserError(
                 f"unknown site {site!r}; {self.directory} has {', '.join(names)}, each with .LAYER "
                 f"from 0 to {self._num_layers - 1}, and {_HOOK}PATH for any module, such as "
                 f"{_HOOK}{self.layers_module}.0, with :in for what goes into it"
             )
-        return self._named[site]
+        return self._site_hooks[site]
 
     @property
     def _num_layers(self) -> int:
         return len(self._module.get_submodule(self.layers_module))
 
     @functools.cached_property
-    def _named(self) -> dict[str, _Place]:
-        """Where our names of sites are, of those that can be found."""
-        places = {}
+    def _site_hooks(self) -> dict[str, _HookPoint]:
+        """Returns the hook point of each site that can be found, by our names of sites."""
+        points = {}
         for number, layer in enumerate(self._module.get_submodule(self.layers_module)):
             own = f"{self.layers_module}.{number}"
-            found = {"resid_pre": _Place(own, inward=True), "resid_post": _Place(own)}
+            found = {"resid_pre": _HookPoint(own, is_input=True), "resid_post": _HookPoint(own)}
             attention, mlp = _child(layer, _ATTENTION), _child(layer, _MLP)
             if attention and (last := _child(layer.get_submodule(attention), _LAST_OF_ATTENTION)):
                 path = f"{own}.{attention}.{last}"
-                found |= {"z": _Place(path, inward=True), "attn_out": _Place(path)}
+                found |= {"z": _HookPoint(path, is_input=True), "attn_out": _HookPoint(path)}
             if mlp:
-                found["mlp_in"] = _Place(f"{own}.{mlp}", inward=True)
+                found["mlp_in"] = _HookPoint(f"{own}.{mlp}", is_input=True)
             if last := _child(layer.get_submodule(mlp or ""), _LAST_OF_MLP):
                 path = f"{own}.{mlp}.{last}" if mlp else f"{own}.{last}"
-                found |= {"mlp_act": _Place(path, inward=True), "mlp_out": _Place(path)}
+                found |= {"mlp_act": _HookPoint(path, is_input=True), "mlp_out": _HookPoint(path)}
             if _child(layer, (_NORM_AFTER_MLP,)):
-                found["attn_out"] = _Place(f"{own}.{_NORM_AFTER_ATTENTION}")
-                found["mlp_out"] = _Place(f"{own}.{_NORM_AFTER_MLP}")
-            places |= {f"{name}.{number}": place for name, place in found.items()}
-        return places
+                found["attn_out"] = _HookPoint(f"{own}.{_NORM_AFTER_ATTENTION}")
+                found["mlp_out"] = _HookPoint(f"{own}.{_NORM_AFTER_MLP}")
+            points |= {f"{name}.{number}": point for name, point in found.items()}
+        return points
 
     def _load(self, auto, **options):
         try:
@@ -222,8 +239,8 @@ class TorchModel(LanguageModel):
         return x.contiguous().cpu().numpy()
 
 
-def _hook(module, place: _Place, visit: Callable, torch):
-    """Has `visit` see, and replace, what is at the place; undone by the handle's exit."""
+def _hook(module, point: _HookPoint, visit: Callable, torch):
+    """Returns the handle of a hook that replaces the tensor at a point by `visit` of it."""
 
     def before(_, args, kwargs):
         for i, x in enumerate(args):
@@ -235,14 +252,14 @@ def _hook(module, place: _Place, visit: Callable, torch):
     def after(_, args, out):
         return visit(out) if torch.is_tensor(out) else (visit(out[0]), *out[1:])
 
-    target = module.get_submodule(place.path)
-    if place.inward:
+    target = module.get_submodule(point.path)
+    if point.is_input:
         return target.register_forward_pre_hook(before, with_kwargs=True)
     return target.register_forward_hook(after)
 
 
 def _by_token(x, shape: tuple[int, int], site: str):
-    """(B, T, width), also of what has the tokens of all sequences in one axis."""
+    """Returns x as (B, T, width), also where the tokens of all sequences are in one axis."""
     if x.shape[:2] != shape and x.shape[0] != shape[0] * shape[1]:
         raise UserError(f"{site} has shape {tuple(x.shape)}, no row for each token; name another")
     return x.reshape(*shape, -1)
@@ -254,7 +271,7 @@ def _child(module, names: Sequence[str]) -> str | None:
 
 
 def _directory_or_hub_name(name: str) -> str:
-    """A name that is no directory is one of the hub, as transformers has it."""
+    """Returns a directory as it is, and any other name as one of the hub, as transformers does."""
     if pathlib.Path(name).is_dir() or hub.is_hub_name(name):
         return name
     try:

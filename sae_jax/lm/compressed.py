@@ -1,4 +1,4 @@
-"""Text files, compressed or not, by their suffix: .gz, .bz2, .xz, .zst."""
+"""Opens text files that may be compressed, which their suffix says: .gz, .bz2, .xz or .zst."""
 
 import bz2
 import gzip
@@ -16,17 +16,20 @@ except ImportError:
     zstandard = None
 
 DAMAGED = (OSError, EOFError, zlib.error, lzma.LZMAError)
-"""What reading a damaged or truncated file raises."""
+"""The errors that reading a damaged or truncated file raises."""
 _BLOCK_BYTES = 1 << 20
 
 
 def suffix(path: pathlib.Path) -> str:
-    """That of the text itself: .jsonl of x.jsonl.gz."""
+    """Returns the suffix of the text in a file, such as .jsonl for x.jsonl.gz."""
     return pathlib.Path(path.stem).suffix if path.suffix in _OPENERS else path.suffix
 
 
 def open_text(path: pathlib.Path) -> TextIO:
-    """UTF-8. UserError for .zst without the zstandard package."""
+    """Opens a file for reading as UTF-8 text.
+
+    Raises UserError for a .zst file if the package zstandard is not installed.
+    """
     opener = _OPENERS.get(path.suffix, open)
     return opener(path, "rt", encoding="utf-8")
 
@@ -40,7 +43,10 @@ def _open_zstandard(path: pathlib.Path, mode: str, encoding: str) -> TextIO:
 
 
 class _ZstandardReader(io.RawIOBase):
-    """All frames of a file. The package's own reader takes a truncated file for a whole one."""
+    """Reads all frames of a file, and raises EOFError where it is truncated.
+
+    The package's own reader takes a truncated file for a whole one.
+    """
 
     def __init__(self, path: pathlib.Path):
         self._file = path.open("rb")

@@ -1,4 +1,4 @@
-"""Text that every machine with Python has: the sources of the standard library."""
+"""Finds text that every machine with Python has: the sources of the standard library."""
 
 import hashlib
 import pathlib
@@ -11,8 +11,11 @@ _LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_
 
 
 def standard_library() -> list[pathlib.Path]:
-    """Its Python files, in an order that mixes subjects (by a hash of the path below the
-    library) and so is the same wherever the library is. Read them with `read_texts`."""
+    """Returns the paths of the standard library's Python files, which `read_texts` reads.
+
+    The order is by a hash of the path below the library. It mixes subjects, and is the same
+    wherever the library is installed.
+    """
     root = pathlib.Path(sysconfig.get_path("stdlib"))
     files = {path.relative_to(root): path for path in text_files(root) if path.suffix == ".py"}
     kept = [

@@ -1,7 +1,7 @@
-"""One functional decoder with switches: parameters are a plain dict, `forward` is a function.
+"""Runs a decoder: `forward` is a function of its parameters, which are a plain dict.
 
-The mesh is read off the arrays' types (Explicit axes), so nothing here is told about it: `model`
-shards heads, the MLP's width and the vocabulary (`architecture.layout`), `data` the batch. Each
+The mesh is read from the arrays' types (Explicit axes) and is no argument. Its axis `model` shards
+heads, the MLP's width and the vocabulary (`architecture.layout`), and `data` shards the batch. Each
 layer's attention and MLP end in one all-reduce over `model`, and no activation is gathered.
 """
 
@@ -26,21 +26,29 @@ ACTIVATIONS = {
 
 
 def forward(params, tokens, config: DecoderConfig, taps=(), edits=None, logits=True):
-    """The model on `tokens` (B, T) -> (logits float32 (B, T, vocab), {tap: (B, T, width)}).
-
-    taps: names of sites to return. edits: {site: fn}; fn takes the site's activations (B, T,
-    width) and returns their replacement, which the rest of the model goes on with (`lm.edits` has
-    some). A tap at an edited site gives the replacement. logits=False returns None for them and
-    stops after the layer of the last tap.
+    """Runs a decoder on tokens, and returns its logits and the activations of sites.
 
     Positions count from 0 at every row, and a row's documents see each other. Norms, rotations
     and the softmax of attention are float32 whatever the parameters are; the residual stream has
-    the parameters' dtype. Products of float32 are of full float32 precision on every device.
+    the parameters' dtype. Products of float32 have full float32 precision on every device.
 
-    params["layers"] is a list of layers, or one dict of their parameters stacked along a leading
-    axis (`load_params(scan=True)`): then layers without taps and edits run in one loop, which
-    compiles once whatever the depth. UserError for an unknown site, an edit that changes the
-    shape, or a context longer than the model's.
+    Raises UserError for an unknown site, for an edit that changes the shape, and for a context
+    longer than the model's.
+
+    Args:
+      params: the tree of `architecture.layout`. Its layers are a list, or one dict of parameters
+        stacked along a leading axis (`load_params(scan=True)`). Stacked layers without taps and
+        edits run in a loop, which compiles once whatever the depth.
+      tokens: (B, T) integers.
+      config: the decoder's config.
+      taps: the names of sites whose activations are returned.
+      edits: functions by site. Each takes the site's activations (B, T, width) and returns their
+        replacement, with which the rest of the model goes on (`lm.edits` has some).
+      logits: whether logits are computed. Without them the model stops after the last tap's layer.
+
+    Returns:
+      The float32 logits (B, T, vocab), or None, and {tap: (B, T, width)}. A tap at an edited site
+      gives the replacement.
     """
     edits = edits or {}
     for site in (*taps, *edits):
@@ -81,8 +89,13 @@ def forward(params, tokens, config: DecoderConfig, taps=(), edits=None, logits=T
 
 
 def next_token_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Cross-entropy in nats of each token after the first: logits (B, T, V), tokens (B, T) ->
-    (B, T - 1). A masked sum, not a gather: it stays local where the vocabulary is sharded."""
+    """Returns the cross-entropy (B, T - 1) in nats of each token after the first.
+
+    Args:
+      logits: (B, T, vocab).
+      tokens: (B, T).
+    """
+    # A masked sum and not a gather, so that it stays local where the vocabulary is sharded.
     logits = logits[:, :-1].astype(jnp.float32)
     is_next = tokens[:, 1:, None] == jnp.arange(logits.shape[-1])[None, None]
     chosen = jnp.sum(logits, axis=-1, where=is_next)
@@ -90,7 +103,7 @@ def next_token_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 def _loop(x_BxTxD, stacked, first: int, stop: int, config: DecoderConfig):
-    """Layers without taps and edits, compiled once for each kind of layer."""
+    """Runs layers without taps and edits in a loop, compiled once for each kind of layer."""
     kinds = list(dict.fromkeys(config.kind(layer) for layer in range(first, stop)))
     bodies = [functools.partial(_layer, config=config, kind=kind) for kind in kinds]
     number = jnp.array([kinds.index(config.kind(layer)) for layer in range(first, stop)])
@@ -111,12 +124,12 @@ def _layer_of(layers, layer) -> dict:
 
 
 def _layer(x_BxTxD, p, config: DecoderConfig, kind: LayerKind, see=None):
-    """`see(name, x)` is shown the activations of each site, and says what to go on with."""
+    """Runs a layer. `see(name, x)` takes a site's activations and returns what to go on with."""
     visit = see or (lambda name, x: x)
     x_BxTxD = resid_pre = visit("resid_pre", x_BxTxD)
     z = _heads(_norm(x_BxTxD, p, "attn_norm", config), p, config, kind)
     if see is not None:
-        z = _apart(visit("z", _side_by_side(z)), z)
+        z = _split_heads(visit("z", _merge_heads(z)), z)
     attn_out = _add_bias(_sum_over_model("btngk,ngkd->btd", z, p["w_o"]), p, "b_o")
     if config.post_norms:
         attn_out = _norm(attn_out, p, "attn_post_norm", config)
@@ -133,7 +146,7 @@ def _layer(x_BxTxD, p, config: DecoderConfig, kind: LayerKind, see=None):
 
 
 def _heads(x_BxTxD, p, config: DecoderConfig, kind: LayerKind):
-    """What the heads give: (b, t, n, g, k), as in `attention`."""
+    """Returns the outputs (b, t, n, g, k) of the attention heads, axes as in `attention`."""
     q = _add_bias(jnp.einsum("btd,dngk->btngk", x_BxTxD, p["w_q"]), p, "b_q")
     k = _add_bias(jnp.einsum("btd,dnk->btnk", x_BxTxD, p["w_k"]), p, "b_k")
     v = _add_bias(jnp.einsum("btd,dnk->btnk", x_BxTxD, p["w_v"]), p, "b_v")
@@ -144,9 +157,12 @@ def _heads(x_BxTxD, p, config: DecoderConfig, kind: LayerKind):
     return attend(q, k, v, kind, config.attn_softcap)
 
 
-def _side_by_side(z):
-    """(b, t, n, g, k) -> (b, t, heads * k). Where `model` shards the heads of each group (g) they
-    are not neighbours there, and so come whole."""
+def _merge_heads(z):
+    """Returns z (b, t, n, g, k) as (b, t, heads * k).
+
+    Where `model` shards the heads of each group (g), a device's heads are not next to each other in
+    the result, so the result is whole on each device.
+    """
     shape, sharding = (*z.shape[:2], -1), jax.typeof(z).sharding
     if sharding.mesh.empty:
         return z.reshape(shape)
@@ -156,7 +172,8 @@ def _side_by_side(z):
     return z.reshape(shape, out_sharding=NamedSharding(sharding.mesh, P(batch, None, n)))
 
 
-def _apart(z_BxTxH, like):
+def _split_heads(z_BxTxH, like):
+    """Returns z (b, t, heads * k) in the shape and sharding of `like` (b, t, n, g, k)."""
     sharding = jax.typeof(like).sharding
     if sharding.mesh.empty:
         return z_BxTxH.reshape(like.shape)
@@ -174,7 +191,7 @@ def _mlp_activation(x_BxTxD, p, config: DecoderConfig):
 
 
 def _norm(x, p, name: str, config: DecoderConfig):
-    """Over the last axis. Rounded to x's dtype where each family rounds."""
+    """Returns x normalised over its last axis, rounded to x's dtype where each family rounds."""
     y, weight = x.astype(jnp.float32), p[name].reshape(*[1] * (x.ndim - 1), -1)
     if config.norm == "layer":
         y = y - jnp.mean(y, axis=-1, keepdims=True)
@@ -225,12 +242,12 @@ def _look_up(embed_VxD, tokens_BxT):
 
 
 def _sum_over_model(equation: str, x, w):
-    """A contraction over what `model` shards: one all-reduce, the result whole on each device."""
+    """Contracts over an axis that `model` shards, by one all-reduce. The result is not sharded."""
     return jnp.einsum(equation, x, w, out_sharding=_like_batch(x, w))
 
 
 def _like_batch(x, w) -> NamedSharding | None:
-    """Sharded over the batch as `x` is and whole otherwise; None where there is no mesh."""
+    """Returns a sharding over the batch only, as x has it; None where there is no mesh."""
     mesh = jax.typeof(w).sharding.mesh
     return None if mesh.empty else NamedSharding(mesh, P(jax.typeof(x).sharding.spec[0]))
 
@@ -241,7 +258,7 @@ def _is_sharded(w, axis: int) -> bool:
 
 
 def _replacement(new, old, site: str):
-    """An edit's result as the model goes on with it: of the old dtype and sharding."""
+    """Returns an edit's result in the dtype and sharding of the activations it replaces."""
     if new.shape != old.shape:
         raise UserError(f"the edit of {site} turned shape {old.shape} into {new.shape}")
     sharding = jax.typeof(old).sharding

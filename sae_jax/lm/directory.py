@@ -1,4 +1,4 @@
-"""Where a language model's files are: a local directory, or the copy of one on the hub."""
+"""Finds a language model's files in a local directory, or downloads them from the hub."""
 
 import pathlib
 
@@ -19,22 +19,24 @@ def model_directory(spec) -> pathlib.Path:
     """Returns the local directory of a model, which need not have its weights yet.
 
     `spec` is a directory, or hf://org/repository[@revision][/folder], of which the configuration
-    and the tokenizer are downloaded. Raises UserError as `hub.fetch`."""
+    and the tokenizer are downloaded. Raises UserError if the hub does not have or give them.
+    """
     if not hub.is_hub_name(spec):
         return pathlib.Path(spec)
     return hub.fetch(spec, _SMALL, needed=["config.json"])
 
 
 def hub_name(spec: str) -> hub.HubName | None:
-    """Returns the name on the hub of a model that `open_model` takes, None for a directory."""
+    """Returns the hub's name of a model that `open_model` takes, or None for a directory."""
     name = spec.removeprefix(TORCH)
     return hub.parse(name) if hub.is_hub_name(name) else None
 
 
 def pinned_spec(spec, directory: pathlib.Path) -> str:
-    """Returns the name of the model by which it is found again from anywhere.
+    """Returns the name by which a model is found again from any working directory.
 
-    It is the absolute path of its directory, or its name on the hub with the commit."""
+    It is the absolute path of `directory`, or for a name on the hub that name with the commit.
+    """
     if hub.is_hub_name(spec):
         return str(hub.pinned(spec, directory))
     return str(directory.absolute())

@@ -1,4 +1,4 @@
-"""Reading documents: files, compressed or not, directories, datasets."""
+"""Reads documents from files, which may be compressed, directories and datasets."""
 
 import itertools
 import json
@@ -15,15 +15,27 @@ _DOCUMENT_CHARACTERS = 4 << 20  # a larger text file is several documents: token
 
 
 def read_texts(sources, field: str = "text", collapse_newlines: bool = False) -> Iterator[str]:
-    """Documents of one source or of several, in order; those of nothing but blanks left out.
+    """Yields the documents of one source or of several, in order. Blank ones are left out.
 
-    A source is a file (.json: a list of strings or of objects with `field`; .jsonl: an object
-    with `field` or a string on each line; anything else: one document; each also as .gz, .bz2,
-    .xz or .zst), a directory (all its files, by name, those that are not text skipped with a
-    warning), or "datasets:NAME[@CONFIG][:SPLIT]", streamed by the `datasets` package: a name on the
-    Hugging Face hub, a directory that `save_to_disk` wrote, a directory of data files or a .parquet
-    file; split train. collapse_newlines makes one newline of several, for models that never saw an
-    empty line. UserError for a source that is missing or does not read as its suffix says.
+    A source is one of
+
+    - a .json file: a list of strings, or of objects with `field`;
+    - a .jsonl file: a string, or an object with `field`, on each line;
+    - any other file: one document, or several if it is larger than 4 million characters;
+    - a directory: all its files, by name; those that are not text are skipped with a warning;
+    - datasets:NAME[@CONFIG][:SPLIT]: a dataset that the package `datasets` streams. NAME is a name
+      on the Hugging Face hub, a directory that `save_to_disk` wrote, a directory of data files or a
+      .parquet file. SPLIT is train by default.
+
+    Files may also be compressed, as .gz, .bz2, .xz or .zst.
+
+    Raises UserError for a source that is missing or cannot be read as its suffix says.
+
+    Args:
+      sources: a source, or a list of them.
+      field: the field of objects and datasets that holds the text.
+      collapse_newlines: whether several newlines become one, for models that never saw an empty
+        line.
     """
     sources = [sources] if isinstance(sources, (str, pathlib.Path)) else sources
     for document in itertools.chain.from_iterable(_documents(str(s), field) for s in sources):
@@ -35,7 +47,7 @@ def read_texts(sources, field: str = "text", collapse_newlines: bool = False) ->
 
 
 def text_files(directory) -> list[pathlib.Path]:
-    """All files under a directory in the order of their paths, hidden ones left out."""
+    """Returns all files under a directory, in the order of their paths, but no hidden ones."""
     directory = pathlib.Path(directory)
     files = (path for path in directory.rglob("*") if path.is_file())
     visible = (p for p in files if not any(s[0] == "." for s in p.relative_to(directory).parts))

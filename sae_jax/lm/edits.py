@@ -1,12 +1,12 @@
-"""Edits for `forward(edits={site: edit})`: what an SAE's latents do to a model, and steering.
+"""Makes edits of a language model's activations, by an SAE's latents or by steering.
 
     logits, _ = model.forward(tokens, edits={
         "resid_post.6": lm.clamp(sae, latent=1234, activation=5 * maximum)})
 
-An edit maps a site's activations (B, T, width) to their replacement. Those made here are pytrees:
-`jax.jit` takes them as arguments, so that one compiled program serves all latents and strengths. An
-SAE's edits compute in float32 and change the activations of the site that it was trained on: an
-autoencoder's.
+An edit is a function from a site's activations (B, T, width) to their replacement. Those made here
+are pytrees: `jax.jit` takes them as arguments, so that one compiled program serves all latents and
+strengths. An SAE's edits compute in float32, and are for the site that it was trained on. The SAE
+must be an autoencoder.
 """
 
 from collections.abc import Callable
@@ -18,29 +18,41 @@ from jax.tree_util import Partial
 from sae_jax.errors import UserError
 
 Edit = Callable[[jax.Array], jax.Array]
+"""A function from a site's activations (B, T, width) to their replacement, of the same shape."""
 
 
 def reconstruct(
     sae, change: Callable[[jax.Array], jax.Array] | None = None, with_error: bool = False
 ) -> Edit:
-    """An edit that replaces x by the SAE's reconstruction of it.
+    """Returns an edit that replaces activations by an SAE's reconstruction of them.
 
-    change: maps the latents (B, T, d_sae) to those that are decoded. with_error: add what the SAE
-    misses of x, so that only the change matters. UserError for an SAE that does not reconstruct
-    what it reads."""
+    Raises UserError if the SAE is not an autoencoder.
+
+    Args:
+      sae: the SAE.
+      change: a function from the latents (B, T, d_sae) to those that are decoded; by default they
+        are not changed.
+      with_error: whether the SAE's error is added back, so that only the change has an effect.
+    """
     _check(sae)
     edit = _change_latents if with_error else _reconstruct
     return Partial(edit, sae, as_pytree(change or _unchanged))
 
 
 def clamp(sae, latent: int, activation: float) -> Edit:
-    """An edit that sets one latent to a fixed activation at every position and keeps the SAE's
-    error, as in Scaling Monosemanticity (Templeton et al. 2024, "Methodological details" of
-    steering), where it is a multiple of the latent's maximum.
+    """Returns an edit that sets one latent to a fixed activation at every position.
 
-    activation: the length of what the latent adds to the reconstruction, in the model's units: what
-    `sae-jax eval` writes as max_activation. 0 takes the latent out. UserError for a latent that the
-    SAE does not have, or an SAE that does not reconstruct what it reads."""
+    The SAE's error is kept, as in Scaling Monosemanticity (Templeton et al. 2024, "Methodological
+    details" of steering), where the activation is a multiple of the latent's maximum.
+
+    Raises UserError if the SAE has no such latent or is not an autoencoder.
+
+    Args:
+      sae: the SAE.
+      latent: the latent's index.
+      activation: the norm of what the latent adds to the reconstruction, in the model's units, of
+        which `sae-jax eval` writes the maximum as max_activation. 0 removes the latent.
+    """
     _check(sae)
     if not 0 <= latent < sae.config.d_sae:
         raise UserError(f"no latent {latent}: the SAE has latents 0 to {sae.config.d_sae - 1}")
@@ -52,23 +64,25 @@ def clamp(sae, latent: int, activation: float) -> Edit:
 
 
 def add_direction(direction: jax.Array, scale: float = 1.0) -> Edit:
-    """An edit that adds scale * direction (width,) at every position."""
+    """Returns an edit that adds scale * direction (width,) at every position."""
     return Partial(_add, scale * jnp.asarray(direction, jnp.float32))
 
 
 def put(new: jax.Array) -> Edit:
-    """An edit that puts `new`, (B, T, width) or a scalar, in the place of the activations."""
+    """Returns an edit that replaces activations by `new`, which is (B, T, width) or a scalar."""
     return Partial(_put, new)
 
 
 def at(positions: jax.Array, edit: Edit) -> Edit:
-    """An edit that is `edit` where positions (B, T) are true, and leaves the activations as they
-    are elsewhere."""
+    """Returns an edit that applies `edit` only where positions (B, T) are true.
+
+    Activations elsewhere are left as they are.
+    """
     return Partial(_at, positions, as_pytree(edit))
 
 
 def as_pytree(edit: Edit) -> Partial:
-    """The edit as a pytree whose leaves are arrays, for `jax.jit`."""
+    """Returns an edit as a pytree whose leaves are arrays, for `jax.jit`."""
     return edit if isinstance(edit, Partial) else Partial(edit)
 
 

@@ -1,4 +1,4 @@
-"""Which function a config.json describes, family by family.
+"""Reads a model's config.json: which function it describes, for each family of models.
 
 What would change the function and is not implemented is refused, never ignored: every field of
 config.json is read here, is known to say nothing about the function, or is an error.
@@ -59,8 +59,10 @@ _SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
 def load_config(directory) -> DecoderConfig:
-    """The config of a model directory. UserError for a family or a field that is not implemented,
-    naming it and its value."""
+    """Returns the config of a model's directory, or of a name on the hub.
+
+    Raises UserError for a family or a field that is not implemented, naming it and its value.
+    """
     file = model_directory(directory) / "config.json"
     values = read_json(file)
     family = str(values.get("model_type"))
@@ -83,7 +85,7 @@ def load_config(directory) -> DecoderConfig:
 
 
 class _Fields:
-    """What config.json says, crossed out as it is read."""
+    """Holds the fields of config.json that have not been read yet."""
 
     def __init__(self, file: pathlib.Path, values: dict):
         self.file = file
@@ -96,7 +98,7 @@ class _Fields:
         return self._values.pop(name, default)
 
     def number(self, name: str, *default: int) -> int:
-        """A whole number, which must be there unless there is a default."""
+        """Returns a whole number. Raises UserError if it is missing and there is no default."""
         value = self.take(name)
         value = default[0] if value is None and default else value
         if not isinstance(value, int) or isinstance(value, bool):
@@ -221,7 +223,7 @@ def _activation(fields: _Fields, name: str, default: str) -> str:
 
 
 def _windows(family: str, fields: _Fields, layers: int) -> tuple:
-    """How far each layer sees, () where all see everything."""
+    """Returns the attention window of each layer, or () where no layer has one."""
     if family not in ("mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "gemma3_text"):
         return ()
     window = fields.take("sliding_window", 4096)
@@ -251,8 +253,11 @@ def _windows(family: str, fields: _Fields, layers: int) -> tuple:
 def _ropes(
     fields: _Fields, head_dim: int, context: int, local_theta=None, partial: float = 1.0
 ) -> tuple[Rope, Rope | None]:
-    """Of layers that see everything, and of those with a window where theirs is another. Written
-    as rope_theta and rope_scaling, or by transformers 5 as rope_parameters."""
+    """Returns the rotary positions of layers without a window, and of those with one.
+
+    The second is None where it is the same. config.json has them as rope_theta and rope_scaling,
+    or, written by transformers 5, as rope_parameters.
+    """
     plain = {
         "rope_theta": fields.take("rope_theta", 10_000.0),
         "partial_rotary_factor": fields.take("partial_rotary_factor", partial),
@@ -302,5 +307,5 @@ def _rope(values: dict, head_dim: int, context: int, where: str) -> Rope:
 
 
 def _mscale(factor: float, mscale: float) -> float:
-    """Peng et al. 2023, section 3.4, as transformers has it."""
+    """Returns yarn's attention factor (Peng et al. 2023, section 3.4), as transformers has it."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0

@@ -1,7 +1,7 @@
-"""Harvest: text -> contexts -> the model on the mesh -> an activation store.
+"""Runs a language model over text and writes its activations to a store.
 
-A shard of the store is computed whole, in batches that start where the shard starts, so that a
-harvest that was killed and started again writes the very bytes of one that was not.
+A shard of the store is computed whole, in batches that start where the shard starts. So a harvest
+that was killed and started again writes the same bytes as one that was not.
 """
 
 import concurrent.futures
@@ -9,7 +9,7 @@ import math
 import pathlib
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,12 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from sae_jax.activations import LiveMeta, Store, StoreWriter
+from sae_jax.activations.sites import split_names
 from sae_jax.config import difference
-from sae_jax.errors import UserError
+from sae_jax.errors import UserError, known_arguments
 from sae_jax.lm.architecture import hook_name
 from sae_jax.lm.directory import hub_name
+from sae_jax.lm.documents import read_texts
 from sae_jax.lm.language_model import in_batches
 from sae_jax.lm.live import open_store
 from sae_jax.lm.model import local_mesh, open_model
@@ -34,12 +36,13 @@ TOKENS_PER_CPU = 2048  # about 1.5 times as fast there as 16k: attention scores 
 _LOG_EVERY = 10.0  # seconds
 
 
+@known_arguments
 def harvest(
     model_dir,
-    texts: Iterable[str],
+    texts: str | pathlib.Path | Iterable[str],
     out,
     *,
-    sites: tuple[str, ...],
+    sites: str | Sequence[str],
     context_length: int | None = None,
     tokens: int | None = None,
     batch_size: int | None = None,
@@ -52,26 +55,40 @@ def harvest(
     statistics_tokens: int | None = None,
     scan_layers: bool = False,
 ) -> Store:
-    """Writes the activations of `sites` over `texts` to a store at `out`, and opens it.
+    """Writes the activations of `sites` over `texts` to a store at `out`, and returns the store.
 
-    context_length: tokens of a context, BOS included (None: the model's own, at most 1024).
-    tokens: at most so many (None: all). batch_size: contexts in a batch, over the mesh's `data`
-    axis. dtype: of the store; model_dtype: in which the model computes. mesh: axes `data` and
-    `model` over this process's devices (None: all of them along `data`). Where jax.distributed
-    runs several processes, each computes every n-th shard; the directory must be one they share.
-    live: the store keeps all but the activations, which whoever reads it has the model compute
-    (`lm.live`). Its statistics, with the rows to leave out for their norm or for NaN, are
-    of all rows, or with `statistics_tokens` of so many or a little more, spread over the text.
-    scan_layers: compile the layers before the first site as one loop.
+    Called again on an unfinished store it goes on at the first missing shard. On a finished store
+    it does nothing. Where jax.distributed runs several processes, each of n computes every n-th
+    shard, and `out` must be a directory that they share. Tokens take 8 bytes of memory each while
+    they are packed, and 4 after.
 
-    peak_flops: FLOP/s of the mesh's devices together, of which the progress shows how much is used
-    (None: a product is timed here). The tokens take 8 bytes each of memory while they are packed,
-    and 4 after.
+    Raises UserError, before the model runs, for an unknown site, for text that fills no context,
+    for a store made from other text or another model, and for a disk that cannot hold the result.
 
-    Started again on an unfinished store it goes on at the first missing shard; on a finished one
-    it does nothing. UserError before the model runs: an unknown site, text that fills no context,
-    a store made from other text or another model, a disk that cannot hold the result.
+    Args:
+      model_dir: the model, as `open_model` takes it.
+      texts: the documents, or the path of a file or folder of them (`read_texts`).
+      out: the store's directory.
+      sites: the site to harvest, or several.
+      context_length: tokens of a context, BOS included. None: the model's own, at most 1024.
+      tokens: how many tokens to harvest at most. None: all of the text.
+      batch_size: contexts in a batch, over the mesh's axis `data`. None: `default_batch`.
+      dtype: the type of the store, bfloat16, float16 or float32.
+      model_dtype: the type in which the model computes, float32 or bfloat16.
+      mesh: axes `data` and `model` over this process's devices. None: all of them along `data`.
+      provenance: what to add to the store's provenance, as values that JSON can hold.
+      peak_flops: FLOP/s of the mesh's devices together, of which the progress shows how much is
+        used. None: a product is timed here.
+      live: whether the store keeps no activations, so that the model computes them whenever they
+        are read (`lm.live`).
+      statistics_tokens: how many tokens, or a few more, the statistics of a live store are taken
+        from, spread over the text. None: all. Rows that are left out for their norm or for NaN are
+        found among these.
+      scan_layers: whether the layers before the first site are compiled as one loop.
     """
+    if isinstance(texts, str | pathlib.Path):
+        texts = read_texts([texts])
+    sites = tuple(split_names(sites))
     if live and scan_layers:
         raise UserError("a live store runs its model without a loop: leave out --scan_layers")
     model = open_model(model_dir, model_dtype, mesh or local_mesh(), scan_layers)
@@ -93,9 +110,9 @@ def harvest(
             f"the tokenizer of {model_dir} gives token {tokens_NxT.max()}, but the model has "
             f"{model.vocab_size}; they do not belong together"
         )
-    told = {
+    known = {
         "packing": PACKING_RULE,
-        "bos": tokenizer.about_bos(),
+        "bos": tokenizer.bos_provenance(),
         "hooks": {site: hook_name(site) for site in sites},  # TransformerLens' names
         "layers_module": model.layers_module,
     }
@@ -104,7 +121,7 @@ def harvest(
     function = {"model_fingerprint": model.fingerprint, "model_dtype": model_dtype}
     made_by, shared_by = None, mesh.shape["model"]
     if live:
-        told["statistics"] = "of all rows" if not statistics_tokens else (
+        known["statistics"] = "of all rows" if not statistics_tokens else (
             f"of {statistics_tokens:,} tokens or a little more, in whole shards spread evenly, as "
             "are the exclusions by norm; rows with NaN elsewhere are not known"
         )  # fmt: skip
@@ -121,7 +138,7 @@ def harvest(
         model=model.spec if hub_name(model.spec) else tokenizer.name,
         tokenizer=tokenizer.name,
         special_tokens=tokenizer.special_tokens,
-        provenance={**told, **(provenance or {}), **function},
+        provenance={**known, **(provenance or {}), **function},
         live=made_by,
     )
     begun_with = {name: writer.meta.provenance.get(name) for name in function}
@@ -156,9 +173,19 @@ def harvest(
 
 
 def write_shards(writer, shards, tokens_NxT, batch_size: int, run, floor: float | None) -> None:
-    """The device computes a batch while the host copies the one before, and while a thread writes
-    the shard before. run: a model's runner; floor: the least seconds of a token, where
-    they are known."""
+    """Computes and writes shards of a store.
+
+    The device computes a batch while the host copies the batch before it, and while a thread
+    writes the shard before it. Raises UserError if the disk is full.
+
+    Args:
+      writer: the store's writer.
+      shards: the shards to write.
+      tokens_NxT: the tokens of all the store's contexts.
+      batch_size: contexts in a batch.
+      run: the model's `runner`.
+      floor: the least seconds that a token can take, or None if it is not known.
+    """
     context_length = tokens_NxT.shape[1]
     dtypes = {site: jnp.dtype(meta.dtype) for site, meta in writer.meta.sites.items()}
     widths = {site: meta.width for site, meta in writer.meta.sites.items()}
@@ -198,7 +225,7 @@ def _await(written: concurrent.futures.Future) -> None:
 
 
 def default_batch(context_length: int, mesh: jax.sharding.Mesh) -> int:
-    """Contexts in a batch."""
+    """Returns how many contexts a batch has by default: some thousand tokens for each device."""
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     tokens = TOKENS_PER_CPU if on_cpu else TOKENS_PER_DEVICE
     return mesh.shape["data"] * max(1, tokens // context_length)
@@ -216,13 +243,13 @@ def _batch_size(batch_size: int | None, context_length: int, mesh: jax.sharding.
 
 
 def _spread_shards(meta, tokens: int) -> set[int]:
-    """Shards of a store, spread evenly, that hold so many tokens: those of its statistics."""
+    """Returns the indices of shards, spread evenly over a store, that hold so many tokens."""
     count = min(-(-tokens // (meta.shard_sequences * meta.context_length)), meta.num_shards)
     return {i * meta.num_shards // count for i in range(count)}
 
 
 def _check_disk(out, num_tokens: int, row_bytes: int) -> None:
-    """Says what the store will take, and refuses what the disk cannot hold."""
+    """Logs the size of the store, and raises UserError if the disk cannot hold it."""
     needed = num_tokens * (row_bytes + 5)  # a token id and a mask byte to each row
     logging.info("%s tokens, %.2f GB of activations", f"{num_tokens:,}", needed / 1e9)
     if "://" in str(out):
@@ -245,8 +272,11 @@ def _with_progress(texts: Iterable[str]) -> Iterator[str]:
 
 
 def matmul_rate(mesh: jax.sharding.Mesh, dtype: str) -> float:
-    """FLOP/s of the mesh's devices together: the best of a few large products on one of them, in
-    about 0.2 s. Devices of a CPU are all the same cores."""
+    """Returns the FLOP/s of the mesh's devices together, in about 0.2 s.
+
+    The best of a few large products on one device is taken for each of them. Devices of a CPU are
+    all the same cores, so they count as one.
+    """
     device = mesh.devices.flat[0]
     size = 1024 if device.platform == "cpu" else 8192
     with jax.default_device(device):
@@ -262,9 +292,11 @@ def matmul_rate(mesh: jax.sharding.Mesh, dtype: str) -> float:
 
 
 class _Progress:
-    """Tokens done, tokens/s, GB/s, how much of the floor, time left: a bar on a terminal, a line
-    now and then elsewhere, and one at the end. The first batch, which is compiled, does not count
-    where there are others."""
+    """Shows tokens done, tokens/s, GB/s, how near that is to the floor, and the time left.
+
+    It is a bar on a terminal, and elsewhere a line of the log now and then; at the end there is a
+    line in any case. The first batch, which is compiled, does not count if there are others.
+    """
 
     def __init__(self, total: int, row_bytes: int, floor: float | None):
         self.total, self.row_bytes, self.floor = total, row_bytes, floor

@@ -1,4 +1,4 @@
-"""What harvest, live stores, evaluation and steering ask of a language model, whoever runs it."""
+"""The interface of a language model, which harvest, live stores, evaluation and steering use."""
 
 import abc
 import functools
@@ -14,14 +14,17 @@ from sae_jax.lm.text import Tokenizer, load_tokenizer
 
 
 class LanguageModel(abc.ABC):
-    """A language model that `lm.open_model` opened: ours in JAX or transformers' own.
+    """A language model that `lm.open_model` opened, run by our decoder or by transformers.
 
-    The weights are read when the model first runs, so that what is wrong with a request is said
-    before that.
+    The weights are read when the model first runs, so that a mistake in a request is found before.
 
-    directory: the model's files. spec: what `lm.open_model` takes, from any working directory.
-    dtype: in which it computes. mesh: the devices that it is laid out over (axes `data` and
-    `model`); None: it runs on one device. vocab_size; max_context: tokens of its longest context.
+    Attributes:
+      directory: the directory of the model's files.
+      spec: the name that `lm.open_model` takes, valid in any working directory.
+      dtype: the type in which it computes.
+      mesh: the devices that it is laid out over, with axes `data` and `model`. None: one device.
+      vocab_size: the number of its tokens.
+      max_context: the tokens of its longest context.
     """
 
     directory: pathlib.Path
@@ -33,7 +36,7 @@ class LanguageModel(abc.ABC):
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of its directory. UserError where it has none."""
+        """The tokenizer of its directory. Raises UserError if it has none."""
         return load_tokenizer(self.spec.removeprefix(TORCH))
 
     @property
@@ -44,16 +47,21 @@ class LanguageModel(abc.ABC):
     @property
     @abc.abstractmethod
     def layers_module(self) -> str:
-        """Where transformers' model has its layers, such as model.layers."""
+        """The path of the layers in transformers' model, such as model.layers."""
 
     @abc.abstractmethod
     def site_width(self, site: str) -> int:
-        """The width of a site's activations. UserError for a site that the model does not have."""
+        """Returns the width of a site's activations.
+
+        Raises UserError for a site that the model does not have.
+        """
 
     @abc.abstractmethod
     def flops_per_token(self, sites: Sequence[str], context_length: int) -> float | None:
-        """FLOPs of the matrix products that the activations of `sites` take, a multiply and an add
-        being two; None where that is not known."""
+        """Returns the FLOPs of the matrix products by which the model computes `sites`.
+
+        A multiplication and an addition count as two. The result is None where it is not known.
+        """
 
     @abc.abstractmethod
     def forward(
@@ -63,27 +71,49 @@ class LanguageModel(abc.ABC):
         edits: Mapping[str, Edit] | None = None,
         logits: bool = True,
     ) -> tuple[jax.Array | None, dict[str, jax.Array]]:
-        """Runs the model on `tokens` (B, T) and returns (logits float32 (B, T, vocab_size), {tap:
-        (B, T, width)}).
+        """Runs the model on tokens, and returns its logits and the activations of sites.
 
-        taps: names of sites to return. edits: {site: edit}, an edit being what `lm.edits` makes or
-        any function of JAX arrays from a site's activations (B, T, width) to their replacement,
-        with which the model goes on. A tap at an edited site gives the replacement. logits=False
-        returns None for the logits and runs no more of the model than the taps need. On a mesh B is
-        a multiple of its `data` axis. UserError for an unknown site."""
+        Raises UserError for an unknown site.
+
+        Args:
+          tokens: (B, T) integers. On a mesh B must be a multiple of its axis `data`.
+          taps: the names of sites whose activations are returned.
+          edits: edits by site. An edit is one that `lm.edits` makes, or any function of JAX arrays
+            from a site's activations (B, T, width) to their replacement, with which the model
+            goes on.
+          logits: whether logits are computed. Without them no more of the model is run than the
+            taps need.
+
+        Returns:
+          The float32 logits (B, T, vocab_size), or None, and {tap: (B, T, width)}. A tap at an
+          edited site gives the replacement.
+        """
 
     @abc.abstractmethod
     def runner(self, sites: Sequence[str], dtype) -> Callable[[np.ndarray], dict]:
-        """A function for many batches of one shape: tokens (B, T) on the host -> {site: (B, T,
-        width)} of `dtype`, on the device where there is one, and not awaited. On a mesh B is a
-        multiple of its `data` axis."""
+        """Returns a function that computes the activations of `sites`, for many batches of a shape.
+
+        The function maps tokens (B, T) on the host to {site: (B, T, width)} of `dtype`. The arrays
+        are on the device where there is one, and may still be computing. On a mesh B must be a
+        multiple of its axis `data`.
+        """
 
 
 def in_batches(
     run: Callable[[np.ndarray], dict], sequences: np.ndarray, batch_size: int
 ) -> Iterator[tuple[int, dict]]:
-    """(start, activations) of each batch of `sequences` (n, T) by a `runner`, the next one already
-    dispatched. The last is padded to the batch's size, so that one compiled program serves all."""
+    """Yields the activations of sequences, batch by batch, while the next batch is computing.
+
+    The last batch is padded to the batch size, so that one compiled program serves all.
+
+    Args:
+      run: a function that `LanguageModel.runner` made.
+      sequences: tokens (n, T).
+      batch_size: sequences in a batch.
+
+    Yields:
+      The index of each batch's first sequence, and what `run` gives for the batch.
+    """
     ahead = None
     for start in range(0, len(sequences), batch_size):
         tokens = sequences[start : start + batch_size]

@@ -1,12 +1,12 @@
-"""Live stores: stores whose rows a language model computes when they are read.
+"""Reads live stores, whose rows a language model computes when they are read.
 
-A store on disk keeps what its model made of its tokens; a live one keeps the tokens, the masks and
-the statistics, and which model it was. Reading some chunks, or rows, runs the model on their
-sequences, in batches of the size that the statistics were taken with, and rounds to the store's
-dtype: the rows are those of the harvested store, bit for bit on the machine that harvested it. What
-is in memory is what was asked for, so a stream's two windows are all that it holds.
+A store on disk keeps the activations of its tokens. A live store keeps the tokens, the masks, the
+statistics and the model's name instead. Reading chunks or rows runs the model on their sequences,
+in batches of the size that the statistics were taken with, and rounds to the store's dtype. The
+rows equal those of the harvested store, bit for bit on the machine that harvested it. Only the rows
+that are read are in memory, so a stream holds no more than its two windows.
 
-Each process runs the model on devices of its own and talks to no other, so that processes may read
+Each process runs the model on devices of its own without talking to others, so processes may read
 different rows, and different numbers of them.
 """
 
@@ -33,24 +33,33 @@ _DISPATCH = threading.Lock()  # a stream's thread and the trainer's may read at 
 
 
 def open_store(path) -> Store:
-    """The store at `path`, harvested or live. Raises UserError as `Store.open` does, and where the
-    model of a live one is not in its place, or is another."""
+    """Opens the store at `path`, which may be harvested or live.
+
+    Raises UserError if there is no complete store, and if the model of a live store is missing or
+    has changed.
+    """
     return LiveStore.open(path) if read_complete_meta(Folder(path)).live else Store.open(path)
 
 
 def open_stream(
     data: DataConfig, split: str = "train", batch_size: int | None = None
 ) -> Stream | WorldStream:
-    """The batches that `data` describes, as `activations.open_stream` gives them, of a live store
-    too."""
+    """Opens the stream of batches that `data` describes, from a live store too.
+
+    Arguments, result and errors are those of `activations.open_stream`.
+    """
     return activations.open_stream(data, split, batch_size, open_store)
 
 
 class LiveStore(Store):
-    """A live store, opened for reading: `LiveStore.open(path)`, or `lm.open_store(path)`."""
+    """A live store, opened for reading by `LiveStore.open(path)` or `lm.open_store(path)`."""
 
     @classmethod
     def open(cls, path) -> "LiveStore":
+        """Opens the live store at `path`.
+
+        Raises UserError if there is no complete store, and if its model is missing or has changed.
+        """
         folder = Folder(path)
         store = cls(folder, read_complete_meta(folder))
         store.check_files()
@@ -58,7 +67,7 @@ class LiveStore(Store):
         return store
 
     def site(self, name: str = "") -> ts.TensorStore:
-        """Raises UserError: a live store has no array of a site's rows."""
+        """Raises UserError, because a live store has no array of a site's rows."""
         raise UserError(
             f"{self.path} is live: its rows are not there but computed when they are read; "
             "harvest without --live to have them as an array"
@@ -99,7 +108,7 @@ class LiveStore(Store):
                     out[divmod(place, meta.chunk_sequences)] = x_TxW
 
     def check(self, progress=lambda chunks: chunks) -> None:
-        """Raises UserError: a live store has no bytes to check."""
+        """Raises UserError, because a live store has no bytes to check."""
         raise UserError(f"{self.path} is live: it holds no activations whose bytes to check")
 
     def _check_model(self) -> None:
@@ -119,8 +128,10 @@ class LiveStore(Store):
             )
 
     def _computed(self, sites, numbers: np.ndarray) -> Iterator[tuple[int, dict]]:
-        """(start, {site: (n, T, width) of the sequences numbers[start : start + n]}), all sites by
-        one pass of the model."""
+        """Yields start and {site: (n, T, width)} of the sequences numbers[start : start + n].
+
+        One pass of the model computes all sites.
+        """
         if not len(numbers):
             return
         live, dtype = self.meta.live, self.meta.sites[sites[0]].numpy_dtype
@@ -138,7 +149,7 @@ class LiveStore(Store):
             yield start, values
 
     def _check_finite(self, site: str, x_BxTxW: np.ndarray, numbers: np.ndarray) -> None:
-        """Rows that are not finite must be those that were found when the store was made."""
+        """Raises UserError if a row is not finite that was finite when the store was made."""
         finite = statistics.finite_rows(x_BxTxW.reshape(-1, x_BxTxW.shape[-1]))
         if finite.all():
             return
@@ -161,8 +172,10 @@ def _runner(live: LiveMeta, sites: tuple[str, ...], dtype):
 
 @functools.lru_cache(maxsize=1)
 def _model(live: LiveMeta) -> LanguageModel:
-    """The model, once for all the streams of a process, on as many of its devices as its batch can
-    be shared by."""
+    """Returns the model, opened once for all the streams of a process.
+
+    It runs on as many of the process's devices as can share its batch.
+    """
     devices = jax.local_devices()
     if live.mesh_model > len(devices):
         raise UserError(

@@ -1,4 +1,4 @@
-"""A language model of a Hugging Face directory that our own decoder runs, and `open_model`."""
+"""Opens language models, and runs those of a Hugging Face directory by our own decoder."""
 
 import contextlib
 import functools
@@ -25,13 +25,14 @@ from sae_jax.lm.weights import fingerprint, load_params
 
 
 class JaxModel(LanguageModel):
-    """The model of a Hugging Face directory, or of hf://org/repository[@revision] on the hub, run
-    by `lm.forward`.
+    """A language model that `lm.forward` runs.
 
-    mesh: axes `data` and `model`; None: on JAX's default device. scan: run the layers in a loop,
-    which compiles in the same time whatever their number. `config` is its `DecoderConfig`, and
-    `params` are the parameters that `lm.forward` takes; those of a model on the hub are downloaded
-    when they are first asked for."""
+    Attributes:
+      config: its `DecoderConfig`.
+      scan: whether its layers run in a loop.
+
+    Other attributes are those of `LanguageModel`.
+    """
 
     def __init__(
         self,
@@ -40,6 +41,17 @@ class JaxModel(LanguageModel):
         mesh: jax.sharding.Mesh | None = None,
         scan: bool = False,
     ):
+        """Opens the model, but does not read its weights.
+
+        Raises UserError if there is no such model, or if it is of a family that is not implemented.
+
+        Args:
+          directory: a Hugging Face directory, or hf://org/repository[@revision] on the hub.
+          dtype: the type in which it computes, float32 or bfloat16.
+          mesh: a mesh with axes `data` and `model`. None: JAX's default device.
+          scan: whether the layers run in a loop, which compiles in the same time whatever their
+            number.
+        """
         self.directory = model_directory(directory)
         self.spec = pinned_spec(directory, self.directory)
         self.dtype, self.mesh, self.scan = dtype, mesh, scan
@@ -49,10 +61,12 @@ class JaxModel(LanguageModel):
 
     @functools.cached_property
     def params(self) -> dict:
+        """The parameters that `lm.forward` takes, read or downloaded when first asked for."""
         return load_params(self.spec, jnp.dtype(self.dtype), self.mesh, self.scan)
 
     @functools.cached_property
     def fingerprint(self) -> str:
+        """A hash of its config and weights, which a store keeps."""
         return fingerprint(self.spec)
 
     @property
@@ -64,7 +78,11 @@ class JaxModel(LanguageModel):
         return site_width(self.config, site)
 
     def flops_per_token(self, sites: Sequence[str], context_length: int) -> float:
-        """Of whole layers; attention's products for the keys that a query sees on average."""
+        """Returns the FLOPs of the matrix products of all layers up to the last of `sites`.
+
+        Layers count whole. Attention counts for as many keys as a query sees on average in a
+        context of `context_length` tokens.
+        """
         config = self.config
         depth = 1 + max(int(site.rpartition(".")[2]) for site in sites)
         matrices = [leaf for leaf in layout(config)["layers"][0].values() if leaf.inputs]
@@ -76,8 +94,11 @@ class JaxModel(LanguageModel):
         return total
 
     def forward(self, tokens, taps=(), edits=None, logits=True):
-        """See `LanguageModel.forward`. The program is compiled once for all values of what
-        `lm.edits` makes, and once for each function of another's own."""
+        """Runs the model as `LanguageModel.forward` says.
+
+        The program is compiled once for all edits of one kind that `lm.edits` makes, whatever their
+        values, and once for each other function.
+        """
         edits = {site: as_pytree(edit) for site, edit in (edits or {}).items()}
         with self._on_mesh():
             return self._compiled(
@@ -106,7 +127,7 @@ class JaxModel(LanguageModel):
         return jax.jit(run, static_argnames=("taps", "logits"))
 
     def _on_mesh(self):
-        """The ambient mesh may be a trainer's: a live store runs its model amid the training."""
+        """Makes the model's mesh the ambient one, which in training is the trainer's otherwise."""
         return jax.set_mesh(self.mesh) if self.mesh is not None else contextlib.nullcontext()
 
     def _placed(self, tokens) -> jax.Array:
@@ -120,11 +141,15 @@ def open_model(
 ) -> LanguageModel:
     """Opens a language model.
 
-    spec: a Hugging Face directory, or hf://org/repository[@revision] on the hub, which our decoder
-    runs; or either with "torch:" before it, which transformers runs on one device. dtype: in which
-    it computes, float32 or bfloat16. mesh: axes `data` and `model` (None: JAX's default device).
-    scan: run the layers in a loop. UserError where there is no such model, or one of a family that
-    we do not know."""
+    Raises UserError if there is no such model, or if it is of a family that is not implemented.
+
+    Args:
+      spec: a Hugging Face directory, or hf://org/repository[@revision] on the hub, which our
+        decoder runs. With "torch:" before it, transformers runs it on one device.
+      dtype: the type in which it computes, float32 or bfloat16.
+      mesh: a mesh with axes `data` and `model`. None: JAX's default device.
+      scan: whether our decoder runs the layers in a loop, which compiles faster.
+    """
     if not bridge.is_torch(spec):
         return JaxModel(spec, dtype, mesh, scan)
     if scan:
@@ -135,7 +160,9 @@ def open_model(
 
 
 def local_mesh(devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """A mesh whose devices share the batch and each hold the model: all of this process's devices,
-    or those given."""
+    """Returns a mesh whose devices share the batch and each hold the whole model.
+
+    devices: by default all devices of this process.
+    """
     devices = jax.local_devices() if devices is None else devices
     return jax.make_mesh((len(devices), 1), ("data", "model"), devices=devices)

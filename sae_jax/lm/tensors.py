@@ -1,4 +1,4 @@
-"""Where a family's files keep each parameter: names, orientation, and what is packed together."""
+"""Says how the files of each family store a parameter: names, orientation and packing."""
 
 import dataclasses
 
@@ -9,9 +9,14 @@ from sae_jax.lm.architecture import Leaf
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """A tensor of a file, or a part of it. A matrix is (outputs, inputs), or with `inputs_first`
-    (inputs, outputs). Queries, keys and values in one tensor are thirds of its outputs: `third`
-    says which, `by_head` whether each head has its three together (GPT-NeoX)."""
+    """Describes how a parameter is stored: as a tensor of a file, or as a third of one.
+
+    Attributes:
+      name: the tensor's name.
+      inputs_first: whether a matrix is (inputs, outputs) and not (outputs, inputs).
+      third: 0, 1 or 2 for queries, keys or values that are in one tensor; None for others.
+      by_head: whether such a tensor has the three of each head together (GPT-NeoX).
+    """
 
     name: str
     inputs_first: bool = False
@@ -19,6 +24,7 @@ class Stored:
     by_head: bool = False
 
     def shape(self, leaf: Leaf) -> list[int]:
+        """Returns the shape of the tensor that stores the parameter `leaf`."""
         outputs = int(np.prod(leaf.shape[leaf.inputs :])) * (1 if self.third is None else 3)
         if not leaf.inputs:
             return [outputs]
@@ -26,8 +32,16 @@ class Stored:
         return [inputs, outputs] if self.inputs_first else [outputs, inputs]
 
     def read(self, tensor, leaf: Leaf, index: tuple[slice, ...]) -> np.ndarray:
-        """The part `index` of the parameter (*inputs, *outputs). Where that is one range of the
-        first of the inputs or outputs, only its rows or columns are read."""
+        """Returns the part `index` of the parameter (*inputs, *outputs).
+
+        If the part is one range of the first axis of the inputs or outputs, only its rows or
+        columns are read.
+
+        Args:
+          tensor: the stored tensor, or a slice object of safetensors.
+          leaf: the parameter.
+          index: a slice for each axis of the parameter.
+        """
         axis = next((a for a, s in enumerate(index) if s != slice(None)), None)
         leading = (0, leaf.inputs)  # the first axis of the inputs, and of the outputs
         ranges = [
@@ -44,7 +58,7 @@ class Stored:
         return part if axis is None or read_already else part[index]
 
     def _outputs(self, tensor, leaf: Leaf, ranges) -> np.ndarray:
-        """(inputs, outputs), flat, of the ranges of their first axes."""
+        """Returns the matrix (inputs, outputs) of the given ranges of their first axes."""
         head = leaf.inputs  # the first axis of the outputs
         per = int(np.prod(leaf.shape[head + 1 :]))
         (start, stop), count = ranges[-1] if leaf.inputs else ranges[0], leaf.shape[head]
@@ -117,22 +131,35 @@ _NEOX_LAYER = {
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """Of a family. `base` comes before all names but the unembedding's in files that were saved
-    with a head, and is missing in others; `derived` ends the names of tensors that say nothing
-    new."""
+    """Holds the names of a family's tensors.
+
+    Attributes:
+      base: the prefix of all names but the unembedding's, in files that were saved with a head.
+      layers: the name of the list of layers.
+      layer: the names of a layer's tensors, by our names of parameters.
+      top: the names of other tensors, by our names of parameters.
+      unembed: the name of the unembedding.
+      packed: the name of the tensor that holds queries, keys and values, if there is one.
+      inputs_first: whether matrices of a layer are (inputs, outputs).
+      by_head: whether the packed tensor has the three of each head together.
+      derived: the ends of names of tensors that can be computed from others, which are not read.
+    """
 
     base: str
     layers: str
     layer: dict[str, str]
     top: dict[str, str]
     unembed: str = "lm_head.weight"
-    packed: str | None = None  # queries, keys and values in one tensor
+    packed: str | None = None
     inputs_first: bool = False
     by_head: bool = False
     derived: tuple[str, ...] = ("rotary_emb.inv_freq",)
 
     def stored(self, path: tuple) -> Stored:
-        """Of the parameter at `path` of the tree: ("embed",) or ("layers", 3, "w_q")."""
+        """Returns how the parameter at a path of the tree is stored.
+
+        path: such as ("embed",) or ("layers", 3, "w_q").
+        """
         name = path[-1]
         if len(path) == 1:
             if name == "unembed":
@@ -181,13 +208,18 @@ _NEOX = Names(
 
 
 def names_of(family: str) -> Names:
+    """Returns the names of the tensors of a family, which is a model_type of config.json."""
     own = {"gpt2": _GPT2, "gpt_neox": _NEOX}
     return own.get(family, _GEMMA if family.startswith(("gemma2", "gemma3")) else _LLAMA)
 
 
 def in_files(names: Names, tensors) -> Names:
-    """`names` as the files have them: without the base where the model was saved without its head,
-    with another where it also reads images; GPT-NeoX's unembedding has a new name now and then."""
+    """Returns `names` changed to those that a model's files have.
+
+    The base is missing where the model was saved without its head, and is another one where the
+    model also reads images. GPT-NeoX's unembedding has one of two names. `tensors` are the names,
+    or a dict by name, of the files' tensors.
+    """
     if names.unembed not in tensors and "lm_head.weight" in tensors:
         names = dataclasses.replace(names, unembed="lm_head.weight")
     anchor = names.top["embed"]
@@ -199,4 +231,4 @@ def in_files(names: Names, tensors) -> Names:
 
 _IMAGES = ("vision_tower.", "multi_modal_projector.")
 IMAGE_PARTS = (*_IMAGES, *("model." + name for name in _IMAGES))
-"""What the names of tensors begin with that serve images only."""
+"""The beginnings of the names of tensors that serve images only."""

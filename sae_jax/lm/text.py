@@ -1,12 +1,17 @@
-"""The tokenizer of a model's directory, its special tokens, and packing text into contexts.
+"""Loads the tokenizer of a model's directory, and packs text into contexts.
 
-The rules, which a store's provenance names: a document is a text file (one of more than 4 million
-characters is cut into several at line ends), one string of a .json list, one line of a .jsonl or
-one row of a dataset; every document is tokenised without special tokens; documents are joined with
-one BOS between them; the stream is cut every context_length - 1 tokens and each piece is preceded
-by BOS, so that every context starts with exactly one. A last piece that is too short is dropped.
-So it is for every family: models that were trained without BOS get the token that stood between
-their documents (`load_tokenizer` says which), as attention needs one at the start to rest on.
+Text is packed by these rules, which a store's provenance names:
+
+- A document is a text file (one of more than 4 million characters is cut into several at line
+  ends), one string of a .json list, one line of a .jsonl file or one row of a dataset.
+- Every document is tokenised without special tokens.
+- Documents are joined with one BOS between them.
+- The stream of tokens is cut every context_length - 1 tokens, and each piece is preceded by BOS, so
+  that every context starts with exactly one. A last piece that is too short is dropped.
+
+The rules are the same for every family. A model that was trained without BOS gets the token that
+stood between its documents (`load_tokenizer` says which), since attention needs a first token that
+means nothing to attend to.
 """
 
 import dataclasses
@@ -29,47 +34,67 @@ _DOCUMENTS_PER_BATCH = 256  # tokenised together, by the tokenizer's own threads
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer.json with the ids of its special tokens. `bos` starts every context; `bos_why`
-    says where it comes from."""
+    """A tokenizer with the ids of its special tokens.
+
+    Attributes:
+      backend: the tokenizer of the package tokenizers.
+      bos: the token that starts every context.
+      eos: the first end-of-sequence token, or None.
+      pad: the padding token, or None.
+      name: the name of the model's directory, or its name on the hub.
+      special_tokens: the sorted ids of BOS, every EOS and PAD, which stand for no text.
+      bos_why: which file or rule BOS comes from.
+    """
 
     backend: tokenizers.Tokenizer
     bos: int
     eos: int | None
     pad: int | None
     name: str
-    special_tokens: tuple[int, ...]  # BOS, every EOS, PAD: they stand for no text; sorted
+    special_tokens: tuple[int, ...]
     bos_why: str
 
     @property
     def vocab_size(self) -> int:
+        """The number of tokens, added ones included."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
-    def about_bos(self) -> dict:
-        """For a store's provenance."""
+    def bos_provenance(self) -> dict:
+        """Returns what a store's provenance says of BOS: its id, its text and where it is from."""
         return {"id": self.bos, "token": self.backend.id_to_token(self.bos), "why": self.bos_why}
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text alone, no special token added."""
+        """Returns the ids of a text, without special tokens."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Returns the ids of each text, without special tokens."""
         return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text of ids, special tokens included."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
 
 def load_tokenizer(directory) -> Tokenizer:
-    """From tokenizer.json, config.json, generation_config.json and tokenizer_config.json.
+    """Loads the tokenizer of a model's directory, or of a name on the hub.
 
-    BOS is the first there is of: the special token that tokenizer.json itself puts before a text
-    (Llama, Mistral, Gemma); bos_token_id of config.json or generation_config.json (GPT-2, Pythia;
-    Qwen, whose tokenizer adds none: it is <|endoftext|>, which stood between the documents it was
-    trained on); bos_token of tokenizer_config.json; the token <|endoftext|>; EOS. EOS and PAD are
-    what the configs say. Of several EOS `eos` is the first; those that tokenizer.json marks as
-    special are all special tokens (Llama 3's and Gemma's end of a turn too).
+    It reads tokenizer.json, config.json, generation_config.json and tokenizer_config.json. BOS is
+    the first of these that exists:
 
-    UserError where a file is missing or damaged, or none of them gives a BOS."""
+    - the special token that tokenizer.json puts before a text (Llama, Mistral, Gemma);
+    - bos_token_id of config.json or generation_config.json (GPT-2, Pythia; and Qwen, for which it
+      is <|endoftext|>, which stood between the documents that it was trained on);
+    - bos_token of tokenizer_config.json;
+    - the token <|endoftext|>;
+    - EOS.
+
+    EOS and PAD are those that the configs name. If they name several EOS, `eos` is the first, and
+    all those that tokenizer.json marks as special are special tokens, such as the end of a turn of
+    Llama 3 and Gemma.
+
+    Raises UserError if a file is missing or damaged, or if there is no BOS.
+    """
     spec, directory = directory, model_directory(directory)
     file = directory / "tokenizer.json"
     if not file.is_file():
@@ -95,7 +120,7 @@ def load_tokenizer(directory) -> Tokenizer:
 
 
 def _bos(backend, configured: list[int], where: str, eos: int | None) -> tuple[int | None, str]:
-    """(id, why)."""
+    """Returns the id of BOS, or None, and where it comes from."""
     with_special, without = (backend.encode("a", add_special_tokens=s).ids for s in (True, False))
     if len(with_special) > len(without) and with_special[0] != (without or [None])[0]:
         return with_special[0], "tokenizer.json puts it before every text"
@@ -108,7 +133,7 @@ def _bos(backend, configured: list[int], where: str, eos: int | None) -> tuple[i
 
 
 def _special_ids(directory: pathlib.Path, backend, kind: str) -> tuple[list[int], str]:
-    """(ids, which file says so) of the first file that names any."""
+    """Returns the ids that the first file to name any gives, and the name of that file's field."""
     for name in ("config.json", "generation_config.json"):
         values = read_json(directory / name, default={})
         for part in (values, values.get("text_config") or {}):  # Gemma 3 nests the language model
@@ -125,9 +150,17 @@ def _special_ids(directory: pathlib.Path, backend, kind: str) -> tuple[list[int]
 def pack(
     texts: Iterable[str], tokenizer: Tokenizer, context_length: int, max_tokens: int | None = None
 ) -> np.ndarray:
-    """Contexts (num_sequences, context_length) of int32 by the rules above; at most `max_tokens`
-    tokens, BOS counted. Reads no more texts than it needs. Takes 8 bytes a token while it works
-    and 4 after. UserError where the texts do not fill one context."""
+    """Packs texts into contexts, (num_sequences, context_length) of int32, by this module's rules.
+
+    It reads no more texts than it needs, and takes 8 bytes of memory a token while it works, 4
+    after. Raises UserError if the texts do not fill one context.
+
+    Args:
+      texts: the documents.
+      tokenizer: the tokenizer.
+      context_length: tokens of a context, BOS included.
+      max_tokens: how many tokens to return at most, BOS counted. None: all.
+    """
     if context_length < 2:
         raise UserError(
             f"context_length is {context_length}; a context is BOS and one token or more"
@@ -150,8 +183,10 @@ def pack(
 
 
 def _contexts(texts: Iterable[str], tokenizer: Tokenizer, length: int) -> Iterator[np.ndarray]:
-    """Blocks of contexts. A BOS between documents that falls on a cut is left out: the context has
-    one already."""
+    """Yields blocks of contexts.
+
+    A BOS between documents that falls on a cut is left out, since the context has one already.
+    """
     bos, text_length, texts = tokenizer.bos, length - 1, iter(texts)
     stream = np.zeros(0, np.int32)
     while batch := list(itertools.islice(texts, _DOCUMENTS_PER_BATCH)):

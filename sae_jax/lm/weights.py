@@ -1,4 +1,4 @@
-"""Hugging Face model directories: config.json and safetensors, in and out, without torch.
+"""Reads and writes Hugging Face model directories, config.json and safetensors, without torch.
 
 A tensor is read slice by slice, each device's slice straight to that device, so that no parameter
 is whole on one device of a mesh that shards it. What would change the function and is not
@@ -32,11 +32,16 @@ from sae_jax.paths import save_json
 def load_params(
     directory, dtype=jnp.float32, mesh: jax.sharding.Mesh | None = None, scan: bool = False
 ) -> dict:
-    """Parameters (the tree of `architecture.layout`) in `dtype`, sharded over the mesh's `model`
-    axis. scan: layers stacked along a leading axis, for `forward` to loop over.
+    """Loads the parameters of a model, as the tree of `architecture.layout`.
 
-    UserError naming the file or the tensor where one is missing, truncated, of another shape or
-    unknown.
+    Raises UserError, which names the file or the tensor, if one is missing, truncated, of another
+    shape or unknown.
+
+    Args:
+      directory: a Hugging Face directory, or hf://org/repository[@revision] on the hub.
+      dtype: the type of the parameters.
+      mesh: a mesh, over whose axis `model` they are sharded. None: JAX's default device.
+      scan: whether layers are stacked along a leading axis, for `forward` to loop over.
     """
     config = load_config(directory)  # before the weights are downloaded
     directory = with_weights(directory)
@@ -77,9 +82,18 @@ def load_params(
 def save_model(
     directory, config: DecoderConfig, params: dict, dtype=jnp.bfloat16, **fields
 ) -> None:
-    """Writes config.json and model.safetensors into an existing directory; `fields` (such as
-    bos_token_id) are added to config.json. Raises FileExistsError rather than overwrite, and
-    ValueError for a config that our own config.json cannot say."""
+    """Writes config.json and model.safetensors into an existing directory.
+
+    Raises FileExistsError if there are weights already, and ValueError for a config that our own
+    config.json cannot express.
+
+    Args:
+      directory: the directory.
+      config: the decoder's config.
+      params: its parameters, with layers as a list.
+      dtype: the type in which they are written.
+      **fields: more fields of config.json, such as bos_token_id.
+    """
     values = {
         "model_type": OWN_TYPE,
         "vocab_size": config.vocab_size,
@@ -121,9 +135,16 @@ def save_model(
 
 
 def fingerprint(directory, files: Sequence[str] = ()) -> str:
-    """Tells one model from another: a hash of config.json and, of every weight file, its size,
-    its first and last MiB (the header is in the first) and 64 KiB from 64 places between. Not
-    all bytes: reading 140 GB takes minutes. files: the weights where they are no safetensors."""
+    """Returns a hash by which one model is told from another.
+
+    It is a hash of config.json and, for every weight file, of its size, its first and last MiB (the
+    header is in the first) and 64 KiB from each of 64 places between. Hashing all bytes of 140 GB
+    would take minutes.
+
+    Args:
+      directory: a directory, or a name on the hub, of which the weights are downloaded.
+      files: the names of the weight files if they are not safetensors.
+    """
     directory = with_weights(directory)
     digest = hashlib.sha256((directory / "config.json").read_bytes())
     for name in files or _weight_files(directory):
@@ -139,11 +160,14 @@ def fingerprint(directory, files: Sequence[str] = ()) -> str:
 
 
 def with_weights(spec, old: bool = False) -> pathlib.Path:
-    """Returns the local directory of a model, with its weights.
+    """Returns the local directory of a model, after downloading its weights if it is on the hub.
 
-    `spec` is a directory, or a name on the hub, from which the weight files are downloaded: the
-    safetensors that its index names, or with `old`, where there are none, what torch.save wrote.
-    Raises UserError as `hub.fetch`, and where there are no such files."""
+    Raises UserError if the hub cannot be reached or has no such files.
+
+    Args:
+      spec: a directory, or a name on the hub, of which the safetensors are downloaded.
+      old: whether files that torch.save wrote are downloaded if there are no safetensors.
+    """
     directory = model_directory(spec)
     if not hub.is_hub_name(spec):
         return directory
@@ -178,7 +202,7 @@ def _weight_files(directory: pathlib.Path) -> list[str]:
 
 
 def _open(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict:
-    """{tensor name: its safetensors slice} over all the files of the directory."""
+    """Returns the safetensors slice of each tensor in the directory's files, by name."""
     slices = {}
     for name in _weight_files(directory):
         file = directory / name
@@ -191,12 +215,12 @@ def _open(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict:
 
 
 def _keys(path) -> tuple:
-    """("layers", 3, "w_q") of a path of jax.tree_util."""
+    """Returns a path of jax.tree_util as a tuple such as ("layers", 3, "w_q")."""
     return tuple(getattr(part, "key", None) or getattr(part, "idx", None) or 0 for part in path)
 
 
 def _check_names(directory, tree, tensors: dict, names: Names, config: DecoderConfig) -> None:
-    """All that config.json asks for is there, and all that is there is known."""
+    """Raises UserError if a tensor that config.json implies is missing, or one is unknown."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     expected = {names.stored(_keys(path)).name for path, _ in leaves}
     # Tied files sometimes have the matrix twice, old ones what can be computed.
@@ -212,8 +236,10 @@ def _check_names(directory, tree, tensors: dict, names: Names, config: DecoderCo
 
 
 def _array(leaf: Leaf, parts: list, dtype, mesh, stacked: bool) -> jax.Array:
-    """The parameter of `parts`, (stored, tensor) of it or, stacked, of each layer. Each device's
-    share alone is read for it."""
+    """Returns a parameter, of which only each device's share is read for that device.
+
+    parts: (stored, tensor) of the parameter, or if it is stacked, of the parameter of each layer.
+    """
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
         own = index[1:] if stacked else index

@@ -1,4 +1,4 @@
-"""Activations of any kind as float32 arrays of JAX, and results back as what came in."""
+"""Turns activations of any type into float32 arrays of JAX, and results back into that type."""
 
 import sys
 from collections.abc import Callable
@@ -10,27 +10,37 @@ import numpy as np
 from sae_jax.errors import UserError
 
 Restore = Callable[[jax.Array], "jax.Array"]
-"""Turns a result into a tensor of torch where the input was one, on its device."""
+"""A function that turns a result into a tensor of torch, on the input's device, where the input was
+one, and leaves it as it is otherwise."""
 
 
-def float32(values, width: int, what: str) -> tuple[jax.Array, Restore]:
-    """Returns `values` (..., width) as a float32 array, and the `Restore` for what is made of it.
+def float32(values, width: int, what: str, axis: str) -> tuple[jax.Array, Restore]:
+    """Returns `values` (..., width) as a float32 array, and the `Restore` for results of it.
 
-    values: an array of JAX (traced, too) or NumPy, a tensor of torch, numbers or nested lists of
-    them, of any float or integer type. The cast is done before anything is computed: half
-    precision gives what float32 of the same values gives. torch's tensors come and go through
-    DLPack, and no gradient of torch's flows through. what: what they are, for an error.
+    The cast is done before anything is computed, so values of half precision give what the same
+    values in float32 give. Tensors of torch pass through DLPack, and no gradient of torch's flows
+    through.
 
-    Raises UserError for another last axis, ragged lists, and what is not made of real numbers."""
+    Raises UserError for a last axis of another width, for ragged lists, and for values that are not
+    real numbers.
+
+    Args:
+      values: an array of JAX (it may be traced) or NumPy, a tensor of torch, or nested lists of
+        numbers, of any float or integer type.
+      width: the width of the last axis.
+      what: what the values are called in an error.
+      axis: what the last axis is called in an error.
+    """
     torch = sys.modules.get("torch")  # a tensor of torch's cannot be here without it
     if torch is not None and isinstance(values, torch.Tensor):
         array, restore = _from_torch(values, torch, what), _to_torch(values.device, torch)
     else:
         array, restore = _from_numbers(values, what), _unchanged
     if array.ndim == 0 or array.shape[-1] != width:
+        shape = tuple(array.shape)
+        got = f"width {shape[-1]} and shape {shape}" if shape else "shape ()"
         raise UserError(
-            f"{what} of shape {tuple(array.shape)} were given, of width "
-            f"{array.shape[-1] if array.ndim else 'none'}; this SAE takes (..., {width})"
+            f"{what} of {got} given to an SAE with {axis} {width}; it takes (..., {width})"
         )
     return array, restore
 

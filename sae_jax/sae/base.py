@@ -1,4 +1,7 @@
-"""The contract that every architecture obeys: one module, one loss, one way to fold."""
+"""The contract that every architecture obeys.
+
+An architecture is one module with one training loss and one way to fold its scales away.
+"""
 
 import abc
 import dataclasses
@@ -36,35 +39,62 @@ _ROUNDING = 1e-6  # of a norm in float32
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LossInputs:
-    """What a step decides and a loss is given."""
+    """Holds what a training loss depends on besides the SAE and its batch.
 
-    dead: jax.Array  # (d_sae,) bool: latents that have not fired for `dead_after_tokens`
-    coefficient: jax.Array | float = 0.0  # of sparsity, at this step
-    k: jax.Array | int | None = None  # latents a token, at this step; None: config.k
-    p: jax.Array | float = 1.0  # exponent of the L1 family's penalty, at this step
-    next_p: jax.Array | float = 1.0  # and at the next
-    # False: latents as the SAE gives them after training, when there is no batch.
+    The trainer computes these values anew at every step.
+
+    Attributes:
+      dead: (d_sae,) bool, the latents that have not fired for `dead_after_tokens` tokens.
+      coefficient: the coefficient of the sparsity penalty at this step.
+      k: the number of latents for each token at this step. None stands for the config's k.
+      p: the exponent of the L1 family's penalty at this step.
+      next_p: the exponent at the next step.
+      training: whether latents are computed as in training. With False they are computed as
+        `SAE.encode` computes them, which differs where an architecture looks at a whole batch.
+    """
+
+    dead: jax.Array
+    coefficient: jax.Array | float = 0.0
+    k: jax.Array | int | None = None
+    p: jax.Array | float = 1.0
+    next_p: jax.Array | float = 1.0
     training: bool = dataclasses.field(default=True, metadata={"static": True})
 
 
 class Losses(NamedTuple):
-    """What one training step needs of a batch. Scalars are means over the batch's tokens, in
-    the SAE's own units (those of the activations times `scale`)."""
+    """Holds the losses and statistics of one batch.
 
-    total: jax.Array  # what is differentiated
-    mse: jax.Array  # ||y - y_hat||^2, summed over d_out
-    l0: jax.Array  # latents above zero
-    l1: jax.Array  # sum of latent * decoder norm
-    fired: jax.Array  # (d_sae,) bool: fired on any token
-    running: dict[str, jax.Array] = {}  # a batch's values of parameters that are running means
-    log_coefficient: jax.Array | float = 0.0  # what ln(sparsity coefficient) is to change by
+    Scalars are means over the batch's tokens. `SAE.training_loss` gives them in the SAE's own
+    units, those of the activations times `scale`; `SAE.loss` gives them in the model's units.
+
+    Attributes:
+      total: the loss that is differentiated.
+      mse: ||y - y_hat||^2, summed over d_out.
+      l0: the number of latents above zero.
+      l1: the sum over latents of activation times decoder norm.
+      fired: (d_sae,) bool, the latents that fired on any token.
+      running: this batch's values of the parameters named in `SAE.RUNNING_MEANS`, by name.
+      log_coefficient: how much the trainer adds to the logarithm of the sparsity coefficient.
+    """
+
+    total: jax.Array
+    mse: jax.Array
+    l0: jax.Array
+    l1: jax.Array
+    fired: jax.Array
+    running: dict[str, jax.Array] = {}
+    log_coefficient: jax.Array | float = 0.0
 
 
 class SAE(nnx.Module):
-    """A sparse autoencoder, transcoder or crosscoder:
+    """A sparse autoencoder, transcoder or crosscoder.
 
-        latents = f((scale * x - b_dec) @ w_enc + b_enc)     - b_dec: `apply_b_dec_to_input`
+    With an activation function f, which each architecture has its own of, it computes
+
+        latents = f((scale * x - b_dec) @ w_enc + b_enc)
         y_hat = (latents @ w_dec + b_dec) / target_scale
+
+    b_dec is taken from the input only if `config.apply_b_dec_to_input` is set.
 
     `config.kind` says what x and y are. An autoencoder's y is x. A transcoder's y is another
     site's activation, such as an MLP's output given its input; a skip transcoder adds an affine
@@ -73,20 +103,24 @@ class SAE(nnx.Module):
     w_dec (Lindsey et al. 2024).
 
     Parameters (float32): w_enc (d_in, d_sae), w_dec (d_sae, d_out), b_enc (d_sae,),
-    b_dec (d_out,), w_skip (d_in, d_out), and what an architecture adds. `scale` and
+    b_dec (d_out,), w_skip (d_in, d_out) of a skip transcoder, and those that an architecture adds.
+    `scale` and
     `target_scale` are the normalisation of the inputs and targets that training used: numbers,
     or for a crosscoder (d_in,) arrays that hold one number for each site.
 
     An architecture is a subclass that has a class `Config` of its own, a frozen dataclass that
-    extends SAEConfig, and gives the abstract methods and whatever else of this it does otherwise.
-    Defining it registers it under the name in its Config, wherever the class stands.
+    extends SAEConfig. It implements the abstract methods `activate`, `training_loss` and
+    `learning_rate`, and overrides whatever else it does differently. Defining the class registers
+    it under the name in its Config, in whatever file the class is.
     """
 
     Config: ClassVar[type[SAEConfig]]
+    """The class of the architecture's config."""
     PER_LATENT_SCALED: ClassVar[tuple[str, ...]] = ("b_enc",)
-    """Parameters (d_sae,) that grow with the latent's unit."""
+    """The names of parameters (d_sae,) that are multiplied by c where a latent is rescaled by c."""
     RUNNING_MEANS: ClassVar[tuple[str, ...]] = ()
-    """Parameters that are not trained: each is the running mean of `Losses.running`."""
+    """The names of parameters that are not trained. Each is the running mean of the values of this
+    name in `Losses.running`."""
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
@@ -106,20 +140,22 @@ class SAE(nnx.Module):
     ):
         """Makes a fresh SAE from the fields of its config: `TopK(d_in=768, d_sae=24_576, k=32)`.
 
-        Args:
-          config: instead of fields, or with fields that replace some of its own.
-          rngs: what fresh parameters are drawn from: nnx.Rngs, or a seed. b_dec is 0.
-          scale, target_scale: what inputs and targets are multiplied by; numbers, or for a
-            crosscoder arrays (d_in,). target_scale None: the same as scale.
-          parameters: arrays to take instead of fresh ones, by name. See `from_parameters`.
-
         Raises UserError for a wrong field, for missing widths (d_in; d_out of a transcoder;
-        site_widths of a crosscoder), and for parameters of other names or shapes."""
+        site_widths of a crosscoder), and for parameters of other names or shapes.
+
+        Args:
+          config: a config to use instead of fields. Fields given besides replace its own.
+          rngs: an nnx.Rngs or a seed, from which fresh parameters are drawn. A fresh b_dec is 0.
+          scale: the number that inputs are multiplied by, or for a crosscoder an array (d_in,).
+          target_scale: the same for targets. None stands for `scale`.
+          parameters: arrays by name to take instead of fresh ones. See `from_parameters`.
+          **fields: the fields of the architecture's config.
+        """
         self.config = config = _resolved(type(self), config, fields)
         self.scale = _static_or_data(scale)
         self.target_scale = self.scale if target_scale is None else _static_or_data(target_scale)
         self.made_fresh = parameters is None
-        """Whether the constructor drew the parameters; see `is_fresh`."""
+        """Whether the constructor drew the parameters, which `is_fresh` asks."""
         if parameters is None:
             parameters = self.init_parameters(_key(rngs), config, jnp.zeros(config.d_out))
         else:
@@ -135,8 +171,16 @@ class SAE(nnx.Module):
         scale: float | jax.Array = 1.0,
         target_scale: float | jax.Array | None = None,
     ) -> Self:
-        """Returns the SAE of a config with the given float32 parameters, by name. Raises UserError
-        if the names or shapes are not those that `init_parameters` makes."""
+        """Returns an SAE that has the given parameters.
+
+        Raises UserError if their names or shapes are not those that `init_parameters` makes.
+
+        Args:
+          config: the config, with its widths filled in.
+          parameters: float32 arrays by name.
+          scale: the number that inputs are multiplied by, or for a crosscoder an array (d_in,).
+          target_scale: the same for targets. None stands for `scale`.
+        """
         return cls(config, parameters=parameters, scale=scale, target_scale=target_scale)
 
     def __repr__(self) -> str:
@@ -158,9 +202,11 @@ class SAE(nnx.Module):
     __str__ = __repr__
 
     def is_fresh(self) -> bool:
-        """Returns whether the SAE is as the constructor made it, so that no training has given its
-        parameters a unit: its biases, and whatever else is one number for each latent, are those
-        of a new latent."""
+        """Returns whether the SAE has not been trained since the constructor drew its parameters.
+
+        It is fresh if b_dec is 0 and all parameters of shape (d_sae,) have the values of
+        `fresh_latent`. The parameters of a fresh SAE are in no unit yet.
+        """
         fresh = {"b_dec": 0.0} | self.fresh_latent(self.config)
         parameters = self.parameters()
         return self.made_fresh and all(
@@ -172,17 +218,21 @@ class SAE(nnx.Module):
     def encode(self, x) -> jax.Array:
         """Returns the latents (..., d_sae) of activations x (..., d_in) in the model's own units.
 
-        x: of any float or integer type, from JAX, NumPy, torch or lists; computed in float32. A
-        tensor of torch gives one back, without a gradient. Raises UserError for another width."""
+        x is an array of JAX or NumPy, a tensor of torch, or nested lists, of any float or integer
+        type. The latents are computed in float32. For a tensor of torch they are a tensor of torch
+        on the same device, without a gradient. Raises UserError if x has another width.
+        """
         x, restore = self.inputs(x)
         return restore(self.activate(self.preactivations(x)))
 
     def decode(self, latents, x=None) -> jax.Array:
-        """Returns the reconstruction (..., d_out), in the model's own units, of latents
-        (..., d_sae). A skip transcoder needs the x (..., d_in) that it encoded, too.
+        """Returns the reconstruction (..., d_out) of latents (..., d_sae).
 
-        Takes and returns the same types as `encode`. Raises UserError for another width."""
-        latents, restore = float32(latents, self.config.d_sae, "latents")
+        The reconstruction is in the model's own units. A skip transcoder also needs the x
+        (..., d_in) that it encoded. The arguments and the result are of the types that `encode`
+        takes and returns. Raises UserError if a width is wrong, or if a skip transcoder gets no x.
+        """
+        latents, restore = float32(latents, self.config.d_sae, "latents", "d_sae")
         if self.config.kind == "skip_transcoder":
             if x is None:
                 raise UserError("a skip transcoder decodes from x too: decode(latents, x)")
@@ -190,17 +240,21 @@ class SAE(nnx.Module):
         return restore(self._decoded(latents, x))
 
     def __call__(self, x) -> jax.Array:
-        """Returns the reconstruction (..., d_out) of activations x (..., d_in), both in the model's
-        own units and of the types that `encode` takes."""
+        """Returns the reconstruction (..., d_out) of activations x (..., d_in).
+
+        Both are in the model's own units and of the types that `encode` takes and returns. Raises
+        UserError if x has another width.
+        """
         x, restore = self.inputs(x)
         return restore(self._decoded(self.activate(self.preactivations(x)), x))
 
     def direction(self, latent) -> jax.Array:
-        """Returns what the latent of this index adds to the reconstruction for each unit of its
-        activation: its decoder row (d_out,), in the model's own units.
+        """Returns a latent's decoder row (d_out,) in the model's own units.
 
-        latent: an index from 0 to d_sae - 1, or an array of them, which gives (..., d_out). Raises
-        UserError for one that is out of range or no whole number."""
+        It is what the latent adds to the reconstruction for each unit of its activation. `latent`
+        is an index from 0 to d_sae - 1, or an array (...) of indices, for which the rows are
+        (..., d_out). Raises UserError if an index is out of range or not a whole number.
+        """
         if not isinstance(latent, jax.core.Tracer):
             latent = np.asarray(latent)
             if not np.issubdtype(latent.dtype, np.integer):
@@ -222,21 +276,27 @@ class SAE(nnx.Module):
         k: int | None = None,
         training: bool = True,
     ) -> Losses:
-        """Returns the training losses of activations x (..., d_in) and targets y (..., d_out), in
-        the model's own units. `jax.grad(lambda sae: sae.loss(x).total)(sae)` differentiates it in
-        the parameters; x and y are data, to which no gradient flows.
+        """Returns the training losses of activations x (..., d_in) and targets y (..., d_out).
+
+        Inputs and targets are in the model's own units. The result's `total` and `mse` are in
+        squares of the units of y, and its `l1` is in units of y. A crosscoder's `mse` is in the
+        units of each of its sites, but its `total` and `l1` are in those of the activations times
+        `scale`.
+
+        `jax.grad(lambda sae: sae.loss(x).total)(sae)` gives the gradient in the parameters. No
+        gradient flows to x and y.
+
+        Raises UserError for a wrong width, for a transcoder without y, and if there are no rows.
 
         Args:
-          y: None: x. A transcoder needs it.
-          coefficient: of the sparsity penalty. None: the config's.
-          dead: (d_sae,) bool, the latents that the auxiliary loss revives. None: none.
-          k: latents for each token. None: the config's.
-          training: False: with latents as `encode` gives them, which in some architectures differ.
-
-        `mse` and `total` are in squares of the units of y, `l1` in units of y. A crosscoder has
-        units for each site: its mse is in them, as that of `sae(x)`; its total and l1 are in its
-        own, those of the activations times `scale`. Raises UserError for another width, for a
-        transcoder without y, and where there is no row."""
+          x: the inputs, of any type that `encode` takes.
+          y: the targets. None stands for x, except for a transcoder, which needs them.
+          coefficient: the coefficient of the sparsity penalty. None stands for the config's.
+          dead: (d_sae,) bool, the latents that the auxiliary loss revives. None stands for none.
+          k: the number of latents for each token. None stands for the config's.
+          training: whether latents are computed as in training. With False they are computed as
+            `encode` computes them, which differs in some architectures.
+        """
         x, y, restore = self._pair(x, y)
         if x.shape[0] == 0:
             raise UserError("a loss is a mean over rows of activations, and there are none")
@@ -260,10 +320,13 @@ class SAE(nnx.Module):
         return jax.tree.map(lambda a: restore(jnp.asarray(a)), losses)
 
     def row_losses(self, x, y=None, coefficient: float | jax.Array | None = None) -> jax.Array:
-        """Returns the loss (rows,) of each row of x (..., d_in) and y (..., d_out), in the model's
-        own units: the squared error of the reconstruction, and the coefficient (None: the
-        config's) times the row's penalty where the architecture has one of single rows (the L1
-        family). A crosscoder's penalty is in its own units. Takes what `loss` takes."""
+        """Returns the loss (rows,) of each row of x (..., d_in) and y (..., d_out).
+
+        The loss of a row is the squared error of its reconstruction, in the model's own units. To
+        it is added `coefficient` (by default the config's) times the row's penalty, if the
+        architecture has a penalty of single rows, as the L1 family has. A crosscoder's penalty is
+        in units of the activations times `scale`. Raises UserError where `loss` does for x and y.
+        """
         x, y, restore = self._pair(x, y)
         latents = self.activate(self.preactivations(x))
         errors = jnp.sum(jnp.square(y - self._decoded(latents, x)), axis=-1)
@@ -272,33 +335,43 @@ class SAE(nnx.Module):
         return restore(errors + penalties / unit**2)
 
     def split(self, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns inputs x (..., d_in) and targets y (..., d_out) of rows as a stream gives them:
-        the columns of all sites side by side, a transcoder's target last."""
+        """Splits the rows of a stream into inputs x (..., d_in) and targets y (..., d_out).
+
+        A row holds the columns of all sites side by side, with a transcoder's target last. For
+        other kinds both results are the rows themselves.
+        """
         if self.config.kind in TRANSCODERS:
             return rows[..., : self.config.d_in], rows[..., self.config.d_in :]
         return rows, rows
 
     def preactivations(self, x: jax.Array) -> jax.Array:
-        """Returns what `activate` takes, (..., d_sae), of float32 activations x (..., d_in) in the
-        model's own units."""
+        """Returns the pre-activations (..., d_sae) that `activate` takes.
+
+        They are those of float32 activations x (..., d_in) in the model's own units.
+        """
         return self._encoded(x * self.scale)
 
     def save(self, path) -> None:
-        """Writes the SAE to a new folder, in our own format (`sae.files`), to the last bit.
-        `sae_jax.load(path)` reads it. Raises UserError if there is something at `path` already."""
+        """Writes the SAE to a new folder `path`, exactly, in sae_jax's own format (`sae.files`).
+
+        `sae_jax.load(path)` reads it again. Raises UserError if something is at `path` already.
+        """
         files.save(self, path)
 
     def inputs(self, x) -> tuple[jax.Array, Restore]:
-        """Returns activations (..., d_in) of any type as a float32 array, and what turns results
-        back into the type that came in (`sae.arrays.float32`)."""
-        return float32(x, self.config.d_in, "activations")
+        """Returns activations (..., d_in) of any type as a float32 array, and a function `Restore`.
+
+        The function turns results back into the type of x (`sae.arrays.float32`). Raises UserError
+        if x has another width.
+        """
+        return float32(x, self.config.d_in, "activations", "d_in")
 
     def _pair(self, x, y) -> tuple[jax.Array, jax.Array, Restore]:
-        """Inputs (rows, d_in) and targets (rows, d_out) in the model's own units."""
+        """Returns inputs (rows, d_in), targets (rows, d_out) and the `Restore` of the inputs."""
         x, restore = self.inputs(x)
         if y is None and self.config.kind in TRANSCODERS:
             raise UserError(f"a {self.config.kind} needs its targets y as well: loss(x, y)")
-        y = x if y is None else float32(y, self.config.d_out, "targets")[0]
+        y = x if y is None else float32(y, self.config.d_out, "targets", "d_out")[0]
         if x.shape[:-1] != y.shape[:-1]:
             raise UserError(f"x {x.shape} and y {y.shape} must have the same rows")
         return x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), restore
@@ -327,19 +400,28 @@ class SAE(nnx.Module):
         """Returns the latents (..., d_sae) of pre-activations (..., d_sae)."""
 
     def fold(self) -> "SAE":
-        """The same function with scales 1 and decoder rows of norm 1: latents are then in the
-        model's units, latent * decoder norm of this SAE. Valid where `activate` commutes with
-        a positive rescaling of each latent, given the parameters in `PER_LATENT_SCALED`."""
+        """Returns an SAE of the same function, with scales 1 and decoder rows of norm 1.
+
+        Its latents are those of this SAE times their decoder norms, in the model's units. Folding
+        is exact if `activate` commutes with a positive rescaling of each latent that also rescales
+        the parameters in `PER_LATENT_SCALED`. An architecture where that is not so overrides it.
+        """
         return self._rescaled(self._row_norms())
 
     def _row_norms(self) -> jax.Array:
-        """(d_sae,): of the decoder's rows in the model's units; 1 where they are 0, or 1 but for
-        rounding, so that folding what is folded changes no bit."""
+        """Returns the norms (d_sae,) of the decoder's rows in the model's units.
+
+        Norms of 0 count as 1. So do those that are 1 but for rounding, so that folding a folded SAE
+        changes no bit.
+        """
         norms = jnp.linalg.norm(self.w_dec[...] / self.target_scale, axis=1)
         return jnp.where((norms > 0) & (jnp.abs(norms - 1) > _ROUNDING), norms, 1.0)
 
     def _rescaled(self, factor: jax.Array) -> "SAE":
-        """The same function with scales 1 and every latent times `factor`, () or (d_sae,)."""
+        """Returns an SAE of the same function with scales 1 and latents times `factor`.
+
+        factor: a number for all latents, or an array (d_sae,).
+        """
         parameters = self.parameters()
         scale, target_scale = (jnp.asarray(s) for s in (self.scale, self.target_scale))
         factor = jnp.broadcast_to(factor, self.b_enc.shape)
@@ -360,17 +442,23 @@ class SAE(nnx.Module):
     def init_parameters(
         cls, key: jax.Array, config: SAEConfig, b_dec: jax.Array
     ) -> dict[str, jax.Array]:
-        """Fresh parameters by name, sharded from the start where there is a mesh.
+        """Returns fresh float32 parameters by name. On a mesh they are made in their shardings.
 
-        Decoder rows in random directions, of norm 1 or `decoder_init_norm`; w_enc = w_dec.T
-        (Conerly et al. 2024), but a transcoder's w_enc has random directions of its own, since it
-        reads another space; b_enc = 0; w_skip = 0. b_dec (d_out,) is in the SAE's own units.
+        Decoder rows have random directions and norm 1, or norm `decoder_init_norm` where the norm
+        is not kept at 1. w_enc is the transpose of w_dec (Conerly et al. 2024), but a transcoder's
+        has random directions of its own, since it reads another space. w_skip is 0. Parameters of
+        shape (d_sae,) have the values of `fresh_latent`.
+
+        Args:
+          key: the key that random directions are drawn from.
+          config: a config with its widths filled in.
+          b_dec: (d_out,) the value of b_dec, in units of the targets times `target_scale`.
         """
         key_dec, key_enc = jax.random.split(key)
         norm = 1.0 if config.unit_norm_decoder else config.decoder_init_norm
-        w_dec = norm * _directions(key_dec, config.d_sae, config.d_out)
+        w_dec = norm * _unit_rows(key_dec, config.d_sae, config.d_out)
         tied = config.kind in ("autoencoder", "crosscoder")
-        w_enc = w_dec if tied else norm * _directions(key_enc, config.d_sae, config.d_in)
+        w_enc = w_dec if tied else norm * _unit_rows(key_enc, config.d_sae, config.d_in)
         parameters = {"w_enc": w_enc.T, "w_dec": w_dec, "b_dec": b_dec}
         if config.kind == "skip_transcoder":
             parameters["w_skip"] = jnp.zeros((config.d_in, config.d_out))
@@ -382,48 +470,61 @@ class SAE(nnx.Module):
 
     @classmethod
     def fresh_latent(cls, config: SAEConfig) -> dict[str, float]:
-        """What the parameters (d_sae,) are for a latent that is new or resampled."""
+        """Returns the value of each parameter of shape (d_sae,) for a new or resampled latent."""
         return {"b_enc": 0.0}
 
     @abc.abstractmethod
     def training_loss(self, x: jax.Array, y: jax.Array, inputs: LossInputs) -> Losses:
         """Returns the losses that a training step differentiates and logs.
 
-        x (B, d_in), y (B, d_out): inputs and targets in the SAE's own units: those of the
-        activations times `scale` and `target_scale`. The losses are in these units too. On a mesh
-        arrays carry their sharding in their type, and the sharded axes are B and d_sae:
-        `scaled_preactivations` and `scaled_reconstruction` are the two products that say how their
-        results are sharded. A product of one's own over B or d_sae says it, too
-        (`ops.sharding.matmul_f32(latents, w, BATCH)`)."""
+        The losses are in the SAE's own units, as x and y are. On a mesh arrays have their sharding
+        in their type. B and d_sae are the sharded axes: `scaled_preactivations` and
+        `scaled_reconstruction` name the sharding of their results, and so does a product of one's
+        own, as in `ops.sharding.matmul_f32(latents, w, BATCH)`.
+
+        Args:
+          x: (B, d_in) inputs: activations times `scale`.
+          y: (B, d_out) targets: activations times `target_scale`.
+          inputs: what else the loss depends on at this step.
+        """
 
     def scaled_row_losses(self, x: jax.Array, y: jax.Array, coefficient: jax.Array) -> jax.Array:
-        """Returns `row_losses` (B,) of inputs x (B, d_in) and targets y (B, d_out) in the SAE's
-        own units; `train/resample.py` picks inputs by it."""
+        """Returns the loss (B,) of each row of x (B, d_in) and y (B, d_out) in the SAE's own units.
+
+        It is the loss of `row_losses` for inputs times `scale` and targets times `target_scale`.
+        `train/resample.py` picks the inputs that dead latents restart from by it.
+        """
         latents = self.activate(self._encoded(x))
         y_hat = self.output(matmul_f32(latents, self.w_dec[...], BATCH), x)
         errors = jnp.sum(jnp.square(y - y_hat), axis=1)
         return errors + coefficient * self.row_penalties(latents)
 
     def row_penalties(self, latents: jax.Array) -> jax.Array | float:
-        """Returns the sparsity penalty (B,) of each row of latents (B, d_sae), without its
-        coefficient, where that is of single rows; else 0."""
+        """Returns the sparsity penalty (B,) of each row of latents (B, d_sae).
+
+        The penalty is not yet multiplied by its coefficient. It is 0 for architectures whose
+        penalty is not a sum over rows.
+        """
         return 0.0
 
     @classmethod
     @abc.abstractmethod
     def learning_rate(cls, d_sae: int) -> float:
-        """The default peak learning rate for a dictionary of this size."""
+        """Returns the default peak learning rate for a dictionary of `d_sae` latents."""
 
     @classmethod
     def flops_per_token(cls, config: SAEConfig) -> int:
-        """Floating-point operations that a training step executes for each token (a multiply
-        and an add are two), without the optimiser's and the auxiliary loss's."""
+        """Returns the floating-point operations that a training step executes for each token.
+
+        A multiplication and an addition count as two. The operations of the optimiser and of the
+        auxiliary loss are not counted.
+        """
         # Encoder forward and weight gradient; decoder forward and both gradients. The inputs
         # are data, so the encoder has no input gradient.
         return (4 * config.d_in + 6 * config.d_out) * config.d_sae
 
     def parameters(self) -> dict[str, jax.Array]:
-        """The parameters as plain arrays by name."""
+        """Returns the parameters as plain arrays by name."""
         params = {name: v for name, v in vars(self).items() if isinstance(v, nnx.Param)}
         return {name: value[...] for name, value in params.items()}
 
@@ -431,14 +532,15 @@ class SAE(nnx.Module):
 
     @property
     def dtype(self):
-        """Of the operands of the big products."""
+        """The type of the operands of the products with w_enc and w_dec in training."""
         return jnp.dtype(self.config.compute_dtype)
 
     def encoder_input(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(x - b_dec, bias) for the encoder's product; x and b_enc where b_dec is not applied.
+        """Returns the inputs (B, d_in) and the bias (d_sae,) of the encoder's product.
 
-        The gradient of b_dec comes by way of the bias: from the summed gradient of the
-        pre-activations, one product with w_enc, instead of one for every token.
+        They are x - b_dec and b_enc, or x and b_enc where b_dec is not taken from the input. The
+        gradient of b_dec flows through the bias: it is one product of w_enc with the summed
+        gradient of the pre-activations, instead of one product for every token.
         """
         if not self.config.apply_b_dec_to_input:
             return x, self.b_enc[...]
@@ -447,44 +549,64 @@ class SAE(nnx.Module):
         return x - jax.lax.stop_gradient(shift), bias
 
     def encoder_product(self, x: jax.Array, bias: jax.Array) -> jax.Array:
-        """Returns the pre-activations (B, d_sae) of what `encoder_input` returned, in
-        `compute_dtype` and sharded over tokens and latents."""
+        """Returns the pre-activations (B, d_sae), sharded over tokens and latents.
+
+        Args:
+          x: (B, d_in) inputs as `encoder_input` returns them.
+          bias: (d_sae,) the bias that it returns with them.
+        """
         w_enc = self.w_enc[...].astype(self.dtype)
         return matmul_f32(x.astype(self.dtype), w_enc, CODE) + bias
 
     def scaled_preactivations(self, x: jax.Array) -> jax.Array:
-        """Returns the pre-activations (B, d_sae) of inputs x (B, d_in) in the SAE's own units, as
-        `training_loss` is given them."""
+        """Returns the pre-activations (B, d_sae) of the inputs x (B, d_in) of `training_loss`,
+        which are in the SAE's own units."""
         return self.encoder_product(*self.encoder_input(x))
 
     def scaled_reconstruction(self, latents: jax.Array, x: jax.Array) -> jax.Array:
-        """Returns the reconstruction (B, d_out) of latents (B, d_sae) and the inputs x (B, d_in)
-        that they are of, in the SAE's own units, as `training_loss` is given its targets."""
+        """Returns the reconstruction (B, d_out) that `training_loss` compares with its targets.
+
+        Args:
+          latents: (B, d_sae) latents of `scaled_preactivations`.
+          x: (B, d_in) the inputs of `training_loss`, which a skip transcoder's skip reads.
+        """
         w_dec = self.w_dec[...].astype(self.dtype)
         return self.output(matmul_f32(latents.astype(self.dtype), w_dec, BATCH), x)
 
     def output(self, decoded: jax.Array, x: jax.Array) -> jax.Array:
-        """y_hat (B, d_out) from the decoder's product (B, d_out), in the SAE's own units."""
+        """Returns the reconstruction (B, d_out) of targets times `target_scale`.
+
+        Args:
+          decoded: (B, d_out) the product of latents and w_dec.
+          x: (B, d_in) inputs times `scale`, which a skip transcoder's skip reads.
+        """
         y_hat = decoded + self.b_dec[...]
         if self.config.kind == "skip_transcoder":
             y_hat += matmul_f32(x, self.w_skip[...])
         return y_hat
 
     def decoder_norms(self) -> jax.Array:
-        """(d_sae,): what a latent's activation is weighted with in penalties: the norm of its
-        decoder row, 1 where that is kept at 1; for a crosscoder the sum of the norms of its parts
-        for each site (Lindsey et al. 2024)."""
+        """Returns the weight (d_sae,) of each latent's activation in penalties.
+
+        It is the norm of the latent's decoder row, which is 1 where it is kept at 1. For a
+        crosscoder it is the sum over sites of the norms of the row's parts (Lindsey et al. 2024).
+        """
         if self.config.unit_norm_decoder and self.config.site_widths is None:
             return jnp.ones_like(self.b_enc[...])
         return row_norms(self.w_dec[...], self.config.site_widths)
 
     def auxiliary_loss(self, x, bias, error, dead) -> jax.Array:
-        """alpha E||e - e_hat||^2, the AuxK loss for dead latents (Gao et al. 2024, A.2): e, the
-        error of the reconstruction held fixed, and e_hat the decoding of the aux_k largest
-        pre-activations of dead latents. 0 where none is dead, and then it costs nothing.
+        """Returns the AuxK loss for dead latents, alpha E||e - e_hat||^2 (Gao et al. 2024, A.2).
 
-        x (B, d_in) and bias (d_sae,) as from `encoder_input`, error (B, d_out), dead (d_sae,)
-        bool. e_hat has no b_dec: it would stand on both sides.
+        Here alpha is `aux_coefficient`, e is the error of the reconstruction, held fixed, and e_hat
+        decodes the `aux_k` largest pre-activations of dead latents, without b_dec. The loss is 0,
+        and costs nothing, where no latent is dead.
+
+        Args:
+          x: (B, d_in) the inputs that `encoder_input` returns.
+          bias: (d_sae,) the bias that `encoder_input` returns.
+          error: (B, d_out) targets minus reconstructions.
+          dead: (d_sae,) bool, the dead latents.
         """
         if not self.config.aux_coefficient:
             return jnp.zeros(())
@@ -501,32 +623,37 @@ class SAE(nnx.Module):
 
 
 def squared_error(y: jax.Array, y_hat: jax.Array) -> jax.Array:
-    """Mean over the batch of ||y - y_hat||^2."""
+    """Returns the mean over rows of ||y - y_hat||^2, for y and y_hat (..., width)."""
     return jnp.mean(jnp.sum(jnp.square(y - y_hat), axis=-1))
 
 
 def auxiliary_code(code: ops.Code) -> ops.Code:
-    """AuxK's pick with a ReLU, as in the code of Gao et al.: without it dead latents fit the error
-    together, as a dense linear code, and few come back as features. Its slope below 0 is 0.1 and
-    not 0, so that dead latents whose pre-activations are all negative learn too."""
+    """Returns the code of the AuxK loss with its values through a leaky ReLU of slope 0.1.
+
+    The code of Gao et al. has a ReLU here too: without one, dead latents fit the error together, as
+    a dense linear code, and few come back as features. The slope below 0 is not 0, so that dead
+    latents whose pre-activations are all negative learn too.
+    """
     return code._replace(values=jax.nn.leaky_relu(code.values, _AUXILIARY_SLOPE))
 
 
 def row_norms(w: jax.Array, site_widths: tuple[int, ...] | None) -> jax.Array:
-    """(rows,): the sum over sites of the norms of each row's parts, w being (rows, width) and
-    `site_widths` adding up to that width; None: one site."""
+    """Returns for each row of w (rows, width) the sum over sites of the norms of its parts.
+
+    `site_widths` add up to the width. None stands for one site of the whole width.
+    """
     ends = list(itertools.accumulate(site_widths or (w.shape[1],)))
     return sum(jnp.linalg.norm(part, axis=1) for part in jnp.split(w, ends[:-1], axis=1))
 
 
-def _directions(key, count: int, width: int) -> jax.Array:
-    """(count, width): random rows of norm 1."""
+def _unit_rows(key, count: int, width: int) -> jax.Array:
+    """Returns random rows (count, width) of norm 1."""
     rows = jax.random.normal(key, (count, width), out_sharding=out_sharding(DECODER))
     return rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
 
 
 def _resolved(cls: type[SAE], config: SAEConfig | None, fields: dict) -> SAEConfig:
-    """The config that a constructor's arguments describe, all of it filled in."""
+    """Returns the config that a constructor's arguments describe, with all of it filled in."""
     if config is None:
         config = cls.Config(**fields)
     elif getattr(config, "architecture", None) != cls.Config.architecture:
@@ -578,7 +705,7 @@ def _check_parameters(cls: type[SAE], config: SAEConfig, parameters: dict) -> No
 
 
 def _signature(config_class: type[SAEConfig]) -> inspect.Signature:
-    """What a notebook completes and shows: the fields by keyword."""
+    """Returns the signature that a notebook completes and shows: the fields by keyword."""
     parameter, only = inspect.Parameter, inspect.Parameter.KEYWORD_ONLY
     fields = [
         parameter(field.name, only, default=field.default, annotation=field.type)
@@ -592,13 +719,16 @@ def _signature(config_class: type[SAEConfig]) -> inspect.Signature:
 
 
 def _static_or_data(scale):
-    """A number stays one; an array becomes a part of the module's state."""
+    """Returns a number as it is, and an array as a part of the module's state."""
     return scale if isinstance(scale, float | int) else nnx.data(jnp.asarray(scale))
 
 
 @jax.custom_vjp
 def _bias_of_shifted_inputs(b_enc, shift, w_enc):
-    """b_enc; for inputs that `shift` (d_in,) has been taken from without a gradient."""
+    """Returns b_enc, and gives `shift` its gradient.
+
+    The inputs are those from which `shift` (d_in,) has been taken without a gradient.
+    """
     return b_enc
 
 

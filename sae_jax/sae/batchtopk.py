@@ -1,4 +1,4 @@
-"""BatchTopK: k latents a token on average over the batch (Bussmann et al. 2024)."""
+"""BatchTopK keeps k latents a token on average over the batch (Bussmann et al. 2024)."""
 
 import dataclasses
 
@@ -19,15 +19,19 @@ class BatchTopKConfig(KConfig):
 
 
 class BatchTopK(SAE):
-    """In training f = ReLU(z) where it is among the k B largest of the whole batch of B tokens,
-    z = (x - b_dec) W_enc + b_enc; L = E[ ||y - y_hat||^2 ] + `auxiliary_loss`.
+    """A BatchTopK SAE keeps the k B largest latents of a batch of B tokens.
 
-    Afterwards there is no batch: f = z 1[z > threshold], the threshold being the running mean of
-    the smallest value that was picked from a batch.
+    In training, with z = (x - b_dec) W_enc + b_enc,
+
+        f = ReLU(z) where that is among the k B largest of the whole batch, else 0
+        L = E[ ||y - y_hat||^2 ] + `auxiliary_loss`
+
+    After training there is no batch, and f = z 1[z > threshold]. The threshold is the running mean
+    of the smallest value that was kept in each batch.
 
     Source: "BatchTopK sparse autoencoders" (arXiv:2412.06410), sections 3 and 3.1. The batch is
     the global one, whatever the mesh. The running mean is corrected for its start, so that it
-    leans on no initial value.
+    does not depend on an initial value.
     """
 
     Config = BatchTopKConfig
@@ -64,15 +68,24 @@ class BatchTopK(SAE):
         )
 
     def activate_batch(self, preactivations: jax.Array, k) -> tuple[jax.Array, jax.Array]:
-        """Latents (B, d_sae) of a whole batch's pre-activations, k a token on average, and the
-        smallest of them, 0 where there is none."""
+        """Returns the latents (B, d_sae) of a whole batch, and the smallest that was kept.
+
+        The smallest is 0 where no latent is above 0.
+
+        Args:
+          preactivations: (B, d_sae) the batch's pre-activations.
+          k: how many latents a token are kept on average.
+        """
         latents = jax.nn.relu(preactivations)
         picked, smallest = ops.batch_top_k(latents, k * latents.shape[0])
         latents = jnp.where(picked, latents, 0.0)
         return latents, jnp.where(jnp.isfinite(smallest), smallest, 0.0)
 
     def reconstructions(self, latents: jax.Array, x: jax.Array) -> jax.Array:
-        """What the loss compares with y: (1, B, d_out) from latents (B, d_sae)."""
+        """Returns the reconstructions (1, B, d_out) of latents (B, d_sae) for the loss.
+
+        x (B, d_in) are the inputs, which a skip transcoder's skip reads.
+        """
         return self.scaled_reconstruction(latents, x)[None]
 
     @classmethod

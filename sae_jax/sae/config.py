@@ -1,4 +1,4 @@
-"""What every architecture's config has: the fields, their checks, and what the trainer asks.
+"""The base classes of the architectures' configs: shared fields, and the checks of their values.
 
 An architecture's own config is a subclass in the architecture's file. Its values are checked when
 it is made. `sae.resolve` fills in the fields that the data's widths decide.
@@ -17,11 +17,10 @@ TRANSCODERS = ("transcoder", "skip_transcoder")
 
 @dataclasses.dataclass(frozen=True)
 class SAEConfig:
-    """What one SAE is: the fields that all architectures share. Each architecture adds its own.
+    """Holds the fields that all architectures share. Each architecture's config adds its own.
 
-    A value that is wrong or contradicts another raises UserError when the config is made. Fields
-    that may be None are filled in by `sae.resolve`, except where their documentation says what None
-    means.
+    Making a config raises UserError if a value is wrong or contradicts another. Fields that are
+    None are filled in by `sae.resolve`, except where their documentation says what None means.
     """
 
     architecture: str
@@ -113,8 +112,11 @@ class SAEConfig:
 
     @classmethod
     def check_field(cls, name: str) -> None:
-        """Raises UserError if there is no field of this name. The text says which fields there are
-        if another architecture has it, else which is spelt most like it."""
+        """Raises UserError if the config has no field of this name.
+
+        If another architecture has one, the error says which fields this one has. Otherwise it says
+        which field is spelt most like it.
+        """
         known = [field.name for field in dataclasses.fields(cls)]
         if name in known:
             return
@@ -130,30 +132,33 @@ class SAEConfig:
 
     def above_zero(self, *names: str) -> None:
         """Raises UserError if one of the fields `names` is neither None nor above 0."""
-        self._must("above 0", lambda value: value > 0, names)
+        self._check_values("above 0", lambda value: value > 0, names)
 
     def not_below_zero(self, *names: str) -> None:
         """Raises UserError if one of the fields `names` is neither None nor 0 or more."""
-        self._must("0 or more", lambda value: value >= 0, names)
+        self._check_values("0 or more", lambda value: value >= 0, names)
 
     def fractions(self, *names: str) -> None:
         """Raises UserError if one of the fields `names` is neither None nor from 0 to 1."""
-        self._must("a part of all steps, from 0 to 1", lambda value: 0 <= value <= 1, names)
+        what = "a part of all steps, from 0 to 1"
+        self._check_values(what, lambda value: 0 <= value <= 1, names)
 
     def up_to_d_sae(self, *names: str) -> None:
         """Raises UserError if one of the fields `names` is neither None nor at most d_sae."""
         most = f"at most sae.d_sae, {self.d_sae}"
-        self._must(most, lambda value: value <= self.d_sae, names)
+        self._check_values(most, lambda value: value <= self.d_sae, names)
 
-    def _must(self, what: str, holds, names: tuple[str, ...]) -> None:
+    def _check_values(self, what: str, holds, names: tuple[str, ...]) -> None:
         for name in names:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and holds(value)):
                 raise UserError(f"sae.{name} must be {what}, not {value}")
 
     def derived(self) -> dict[str, Any]:
-        """Returns what fields that are None become when the widths are known. An architecture adds
-        its own."""
+        """Returns the values that fields which are None get once the widths are known, by name.
+
+        An architecture's config adds its own fields.
+        """
         return {
             "aux_k": max(1, self.d_out // 2),
             "apply_b_dec_to_input": self.shifts_inputs and self.kind not in TRANSCODERS,
@@ -166,19 +171,23 @@ class SAEConfig:
 
     @property
     def anneals(self) -> bool:
-        """Whether what is at work in the middle of a run depends on how long the run will be."""
+        """Whether a setting at some step depends on how many steps the run will have.
+
+        Such settings are an annealed k, an annealed exponent of the penalty, and a coefficient that
+        is scaled to reach `target_l0`.
+        """
         return self.k_start is not None or self.p_end < 1 or self.adapts_to_target_l0
 
 
 def _fields_of_all(cls: type[SAEConfig]) -> set[str]:
-    """The names of the fields of a config class and of all that extend it."""
+    """Returns the names of the fields of a config class and of all that extend it."""
     names = {field.name for field in dataclasses.fields(cls)}
     return names.union(*(_fields_of_all(other) for other in cls.__subclasses__()))
 
 
 @dataclasses.dataclass(frozen=True)
 class KConfig(SAEConfig):
-    """The fields of architectures that keep k latents for each token."""
+    """Adds the fields of architectures that keep k latents for each token."""
 
     aux_coefficient: float = 1 / 32
     b_dec_init: str = "geometric_median"
@@ -198,7 +207,7 @@ class KConfig(SAEConfig):
 
 @dataclasses.dataclass(frozen=True)
 class PenaltyConfig(SAEConfig):
-    """The fields of architectures whose loss has a sparsity penalty."""
+    """Adds the fields of architectures whose loss has a sparsity penalty."""
 
     sparsity_coefficient: float = 1.0
     """Coefficient of the sparsity penalty, lambda."""

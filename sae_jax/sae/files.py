@@ -1,9 +1,16 @@
-"""Our own exchange format: sae.safetensors and sae.json, an SAE as it is, to the last bit.
+"""Reads and writes sae_jax's own exchange format, which keeps an SAE exactly.
 
-sae.json: {"format": "sae_jax", "version": 2, "config": the fields of the architecture's config,
-"architecture_file": where a user's own architecture is defined (else left out), "about": where
-the SAE comes from}. The tensors are the parameters by name, and `scale` and `target_scale`. In
-version 1 config had the fields of all architectures, null where the architecture had none.
+A folder of this format has two files. sae.safetensors holds the parameters by name, and `scale` and
+`target_scale`. sae.json holds an object of
+
+    format              "sae_jax"
+    version             2
+    config              the fields of the architecture's config
+    architecture_file   the file that defines a user's own architecture; left out for others
+    about               the SAE's provenance
+
+In version 1, config had the fields of all architectures, which were null where the SAE's own
+architecture did not have them.
 """
 
 import contextlib
@@ -27,19 +34,27 @@ _SCALES = ("scale", "target_scale")
 
 
 def recognises(path: pathlib.Path) -> bool:
-    """Whether a folder holds an SAE of this format."""
+    """Returns whether a folder holds an SAE of this format."""
     return (path / _CONFIG).is_file() and (path / _TENSORS).is_file()
 
 
 def save(sae, path: str | pathlib.Path) -> None:
-    """Writes an SAE to the new folder `path`, all of it or nothing. Raises UserError if there is
-    something at `path`."""
+    """Writes an SAE to the new folder `path`, all of it or nothing.
+
+    Raises UserError if something is at `path` already.
+    """
     with new_folder(path) as folder:
         write(sae, folder, {})
 
 
-def write(sae, folder: pathlib.Path, about: dict) -> None:
-    """Writes an SAE's two files to a folder that is there. about: where it comes from, as JSON."""
+def write(sae, folder: pathlib.Path, provenance: dict) -> None:
+    """Writes an SAE's two files to an existing folder.
+
+    Args:
+      sae: the SAE.
+      folder: the folder.
+      provenance: where the SAE comes from, as values that JSON can hold.
+    """
     arrays = {name: np.asarray(value) for name, value in sae.parameters().items()}
     # Python's numbers stay numbers: float64, as the run had them.
     arrays |= {name: np.asarray(getattr(sae, name)) for name in _SCALES}
@@ -50,7 +65,7 @@ def write(sae, folder: pathlib.Path, about: dict) -> None:
         "version": _VERSION,
         "config": dataclasses.asdict(sae.config),
         **({"architecture_file": file} if file else {}),
-        "about": about,
+        "about": provenance,
     }
     (folder / _CONFIG).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
@@ -58,10 +73,13 @@ def write(sae, folder: pathlib.Path, about: dict) -> None:
 def read(folder: pathlib.Path, trust_code: bool = True):
     """Returns the SAE in a folder of this format.
 
-    trust_code: whether the file that defines a user's own architecture may be run, where the
-    folder names one. It is never run where it lies in the folder itself.
+    Raises UserError if a file is damaged, of another version, or of an unknown architecture.
 
-    Raises UserError if the folder is damaged, of another version, or of an unknown architecture."""
+    Args:
+      folder: the folder.
+      trust_code: whether the file that defines a user's own architecture may be run, if the folder
+        names one. It is never run if it is in the folder itself.
+    """
     file = folder / _CONFIG
     values = read_json(file)
     if values.get("format") != "sae_jax" or values.get("version") not in _READS:
@@ -84,7 +102,7 @@ def read(folder: pathlib.Path, trust_code: bool = True):
             raise UserError(f"{folder / _TENSORS}: {name} holds NaN or infinity")
     scales = [tensors.pop(name) for name in _SCALES]
     scales = [scale if scale.ndim else scale.item() for scale in scales]
-    with _named(file):
+    with _naming(file):
         config = cls.Config(**fields)
     shape = (config.d_in,) if config.kind == "crosscoder" else ()
     for name, scale in zip(_SCALES, scales, strict=True):
@@ -92,19 +110,21 @@ def read(folder: pathlib.Path, trust_code: bool = True):
             raise UserError(
                 f"{folder / _TENSORS}: {name} has shape {np.shape(scale)}; it must be {shape}"
             )
-    with _named(folder / _TENSORS):
+    with _naming(folder / _TENSORS):
         parameters = {name: jnp.asarray(array) for name, array in tensors.items()}
         return cls.from_parameters(config, parameters, *scales)
 
 
-def read_about(folder: pathlib.Path) -> dict:
-    """Returns what a folder of this format says of where its SAE comes from."""
+def read_provenance(folder: pathlib.Path) -> dict:
+    """Returns what a folder of this format says about where its SAE comes from."""
     return read_json(folder / _CONFIG).get("about", {})
 
 
 def read_safetensors(file: pathlib.Path) -> dict[str, np.ndarray]:
-    """Returns the tensors of a file by name. Raises UserError if it is missing, damaged or cut
-    off."""
+    """Returns the tensors of a file by name.
+
+    Raises UserError if the file is missing, damaged or cut off.
+    """
     if not file.is_file():
         raise UserError(f"no {file.name} in {file.parent}")
     try:
@@ -115,8 +135,10 @@ def read_safetensors(file: pathlib.Path) -> dict[str, np.ndarray]:
 
 @contextlib.contextmanager
 def new_folder(path: str | pathlib.Path):
-    """Gives a folder to write to, which becomes `path` when the block ends without an error.
-    Raises UserError if there is something at `path`."""
+    """Gives a temporary folder to write to, which becomes `path` if the block raises nothing.
+
+    Raises UserError if something is at `path` already.
+    """
     path = pathlib.Path(path)
     if path.exists():
         raise UserError(f"{path} is there already; give a new directory")
@@ -131,8 +153,8 @@ def new_folder(path: str | pathlib.Path):
 
 
 @contextlib.contextmanager
-def _named(file: pathlib.Path):
-    """A UserError raised within names the file."""
+def _naming(file: pathlib.Path):
+    """Puts the file's name in front of a UserError that is raised within the block."""
     try:
         yield
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Gated: one path decides which latents fire, another how strongly (Rajamanoharan et al. 2024)."""
+"""Gated SAEs decide apart which latents fire and how strongly (Rajamanoharan et al. 2024)."""
 
 import dataclasses
 
@@ -27,9 +27,14 @@ class GatedConfig(PenaltyConfig):
 
 
 class Gated(SAE):
-    """pi = (x - b_dec) W_enc + b_enc;  f = 1[pi > 0] ReLU(exp(r_mag) (x - b_dec) W_enc + b_mag);
-    L = E[ ||y - y_hat||^2 + lambda sum_i ReLU(pi_i) ||W_dec,i||
-           + ||y - y_hat(ReLU(pi))||^2 with the decoder held fixed ].
+    """A gated SAE decides by pi which latents fire, and by another bias and gain how strongly.
+
+        pi = (x - b_dec) W_enc + b_enc
+        f = 1[pi > 0] ReLU(exp(r_mag) (x - b_dec) W_enc + b_mag)
+        L = E[ ||y - y_hat||^2 + lambda sum_i ReLU(pi_i) ||W_dec,i||
+               + ||y - y_hat(ReLU(pi))||^2 ]
+
+    In the last term the decoder is held fixed.
 
     Source: "Improving dictionary learning with gated sparse autoencoders" (arXiv:2404.16014),
     eqs. 5 to 8, where the decoder has unit norms. The gates get their gradient from the last two

@@ -1,4 +1,4 @@
-"""JumpReLU: a threshold for each latent, trained through a straight-through gradient."""
+"""JumpReLU has a threshold for each latent, trained through a straight-through gradient."""
 
 import dataclasses
 import functools
@@ -49,9 +49,13 @@ class JumpReLUConfig(PenaltyConfig):
 
 
 class JumpReLU(SAE):
-    """f = z 1[z > theta], z = (x - b_dec) W_enc + b_enc; L = E[ ||y - y_hat||^2 + S ].
+    """A JumpReLU SAE keeps the pre-activations z that are above their latent's threshold theta.
 
-    `sparsity_loss` chooses S:
+        z = (x - b_dec) W_enc + b_enc
+        f = z 1[z > theta]
+        L = E[ ||y - y_hat||^2 + S ]
+
+    `sparsity_loss` chooses the penalty S:
 
     l0         lambda ||f||_0 (Rajamanoharan et al. 2024, arXiv:2407.14435, eq. 9; Gemma Scope)
     quadratic  lambda (||f||_0 / target_l0 - 1)^2 (the same paper's loss for a target L0; Gemma
@@ -60,10 +64,14 @@ class JumpReLU(SAE):
                (Circuits Updates, January 2025), lambda_P = `preactivation_coefficient`; the
                second term, for latents that do not fire, is there with any choice of S
 
-    Steps have no gradient; in its place stands a rectangle of width epsilon = `bandwidth`,
-    K(u) = 1 for |u| < 1/2 (eqs. 11 and 12): d f / d theta = -theta / epsilon K((z - theta) /
-    epsilon), d 1[z > theta] / d theta = -1 / epsilon K. With `gradient_to=threshold` (DeepMind)
-    it flows to theta only, with `all` (Anthropic) its negative flows to z as well.
+    A step has no gradient. The straight-through gradient puts a rectangle of width epsilon =
+    `bandwidth` in its place, with K(u) = 1 for |u| < 1/2, else 0 (eqs. 11 and 12):
+
+        d f / d theta = -theta / epsilon K((z - theta) / epsilon)
+        d 1[z > theta] / d theta = -1 / epsilon K((z - theta) / epsilon)
+
+    With `gradient_to=threshold` (DeepMind) it flows to theta only. With `all` (Anthropic) its
+    negative flows to z as well.
 
     theta is trained itself, in float32, and kept at 0 or above; Anthropic trains its logarithm.
     """
@@ -135,7 +143,14 @@ def _activate(product, per_latent, config: JumpReLUConfig) -> ops.Activated:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def jump_relu(z, theta, bandwidth: float, to_all: bool):
-    """z 1[z > theta], with the straight-through gradient."""
+    """Returns z 1[z > theta], with the straight-through gradient that `JumpReLU` describes.
+
+    Args:
+      z: (..., d_sae) pre-activations.
+      theta: (d_sae,) thresholds.
+      bandwidth: the width epsilon of the rectangle.
+      to_all: whether the straight-through gradient flows to z too and not only to theta.
+    """
     return jnp.where(z > theta, z, 0.0)
 
 
@@ -149,7 +164,10 @@ def _jump_relu_jvp(bandwidth, to_all, primals, tangents):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def step(z, theta, bandwidth: float, to_all: bool):
-    """1[z > theta], with the straight-through gradient."""
+    """Returns 1[z > theta], with the straight-through gradient that `JumpReLU` describes.
+
+    The arguments are those of `jump_relu`.
+    """
     return (z > theta).astype(z.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Matryoshka: nested dictionaries that each reconstruct (Bussmann, Nabeshima et al. 2025)."""
+"""Matryoshka has nested dictionaries that each reconstruct (Bussmann, Nabeshima et al. 2025)."""
 
 import dataclasses
 from typing import Any
@@ -41,18 +41,24 @@ class MatryoshkaConfig(KConfig):
 
 
 class Matryoshka(BatchTopK):
-    """BatchTopK, with L = mean over the prefixes m of `prefix_widths` of
-    E[ ||y - y_hat from the first m latents||^2 ], + `auxiliary_loss` of the whole.
+    """A Matryoshka SAE is a BatchTopK SAE whose first m latents must reconstruct by themselves.
+
+    Its loss is the mean, over the numbers m in `prefix_widths`, of
+    E[ ||y - y_hat from the first m latents||^2 ], plus the `auxiliary_loss` of the whole
+    dictionary.
 
     Source: "Learning multi-level features with Matryoshka sparse autoencoders"
     (arXiv:2503.17547), section 3, whose widths are sums of parts 1/32, 1/16, 1/8, 1/4 and the
-    rest. One decoding gives all prefixes, since each is the one before and its own group.
+    rest. Latents are decoded once: each prefix is the one before it and a group of its own.
     """
 
     Config = MatryoshkaConfig
 
     def reconstructions(self, latents: jax.Array, x: jax.Array) -> jax.Array:
-        """(prefixes, B, d_out)."""
+        """Returns the reconstruction of each prefix, (prefixes, B, d_out), from latents (B, d_sae).
+
+        x (B, d_in) are the inputs, which a skip transcoder's skip reads.
+        """
         ends = self.config.prefix_widths
         groups = ops.decode_groups(latents, self.w_dec[...], ends, self.dtype)
         return self.output(jnp.cumsum(groups, axis=0), x)

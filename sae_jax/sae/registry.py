@@ -1,4 +1,4 @@
-"""Architectures by name, and how one that a user's file defines is found."""
+"""Finds architectures by name, those of this package and those that a user's file defines."""
 
 import pathlib
 import sys
@@ -14,8 +14,11 @@ ARCHITECTURES: dict[str, type] = {}
 
 
 def register(cls: type) -> None:
-    """Enters an SAE class under the name in its Config. Defining a class of one's own again
-    replaces it. Raises UserError for a name that this package uses, or that is missing."""
+    """Enters an SAE class in `ARCHITECTURES` under the name in its Config.
+
+    A class of the same name that a user defined before is replaced. Raises UserError if the Config
+    has no name or is not a dataclass, or if an architecture of this package has the name.
+    """
     name = cls.Config.__dict__.get("architecture")
     if not isinstance(name, str) or not name:
         raise UserError(
@@ -36,8 +39,8 @@ def register(cls: type) -> None:
     ARCHITECTURES[name] = cls
 
 
-def in_order(*classes: type) -> None:
-    """Puts classes that are registered in this order, behind all others."""
+def move_to_end(*classes: type) -> None:
+    """Moves registered classes, in the given order, to the end of `ARCHITECTURES`."""
     for cls in classes:
         name = cls.Config.architecture
         ARCHITECTURES[name] = ARCHITECTURES.pop(name)
@@ -49,19 +52,23 @@ def architecture(config: SAEConfig) -> type:
 
 
 def by_name(name: str) -> type:
-    """Returns the SAE class of this name. Raises UserError, with the nearest name, if there is
-    none."""
+    """Returns the SAE class of this name.
+
+    Raises UserError, which says the nearest name, if there is none.
+    """
     return ARCHITECTURES[choose(name, ARCHITECTURES, "sae.architecture")]
 
 
 def in_package(cls: type) -> bool:
-    """Whether a class is one of this package's, and not of a user's file."""
+    """Returns whether a class is defined in this package and not in a user's file."""
     return cls.__module__.startswith(f"{_PACKAGE}.")
 
 
 def architecture_file(config: SAEConfig) -> str | None:
-    """Returns the absolute path of the user's file that defines a config's architecture. None for
-    an architecture of this package, and for one that a notebook's cell defines."""
+    """Returns the absolute path of the user's file that defines a config's architecture.
+
+    It is None for an architecture of this package, and for one that a notebook's cell defines.
+    """
     cls = architecture(config)
     if in_package(cls):
         return None
@@ -70,11 +77,18 @@ def architecture_file(config: SAEConfig) -> str | None:
 
 
 def find(name: str, file: str | None, folder=None, trust_code: bool = True) -> type:
-    """Returns the SAE class of this name, for what is loaded from `folder`.
+    """Returns the SAE class of this name, and runs the file that defines it where that is needed.
 
-    file: what `architecture_file` gave when the folder was written. It is run if no class of this
-    name is registered yet, but never where it lies in the folder itself, is not an absolute path,
-    or `trust_code` is False. Raises UserError that names the file and says to import it first."""
+    Raises UserError if no class has the name. The error says which file to import first.
+
+    Args:
+      name: the architecture's name.
+      file: the path that `architecture_file` gave when `folder` was written, or None. It is run if
+        no class of this name is registered yet. It is never run if it is in `folder` itself, or if
+        its path is not absolute.
+      folder: the run or export that is loaded.
+      trust_code: whether the file may be run.
+    """
     if name in ARCHITECTURES or not file:
         if name not in ARCHITECTURES and folder is not None:
             raise UserError(
@@ -103,7 +117,7 @@ def find(name: str, file: str | None, folder=None, trust_code: bool = True) -> t
 
 
 def _is_inside(file: str, folder) -> bool:
-    """An object store's folder holds no local file."""
+    """Returns whether a local file is in a folder. A folder of an object store holds none."""
     if not isinstance(folder, pathlib.Path | str):
         return False
     return pathlib.Path(file).resolve().is_relative_to(pathlib.Path(folder).resolve())

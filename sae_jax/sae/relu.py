@@ -39,8 +39,10 @@ class ReLUConfig(PenaltyConfig):
 
 
 class ReLU(SAE):
-    """f = ReLU(x W_enc + b_enc), no pre-encoder bias, decoder norms free;
-    L = E[ ||y - y_hat||^2 + lambda sum_i f_i ||W_dec,i|| ].
+    """A ReLU SAE has an L1 penalty that is weighted by the decoder's norms, which are free.
+
+        f = ReLU(x W_enc + b_enc)
+        L = E[ ||y - y_hat||^2 + lambda sum_i f_i ||W_dec,i|| ]
 
     Source: "Update on how we train SAEs" (Circuits Updates, April 2024), the recipe of
     Scaling Monosemanticity (Templeton et al. 2024): lambda 5 with E||x||^2 = d, linear from 0

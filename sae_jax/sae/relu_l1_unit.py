@@ -23,8 +23,10 @@ class ReLUL1UnitConfig(ReLUConfig):
 
 
 class ReLUL1Unit(ReLU):
-    """f = ReLU((x - b_dec) W_enc + b_enc), rows of W_dec of norm 1;
-    L = E[ ||y - y_hat||^2 + lambda sum_i f_i ].
+    """A ReLUL1Unit SAE has a plain L1 penalty and decoder rows of norm 1.
+
+        f = ReLU((x - b_dec) W_enc + b_enc)
+        L = E[ ||y - y_hat||^2 + lambda sum_i f_i ]
 
     Source: "Towards Monosemanticity" (Bricken et al. 2023), appendix: the pre-encoder bias tied
     to b_dec, which starts at the geometric median; W_enc and W_dec are not tied and start
@@ -38,7 +40,10 @@ class ReLUL1Unit(ReLU):
     def init_parameters(
         cls, key: jax.Array, config: ReLUL1UnitConfig, b_dec: jax.Array
     ) -> dict[str, jax.Array]:
-        """As every SAE's, but w_enc is Kaiming-uniform and not w_dec.T."""
+        """Returns the parameters of `SAE.init_parameters`, with w_enc drawn Kaiming-uniform.
+
+        The arguments are those of `SAE.init_parameters`.
+        """
         key, key_enc = jax.random.split(key)
         bound = (6 / config.d_in) ** 0.5
         shape = (config.d_in, config.d_sae)

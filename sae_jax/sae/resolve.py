@@ -1,4 +1,4 @@
-"""Filling in what the widths of the activations decide of an SAE's config."""
+"""Fills in the fields of an SAE's config that the widths of the activations decide."""
 
 import dataclasses
 
@@ -9,12 +9,16 @@ from sae_jax.sae.config import TRANSCODERS, SAEConfig
 def resolve(
     config: SAEConfig, d_in: int | tuple[int, ...], target_width: int | None = None
 ) -> SAEConfig:
-    """Returns `config` with the widths, and what follows from them, filled in.
+    """Returns `config` with its widths filled in, and the fields that follow from them.
 
-    d_in: the width of the input site, or of each of a crosscoder's sites. target_width: of a
-    transcoder's target site.
+    Raises UserError for sites that do not fit the config's kind, and if the config has other widths
+    than the activations.
 
-    Raises UserError for sites that do not fit the kind, and for widths other than the data's."""
+    Args:
+      config: the config, whose widths may be None.
+      d_in: the width of the input site, or of each of a crosscoder's sites.
+      target_width: the width of a transcoder's target site; None for other kinds.
+    """
     sites = d_in if isinstance(d_in, tuple) else (d_in,)
     config = _with_widths(config, sites, target_width)
     derived = {name: v for name, v in config.derived().items() if getattr(config, name) is None}
@@ -53,7 +57,7 @@ def _with_widths(config: SAEConfig, sites: tuple[int, ...], target: int | None) 
 
 
 def is_resolved(config: SAEConfig) -> bool:
-    """Whether `resolve` has been here: nothing is left for it to fill in."""
+    """Returns whether nothing is left for `resolve` to fill in."""
     if None in (config.d_in, config.d_out):
         return False
     if config.kind == "crosscoder" and config.site_widths is None:

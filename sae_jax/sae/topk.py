@@ -20,9 +20,13 @@ class TopKConfig(KConfig):
 
 
 class TopK(SAE):
-    """f = ReLU(TopK((x - b_dec) W_enc + b_enc)), unit-norm decoder;
-    L = E[ ||y - y_hat||^2 + alpha ||e - e_hat||^2 ], the second term `auxiliary_loss`; with
-    `multi_topk` also ||y - y_hat||^2 / 8 at 4k, so that codes of other k can be used.
+    """A TopK SAE keeps the k largest latents of each token, with decoder rows of norm 1.
+
+        f = ReLU(TopK((x - b_dec) W_enc + b_enc))
+        L = E[ ||y - y_hat||^2 + alpha ||e - e_hat||^2 ]
+
+    The second term is the `auxiliary_loss`. With `multi_topk` the loss also has
+    ||y - y_hat||^2 / 8 of a code of 4k latents, so that codes of other k can be used.
 
     Source: "Scaling and evaluating sparse autoencoders" (Gao et al. 2024), sections 2.3, 2.4,
     5.3.1 and A.2: alpha 1/32, aux_k about d/2, dead after 10M tokens, lr proportional to
@@ -40,10 +44,14 @@ class TopK(SAE):
         return latents.reshape(preactivations.shape)
 
     def encode_sparse(self, x) -> tuple[jax.Array, jax.Array]:
-        """Returns the k latents of each activation of x (..., d_in), without the dense latents
-        (..., d_sae): values (..., k), largest first, and int32 indices (..., k).
+        """Returns the k latents of each of the activations x (..., d_in), without dense latents.
 
-        x: in the model's own units and of any type that `encode` takes. On one device."""
+        x is in the model's own units, of any type that `encode` takes, and on one device. Raises
+        UserError if x has another width.
+
+        Returns:
+          The values (..., k), largest first, and their indices (..., k), which are int32.
+        """
         x, restore = self.inputs(x)
         rows, bias = self.encoder_input(x.reshape(-1, x.shape[-1]) * self.scale)
         code, _ = ops.encode_top_k(rows, self.w_enc[...], bias, None, self.config.k, 0)
@@ -52,8 +60,11 @@ class TopK(SAE):
         return restore(values), restore(code.indices.reshape(shape))
 
     def fold(self) -> "TopK":
-        """The same function with scales 1. Latents get unit decoder rows only where one factor
-        does for all: another would change which are largest."""
+        """Returns an SAE of the same function with scales 1.
+
+        Decoder rows get norm 1 only if they all have the same norm. Factors that differ would
+        change which latents are largest.
+        """
         norms = self._row_norms()
         equal = bool(jnp.all(jnp.abs(norms - norms[0]) < 1e-5 * norms[0]))
         return self._rescaled(norms if equal else 1.0)

@@ -12,11 +12,12 @@ import numpy as np
 from sae_jax import activations, lm, paths
 from sae_jax.activations import ArrayStore, IterableData, Store, is_world
 from sae_jax.activations.arrays import as_rows
-from sae_jax.config import Config, DataConfig
-from sae_jax.errors import UserError
+from sae_jax.config import Config, DataConfig, typed_field
+from sae_jax.errors import UserError, known_arguments
 from sae_jax.sae import SAE, SAEConfig, architecture
 from sae_jax.sae.config import TRANSCODERS
 from sae_jax.train.checkpoints import load_sae
+from sae_jax.train.loggers import parse_log
 from sae_jax.train.recorder import OnMetrics, Recorder
 from sae_jax.train.run import train_run
 
@@ -50,6 +51,7 @@ class TrainResult:
         return f"TrainResult({self.sae!r}: {texts})"
 
 
+@known_arguments
 def train(
     sae: SAE | SAEConfig,
     data,
@@ -63,6 +65,7 @@ def train(
     holdout_fraction: float | None = None,
     on_metrics: OnMetrics | Iterable[OnMetrics] = (),
     extra_loss: Callable | None = None,
+    log: str = "",
     config: Config | None = None,
 ) -> TrainResult:
     """Trains an SAE on activations, and returns a new one; the one given stays as it is.
@@ -89,6 +92,7 @@ def train(
       extra_loss: extra_loss(sae, x, y) -> scalar, a term to add to the training loss. x (B, d_in)
         and y (B, d_out) are in the SAE's own units, and arrays carry their sharding (see
         `train.step.Trainer`).
+      log: where the lines go besides, such as "wandb:PROJECT,tensorboard" (extra [log]).
       config: everything else (schedule, checkpoints, mesh, ...), whose `sae` section is ignored.
 
     Raises UserError for data or settings that do not fit; NonFiniteError if the loss became NaN;
@@ -105,10 +109,7 @@ def train(
     asked = {"batch_size": batch_size, "epochs": epochs, "holdout_fraction": holdout_fraction}
     asked |= {"seed": seed}
     section = dataclasses.replace(base.data, **{n: v for n, v in asked.items() if v is not None})
-    if tokens is not None:
-        if isinstance(tokens, bool) or not isinstance(tokens, int | float | np.number):
-            raise UserError(f"tokens is the number of rows to train on, not {tokens!r}")
-        tokens = int(tokens)
+    tokens = None if tokens is None else typed_field("train.tokens", tokens)
     section, open_streams = _open(data, section, tokens, config is None and batch_size is None)
     sae_config = sae if isinstance(sae, SAEConfig) else sae.config
     section = _with_sites(section, sae_config, data)
@@ -129,6 +130,8 @@ def train(
         optimizer=adam,
         train=dataclasses.replace(base.train, **training),
     )
+    if not callable(on_metrics) and not isinstance(on_metrics, list | tuple):
+        raise UserError(f"on_metrics is a function, or several, not {on_metrics!r}")
     recorder = train_run(
         run,
         workdir,
@@ -136,6 +139,7 @@ def train(
         open_stream=open_streams,
         on_metrics=(on_metrics,) if callable(on_metrics) else tuple(on_metrics),
         extra_loss=extra_loss,
+        log_to=parse_log(log, workdir),
     )
     return TrainResult(
         sae=_trained(recorder) if workdir is None else load_sae(paths.path(workdir)),

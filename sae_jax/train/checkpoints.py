@@ -1,5 +1,8 @@
-"""Saving and restoring a training state: asynchronous, atomic, onto any mesh. Orbax's format in
-a local directory, object_checkpoints' in an object store."""
+"""Saves training states and restores them: asynchronously, atomically, onto any mesh.
+
+In a local directory checkpoints have Orbax's format, in an object store that of
+`object_checkpoints`.
+"""
 
 import contextlib
 import dataclasses
@@ -20,46 +23,64 @@ from sae_jax.train.step import TrainState
 
 
 class Checkpoints:
-    """RUN/checkpoints. A checkpoint appears under its step only when it is whole; what a killed
-    process left half-written is no checkpoint, and is removed here."""
+    """The checkpoints of a run, in RUN/checkpoints.
+
+    A checkpoint appears under its step only when it is whole. What a killed process left
+    half-written is no checkpoint, and is removed when this is made.
+    """
 
     def __init__(self, run: AnyPath, keep: int):
+        """Opens the checkpoints of the run at `run`, of which the `keep` latest stay."""
         self._directory = run / "checkpoints"
         self._checkpointer = _checkpointer(self._directory, keep)
 
     @property
     def latest_step(self) -> int | None:
+        """The step of the latest checkpoint, or None where there is none."""
         return max(self.steps, default=None)
 
     @property
     def steps(self) -> list[int]:
-        """Those there are checkpoints of."""
+        """The steps that there are checkpoints of, in ascending order."""
         return self._checkpointer.steps
 
     def save(self, state: TrainState, step: int) -> None:
-        """Copies the state and returns; the writing goes on behind the next steps. A failure
-        of the previous writing is raised here."""
+        """Copies the state and returns; it is written while the next steps run.
+
+        Raises UserError if the previous checkpoint could not be written.
+        """
         with self._failures_named():
             self._checkpointer.save(step, _as_dict(state))
 
     def finish(self) -> None:
-        """Waits for the writing under way."""
+        """Waits until the checkpoint that is being written is whole.
+
+        Raises UserError if it could not be written.
+        """
         with self._failures_named():
             self._checkpointer.wait()
 
     def restore(self, like: TrainState, step: int | None = None) -> TrainState:
-        """The checkpoint of `step`, by default the latest, on the shardings of `like` (arrays or
-        ShapeDtypeStructs), whatever mesh it was saved from."""
+        """Returns the state of the checkpoint at `step`, by default the latest.
+
+        Its arrays get the shardings of `like` (arrays or ShapeDtypeStructs), whatever mesh they
+        were saved from. Raises UserError if the checkpoint cannot be read.
+        """
         step = self.latest_step if step is None else step
         with _damage_named(self._directory, step):
             return _from_dict(self._checkpointer.load(step, _as_dict(like)), like)
 
     def close(self) -> None:
+        """Waits for the checkpoint that is being written, and frees what Orbax holds.
+
+        Raises UserError if it could not be written.
+        """
         with self._failures_named():
             self._checkpointer.close()
 
     @contextlib.contextmanager
     def _failures_named(self):
+        """Turns a failure to write into a UserError that names the last good checkpoint."""
         try:
             yield
         except (OSError, ValueError) as error:  # TensorStore's failures are ValueErrors
@@ -73,9 +94,16 @@ class Checkpoints:
 
 
 def load_sae(run: AnyPath, step: int | None = None, trust_code: bool = True) -> saes.SAE:
-    """The SAE of a run's checkpoint at `step`, by default its latest, on the default device and
-    without the optimiser. trust_code: whether the file of a user's own architecture that the run
-    names may be run."""
+    """Returns the SAE of a run's checkpoint, on the first local device.
+
+    Args:
+      run: the run's directory.
+      step: the checkpoint's step, by default the latest.
+      trust_code: whether the file of a user's own architecture that the run names may be run.
+
+    The optimiser's state is not read. Raises UserError if there is no run, no such checkpoint, or
+    if it cannot be read.
+    """
     config = read_config(run, trust_code)
     with contextlib.closing(_checkpointer(run / "checkpoints", keep=None)) as checkpointer:
         steps = checkpointer.steps
@@ -103,6 +131,7 @@ def load_sae(run: AnyPath, step: int | None = None, trust_code: bool = True) -> 
 
 @contextlib.contextmanager
 def _damage_named(directory: AnyPath, step: int):
+    """Turns a failure to read a checkpoint into a UserError that names it."""
     try:
         yield
     except (ValueError, KeyError, OSError) as error:
@@ -114,16 +143,22 @@ def _damage_named(directory: AnyPath, step: int):
 
 
 def _barrier(*, key: str, timeout_ms: int) -> None:
-    """Where a thread of Orbax's waits for those of the other processes. One that has met an error
-    would wait here too, in a `finally`, and the others elsewhere for what it has not written: 20
-    minutes, until which nobody would hear of the error."""
+    """Makes a thread of Orbax's wait for those of the other processes.
+
+    A thread that has met an error would wait here too, in a `finally`, while the others wait
+    elsewhere for what it has not written. Nobody would hear of the error for 20 minutes, so it is
+    raised at once.
+    """
     if error := sys.exc_info()[1]:
         raise error
     multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 class _OrbaxCheckpointer:
-    """As `ObjectCheckpointer`, for local directories. What is half-written has another name."""
+    """Does what `ObjectCheckpointer` does, in a local directory.
+
+    Orbax gives a checkpoint that is being written a temporary name.
+    """
 
     def __init__(self, directory: pathlib.Path, keep: int | None):
         context = ocp.Context()
@@ -173,13 +208,16 @@ class _OrbaxCheckpointer:
 
 
 def _checkpointer(directory: AnyPath, keep: int | None) -> ObjectCheckpointer | _OrbaxCheckpointer:
-    """keep: of the latest checkpoints; None: only to read, and nothing is removed."""
+    """Returns the checkpointer of a directory, which keeps the `keep` latest checkpoints.
+
+    With keep=None it only reads, and removes nothing.
+    """
     kind = ObjectCheckpointer if isinstance(directory, ObjectPath) else _OrbaxCheckpointer
     return kind(directory, keep)
 
 
 def _as_dict(state: TrainState) -> dict:
-    """The state as plain nested dicts, so that a checkpoint's keys read parameters/w_enc."""
+    """Returns the state as nested dicts, so that a checkpoint's keys read parameters/w_enc."""
     fields = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
     moments = jax.tree_util.tree_leaves_with_path(state.optimizer)
     names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in moments]
@@ -187,6 +225,7 @@ def _as_dict(state: TrainState) -> dict:
 
 
 def _from_dict(values: dict, like: TrainState) -> TrainState:
+    """Returns the state that `_as_dict` made `values` of; its tree is that of `like`."""
     names = _as_dict(like)["optimizer"]  # in the order of the leaves
     leaves = [values["optimizer"][name] for name in names]
     optimizer = jax.tree.unflatten(jax.tree.structure(like.optimizer), leaves)

@@ -1,4 +1,4 @@
-"""A run's directory: its config, its metrics, its result. One writer, process 0."""
+"""A run's directory: its config, its metrics, its result. Process 0 alone writes to it."""
 
 import importlib.metadata
 import json
@@ -19,9 +19,19 @@ _PACKAGES = """sae-jax jax jaxlib flax optax orbax-checkpoint grain tensorstore 
 
 
 class RunDirectory:
-    """`path`, made new for `config`, or the one of an interrupted run of the same config."""
+    """The directory of a run.
+
+    RUN/config.json     the resolved config, and the versions of the packages
+    RUN/metrics.jsonl   a line for each logged step
+    RUN/result.json     what the run came to, once it has ended
+    RUN/failed.json     why a run of a sweep was given up
+    """
 
     def __init__(self, path: AnyPath, config: Config):
+        """Makes the directory, or finds the interrupted run of the same config in it.
+
+        All processes call it. Raises UserError if the directory holds something else.
+        """
         self.path = path
         self._metrics_path = path / "metrics.jsonl"
         self._metrics = None
@@ -45,22 +55,23 @@ class RunDirectory:
 
     @property
     def result(self) -> dict | None:
-        """The result of a run that has ended."""
+        """The content of result.json, or None where the run has not ended."""
         file = self.path / "result.json"
         return json.loads(file.read_text()) if file.exists() else None
 
     @property
     def failure(self) -> dict | None:
-        """Why a run of a sweep was given up."""
+        """The content of failed.json, or None where the run was not given up."""
         file = self.path / "failed.json"
         return json.loads(file.read_text()) if file.exists() else None
 
     def save_failure(self, failure: dict) -> None:
+        """Writes failed.json."""
         if is_writer():
             paths.save_json(failure, self.path / "failed.json")
 
     def copy_metrics(self, other: "RunDirectory", step: int) -> None:
-        """Makes another run's metrics up to `step` this one's."""
+        """Copies the metrics of another run up to `step`, as the first of this one's."""
         if is_writer():
             paths.write(self._metrics_path, metrics.lines_until(other._metrics_path, step))
 
@@ -71,13 +82,16 @@ class RunDirectory:
         return [json.loads(line) for line in self._metrics_path.read_text().splitlines()]
 
     def save_result(self, result: dict) -> None:
+        """Writes result.json, when all metrics are written."""
         if is_writer():
             self.flush()
             paths.save_json(result, self.path / "result.json")
 
     def start_metrics(self, step: int) -> None:
-        """Opens metrics.jsonl to go on after `step`: what was logged beyond the checkpoint
-        that the run restarts from will be logged again."""
+        """Opens metrics.jsonl to go on after `step`.
+
+        Lines of later steps are removed: a run that restarts from a checkpoint will log them again.
+        """
         if is_writer():
             self._metrics = metrics.open_after(self._metrics_path, step)
 
@@ -89,16 +103,21 @@ class RunDirectory:
         return [json.loads(line) for line in lines]
 
     def log(self, line: dict) -> None:
+        """Adds a line to metrics.jsonl. Raises UserError if it cannot be written."""
         if self._metrics:
             self._metrics.add(json.dumps(line) + "\n")
 
     def flush(self) -> None:
-        """What was logged is safe when this returns: before a checkpoint, from which a run goes
-        on without logging again what was before it."""
+        """Waits until all that was logged is written.
+
+        It is called before a checkpoint is saved, because a run that goes on from the checkpoint
+        does not log again what was before it.
+        """
         if self._metrics:
             self._metrics.flush()
 
     def close(self) -> None:
+        """Closes metrics.jsonl."""
         if self._metrics:
             self._metrics.close()
 
@@ -106,9 +125,10 @@ class RunDirectory:
 def read_config(path: AnyPath, trust_code: bool = True) -> Config:
     """Returns the config of the run at `path`.
 
-    trust_code: whether the file that defines a user's own architecture may be run, where the run
-    names one. It is never run where it lies in the run's directory. Raises UserError if there is
-    no run, or its config cannot be read."""
+    With trust_code=False the file that defines a user's own architecture, where the run names one,
+    is not run. It is never run where it lies in the run's directory. Raises UserError if there is
+    no run, or its config cannot be read.
+    """
     file = path / "config.json"
     if not file.is_file():
         raise UserError(f"{path} is not a run: it has no config.json")
@@ -121,12 +141,13 @@ def read_config(path: AnyPath, trust_code: bool = True) -> Config:
 
 
 def is_writer() -> bool:
+    """Whether this process is the one that writes, process 0."""
     return jax.process_index() == 0
 
 
 def _check_same(path: AnyPath, config: Config) -> None:
-    there = read_config(path)
-    changed = configs.difference(configs.identity(there), configs.identity(config))
+    found = read_config(path)
+    changed = configs.difference(configs.identity(found), configs.identity(config))
     if changed:
         raise UserError(
             f"{path} holds a run of another config ({'; '.join(changed)}); use another --workdir, "
@@ -135,7 +156,7 @@ def _check_same(path: AnyPath, config: Config) -> None:
 
 
 def environment() -> dict:
-    """Versions of the packages, and the git revision if there is one."""
+    """Returns the versions of the packages by name, and `git_revision`, None if there is none."""
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     return versions | {"git_revision": _git_revision()}
 
@@ -143,7 +164,8 @@ def environment() -> dict:
 def _git_revision() -> str | None:
     """Returns the revision of the checkout that the package runs from, or None if there is none.
 
-    An installed package may lie inside a repository of the user's, whose revision says nothing."""
+    An installed package may lie inside a repository of the user's, whose revision says nothing.
+    """
     here = pathlib.Path(__file__).parent
     git = ["git", "-C", str(here), "rev-parse", "HEAD", "--show-prefix"]
     try:

@@ -1,4 +1,4 @@
-"""How a process ends that cannot end in good order: with one line on stderr, and at once."""
+"""Ends a process that cannot end in good order: with one line on stderr, and at once."""
 
 import faulthandler
 import logging
@@ -30,8 +30,10 @@ def exit_now(code: int) -> None:
 
 
 class HeldAbort:
-    """Time for last words when JAX aborts this process (SIGABRT), which it does within
-    milliseconds of the death of process 0, and which no public setting turns off (as of 0.10.2).
+    """Holds up an abort (SIGABRT) of this process by JAX, so that it can say last words first.
+
+    JAX aborts a process within milliseconds of the death of process 0. No public setting turns
+    that off (as of 0.10.2).
 
     The handler of SIGABRT is that of `faulthandler`, which writes the traces of all threads in
     the thread that aborts. It writes to a socket here that has room for a few words. The rest of
@@ -39,10 +41,13 @@ class HeldAbort:
     for room, and all other threads go on. Where a thread aborts that lets no other Python thread
     run, each of its writes gives up after 20 ms, so that the process ends, without the traces.
 
-    begun: an event that is set when an abort begins. last_words: if not None, an abort ends the
-    process with this line and exit code 75 at once. It is made by the main thread."""
+    Attributes:
+      begun: an event that is set when an abort begins.
+      last_words: if not None, an abort ends the process at once, with this line and exit code 75.
+    """
 
     def __init__(self, last_words: str | None = None):
+        """Takes over SIGABRT. The main thread calls it."""
         self.begun = threading.Event()
         self.last_words = last_words
         self._read, self._written = socket.socketpair()
@@ -54,7 +59,7 @@ class HeldAbort:
         threading.Thread(target=self._hold, name="held-abort", daemon=True).start()
 
     def _let_writes_wait(self, microseconds: int) -> None:
-        """0: for ever."""
+        """Sets how long a write waits for room; 0 microseconds stand for ever."""
         timeval = struct.pack("ll", 0, microseconds)
         self._written.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
 

@@ -30,29 +30,40 @@ class Logger(Protocol):
     """Takes one run's lines of metrics, one after another, and is closed at the end."""
 
     def __call__(self, line: dict) -> None:
-        """Logs a line of metrics.jsonl. Values that are None are left out."""
+        """Logs a line of metrics.jsonl, without the values that are None."""
 
     def close(self, result: dict | None) -> None:
-        """Ends the log. `result` is the content of result.json, or None for a run that has not
-        come to its end: it was stopped or has failed."""
+        """Ends the log.
+
+        `result` is the content of result.json, or None for a run that was stopped or has failed.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
 class Log:
-    """Says where lines of metrics go besides metrics.jsonl; `parse_log` makes it of a text."""
+    """Says where lines of metrics go besides metrics.jsonl; `parse_log` makes it of a text.
 
-    project: str | None = None  # of Weights & Biases, PROJECT or ENTITY/PROJECT; None: not there
+    Attributes:
+      project: the project in Weights & Biases, PROJECT or ENTITY/PROJECT; None where no lines go
+        there.
+      tensorboard: whether event files are written into the run's directory.
+      group: the group of a sweep's runs in Weights & Biases.
+    """
+
+    project: str | None = None
     tensorboard: bool = False
-    group: str | None = None  # of the runs of a sweep, in Weights & Biases
+    group: str | None = None
 
 
 def parse_log(spec: str, workdir: str | AnyPath | None = None, *, is_sweep: bool = False) -> Log:
     """Reads a text such as "wandb:PROJECT,tensorboard", and checks it without any device.
 
-    `workdir` is the directory of the run, or of the sweep, whose name is then the runs' group.
+    `workdir` is the directory of the run. For a sweep (`is_sweep`) it is the sweep's, and its name
+    becomes the runs' group.
 
     Raises UserError for an unknown place, one that is named twice, wandb without a project, a
-    package that is not installed, and tensorboard for a run that has no local directory."""
+    package that is not installed, and tensorboard for a run that has no local directory.
+    """
     values = {}
     for entry in spec.split(",") if spec else ():
         sink, _, argument = entry.partition(":")
@@ -79,7 +90,8 @@ def parse_log(spec: str, workdir: str | AnyPath | None = None, *, is_sweep: bool
 
 
 def _check_installed(sink: str) -> None:
-    """A folder named `wandb`, such as wandb makes, is importable as an empty package."""
+    """Raises UserError if the package is not installed."""
+    # A folder named `wandb`, such as wandb makes, is importable as a package without an origin.
     found = importlib.util.find_spec(sink)
     if found is None or found.origin is None:
         raise UserError(f'log={sink} needs a package: pip install "sae-jax[log]"')
@@ -102,12 +114,19 @@ def open_loggers(
 ) -> list[Logger]:
     """Opens the loggers of a run that begins, or goes on, after `step`.
 
-    `config` is resolved. `path` is the run's directory, if it has one. `earlier` returns the lines
-    of its metrics.jsonl up to `step`. A log that lacks them gets them first: in a sweep a run may
-    begin with the steps of another, and a run may have been started without a log. What fails from
-    here on is said in one warning and does not end the run.
+    Args:
+      log: where lines go.
+      config: the resolved config.
+      path: the run's directory, if it has one.
+      step: the step after which lines come.
+      earlier: returns the lines of the run's metrics.jsonl up to `step`. A log that lacks them gets
+        them first: in a sweep a run may begin with the steps of another, and a run may have been
+        started without a log.
 
-    Raises UserError where Weights & Biases refuses the user or the project."""
+    A logger that fails later is told of in one warning and gets no more lines; the run goes on.
+
+    Raises UserError if Weights & Biases refuses the user or the project.
+    """
     loggers: list[Logger] = []
     if log.project:
         loggers.append(_Guarded("wandb", lambda: _Wandb(log, config, path, earlier)))
@@ -153,12 +172,14 @@ class _Guarded:
 
 
 class _Wandb:
-    """A run in Weights & Biases with the id of ours, which a resumed run goes on with.
+    """Logs to a run in Weights & Biases that has our run's id, so that a resumed run goes on in it.
 
-    The server knows which steps it has, and gets only those after them: each step is there once,
-    also those that are logged again after a kill. Offline (WANDB_MODE=offline) nobody knows, and a
-    kill loses the last lines of wandb's file. So every start of the run leaves a folder of its own
-    in RUN/wandb with all lines from step 1 on, and the newest is the one to `wandb sync`."""
+    The server knows which steps it has, and gets only those after them. So each step is there once,
+    also those that are logged again after a kill. Offline (WANDB_MODE=offline) there is no server
+    to ask, and a kill loses the last lines of wandb's file. So every start of the run leaves a
+    folder of its own in RUN/wandb with all lines from step 1 on. The newest is the one to
+    `wandb sync`.
+    """
 
     def __init__(self, log: Log, config: Config, path: AnyPath | None, earlier: Callable):
         import wandb
@@ -188,7 +209,7 @@ class _Wandb:
             ) from error
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
-        self._next = self._run.step  # those before it are there
+        self._next = self._run.step  # the first step that the server does not have
         if self._next:
             logging.info("wandb has run %s up to step %d", self._run.id, self._next - 1)
         for line in earlier():
@@ -205,8 +226,11 @@ class _Wandb:
 
 
 class _TensorBoard:
-    """Event files in RUN/tensorboard: every start of the run adds one, and readers forget what
-    earlier ones have beyond the step that the run went on from."""
+    """Logs to event files in RUN/tensorboard.
+
+    Every start of the run adds a file. Readers forget what earlier files have beyond the step that
+    the run went on from.
+    """
 
     def __init__(self, folder: pathlib.Path, step: int, earlier: Callable):
         from tensorboard.compat.proto import event_pb2, summary_pb2

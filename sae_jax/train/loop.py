@@ -1,4 +1,4 @@
-"""The loop over steps: packs of runs, trained on the same batches, resumable at every step.
+"""The loop over steps. It trains packs of runs on the same batches, and can go on at every step.
 
 A single run is a pack of one. Several packs share one reading of the data (a sweep's pass), and a
 pack may branch off from the states of another, its trunk.
@@ -29,6 +29,7 @@ class TrainingData:
     """What all packs read: batches from a stream, held-out rows, and the mesh to place them on."""
 
     def __init__(self, config: Config, stream, heldout, mesh: jax.sharding.Mesh):
+        """Takes what `open` opens. `heldout` is None where nothing is held out."""
         self.stream, self.heldout, self.mesh = stream, heldout, mesh
         self.placement = BatchPlacement(mesh, config.data.batch_size)
         self._b_dec: dict[tuple, np.ndarray] = {}
@@ -37,27 +38,36 @@ class TrainingData:
     def open(cls, config: Config, open_stream: Callable) -> "TrainingData":
         """Opens the data of a resolved config.
 
-        `open_stream(data, split="train", batch_size=None)` gives a stream of the config's data
-        section. Raises UserError for a mesh or a held-out part that does not fit."""
+        `open_stream(data, split="train", batch_size=None)` returns a stream of the config's data
+        section. Raises UserError for a mesh or a held-out part that does not fit.
+        """
         mesh = make_mesh(config)
         heldout = preparation.heldout_stream(config, mesh, open_stream)
         return cls(config, open_stream(config.data), heldout, mesh)
 
     def batches(self, step: int):
-        """Iterates over global batches (B, width) on the devices, from that of step `step` on."""
+        """Returns an iterator over the batches from that of step `step` on.
+
+        Each is a global array (B, width) on the devices of the mesh.
+        """
         return map(self.placement.place, self.stream.batches(step, self.placement.rows))
 
     def initial_b_dec(self, config: Config) -> np.ndarray:
-        """Returns b_dec (d_out,) as a run begins with it, computed once for all that agree."""
+        """Returns the b_dec (d_out,) that a run begins with, in the units of the data.
+
+        It is computed once for all runs that ask for the same.
+        """
         kind = (config.sae.b_dec_init, config.sae.d_out)
         if kind not in self._b_dec:
             self._b_dec[kind] = preparation.initial_b_dec(config, self.stream)
         return self._b_dec[kind]
 
     def heldout_means(self, evaluate: Callable[[jax.Array], dict[str, jax.Array]]) -> dict:
-        """Returns the means of what `evaluate` gives for batches of up to 65,536 held-out rows.
+        """Returns eval_loss, eval_fvu and eval_l0, by name, over up to 65,536 held-out rows.
 
-        They are numbers, or lists with one for each run; None where nothing is held out."""
+        `evaluate` returns these means for a batch. Where it returns arrays, with a value for each
+        run, they become lists. All are None where nothing is held out.
+        """
         names = ("eval_loss", "eval_fvu", "eval_l0")
         if self.heldout is None:
             return dict.fromkeys(names)
@@ -72,11 +82,19 @@ class TrainingData:
 
 
 class PackInTraining:
-    """The runs of a pack while they are trained: their states, at `step`, and their recorders.
+    """The runs of a pack while they are trained: their states and their recorders.
 
-    `until` is the step that the pack has to come to. A branch has a `trunk`, another pack whose
-    state after `start` steps is where it begins; `parents` are the numbers of its runs' parents
-    among the trunk's runs. While `waiting_for_trunk`, the trunk has not come so far.
+    A pack may be a branch: it then begins with the states that another pack, its trunk, has after
+    `start` steps.
+
+    Attributes:
+      recorders: one for each run.
+      step: how many steps the states have done.
+      steps: the steps of a whole run.
+      until: the step that the pack has to come to.
+      trunk: the pack that this one branches off from, or None.
+      start: the step at which it branches off.
+      waiting_for_trunk: whether the trunk has not come so far.
     """
 
     def __init__(
@@ -93,8 +111,20 @@ class PackInTraining:
         check: Callable[[], None] = lambda: None,
         run_ended: Callable[[], None] = lambda: None,
     ):
-        """`begin_with` changes the fresh state of a single run that begins at step 0. `check` is
-        called before anything but a metric is written; `run_ended` when a run has ended."""
+        """Prepares to train; `begin` or `branch_from_trunk` makes the states.
+
+        Args:
+          trainer: what updates the states.
+          recorders: one for each run.
+          data: what the runs read.
+          progress: what a watchdog reads.
+          trunk: the pack to branch off from, if any.
+          start: the step at which to branch off.
+          parents: for each run of a branch, the number of its parent among the trunk's runs.
+          begin_with: changes the fresh state of a single run that begins at step 0.
+          check: is called before anything but a metric is written, and may raise.
+          run_ended: is called when a run has ended.
+        """
         self.steps = trainer.steps
         self.trunk, self.start = trunk, start
         self.step, self.until, self.waiting_for_trunk = 0, 0, False
@@ -105,17 +135,22 @@ class PackInTraining:
         self._config = recorders[0].config  # what does not differ between the runs
         self._resampling = resample.steps(self._config)
         self._states: TrainState | None = None
-        self._pending = None  # (step, its metrics, whether to log them): dispatched, not awaited
+        # The step that was dispatched and not yet waited for: (step, metrics, whether to log them).
+        self._pending = None
         self._logged = None  # (step, time) of the last logged metrics
         self._saving: int | None = None  # the step whose checkpoint may still be being written
         self._began = time.monotonic()
 
     @property
     def open_recorders(self) -> list[Recorder]:
+        """The recorders of the runs that are still to be trained."""
         return [recorder for recorder in self.recorders if recorder.open]
 
     def newest_common_step(self, most: int | None = None) -> int | None:
-        """Returns the newest step, up to `most`, that all runs to train have a checkpoint of."""
+        """Returns the newest step, up to `most`, that all runs to train have a checkpoint of.
+
+        Returns None where there is no such step.
+        """
         runs = self.open_recorders or [run for run in self.recorders if not run.failed]
         common = set.intersection(*(set(run.checkpoint_steps) for run in runs)) if runs else set()
         return max((step for step in common if most is None or step <= most), default=None)
@@ -140,8 +175,10 @@ class PackInTraining:
         self._start_at(step)
 
     def branch_from_trunk(self) -> None:
-        """Takes over the trunk's states and metrics, and saves them: from here on this pack
-        needs the trunk no more."""
+        """Takes over the trunk's states and metrics, and saves them.
+
+        From here on this pack does not need the trunk any more.
+        """
         trunk = self.trunk
         trunk.await_step()
         self._states = self._trainer.blank()
@@ -159,12 +196,14 @@ class PackInTraining:
         self.finish_saving()
 
     def get_run(self, i: int) -> TrainState:
-        """Returns the state of run `i`, as that of the run alone."""
+        """Returns the state of run `i`, without a run axis."""
         return self._trainer.get_run(self._states, i)
 
     def advance(self, rows: jax.Array) -> None:
-        """Dispatches a step, then waits for the one before: the device never idles, and never
-        holds more than two batches."""
+        """Dispatches a step on a batch (B, width), then waits for the step before.
+
+        So the device never idles, and never holds more than two batches.
+        """
         if self._logged is None:
             self._progress.rest()  # it compiles
         self._states, metrics = self._trainer.step(self._states, rows)
@@ -176,11 +215,11 @@ class PackInTraining:
         self._pending = (self.step, metrics, log)
 
     def maybe_save(self, stop: bool) -> None:
-        """Saves after a step where that is due, or where the program stops."""
+        """Saves a checkpoint of every run if one is due after this step, or if `stop` is true."""
         every = self._config.train.checkpoint_every
         if stop or self.step == self.steps or self.step % every == 0:
             self._pending = (*self._pending[:2], True)
-            self.await_step()  # ends the runs whose states are not ones to save
+            self.await_step()  # ends the runs whose loss is not finite, before they are saved
             self._save()
 
     def await_step(self) -> None:
@@ -232,6 +271,7 @@ class PackInTraining:
         self._states = None
 
     def close(self) -> None:
+        """Closes all recorders."""
         for recorder in self.recorders:
             recorder.close()
 
@@ -246,7 +286,7 @@ class PackInTraining:
         for i, recorder in enumerate(self.recorders):
             if recorder.open and self.step not in recorder.checkpoint_steps:
                 recorder.save(self.get_run(i), self.step)
-        self._progress.saved, self._saving = self._saving, self.step  # that before is written
+        self._progress.saved, self._saving = self._saving, self.step  # the one before is written
 
     def _resample(self) -> None:
         self._progress.rest()
@@ -260,13 +300,21 @@ class PackInTraining:
 def train_packs(
     packs: Sequence[PackInTraining], data: TrainingData, name: str, progress: Progress
 ) -> None:
-    """Trains packs, trunks before their branches, until every run has ended, from where they were.
+    """Trains packs from where they were until every run has ended.
 
-    Raises PreemptedError after SIGTERM, when all runs are saved at one step."""
+    Args:
+      packs: trunks before their branches.
+      data: what all of them read.
+      name: what a progress bar calls the work.
+      progress: what a watchdog reads.
+
+    Raises PreemptedError after SIGTERM, when all runs are saved at one step, and UserError if the
+    data end before the runs do.
+    """
     _restore(packs)
     active = [pack for pack in packs if pack.until]
     for pack in active:
-        if pack.step == pack.steps:  # all but the results was there
+        if pack.step == pack.steps:  # the last checkpoint was there, but not the results
             pack.end()
     if all(pack.step >= pack.until for pack in active):
         return
@@ -276,11 +324,11 @@ def train_packs(
     batches = data.batches(first)
     with Preemption() as preemption, TrainingBar(name, done, sum(p.until for p in active)) as bar:
         for step in range(first, last):
-            rows = _next(batches, step)
+            rows = _next_batch(batches, step)
             for branch in active:
                 if branch.waiting_for_trunk and branch.start == step:
                     branch.branch_from_trunk()
-            # Those that are ahead wait until the batches have come to them.
+            # Packs that are ahead wait until the batches have come to their step.
             moving = [p for p in active if not p.waiting_for_trunk and p.step == step < p.until]
             progress.begin(step + 1)
             for pack in moving:
@@ -299,8 +347,11 @@ def train_packs(
 
 
 def _restore(packs: Sequence[PackInTraining]) -> None:
-    """Brings every pack to where it was. A branch that had not begun waits for its trunk, which
-    may have to go back for it."""
+    """Brings every pack to where it was.
+
+    A branch that had not begun waits for its trunk, which may have to go back to an earlier
+    checkpoint for it.
+    """
     resume_steps = [pack.newest_common_step() for pack in packs]
     for pack, resume_step in zip(packs, resume_steps, strict=True):
         pack.waiting_for_trunk = bool(
@@ -314,14 +365,14 @@ def _restore(packs: Sequence[PackInTraining]) -> None:
 
 
 def _last_line(packs: Sequence[PackInTraining]) -> dict | None:
-    """The last line of metrics where there is one run, which a progress bar shows."""
+    """Returns the last line of metrics where there is one run, for a progress bar to show."""
     recorders = [recorder for pack in packs for recorder in pack.recorders]
     if len(recorders) > 1:
         return None
     return recorders[0].last_line
 
 
-def _next(batches, step: int) -> jax.Array:
+def _next_batch(batches, step: int) -> jax.Array:
     try:
         return next(batches)
     except StopIteration:

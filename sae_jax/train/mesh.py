@@ -1,7 +1,6 @@
-"""The device mesh, and getting a batch onto it."""
+"""The device mesh, and how a batch is placed on it."""
 
 import math
-from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -13,10 +12,11 @@ from sae_jax.ops.sharding import BATCH
 
 
 def make_mesh(config: Config, devices: list | None = None) -> jax.sharding.Mesh:
-    """A mesh with the axes (run, data, model) over `devices`, by default this program's.
+    """Returns a mesh (run, data, model) over `devices`, by default all devices of the program.
 
-    Raises UserError if the axes ask for other devices than there are, or do not divide the
-    batch or the dictionary."""
+    Raises UserError if the axes do not fit the number of devices, or do not divide the batch or the
+    dictionary.
+    """
     devices = jax.devices() if devices is None else devices
     run, data, model = sizes = _axis_sizes(config.mesh, len(devices))
     if config.data.batch_size % data:
@@ -54,9 +54,14 @@ def _axis_sizes(config: MeshConfig, count: int) -> tuple[int, int, int]:
 
 
 class BatchPlacement:
-    """Which rows of a (batch_size, width) batch this process reads, and their way to its
-    devices. Both follow from the array's sharding, never from the process's index: along the
-    `model` axis several processes hold the same rows."""
+    """Says which rows of a batch (batch_size, width) this process reads, and places them.
+
+    Both follow from the batch's sharding, not from the process's index: along the `model` axis
+    several processes hold the same rows.
+
+    Attributes:
+      rows: the slices of the batch that this process reads, in ascending order.
+    """
 
     def __init__(self, mesh: jax.sharding.Mesh, batch_size: int):
         self._sharding = NamedSharding(mesh, BATCH)
@@ -68,7 +73,10 @@ class BatchPlacement:
         self.rows = [slice(*r) for r in sorted(set(self._range_of_device.values()))]
 
     def place(self, rows_Rxd: np.ndarray) -> jax.Array:
-        """The global batch from this process's rows, in the order of `self.rows`."""
+        """Returns the global batch on the devices, made from this process's rows.
+
+        They are the rows of `self.rows`, one slice after another.
+        """
         starts = np.cumsum([0] + [s.stop - s.start for s in self.rows])
         offset = {s.start: int(start) for s, start in zip(self.rows, starts, strict=False)}
         shards = [
@@ -77,6 +85,3 @@ class BatchPlacement:
         ]
         shape = (self._batch_size, rows_Rxd.shape[1])
         return jax.make_array_from_single_device_arrays(shape, self._sharding, shards)
-
-    def place_all(self, batches: Iterator[np.ndarray]) -> Iterator[jax.Array]:
-        return map(self.place, batches)

@@ -1,4 +1,7 @@
-"""metrics.jsonl: a line a logged step, that a killed run goes on with from its last checkpoint."""
+"""The file metrics.jsonl, which has a line for each logged step.
+
+A killed run goes on with it from its last checkpoint.
+"""
 
 import concurrent.futures
 import contextlib
@@ -13,17 +16,17 @@ _SECONDS = 30  # until people who watch a run in an object store see new lines
 
 
 def lines_until(file: AnyPath, step: int) -> str:
-    """The lines of `file` up to `step`; what was logged later will be logged again."""
+    """Returns the text of `file` up to `step`, without a last line that was cut by a kill."""
     kept = []
     for line in file.read_text().splitlines(keepends=True):
-        with contextlib.suppress(json.JSONDecodeError):  # the last line, cut by a kill
+        with contextlib.suppress(json.JSONDecodeError):
             if json.loads(line)["step"] <= step:
                 kept.append(line)
     return "".join(kept)
 
 
 def open_after(file: AnyPath, step: int) -> "_LocalMetrics | _ObjectMetrics":
-    """`file`, cut to go on after `step`."""
+    """Opens `file` to add lines to it, without those of steps after `step`."""
     if isinstance(file, ObjectPath):
         return _ObjectMetrics(file, step)
     if file.exists():
@@ -32,6 +35,8 @@ def open_after(file: AnyPath, step: int) -> "_LocalMetrics | _ObjectMetrics":
 
 
 class _LocalMetrics:
+    """Adds lines to a file on this machine."""
+
     def __init__(self, file):
         self._path = file
         self._file = file.open("a")
@@ -47,7 +52,7 @@ class _LocalMetrics:
             ) from error
 
     def flush(self) -> None:
-        """Nothing: every line is written when it is added."""
+        """Does nothing, because every line is written when it is added."""
 
     def close(self) -> None:
         with contextlib.suppress(OSError):  # a line that `add` could not write either
@@ -55,8 +60,11 @@ class _LocalMetrics:
 
 
 class _ObjectMetrics:
-    """Object stores cannot append: the whole file is written anew, at every `flush` and every 30
-    seconds, then by a thread behind the steps. UserError where another process writes it too."""
+    """Adds lines to a file in an object store.
+
+    Object stores cannot append, so the whole file is written again: at every `flush`, and every 30
+    seconds by a thread while the steps go on. Raises UserError if another process writes it too.
+    """
 
     def __init__(self, file: ObjectPath, step: int):
         self._path = file
@@ -72,26 +80,26 @@ class _ObjectMetrics:
     def add(self, line: str) -> None:
         self._lines.append(line)
         if time.monotonic() > self._due and (self._writing is None or self._writing.done()):
-            self._start()
+            self._start_writing()
 
     def flush(self) -> None:
         """Returns when all lines are in the store."""
-        self._settle()
+        self._await_writing()
         if self._written < len(self._lines):
-            self._start()
-            self._settle()
+            self._start_writing()
+            self._await_writing()
 
     def close(self) -> None:
         with contextlib.suppress(UserError):  # what was logged since the last checkpoint
             self.flush()
         self._thread.shutdown()
 
-    def _start(self) -> None:
-        self._settle()
+    def _start_writing(self) -> None:
+        self._await_writing()
         self._written, self._due = len(self._lines), time.monotonic() + _SECONDS
         self._writing = self._thread.submit(self._write, "".join(self._lines).encode())
 
-    def _settle(self) -> None:
+    def _await_writing(self) -> None:
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()

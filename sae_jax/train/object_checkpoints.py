@@ -1,11 +1,13 @@
-"""Checkpoints in an object store. Orbax 0.12 writes gs:// but not s3:// (google/orbax, pull request
-2739), so both go the same way here, with JAX's own writer of sharded arrays.
+"""Checkpoints in an object store.
+
+Orbax 0.12 writes gs:// but not s3:// (google/orbax, pull request 2739). So both are written here,
+with JAX's own writer of sharded arrays.
 
     CHECKPOINTS/STEP/NAME/...        a zarr3 array for each leaf of the state: parameters/w_enc
     CHECKPOINTS/STEP/complete.json   the arrays, and how many files they have; written last
 
-There is no rename, so a checkpoint is what has its complete.json and all its files. What a killed
-process left has none, and is removed by the next.
+Object stores cannot rename. So a folder is a checkpoint if it has its complete.json and all its
+files. What a killed process left has none, and is removed by the next process.
 """
 
 import collections
@@ -26,13 +28,21 @@ _PATIENCE = 1800  # seconds that processes wait for the slowest of them to uploa
 
 
 class ObjectCheckpointer:
-    """The checkpoints in `directory`, of which the `keep` latest stay; keep None: only to read.
-    Trees are dicts of arrays, nested at will. Several processes: each writes and reads its own
-    shards, process 0 the rest.
+    """Writes and reads the checkpoints in a folder of an object store.
 
-    What TensorStore cannot do it raises as ValueError."""
+    Trees are dicts of arrays, nested to any depth. Where there are several processes, each writes
+    and reads its own shards, and process 0 writes complete.json. Failures of TensorStore are raised
+    as ValueError.
+
+    Attributes:
+      steps: the steps that there are checkpoints of, in ascending order.
+    """
 
     def __init__(self, directory: ObjectPath, keep: int | None):
+        """Opens `directory`, of whose checkpoints the `keep` latest stay.
+
+        With keep=None it only reads, and removes nothing.
+        """
         self._directory = directory
         self._keep = keep
         self._manager = serialization.GlobalAsyncCheckpointManager(timeout_secs=_PATIENCE)
@@ -44,8 +54,10 @@ class ObjectCheckpointer:
                 (directory / name).rmtree()
 
     def save(self, step: int, tree: dict) -> None:
-        """Copies the tree and returns; it is written behind the next steps. Raises what the
-        previous writing met."""
+        """Copies the tree and returns; it is written while the next steps run.
+
+        Raises whatever kept the previous checkpoint from being written.
+        """
         self.wait()
         arrays = _named(tree)
         metadata = {name: _metadata(array) for name, array in arrays.items()}
@@ -59,14 +71,17 @@ class ObjectCheckpointer:
         self._saving = step
 
     def wait(self) -> None:
-        """Until what is being written is a checkpoint."""
+        """Waits until the checkpoint that is being written is whole.
+
+        Raises whatever kept it from being written.
+        """
         saving, self._saving = self._saving, None
         self._manager.wait_until_finished()
         if saving is not None:
             self.steps = [*self.steps, saving][-self._keep :]
 
     def load(self, step: int, like: dict) -> dict:
-        """The arrays that `like` names, on its shardings."""
+        """Returns the arrays of a checkpoint that the tree `like` names, on its shardings."""
         wanted = _named(like)
         arrays = self._manager.deserialize(
             [leaf.sharding for leaf in wanted.values()],
@@ -77,21 +92,25 @@ class ObjectCheckpointer:
     load_part = load
 
     def shapes(self, step: int) -> dict:
-        """The tree of `step`, of jax.ShapeDtypeStruct."""
+        """Returns the tree of a checkpoint, with a jax.ShapeDtypeStruct for each array."""
         tree: dict = {}
         for name, (shape, dtype) in self._complete(step)["arrays"].items():
             *folders, leaf = name.split("/")
-            at = tree
+            branch = tree
             for folder in folders:
-                at = at.setdefault(folder, {})
-            at[leaf] = jax.ShapeDtypeStruct(shape, np.dtype(dtype))
+                branch = branch.setdefault(folder, {})
+            branch[leaf] = jax.ShapeDtypeStruct(shape, np.dtype(dtype))
         return tree
 
     def close(self) -> None:
+        """Waits until the checkpoint that is being written is whole."""
         self.wait()
 
     def _commit(self, step: int, metadata: dict[str, dict]) -> None:
-        """Process 0, when all processes have written."""
+        """Makes what was written a checkpoint; called on process 0 when all have written.
+
+        Raises UserError if another process removed files of it meanwhile.
+        """
         folder = self._directory / str(step)
         files = {file for name, about in metadata.items() for file in _files(name, about)}
         if missing := files.difference(folder.files()):
@@ -106,7 +125,7 @@ class ObjectCheckpointer:
             (self._directory / str(old)).rmtree()
 
     def _is_whole(self, name: str, files: int) -> bool:
-        """Whether `name`, a folder of so many files, is a checkpoint."""
+        """Whether the folder `name`, which has so many files, is a checkpoint."""
         try:
             complete = self._complete(name)
         except FileNotFoundError:
@@ -130,12 +149,13 @@ class ObjectCheckpointer:
 
 
 def _named(tree: dict) -> dict[str, jax.Array]:
+    """Returns the arrays of a tree by their paths, such as parameters/w_enc."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def _files(name: str, metadata: dict) -> list[str]:
-    """Those that an array consists of."""
+    """Returns the names of the files that an array consists of."""
     chunk = metadata["chunk_grid"]["configuration"]["chunk_shape"]
     grid = [size // part for size, part in zip(metadata["shape"], chunk, strict=True)]
     chunks = ["/".join([name, "c", *map(str, place)]) for place in np.ndindex(*grid)]
@@ -143,7 +163,10 @@ def _files(name: str, metadata: dict) -> list[str]:
 
 
 def _metadata(array: jax.Array) -> dict:
-    """Chunks that no two shards share, of a size that one request takes, with a checksum."""
+    """Returns the zarr3 metadata of an array.
+
+    No two shards share a chunk, a chunk fits in one request, and each has a checksum.
+    """
     chunk = list(array.sharding.shard_shape(array.shape))
     if chunk:
         pieces = -(-math.prod(chunk) * array.dtype.itemsize // _CHUNK_BYTES)

@@ -1,4 +1,4 @@
-"""Adam, its schedules, and the decoder kept at unit norm, as optax transformations."""
+"""Adam, its schedules, and what keeps the decoder at unit norm, as optax transformations."""
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ SCHEDULES = ("constant", "cosine", "linear_tail", "warmup_stable_decay")
 
 
 def check(config: OptimizerConfig) -> None:
+    """Raises UserError, naming the field, if a value of the section is out of its range."""
     choose(config.schedule, SCHEDULES, "optimizer.schedule")
     positive = {
         "learning_rate": config.learning_rate,
@@ -36,29 +37,31 @@ def check(config: OptimizerConfig) -> None:
 
 
 def schedule(config: OptimizerConfig, lengths: ScheduleSteps) -> optax.Schedule:
-    """The learning rate by step: linear warm-up to the peak, then
+    """Returns the learning rate as a function of the step, from 0.
 
-    constant             the peak
-    cosine               half a cosine to 0
-    linear_tail          the peak, and linear to 0 over the last decay_fraction
-    warmup_stable_decay  the peak, and 1 - sqrt to 0 over the last decay_fraction
-                         (Hagele et al. 2024, "Scaling laws and compute-optimal training")
+    It grows linearly to the peak in the warm-up. What follows depends on `config.schedule`:
+
+        constant             the peak
+        cosine               half a cosine to 0
+        linear_tail          the peak, and linear to 0 over the last decay_fraction
+        warmup_stable_decay  the peak, and 1 - sqrt to 0 over the last decay_fraction
+                             (Hagele et al. 2024, "Scaling laws and compute-optimal training")
     """
     peak, steps, warmup = config.learning_rate, lengths.steps, lengths.warmup
 
     def rate(step):
-        up = jnp.minimum(1.0, (step + 1) / jnp.maximum(1, warmup))
+        warmth = jnp.minimum(1.0, (step + 1) / jnp.maximum(1, warmup))
         left = jnp.clip((steps - step) / lengths.decay, 0.0, 1.0)  # 1 until the tail begins
         if config.schedule == "cosine":
             done = jnp.clip((step - warmup) / jnp.maximum(1, steps - warmup), 0.0, 1.0)
-            down = 0.5 * (1 + jnp.cos(jnp.pi * done))
+            decay = 0.5 * (1 + jnp.cos(jnp.pi * done))
         elif config.schedule == "linear_tail":
-            down = left
+            decay = left
         elif config.schedule == "warmup_stable_decay":
-            down = 1 - jnp.sqrt(1 - left)
+            decay = 1 - jnp.sqrt(1 - left)
         else:
-            down = 1.0
-        return peak * up * down
+            decay = 1.0
+        return peak * warmth * decay
 
     return rate
 
@@ -69,8 +72,14 @@ def make(
     unit_norm_decoder: bool,
     threshold_unit: float = 1.0,
 ) -> optax.GradientTransformation:
-    """For parameters {name: array}; the decoder is `w_dec`, one latent a row. threshold_unit: the
-    norm of the activations, by which JumpReLU's thresholds take longer steps."""
+    """Returns the optimiser of parameters {name: array}, where `w_dec` has a row for each latent.
+
+    Args:
+      config: Adam's settings and the schedule.
+      lengths: the run's schedules, in steps.
+      unit_norm_decoder: whether the rows of the decoder are kept at norm 1.
+      threshold_unit: the norm of the activations, by which JumpReLU's thresholds take longer steps.
+    """
     parts = [optax.scale_by_adam(config.b1, config.b2, config.eps)]
     if config.clip_norm is not None:
         parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
@@ -82,8 +91,11 @@ def make(
 
 
 def remove_parallel_gradient() -> optax.GradientTransformation:
-    """Takes from the gradient of each row of `w_dec`, of norm 1, its component along the row, which
-    renormalising would undo after Adam's moments had taken it in (Bricken et al. 2023)."""
+    """Removes from the gradient of each row of `w_dec` its component along the row.
+
+    The rows have norm 1. Renormalising would undo the component, but only after Adam's moments had
+    taken it in (Bricken et al. 2023, "Towards Monosemanticity").
+    """
 
     def update(gradients, parameters):
         rows, gradient = parameters["w_dec"], gradients["w_dec"]
@@ -94,7 +106,7 @@ def remove_parallel_gradient() -> optax.GradientTransformation:
 
 
 def renormalise_decoder() -> optax.GradientTransformation:
-    """Makes the update end on rows of norm 1. Last in a chain."""
+    """Makes the update of `w_dec` end on rows of norm 1. It is the last in a chain."""
 
     def update(updates, parameters):
         moved: jax.Array = parameters["w_dec"] + updates["w_dec"]
@@ -105,12 +117,15 @@ def renormalise_decoder() -> optax.GradientTransformation:
 
 
 def scale_threshold_updates(unit: float) -> optax.GradientTransformation:
-    """Makes the update of `threshold`, where there is one, `unit` times as long, and end at 0 or
-    above: below it, latents would be negative.
+    """Makes the update of `threshold`, where there is one, `unit` times as long.
 
-    Adam's steps have the length of the learning rate, whatever a parameter's size. Pre-activations
-    and thresholds are as large as activations: what suits those of norm 1 (Gemma Scope) takes
-    sqrt(d) times as many steps, more than a run has, where the norm is sqrt(d)."""
+    The update ends at 0 or above, because latents would be negative below it.
+
+    Adam's steps have the length of the learning rate, whatever the size of a parameter.
+    Pre-activations and thresholds are as large as activations. A learning rate that suits
+    activations of norm 1 (Gemma Scope) would need sqrt(d) times as many steps where the norm is
+    sqrt(d), which is more than a run has.
+    """
 
     def update(updates, parameters):
         if "threshold" not in parameters:

@@ -1,9 +1,11 @@
-"""Runs of one shape trained as one program: every array of their state has a leading run axis.
+"""Packs: runs of one shape that are trained as one program.
 
-What differs between the runs is an argument of the program; all else, and the arithmetic, is
-`step.Trainer`'s. On the mesh's `run` axis each group of devices has runs of its own, and talks to
-no other. A CPU computes its runs one after the other, in place: it has no spare units that a larger
-operation would fill. Elsewhere they are one batched operation.
+Every array of their state has a leading run axis. What differs between the runs is an argument of
+the program. All else, and the arithmetic, is `step.Trainer`'s.
+
+The mesh's `run` axis cuts the devices into groups. Each group has runs of its own and does not
+communicate with the others. A CPU computes its runs one after the other, in place, because it has
+no spare units that a larger operation would fill. On other devices they are one batched operation.
 """
 
 import copy
@@ -22,7 +24,7 @@ from sae_jax.ops.sharding import BATCHED_RUNS, on_cpu
 from sae_jax.train.schedule_steps import ScheduleSteps
 from sae_jax.train.step import Trainer, TrainState
 
-# Fields in which the runs of a pack may differ. sae.k: up to the largest of the pack.
+# Fields in which the runs of a pack may differ. The program is compiled for the largest sae.k.
 VARIED = (
     "optimizer.learning_rate",
     "optimizer.b1",
@@ -34,14 +36,17 @@ VARIED = (
 
 
 def get_field(config: Config, field: str):
-    """The value of a dotted field."""
+    """Returns the value of a dotted field, such as "sae.k"."""
     section, name = field.split(".")
     return getattr(getattr(config, section), name)
 
 
 def set_fields(config: Config, values: dict) -> Config:
-    """Returns `config` with dotted fields replaced, unchecked: values may be traced, or None. A
-    field that the architecture does not have is left out."""
+    """Returns `config` with dotted fields replaced, for example {"sae.k": 32}.
+
+    Values are not checked, so they may be traced, or None. A field that the architecture does not
+    have is left out.
+    """
     config = copy.copy(config)
     for field, value in values.items():
         section, name = field.split(".")
@@ -53,16 +58,28 @@ def set_fields(config: Config, values: dict) -> Config:
 
 
 class PackTrainer:
-    """`Trainer` for several configs that are the same but for `VARIED`, under the ambient mesh.
+    """Trains several runs at once, whose configs differ in nothing but the fields in `VARIED`.
 
-    States are TrainStates whose arrays have a leading axis of `slots`: the number of runs, filled
-    up to a multiple of the mesh's run axis with copies of the last. `trainers`: of each run alone.
+    States are TrainStates whose arrays have a leading run axis.
+
+    Attributes:
+      steps: the steps of a whole run.
+      trainers: the `Trainer` of each run alone.
+      slots: the length of the run axis: the number of runs, rounded up to a multiple of the mesh's
+        run axis. The slots that are left over have copies of the last run.
     """
 
     def __init__(self, configs: Sequence[Config], steps: int, variance: float):
+        """Prepares the programs under the ambient mesh.
+
+        Args:
+          configs: the resolved config of each run.
+          steps: the steps of a whole run.
+          variance: the variance of the scaled targets, summed over d_out, as for `Trainer`.
+        """
         self.steps = steps
         self.trainers = [Trainer(config, steps, variance) for config in configs]
-        configs = [*configs, *[configs[-1]] * (-len(configs) % _groups())]
+        configs = [*configs, *[configs[-1]] * (-len(configs) % _num_groups())]
         self.slots = len(configs)
         values = {field: [get_field(config, field) for config in configs] for field in VARIED}
         # What does not differ stays a constant of the program.
@@ -72,53 +89,56 @@ class PackTrainer:
             common = set_fields(common, {"sae.k": max(values["sae.k"])})
         lengths = ScheduleSteps.from_config(configs[0], steps)
         if common.sae.anneals:
-            self._key, own = ProgramKey(common, variance, lengths), None
-        else:  # nor does it matter for the program how long the runs are
-            self._key, own = ProgramKey(set_fields(common, _NO_LENGTHS), variance, None), lengths
-        self._own = {
+            self._key, traced_lengths = ProgramKey(common, variance, lengths), None
+        else:  # packs of runs of any length share the program
+            common = set_fields(common, _NO_LENGTHS)
+            self._key, traced_lengths = ProgramKey(common, variance, None), lengths
+        self._per_run = {
             "values": {field: _array(v) for field, v in values.items()},
-            "lengths": jax.tree.map(lambda n: _array([n] * self.slots), own),
+            "lengths": jax.tree.map(lambda n: _array([n] * self.slots), traced_lengths),
             "slot": _array(range(self.slots)),  # an axis to map over, whatever else there is
         }
 
     def init(self, b_dec: jax.Array, scale, target_scale) -> TrainState:
-        """Fresh states; b_dec and scales as for `Trainer.init`, one for all runs."""
-        return _init(self._key, self._own, b_dec, jnp.float32(scale), jnp.float32(target_scale))
+        """Returns fresh states. b_dec and the scales are as for `Trainer.init`, for all runs."""
+        return _init(self._key, self._per_run, b_dec, jnp.float32(scale), jnp.float32(target_scale))
 
     def blank(self) -> TrainState:
-        """States of zeros, to put those of runs in."""
-        one = self.trainers[0].abstract()
+        """Returns states of zeros, for `put_run` to put those of runs in."""
+        state_of_one = self.trainers[0].abstract()
 
         def zeros(a):
             spec = P(*_run_axis(), *a.sharding.spec)
             return jnp.zeros((self.slots, *a.shape), a.dtype, out_sharding=spec)
 
-        return jax.jit(lambda: jax.tree.map(zeros, one))()
+        return jax.jit(lambda: jax.tree.map(zeros, state_of_one))()
 
     def step(self, states: TrainState, rows: jax.Array):
-        """One update of every run from a batch (B, width): new states, in the memory of the old,
-        and metrics (slots,)."""
-        return _step(self._key, states, self._own, rows)
+        """Updates every run from a batch (B, width).
+
+        Returns the new states, in the memory of the old ones, and metrics (slots,) by name.
+        """
+        return _step(self._key, states, self._per_run, rows)
 
     def evaluate(self, states: TrainState, rows: jax.Array) -> dict[str, jax.Array]:
-        """`Trainer.heldout_means` of every run: (slots,) each."""
-        return _evaluate(self._key, states, self._own, rows)
+        """Returns `Trainer.heldout_means` of every run, (slots,) by name."""
+        return _evaluate(self._key, states, self._per_run, rows)
 
     def get_run(self, states: TrainState, i: int) -> TrainState:
-        """Returns the state of run `i`, as that of the run alone."""
+        """Returns the state of run `i`, without a run axis."""
         return get_run(states, i)
 
     def put_run(self, states: TrainState, i: int, state: TrainState) -> TrainState:
-        """Returns `states` with that of run `i` replaced; the old ones' memory is used again."""
+        """Returns `states` with that of run `i` replaced, in the memory of the old ones."""
         return put_run(states, i, state)
 
 
 class SingleTrainer:
     """A pack of one run, whose state has no run axis.
 
-    It has the interface of `PackTrainer`, in which a single run takes longer: on two cores a step
-    of top-k 8% (d 512, 4,096 latents) to 13% (d 768, 24,576 latents), since the state is copied
-    into and out of the loop over runs.
+    It has the interface of `PackTrainer`. A single run in a `PackTrainer` takes longer, because its
+    state is copied into and out of the loop over runs: on two cores a step of top-k takes 8% longer
+    (d 512, 4,096 latents) to 13% longer (d 768, 24,576 latents).
     """
 
     def __init__(self, trainer: Trainer):
@@ -127,12 +147,14 @@ class SingleTrainer:
         self.init, self.step, self.evaluate = trainer.init, trainer.step, trainer.evaluate
 
     def blank(self) -> None:
-        """Returns nothing: `put_run` needs no states to put the only one in."""
+        """Returns None: `put_run` needs no states to put the only run's in."""
 
     def get_run(self, states: TrainState, i: int) -> TrainState:
+        """Returns `states`, which is the state of the only run."""
         return states
 
     def put_run(self, states: TrainState | None, i: int, state: TrainState) -> TrainState:
+        """Returns `state`, which becomes that of the only run."""
         return state
 
 
@@ -140,17 +162,22 @@ class SingleTrainer:
 
 
 class ProgramKey(NamedTuple):
-    """All that a program is compiled for. Of `config`, fields that runs differ in are None, and
-    `sae.k` is the largest. Packs that agree in it share the program."""
+    """Everything that a program is compiled for. Packs that agree in it share the program.
+
+    Attributes:
+      config: the runs' config. Fields in which they differ are None, but `sae.k` is the largest.
+      variance: as for `PackTrainer`.
+      lengths: the runs' schedules, if the program depends on them; None if they are arguments.
+    """
 
     config: Config
     variance: float
-    lengths: ScheduleSteps | None  # where they matter otherwise than as numbers in the step
+    lengths: ScheduleSteps | None
 
-    def trainer(self, own: dict) -> Trainer:
-        """Of the run to which the traced values belong."""
-        values = dict(own["values"])
-        k, lengths = values.pop("sae.k", None), self.lengths or own["lengths"]
+    def trainer(self, of_run: dict) -> Trainer:
+        """Returns the trainer of a run, given its traced values and lengths."""
+        values = dict(of_run["values"])
+        k, lengths = values.pop("sae.k", None), self.lengths or of_run["lengths"]
         config = set_fields(self.config, values)
         return Trainer(config, lengths.steps, self.variance, k, lengths)
 
@@ -164,31 +191,35 @@ _NO_LENGTHS = {
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _init(key: ProgramKey, own: dict, *shared) -> TrainState:
-    def local(own, *shared):
-        return _one_by_one(lambda own: key.trainer(own).init_traced(*shared), own)
+def _init(key: ProgramKey, per_run: dict, *shared) -> TrainState:
+    def init_group(per_run, *shared):
+        return _map_runs(lambda of_run: key.trainer(of_run).init_traced(*shared), per_run)
 
-    return _on_groups(local, 1)(_along_runs(own), *shared)
+    return _on_groups(init_group, 1)(_shard_over_groups(per_run), *shared)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _step(key: ProgramKey, states: TrainState, own: dict, rows: jax.Array):
-    def local(states, own, rows):
-        return _in_place(lambda state, own: key.trainer(own).update(state, rows), states, own)
+def _step(key: ProgramKey, states: TrainState, per_run: dict, rows: jax.Array):
+    def step_group(states, per_run, rows):
+        def update(state, of_run):
+            return key.trainer(of_run).update(state, rows)
 
-    states, metrics = _on_groups(local, 2)(states, _along_runs(own), rows)
-    return states, _everywhere(metrics)
+        return _update_in_place(update, states, per_run)
+
+    states, metrics = _on_groups(step_group, 2)(states, _shard_over_groups(per_run), rows)
+    return states, _replicated(metrics)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _evaluate(key: ProgramKey, states: TrainState, own: dict, rows: jax.Array) -> dict:
-    def local(states, own, rows):
-        def means(pair):
-            return key.trainer(pair[1]).heldout_means(pair[0], rows)
+def _evaluate(key: ProgramKey, states: TrainState, per_run: dict, rows: jax.Array) -> dict:
+    def evaluate_group(states, per_run, rows):
+        def means(state_and_values):
+            state, of_run = state_and_values
+            return key.trainer(of_run).heldout_means(state, rows)
 
-        return _one_by_one(means, (states, own))
+        return _map_runs(means, (states, per_run))
 
-    return _everywhere(_on_groups(local, 2)(states, _along_runs(own), rows))
+    return _replicated(_on_groups(evaluate_group, 2)(states, _shard_over_groups(per_run), rows))
 
 
 def _array(values) -> np.ndarray:
@@ -196,69 +227,74 @@ def _array(values) -> np.ndarray:
     return values.astype(np.float32 if values.dtype.kind == "f" else np.int32)
 
 
-def _along_runs(own: dict) -> dict:
-    return jax.tree.map(lambda a: jax.reshard(a, P(*_run_axis())), own)
+def _shard_over_groups(per_run: dict) -> dict:
+    """Gives each group of devices the values of its own runs."""
+    return jax.tree.map(lambda a: jax.reshard(a, P(*_run_axis())), per_run)
 
 
-def _everywhere(values):
-    """Arrays (slots,) on every device, so that any process can read them."""
+def _replicated(values):
+    """Puts arrays (slots,) on every device, so that any process can read them."""
     return jax.tree.map(lambda a: jax.reshard(a, P(None)), values)
 
 
 def _run_axis() -> tuple:
-    """The spec of an array's run axis."""
-    return ("run" if _groups() > 1 else None,)
+    """Returns the part of a PartitionSpec for an array's run axis."""
+    return ("run" if _num_groups() > 1 else None,)
 
 
 @jax.jit
 def get_run(states: TrainState, i) -> TrainState:
-    """The state of run i of a pack, as that of the run alone; on every group of devices."""
+    """Returns the state of run i of a pack, without a run axis, on every group of devices."""
 
-    def local(states, i):
-        j, mine = _local_slot(states, i)
+    def get_from_group(states, i):
+        slot, is_here = _local_slot(states, i)
 
         def pick(a):
-            one = jax.lax.dynamic_index_in_dim(a, j, keepdims=False)
-            if _groups() == 1:
-                return one
-            return jax.lax.psum(jnp.where(mine, one, jnp.zeros_like(one)), "run")
+            of_run = jax.lax.dynamic_index_in_dim(a, slot, keepdims=False)
+            if _num_groups() == 1:
+                return of_run
+            return jax.lax.psum(jnp.where(is_here, of_run, jnp.zeros_like(of_run)), "run")
 
         return jax.tree.map(pick, states)
 
-    return _on_groups(local, 1, out=P())(states, i)
+    return _on_groups(get_from_group, 1, out=P())(states, i)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def put_run(states: TrainState, i, state: TrainState) -> TrainState:
-    """`states` of a pack with that of run i replaced."""
+    """Returns the states of a pack with that of run i replaced, in the memory of the old ones."""
 
-    def local(states, i, state):
-        j, mine = _local_slot(states, i)
+    def put_into_group(states, i, state):
+        slot, is_here = _local_slot(states, i)
 
-        def put(a, one):
-            old = jax.lax.dynamic_index_in_dim(a, j, keepdims=False)
-            return jax.lax.dynamic_update_index_in_dim(a, jnp.where(mine, one, old), j, 0)
+        def put(a, new):
+            old = jax.lax.dynamic_index_in_dim(a, slot, keepdims=False)
+            return jax.lax.dynamic_update_index_in_dim(a, jnp.where(is_here, new, old), slot, 0)
 
         return jax.tree.map(put, states, state)
 
-    return _on_groups(local, 1)(states, i, state)
+    return _on_groups(put_into_group, 1)(states, i, state)
 
 
 def _local_slot(states: TrainState, i):
-    """Run i's slot among this group's, and whether it is there at all."""
+    """Returns the slot of run i within this group of devices, and whether the group has the run."""
     size = len(states.step)
-    j = i - (jax.lax.axis_index("run") * size if _groups() > 1 else 0)
-    return jnp.clip(j, 0, size - 1), (j >= 0) & (j < size)
+    slot = i - (jax.lax.axis_index("run") * size if _num_groups() > 1 else 0)
+    return jnp.clip(slot, 0, size - 1), (slot >= 0) & (slot < size)
 
 
-def _groups() -> int:
+def _num_groups() -> int:
+    """Returns the number of groups of devices, the length of the ambient mesh's run axis."""
     return jax.sharding.get_abstract_mesh().shape["run"]
 
 
 def _on_groups(function: Callable, stacked: int, out: P | None = None) -> Callable:
-    """`function` on each group of devices, given its own runs: the first `stacked` arguments are
-    stacked, the others shared. out: of its results, by default stacked."""
-    if _groups() == 1:
+    """Returns a function that calls `function` on each group of devices, with the group's own runs.
+
+    The first `stacked` arguments have a run axis, the others are shared. `out` is the spec of the
+    results, which have a run axis by default.
+    """
+    if _num_groups() == 1:
         return function
 
     def call(*arguments):
@@ -274,31 +310,33 @@ def _on_groups(function: Callable, stacked: int, out: P | None = None) -> Callab
     return call
 
 
-def _one_by_one(function: Callable, stacked):
-    """`function` of each run, its results stacked."""
+def _map_runs(function: Callable, stacked):
+    """Calls `function` for each run, and returns its results with a run axis."""
     if on_cpu():
         return jax.lax.map(function, stacked)
     return jax.vmap(function, axis_name=BATCHED_RUNS)(stacked)
 
 
-def _in_place(update: Callable, states: TrainState, values: dict):
-    """`update(state, own values) -> (state, metrics)` of each run; the states' memory is used
-    again."""
+def _update_in_place(update: Callable, states: TrainState, per_run: dict):
+    """Calls `update(state, values of the run) -> (state, metrics)` for each run.
+
+    Returns the new states, in the memory of the old ones, and the metrics with a run axis.
+    """
     if not on_cpu():
-        return jax.vmap(update, axis_name=BATCHED_RUNS)(states, values)
+        return jax.vmap(update, axis_name=BATCHED_RUNS)(states, per_run)
 
     def take(tree, i):
         return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), tree)
 
-    def advance(i, carry):
+    def update_run(i, carry):
         states, metrics = carry
         return jax.tree.map(
             lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, i, 0),
             carry,
-            update(take(states, i), take(values, i)),
+            update(take(states, i), take(per_run, i)),
         )
 
-    count = len(jax.tree.leaves(values)[0])
-    _, shapes = jax.eval_shape(update, take(states, 0), take(values, 0))
+    count = len(jax.tree.leaves(per_run)[0])
+    _, shapes = jax.eval_shape(update, take(states, 0), take(per_run, 0))
     metrics = jax.tree.map(lambda s: jnp.zeros((count, *s.shape), s.dtype), shapes)
-    return jax.lax.fori_loop(0, count, advance, (states, metrics))
+    return jax.lax.fori_loop(0, count, update_run, (states, metrics))

@@ -1,5 +1,7 @@
-"""Who among a program's processes is dead, stuck or failed, from what each tells of itself. It
-reads no clock and ends nobody; `watchdog` does."""
+"""Finds out which of a program's processes are dead, stuck or failed, from their records.
+
+It reads no clock and ends no process. `watchdog` does both.
+"""
 
 import dataclasses
 
@@ -11,7 +13,19 @@ SUSPICIOUS_SECONDS = 5.0  # of silence, once a collective has raised an error so
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What the others know of a process. `code` and `text` are those of its own error."""
+    """What a process tells the others of itself.
+
+    Attributes:
+      host: the name of its host.
+      pid: its number on that host.
+      beat: how many records it has sent.
+      begun, done, saved, resting: see `train.progress.Progress`.
+      trouble: whether an error has been raised in it.
+      ended: whether it has done all its work.
+      code: the exit code of its own error, 0 where there is none.
+      text: the text of its own error.
+      gone: whether its connection has closed.
+    """
 
     host: str
     pid: int
@@ -21,15 +35,21 @@ class Record:
     saved: int | None = None
     resting: bool = True
     trouble: bool = False
-    ended: bool = False  # with its work
+    ended: bool = False
     code: int = 0
     text: str = ""
-    gone: bool = False  # its connection has closed
+    gone: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """Why all end, and how. `silent` are the processes that will not hear of it."""
+    """Says why all processes must end.
+
+    Attributes:
+      code: the exit code to end with.
+      text: the line to end with.
+      silent: the processes that will not hear of it.
+    """
 
     code: int
     text: str
@@ -37,23 +57,36 @@ class Verdict:
 
 
 class Judge:
-    """Who is dead, stuck or failed, from the records of `count` processes, given again and again.
-    heartbeat, step: seconds after which a process is dead, and a step stuck (0: never)."""
+    """Decides, from the records that it is given again and again, whether a process has failed.
+
+    A process may have died, be silent, have ended with an error, or hang in a step.
+    """
 
     def __init__(self, count: int, heartbeat: float, step: float):
+        """Begins to watch `count` processes.
+
+        Args:
+          count: how many processes there are.
+          heartbeat: the seconds of silence after which a process is taken for dead.
+          step: the seconds after which a step is taken for stuck; 0 stands for never.
+        """
         self._count, self._heartbeat, self._step = count, heartbeat, step
         self._last: dict = {}  # key: (value, when it was first seen)
 
     def __call__(self, records: dict[int, Record], now: float) -> Verdict | None:
+        """Returns a verdict on the newest records, by process, or None where all is well.
+
+        `now` is the time in seconds, on any clock that does not go back.
+        """
         records = {i: records.get(i) for i in range(self._count)}
         return (
-            self._died(records)
-            or self._silent(records, now)
-            or self._failed(records)
-            or self._stuck(records, now)
+            self._verdict_if_died(records)
+            or self._verdict_if_silent(records, now)
+            or self._verdict_if_failed(records)
+            or self._verdict_if_stuck(records, now)
         )
 
-    def _died(self, records: dict[int, Record | None]) -> Verdict | None:
+    def _verdict_if_died(self, records: dict[int, Record | None]) -> Verdict | None:
         died = {
             i: record
             for i, record in records.items()
@@ -61,10 +94,10 @@ class Judge:
         }
         if not died:
             return None
-        text = f"{_names(died)} {_have(died)} died; {again(records)}"
+        text = f"{_names(died)} {_has_or_have(died)} died; {restart_advice(records)}"
         return Verdict(EXIT_CODE, text, tuple(died))
 
-    def _silent(self, records: dict[int, Record | None], now: float) -> Verdict | None:
+    def _verdict_if_silent(self, records: dict[int, Record | None], now: float) -> Verdict | None:
         suspicious = any(record and record.trouble for record in records.values())
         limit = min(SUSPICIOUS_SECONDS, self._heartbeat) if suspicious else self._heartbeat
         silent = {
@@ -76,18 +109,18 @@ class Judge:
         if not silent:
             return None
         text = (
-            f"{_names({i: records[i] for i in silent})} {_have(silent)} not been heard of for "
-            f"{max(silent.values()):.0f} s: dead, stopped or cut off; {again(records)}"
+            f"{_names({i: records[i] for i in silent})} {_has_or_have(silent)} not been heard of "
+            f"for {max(silent.values()):.0f} s: dead, stopped or cut off; {restart_advice(records)}"
         )
         return Verdict(EXIT_CODE, text, tuple(silent))
 
-    def _failed(self, records: dict[int, Record | None]) -> Verdict | None:
+    def _verdict_if_failed(self, records: dict[int, Record | None]) -> Verdict | None:
         for i, record in records.items():
             if record and record.code:
-                return Verdict(record.code, f"{name(i, record)} ended: {record.text}")
+                return Verdict(record.code, f"{process_name(i, record)} ended: {record.text}")
         return None
 
-    def _stuck(self, records: dict[int, Record | None], now: float) -> Verdict | None:
+    def _verdict_if_stuck(self, records: dict[int, Record | None], now: float) -> Verdict | None:
         ages = {
             i: self._unchanged(("step", i), (record.begun, record.done, record.resting), now)
             for i, record in records.items()
@@ -98,47 +131,49 @@ class Judge:
             return None
         if not self._step or not any(ages[i] > self._step for i in timed):
             return None
-        # Who was seen last before the limit hangs too, a moment later.
+        # A process whose last step began a little later hangs too.
         stuck = {i: records[i] for i in timed if ages[i] > self._step - 2 * INTERVAL}
         first = min(record.begun for record in stuck.values())
         behind = {i: record for i, record in stuck.items() if record.begun == first}
         if len(behind) < len(stuck):
             step = first + 1
-            who = f"; {_names(behind)} {_have(behind)} not begun it, the others have"
+            who = f"; {_names(behind)} {_has_or_have(behind)} not begun it, the others have"
         else:
             step = min(record.done for record in stuck.values()) + 1
             who = f" in {_names(stuck)}" if self._count > 1 else ""
         return Verdict(
             EXIT_CODE,
             f"step {step} has not ended for {self._step:.0f} s (--watchdog_seconds){who}; "
-            f"{again(records)}",
+            f"{restart_advice(records)}",
         )
 
     def _unchanged(self, key, value, now: float) -> float:
-        """Seconds since the value of `key` was another."""
+        """Returns for how many seconds `key` has had this value."""
         if key not in self._last or self._last[key][0] != value:
             self._last[key] = (value, now)
         return now - self._last[key][1]
 
 
 def _names(records: dict[int, Record | None]) -> str:
-    """Of at most three processes."""
-    shown = [name(i, record) for i, record in list(records.items())[:3]]
+    """Returns a list of processes for a message, of which at most three are named."""
+    shown = [process_name(i, record) for i, record in list(records.items())[:3]]
     if len(records) > len(shown):
         shown.append(f"{len(records) - len(shown)} more")
     return ", ".join(shown)
 
 
-def _have(subjects) -> str:
+def _has_or_have(subjects) -> str:
     return "has" if len(subjects) == 1 else "have"
 
 
-def name(i: int, record: Record | None) -> str:
+def process_name(i: int, record: Record | None) -> str:
+    """Returns what messages call process `i`: its number, and its pid and host if known."""
     where = f"pid {record.pid} on {record.host}" if record else "which had not begun"
     return f"process {i} ({where})"
 
 
-def again(records: dict[int, Record | None]) -> str:
+def restart_advice(records: dict[int, Record | None]) -> str:
+    """Returns the end of a message: how to go on, and from which saved step."""
     saved = [record.saved for record in records.values() if record and record.saved is not None]
     step = f", step {max(saved)} or later" if saved else ""
     return f"start the same command again: it goes on from what was saved last{step}"

@@ -5,7 +5,8 @@ one line of JSON. JAX has a store of keys and values for its processes, but no p
 (as of 0.10.2).
 
 Process 0 tells the others its addresses, its port and a random token through a public collective.
-Who does not present the token is not listened to. Nothing is encrypted."""
+A connection that does not present the token is closed. Nothing is encrypted.
+"""
 
 import asyncio
 import contextlib
@@ -22,18 +23,25 @@ from sae_jax.errors import UserError
 
 _LINE_BYTES = 1 << 16  # of the longest message
 _INVITATION_BYTES = 2048
-_PATIENCE = 20.0  # seconds for a connection, and for the other side to present the token
+_CONNECT_SECONDS = 20.0  # seconds for a connection, and for the other side to present the token
 
 
 class PeerLink:
-    """The connections of this process: with all others on process 0, with process 0 elsewhere.
+    """The connections of this process.
 
-    me, count: this process, and how many there are. heard: the last message of each. gone: those
-    whose connection has closed, which happens at once when a process dies, and not at all when its
-    host is cut off. It is used by one thread that runs an event loop, within `async with`."""
+    Process 0 has one with every other process, which have one with process 0. One thread that runs
+    an event loop uses it, within `async with`.
+
+    Attributes:
+      me: the number of this process.
+      count: how many processes there are.
+      heard: the last message of each process, by its number.
+      gone: the processes whose connection has closed. That happens at once when a process dies, and
+        not at all when its host is cut off.
+    """
 
     def __init__(self, me: int, count: int, end: socket.socket, token: str):
-        """Prefer `open_link`. end: the listening socket of process 0, or a connection to it."""
+        """Prefer `open_link`. `end` is process 0's listening socket, or a connection to it."""
         self.me, self.count = me, count
         self.heard: dict[int, dict] = {}
         self.gone: set[int] = set()
@@ -69,7 +77,7 @@ class PeerLink:
 
     async def _welcome(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(ValueError, KeyError, TypeError, OSError, TimeoutError):
-            hello = json.loads(await asyncio.wait_for(reader.readline(), _PATIENCE))
+            hello = json.loads(await asyncio.wait_for(reader.readline(), _CONNECT_SECONDS))
             i = hello["process"]
             known = hmac.compare_digest(hello["token"], self._token)
             if known and i in range(1, self.count) and i not in self._writers:
@@ -88,10 +96,12 @@ class PeerLink:
 def open_link(host: str | None, port: int) -> PeerLink:
     """Returns this process's connections. All processes that jax.distributed has joined call it.
 
-    host: the name of process 0's host, if the user has given one. port: where process 0 listens,
-    0 for any that is free.
+    Args:
+      host: the name of process 0's host, if the user has given one.
+      port: the port on which process 0 listens, 0 for any that is free.
 
-    Raises UserError if the port cannot be had, or process 0 cannot be reached."""
+    Raises UserError if process 0 cannot listen on the port, or cannot be reached.
+    """
     listener, invitation = None, {}
     if jax.process_index() == 0:
         try:
@@ -102,7 +112,7 @@ def open_link(host: str | None, port: int) -> PeerLink:
             hosts = [host] if host else _own_addresses()
             port = listener.getsockname()[1]
             invitation = {"hosts": hosts, "port": port, "token": secrets.token_hex(16)}
-    # The line is padded to a length that all know.
+    # The line is padded to a length that all processes know.
     line = json.dumps(invitation).encode().ljust(_INVITATION_BYTES)
     line = multihost_utils.broadcast_one_to_all(np.frombuffer(line, np.uint8))
     invitation = json.loads(bytes(line))
@@ -116,8 +126,11 @@ def open_link(host: str | None, port: int) -> PeerLink:
 
 
 def _listener(host: str | None, port: int) -> socket.socket:
-    """Listens on the host's own interface; on all of them where the host is not given, or is a
-    name that leads here through others (a service of Kubernetes)."""
+    """Returns a socket that listens on the interface of `host`.
+
+    It listens on all interfaces where no host is given, or where its name leads here through
+    others (a service of Kubernetes).
+    """
     if host:
         with contextlib.suppress(OSError):
             family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -130,7 +143,7 @@ def _listener(host: str | None, port: int) -> socket.socket:
 
 
 def _own_addresses() -> list[str]:
-    """The names and addresses under which other hosts may reach this one."""
+    """Returns the names and addresses under which other hosts may reach this one."""
     name = socket.gethostname()
     found = [name, socket.getfqdn()]
     with contextlib.suppress(OSError):
@@ -142,12 +155,14 @@ def _own_addresses() -> list[str]:
 
 
 def connect(process: int, hosts: list[str], port: int, token: str) -> socket.socket:
-    """Returns a connection of `process` to process 0, which presents the token at one of `hosts`.
-    Raises UserError if it is at none."""
+    """Returns a connection of `process` to process 0 at one of `hosts`.
+
+    Both sides present the token. Raises UserError if process 0 is at none of them.
+    """
     problems = []
     for host in hosts:
         try:
-            end = socket.create_connection((host, port), timeout=_PATIENCE)
+            end = socket.create_connection((host, port), timeout=_CONNECT_SECONDS)
             end.sendall(_hello(process, token))
             expected, answer = _hello(0, token), b""
             while len(answer) < len(expected) and (part := end.recv(len(expected) - len(answer))):
@@ -165,4 +180,5 @@ def connect(process: int, hosts: list[str], port: int, token: str) -> socket.soc
 
 
 def _hello(process: int, token: str) -> bytes:
+    """Returns the first line that a process sends."""
     return json.dumps({"process": process, "token": token}).encode() + b"\n"

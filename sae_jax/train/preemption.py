@@ -1,4 +1,4 @@
-"""SIGTERM: every process learns of it at the same step, saves, and exits."""
+"""What SIGTERM does: every process learns of it at the same step, saves, and exits."""
 
 import contextlib
 import signal
@@ -12,7 +12,7 @@ EXIT_CODE = 75  # EX_TEMPFAIL: start the same command again
 
 
 class PreemptedError(Exception):
-    """The run was told to stop; its state is saved at `step`, 0 where there is none to save."""
+    """The run was told to stop. Its state is saved at `step`, which is 0 where nothing is saved."""
 
     def __init__(self, step: int):
         super().__init__("stopped by SIGTERM" + (f"; saved at step {step}" if step else ""))
@@ -20,12 +20,14 @@ class PreemptedError(Exception):
 
 
 class Preemption:
-    """Whether to stop at this step. A single process listens to the signal itself; under
-    `jax.distributed` the signal may reach one process only, and its preemption service makes
-    all agree on one step."""
+    """Knows, within `with`, whether the program was told to stop.
+
+    A single process listens to SIGTERM itself. Under `jax.distributed` the signal may reach one
+    process only, and JAX's preemption service makes all agree on one step.
+    """
 
     def __init__(self):
-        self._told = False
+        self._told_to_stop = False
         self._distributed = jax.distributed.is_initialized()
 
     def __enter__(self) -> "Preemption":
@@ -38,17 +40,18 @@ class Preemption:
             signal.signal(signal.SIGTERM, self._previous)
 
     def reached(self, step: int) -> bool:
+        """Whether to stop after `step`. All processes call it at every step."""
         if self._distributed:
             return multihost_utils.reached_preemption_sync_point(step)
-        return self._told
+        return self._told_to_stop
 
     def _hear(self, *_) -> None:
-        self._told = True
+        self._told_to_stop = True
 
 
 @contextlib.contextmanager
 def sigterm_raises() -> Iterator[None]:
-    """SIGTERM raises PreemptedError, in this process alone: for work that is not in steps."""
+    """Makes SIGTERM raise PreemptedError in this process alone, for work that is not in steps."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -17,8 +17,10 @@ _MEDIAN_ROWS = 32_768  # sample for the geometric median (Gao et al. 2024, A.1)
 
 
 def resolve(config: Config, stream: Stream | WorldStream) -> Config:
-    """`config` with everything filled in that the data and the architecture decide, and checked
-    as far as is possible without devices."""
+    """Returns `config` with everything filled in that the data and the architecture decide.
+
+    Raises UserError, naming the field, for what can be known to be wrong without devices.
+    """
     optimizer.check(config.optimizer)
     names, widths, target = stream.site_names, stream.site_widths, None
     data = dataclasses.replace(config.data, site=",".join(names))
@@ -39,7 +41,7 @@ def resolve(config: Config, stream: Stream | WorldStream) -> Config:
 
 
 def count_steps(config: Config, stream: Stream | WorldStream) -> int:
-    """The run's steps. UserError if the data does not hold as many."""
+    """Returns the number of the run's steps. Raises UserError if the data have fewer batches."""
     batch, tokens = config.data.batch_size, config.train.tokens
     if tokens < batch:
         raise UserError(f"train.tokens {tokens} is less than one batch of {batch}")
@@ -55,8 +57,11 @@ def count_steps(config: Config, stream: Stream | WorldStream) -> int:
 
 
 def heldout_stream(config: Config, mesh, open_stream: Callable) -> Stream | WorldStream | None:
-    """Returns held-out rows in batches of the training's size, or of what there is; None where the
-    config holds out nothing. Raises UserError where that is too few rows."""
+    """Returns the stream of held-out rows, or None where the config holds out nothing.
+
+    Its batches have the training's size, or are as large as the rows allow. Raises UserError if too
+    few rows are held out.
+    """
     if config.data.holdout_fraction == 0:
         return None
     unit = math.lcm(config.data.virtual_shards, mesh.shape["data"])
@@ -72,9 +77,12 @@ def heldout_stream(config: Config, mesh, open_stream: Callable) -> Stream | Worl
 
 
 def normalisation(config: Config, stream: Stream | WorldStream) -> tuple:
-    """What inputs and targets are multiplied by, from the data's statistics: one number for each
-    site, for a crosscoder's sites side by side (d_in,); and the variance of the targets after
-    that, summed over d_out."""
+    """Returns (scale, target_scale, variance), from the data's statistics.
+
+    scale and target_scale are what inputs and targets are multiplied by: numbers, or for a
+    crosscoder arrays (d_in,), since each of its sites has its own. variance is that of the targets
+    after the multiplication, summed over d_out.
+    """
     norms = np.asarray(stream.site_mean_squared_norms)
     widths = np.asarray(stream.site_widths)
     wanted = {"sqrt_d": widths, "unit": np.ones(len(widths)), "none": norms}
@@ -89,7 +97,10 @@ def normalisation(config: Config, stream: Stream | WorldStream) -> tuple:
 
 
 def initial_b_dec(config: Config, stream: Stream | WorldStream) -> np.ndarray:
-    """(d_out,) in the units of the targets."""
+    """Returns the b_dec (d_out,) that a fresh SAE begins with, in the units of the data.
+
+    With b_dec_init=geometric_median it is that of a sample of 32,768 rows.
+    """
     targets = slice(stream.width - config.sae.d_out, None)
     if config.sae.b_dec_init == "zero":
         return np.zeros(config.sae.d_out, np.float32)

@@ -1,4 +1,4 @@
-"""Where what a run does is written down: its metrics, checkpoints and result, on disk or not."""
+"""Recorders keep what a run does, in memory or on disk: its metrics, checkpoints and result."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -15,6 +15,7 @@ from sae_jax.train.results import metrics_line
 from sae_jax.train.step import TrainState
 
 OnMetrics = Callable[[dict], None]
+"""A function that is called with each line of metrics, a dict."""
 
 
 class NonFiniteError(Exception):
@@ -24,8 +25,15 @@ class NonFiniteError(Exception):
 class Recorder:
     """Records one run in memory: its lines of metrics and its result.
 
-    `on_metrics` are called with every line, on process 0, and so are the loggers of `log`.
     `RunRecorder` writes to disk as well.
+
+    Attributes:
+      config: the resolved config.
+      checkpoint_steps: the steps that there are checkpoints of.
+      last_line: the last line of metrics, or None.
+      result: the content of result.json, or None where the run has not ended.
+      state: the last state of a run that has ended and has no checkpoint, else None.
+      failed: whether the run was given up because its loss became NaN or infinite.
     """
 
     checkpoint_steps: Sequence[int] = ()
@@ -34,12 +42,19 @@ class Recorder:
     def __init__(
         self, config: Config, on_metrics: Sequence[OnMetrics] = (), log_to: Log | None = None
     ):
+        """Prepares to record a run.
+
+        Args:
+          config: the resolved config.
+          on_metrics: each is called with every line of metrics, on process 0.
+          log_to: where lines of metrics go besides, on process 0.
+        """
         self.config = config
         self._lines: list[dict] = []
         self.last_line: dict | None = None
         self.result: dict | None = None
-        self.state: TrainState | None = None  # at the end; a run on disk has its checkpoint
-        self.failed = False  # its loss became NaN or infinite, and it was given up
+        self.state: TrainState | None = None
+        self.failed = False
         self._on_metrics = on_metrics
         self._log_to = log_to or Log()
         self._loggers: list[Logger] = []
@@ -50,14 +65,20 @@ class Recorder:
         return self.result is None and not self.failed
 
     def start(self, step: int) -> None:
-        """Gets ready for the lines after `step`."""
+        """Prepares to record the metrics of the steps after `step`."""
         self._open_loggers(step, None, list)
 
     def log(self, step: int, values: dict[str, float], steps_per_second: float | None) -> None:
-        """Records a step's metrics. `values` are those of `Trainer.update` as numbers.
+        """Records a step's metrics.
 
-        A step that was not finite ends the run (see `fail`), unless `train.on_nonfinite` says to
-        skip such steps, which is then said once in the log."""
+        Args:
+          step: how many steps the run has done.
+          values: the metrics that `Trainer.update` returns, as numbers.
+          steps_per_second: the speed since the last logged step, None where it is not known.
+
+        A step whose loss was not finite ends the run (see `fail`). If `train.on_nonfinite` says to
+        skip such steps, the log says so once.
+        """
         values = dict(values)
         bad_step = values.pop("nonfinite_step")
         if bad_step >= 0:
@@ -69,12 +90,12 @@ class Recorder:
         self._add(metrics_line(self.config, step, values, steps_per_second))
 
     def _add(self, line: dict) -> None:
-        """Keeps a line of metrics, and shows it to `on_metrics`."""
+        """Keeps a line of metrics, and gives it to `on_metrics` and the loggers."""
         self.last_line = line
         self._keep(line)
         if is_writer():
-            for show in (*self._on_metrics, *self._loggers):
-                show(line)
+            for receive in (*self._on_metrics, *self._loggers):
+                receive(line)
 
     def _keep(self, line: dict) -> None:
         self._lines.append(line)
@@ -88,14 +109,16 @@ class Recorder:
         )
 
     def save(self, state: TrainState, step: int) -> None:
-        """Makes a checkpoint of the state after `step`; it may still be written when this
-        returns."""
+        """Makes a checkpoint of the state after `step`, where the run is on disk.
+
+        It may still be being written when this returns.
+        """
 
     def finish_saving(self) -> None:
         """Waits until the last checkpoint is written."""
 
     def end(self, result: dict, state: TrainState) -> None:
-        """Keeps the result of the run, which has then ended, and its last state."""
+        """Keeps the result of the run, which has now ended, and its last state."""
         self.result, self.state = result, state
         self._close_loggers()
 
@@ -104,7 +127,7 @@ class Recorder:
         return self._lines
 
     def close(self) -> None:
-        """Closes whatever is open."""
+        """Closes all files and logs that are open."""
         self._close_loggers()
 
     def _open_loggers(
@@ -123,10 +146,10 @@ class Recorder:
 
 
 class RunRecorder(Recorder):
-    """Records one run in its directory, RUN: config.json, metrics.jsonl, checkpoints/, result.json.
+    """Records one run in its directory: config.json, metrics.jsonl, checkpoints/, result.json.
 
-    A run that is `one_of_many`, those of a sweep's pass, gets failed.json when its loss becomes NaN
-    and is left alone from then on, and the others go on; a single one raises NonFiniteError.
+    A single run raises NonFiniteError when its loss becomes NaN. A run that is `one_of_many`, as in
+    a sweep, gets failed.json instead and is not trained any more, while the others go on.
     """
 
     _where_again = ", in a new --workdir"
@@ -143,8 +166,16 @@ class RunRecorder(Recorder):
     ):
         """Makes the directory, or finds the interrupted run of the same config in it.
 
-        `keep` is the number of checkpoints that stay, by default the config's. Raises UserError
-        where the directory holds something else."""
+        Args:
+          config: the resolved config.
+          path: the directory.
+          on_metrics: each is called with every line of metrics, on process 0.
+          log_to: where lines of metrics go besides, on process 0.
+          keep: how many checkpoints stay, by default the config's number.
+          one_of_many: whether other runs go on when this one fails.
+
+        Raises UserError if the directory holds something else.
+        """
         super().__init__(config, on_metrics, log_to)
         self.directory = RunDirectory(path, config)
         self.result = self.directory.result
@@ -159,7 +190,11 @@ class RunRecorder(Recorder):
 
     def restore(self, like: TrainState, step: int) -> TrainState:
         """Returns the state of a checkpoint, with the shapes and shardings of `like`."""
-        return self._checkpoints.restore(like, step)
+        state = self._checkpoints.restore(like, step)
+        if not self._one_of_many:
+            steps = self.config.train.tokens // self.config.data.batch_size
+            logging.info("resumed %s at step %d of %d", self.directory.path, step, steps)
+        return state
 
     def start(self, step: int) -> None:
         self.directory.start_metrics(step)
@@ -167,7 +202,7 @@ class RunRecorder(Recorder):
         self._open_loggers(step, self.directory.path, earlier)
 
     def copy_metrics(self, other: "RunRecorder", step: int) -> None:
-        """Makes another run's metrics up to `step` this one's, whose trunk it was."""
+        """Copies the metrics of another run up to `step`, from which this run branches off."""
         self.directory.copy_metrics(other.directory, step)
 
     def _keep(self, line: dict) -> None:

@@ -1,14 +1,17 @@
-"""Resampling dead latents by the inputs that the SAE does worst on (Bricken et al. 2023).
+"""Resamples dead latents by the inputs that the SAE does worst on.
 
-From "Towards Monosemanticity", appendix "Neuron resampling": every `resample_every_tokens`,
-`resample_times` in all, each dead latent gets an input that is picked with a probability
-proportional to the square of its loss. Its decoder row points to it, its encoder column too, at
-0.2 of the mean norm of living latents' columns; its other parameters are those of a new latent,
-and the optimiser's moments of them all are 0.
+The method is that of Bricken et al. 2023, "Towards Monosemanticity", appendix "Neuron resampling".
+It is done every `resample_every_tokens` tokens, `resample_times` in all. Each dead latent gets an
+input, which is picked with a probability proportional to the square of its loss:
 
-The inputs are scaled and centred as the SAE reads and writes them: the encoder's as its product
-takes them, the decoder's without b_dec. They are picked without repetition, from the batches that
-follow in the stream: rows are 8 for each latent of the dictionary, and at most the paper's 819,200.
+- The latent's decoder row points to the input, with the mean norm of living latents' rows.
+- Its encoder column points to the input too, with 0.2 of the mean norm of living latents' columns.
+- Its other parameters are those of a new latent.
+- The optimiser's moments of all of these are 0.
+
+The encoder's inputs are scaled and centred as its product takes them. The decoder's are scaled, and
+without b_dec. Inputs are picked without repetition from the batches that follow in the stream, from
+8 rows for each latent of the dictionary and at most the paper's 819,200 rows.
 """
 
 import dataclasses
@@ -32,7 +35,7 @@ _ENCODER_NORM = 0.2  # of living latents'
 
 
 def steps(config: Config) -> set[int]:
-    """After which steps dead latents are resampled."""
+    """Returns the numbers of the steps after which dead latents are resampled."""
     every = config.sae.resample_every_tokens // config.data.batch_size
     if not config.sae.resample_every_tokens:
         return set()
@@ -42,8 +45,18 @@ def steps(config: Config) -> set[int]:
 def resample(
     trainer: Trainer, state: TrainState, step: int, stream, placement: BatchPlacement
 ) -> TrainState:
-    """The state after `step` with its dead latents resampled. A function of state, data and seed
-    alone: a resumed run, and one on another mesh, picks the same inputs."""
+    """Returns the state after `step` with its dead latents resampled.
+
+    Args:
+      trainer: that of the run.
+      state: the state after `step`, whose memory is used again.
+      step: how many steps the run has done.
+      stream: the run's training data.
+      placement: what places its batches on the devices.
+
+    The result depends on the state, the data and the seed alone. So a resumed run, and a run on
+    another mesh, picks the same inputs.
+    """
     dead = multihost_utils.process_allgather(trainer.dead(state), tiled=True)
     count = int(np.sum(dead))
     if not count:
@@ -52,7 +65,7 @@ def resample(
     wanted = min(_MOST_ROWS, _ROWS_PER_LATENT * config.sae.d_sae)
     batches = min(-(-wanted // config.data.batch_size), stream.num_steps)
     first = min(step, stream.num_steps - batches)
-    coming = placement.place_all(stream.batches(first, placement.rows))
+    coming = map(placement.place, stream.batches(first, placement.rows))
     losses = [
         multihost_utils.process_allgather(trainer.row_losses(state, next(coming)), tiled=True)
         for _ in range(batches)
@@ -62,12 +75,12 @@ def resample(
     latents = np.flatnonzero(dead)
 
     def inputs_of(index) -> np.ndarray:
-        """The picked rows of one shard of the dictionary; zeros for living latents."""
+        """Returns the picked rows of one shard of the dictionary, zeros for living latents."""
         start, stop, _ = index[0].indices(len(dead))
-        mine = (latents >= start) & (latents < stop)
+        in_shard = (latents >= start) & (latents < stop)
         out = np.zeros((stop - start, stream.width), np.float32)
-        if mine.any():
-            out[latents[mine] - start] = stream.read_rows(picked[mine])
+        if in_shard.any():
+            out[latents[in_shard] - start] = stream.read_rows(picked[in_shard])
         return out
 
     shape = (len(dead), stream.width)
@@ -78,8 +91,11 @@ def resample(
 
 
 def _pick(losses: np.ndarray, count: int, seed) -> np.ndarray:
-    """`count` places, drawn one after the other with probability proportional to loss^2 and not
-    put back (by the Gumbel trick); all over again where there are fewer."""
+    """Returns `count` indices of `losses`, drawn without replacement by the Gumbel trick.
+
+    The probability of each is proportional to loss^2. Where there are fewer losses than `count`,
+    the indices are repeated.
+    """
     weights = 2 * np.log(np.maximum(losses.astype(np.float64), 1e-30))
     keys = weights + np.random.default_rng(seed).gumbel(size=len(weights))
     return np.resize(np.argsort(-keys, kind="stable")[:count], count)
@@ -87,7 +103,10 @@ def _pick(losses: np.ndarray, count: int, seed) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def _revive(trainer: Trainer, state: TrainState, inputs: jax.Array) -> TrainState:
-    """inputs: (d_sae, width), one row for each dead latent."""
+    """Returns the state with dead latents replaced.
+
+    `inputs` (d_sae, width) has the input of each dead latent, in the units of the data.
+    """
     config = trainer.config.sae
     sae, x, y = trainer.scaled(state, inputs)
     parameters = sae.parameters()
@@ -100,13 +119,13 @@ def _revive(trainer: Trainer, state: TrainState, inputs: jax.Array) -> TrainStat
         "w_enc": (_unit(x) * _ENCODER_NORM * encoder_norm).T,
         "w_dec": _unit(y - parameters["b_dec"]) * decoder_norm,
     }
-    others = {n: v for n, v in sae.fresh_latent(config).items() if n not in sae.RUNNING_MEANS}
-    fresh = trainer.to_storage(rows) | others
+    new_latent = {n: v for n, v in sae.fresh_latent(config).items() if n not in sae.RUNNING_MEANS}
+    fresh = trainer.to_storage(rows) | new_latent
     replaced = trainer.to_storage({n: dead[:, None] if n == "w_dec" else dead for n in fresh})
     moments = dict.fromkeys(fresh, 0.0)
 
     def put(values, new):
-        """`values` with those of dead latents replaced."""
+        """Returns `values` with those of dead latents replaced."""
         return values | {n: jnp.where(replaced[n], new[n], values[n]) for n in new}
 
     def is_moments(node):
@@ -126,7 +145,7 @@ def _revive(trainer: Trainer, state: TrainState, inputs: jax.Array) -> TrainStat
 
 
 def _mean(values: jax.Array, where: jax.Array) -> jax.Array:
-    """The mean over `where`; 1 where that is nothing."""
+    """Returns the mean of the values where `where` is true, 1 where it is true nowhere."""
     count = jnp.sum(where)
     return jnp.where(count > 0, jnp.sum(values, where=where) / jnp.maximum(count, 1), 1.0)
 

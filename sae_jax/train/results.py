@@ -14,13 +14,13 @@ from sae_jax.train.step import Trainer, TrainState
 
 
 def run_id(config: Config) -> str:
-    """Hash of the resolved config without hardware."""
+    """Returns the run's id: a hash (16 hex digits) of its resolved config without hardware."""
     text = json.dumps(configs.identity(config), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def planned(config: Config) -> dict:
-    """What of a run's result its resolved config decides."""
+    """Returns the fields of result.json that the run's resolved config decides."""
     tokens = config.train.tokens // config.data.batch_size * config.data.batch_size
     return {
         "run_id": run_id(config),
@@ -38,9 +38,11 @@ def planned(config: Config) -> dict:
 
 
 def flops(config: Config, tokens: int) -> dict[str, int]:
-    """Both accountings of a run's compute: `flops` 12 n d a token (6 n (d_in + d_out)), the
-    field's axis for every architecture, and `flops_executed`, what the step really does (recipes
-    of Gao et al.)."""
+    """Returns the floating-point operations of training on `tokens` tokens, counted in two ways.
+
+    `flops` counts 6 d_sae (d_in + d_out) a token, 12 d_sae d_in for an autoencoder, as the
+    literature does for every architecture. `flops_executed` counts what the step really does.
+    """
     executed = saes.architecture(config.sae).flops_per_token(config.sae)
     return {
         "flops": 6 * config.sae.d_sae * (config.sae.d_in + config.sae.d_out) * tokens,
@@ -51,7 +53,14 @@ def flops(config: Config, tokens: int) -> dict[str, int]:
 def metrics_line(
     config: Config, step: int, values: dict[str, float], steps_per_second: float | None
 ) -> dict:
-    """A line of metrics.jsonl after `step` steps. Values that are not finite become null."""
+    """Returns a line of metrics.jsonl after `step` steps.
+
+    Args:
+      config: the resolved config.
+      step: how many steps the run has done.
+      values: the metrics of the step; those that are not finite become null.
+      steps_per_second: the speed, None where it is not known.
+    """
     tokens = step * config.data.batch_size
     return {
         "step": step,
@@ -65,7 +74,14 @@ def metrics_line(
 def make_result(
     trainer: Trainer, state: TrainState, means: dict[str, float | None], seconds: float
 ) -> dict:
-    """The content of result.json of a run that ended in `state`. means: on held-out rows."""
+    """Returns the content of result.json of a run that ended in `state`.
+
+    Args:
+      trainer: that of the run.
+      state: its last state.
+      means: the metrics on held-out rows, None where nothing is held out.
+      seconds: how long this program has trained it.
+    """
     dead = trainer.dead(state)
     return {
         **planned(trainer.config),
@@ -78,6 +94,6 @@ def make_result(
 
 
 def _last_coefficient(config: Config, state: TrainState) -> float | None:
-    """The configured sparsity coefficient, or what it was adapted to."""
+    """Returns the sparsity coefficient that the run ended with, None where it has none."""
     coefficient = config.sae.sparsity_coefficient
     return coefficient and coefficient * math.exp(float(state.log_coefficient))

@@ -1,4 +1,4 @@
-"""One run: from a config to its directory, or to an SAE in memory."""
+"""Trains one run, from a config to the run's directory or to an SAE in memory."""
 
 import contextlib
 import functools
@@ -37,21 +37,22 @@ def train_run(
     """Trains a run in `workdir`, from the last checkpoint there if there is one.
 
     Args:
-        config: what is trained, on what data; what it leaves open is resolved by the data.
-        workdir: the run's directory, made if absent; None: nothing is written, and the returned
-            recorder holds the lines of metrics and the last state.
-        load_sae: reads the SAE that `train.init` names; its format may be another framework's.
-        start: an SAE whose parameters a fresh run begins with, instead of `train.init`.
-        open_stream: gives the streams of the data section, as `lm.open_stream` does.
-        on_metrics: each is called with every line of metrics, on process 0.
-        log_to: where the lines go besides metrics.jsonl, on process 0 (see `parse_log`).
-        extra_loss: a term to add to the loss (see `Trainer`).
-        progress: what a watchdog reads.
+      config: what is trained, and on what data. The data decide what it leaves open.
+      workdir: the run's directory, made if absent. With None nothing is written, and the returned
+        recorder holds the lines of metrics and the last state.
+      load_sae: reads the SAE that `train.init` names; its format may be another framework's.
+      start: an SAE whose parameters a fresh run begins with, instead of `train.init`.
+      open_stream: returns the streams of the data section, as `lm.open_stream` does.
+      on_metrics: each is called with every line of metrics, on process 0.
+      log_to: where the lines go besides metrics.jsonl, on process 0 (see `parse_log`).
+      extra_loss: a term to add to the loss (see `train.step.ExtraLoss`).
+      progress: what a watchdog reads.
 
     Returns the recorder of the run, with its `result`.
 
     Raises UserError for a mistake in the config, the data or the directory, before anything is
-    computed; NonFiniteError if the loss became NaN; PreemptedError after SIGTERM."""
+    computed; NonFiniteError if the loss became NaN; PreemptedError after SIGTERM.
+    """
     stream = open_stream(config.data)
     config = preparation.resolve(config, stream)
     steps = preparation.count_steps(config, stream)

@@ -1,4 +1,4 @@
-"""How many steps the parts of a run have."""
+"""The lengths of the parts of a run's schedules, in steps."""
 
 import dataclasses
 
@@ -10,17 +10,27 @@ from sae_jax.config import Config
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ScheduleSteps:
-    """In steps. Numbers; traced in a program that runs of several budgets share."""
+    """The lengths of the parts of a run's schedules, in steps.
 
-    steps: int  # the whole run
-    warmup: int  # of the learning rate
-    decay: int  # of the learning rate, at the end
-    sparsity_warmup: int  # until the sparsity coefficient has its full value
-    horizon: float  # of running means: 1/20 of the run, at least 10 and at most 1,000
+    They are numbers, or traced arrays in a program that runs of several lengths share.
+
+    Attributes:
+      steps: the whole run.
+      warmup: the growth of the learning rate at the start.
+      decay: the fall of the learning rate at the end.
+      sparsity_warmup: the growth of the sparsity coefficient at the start.
+      horizon: what running means average over: 1/20 of the run, at least 10 and at most 1,000.
+    """
+
+    steps: int
+    warmup: int
+    decay: int
+    sparsity_warmup: int
+    horizon: float
 
     @classmethod
     def from_config(cls, config: Config, steps: int) -> "ScheduleSteps":
-        """The lengths of a run of so many steps."""
+        """Returns the lengths for a run of `steps` steps, by the fractions in its config."""
         return cls(
             steps=steps,
             warmup=round(config.optimizer.warmup_fraction * steps),

@@ -1,4 +1,4 @@
-"""The training state and the jitted step."""
+"""The state of a training run, and the step that updates it."""
 
 import dataclasses
 import functools
@@ -20,44 +20,60 @@ from sae_jax.train.schedule_steps import ScheduleSteps
 _NEVER = -1
 
 ExtraLoss = Callable[[SAE, jax.Array, jax.Array], jax.Array]
-"""A term that is added to the training loss: of the SAE, and of inputs (B, d_in) and targets
-(B, d_out) in the SAE's own units, a scalar. It is differentiated in the SAE's parameters, and is
-part of any architecture's loss, one of the user's own too.
+"""A function extra_loss(sae, x, y) that returns a scalar to add to the training loss.
 
-On a mesh arrays carry their sharding in their type: batches are sharded over `data`, what has an
-axis of d_sae over `model`. A product that sums over d_sae names where its result goes,
+x (B, d_in) are inputs and y (B, d_out) targets, in the SAE's own units. The scalar is
+differentiated with respect to the SAE's parameters. It can be added to the loss of any
+architecture, one of the user's own too.
+
+On a mesh arrays carry their sharding in their type. Batches are sharded over `data`, and what has
+an axis of d_sae over `model`. A product that sums over d_sae must name the sharding of its result:
 `matmul_f32(latents, sae.w_dec[...], BATCH)` of `ops.sharding`, or
-`jnp.matmul(..., out_sharding=out_sharding(BATCH))`; so does an index into w_dec. Sums over a whole
+`jnp.matmul(..., out_sharding=out_sharding(BATCH))`. So must an index into w_dec. Sums over a whole
 array need nothing. `sae.training_loss` and `sae.activate` show how."""
 
 
 @functools.partial(jax.tree_util.register_dataclass)
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a run is, between two steps. The data's place is the step."""
+    """Everything that a run needs to go on after a step. Its place in the data follows from `step`.
 
-    parameters: dict[str, jax.Array]  # float32; with mesh.zero spread over `data`,
-    optimizer: tuple  # the state of optax.chain; its moments are spread likewise
-    idle_tokens: jax.Array  # (d_sae,) int32: tokens since the latent last fired
-    scale: jax.Array  # float32: the inputs' normalisation; a crosscoder's (d_in,)
-    target_scale: jax.Array  # float32: the targets'
-    log_coefficient: jax.Array  # float32: ln of what multiplies the sparsity coefficient
-    last_l0: jax.Array  # float32: of the step before, which a target L0 is steered by
-    step: jax.Array  # int32: steps done
-    nonfinite_step: jax.Array  # int32: the first step whose loss or gradient was not finite, or -1
+    Attributes:
+      parameters: the SAE's parameters by name, float32. With mesh.zero they are sharded over `data`
+        too.
+      optimizer: the state of the optax chain, whose moments are sharded as the parameters.
+      idle_tokens: for each latent the tokens since it last fired, (d_sae,) int32.
+      scale: what inputs are multiplied by, a float32 scalar; for a crosscoder (d_in,).
+      target_scale: the same for targets.
+      log_coefficient: the logarithm of what multiplies the sparsity coefficient, float32.
+      last_l0: L0 of the last step, float32. The controller of a target L0 needs it.
+      step: how many steps are done, int32.
+      nonfinite_step: the first step, from 0, whose loss or gradient was not finite, else -1; int32.
+    """
+
+    parameters: dict[str, jax.Array]
+    optimizer: tuple
+    idle_tokens: jax.Array
+    scale: jax.Array
+    target_scale: jax.Array
+    log_coefficient: jax.Array
+    last_l0: jax.Array
+    step: jax.Array
+    nonfinite_step: jax.Array
 
 
 class Trainer:
-    """What a step needs beyond state and batch.
+    """Makes the states of a run, updates them and evaluates them.
 
-    Args:
+    It has no state of its own: it knows the run's config, its schedules and its optimiser. The
+    methods must be called under the run's mesh (`jax.set_mesh`).
+
+    Attributes:
       config: the resolved config.
-      steps: of the whole run.
-      variance: of the scaled targets, summed over d_out; FVU is measured against it.
-      k, lengths: the run's own, where the config is its whole pack's.
-      extra_loss: a term added to the training loss, logged as the metric `extra_loss`. None: what
-        `sae.extra_loss` of the config names, if anything. The losses on held-out rows are without
-        it.
+      steps: the steps of the whole run.
+      step: `update`, jitted. The old state's memory is used for the new one.
+      evaluate: `heldout_means`, jitted.
+      row_losses: returns the loss (B,) of each row of a batch, given (state, rows); jitted.
     """
 
     def __init__(
@@ -69,6 +85,18 @@ class Trainer:
         lengths: ScheduleSteps | None = None,
         extra_loss: ExtraLoss | None = None,
     ):
+        """Prepares to train a run.
+
+        Args:
+          config: the resolved config.
+          steps: the steps of the whole run.
+          variance: the variance of the scaled targets, summed over d_out. FVU is relative to it.
+          k: the run's own k, where the config's is the largest of a pack.
+          lengths: the run's own schedules, where they are not those of the config.
+          extra_loss: a term to add to the training loss, which is logged as the metric
+            `extra_loss`. By default it is the one that `sae.extra_loss` of the config names, if
+            any. The losses on held-out rows are without it.
+        """
         self.config = config
         self.steps = steps
         self._variance = variance
@@ -90,13 +118,18 @@ class Trainer:
         self.row_losses: Callable = jax.jit(self._row_losses)
 
     def init(self, b_dec: jax.Array, scale, target_scale=None) -> TrainState:
-        """A fresh state under the ambient mesh, every array created in its sharding. b_dec
-        (d_out,) in the units of the targets; the scales: numbers, or (d_in,) for a crosscoder."""
+        """Returns a fresh state, every array created in its sharding.
+
+        Args:
+          b_dec: the decoder's bias (d_out,) to begin with, in the units of the data.
+          scale: what inputs are multiplied by: a number, or (d_in,) for a crosscoder.
+          target_scale: the same for targets, by default `scale`.
+        """
         target_scale = scale if target_scale is None else target_scale
         return jax.jit(self.init_traced)(b_dec, jnp.float32(scale), jnp.float32(target_scale))
 
     def abstract(self) -> TrainState:
-        """The shapes, types and shardings of a state, without its arrays."""
+        """Returns a state of jax.ShapeDtypeStructs: shapes, types and shardings without arrays."""
         mesh = jax.sharding.get_mesh()
 
         def placed(a):
@@ -111,7 +144,7 @@ class Trainer:
     def init_traced(
         self, b_dec: jax.Array, scale: jax.Array, target_scale: jax.Array
     ) -> TrainState:
-        """`init`, to be traced."""
+        """Does what `init` does, to be called in a traced function; the scales are arrays."""
         key = jax.random.key(self.config.train.seed)
         parameters = self.to_storage(
             self._architecture.init_parameters(key, self.config.sae, b_dec * target_scale)
@@ -131,15 +164,18 @@ class Trainer:
         )
 
     def to_storage(self, per_parameter: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Parameters, or what there is one of for each, as the state keeps them."""
+        """Returns parameters, or arrays of their shapes, in the sharding that the state keeps."""
         return zero_shard(per_parameter) if self.config.mesh.zero else per_parameter
 
     def from_storage(self, state: TrainState) -> dict[str, jax.Array]:
-        """The parameters as the operations take them."""
+        """Returns the state's parameters in the sharding that the SAE's operations take."""
         return zero_gather(state.parameters) if self.config.mesh.zero else state.parameters
 
     def scaled(self, state: TrainState, rows) -> tuple[SAE, jax.Array, jax.Array]:
-        """The SAE in its own units, and inputs and targets of rows (B, width) in them."""
+        """Returns the SAE in its own units, and the inputs and targets of a batch in these units.
+
+        `rows` (B, width) are in the units of the data.
+        """
         sae = self._sae(self.from_storage(state))
         x, y = sae.split(rows.astype(jnp.float32))
         return sae, x * state.scale, y * state.target_scale
@@ -148,26 +184,32 @@ class Trainer:
         return self._architecture.from_parameters(self.config.sae, parameters)
 
     def dead(self, state: TrainState) -> jax.Array:
-        """(d_sae,) bool."""
+        """Returns which latents are dead, (d_sae,) bool.
+
+        A latent is dead if it has not fired for `sae.dead_after_tokens` tokens.
+        """
         return state.idle_tokens >= self.config.sae.dead_after_tokens
 
     def update(self, state: TrainState, rows: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One update from a batch (B, width). A step whose loss or gradient is not finite is
-        undone where such steps are to be skipped; otherwise the run ends at the next look at the
-        metrics, and its state with it."""
+        """Returns the state after one step on a batch (B, width), and the step's metrics by name.
+
+        Where the loss or the gradient is not finite and `train.on_nonfinite` is "skip", only the
+        counters change. Otherwise the loop ends the run when it next reads the metrics.
+        """
         sae, x, y = self.scaled(state, rows)
         dead = self.dead(state)
-        now = self._controls(state, state.step, dead)
+        inputs = self._loss_inputs(state, state.step, dead)
 
-        def total(parameters):
+        def total_loss(parameters):
             sae = self._sae(parameters)
-            losses, extra = sae.training_loss(x, y, now), {}
+            losses, extra = sae.training_loss(x, y, inputs), {}
             if self._extra_loss is not None:
                 extra = {"extra_loss": self._extra_loss(sae, x, y)}
                 losses = losses._replace(total=losses.total + extra["extra_loss"])
             return losses.total, (losses, extra)
 
-        (_, (losses, extra)), gradients = jax.value_and_grad(total, has_aux=True)(sae.parameters())
+        loss_and_gradients = jax.value_and_grad(total_loss, has_aux=True)
+        (_, (losses, extra)), gradients = loss_and_gradients(sae.parameters())
         gradients = self.to_storage(gradients)
         gradient_norm = optax.tree.norm(gradients)
         updates, optimizer_state = self._optimizer.update(
@@ -209,15 +251,17 @@ class Trainer:
             "dead_fraction": jnp.mean(dead.astype(jnp.float32)),
             "grad_norm": gradient_norm,
             "lr": self._learning_rate(state.step),
-            "sparsity_coefficient": now.coefficient,
+            "sparsity_coefficient": inputs.coefficient,
             "nonfinite_step": new.nonfinite_step,
             **extra,
         }
         return new, metrics
 
     def _in_data_units(self, state: TrainState, losses: Losses) -> dict[str, jax.Array]:
-        """mse and l1 in the units of the targets; of a crosscoder, whose sites have one each, in
-        the SAE's own."""
+        """Returns mse, fvu and l1, mse and l1 in the units of the data.
+
+        A crosscoder's are in the SAE's own units, since each of its sites has a scale of its own.
+        """
         unit = jnp.ones(()) if state.target_scale.ndim else state.target_scale
         return {
             "mse": losses.mse / unit**2,
@@ -226,12 +270,14 @@ class Trainer:
         }
 
     def heldout_means(self, state: TrainState, rows: jax.Array) -> dict[str, jax.Array]:
-        """Means over a batch of held-out rows, as the SAE is used after training, at the last
-        step's sparsity coefficient."""
+        """Returns eval_loss, eval_fvu and eval_l0, by name: means over a batch (B, width).
+
+        The SAE is used as after training, and the sparsity coefficient is the last step's.
+        """
         sae, x, y = self.scaled(state, rows)
         nothing_dead = jnp.zeros(self.config.sae.d_sae, bool, out_sharding=out_sharding(PER_LATENT))
-        last = self._controls(state, self._lengths.steps, nothing_dead)
-        losses = sae.training_loss(x, y, dataclasses.replace(last, training=False))
+        inputs = self._loss_inputs(state, self._lengths.steps, nothing_dead)
+        losses = sae.training_loss(x, y, dataclasses.replace(inputs, training=False))
         return {
             "eval_loss": losses.total,
             "eval_fvu": losses.mse / self._variance,
@@ -239,12 +285,12 @@ class Trainer:
         }
 
     def _row_losses(self, state: TrainState, rows: jax.Array) -> jax.Array:
-        """(B,) loss of each row of a batch."""
+        """Returns the loss (B,) of each row of a batch."""
         sae, x, y = self.scaled(state, rows)
-        now = self._controls(state, state.step, dead=jnp.zeros(()))
-        return sae.scaled_row_losses(x, y, now.coefficient)
+        inputs = self._loss_inputs(state, state.step, dead=jnp.zeros(()))
+        return sae.scaled_row_losses(x, y, inputs.coefficient)
 
-    def _controls(self, state: TrainState, step, dead: jax.Array) -> LossInputs:
+    def _loss_inputs(self, state: TrainState, step, dead: jax.Array) -> LossInputs:
         return controls.controls_at(
             self.config.sae, step, self._lengths, state.log_coefficient, dead, self._k
         )

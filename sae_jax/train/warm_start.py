@@ -1,4 +1,4 @@
-"""Starting a run from an SAE that is there, another framework's or an earlier run's."""
+"""Starts a run from an SAE that exists, another framework's or an earlier run's."""
 
 import dataclasses
 
@@ -14,18 +14,22 @@ _MUST_AGREE = ("architecture", "kind", "d_sae", "d_in", "d_out", "apply_b_dec_to
 
 
 def start_fresh(sae: SAE, state: TrainState) -> TrainState:
-    """Returns a fresh `state` with the directions of an SAE that `is_fresh`, in place of those that
-    the run drew. They are taken to be in the run's own units, as its own are, and b_dec stays what
-    the recipe computed from the data."""
+    """Returns a fresh `state` with the parameters of a fresh SAE in place of those that were drawn.
+
+    They are taken to be in the run's own units, as those that were drawn are. b_dec stays what the
+    recipe computed from the data.
+    """
     names = state.parameters.keys() - {"b_dec"}
     return _with_parameters(state, {name: np.asarray(sae.parameters()[name]) for name in names})
 
 
 def start_from(sae: SAE, config: Config, state: TrainState) -> TrainState:
-    """A fresh `state` with the parameters of `sae`, in the run's units: the run's SAE is the same
-    function of activations. Moments and counters are fresh, and k is the run's.
+    """Returns a fresh `state` with the parameters of `sae`, in the run's units.
 
-    UserError where the run's config describes another SAE, naming the fields to set."""
+    The run's SAE is then the same function of activations as `sae`. Moments and counters are fresh,
+    and k is the run's. Raises UserError, naming the fields to set, if the run's config describes
+    another SAE.
+    """
     _check(sae, config)
     scale, target_scale = float(state.scale), float(state.target_scale)
     folded = jax.tree.map(np.asarray, sae).fold()  # its devices may not be those of the mesh
@@ -47,7 +51,7 @@ def start_from(sae: SAE, config: Config, state: TrainState) -> TrainState:
 
 
 def _with_parameters(state: TrainState, values: dict[str, np.ndarray]) -> TrainState:
-    """`state` with the parameters in `values` replaced, each device holding its own share."""
+    """Returns `state` with the parameters in `values`, of which each device holds its own share."""
 
     def placed(name: str) -> jax.Array:
         like, value = state.parameters[name], values[name].astype(np.float32)
@@ -59,13 +63,13 @@ def _with_parameters(state: TrainState, values: dict[str, np.ndarray]) -> TrainS
 
 
 def _check(sae: SAE, config: Config) -> None:
-    there = {name: getattr(sae.config, name) for name in _MUST_AGREE}
-    asked = {name: getattr(config.sae, name) for name in _MUST_AGREE}
-    if there["kind"] == "crosscoder":
+    given = {name: getattr(sae.config, name) for name in _MUST_AGREE}
+    described = {name: getattr(config.sae, name) for name in _MUST_AGREE}
+    if given["kind"] == "crosscoder":
         raise UserError("train.init: a crosscoder, whose sites have a scale each, cannot go on yet")
-    wrong = [name for name in _MUST_AGREE if there[name] != asked[name]]
+    wrong = [name for name in _MUST_AGREE if given[name] != described[name]]
     if wrong:
-        flags = " ".join(f"--config.sae.{name}={str(there[name]).lower()}" for name in wrong)
+        flags = " ".join(f"--config.sae.{name}={str(given[name]).lower()}" for name in wrong)
         raise UserError(
             f"train.init is {config.train.init}, which the run's config does not describe; "
             f"add {flags}"

@@ -1,8 +1,9 @@
-"""A watch over the processes of one program. When one dies, hangs or fails, all others end soon,
-each with one line on stderr that names it.
+"""Watches over the processes of one program.
+
+When one dies, hangs or fails, all others end soon, each with one line on stderr that names it.
 
     what happened                          what the others do
-    a process is killed                    name it within 2 s
+    a process is killed                    name it within 3 s
     process 0 is killed                    name it within 3 s, after the trace that JAX prints
     a process is stopped, or cut off       name it after --heartbeat_seconds, or after 5 s where a
                                            collective has raised an error meanwhile
@@ -10,18 +11,19 @@ each with one line on stderr that names it.
     a process ends with an error           tell its error, and end with its exit code
     a process is told to stop (SIGTERM)    nothing here: all save at one step (`train.preemption`)
 
-The exit code is 75 but for the last two lines: the same command goes on from the last checkpoint,
-and what was done since is lost. A process that finds its own error tells that one. No clock but a
-process's own monotonic one is read, so clocks may differ, and time during which this very process
-was stopped does not count. A step is timed from the end of the one before; compiling, saving and
-evaluating are not timed; writing a checkpoint fails by itself after 20 minutes (30 to an object
-store).
+The exit code is 75 in all cases but the last two: the same command goes on from the last
+checkpoint, and what was done since is lost. A process that finds its own error tells that one.
+
+Only a process's own monotonic clock is read, so clocks may differ. Time during which this very
+process was stopped does not count. A step is timed from the end of the step before. Compiling,
+saving and evaluating are not timed. Writing a checkpoint fails by itself after 20 minutes (30 to an
+object store).
 
 One thread of each process sends its record (host, pid, a beat, its steps) once a second
-(`train.peer_link`). Process 0 hears all records, judges (`train.peer_health`) and tells the others
-its verdict, so that all say the same. The others judge process 0. JAX's own heartbeat, which is
-slower, is there for what this misses. Where there is one process, only its steps are watched.
-Nothing waits for a device.
+(`train.peer_link`). Process 0 receives all records, judges them (`train.peer_health`) and sends the
+others its verdict, so that all say the same. The others judge process 0. JAX's own heartbeat, which
+is slower, is there for what this misses. Where there is one process, only its steps are watched.
+Nothing here waits for a device.
 """
 
 import asyncio
@@ -35,7 +37,14 @@ import time
 
 from sae_jax.errors import UserError
 from sae_jax.train.last_words import HeldAbort, exit_now, say
-from sae_jax.train.peer_health import INTERVAL, SUSPICIOUS_SECONDS, Judge, Record, Verdict, name
+from sae_jax.train.peer_health import (
+    INTERVAL,
+    SUSPICIOUS_SECONDS,
+    Judge,
+    Record,
+    Verdict,
+    process_name,
+)
 from sae_jax.train.peer_link import PeerLink, open_link
 from sae_jax.train.preemption import EXIT_CODE, PreemptedError
 from sae_jax.train.progress import Progress
@@ -49,12 +58,11 @@ _ABORT_SECONDS = 2.0  # for JAX to abort this process after process 0 has died
 
 
 class Watchdog:
-    """The watch of this process. It ends the process by os._exit where another has died or failed,
-    or a step hangs, because the main thread may be stuck in a collective for ever.
+    """Watches over this process and the others, in a thread.
 
-    progress: what the main thread tells of itself. heartbeat, step: seconds after which a silent
-    process is dead, and a step stuck (0: never). link, abort: the connections to the other
-    processes, and what holds an abort of this one; None where there is one process."""
+    It ends the process by os._exit where another has died or failed, or a step hangs, because the
+    main thread may be stuck in a collective for ever.
+    """
 
     def __init__(
         self,
@@ -64,18 +72,27 @@ class Watchdog:
         link: PeerLink | None = None,
         abort: HeldAbort | None = None,
     ):
+        """Prepares to watch; `start` begins.
+
+        Args:
+          progress: what the main thread tells of itself.
+          heartbeat: the seconds of silence after which a process is taken for dead.
+          step: the seconds after which a step is taken for stuck; 0 stands for never.
+          link: the connections to the other processes, None where there is one process.
+          abort: what holds up an abort of this process, None where there is one process.
+        """
         self._progress, self._link, self._abort = progress, link, abort
         self._me, count = (link.me, link.count) if link else (0, 1)
         self._others = set(range(1, count)) if self._me == 0 else {0}
-        # Process 0 judges all; the others judge process 0, whether it lives.
+        # Process 0 judges all. The others judge whether process 0 lives.
         self._judge = Judge(count, heartbeat, step) if self._me == 0 else Judge(1, heartbeat, 0)
         self._own = Record(socket.gethostname(), os.getpid())
         self._verdict: Verdict | None = None
         self._clock = _Clock()
         self._error_since: float | None = None
-        self._sure = self._printed = False  # of this process's error
+        self._certain = self._printed = False  # whether this process's error is its own; was shown
         self._ended = self._stopping = False
-        self._declared, self._released, self._all_ended = (threading.Event() for _ in range(3))
+        self._reported, self._released, self._all_ended = (threading.Event() for _ in range(3))
         self._loop, self._awake = asyncio.new_event_loop(), asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
@@ -86,7 +103,9 @@ class Watchdog:
     def end(self) -> None:
         """Waits until all processes have done their work, then ends the watch."""
         self._progress.rest()
-        self._progress.error = None  # one that all have, and that ended the work in good order
+        self._progress.error = (
+            None  # one that all processes have, and that ended the work in good order
+        )
         self._ended = True
         self._wake()
         self._all_ended.wait()
@@ -99,15 +118,18 @@ class Watchdog:
         self._thread.join()
 
     def fail(self, error: BaseException) -> None:
-        """Tells the others of an error that ends this process, to be printed when this returns.
-        If another's death may be behind it this waits for the verdict, which ends the process."""
+        """Tells the others of an error that ends this process. The caller prints it afterwards.
+
+        If the death of another process may have caused the error, this waits for the verdict, which
+        ends the process.
+        """
         self._progress.error = error
-        told = isinstance(error, (PreemptedError, KeyboardInterrupt))
-        self._sure = told or (isinstance(error, UserError) and error.__cause__ is None)
+        interrupted = isinstance(error, (PreemptedError, KeyboardInterrupt))
+        self._certain = interrupted or (isinstance(error, UserError) and error.__cause__ is None)
         self._wake()
-        self._declared.wait(4 * _FAREWELL_SECONDS)
+        self._reported.wait(4 * _FAREWELL_SECONDS)
         self._printed = True
-        # Instead of JAX's orderly end, which would wait for those that are stuck.
+        # This replaces JAX's orderly end, which would wait for processes that are stuck.
         atexit.register(self._leave, exit_code(error))
 
     def _leave(self, code: int) -> None:
@@ -132,7 +154,7 @@ class Watchdog:
                     self._awake.clear()
                     sent = now
                     self._send()
-                await self._look(now)
+                await self._check(now)
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._awake.wait(), INTERVAL / 4)
             await self._await_others()  # who must hear first that all have ended
@@ -157,25 +179,25 @@ class Watchdog:
             }
             self._link.send(message, but=self._verdict.silent if self._verdict else ())
 
-    async def _look(self, now: float) -> None:
+    async def _check(self, now: float) -> None:
         records = self._records()
         heard = self._link.heard.get(0, {}) if self._link else {}
-        if self._declared.is_set():
+        if self._reported.is_set():
             if heard.get("verdict") or self._others <= self._gone:
                 self._released.set()
-            self._hurry(now)
+            self._exit_if_stuck(now)
         elif self._link and self._progress.error is not None and self._is_own_error(now):
-            self._declare(self._progress.error)
+            self._report_own_error(self._progress.error)
         elif heard.get("verdict"):
-            await self._obey(Verdict(**heard["verdict"]))
+            await self._end_with(Verdict(**heard["verdict"]))
         elif heard.get("all_ended") or self._all_have_ended(records):
             self._all_ended.set()
             self._send()
         elif verdict := self._judge(records, now):
-            await self._obey(verdict)
+            await self._end_with(verdict)
 
     def _records(self) -> dict[int, Record]:
-        """The newest of each process whose records come here."""
+        """Returns the newest record of each process whose records come here."""
         heard = self._link.heard if self._link else {}
         records = {
             i: Record(**message["record"] | {"gone": i in self._gone})
@@ -191,28 +213,28 @@ class Watchdog:
         )
 
     def _is_own_error(self, now: float) -> bool:
-        """Whether nobody's death is behind it: that would be known by now."""
+        """Whether no death of another process caused the error. It would be known by now."""
         if self._error_since is None:
             self._error_since = now
-        return self._sure or now - self._error_since > SUSPICIOUS_SECONDS + 4 * INTERVAL
+        return self._certain or now - self._error_since > SUSPICIOUS_SECONDS + 4 * INTERVAL
 
-    def _declare(self, error: BaseException) -> None:
+    def _report_own_error(self, error: BaseException) -> None:
         self._error_since = self._clock.now
         text = (str(error) or type(error).__name__)[:4000]
         self._own = dataclasses.replace(self._own, code=exit_code(error), text=text)
         if self._me == 0:
-            self._verdict = Verdict(self._own.code, f"{name(0, self._own)} ended: {text}")
+            self._verdict = Verdict(self._own.code, f"{process_name(0, self._own)} ended: {text}")
         self._send()
-        self._declared.set()
+        self._reported.set()
 
-    def _hurry(self, now: float) -> None:
-        """The main thread may be stuck in closing what its error left open."""
+    def _exit_if_stuck(self, now: float) -> None:
+        """Ends the process if its main thread seems stuck in closing what its error left open."""
         if now - self._error_since > 2 * _FAREWELL_SECONDS:
             if not self._printed:
                 say(self._own.text)
             exit_now(self._own.code)
 
-    async def _obey(self, verdict: Verdict) -> None:
+    async def _end_with(self, verdict: Verdict) -> None:
         """Says the verdict, passes it on, and ends this process."""
         if 0 in self._gone:
             self._abort.begun.wait(_ABORT_SECONDS)  # JAX's trace comes first, not in between
@@ -223,7 +245,7 @@ class Watchdog:
         exit_now(verdict.code)
 
     async def _await_others(self) -> None:
-        """On process 0: until all have left, or are past hearing."""
+        """Waits, on process 0, until all others have left or will not hear any more."""
         deadline = time.monotonic() + _FAREWELL_SECONDS
         left = self._others - set(self._verdict.silent if self._verdict else ())
         while self._me == 0 and left - self._gone and time.monotonic() < deadline:
@@ -234,7 +256,7 @@ class Watchdog:
         return self._link.gone if self._link else set()
 
 
-def of_this_program(
+def open_watchdog(
     progress: Progress,
     heartbeat: float,
     step: float,
@@ -242,12 +264,21 @@ def of_this_program(
     host: str | None,
     port: int,
 ) -> Watchdog:
-    """Returns the watch of this process among those that jax.distributed has joined. It connects
-    them: all call it. abort: was made before they were joined, with LOST for its last words. host,
-    port: where process 0 listens, as `peer_link.open_link` has them.
+    """Returns the watch of this process among those that jax.distributed has joined.
 
-    Raises UserError if they cannot be connected. If one dies meanwhile the others end, with exit
-    code 75 and LOST: which one it was is not known yet."""
+    All processes call it, and it connects them.
+
+    Args:
+      progress: what the main thread tells of itself.
+      heartbeat: the seconds of silence after which a process is taken for dead.
+      step: the seconds after which a step is taken for stuck; 0 stands for never.
+      abort: was made before the processes were joined, with LOST for its last words.
+      host: the name of process 0's host, if the user has given one.
+      port: the port on which process 0 listens, 0 for any that is free.
+
+    Raises UserError if they cannot be connected. If one dies meanwhile the others end with exit
+    code 75 and LOST, since it is not known yet which one it was.
+    """
     try:
         link = open_link(host, port)
     except UserError as error:
@@ -262,8 +293,11 @@ def of_this_program(
 
 
 class _Clock:
-    """Seconds that this process has been awake: no tick is longer than two intervals, so that a
-    process that was stopped does not take the others for dead when it goes on."""
+    """Counts the seconds that this process has been awake.
+
+    No tick is longer than two intervals. So a process that was stopped does not take the others for
+    dead when it goes on.
+    """
 
     def __init__(self):
         self.now = 0.0
@@ -277,7 +311,7 @@ class _Clock:
 
 
 def exit_code(error: BaseException) -> int:
-    """Returns what `sae-jax` ends with after an error."""
+    """Returns the exit code that `sae-jax` ends with after an error."""
     if isinstance(error, PreemptedError):
         return EXIT_CODE
     if isinstance(error, KeyboardInterrupt):
