@@ -18,7 +18,7 @@ def progress(items: Iterable, what: str, total: int | None = None, unit: str = "
     """Returns `items` to iterate over, which shows how many are done once that takes 2 seconds."""
     if not _has_bar() and jax.process_index() == 0:
         logging.info("%s", what)
-    return _make_bar(items, desc=what, total=total, unit=unit, delay=2)
+    return make_bar(items, desc=what, total=total, unit=unit, delay=2)
 
 
 class TrainingBar:
@@ -26,7 +26,7 @@ class TrainingBar:
 
     def __init__(self, name: str, done: int, total: int):
         self._name, self._done, self._total = name, done, total
-        self._bar = _make_bar(total=total, initial=done, unit="step", desc=name)
+        self._bar = make_bar(total=total, initial=done, unit="step", desc=name)
         self._next_line = 0.0
 
     def __enter__(self) -> "TrainingBar":
@@ -62,7 +62,8 @@ def _has_bar() -> bool:
     return jax.process_index() == 0 and (sys.stderr.isatty() or _in_notebook())
 
 
-def _make_bar(items: Iterable | None = None, **options) -> tqdm.tqdm:
+def make_bar(items: Iterable | None = None, **options) -> tqdm.tqdm:
+    """Returns a bar of tqdm with these options, disabled where nobody would see it."""
     if _in_notebook():
         options |= {"file": _NotebookLine(), "ascii": False, "mininterval": 0.5}
     return tqdm.tqdm(items, disable=not _has_bar(), **options)

@@ -58,12 +58,13 @@ class HeldOutRows:
         self._chunks = evenly_spaced(chunks, -(-tokens // meta.chunk_rows))
         self._excluding = np.uint8(NONFINITE if include_excluded else 0xFF)
         self.num_rows = len(self._chunks) * meta.chunk_rows
+        all_count = include_excluded or not meta.excluded_why
         self.settings = {
             "rows": "all rows" if holdout_fraction is None else "held-out sequences of the store",
             "store": store.path,
             "holdout_fraction": holdout_fraction,
             "tokens": tokens,
-            "positions": "all" if include_excluded else f"all but {meta.excluded_why}",
+            "positions": "all" if all_count else f"all but {meta.excluded_why}",
         }
 
     def num_batches(self, rows: int) -> int:

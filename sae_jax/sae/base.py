@@ -155,6 +155,8 @@ class SAE(nnx.Module):
                 texts.append(f"{name}={value:.6g}")
         return f"{type(self).__name__}({', '.join(texts)})"
 
+    __str__ = __repr__
+
     def is_fresh(self) -> bool:
         """Returns whether the SAE is as the constructor made it, so that no training has given its
         parameters a unit: its biases, and whatever else is one number for each latent, are those

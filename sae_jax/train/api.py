@@ -105,7 +105,10 @@ def train(
     asked = {"batch_size": batch_size, "epochs": epochs, "holdout_fraction": holdout_fraction}
     asked |= {"seed": seed}
     section = dataclasses.replace(base.data, **{n: v for n, v in asked.items() if v is not None})
-    tokens = None if tokens is None else int(tokens)
+    if tokens is not None:
+        if isinstance(tokens, bool) or not isinstance(tokens, int | float | np.number):
+            raise UserError(f"tokens is the number of rows to train on, not {tokens!r}")
+        tokens = int(tokens)
     section, open_streams = _open(data, section, tokens, config is None and batch_size is None)
     sae_config = sae if isinstance(sae, SAEConfig) else sae.config
     section = _with_sites(section, sae_config, data)
@@ -145,9 +148,11 @@ def train(
 
 def _open(data, section: DataConfig, tokens: int | None, fit_batch: bool):
     """The data section that describes `data`, and what opens its streams."""
+    if isinstance(data, str) and is_world(data):
+        return dataclasses.replace(section, store=data), lm.open_stream
     if isinstance(data, str | pathlib.Path | paths.ObjectPath):
-        return dataclasses.replace(section, store=str(data)), lm.open_stream
-    if isinstance(data, Store):
+        store = lm.open_store(data)
+    elif isinstance(data, Store):
         store = data
     elif isinstance(data, Mapping) or hasattr(data, "ndim"):
         store = ArrayStore(data)
@@ -173,16 +178,22 @@ def _open(data, section: DataConfig, tokens: int | None, fit_batch: bool):
 
 def _joined(arrays: list | tuple) -> np.ndarray:
     """A list of arrays (rows, width) one after another; or a list of rows as an array."""
-    if arrays and all(np.ndim(array) == 2 for array in arrays):
-        return np.concatenate([as_rows("a batch", array) for array in arrays])
-    return np.asarray(arrays)
+    if not arrays or any(np.ndim(array) != 2 for array in arrays):
+        return np.asarray(arrays)
+    parts = [as_rows("a batch", array) for array in arrays]
+    widths = sorted({part.shape[1] for part in parts})
+    if len(widths) > 1:
+        raise UserError(
+            f"activations of one width are needed; the arrays given have {widths[0]} and {widths[1]}"
+        )
+    return np.concatenate(parts)
 
 
 def _with_batch_size(section: DataConfig, rows: int) -> DataConfig:
     """Of few rows batches are smaller, so that there are some steps, and shuffled in fewer parts,
-    so that few rows can be held out."""
+    so that few rows can be held out. Devices share a batch, so it has a row for each at least."""
     most = max(rows // 16, 1)
-    batch = min(_BATCH_SIZE, 2 ** int(math.log2(most)))
+    batch = max(min(_BATCH_SIZE, 2 ** int(math.log2(most))), jax.device_count())
     shards = math.gcd(section.virtual_shards if batch == _BATCH_SIZE else 8, batch)
     return dataclasses.replace(section, batch_size=batch, virtual_shards=shards)
 
