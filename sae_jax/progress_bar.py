@@ -3,14 +3,12 @@
 Only process 0 of a program shows anything.
 """
 
-import importlib.util
 import sys
 import time
 from collections.abc import Iterable
 
 import jax
 import tqdm
-import tqdm.notebook
 from absl import logging
 
 _SECONDS_BETWEEN_LINES = 10  # of the log, where there is no bar
@@ -20,7 +18,7 @@ def progress(items: Iterable, what: str, total: int | None = None, unit: str = "
     """Returns `items` to iterate over, which shows how many are done once that takes 2 seconds."""
     if not _has_bar() and jax.process_index() == 0:
         logging.info("%s", what)
-    return _make_bar(items, desc=what, total=total, unit=unit, delay=2)
+    return make_bar(items, desc=what, total=total, unit=unit, delay=2)
 
 
 class TrainingBar:
@@ -28,7 +26,7 @@ class TrainingBar:
 
     def __init__(self, name: str, done: int, total: int):
         self._name, self._done, self._total = name, done, total
-        self._bar = _make_bar(total=total, initial=done, unit="step", desc=name)
+        self._bar = make_bar(total=total, initial=done, unit="step", desc=name)
         self._next_line = 0.0
 
     def __enter__(self) -> "TrainingBar":
@@ -64,10 +62,32 @@ def _has_bar() -> bool:
     return jax.process_index() == 0 and (sys.stderr.isatty() or _in_notebook())
 
 
-def _make_bar(items: Iterable | None = None, **options) -> tqdm.tqdm:
-    widgets = _in_notebook() and importlib.util.find_spec("ipywidgets") is not None
-    kind = tqdm.notebook.tqdm if widgets else tqdm.tqdm
-    return kind(items, disable=not _has_bar(), **options)
+def make_bar(items: Iterable | None = None, **options) -> tqdm.tqdm:
+    """Returns a bar of tqdm with these options, disabled where nobody would see it."""
+    if _in_notebook():
+        options |= {"file": _NotebookLine(), "ascii": False, "mininterval": 0.5}
+    return tqdm.tqdm(items, disable=not _has_bar(), **options)
+
+
+class _NotebookLine:
+    """What tqdm writes to in a notebook: one output that shows the last line, so that a notebook
+    which is saved holds that line and not thousands."""
+
+    def __init__(self):
+        self._output = None
+
+    def write(self, text: str) -> None:
+        if not (line := text.strip()):
+            return
+        shown = {"text/plain": line}
+        if self._output is None:
+            display = sys.modules["IPython"].display.display
+            self._output = display(shown, raw=True, display_id=True)
+        else:
+            self._output.update(shown, raw=True)
+
+    def flush(self) -> None:
+        """Outputs are shown at once."""
 
 
 def _in_notebook() -> bool:

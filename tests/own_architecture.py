@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from sae_jax.config import Config, DataConfig, MeshConfig, TrainConfig
 from sae_jax.errors import UserError
-from sae_jax.ops.sharding import BATCH, matmul_f32
 from sae_jax.sae import SAE, Losses, LossInputs, SAEConfig
 from sae_jax.sweep import grid
 
@@ -42,9 +41,8 @@ class Level(SAE):
         return jax.nn.relu(preactivations)
 
     def training_loss(self, x: jax.Array, y: jax.Array, inputs: LossInputs) -> Losses:
-        x_in, bias = self.encoder_input(x)
-        latents = self.activate(matmul_f32(x_in, self.w_enc[...], jax.P("data", "model")) + bias)
-        y_hat = self.output(matmul_f32(latents, self.w_dec[...], BATCH), x)
+        latents = self.activate(self.scaled_preactivations(x))
+        y_hat = self.scaled_reconstruction(latents, x)
         mse = jnp.mean(jnp.sum(jnp.square(y - y_hat), axis=-1))
         fired = latents > 0
         away = jnp.where(fired, jnp.abs(latents - self.config.level), 0.0)

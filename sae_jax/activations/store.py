@@ -263,6 +263,10 @@ class Store:
         store.check_files()
         return store
 
+    def __repr__(self) -> str:
+        sites = ", ".join(f"{name} ({s.width}, {s.dtype})" for name, s in self.meta.sites.items())
+        return f"{type(self).__name__}({self.path!r}: {self.num_rows:,} rows of {sites})"
+
     @property
     def num_rows(self) -> int:
         """The number of rows of each site."""

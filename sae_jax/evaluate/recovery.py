@@ -38,8 +38,8 @@ import scipy.optimize
 import scipy.sparse
 
 from sae_jax.evaluate.batching import pad_rows
-from sae_jax.evaluate.progress import progress
 from sae_jax.evaluate.worlds import WorldRows
+from sae_jax.progress_bar import progress
 from sae_jax.sae import SAE
 
 _LATENTS = 2**24  # elements of one batch's dense latents

@@ -12,7 +12,6 @@ from sae_jax import lm, paths
 from sae_jax.config import difference
 from sae_jax.errors import UserError
 from sae_jax.evaluate.metrics import RowMetrics, measure_rows
-from sae_jax.evaluate.progress import progress
 from sae_jax.evaluate.recovery import Recovery, measure_recovery
 from sae_jax.evaluate.sources import (
     HeldOutRows,
@@ -23,6 +22,7 @@ from sae_jax.evaluate.sources import (
 from sae_jax.evaluate.spliced import measure_spliced
 from sae_jax.evaluate.worlds import WorldRows
 from sae_jax.paths import AnyPath
+from sae_jax.progress_bar import progress
 from sae_jax.sae import SAE
 
 _LATENTS = 2**25  # elements of one batch's dense latents
@@ -68,7 +68,7 @@ _ARRAYS = ("density", "mean_activation", "max_activation", "mean", "site_fvu")
 _SPARSITY = ("l0", "l1", "dead_fraction")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Evaluation:
     """What an evaluation of an SAE came to.
 
@@ -87,6 +87,17 @@ class Evaluation:
     spliced: dict[str, float] | None
     sites: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     recovery: Recovery | None = None
+
+    def __repr__(self) -> str:
+        """The table, which is what a notebook shows."""
+        return self.table()
+
+    @property
+    def scalars(self) -> dict[str, float]:
+        """Every number by its name, such as fvu and l0, with ce_spliced and the like where a
+        language model was given, and mcc and the like where the features are known."""
+        recovered = self.recovery.scalars if self.recovery else {}
+        return self.rows.scalars | (self.spliced or {}) | recovered
 
     def to_dict(self) -> dict:
         """Returns the evaluation without its arrays, as it is saved in JSON.

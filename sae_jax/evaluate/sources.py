@@ -74,12 +74,13 @@ class HeldOutRows:
         self._chunks = evenly_spaced(chunks, -(-tokens // meta.chunk_rows))
         self._excluding = np.uint8(NONFINITE if include_excluded else 0xFF)
         self.num_rows = len(self._chunks) * meta.chunk_rows
+        all_count = include_excluded or not meta.excluded_why
         self.settings = {
             "rows": "all rows" if holdout_fraction is None else "held-out sequences of the store",
             "store": store.path,
             "holdout_fraction": holdout_fraction,
             "tokens": tokens,
-            "positions": "all" if include_excluded else f"all but {meta.excluded_why}",
+            "positions": "all" if all_count else f"all but {meta.excluded_why}",
         }
 
     def num_batches(self, rows: int) -> int:
@@ -173,15 +174,17 @@ class ModelRows:
             if not len(part[0]):
                 raise UserError(f"{what} has {len(tokens)} sequences, none of those asked for")
         self.num_rows = self._rows[0].size
+        left_out = [
+            f"{name} {', '.join(map(str, values))}"
+            for name, values in (("tokens", excluded_tokens), ("positions", excluded_positions))
+            if len(values)
+        ]
         self.settings = {
             "rows": f"activations on {what}",
             "sequences": _describe(sequences, len(tokens)),
             "spliced_sequences": _describe(spliced_sequences, len(tokens)),
-            "positions": "all" if used.all() else (
-                f"all but tokens {list(map(int, excluded_tokens))} "
-                f"and positions {list(map(int, excluded_positions))}"
-            ),
-        }  # fmt: skip
+            "positions": "all" if used.all() else f"all but {' and '.join(left_out)}",
+        }
 
     def num_batches(self, rows: int) -> int:
         """Returns how many batches of at most `rows` rows this process gets."""

@@ -24,8 +24,8 @@ from sae_jax.errors import UserError
 from sae_jax.evaluate.batching import pad_rows, sequences_at_once
 from sae_jax.evaluate.metrics import add_up
 from sae_jax.evaluate.processes import own_share
-from sae_jax.evaluate.progress import progress
 from sae_jax.evaluate.sources import input_and_target_sites
+from sae_jax.progress_bar import progress
 from sae_jax.sae import SAE
 
 

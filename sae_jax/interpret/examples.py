@@ -20,7 +20,7 @@ from sae_jax.activations import Sites, Store
 from sae_jax.errors import UserError
 from sae_jax.evaluate.batching import evenly_spaced
 from sae_jax.evaluate.metrics import activation_scale
-from sae_jax.evaluate.progress import progress
+from sae_jax.progress_bar import progress
 from sae_jax.sae import SAE
 
 _LATENTS = 2**25  # elements of one batch's dense latents

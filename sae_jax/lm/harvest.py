@@ -8,14 +8,12 @@ import concurrent.futures
 import math
 import pathlib
 import shutil
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tqdm
 from absl import logging
 from jax.experimental import multihost_utils
 
@@ -30,6 +28,7 @@ from sae_jax.lm.language_model import in_batches
 from sae_jax.lm.live import open_store
 from sae_jax.lm.model import local_mesh, open_model
 from sae_jax.lm.text import PACKING_RULE, pack
+from sae_jax.progress_bar import make_bar
 
 DEFAULT_CONTEXT = 1024  # where the model allows it
 TOKENS_PER_DEVICE = 8192  # of a batch along `data`
@@ -269,9 +268,7 @@ def _check_disk(out, num_tokens: int, row_bytes: int) -> None:
 
 
 def _with_progress(texts: Iterable[str]) -> Iterator[str]:
-    return tqdm.tqdm(
-        texts, desc="tokenising", unit=" documents", delay=2, disable=not sys.stderr.isatty()
-    )
+    return make_bar(texts, desc="tokenising", unit=" documents", delay=2)
 
 
 def matmul_rate(mesh: jax.sharding.Mesh, dtype: str) -> float:
@@ -307,10 +304,7 @@ class _Progress:
         self.started = self.logged = time.monotonic()
 
     def __enter__(self):
-        self.bar = tqdm.tqdm(
-            total=self.total, desc="harvest", unit="tok", unit_scale=True,
-            disable=not sys.stderr.isatty(),
-        )  # fmt: skip
+        self.bar = make_bar(total=self.total, desc="harvest", unit="tok", unit_scale=True)
         return self
 
     def __exit__(self, failed, *_):

@@ -18,6 +18,7 @@ from sae_jax import ops
 from sae_jax.errors import UserError, nearest
 from sae_jax.ops.sharding import (
     BATCH,
+    CODE,
     DECODER,
     PER_LATENT,
     branch,
@@ -182,6 +183,24 @@ class SAE(nnx.Module):
         """
         return cls(config, parameters=parameters, scale=scale, target_scale=target_scale)
 
+    def __repr__(self) -> str:
+        """The constructor's call, with the fields that are not as they are by default."""
+        config, derived = self.config, self.config.derived()
+        derived |= {"architecture": config.architecture, "d_out": config.d_in}
+        shown = {"d_in": config.d_in, "d_sae": config.d_sae}
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            if repr(value) not in (repr(field.default), repr(derived.get(field.name))):
+                shown[field.name] = value
+        texts = [f"{name}={value!r}" for name, value in shown.items()]
+        scales = {"scale": (self.scale, 1.0), "target_scale": (self.target_scale, self.scale)}
+        for name, (value, default) in scales.items():
+            if isinstance(value, float | int) and value != default:
+                texts.append(f"{name}={value:.6g}")
+        return f"{type(self).__name__}({', '.join(texts)})"
+
+    __str__ = __repr__
+
     def is_fresh(self) -> bool:
         """Returns whether the SAE has not been trained since the constructor drew its parameters.
 
@@ -330,7 +349,7 @@ class SAE(nnx.Module):
 
         They are those of float32 activations x (..., d_in) in the model's own units.
         """
-        return self._scaled_preactivations(x * self.scale)
+        return self._encoded(x * self.scale)
 
     def save(self, path) -> None:
         """Writes the SAE to a new folder `path`, exactly, in sae_jax's own format (`sae.files`).
@@ -363,7 +382,7 @@ class SAE(nnx.Module):
             y_hat += matmul_f32(x * self.scale, self.w_skip[...])
         return y_hat / self.target_scale
 
-    def _scaled_preactivations(self, x: jax.Array) -> jax.Array:
+    def _encoded(self, x: jax.Array) -> jax.Array:
         if self.config.apply_b_dec_to_input:
             x = x - self.b_dec[...]
         return matmul_f32(x, self.w_enc[...]) + self.b_enc[...]
@@ -459,8 +478,10 @@ class SAE(nnx.Module):
         """Returns the losses that a training step differentiates and logs.
 
         The losses are in the SAE's own units, as x and y are. On a mesh arrays have their sharding
-        in their type, so a contraction over d_sae names the sharding of its result, as in
-        `ops.sharding.matmul_f32(latents, w_dec, BATCH)`.
+        in their type, and the sharded axes are B and d_sae. `scaled_preactivations` and
+        `scaled_reconstruction` are the two products that say how their results are sharded. A
+        product of one's own over B or d_sae says it too, as in
+        `ops.sharding.matmul_f32(latents, w, BATCH)`.
 
         Args:
           x: (B, d_in) inputs: activations times `scale`.
@@ -474,7 +495,7 @@ class SAE(nnx.Module):
         It is the loss of `row_losses` for inputs times `scale` and targets times `target_scale`.
         `train/resample.py` picks the inputs that dead latents restart from by it.
         """
-        latents = self.activate(self._scaled_preactivations(x))
+        latents = self.activate(self._encoded(x))
         y_hat = self.output(matmul_f32(latents, self.w_dec[...], BATCH), x)
         errors = jnp.sum(jnp.square(y - y_hat), axis=1)
         return errors + coefficient * self.row_penalties(latents)
@@ -527,6 +548,23 @@ class SAE(nnx.Module):
         shift = self.b_dec[...]
         bias = _bias_of_shifted_inputs(self.b_enc[...], shift, self.w_enc[...])
         return x - jax.lax.stop_gradient(shift), bias
+
+    def encoder_product(self, x: jax.Array, bias: jax.Array) -> jax.Array:
+        """Returns the pre-activations (B, d_sae) of what `encoder_input` returned, in
+        `compute_dtype` and sharded over tokens and latents."""
+        w_enc = self.w_enc[...].astype(self.dtype)
+        return matmul_f32(x.astype(self.dtype), w_enc, CODE) + bias
+
+    def scaled_preactivations(self, x: jax.Array) -> jax.Array:
+        """Returns the pre-activations (B, d_sae) of inputs x (B, d_in) in the SAE's own units, as
+        `training_loss` is given them."""
+        return self.encoder_product(*self.encoder_input(x))
+
+    def scaled_reconstruction(self, latents: jax.Array, x: jax.Array) -> jax.Array:
+        """Returns the reconstruction (B, d_out) of latents (B, d_sae) and the inputs x (B, d_in)
+        that they are of, in the SAE's own units, as `training_loss` is given its targets."""
+        w_dec = self.w_dec[...].astype(self.dtype)
+        return self.output(matmul_f32(latents.astype(self.dtype), w_dec, BATCH), x)
 
     def output(self, decoded: jax.Array, x: jax.Array) -> jax.Array:
         """Returns the reconstruction (B, d_out) of targets times `target_scale`.

@@ -4,15 +4,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from sae_jax import ops
-from sae_jax.ops.sharding import BATCH, matmul_f32
 from sae_jax.sae.base import SAE, Losses, LossInputs, squared_error
 from sae_jax.sae.config import KConfig
 from sae_jax.sae.topk import TopK
-
-_LATENTS = P("data", "model")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +48,7 @@ class BatchTopK(SAE):
 
     def training_loss(self, x: jax.Array, y: jax.Array, inputs: LossInputs) -> Losses:
         x_in, bias = self.encoder_input(x)
-        w_enc = self.w_enc[...].astype(self.dtype)
-        pre = matmul_f32(x_in.astype(self.dtype), w_enc, _LATENTS) + bias
+        pre = self.encoder_product(x_in, bias)
         latents, running = self.activate(pre), {}
         if inputs.training:
             k = self.config.k if inputs.k is None else inputs.k
@@ -91,8 +86,7 @@ class BatchTopK(SAE):
 
         x (B, d_in) are the inputs, which a skip transcoder's skip reads.
         """
-        w_dec = self.w_dec[...].astype(self.dtype)
-        return self.output(matmul_f32(latents.astype(self.dtype), w_dec, BATCH), x)[None]
+        return self.scaled_reconstruction(latents, x)[None]
 
     @classmethod
     def learning_rate(cls, d_sae: int) -> float:

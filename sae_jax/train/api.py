@@ -25,7 +25,7 @@ _BATCH_SIZE = 2048
 _LINES = 100  # of metrics, about, where the config does not say how many
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class TrainResult:
     """What `train` gives."""
 
@@ -39,6 +39,16 @@ class TrainResult:
     """The whole config of the run, with everything resolved."""
     workdir: str | None
     """The run's directory, which `sae_jax.load` reads too; None where nothing was written."""
+
+    def __repr__(self) -> str:
+        shown = {"tokens": f"{self.result['tokens']:,}"}
+        for name in ("eval_fvu", "eval_l0", "dead_fraction"):
+            value = self.result.get(name)
+            shown[name] = "none" if value is None else f"{value:.4g}"
+        if self.workdir is not None:
+            shown["workdir"] = repr(self.workdir)
+        texts = ", ".join(f"{name} {text}" for name, text in shown.items())
+        return f"TrainResult({self.sae!r}: {texts})"
 
 
 @known_arguments
@@ -142,9 +152,11 @@ def train(
 
 def _open(data, section: DataConfig, tokens: int | None, fit_batch: bool):
     """The data section that describes `data`, and what opens its streams."""
+    if isinstance(data, str) and is_world(data):
+        return dataclasses.replace(section, store=data), lm.open_stream
     if isinstance(data, str | pathlib.Path | paths.ObjectPath):
-        return dataclasses.replace(section, store=str(data)), lm.open_stream
-    if isinstance(data, Store):
+        store = lm.open_store(data)
+    elif isinstance(data, Store):
         store = data
     elif isinstance(data, Mapping) or hasattr(data, "ndim"):
         store = ArrayStore(data)
@@ -170,16 +182,22 @@ def _open(data, section: DataConfig, tokens: int | None, fit_batch: bool):
 
 def _joined(arrays: list | tuple) -> np.ndarray:
     """A list of arrays (rows, width) one after another; or a list of rows as an array."""
-    if arrays and all(np.ndim(array) == 2 for array in arrays):
-        return np.concatenate([as_rows("a batch", array) for array in arrays])
-    return np.asarray(arrays)
+    if not arrays or any(np.ndim(array) != 2 for array in arrays):
+        return np.asarray(arrays)
+    parts = [as_rows("a batch", array) for array in arrays]
+    widths = sorted({part.shape[1] for part in parts})
+    if len(widths) > 1:
+        raise UserError(
+            f"activations of one width are needed; the arrays given have {widths[0]} and {widths[1]}"
+        )
+    return np.concatenate(parts)
 
 
 def _with_batch_size(section: DataConfig, rows: int) -> DataConfig:
     """Of few rows batches are smaller, so that there are some steps, and shuffled in fewer parts,
-    so that few rows can be held out."""
+    so that few rows can be held out. Devices share a batch, so it has a row for each at least."""
     most = max(rows // 16, 1)
-    batch = min(_BATCH_SIZE, 2 ** int(math.log2(most)))
+    batch = max(min(_BATCH_SIZE, 2 ** int(math.log2(most))), jax.device_count())
     shards = math.gcd(section.virtual_shards if batch == _BATCH_SIZE else 8, batch)
     return dataclasses.replace(section, batch_size=batch, virtual_shards=shards)
 

@@ -32,7 +32,7 @@ def start_from(sae: SAE, config: Config, state: TrainState) -> TrainState:
     """
     _check(sae, config)
     scale, target_scale = float(state.scale), float(state.target_scale)
-    folded = sae.fold()
+    folded = jax.tree.map(np.asarray, sae).fold()  # its devices may not be those of the mesh
     values = {name: np.asarray(value, np.float64) for name, value in folded.parameters().items()}
     # The run's latents are those of the folded SAE times target_scale, its decoder's rows the same.
     for name in ("w_enc", "w_skip"):
