@@ -35,7 +35,13 @@ def fresh(architecture="topk", **fields):
     return ARCHITECTURES[architecture](d_in=16, d_sae=64, **fields)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        name if name in ("relu", "topk", "jumprelu") else pytest.param(name, marks=pytest.mark.slow)
+        for name in ARCHITECTURES
+    ],
+)
 def test_every_architecture_on_an_array(architecture, tmp_path):
     lines = []
     sae = fresh(architecture)
@@ -72,7 +78,7 @@ class StopError(Exception):
     pass
 
 
-@pytest.mark.parametrize("kind", ["array", "generator"])
+@pytest.mark.parametrize("kind", ["array", pytest.param("generator", marks=pytest.mark.slow)])
 def test_a_run_on_disk_goes_on_bit_for_bit(tmp_path, monkeypatch, kind):
     monkeypatch.setattr("sae_jax.activations.iterables._MIN_WINDOW_ROWS", 1000)
 
@@ -121,6 +127,7 @@ def test_a_generator_is_read_once_in_shuffled_windows(monkeypatch):
     np.testing.assert_array_equal(own, want.reshape(-1, 2))
 
 
+@pytest.mark.slow
 def test_data_of_other_types(tmp_path):
     torch = pytest.importorskip("torch")
     whole = sae_jax.train(fresh(), ROWS, **QUICK)
@@ -132,7 +139,10 @@ def test_data_of_other_types(tmp_path):
         assert half.result["eval_fvu"] == pytest.approx(whole.result["eval_fvu"], rel=0.05)
 
 
-@pytest.mark.parametrize("kind", ["crosscoder", "transcoder", "skip_transcoder"])
+@pytest.mark.parametrize(
+    "kind",
+    ["crosscoder", "transcoder", pytest.param("skip_transcoder", marks=pytest.mark.slow)],
+)
 def test_several_sites(kind):
     sites = {"a": ROWS, "b": ROWS[:, :8] + 1}
     for sae in (
@@ -147,8 +157,8 @@ def test_several_sites(kind):
 
 
 def test_a_trained_sae_goes_on_and_defaults_fit_the_data():
-    first = sae_jax.train(fresh(), ROWS, batch_size=64, learning_rate=3e-3, epochs=4)
-    start = sae_jax.train(first.sae, ROWS, batch_size=64, tokens=64, learning_rate=1e-9)
+    first = sae_jax.train(fresh(), ROWS, batch_size=256, learning_rate=3e-3, epochs=8)
+    start = sae_jax.train(first.sae, ROWS, batch_size=256, tokens=256, learning_rate=1e-9)
     assert start.metrics[0]["fvu"] == pytest.approx(first.metrics[-1]["fvu"], rel=0.3)
     assert start.metrics[0]["fvu"] < 0.6 * first.metrics[0]["fvu"]
     few = sae_jax.train(sae_jax.TopKConfig(d_sae=64, k=4), ROWS[:200])

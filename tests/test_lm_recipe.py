@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from sae_jax import lm
-from sae_jax.config import load_module
+from sae_jax.python_files import load_module
 
 ROOT = pathlib.Path(__file__).parents[1]
 RECIPE = ROOT / "experiments" / "one_layer_transformer.py"

@@ -150,6 +150,7 @@ def assert_wandb_equals(run: pathlib.Path, starts: list[range]) -> None:
     assert list(last.values()) == [without_nulls(line) for line in metrics(run)]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_one_run_in_both(store, tmp_path):
     config, run = small(store), tmp_path / "run"
     log_to = parse_log(BOTH, run)

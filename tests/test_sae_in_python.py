@@ -49,8 +49,8 @@ def test_made_from_keywords(name):
         np.testing.assert_array_equal(sae.parameters()[parameter], value)
     assert not np.array_equal(other.w_dec[...], sae.w_dec[...])
     x, y = pair(sae)
-    for grad in (jax.grad, nnx.grad):
-        gradients = grad(lambda sae: sae.loss(x, y).total)(sae)
+    for grad in (jax.grad, nnx.grad) if name == "relu" else (jax.grad,):
+        gradients = jax.jit(grad(lambda sae: sae.loss(x, y).total))(sae)
         assert float(jnp.abs(gradients.w_dec[...]).max()) > 0
 
 

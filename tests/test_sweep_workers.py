@@ -17,6 +17,7 @@ from training import BATCH, make_config, make_store, together
 from sae_jax.config import MeshConfig, to_dict
 from sae_jax.errors import UserError
 from sae_jax.sweep import grid, leases, worker
+from sae_jax.sweep.design import make_passes
 from sae_jax.sweep.directory import SweepDirectory, expand
 from sae_jax.train.directory import read_config
 from sae_jax.train.preemption import PreemptedError
@@ -55,6 +56,10 @@ def directory(store, tmp_path):
     return SweepDirectory.start(tmp_path / "S", runs)
 
 
+def passes_of(directory):
+    return make_passes([run.config for run in directory.runs], directory.passes)
+
+
 @pytest.fixture
 def training(directory, monkeypatch):
     """Makes `train(work, path, check, ...)` what trains a pass; returns how to pretend that
@@ -78,7 +83,7 @@ def test_a_worker_waits_for_another_and_trains_the_rest(directory, training):
     others = leases.Leases(directory.path / "leases", 60)
     names, trained = [], []
     finish = training(lambda work, *_: (trained.append(work.name), finish(work)))
-    for work in worker._Worker(directory, others).passes:
+    for work in passes_of(directory):
         names.append(work.name)
     held = others.claim(names[1])
 
@@ -87,7 +92,7 @@ def test_a_worker_waits_for_another_and_trains_the_rest(directory, training):
             time.sleep(0.01)
         time.sleep(0.3)  # the worker waits
         trained.append("other's")
-        (work,) = [w for w in worker._Worker(directory, others).passes if w.name == names[1]]
+        (work,) = [w for w in passes_of(directory) if w.name == names[1]]
         finish(work)
         held.release()
 
@@ -139,13 +144,13 @@ def test_what_ends_a_worker_frees_its_pass(directory, training, error):
     with pytest.raises(type(error)):
         worker.work(directory, lease_seconds=60)
     free = leases.Leases(directory.path / "leases", 60)
-    assert all(free.claim(work.name) for work in worker._Worker(directory, free).passes)
+    assert all(free.claim(work.name) for work in passes_of(directory))
 
 
 def test_sigterm_ends_a_worker_that_waits(directory, training):
     training(lambda *_: None)
     others = leases.Leases(directory.path / "leases", 60)
-    held = [others.claim(work.name) for work in worker._Worker(directory, others).passes]
+    held = [others.claim(work.name) for work in passes_of(directory)]
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
     with pytest.raises(PreemptedError):
         worker.work(directory, lease_seconds=60)

@@ -85,10 +85,10 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
 def _show(config: configs.Config) -> int:
     """Prints the config as JSON: resolved where there is a store, which decides the widths."""
     if config.data.store:
-        from sae_jax import activations
-        from sae_jax.train import loop
+        from sae_jax import lm
+        from sae_jax.train import preparation
 
-        config = loop.resolve(config, activations.open_stream(config.data))
+        config = preparation.resolve(config, lm.open_stream(config.data))
     else:
         print("no --config.data.store=STORE, whose widths decide some fields", file=sys.stderr)
     print(json.dumps(configs.to_dict(config), indent=1))

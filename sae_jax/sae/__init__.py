@@ -5,11 +5,12 @@ name in the imports below. One of your own needs no change here: defining the cl
 registers it.
 """
 
-from sae_jax.sae.base import SAE, Losses, LossInputs
+from sae_jax.sae.base import SAE
 from sae_jax.sae.batchtopk import BatchTopK, BatchTopKConfig
 from sae_jax.sae.config import SAEConfig
 from sae_jax.sae.gated import Gated, GatedConfig
 from sae_jax.sae.jumprelu import JumpReLU, JumpReLUConfig
+from sae_jax.sae.losses import Losses, LossInputs
 from sae_jax.sae.matryoshka import Matryoshka, MatryoshkaConfig
 from sae_jax.sae.registry import ARCHITECTURES, architecture, by_name, move_to_end
 from sae_jax.sae.relu import ReLU, ReLUConfig

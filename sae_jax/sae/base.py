@@ -5,9 +5,8 @@ An architecture is one module with one training loss and one way to fold its sca
 
 import abc
 import dataclasses
-import inspect
 import itertools
-from typing import ClassVar, NamedTuple, Self
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from sae_jax import ops
-from sae_jax.errors import UserError, nearest
+from sae_jax.errors import UserError
 from sae_jax.ops.sharding import (
     BATCH,
     CODE,
@@ -29,61 +28,16 @@ from sae_jax.ops.sharding import (
 from sae_jax.sae import files
 from sae_jax.sae.arrays import Restore, float32
 from sae_jax.sae.config import TRANSCODERS, SAEConfig
+from sae_jax.sae.construction import (
+    check_parameters,
+    make_signature,
+    random_key,
+    resolve_arguments,
+)
+from sae_jax.sae.losses import Losses, LossInputs, auxiliary_code, squared_error
 from sae_jax.sae.registry import register
-from sae_jax.sae.resolve import is_resolved, resolve
 
-_AUXILIARY_SLOPE = 0.1
 _ROUNDING = 1e-6  # of a norm in float32
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LossInputs:
-    """Holds what a training loss depends on besides the SAE and its batch.
-
-    The trainer computes these values anew at every step.
-
-    Attributes:
-      dead: (d_sae,) bool, the latents that have not fired for `dead_after_tokens` tokens.
-      coefficient: the coefficient of the sparsity penalty at this step.
-      k: the number of latents for each token at this step. None stands for the config's k.
-      p: the exponent of the L1 family's penalty at this step.
-      next_p: the exponent at the next step.
-      training: whether latents are computed as in training. With False they are computed as
-        `SAE.encode` computes them, which differs where an architecture looks at a whole batch.
-    """
-
-    dead: jax.Array
-    coefficient: jax.Array | float = 0.0
-    k: jax.Array | int | None = None
-    p: jax.Array | float = 1.0
-    next_p: jax.Array | float = 1.0
-    training: bool = dataclasses.field(default=True, metadata={"static": True})
-
-
-class Losses(NamedTuple):
-    """Holds the losses and statistics of one batch.
-
-    Scalars are means over the batch's tokens. `SAE.training_loss` gives them in the SAE's own
-    units, those of the activations times `scale`; `SAE.loss` gives them in the model's units.
-
-    Attributes:
-      total: the loss that is differentiated.
-      mse: ||y - y_hat||^2, summed over d_out.
-      l0: the number of latents above zero.
-      l1: the sum over latents of activation times decoder norm.
-      fired: (d_sae,) bool, the latents that fired on any token.
-      running: this batch's values of the parameters named in `SAE.RUNNING_MEANS`, by name.
-      log_coefficient: how much the trainer adds to the logarithm of the sparsity coefficient.
-    """
-
-    total: jax.Array
-    mse: jax.Array
-    l0: jax.Array
-    l1: jax.Array
-    fired: jax.Array
-    running: dict[str, jax.Array] = {}
-    log_coefficient: jax.Array | float = 0.0
 
 
 class SAE(nnx.Module):
@@ -126,7 +80,7 @@ class SAE(nnx.Module):
         super().__init_subclass__(**options)
         if "Config" in vars(cls):
             register(cls)
-            cls.__signature__ = _signature(cls.Config)
+            cls.__signature__ = make_signature(cls.Config)
 
     def __init__(
         self,
@@ -151,15 +105,15 @@ class SAE(nnx.Module):
           parameters: arrays by name to take instead of fresh ones. See `from_parameters`.
           **fields: the fields of the architecture's config.
         """
-        self.config = config = _resolved(type(self), config, fields)
+        self.config = config = resolve_arguments(type(self), config, fields)
         self.scale = _static_or_data(scale)
         self.target_scale = self.scale if target_scale is None else _static_or_data(target_scale)
         self.made_fresh = parameters is None
         """Whether the constructor drew the parameters, which `is_fresh` asks."""
         if parameters is None:
-            parameters = self.init_parameters(_key(rngs), config, jnp.zeros(config.d_out))
+            parameters = self.init_parameters(random_key(rngs), config, jnp.zeros(config.d_out))
         else:
-            _check_parameters(type(self), config, parameters)
+            check_parameters(type(self), config, parameters)
         for name, value in parameters.items():
             setattr(self, name, nnx.Param(value))
 
@@ -478,9 +432,10 @@ class SAE(nnx.Module):
         """Returns the losses that a training step differentiates and logs.
 
         The losses are in the SAE's own units, as x and y are. On a mesh arrays have their sharding
-        in their type. B and d_sae are the sharded axes: `scaled_preactivations` and
-        `scaled_reconstruction` name the sharding of their results, and so does a product of one's
-        own, as in `ops.sharding.matmul_f32(latents, w, BATCH)`.
+        in their type, and the sharded axes are B and d_sae. `scaled_preactivations` and
+        `scaled_reconstruction` are the two products that say how their results are sharded. A
+        product of one's own over B or d_sae says it too, as in
+        `ops.sharding.matmul_f32(latents, w, BATCH)`.
 
         Args:
           x: (B, d_in) inputs: activations times `scale`.
@@ -622,21 +577,6 @@ class SAE(nnx.Module):
         return self.config.aux_coefficient * jnp.where(any_dead, value, 0.0)
 
 
-def squared_error(y: jax.Array, y_hat: jax.Array) -> jax.Array:
-    """Returns the mean over rows of ||y - y_hat||^2, for y and y_hat (..., width)."""
-    return jnp.mean(jnp.sum(jnp.square(y - y_hat), axis=-1))
-
-
-def auxiliary_code(code: ops.Code) -> ops.Code:
-    """Returns the code of the AuxK loss with its values through a leaky ReLU of slope 0.1.
-
-    The code of Gao et al. has a ReLU here too: without one, dead latents fit the error together, as
-    a dense linear code, and few come back as features. The slope below 0 is not 0, so that dead
-    latents whose pre-activations are all negative learn too.
-    """
-    return code._replace(values=jax.nn.leaky_relu(code.values, _AUXILIARY_SLOPE))
-
-
 def row_norms(w: jax.Array, site_widths: tuple[int, ...] | None) -> jax.Array:
     """Returns for each row of w (rows, width) the sum over sites of the norms of its parts.
 
@@ -650,72 +590,6 @@ def _unit_rows(key, count: int, width: int) -> jax.Array:
     """Returns random rows (count, width) of norm 1."""
     rows = jax.random.normal(key, (count, width), out_sharding=out_sharding(DECODER))
     return rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
-
-
-def _resolved(cls: type[SAE], config: SAEConfig | None, fields: dict) -> SAEConfig:
-    """Returns the config that a constructor's arguments describe, with all of it filled in."""
-    if config is None:
-        config = cls.Config(**fields)
-    elif getattr(config, "architecture", None) != cls.Config.architecture:
-        raise UserError(f"{cls.__name__} takes a {cls.Config.__name__}, not {config!r}")
-    elif fields:
-        for name in fields:
-            config.check_field(name)
-        config = dataclasses.replace(config, **fields)
-    elif is_resolved(config):
-        return config  # its values may be traced, which nothing can check
-    sites, target = (config.d_in,), None
-    if config.kind == "crosscoder":
-        sites = config.site_widths
-        if sites is None:
-            raise UserError(f"{cls.__name__} of a crosscoder needs site_widths=(width, width, ...)")
-    elif config.d_in is None:
-        raise UserError(f"{cls.__name__} needs d_in, the width of its inputs")
-    if config.kind in TRANSCODERS:
-        target = config.d_out
-        if target is None:
-            raise UserError(f"{cls.__name__} of a transcoder needs d_out, the width of its targets")
-    return resolve(config, sites, target)
-
-
-def _key(rngs: nnx.Rngs | int) -> jax.Array:
-    if isinstance(rngs, nnx.Rngs):
-        return rngs.params()
-    if isinstance(rngs, bool) or not isinstance(rngs, int | np.integer):
-        raise UserError(f"rngs must be nnx.Rngs or a seed, not {rngs!r}")
-    return jax.random.key(rngs)
-
-
-def _check_parameters(cls: type[SAE], config: SAEConfig, parameters: dict) -> None:
-    def fresh():
-        return cls.init_parameters(jax.random.key(0), config, jnp.zeros(config.d_out))
-
-    expected = jax.eval_shape(fresh)
-    what = f"{cls.__name__} of kind {config.kind}"
-    if missing := sorted(expected.keys() - parameters.keys()):
-        raise UserError(f"a {what} has a parameter {missing[0]}, which was not given")
-    if extra := sorted(parameters.keys() - expected.keys()):
-        raise UserError(f"a {what} has no parameter {extra[0]}; {nearest(extra[0], expected)}")
-    for name, like in expected.items():
-        if (shape := np.shape(parameters[name])) != like.shape:
-            turned = ", transposed" if shape == like.shape[::-1] else ""
-            raise UserError(
-                f"{name} of a {what} has shape {shape}{turned}; it must be {like.shape}"
-            )
-
-
-def _signature(config_class: type[SAEConfig]) -> inspect.Signature:
-    """Returns the signature that a notebook completes and shows: the fields by keyword."""
-    parameter, only = inspect.Parameter, inspect.Parameter.KEYWORD_ONLY
-    fields = [
-        parameter(field.name, only, default=field.default, annotation=field.type)
-        for field in dataclasses.fields(config_class)
-        if field.name != "architecture"
-    ]
-    config = parameter("config", parameter.POSITIONAL_OR_KEYWORD, default=None)
-    others = {"rngs": 0, "scale": 1.0, "target_scale": None}
-    more = [parameter(name, only, default=default) for name, default in others.items()]
-    return inspect.Signature([config, *fields, *more])
 
 
 def _static_or_data(scale):

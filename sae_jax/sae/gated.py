@@ -7,8 +7,9 @@ import jax.numpy as jnp
 
 from sae_jax import ops
 from sae_jax.errors import UserError
-from sae_jax.sae.base import SAE, Losses, LossInputs, squared_error
+from sae_jax.sae.base import SAE
 from sae_jax.sae.config import PenaltyConfig
+from sae_jax.sae.losses import Losses, LossInputs, squared_error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from sae_jax import ops
 from sae_jax.errors import UserError, choose
-from sae_jax.sae.base import SAE, Losses, LossInputs, squared_error
+from sae_jax.sae.base import SAE
 from sae_jax.sae.config import PenaltyConfig
+from sae_jax.sae.losses import Losses, LossInputs, squared_error
 
 SPARSITY_LOSSES = ("l0", "tanh", "quadratic")
 

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 
 from sae_jax import ops
 from sae_jax.errors import UserError
-from sae_jax.sae.base import SAE, Losses, LossInputs, squared_error
+from sae_jax.sae.base import SAE
 from sae_jax.sae.config import PenaltyConfig
+from sae_jax.sae.losses import Losses, LossInputs, squared_error
 
 _SMALL = 1e-3  # added to latents before a power below 1, whose slope at 0 is infinite
 

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from sae_jax import ops
-from sae_jax.sae.base import SAE, Losses, LossInputs, auxiliary_code, squared_error
+from sae_jax.sae.base import SAE
 from sae_jax.sae.config import KConfig
+from sae_jax.sae.losses import Losses, LossInputs, auxiliary_code, squared_error
 
 
 @dataclasses.dataclass(frozen=True)

@@ -188,7 +188,7 @@ def _joined(arrays: list | tuple) -> np.ndarray:
     widths = sorted({part.shape[1] for part in parts})
     if len(widths) > 1:
         raise UserError(
-            f"the arrays must be of one width; there are some of {widths[0]} and of {widths[1]}"
+            f"activations of one width are needed; these arrays have {widths[0]} and {widths[1]}"
         )
     return np.concatenate(parts)
 
