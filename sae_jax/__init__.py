@@ -83,7 +83,9 @@ __all__ = [
     "lm",
     "load",
     "open_store",
+    "ops",
     "plan",
+    "sae",
     "sweep",
     "train",
     "write_store",
@@ -92,7 +94,7 @@ __version__ = "0.2.0"
 
 # Where the names above are, in the order in which they are looked for.
 _MODULES = "errors config sae activations train.api lm interop evaluate.api".split()
-_PACKAGES = "activations interop interpret laws lm plan sweep".split()
+_PACKAGES = "activations interop interpret laws lm ops plan sae sweep".split()
 
 # `train` and `evaluate` are functions here and packages beside this file. Importing a package puts
 # it under its name; these two are nearly empty, and imported now, it happens before the functions
