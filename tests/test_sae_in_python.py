@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from test_sae import CASES, OUT, SITES, D, N, data, every_case, make
+from test_sae import CASES, OUT, QUICK, SITES, D, N, data, every_case_quickly, make
 
 import sae_jax
 from sae_jax import sae as saes
@@ -39,7 +39,7 @@ def pair(sae, rows=16):
     return np.asarray(x / jnp.asarray(sae.scale)), np.asarray(y / jnp.asarray(sae.target_scale))
 
 
-@every_case
+@every_case_quickly(*QUICK)
 def test_made_from_keywords(name):
     sae = made(name)
     other = type(sae)(sae.config, rngs=nnx.Rngs(7))
@@ -54,7 +54,7 @@ def test_made_from_keywords(name):
         assert float(jnp.abs(gradients.w_dec[...]).max()) > 0
 
 
-@every_case
+@every_case_quickly(*QUICK)
 def test_units(name):
     """Everything is in the units of x and y, whatever the SAE's own are."""
     one, other = make(name), make(name, scale=SCALE)
@@ -203,7 +203,7 @@ def test_a_notebook_completes_the_fields(name):
     assert documentation(cls.Config).keys() == set(types_of(cls.Config))
 
 
-@every_case
+@every_case_quickly(*QUICK)
 def test_saved_and_loaded_to_the_last_bit(tmp_path, name):
     sae = make(name, scale=1 / 3)
     sae.save(tmp_path / "sae")
