@@ -44,9 +44,8 @@ def designed(architecture: str, zero: bool, data: int, model: int) -> dict[tuple
 
 
 def told(architecture: str, zero: bool, data: int, model: int):
-    sae = by_name(architecture).Config(
-        d_sae=LATENTS * model, k=K if architecture == "topk" else None
-    )
+    picks = {"k": K} if architecture == "topk" else {}
+    sae = by_name(architecture).Config(d_sae=LATENTS * model, **picks)
     config = Config(
         sae=sae,
         data=DataConfig(batch_size=TOKENS * data),
