@@ -59,8 +59,14 @@ def environment_with(what, directory: pathlib.Path) -> pathlib.Path:
     """Makes a virtual environment with the package installed; returns the folder of programs."""
     run(sys.executable, "-m", "venv", "--without-pip", directory, cwd=directory.parent)
     (site_packages,) = directory.glob("lib/python*/site-packages")
-    # Behind the environment's own packages, and without what the .pth files there add.
-    (site_packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    # Behind the environment's own packages, without what the .pth files there add, and without the
+    # package itself, which an editable install's finder would only be asked for after it.
+    dependencies = directory / "dependencies"
+    dependencies.mkdir()
+    for entry in pathlib.Path(sysconfig.get_path("purelib")).iterdir():
+        if not entry.name.startswith(("sae_jax", "__editable__")):
+            (dependencies / entry.name).symlink_to(entry)
+    (site_packages / "dependencies.pth").write_text(f"{dependencies}\n")
     install = ["install", "--quiet", "--no-deps", "--ignore-installed", *what]
     python = f"--python={directory / 'bin' / 'python'}"
     run(sys.executable, "-m", "pip", python, *install, cwd=directory.parent)
