@@ -306,3 +306,11 @@ def test_the_names_of_the_face():
     assert not told
     with pytest.raises(AttributeError, match="tran"):
         _ = sae_jax.tran
+
+
+def test_a_generator_cannot_be_read_again_to_resample(monkeypatch):
+    monkeypatch.setattr("sae_jax.activations.iterables._MIN_WINDOW_ROWS", 1000)
+    config = sae_jax.Config(data=sae_jax.DataConfig(window_rows=1000, virtual_shards=8))
+    parts = iter(np.array_split(ROWS, 13))
+    with pytest.raises(sae_jax.UserError, match="write_store"):
+        sae_jax.train(fresh(resample_every_tokens=128), parts, **QUICK, config=config)

@@ -8,11 +8,12 @@ import jax
 from absl import logging
 
 from sae_jax import paths
+from sae_jax.activations.iterables import IterableStream
 from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.lm.live import open_stream
 from sae_jax.sae import SAE
-from sae_jax.train import preparation
+from sae_jax.train import preparation, resample
 from sae_jax.train.loggers import Log
 from sae_jax.train.loop import PackInTraining, TrainingData, train_packs
 from sae_jax.train.pack import SingleTrainer
@@ -56,6 +57,11 @@ def train_run(
     stream = open_stream(config.data)
     config = preparation.resolve(config, stream)
     steps = preparation.count_steps(config, stream)
+    if isinstance(stream, IterableStream) and min(resample.steps(config), default=steps) < steps:
+        raise UserError(
+            "dead latents are resampled by rows that are read again, and these activations are read "
+            "once: write them to a store (sae_jax.write_store), or set resample_every_tokens=0"
+        )
     if config.mesh.run != 1:
         raise UserError("mesh.run shards the runs of a sweep; train has one: leave it at 1")
     data = TrainingData.open(config, open_stream)
