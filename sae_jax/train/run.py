@@ -59,7 +59,7 @@ def train_run(
     steps = preparation.count_steps(config, stream)
     if isinstance(stream, IterableStream) and min(resample.steps(config), default=steps) < steps:
         raise UserError(
-            "dead latents are resampled by rows that are read again, and these activations are read "
+            "dead latents are resampled by rows that are read again, but these activations come "
             "once: write them to a store (sae_jax.write_store), or set resample_every_tokens=0"
         )
     if config.mesh.run != 1:
