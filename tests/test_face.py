@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import itertools
 import json
 import pathlib
 import sys
@@ -125,6 +126,10 @@ def test_a_generator_is_read_once_in_shuffled_windows(monkeypatch):
     own = np.concatenate(list(parts.batches(20, [slice(0, 10), slice(50, 60)])))
     want = seen.reshape(45, 100, 2)[20:][:, [*range(10), *range(50, 60)]]
     np.testing.assert_array_equal(own, want.reshape(-1, 2))
+    endless = IterableData(itertools.repeat(rows[:300]), data, 1500).open_stream(data)
+    assert sum(len(batch) for batch in endless.batches()) == 1500
+    with pytest.raises(sae_jax.UserError, match="1 wide, those before 2"):
+        IterableData(iter([rows[:1000], rows[:9, :1]]), data, 1500)
 
 
 @pytest.mark.slow

@@ -143,7 +143,9 @@ class IterableStream:
             left = np.concatenate([left, window])
             whole = len(left) // self.batch_size
             for batch in left[: whole * self.batch_size].reshape(whole, self.batch_size, -1):
-                if start_step <= step < self.num_steps:
+                if step == self.num_steps:
+                    return
+                if step >= start_step:
                     yield batch[own_rows]
                 step += 1
             left = left[whole * self.batch_size :]
@@ -165,25 +167,26 @@ class _Rows:
         """
         available = sum(map(len, self._left))
         while available < count and not self.ended:
-            batch = next(self._batches, None)
-            if batch is None:
-                self.ended = True
-                break
-            batch = as_rows("a batch", batch)
-            if self._width not in (None, batch.shape[1]):
-                raise UserError(
-                    f"a batch of activations is {batch.shape[1]} wide, those before {self._width}"
-                )
-            self._width = batch.shape[1]
-            self._left.append(batch)
-            available += len(batch)
+            available += self._read_batch()
         if self._width is None:
             raise UserError("the iterable gave no activations")
         rows = np.concatenate(self._left) if self._left else np.empty((0, self._width))
         self._left = [rows[count:]] if available > count else []
-        if not self._left and not self.ended:  # it may end right here
-            following = next(self._batches, None)
-            self.ended = following is None
-            if following is not None:
-                self._left = [as_rows("a batch", following)]
+        if not self._left and not self.ended:
+            self._read_batch()  # it may end right here
         return rows[:count]
+
+    def _read_batch(self) -> int:
+        """Reads one more array, or notes the end. Returns how many rows came."""
+        batch = next(self._batches, None)
+        if batch is None:
+            self.ended = True
+            return 0
+        batch = as_rows("a batch", batch)
+        if self._width not in (None, batch.shape[1]):
+            raise UserError(
+                f"a batch of activations is {batch.shape[1]} wide, those before {self._width}"
+            )
+        self._width = batch.shape[1]
+        self._left.append(batch)
+        return len(batch)

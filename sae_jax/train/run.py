@@ -57,7 +57,7 @@ def train_run(
     stream = open_stream(config.data)
     config = preparation.resolve(config, stream)
     steps = preparation.count_steps(config, stream)
-    if isinstance(stream, IterableStream) and min(resample.steps(config), default=steps) < steps:
+    if isinstance(stream, IterableStream) and any(step <= steps for step in resample.steps(config)):
         raise UserError(
             "dead latents are resampled by rows that are read again, but these activations come "
             "once: write them to a store (sae_jax.write_store), or set resample_every_tokens=0"
