@@ -36,14 +36,14 @@ def is_remote(text) -> bool:
 
 
 def path(text) -> "AnyPath":
-    """Returns the path that a user's text names.
+    """Returns the path that a user's text names; `~` is the user's home.
 
     Raises UserError for a scheme other than s3:// and gs://, and where the bucket is missing.
     """
-    if isinstance(text, ObjectPath | pathlib.Path):
+    if isinstance(text, ObjectPath):
         return text
-    if not is_remote(text):
-        return pathlib.Path(text)
+    if isinstance(text, pathlib.Path) or not is_remote(text):
+        return _expanded(text)
     scheme, _, rest = text.partition("://")
     choose(scheme, _DRIVERS, f"the scheme of {text}")
     bucket, _, key = rest.partition("/")
@@ -59,7 +59,31 @@ def local(text) -> pathlib.Path:
     """
     if is_remote(text):
         raise UserError(f"{text} is not a path of this machine, and here it must be one")
-    return pathlib.Path(text)
+    return _expanded(text)
+
+
+def inside(folder: "AnyPath", name: str) -> "AnyPath":
+    """Returns the path of `name` in `folder`, where `name` was read from a file.
+
+    `name` may have parts, as in "a/b". It stands for a path below the folder and nothing else.
+
+    Raises UserError if it is no text, is empty or absolute, has the part "." or "..", or has a
+    character that no file's name has.
+    """
+    parts = name.split("/") if isinstance(name, str) else []
+    bad = not parts or any(part in ("", ".", "..") for part in parts) or "\0" in name
+    if bad or not isinstance(folder, ObjectPath) and "\\" in name:
+        raise UserError(f"{name!r} is not the name of something in {folder}")
+    for part in parts:
+        folder = folder / part
+    return folder
+
+
+def _expanded(text) -> pathlib.Path:
+    try:
+        return pathlib.Path(text).expanduser()
+    except RuntimeError:  # ~NOBODY
+        raise UserError(f"{text} begins with the home of a user that is not here") from None
 
 
 @dataclasses.dataclass(frozen=True)
