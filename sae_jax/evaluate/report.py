@@ -12,6 +12,7 @@ from sae_jax import lm, paths
 from sae_jax.config import difference
 from sae_jax.errors import UserError
 from sae_jax.evaluate.metrics import RowMetrics, measure_rows
+from sae_jax.evaluate.padding import tokenizer_of
 from sae_jax.evaluate.recovery import Recovery, measure_recovery
 from sae_jax.evaluate.sources import (
     HeldOutRows,
@@ -182,10 +183,11 @@ def evaluate(
     by_site = {site: {"fvu": float(v)} for site, v in zip(targets, rows.site_fvu, strict=True)}
     spliced = None
     if model is not None:
-        sequences = source.sequences(spliced_tokens)
+        sequences = source.sequences(spliced_tokens, tokenizer_of(model))
         if sequences is None:
             raise UserError("the store has no tokens to run a language model on; leave out --model")
-        found = measure_spliced(sae, model, source.site_names, *sequences, rows.mean)
+        tokens, used, is_text = sequences
+        found = measure_spliced(sae, model, source.site_names, tokens, used, rows.mean, is_text)
         spliced = {
             name: type(value)(np.mean([at_site[name] for at_site in found.values()]))
             for name, value in found[targets[0]].items()
