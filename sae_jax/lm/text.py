@@ -205,9 +205,7 @@ def _explained(where) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = str(error).partition("\n")[0]
-        raise UserError(
-            f"{where} is not a tokenizer of the tokenizers package: {reason}"
-        ) from None
+        raise UserError(f"{where} is not a tokenizer of the tokenizers package: {reason}") from None
 
 
 def _check_templates(processor: dict, file: pathlib.Path) -> None:
