@@ -31,6 +31,7 @@ from sae_jax.lm.families import OWN_TYPE, load_config
 from sae_jax.lm.tensors import IMAGE_PARTS, Names, in_files, names_of
 from sae_jax.paths import inside, save_json
 
+_BLOCK = 1 << 20  # values that are looked at together
 _FLOATS = ("F32", "BF16", "F16", "F64")  # safetensors' names
 
 
@@ -294,9 +295,10 @@ def _check_names(directory, tree, tensors: dict, names: Names, config: DecoderCo
 
 def _check_finite(values: np.ndarray, name: str) -> None:
     """Raises UserError if a tensor holds NaN or infinity."""
-    rows = values.reshape(-1, values.shape[-1])
-    if not finite_rows(rows).all():
-        raise UserError(f"tensor {name} holds NaN or infinity; its file is damaged, or no model")
+    flat = values.ravel(order="K")  # a view, whichever axis comes first
+    for start in range(0, flat.size, _BLOCK):
+        if not finite_rows(flat[None, start : start + _BLOCK]).all():
+            raise UserError(f"tensor {name} holds NaN or infinity; get its file again")
 
 
 def _array(leaf: Leaf, parts: list, dtype, mesh, stacked: bool) -> jax.Array:
