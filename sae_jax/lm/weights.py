@@ -29,7 +29,7 @@ from sae_jax.lm.architecture import DecoderConfig, Leaf, layout
 from sae_jax.lm.directory import model_directory
 from sae_jax.lm.families import OWN_TYPE, load_config
 from sae_jax.lm.tensors import IMAGE_PARTS, Names, in_files, names_of
-from sae_jax.paths import inside, save_json
+from sae_jax.paths import inside, local, save_json
 
 _BLOCK = 1 << 20  # values that are looked at together
 _FLOATS = ("F32", "BF16", "F16", "F64")  # safetensors' names
@@ -128,7 +128,7 @@ def save_model(
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope.theta if config.rope else None,
     }
-    directory = pathlib.Path(directory)
+    directory = local(directory)
     weights = directory / "model.safetensors"
     if weights.exists():
         raise FileExistsError(weights)
