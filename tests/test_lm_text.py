@@ -11,10 +11,8 @@ import sys
 import numpy as np
 import pytest
 import tokenizers
-from absl import flags
 
 from sae_jax import lm
-from sae_jax.cli import sources
 from sae_jax.errors import UserError
 
 BOS = 0
@@ -343,30 +341,6 @@ def test_home_is_expanded(tmp_path, monkeypatch, tokenizer):
     (tmp_path / "a, b.txt").write_text("one")
     assert list(lm.read_texts("~/a, b.txt")) == ["one"]
     assert lm.load_tokenizer("~").bos == tokenizer.bos
-
-
-@pytest.mark.parametrize(
-    "argument, names",
-    [
-        ("a.txt,b.txt", ["a.txt", "b.txt"]),
-        ("a,b.txt,c.txt", ["a,b.txt", "c.txt"]),
-        ("~/a,b.txt, c.txt", ["~/a,b.txt", "c.txt"]),
-        ("a,b.txt", ["a,b.txt"]),
-        ('"x,y.txt",c.txt', ["x,y.txt", "c.txt"]),
-        ("x,y.txt", ["x", "y.txt"]),
-        ("", []),
-    ],
-)
-def test_a_comma_in_the_name_of_a_file(tmp_path, monkeypatch, argument, names):
-    """A name that is there is one name, whatever commas it has."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("a.txt", "b.txt", "c.txt", "a,b.txt"):
-        (tmp_path / name).write_text("x")
-    values = flags.FlagValues()
-    sources.define("text", "Text.", values)
-    values(["program", f"--text={argument}"])
-    assert values.text == names
 
 
 @pytest.mark.parametrize("value", ["x", [0], 10**12, 99, {"id": 0}, 1.5])

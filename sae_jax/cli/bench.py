@@ -2,8 +2,6 @@
 
 from absl import flags
 
-from sae_jax.cli import sources
-
 SUMMARY = """Measure a training step, the reading of batches, or a harvest, on this machine.
 
   sae-jax bench                                         the top-k step at the default shape
@@ -33,7 +31,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("reading", False, "Measure the stream instead.", flag_values=values)
     flags.DEFINE_bool("harvest", False, "Measure a harvest instead.", flag_values=values)
     flags.DEFINE_string("model", "demo", "With --harvest: as for harvest.", flag_values=values)
-    sources.define("text", "With --harvest: as for harvest.", values)
+    flags.DEFINE_list("text", None, "With --harvest: as for harvest.", flag_values=values)
     flags.DEFINE_list(
         "sites", None, "With --harvest; five of the middle layer.", flag_values=values
     )

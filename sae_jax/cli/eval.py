@@ -4,7 +4,7 @@ import sys
 
 from absl import flags
 
-from sae_jax.cli import counts, distributed, sources
+from sae_jax.cli import counts, distributed
 
 SUMMARY = """Evaluate an SAE, alone and inside its language model.
 
@@ -58,12 +58,10 @@ def define(values: flags.FlagValues) -> None:
         "In which the language model computes; losses are float32 in any case.",
         flag_values=values,
     )
-    string(
-        "tokens_file",
-        "An .npy or .npz of token ids (sequences, length), instead of a store. Padding, which is "
-        "PAD or -100 before or after a text, does not count.",
+    string("tokens_file", "An .npy or .npz of token ids (sequences, length), instead of a store.")
+    flags.DEFINE_list(
+        "text", None, "Text files instead of a store, as for harvest.", flag_values=values
     )
-    sources.define("text", "Text files instead of a store, as for harvest.", values)
     integer("context_length", None, "With --text: tokens of a context; the model's own, <= 1024.")
     flags.DEFINE_bool(
         "collapse_newlines", False, "With --text: make one of several newlines.", flag_values=values

@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sae_jax import paths
 from sae_jax.activations import Sites, Store
 from sae_jax.activations.order import split_chunks
 from sae_jax.activations.sites import check_distinct, split_names
@@ -34,7 +35,6 @@ from sae_jax.evaluate.batching import evenly_spaced, pad_rows
 from sae_jax.evaluate.padding import IGNORED, text_first, tokenizer_of
 from sae_jax.evaluate.processes import own_share
 from sae_jax.lm import PACKING_RULE, LanguageModel, Tokenizer
-from sae_jax.paths import local
 from sae_jax.sae import SAE
 from sae_jax.sae.config import TRANSCODERS
 
@@ -289,7 +289,7 @@ def read_tokens(path) -> np.ndarray:
     UserError if there is no such file, it has no token ids, or it says that it has more of them
     than it can hold.
     """
-    path = local(path)
+    path = paths.local(path)
     if not path.is_file():
         raise UserError(f"no tokens file at {path}; give an .npy or .npz of token ids")
     try:
