@@ -174,6 +174,7 @@ WRONG_FIELDS = [
     ("llama", {"attention_bias": 1}),
     ("llama", {"hidden_act": 3}),
     ("llama", {"hidden_act": ["silu"]}),
+    ("llama", {"hidden_act": "\ud800"}),
     ("mistral", {"sliding_window": 0}),
     ("qwen2", {"layer_types": 5}),
     ("qwen2", {"layer_types": [1, 2]}),

@@ -290,9 +290,9 @@ def read_tokens(path) -> np.ndarray:
     than it can hold.
     """
     path = paths.local(path)
-    if not path.is_file():
-        raise UserError(f"no tokens file at {path}; give an .npy or .npz of token ids")
     try:
+        if not path.is_file():
+            raise UserError(f"no tokens file at {path}; give an .npy or .npz of token ids")
         loaded = np.load(path, mmap_mode="r")  # mapped, a header that lies about its size is found
         if not isinstance(loaded, np.ndarray):
             loaded = _member(path, loaded)

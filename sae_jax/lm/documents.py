@@ -129,7 +129,11 @@ def _documents(source: str, field: str) -> Iterator[str]:
 
 def _place(source: str) -> pathlib.Path:
     path = paths.local(source)
-    if not path.exists():
+    try:
+        there = path.exists()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    if not there:
         raise UserError(
             f"no text at {source}; give a file, a directory, or {_DATASET_PREFIX}NAME for a "
             "Hugging Face dataset"

@@ -162,16 +162,19 @@ def fingerprint(directory, files: Sequence[str] = ()) -> str:
       files: the names of the weight files if they are not safetensors.
     """
     directory = with_weights(directory)
-    digest = hashlib.sha256((directory / "config.json").read_bytes())
-    for name in files or _weight_files(directory):
-        with (directory / name).open("rb") as file:
-            size = file.seek(0, 2)
-            digest.update(f"{name} {size}".encode())
-            places = [(0, 1 << 20), (max(size - (1 << 20), 0), 1 << 20)]
-            places += [(size * i // 65, 1 << 16) for i in range(1, 65)]
-            for start, length in places:
-                file.seek(start)
-                digest.update(file.read(length))
+    try:
+        digest = hashlib.sha256((directory / "config.json").read_bytes())
+        for name in files or _weight_files(directory):
+            with (directory / name).open("rb") as file:
+                size = file.seek(0, 2)
+                digest.update(f"{name} {size}".encode())
+                places = [(0, 1 << 20), (max(size - (1 << 20), 0), 1 << 20)]
+                places += [(size * i // 65, 1 << 16) for i in range(1, 65)]
+                for start, length in places:
+                    file.seek(start)
+                    digest.update(file.read(length))
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
     return digest.hexdigest()
 
 
