@@ -155,7 +155,11 @@ def edit_tensors(file, change):
             ),
             "b_dec holds NaN",
         ),
-        ("sae_jax", lambda d: edit_json(d / "sae.json", version=3), "version: Invalid enum value 3"),
+        (
+            "sae_jax",
+            lambda d: edit_json(d / "sae.json", version=3),
+            "version: Invalid enum value 3",
+        ),
         (
             "sae_jax",
             lambda d: (d / "sae.safetensors").write_bytes(b"\0" * 40),
