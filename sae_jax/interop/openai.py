@@ -78,7 +78,9 @@ def read(path: pathlib.Path) -> SAE:
     file = path / _FILE if path.is_dir() else path
     state = read_torch(file)
     activation = state.pop("activation", "ReLU")
-    if not isinstance(activation, str) or activation != "ReLU":
+    if not isinstance(activation, str):
+        raise UserError(f"{file}: activation is {type(activation).__name__}, not a name")
+    if activation != "ReLU":
         raise UserError(
             f"{file}: activation {activation!r}; OpenAI's TopK has a LayerNorm around it, which no "
             "SAE here has, so only 'ReLU' can be read"

@@ -202,8 +202,8 @@ def read(directory: pathlib.Path) -> SAE:
     ours |= {"w_skip": (d_out, cfg.d_in)}
     shapes = {theirs: ours.get(name, (cfg.d_sae,)) for theirs, name in names.items()}
     tensors = read_safetensors(directory / _WEIGHTS)
-    if np.array_equal(tensors.get("scaling_factor"), np.ones(cfg.d_sae)):  # of early versions
-        del tensors["scaling_factor"]  # others are refused
+    if np.allclose(tensors.get("scaling_factor", 0), 1):  # of early versions; others are refused
+        del tensors["scaling_factor"]
     tensors = check_shapes(tensors, shapes, directory / _WEIGHTS)
     arrays = {name: tensors[theirs] for theirs, name in names.items()}
     if "w_skip" in arrays:
