@@ -148,6 +148,8 @@ def _set_up_jax(cpu_devices: int | None) -> None:
     """Sets JAX's precision and devices. It must run before JAX's backends are started."""
     import jax
 
+    # What is computed does not depend on JAX_ENABLE_X64.
+    jax.config.update("jax_enable_x64", False)
     # Float32 means float32 on accelerators too; bfloat16 is there for who wants its speed.
     jax.config.update("jax_default_matmul_precision", "highest")
     if cpu_devices:

@@ -102,6 +102,7 @@ def expand(base: Config, grid: grids.Grid) -> list[Run]:
             stream = streams(config.data)
             config = preparation.resolve(config, stream)
             preparation.count_steps(config, stream)
+            preparation.check_variances(config, stream)
         except UserError as error:
             where = f"run {number} of {len(grid)} ({grids.describe(swept)})"
             raise UserError(f"{where}: {error}") from error

@@ -14,6 +14,7 @@ from sae_jax.errors import UserError
 from sae_jax.lm.live import open_stream
 from sae_jax.sae import SAE
 from sae_jax.train import preparation, resample
+from sae_jax.train.limits import check_memory, in_32_bits, lack_of_memory_named
 from sae_jax.train.loggers import Log
 from sae_jax.train.loop import PackInTraining, TrainingData, train_packs
 from sae_jax.train.pack import SingleTrainer
@@ -23,6 +24,7 @@ from sae_jax.train.step import Trainer, TrainState
 from sae_jax.train.warm_start import start_fresh, start_from
 
 
+@in_32_bits
 def train_run(
     config: Config,
     workdir: str | paths.AnyPath | None,
@@ -64,12 +66,19 @@ def train_run(
         )
     if config.mesh.run != 1:
         raise UserError("mesh.run shards the runs of a sweep; train has one: leave it at 1")
+    preparation.check_variances(config, stream)
     data = TrainingData.open(config, open_stream)
+    check_memory(config, data.mesh)
     if workdir is None:
         recorder = Recorder(config, on_metrics, log_to)
     else:
         recorder = RunRecorder(config, paths.path(workdir), on_metrics=on_metrics, log_to=log_to)
-    with jax.set_mesh(data.mesh), contextlib.closing(recorder), progress or Progress() as progress:
+    with (
+        jax.set_mesh(data.mesh),
+        contextlib.closing(recorder),
+        progress or Progress() as progress,
+        lack_of_memory_named(),
+    ):
         if recorder.result is not None:
             logging.info("%s is finished; its result stands", workdir)
             return recorder
