@@ -12,7 +12,7 @@ import jax
 from sae_jax.lm.live import open_stream
 from sae_jax.paths import AnyPath
 from sae_jax.sweep.design import Pass
-from sae_jax.train import preparation
+from sae_jax.train import agreement, preparation
 from sae_jax.train.limits import check_memory, in_32_bits, lack_of_memory_named
 from sae_jax.train.loggers import Log
 from sae_jax.train.loop import PackInTraining, TrainingData, train_packs
@@ -51,6 +51,7 @@ def train_pass(
     progress = progress or Progress()
     config = work.packs[0].runs[0]
     stream = open_stream(config.data)
+    agreement.check_same(lambda: {"fingerprint": agreement.data_fingerprint(stream)}, "store")
     for pack in work.packs:
         preparation.count_steps(pack.runs[0], stream)
         check_memory(pack.runs[0], make_mesh(pack.runs[0]))

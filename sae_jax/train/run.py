@@ -13,7 +13,8 @@ from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.lm.live import open_stream
 from sae_jax.sae import SAE
-from sae_jax.train import preparation, resample
+from sae_jax.train import agreement, preparation, resample
+from sae_jax.train.directory import environment
 from sae_jax.train.limits import check_memory, in_32_bits, lack_of_memory_named
 from sae_jax.train.loggers import Log
 from sae_jax.train.loop import PackInTraining, TrainingData, train_packs
@@ -56,7 +57,11 @@ def train_run(
     Raises UserError for a mistake in the config, the data or the directory, before anything is
     computed; NonFiniteError if the loss became NaN; PreemptedError after SIGTERM.
     """
+    agreement.check_same(
+        lambda: agreement.described(config) | {"versions": environment()}, "config"
+    )
     stream = open_stream(config.data)
+    agreement.check_same(lambda: {"fingerprint": agreement.data_fingerprint(stream)}, "store")
     config = preparation.resolve(config, stream)
     steps = preparation.count_steps(config, stream)
     if isinstance(stream, IterableStream) and any(step <= steps for step in resample.steps(config)):
@@ -84,6 +89,11 @@ def train_run(
             return recorder
         if config.train.init and not recorder.checkpoint_steps:
             start = load_sae(config.train.init)
+        if start is not None:
+            agreement.check_same(
+                lambda: {"fingerprint": agreement.parameters_fingerprint(start.parameters())},
+                "SAE to start from",
+            )
         _, _, variance = preparation.normalisation(config, data.stream)
         pack = PackInTraining(
             SingleTrainer(Trainer(config, steps, variance, extra_loss=extra_loss)),
