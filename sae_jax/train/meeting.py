@@ -80,7 +80,7 @@ class _Host:
                     if key.fileobj is listener:
                         self._welcome(listener.accept()[0])
                     else:
-                        self._forget(key.fileobj)
+                        self._forget_the_gone()
         except (UserError, MissingError) as error:
             answer = {"error": str(error), "missing": isinstance(error, MissingError)}
             self._tell(answer)
