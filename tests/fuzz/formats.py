@@ -114,6 +114,14 @@ def _exports(format: str, *saes: str) -> Callable[[pathlib.Path], None]:
     return make
 
 
+def _make_sparsify(root: pathlib.Path) -> None:
+    _copies("sparsify-*")(root)
+    for kind in ("transcoder", "skip_transcoder"):  # of one width, as no fixture is
+        sae = sae_jax.TopK(kind=kind, d_in=4, d_out=4, d_sae=6, k=2, normalize="none")
+        interop.export(sae, "sparsify", root / kind)
+        (root / kind / "README.md").unlink()
+
+
 def _make_old_saelens(root: pathlib.Path) -> None:
     """Writes what SAELens wrote before version 6: one level of fields, other names."""
     old = {
@@ -532,7 +540,6 @@ _CLASSES = tuple(
     f"{architecture}-autoencoder"
     for architecture in ("relu_l1_unit", "gated", "topk", "matryoshka", "jumprelu")
 )
-_TOP_K = tuple(f"topk-{kind}" for kind in ("transcoder", "skip_transcoder"))
 
 FORMATS = {
     "sae_jax": Format(_copies("sae_jax-*"), _read_sae, cost=3),
@@ -541,7 +548,7 @@ FORMATS = {
     "dictionary_learning": Format(
         _exports("dictionary_learning", *_CLASSES), _read_sae, cost=3, needs=("torch",)
     ),
-    "sparsify": Format(_exports("sparsify", *_TOP_K), _read_sae, cost=3),
+    "sparsify": Format(_make_sparsify, _read_sae, cost=3),
     "gemma_scope": Format(_exports("gemma_scope", "jumprelu-transcoder"), _read_sae, cost=3),
     "gemma_scope_2": Format(_exports("gemma_scope_2", *_SAES[2:]), _read_sae, cost=3),
     "openai": Format(_copies("openai-*"), _read_sae, cost=3, needs=("torch",)),

@@ -166,7 +166,7 @@ class _Reader:
                 result = _read(format, example.folder)
             ending = self._judge(format, example, changed, result)
         except UserError as error:
-            ending = _unfit(str(error))
+            ending = _unfit(error)
         except BaseException as error:
             ending = _described(error)
         finally:
@@ -176,13 +176,10 @@ class _Reader:
         new = example.put_back()
         if new:
             ending = ("left files behind", "?", ", ".join(new)[:200])
-        if outside := {path.name for path in example.folder.parent.iterdir()} - {
-            example.folder.name
-        }:
-            ending = ("wrote outside", "?", ", ".join(sorted(outside))[:200])
-            for name_outside in outside:
-                path = example.folder.parent / name_outside
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        beside = [path for path in example.folder.parent.iterdir() if path != example.folder]
+        for path in beside:
+            ending = ("wrote outside", "?", path.name[:200])
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         if isinstance(ending, str):
             return ending
         what, place, message = ending
@@ -219,13 +216,11 @@ class _Reader:
 
     def _audit(self, event: str, values: tuple) -> None:
         """Notes files that are opened beside an example that names no other places."""
-        if event != "open" or self._watched is None or not isinstance(values[0], str):
+        if event != "open" or not self._watched or not isinstance(values[0], str | os.PathLike):
             return
         path = os.path.normpath(values[0])
-        beside = path.startswith(str(self._own.parent)) and not path.startswith(
-            (self._watched, str(pathlib.Path(self._watched).parent / "scratch"))
-        )
-        if beside or path == _OUTSIDE:
+        inside = (self._watched, f"{os.path.dirname(self._watched)}/scratch")
+        if path == _OUTSIDE or path.startswith(str(self._own)) and not path.startswith(inside):
             self._opened.add(path)
 
     def _judge(self, format, example: _Example, changed: str, result) -> str | tuple:
@@ -243,12 +238,13 @@ class _Reader:
         return "right"
 
 
-def _unfit(message: str) -> str | tuple:
+def _unfit(error: UserError) -> str | tuple:
     """Returns "refused" if the text of a UserError is fit to be shown, else what is wrong."""
-    if not message.strip() or "\n" in message or "\r" in message:
-        return "UserError of several lines", "?", repr(message[:300])
-    if len(message) > _LONGEST_MESSAGE:
-        return "UserError of a thousand words", "?", repr(message[:300])
+    text, place = str(error), _place(traceback.extract_tb(error.__traceback__))
+    if len(text.splitlines()) != 1:
+        return "UserError of several lines", place, repr(text[:300])
+    if len(text) > _LONGEST_MESSAGE:
+        return "UserError of a thousand words", place, repr(text[:300])
     return "refused"
 
 
@@ -286,6 +282,7 @@ def _work(connection, case, seed, formats, examples, own, limits) -> None:
     for stream in (sys.stdout, sys.stderr):
         os.dup2(log.fileno(), stream.fileno())
     faulthandler.enable(log)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends the process, and is no reader's failure
     reader = _Reader(formats, examples, own, limits)
     while task := connection.recv():
         name, first, stop = task
