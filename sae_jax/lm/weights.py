@@ -95,6 +95,31 @@ def load_params(
         return params
 
 
+def mlp_norm(directory, layer: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns what the norm before a layer's MLP multiplies by and adds, (d_model,) and float32.
+
+    Nothing else of the model is read. Raises UserError where `load_params` does for these tensors,
+    and if the model has no such layer.
+    """
+    config = load_config(directory)
+    directory = with_weights(directory)
+    if not layer < config.num_layers:
+        raise UserError(f"{directory} has {config.num_layers} layers, and none of number {layer}")
+    with contextlib.ExitStack() as stack:
+        tensors = _open(directory, stack)
+        names = in_files(names_of(read_json(directory / "config.json")["model_type"]), tensors)
+
+        def read(name: str) -> np.ndarray:
+            tensor = names.stored(("layers", layer, name)).name
+            if tensor not in tensors or tensors[tensor].get_shape() != [config.d_model]:
+                raise UserError(f"{directory} has no tensor {tensor} ({config.d_model},)")
+            return np.asarray(tensors[tensor][:], np.float32)
+
+        weight = read("mlp_norm") + np.float32(config.norm_plus_one)
+        bias = read("b_mlp_norm") if config.norm == "layer" else np.zeros_like(weight)
+        return weight, bias
+
+
 def save_model(
     directory, config: DecoderConfig, params: dict, dtype=jnp.bfloat16, **fields
 ) -> None:
