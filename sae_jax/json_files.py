@@ -66,6 +66,8 @@ def checked(values: Any, schema: type[T], where) -> T:
         return msgspec.convert(values, schema)
     except msgspec.ValidationError as error:
         raise UserError(f"{where} is not as it must be: {_sentence(error)}") from None
+    except UnicodeEncodeError:
+        raise UserError(f"{where} has half a character (a lone surrogate) in a text") from None
 
 
 def _sentence(error: msgspec.ValidationError) -> str:
