@@ -294,6 +294,29 @@ def test_every_mesh_is_one_device(name):
             np.testing.assert_allclose(gradient, want_gradients[parameter], rtol=2e-4, atol=2e-5)
 
 
+@every_case_quickly("topk", "gated, crosscoder")
+def test_row_losses_on_every_mesh(name):
+    """Of one device as well: resampling picks by them, under the mesh of the run, inputs that dead
+    latents restart from."""
+    config = resolved(name)
+    sae = saes.architecture(config).from_parameters(config, parameters_of(config))
+    x, y = data(config)
+    want = sae.row_losses(x, y, coefficient=0.3)
+    for shape in ((1, 1), *MESHES):
+        mesh = jax.make_mesh(
+            (1, *shape), ("run", "data", "model"), devices=jax.devices()[: shape[0] * shape[1]]
+        )
+        with jax.set_mesh(mesh):
+            fresh = saes.architecture(config).init_parameters(
+                jax.random.key(0), config, jax.device_put(y[0], jax.P(None))
+            )
+            placed = {n: jax.device_put(p, fresh[n].sharding) for n, p in sae.parameters().items()}
+            on_mesh = saes.architecture(config).from_parameters(config, placed)
+            batch = jax.device_put(x, BATCH), jax.device_put(y, BATCH)
+            got = jax.jit(lambda sae, *xy: sae.scaled_row_losses(*xy, 0.3))(on_mesh, *batch)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
 @every_case_quickly(*saes.ARCHITECTURES)
 def test_loss_falls(name):
     config = resolved(name)
