@@ -15,7 +15,8 @@ import safetensors
 from absl import logging
 
 from sae_jax.activations import statistics
-from sae_jax.activations.store import DTYPES, Store
+from sae_jax.activations.meta import DTYPES
+from sae_jax.activations.store import Store
 from sae_jax.activations.writer import StoreWriter
 from sae_jax.errors import UserError
 

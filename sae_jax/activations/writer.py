@@ -15,7 +15,7 @@ import numpy as np
 
 from sae_jax.activations import statistics
 from sae_jax.activations.files import Folder
-from sae_jax.activations.store import (
+from sae_jax.activations.meta import (
     DTYPES,
     FORMAT_VERSION,
     HIGH_NORM,
@@ -24,9 +24,10 @@ from sae_jax.activations.store import (
     LiveMeta,
     SiteMeta,
     StoreMeta,
-    checksum,
+    check_sites,
     read_meta,
 )
+from sae_jax.activations.store import checksum
 from sae_jax.config import difference
 from sae_jax.errors import UserError, choose
 
@@ -341,20 +342,6 @@ def layout(site: SiteMeta, num_sequences: int, context_length: int) -> tuple[int
     chunks = -(-num_sequences // chunk)
     chunk_bytes = chunk * context_length * row_bytes
     return chunk, chunk * max(1, min(SHARD_BYTES // chunk_bytes, -(-chunks // MIN_SHARDS)))
-
-
-def check_sites(sites: dict[str, int]) -> None:
-    """Raises UserError for names and widths that sites cannot have."""
-    if not sites:
-        raise UserError("a store needs at least one site")
-    for name, width in sites.items():
-        if not name or "/" in name or "," in name or name.startswith("."):
-            raise UserError(
-                f"{name!r} cannot name a site: it names a directory of the store, and commas "
-                "separate sites"
-            )
-        if width < 1:
-            raise UserError(f"site {name} has width {width}")
 
 
 def _check_same(existing: StoreMeta, wanted: StoreMeta, folder: Folder) -> None:

@@ -23,9 +23,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from sae_jax.activations import Sites, Store
+from sae_jax.activations.meta import NONFINITE
 from sae_jax.activations.order import split_chunks
 from sae_jax.activations.sites import check_distinct, split_names
-from sae_jax.activations.store import NONFINITE
 from sae_jax.errors import UserError
 from sae_jax.evaluate.batching import evenly_spaced, pad_rows
 from sae_jax.evaluate.processes import own_share
@@ -98,7 +98,9 @@ class HeldOutRows:
             # A new buffer each time: JAX may still be reading the last one.
             x = np.zeros((chunks, meta.chunk_rows, sites.width), sites.dtype)
             sites.read_chunks(numbers, x[: len(numbers)])
-            x, used = x.reshape(-1, sites.width), pad_rows(self._used(numbers), chunks).reshape(-1)
+            used = self._used(numbers)
+            sites.check_finite(numbers, x[: len(numbers)], used)
+            x, used = x.reshape(-1, sites.width), pad_rows(used, chunks).reshape(-1)
             for first in range(0, len(x), size):
                 part = slice(first, first + size)
                 yield pad_rows(x[part], size), pad_rows(used[part], size)
@@ -108,8 +110,8 @@ class HeldOutRows:
 
         Both are (n, T). Returns None where the store has no tokens.
         """
-        meta, tokens = self.store.meta, self.store.tokens()
-        if tokens is None:
+        meta = self.store.meta
+        if meta.tokens_sha256 is None:
             return None
         numbers = self._chunks[:, None] * meta.chunk_sequences + np.arange(meta.chunk_sequences)
         numbers = numbers.reshape(-1)
@@ -117,7 +119,7 @@ class HeldOutRows:
         numbers = evenly_spaced(numbers, -(-limit // meta.context_length))
         chunks, place = np.unique(numbers // meta.chunk_sequences, return_inverse=True)
         used = self._used(chunks).reshape(len(chunks), meta.chunk_sequences, meta.context_length)
-        return tokens[numbers].read().result(), used[place, numbers % meta.chunk_sequences]
+        return self.store.read_tokens(numbers), used[place, numbers % meta.chunk_sequences]
 
     def _layout(self, rows: int) -> tuple[int, int]:
         """Returns (chunks to read at once, batches to cut them into) for batches of `rows` rows."""

@@ -4,7 +4,6 @@ config.json says where in the model the SAE reads and writes, and whether a tran
 skip. The SAEs compute what those of Gemma Scope compute (`gemma_scope.py`).
 """
 
-import json
 import pathlib
 
 import safetensors.numpy
@@ -12,6 +11,7 @@ import safetensors.numpy
 from sae_jax.errors import UserError
 from sae_jax.interop import gemma_scope
 from sae_jax.json_files import read_json
+from sae_jax.paths import as_json
 from sae_jax.sae import SAE
 from sae_jax.sae.files import read_safetensors
 
@@ -58,7 +58,7 @@ def write(sae: SAE, directory: pathlib.Path, provenance: dict) -> None:
         "width": sae.config.d_sae,
         "l0": provenance.get("l0"),
     }
-    (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (directory / "config.json").write_text(as_json(config))
 
 
 def read(directory: pathlib.Path) -> SAE:

@@ -16,7 +16,6 @@ same function of x up to rounding. Three things differ from ours:
   the estimated threshold.
 """
 
-import json
 import pathlib
 import re
 
@@ -32,6 +31,7 @@ from sae_jax.interop.weights import (
     parameters_for,
 )
 from sae_jax.json_files import read_json
+from sae_jax.paths import as_json
 from sae_jax.sae import ARCHITECTURES, SAE, SAEConfig
 from sae_jax.sae.files import read_safetensors
 
@@ -123,7 +123,7 @@ def write(sae: SAE, directory: pathlib.Path, provenance: dict) -> None:
             **provenance,
         },
     }
-    (directory / "cfg.json").write_text(json.dumps(cfg, indent=1) + "\n")
+    (directory / "cfg.json").write_text(as_json(cfg))
 
 
 def _top_k_fields(k: int, w_dec: np.ndarray) -> dict:

@@ -4,7 +4,6 @@ Its SAEs compute latents = TopK(ReLU((x - b_dec) @ encoder.weight.T + encoder.bi
 takes no b_dec from x, and adds x @ W_skip.T to its output if it has a skip.
 """
 
-import json
 import pathlib
 
 import numpy as np
@@ -19,6 +18,7 @@ from sae_jax.interop.weights import (
     parameters_for,
 )
 from sae_jax.json_files import read_json
+from sae_jax.paths import as_json
 from sae_jax.sae import SAE, TopKConfig
 from sae_jax.sae.files import read_safetensors
 
@@ -78,7 +78,7 @@ def write(sae: SAE, directory: pathlib.Path, provenance: dict) -> None:
         "transcode": transcodes,
         "d_in": config.d_in,
     }
-    (directory / "cfg.json").write_text(json.dumps(cfg, indent=1) + "\n")
+    (directory / "cfg.json").write_text(as_json(cfg))
 
 
 def read(directory: pathlib.Path) -> SAE:

@@ -15,7 +15,6 @@ architecture did not have them.
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import shutil
 
@@ -26,6 +25,7 @@ import safetensors.numpy
 
 from sae_jax.errors import UserError
 from sae_jax.json_files import read_json
+from sae_jax.paths import as_json
 from sae_jax.sae.registry import architecture_file, find
 
 _CONFIG, _TENSORS = "sae.json", "sae.safetensors"
@@ -67,7 +67,7 @@ def write(sae, folder: pathlib.Path, provenance: dict) -> None:
         **({"architecture_file": file} if file else {}),
         "about": provenance,
     }
-    (folder / _CONFIG).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    (folder / _CONFIG).write_text(as_json(values), encoding="utf-8")
 
 
 def read(folder: pathlib.Path, trust_code: bool = True):

@@ -68,7 +68,13 @@ def train_run(
     if workdir is None:
         recorder = Recorder(config, on_metrics, log_to)
     else:
-        recorder = RunRecorder(config, paths.path(workdir), on_metrics=on_metrics, log_to=log_to)
+        recorder = RunRecorder(
+            config,
+            paths.path(workdir),
+            on_metrics=on_metrics,
+            log_to=log_to,
+            data_fingerprint=stream.fingerprint,
+        )
     with jax.set_mesh(data.mesh), contextlib.closing(recorder), progress or Progress() as progress:
         if recorder.result is not None:
             logging.info("%s is finished; its result stands", workdir)
@@ -77,7 +83,7 @@ def train_run(
             start = load_sae(config.train.init)
         _, _, variance = preparation.normalisation(config, data.stream)
         pack = PackInTraining(
-            SingleTrainer(Trainer(config, steps, variance, extra_loss=extra_loss)),
+            SingleTrainer(Trainer(recorder.config, steps, variance, extra_loss=extra_loss)),
             [recorder],
             data,
             progress,
