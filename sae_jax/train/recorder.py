@@ -184,7 +184,7 @@ class RunRecorder(Recorder):
         self.result = self.directory.result
         self.failed = self.directory.failure is not None
         self._one_of_many = one_of_many
-        self._checkpoints = Checkpoints(path, keep or config.train.keep_checkpoints)
+        self._checkpoints = Checkpoints(path, keep or config.train.keep_checkpoints, config)
 
     @property
     def checkpoint_steps(self) -> Sequence[int]:
