@@ -17,6 +17,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+from sae_jax import paths
 from sae_jax.activations import LiveMeta, Store, StoreWriter
 from sae_jax.activations.sites import split_names
 from sae_jax.config import difference
@@ -252,14 +253,15 @@ def _check_disk(out, num_tokens: int, row_bytes: int) -> None:
     """Logs the size of the store, and raises UserError if the disk cannot hold it."""
     needed = num_tokens * (row_bytes + 5)  # a token id and a mask byte to each row
     logging.info("%s tokens, %.2f GB of activations", f"{num_tokens:,}", needed / 1e9)
-    if "://" in str(out):
+    if paths.is_remote(out):
         return
-    out = pathlib.Path(out).absolute()
-    if out.is_file():
-        raise UserError(f"{out} is a file; give a directory for the store")
-    place = next(path for path in (out, *out.parents) if path.is_dir())
-    there = sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) if place == out else 0
-    free = shutil.disk_usage(place).free
+    out = paths.local(out).absolute()
+    with paths.explained(out):
+        if out.is_file():
+            raise UserError(f"{out} is a file; give a directory for the store")
+        place = next(path for path in (out, *out.parents) if path.is_dir())
+        there = sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) if place == out else 0
+        free = shutil.disk_usage(place).free
     if needed - there > free:
         raise UserError(
             f"the store needs {needed / 1e9:.2f} GB and {place} has {free / 1e9:.2f} GB free; "
