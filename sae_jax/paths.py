@@ -32,6 +32,20 @@ from sae_jax.errors import UserError, choose
 _DRIVERS = {"s3": "s3", "gs": "gcs"}
 _FIRST_LOOK = {"max_retries": 3, "initial_delay": "200ms", "max_delay": "1s"}
 
+# A request that was lost is sent again soon, because those after it may wait for it: TensorStore's
+# own first delay is a second. After about ten minutes it is given up.
+_RETRIES = {"max_retries": 128, "initial_delay": "50ms", "max_delay": "5s"}
+
+REQUESTS = {
+    setting: value
+    for driver in _DRIVERS.values()
+    for setting, value in (
+        (f"{driver}_request_retries", _RETRIES),
+        (f"{driver}_request_concurrency", {"limit": 64}),
+    )
+}
+"""How object stores are asked, as settings of a TensorStore context."""
+
 
 def is_remote(text) -> bool:
     """Whether `text` names something in an object store."""
@@ -401,7 +415,7 @@ def _open_bucket(scheme: str, bucket: str):
         context = ts.Context({f"{_DRIVERS[scheme]}_request_retries": _FIRST_LOOK})
         look = ts.KvStore.open(spec, context=context).result()
         look.list(_range("sae-jax-looks", "sae-jax-lookt")).result()
-        return ts.KvStore.open(spec).result()
+        return ts.KvStore.open(spec, context=ts.Context(REQUESTS)).result()
 
 
 @functools.cache

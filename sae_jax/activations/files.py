@@ -34,7 +34,8 @@ class Folder:
         self._where = paths.path(path).absolute()
         self.path = str(self._where)
         self.remote = paths.is_remote(self.path)
-        self._store = ts.KvStore.open(self.kvstore("")).result()
+        context = ts.Context(paths.REQUESTS)
+        self._store = ts.KvStore.open(self.kvstore(""), context=context).result()
 
     def kvstore(self, name: str) -> dict:
         """Returns TensorStore's spec of the file or folder `name` in this one."""
@@ -139,6 +140,7 @@ class Array:
                 "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
             },
         }
+        context = context or ts.Context(paths.REQUESTS)
         return ts.open(spec, open=True, create=create, context=context).result()
 
     def file_sizes(self) -> Iterator[tuple[str, int]]:

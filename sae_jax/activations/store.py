@@ -21,10 +21,11 @@ import hashlib
 import itertools
 import json
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import tensorstore as ts
+from absl import logging
 
 from sae_jax import paths
 from sae_jax.activations import checking, statistics
@@ -43,7 +44,10 @@ from sae_jax.errors import UserError, choose
 _READING = {
     "file_io_mode": {"mode": "memmap"},
     "cache_pool": {"total_bytes_limit": 64 << 20},
+    **paths.REQUESTS,
 }
+_CHECKED_AT_ONCE = 128 << 20  # bytes that `check` asks for at the same time
+_LOG_EVERY = 10  # seconds, while chunks do not come
 
 
 class Store:
@@ -244,16 +248,13 @@ class Store:
         self.check_files()
         self._check_tokens()
         meta, sums, count = self.meta, {}, np.zeros(self.meta.context_length, np.int64)
+        everything = self._read_everything()
         for chunk in progress(range(meta.num_chunks)):
-            excluded = self.read_excluded([chunk])[0]
-            sequences = slice(chunk * meta.chunk_sequences, (chunk + 1) * meta.chunk_sequences)
-            tokens = self.read_tokens(sequences)
-            length = len(range(*sequences.indices(meta.num_sequences)))
+            excluded, tokens, values = next(everything)
+            length = min(meta.num_sequences - chunk * meta.chunk_sequences, meta.chunk_sequences)
             expected = checking.excluded_by_rule(meta, length, tokens)
             if meta.live:  # its model alone can tell
                 expected |= excluded[: len(expected)] & NONFINITE
-            names = [] if meta.live else sorted(meta.sites)
-            values = {name: self.read_chunk(name, chunk) for name in names}
             finite = {}
             for name, x in values.items():
                 self._check_values(name, chunk, x, excluded)
@@ -285,13 +286,10 @@ class Store:
         self.check_files()
         for chunk in chunks:
             excluded = self.read_excluded([chunk])[0]
+            first = int(chunk) * self.meta.chunk_rows
             for name in sorted(self.meta.sites):
-                self._check_values(name, chunk, self.read_chunk(name, chunk), excluded)
-
-    def read_chunk(self, site: str, chunk: int) -> np.ndarray:
-        """Returns the rows (n, width) of a chunk of a site; the last chunk may be short."""
-        first = int(chunk) * self.meta.chunk_rows
-        return self.read(site, slice(first, first + self.meta.chunk_rows))
+                values = self.read(name, slice(first, first + self.meta.chunk_rows))
+                self._check_values(name, chunk, values, excluded)
 
     def _check_values(self, site: str, chunk: int, values: np.ndarray, excluded: np.ndarray):
         """Raises UserError as `check_chunks` does for the `values` (n, width) of a chunk."""
@@ -310,6 +308,32 @@ class Store:
                 f"{where} holds NaN or infinity in row {first + int(np.argmax(unmarked))}, which "
                 "is not marked: the store is damaged; make it again"
             )
+
+    def _read_everything(self) -> Iterator[tuple[np.ndarray, np.ndarray | None, dict]]:
+        """Yields (excluded, tokens, {site: values}) of every chunk, in order.
+
+        Many chunks are read at the same time, because an object store may be slow to answer, and
+        lose requests.
+        """
+        meta = self.meta
+        sites = {} if meta.live else dict(sorted(meta.sites.items()))
+        row_bytes = sum(site.width * site.numpy_dtype.itemsize for site in sites.values()) or 1
+        at_once = min(max(1, _CHECKED_AT_ONCE // (row_bytes * meta.chunk_rows)), 1024)
+        for first in range(0, meta.num_chunks, at_once):
+            chunks = np.arange(first, min(first + at_once, meta.num_chunks))
+            outs = [
+                np.empty((len(chunks), meta.chunk_rows, site.width), site.numpy_dtype)
+                for site in sites.values()
+            ]
+            if sites:
+                self.read_chunks(list(sites), chunks, outs)
+            start, excluded = first * meta.chunk_sequences, self.read_excluded(chunks)
+            tokens = self.read_tokens(slice(start, start + len(chunks) * meta.chunk_sequences))
+            for i, chunk in enumerate(chunks):
+                rows = min(self.num_rows - chunk * meta.chunk_rows, meta.chunk_rows)
+                values = {name: out[i, :rows] for name, out in zip(sites, outs, strict=True)}
+                part = slice(i * meta.chunk_sequences, (i + 1) * meta.chunk_sequences)
+                yield excluded[i], None if tokens is None else tokens[part], values
 
     def _check_tokens(self) -> None:
         """Raises UserError unless the tokens have the hash that meta.json says."""
@@ -332,8 +356,20 @@ class Store:
             stop = min(first + chunk_rows, self.num_rows)
             pending.append(ts.array(target[: stop - first]).write(handle[first:stop]))
         with self.folder.damage_named(name):
-            for write in pending:
-                write.result()
+            for number, write in enumerate(pending):
+                while not self._has_come(write):
+                    logging.info(
+                        "waiting for %s/%s: %d of %d chunks have come",
+                        self.path, name, number, len(pending),
+                    )  # fmt: skip
+
+    @staticmethod
+    def _has_come(write: ts.Future) -> bool:
+        try:
+            write.result(timeout=_LOG_EVERY)
+        except TimeoutError:
+            return False
+        return True
 
     def _handle(self, name: str) -> ts.TensorStore:
         if name not in self._handles:

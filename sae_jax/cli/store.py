@@ -1,6 +1,6 @@
 """Describes an activation store, or makes one from files: `sae-jax store`."""
 
-from absl import flags, logging
+from absl import flags
 
 from sae_jax.errors import UserError
 
@@ -94,10 +94,6 @@ def _convert(args):
 
 
 def _progress(items, what: str, unit: str):
-    import sys
+    from sae_jax.progress_bar import progress
 
-    import tqdm
-
-    if not sys.stderr.isatty():
-        logging.info("%s %d %ss", what, len(items), unit)
-    return tqdm.tqdm(items, what, unit=unit, disable=not sys.stderr.isatty())
+    return progress(items, f"{what} {len(items):,} {unit}s", unit=unit)

@@ -174,7 +174,8 @@ class ObjectCheckpointer:
         return {
             "driver": "zarr3",
             "kvstore": paths.kvstore(self._directory, f"{step}/{name}/"),
-            "context": {"cache_pool": {"total_bytes_limit": 0}},  # all is read or written once
+            # All is read or written once.
+            "context": {"cache_pool": {"total_bytes_limit": 0}} | paths.REQUESTS,
         }
 
 
