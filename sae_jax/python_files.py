@@ -83,7 +83,7 @@ def mistakes_in(path: str | pathlib.Path):
         yield
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"config file {path} fails: {type(error).__name__}: {error}") from error
 
 

@@ -1,5 +1,6 @@
 """A damaged checkpoint is named, and never read as another SAE; old ones without checksums load."""
 
+import gc
 import json
 import shutil
 
@@ -16,6 +17,9 @@ from sae_jax.train.checkpoints import load_sae
 from sae_jax.train.checksums import checksums
 from sae_jax.train.run import train_run
 
+# What Orbax's reading threads had under way ends after their event loop.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 STEPS = {"checkpoint_every": 2, "log_every": 2}
 
 
@@ -26,6 +30,12 @@ def done(tmp_path_factory):
     config = make_config(make_store(folder / "store"), steps=4, train=STEPS)
     train_run(config, folder / "run")
     return folder / "run", config
+
+
+@pytest.fixture(autouse=True)
+def collected():
+    yield
+    gc.collect()  # it leaves sockets behind, which must not be another test's
 
 
 @pytest.fixture
@@ -47,8 +57,6 @@ def without_checksums(run) -> None:
         file.write_text(json.dumps(values))
 
 
-# What Orbax's reading threads had under way ends after their event loop.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("flips", [16, pytest.param(400, marks=pytest.mark.slow)])
 def test_flipped_bits_are_named_or_harmless(done, run, flips):
     want = {name: np.asarray(x) for name, x in load_sae(done[0]).parameters().items()}

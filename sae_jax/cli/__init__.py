@@ -13,6 +13,7 @@ import importlib
 import logging
 import os
 import pathlib
+import signal
 import sys
 
 from absl import flags
@@ -26,14 +27,32 @@ COMMANDS = """demo harvest store train eval sweep fit plan export import bench l
 def entry() -> int:
     """Runs `main` in a process whose large arrays lie on huge pages, and returns the exit code.
 
+    After an error the process ends at once, without waiting for threads that may be stuck. SIGTERM
+    ends it with code 75 where nothing is to be saved yet.
+
     glibc reads the setting when a process starts, so on Linux this starts the process once more.
     Without it the top-k step of `sae-jax bench` took an eighth more processor time. A process that
     has GLIBC_TUNABLES set, as in `GLIBC_TUNABLES= sae-jax bench`, is not started again.
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # until it can be answered
         os.execv(sys.executable, sys.orig_argv)
-    return main()
+    signal.signal(signal.SIGTERM, _stop)
+    if sys.platform == "linux":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    code = main()
+    if code and "jax" in sys.modules:
+        from sae_jax.train import last_words
+
+        last_words.leave(code)
+    return code
+
+
+def _stop(*_) -> None:
+    """Ends the process at SIGTERM. A command that has something to save replaces this."""
+    os.write(2, b"sae-jax: stopped by SIGTERM; start the same command again\n")
+    os._exit(75)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,6 +94,9 @@ def _run(name: str, rest: list[str]) -> int:
         print(_help(name, command, values))
         return 0
     positional = values([name, *others])[1:]
+    for flag in values:
+        if values[flag].value != values[flag].value:  # NaN is above and below no bound
+            raise UserError(f"--{flag} must be a number, not nan")
     if positional:
         raise UserError(f"unexpected argument {positional[0]!r}; flags are --name=value")
     if overrides and "config" not in values:
@@ -148,6 +170,8 @@ def _set_up_jax(cpu_devices: int | None) -> None:
     """Sets JAX's precision and devices. It must run before JAX's backends are started."""
     import jax
 
+    # What is computed does not depend on JAX_ENABLE_X64.
+    jax.config.update("jax_enable_x64", False)
     # Float32 means float32 on accelerators too; bfloat16 is there for who wants its speed.
     jax.config.update("jax_default_matmul_precision", "highest")
     if cpu_devices:

@@ -38,6 +38,7 @@ def define(values: flags.FlagValues) -> None:
 
     string("run", "Directory of a run.")
     string("sae", "Any SAE instead: what sae_jax.load reads, such as hf://ORG/REPOSITORY/FOLDER.")
+    string("kind", "Of a Gemma Scope file, which does not say it: autoencoder or transcoder.")
     string("store", "Evaluate on this store's held-out rows; the run's.")
     string("site", "Site of the store or of the model; the run's, or what the SAE's file says.")
     string("target_site", "The site that a transcoder predicts; the run's.")
@@ -111,7 +112,7 @@ def _evaluate(args) -> None:
         raise UserError("give either --run=RUN or --sae=PATH")
     named = args.run or args.sae
     path = interop.locate(named)
-    sae = interop.load(named)
+    sae = interop.load(named, kind=args.kind)
     is_run = interop.format_of(path) is None and (path / "config.json").is_file()
     data = read_config(path).data if is_run else DataConfig()
     chosen = {

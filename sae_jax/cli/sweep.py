@@ -68,6 +68,7 @@ def define(values: flags.FlagValues) -> None:
         60.0,
         "How long this worker may be silent before others take it for dead.",
         lower_bound=1.0,
+        upper_bound=1e9,
         flag_values=values,
     )
     logs.define(values)

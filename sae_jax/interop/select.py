@@ -36,7 +36,7 @@ def select(sweep: paths.AnyPath, terms: str = "") -> list[dict[str, str]]:
         raise UserError(
             f"--results: there is no {file}; sae-jax sweep --workdir={sweep} --status writes it"
         )
-    rows = list(csv.DictReader(io.StringIO(file.read_text())))
+    rows = _rows(file)
     done = [row for row in rows if row.get("status") == "done"]
     if not done:
         raise UserError(f"none of the {len(rows)} runs of {sweep} is done")
@@ -51,6 +51,18 @@ def select(sweep: paths.AnyPath, terms: str = "") -> list[dict[str, str]]:
             f"{', '.join(counts)}"
         )
     return found
+
+
+def _rows(file: paths.AnyPath) -> list[dict[str, str]]:
+    """Returns the rows of a results.csv. Raises UserError if it is damaged."""
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+    except (OSError, ValueError, csv.Error) as error:
+        raise UserError(f"{file} is damaged or cannot be read: {error}") from None
+    if rows and not {"run_id", "status"} <= rows[0].keys():
+        raise UserError(f"{file} has no columns run_id and status, as a sweep's has")
+    return rows
 
 
 def _parse(term: str, columns: list[str]) -> tuple[str, str, str]:

@@ -19,7 +19,7 @@ import socket
 from sae_jax import config as configs
 from sae_jax import paths
 from sae_jax.config import Config
-from sae_jax.errors import UserError
+from sae_jax.errors import UserError, some
 from sae_jax.lm.live import open_stream
 from sae_jax.paths import AnyPath
 from sae_jax.sweep import grid as grids
@@ -28,6 +28,7 @@ from sae_jax.train.directory import environment
 
 STATES = ("waiting", "started", "done", "failed")
 _VOLATILE = ("wall_seconds", "devices")  # differ with who did the work, and how often it was killed
+_KEPT = ("runs", "leases", "results.csv", "wandb")
 _HOW_TO_CHANGE = (
     "use another --workdir; or, to change this sweep, end its workers, delete {file} and start "
     "again: runs that are finished stand, whatever grid they are in"
@@ -102,6 +103,7 @@ def expand(base: Config, grid: grids.Grid) -> list[Run]:
             stream = streams(config.data)
             config = preparation.resolve(config, stream)
             preparation.count_steps(config, stream)
+            preparation.check_variances(config, stream)
         except UserError as error:
             where = f"run {number} of {len(grid)} ({grids.describe(swept)})"
             raise UserError(f"{where}: {error}") from error
@@ -243,9 +245,7 @@ def _differences(gone: list[Run], new: list[Run]) -> list[str]:
     words = []
     for what, runs in (("gone", gone), ("new", new)):
         if runs:
-            some = ", ".join(grids.describe(run.swept) for run in runs[:3])
-            more = f" and {len(runs) - 3} more" if len(runs) > 3 else ""
-            words.append(f"{what}: {some}{more}")
+            words.append(f"{what}: {some([grids.describe(run.swept) for run in runs], 3)}")
     return words
 
 
@@ -254,6 +254,14 @@ def _make(file: AnyPath, runs: list[Run], passes: int) -> None:
     path = file.parent
     if path.exists() and not path.is_dir():
         raise UserError(f"--workdir {path} is a file; give a new or empty directory")
+    if path.exists():
+        own = ("sweep.json", *_KEPT)  # of a sweep whose sweep.json was deleted to change it
+        names = {entry.name for entry in path.iterdir()}
+        if others := sorted(name for name in names if not name.startswith(own)):
+            raise UserError(
+                f"{path} holds no sweep (no sweep.json) but {some(others, 3)}; give --workdir a "
+                "new or empty directory"
+            )
     path.mkdir(parents=True, exist_ok=True)
     values = {
         "passes": passes,

@@ -18,6 +18,7 @@ lease can be lost. So writes must be atomic, and the same whoever makes them.
 
 import contextlib
 import dataclasses
+import math
 import os
 import socket
 import threading
@@ -64,8 +65,11 @@ class Leases:
     def __init__(self, directory: AnyPath, seconds: float = 60):
         """Opens the leases in `directory`.
 
-        Those claimed here run out after `seconds` without a heartbeat.
+        Those claimed here run out after `seconds` without a heartbeat. Raises UserError unless
+        that is a number above 0.
         """
+        if not 0 < seconds < math.inf:
+            raise UserError(f"a lease lasts for some seconds, above 0, not {seconds}")
         kind = ObjectFiles if isinstance(directory, ObjectPath) else LocalFiles
         self._files = kind(directory)
         self._seconds = seconds
@@ -94,8 +98,11 @@ class Leases:
             return None
         age, text = looked
         seconds, _, owner = text.partition(" ")
-        # Empty in the moment in which it is made, and where its maker died in that moment.
-        return Holder(owner or "?", age, (age or 0) <= float(seconds or self._seconds))
+        try:
+            lasts = float(seconds)
+        except ValueError:  # empty in the moment in which it is made, or damaged
+            lasts = self._seconds
+        return Holder(owner or "?", age, not (age or 0) > lasts)
 
     def _newest(self, name: str) -> int:
         """Returns the newest generation of `name`, counted from 1; 0 where there is none."""

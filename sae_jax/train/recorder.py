@@ -174,12 +174,13 @@ class RunRecorder(Recorder):
           log_to: where lines of metrics go besides, on process 0.
           data_fingerprint: that of the stream of batches.
           keep: how many checkpoints stay, by default the config's number.
-          one_of_many: whether other runs go on when this one fails.
+          one_of_many: whether other runs go on when this one fails. Whoever trains them has checked
+            that all processes share the directory that the runs are in.
 
         Raises UserError if the directory holds something else.
         """
         super().__init__(config, on_metrics, log_to)
-        self.directory = RunDirectory(path, config, data_fingerprint)
+        self.directory = RunDirectory(path, config, data_fingerprint, check_shared=not one_of_many)
         self.config = self.directory.config
         self.result = self.directory.result
         self.failed = self.directory.failure is not None
