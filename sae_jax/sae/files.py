@@ -15,7 +15,6 @@ architecture did not have them.
 
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 import secrets
@@ -82,7 +81,7 @@ def write(sae, folder: pathlib.Path, provenance: dict) -> None:
         **({"architecture_file": file} if file else {}),
         "about": provenance,
     }
-    (folder / _CONFIG).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    (folder / _CONFIG).write_text(paths.as_json(values), encoding="utf-8")
 
 
 def read(folder: pathlib.Path, trust_code: bool = True):
