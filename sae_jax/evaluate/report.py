@@ -3,15 +3,13 @@
 import dataclasses
 import io
 import math
-import zipfile
-import zlib
 
 import jax
 import numpy as np
 
 from sae_jax import lm, paths
 from sae_jax.config import difference
-from sae_jax.errors import UserError
+from sae_jax.errors import UserError, on_one_line
 from sae_jax.evaluate.metrics import RowMetrics, measure_rows
 from sae_jax.evaluate.padding import tokenizer_of
 from sae_jax.evaluate.recovery import Recovery, measure_recovery
@@ -308,8 +306,9 @@ def _read_arrays(file: AnyPath) -> dict[str, np.ndarray]:
     try:
         with np.load(io.BytesIO(file.read_bytes())) as arrays:
             return dict(arrays)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{file} is missing or damaged: {error}; evaluate again") from None
+    except Exception as error:  # an archive that says nonsense can raise any
+        reason = on_one_line(error)
+        raise UserError(f"{file} is missing or damaged: {reason}; evaluate again") from None
 
 
 def _finite(values: dict[str, float]) -> dict:

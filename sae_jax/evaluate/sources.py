@@ -16,10 +16,7 @@ there are several processes, each gets its own share of the batches. `sequences`
 `Sequences` of at least `limit` tokens, as far as there are so many; None where there are no tokens.
 """
 
-import math
 import pathlib
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -30,10 +27,11 @@ from sae_jax.activations import Sites, Store
 from sae_jax.activations.meta import NONFINITE
 from sae_jax.activations.order import split_chunks
 from sae_jax.activations.sites import check_distinct, split_names
-from sae_jax.errors import UserError, some
+from sae_jax.errors import UserError, on_one_line, some
 from sae_jax.evaluate.batching import evenly_spaced, pad_rows
 from sae_jax.evaluate.padding import IGNORED, text_first, tokenizer_of
 from sae_jax.evaluate.processes import own_share
+from sae_jax.interop.archives import read_npz
 from sae_jax.lm import PACKING_RULE, LanguageModel, Tokenizer
 from sae_jax.sae import SAE
 from sae_jax.sae.config import TRANSCODERS
@@ -296,11 +294,15 @@ def read_tokens(path) -> np.ndarray:
     try:
         if not path.is_file():
             raise UserError(f"no tokens file at {path}; give an .npy or .npz of token ids")
-        loaded = np.load(path, mmap_mode="r")  # mapped, a header that lies about its size is found
-        if not isinstance(loaded, np.ndarray):
-            loaded = _member(path, loaded)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path} is not an .npy or .npz file of numbers: {error}") from None
+        with path.open("rb") as file:
+            zipped = file.read(2) == b"PK"
+        # Mapped, so that a header that lies about its size asks for no memory.
+        loaded = _member(path) if zipped else np.load(path, mmap_mode="r")
+    except UserError:
+        raise
+    except Exception as error:  # a header that says nonsense can raise any
+        reason = on_one_line(error)
+        raise UserError(f"{path} is not an .npy or .npz file of numbers: {reason}") from None
     if loaded.ndim < 2 or loaded.dtype.kind not in "iu" or not loaded.size or loaded.shape[-1] < 2:
         raise UserError(
             f"{path} holds {loaded.dtype} of shape {loaded.shape}; token ids are whole numbers of "
@@ -309,24 +311,13 @@ def read_tokens(path) -> np.ndarray:
     return np.array(loaded).reshape(-1, loaded.shape[-1])
 
 
-def _member(path: pathlib.Path, loaded: np.lib.npyio.NpzFile) -> np.ndarray:
+def _member(path: pathlib.Path) -> np.ndarray:
     """Returns the array `tokens` of an .npz file, or the only one."""
-    names = loaded.files
-    name = names[0] if len(names) == 1 else "tokens"
-    if name not in names:
-        raise UserError(f"{path} has no array named tokens; it has {some(names)}")
-    with loaded.zip.open(f"{name}.npy") as file:  # the header only
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0
-        shape, _, dtype = (read if version == (1, 0) else np.lib.format.read_array_header_2_0)(file)
-    needed, stored = math.prod(shape) * dtype.itemsize, loaded.zip.getinfo(f"{name}.npy").file_size
-    most = max(_PLAIN_BYTES, _MOST_COMPRESSED * path.stat().st_size)
-    if needed > min(stored, most):
-        raise UserError(
-            f"{path} has {path.stat().st_size:,} bytes and says that {name} has {needed:,}; "
-            "it is damaged, or made to fill the memory"
-        )
-    return loaded[name]
+    arrays = read_npz(path, expansion=_MOST_COMPRESSED, slack=_PLAIN_BYTES)
+    name = next(iter(arrays)) if len(arrays) == 1 else "tokens"
+    if name not in arrays:
+        raise UserError(f"{path} has no array named tokens; it has {some(list(arrays))}")
+    return arrays[name]
 
 
 def _describe(part: slice, length: int) -> list[int]:

@@ -42,13 +42,18 @@ _STORAGES = {
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 
-def read_npz(file: pathlib.Path) -> Arrays:
+def read_npz(file: pathlib.Path, expansion: int = _EXPANSION, slack: int = _SLACK) -> Arrays:
     """Returns the arrays of a file that np.savez wrote, by name.
 
     Raises UserError if the file is missing, damaged or cut off, holds anything else than arrays of
     numbers, or would unfold to far more than its own size.
+
+    Args:
+      file: the file.
+      expansion: how many times its size it may unfold to.
+      slack: how many bytes more.
     """
-    with _opened(file) as (archive, _):
+    with _opened(file, expansion, slack) as (archive, _):
         return {
             entry.filename.removesuffix(".npy"): _npy(archive.read(entry))
             for entry in archive.infolist()
@@ -85,15 +90,17 @@ def read_torch(file: pathlib.Path) -> dict:
 
 
 @contextlib.contextmanager
-def _opened(file: pathlib.Path) -> Iterator[tuple[zipfile.ZipFile, int]]:
+def _opened(
+    file: pathlib.Path, expansion: int = _EXPANSION, slack: int = _SLACK
+) -> Iterator[tuple[zipfile.ZipFile, int]]:
     """Gives the archive in a file, and to how many bytes its content may unfold."""
     try:
         with zipfile.ZipFile(file) as archive:
-            limit = _EXPANSION * file.stat().st_size + _SLACK
+            limit = expansion * file.stat().st_size + slack
             size = sum(entry.file_size for entry in archive.infolist())
             if size > limit:
                 raise UserError(
-                    f"{file} would unfold to {size:,} bytes, which are more than {_EXPANSION} "
+                    f"{file} would unfold to {size:,} bytes, which are more than {expansion} "
                     "times its own; it is damaged, or made to fill the memory"
                 )
             yield archive, limit

@@ -27,7 +27,7 @@ import numpy as np
 import tokenizers
 
 from sae_jax import hub
-from sae_jax.errors import UserError
+from sae_jax.errors import UserError, on_one_line
 from sae_jax.json_files import checked, parse_json, read_json
 from sae_jax.lm.directory import model_directory
 
