@@ -210,7 +210,7 @@ def _explained(where) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        reason = str(error).partition("\n")[0]
+        reason = on_one_line(error)
         raise UserError(f"{where} is not a tokenizer of the tokenizers package: {reason}") from None
 
 
