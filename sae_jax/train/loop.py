@@ -4,6 +4,7 @@ A single run is a pack of one. Several packs share one reading of the data (a sw
 pack may branch off from the states of another, its trunk.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 
@@ -340,13 +341,14 @@ def train_packs(
     batches = data.batches(first)
     with Preemption() as preemption, TrainingBar(name, done, sum(p.until for p in active)) as bar:
         for step in range(first, last):
-            try:
-                batch = f"the batch of step {step + 1}, from {data.store}"
-                with preemption.interruptible(), progress.waits_for(batch, True):
+            rows = None
+            batch = f"the batch of step {step + 1}, from {data.store}"
+            with contextlib.suppress(StoppedWaiting), preemption.interruptible():
+                with progress.waits_for(batch, can_be_left=True):
                     rows = _next_batch(batches, step)
-            except StoppedWaiting:
+            if rows is None:
                 _stop([p for p in active if not p.waiting_for_trunk and p.step == step < p.until])
-                raise PreemptedError(step) from None
+                raise PreemptedError(step)
             for branch in active:
                 if branch.waiting_for_trunk and branch.start == step:
                     branch.branch_from_trunk()
