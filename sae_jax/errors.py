@@ -75,6 +75,6 @@ def some(names: Sequence[str], shown: int = 8) -> str:
     return ", ".join(names[:shown]) + more
 
 
-def on_one_line(error: Exception) -> str:
+def on_one_line(error: BaseException) -> str:
     """Returns the text of another library's error for a message: on one line, and not too long."""
     return " ".join(str(error).split())[:200]

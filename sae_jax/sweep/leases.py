@@ -98,10 +98,10 @@ class Leases:
             return None
         age, text = looked
         seconds, _, owner = text.partition(" ")
-        try:
-            lasts = float(seconds)
-        except ValueError:  # empty in the moment in which it is made, or damaged
-            lasts = self._seconds
+        lasts = self._seconds  # where it is empty, in the moment in which it is made, or damaged
+        with contextlib.suppress(ValueError):
+            if 0 < float(seconds) < math.inf:
+                lasts = float(seconds)
         return Holder(owner or "?", age, not (age or 0) > lasts)
 
     def _newest(self, name: str) -> int:

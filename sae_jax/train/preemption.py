@@ -50,6 +50,8 @@ class Sigterm:
         if self._numbers:
             signal.set_wakeup_fd(-1)
             faulthandler.unregister(signal.SIGTERM)
+        self._read.close()
+        self._written.close()
 
     def came(self) -> bool:
         """Whether SIGTERM has come since the last call."""
