@@ -9,7 +9,7 @@ import numpy as np
 
 from sae_jax import lm, paths
 from sae_jax.config import difference
-from sae_jax.errors import UserError, on_one_line
+from sae_jax.errors import UserError
 from sae_jax.evaluate.metrics import RowMetrics, measure_rows
 from sae_jax.evaluate.padding import tokenizer_of
 from sae_jax.evaluate.recovery import Recovery, measure_recovery
@@ -22,6 +22,7 @@ from sae_jax.evaluate.sources import (
 from sae_jax.evaluate.spliced import measure_spliced
 from sae_jax.evaluate.worlds import WorldRows
 from sae_jax.json_files import checked, read_json
+from sae_jax.numpy_files import read_npz
 from sae_jax.paths import AnyPath
 from sae_jax.progress_bar import progress
 from sae_jax.sae import SAE
@@ -233,6 +234,14 @@ def save(evaluation: Evaluation, out) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Settings:
+    """What an evaluation is of, as far as its table says it."""
+
+    rows: str
+    positions: str
+
+
+@dataclasses.dataclass(frozen=True)
 class _Saved:
     """The JSON file of an evaluation."""
 
@@ -249,18 +258,21 @@ def load(file) -> Evaluation:
     """Returns the evaluation that `save` wrote to `file`. Raises UserError if it cannot be read."""
     file = paths.path(file)
     saved = checked(read_json(file), _Saved, file)
-    arrays = _read_arrays(latents_file(file))
-    scalars = saved.reconstruction | saved.sparsity
+    checked(saved.settings, _Settings, f"{file}, settings")
+    arrays = read_npz(latents_file(file))
+    scalars, spliced = saved.reconstruction | saved.sparsity, saved.language_model
     try:
-        scalars = _with_nan({name: scalars[name] for name in _ROWS})
+        scalars = {name: scalars[name] for name in _ROWS}
+        scalars = _with_nan(checked(scalars, dict[str, float | None], file))
         rows = RowMetrics(saved.rows, scalars, **{name: arrays[name] for name in _ARRAYS})
+        if spliced:
+            spliced = _with_nan(spliced | {"replaced": spliced["replaced"]})
         recovery = None
         if saved.recovery:
-            found, arrays = _with_nan(saved.recovery), _read_arrays(recovery_file(file))
+            found, arrays = _with_nan(saved.recovery), read_npz(recovery_file(file))
             recovery = Recovery.from_parts(rows.rows, found, arrays)
     except (KeyError, ValueError) as error:
         raise UserError(f"{file} is no evaluation, or a damaged one: {error}") from None
-    spliced = saved.language_model and _with_nan(saved.language_model)
     sites = {site: _with_nan(found) for site, found in saved.sites.items()}
     return Evaluation(saved.settings, rows, spliced, sites, recovery)
 
@@ -300,15 +312,6 @@ def _save_arrays(file: AnyPath, arrays: dict[str, np.ndarray]) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     paths.write(file, buffer.getvalue())
-
-
-def _read_arrays(file: AnyPath) -> dict[str, np.ndarray]:
-    try:
-        with np.load(io.BytesIO(file.read_bytes())) as arrays:
-            return dict(arrays)
-    except Exception as error:  # an archive that says nonsense can raise any
-        reason = on_one_line(error)
-        raise UserError(f"{file} is missing or damaged: {reason}; evaluate again") from None
 
 
 def _finite(values: dict[str, float]) -> dict:

@@ -27,12 +27,12 @@ from sae_jax.activations import Sites, Store
 from sae_jax.activations.meta import NONFINITE
 from sae_jax.activations.order import split_chunks
 from sae_jax.activations.sites import check_distinct, split_names
-from sae_jax.errors import UserError, on_one_line, some
+from sae_jax.errors import UserError, some
 from sae_jax.evaluate.batching import evenly_spaced, pad_rows
 from sae_jax.evaluate.padding import IGNORED, text_first, tokenizer_of
 from sae_jax.evaluate.processes import own_share
-from sae_jax.interop.archives import read_npz
 from sae_jax.lm import PACKING_RULE, LanguageModel, Tokenizer
+from sae_jax.numpy_files import map_npy, read_npz
 from sae_jax.sae import SAE
 from sae_jax.sae.config import TRANSCODERS
 
@@ -292,17 +292,20 @@ def read_tokens(path) -> np.ndarray:
     """
     path = paths.local(path)
     try:
-        if not path.is_file():
-            raise UserError(f"no tokens file at {path}; give an .npy or .npz of token ids")
         with path.open("rb") as file:
-            zipped = file.read(2) == b"PK"
-        # Mapped, so that a header that lies about its size asks for no memory.
-        loaded = _member(path) if zipped else np.load(path, mmap_mode="r")
-    except UserError:
-        raise
-    except Exception as error:  # a header that says nonsense can raise any
-        reason = on_one_line(error)
-        raise UserError(f"{path} is not an .npy or .npz file of numbers: {reason}") from None
+            first = file.read(2)
+    except OSError as error:
+        raise UserError(
+            f"no tokens file at {path} ({error.strerror}); give an .npy or .npz of token ids"
+        ) from None
+    if first == b"PK":
+        (loaded,) = read_npz(
+            path, lambda names: [_choose(names, path)], _MOST_COMPRESSED, _PLAIN_BYTES
+        ).values()
+    elif first == b"\x93N":
+        loaded = map_npy(path)
+    else:
+        raise UserError(f"{path} is not an .npy or .npz file of numbers")
     if loaded.ndim < 2 or loaded.dtype.kind not in "iu" or not loaded.size or loaded.shape[-1] < 2:
         raise UserError(
             f"{path} holds {loaded.dtype} of shape {loaded.shape}; token ids are whole numbers of "
@@ -311,13 +314,12 @@ def read_tokens(path) -> np.ndarray:
     return np.array(loaded).reshape(-1, loaded.shape[-1])
 
 
-def _member(path: pathlib.Path) -> np.ndarray:
-    """Returns the array `tokens` of an .npz file, or the only one."""
-    arrays = read_npz(path, expansion=_MOST_COMPRESSED, slack=_PLAIN_BYTES)
-    name = next(iter(arrays)) if len(arrays) == 1 else "tokens"
-    if name not in arrays:
-        raise UserError(f"{path} has no array named tokens; it has {some(list(arrays))}")
-    return arrays[name]
+def _choose(names: list[str], path: pathlib.Path) -> str:
+    """Returns `tokens`, or the only name of an .npz file's arrays."""
+    name = names[0] if len(names) == 1 else "tokens"
+    if name not in names:
+        raise UserError(f"{path} has no array named tokens; it has {some(names)}")
+    return name
 
 
 def _describe(part: slice, length: int) -> list[int]:
