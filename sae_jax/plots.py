@@ -4,6 +4,7 @@ Figures are drawn within `matplotlib.rc_context(STYLE)`. `save` writes a PNG. `i
 the text of an SVG whose ink is the page's text colour, for light and dark pages alike.
 """
 
+import html
 import io
 import re
 
@@ -37,6 +38,19 @@ STYLE = {
 }
 
 
+_LONGEST = 60  # characters of a text that is not ours
+
+
+def plain(text: str) -> str:
+    """Returns what draws as `text`, cut where it is long: dollar signs do not make a formula of it.
+
+    Names that users and files give go through this before they label anything.
+    """
+    text = " ".join(text.split())
+    short = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+    return short.replace("$", r"\$")
+
+
 def save(figure: Figure, path) -> None:
     """Writes a figure as a PNG at `path`, whole or not at all."""
     buffer = io.BytesIO()
@@ -58,7 +72,7 @@ def inline_svg(figure: Figure, label: str) -> str:
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    attributes = f'<svg role="img" aria-label="{label}"'
+    attributes = f'<svg role="img" aria-label="{html.escape(label)}"'
     svg = re.sub(r'<svg([^>]*?) width="[^"]*"', r"<svg\1", svg, count=1)
     svg = re.sub(r'<svg([^>]*?) height="[^"]*"', r"<svg\1", svg, count=1)
-    return svg.replace("<svg", attributes, 1)
+    return attributes + svg.removeprefix("<svg")

@@ -18,8 +18,9 @@ import sys
 from absl import flags
 from absl import logging as absl_logging
 
-from sae_jax.errors import UserError, choose
+from sae_jax.errors import UserError, choose, one_line
 
+_MOST_CPU_DEVICES = 1024  # each is a few threads
 COMMANDS = """demo harvest store train eval sweep fit plan export import bench launch""".split()
 
 
@@ -33,6 +34,8 @@ def entry() -> int:
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, sys.orig_argv)
+    for stream in (sys.stdout, sys.stderr):  # a path may hold bytes that are no text
+        stream.reconfigure(errors="backslashreplace")
     return main()
 
 
@@ -52,15 +55,18 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(_unknown_command(name))
         return _run(name, rest)
     except (UserError, flags.Error) as error:
-        print(f"sae-jax {name}: error: {error}", file=sys.stderr)
-        return 2
+        return _refuse(name, error)
     except OSError as error:  # no permission, no such place, disk full
         where = f" ({error.filename})" if error.filename else ""
-        print(f"sae-jax {name}: error: {error.strerror or error}{where}", file=sys.stderr)
-        return 2
+        return _refuse(name, f"{error.strerror or error}{where}")
     except KeyboardInterrupt:
         print(f"sae-jax {name}: interrupted; start it again to go on", file=sys.stderr)
         return 130
+
+
+def _refuse(name: str, message: object) -> int:
+    print(one_line(f"sae-jax {name}: error: {message}"), file=sys.stderr)
+    return 2
 
 
 def _run(name: str, rest: list[str]) -> int:
@@ -127,7 +133,12 @@ def _set_up_logging(verbose: bool) -> None:
 
 def _define_cpu_devices(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
-        "cpu_devices", None, "Pretend that the CPU is so many devices.", flag_values=values
+        "cpu_devices",
+        None,
+        "Pretend that the CPU is so many devices.",
+        lower_bound=1,
+        upper_bound=_MOST_CPU_DEVICES,
+        flag_values=values,
     )
 
 

@@ -22,16 +22,26 @@ EXAMPLE_TOKENS = 400_000  # among which the page looks for texts
 def define(values: flags.FlagValues) -> None:
     """Defines the flags of `sae-jax demo`."""
     flags.DEFINE_string("out", "sae_demo", "Directory of all results.", flag_values=values)
-    flags.DEFINE_integer("tokens", 600_000, "Tokens of text to harvest.", flag_values=values)
-    flags.DEFINE_integer("d_sae", 2048, "Latents.", flag_values=values)
-    flags.DEFINE_integer("epochs", 3, "Passes over the activations.", flag_values=values)
+
+    def integer(name, default, text, most):
+        flags.DEFINE_integer(
+            name, default, text, lower_bound=1, upper_bound=most, flag_values=values
+        )
+
+    integer("tokens", 600_000, "Tokens of text to harvest.", 10**9)
+    integer("d_sae", 2048, "Latents.", 2**20)
+    integer("epochs", 3, "Passes over the activations.", 1000)
 
 
 def run(args, overrides) -> int:
     """Runs the demo, and returns the exit code."""
     del overrides
     from sae_jax import lm, paths
+    from sae_jax.errors import UserError
     from sae_jax.train import preemption
+
+    if not args.out:
+        raise UserError("--out is empty; it is the directory of all results")
 
     try:
         demo(
@@ -83,8 +93,10 @@ def demo(
     from sae_jax import interop, interpret, lm
     from sae_jax.evaluate import figures, report
     from sae_jax.evaluate.sources import HeldOutRows
+    from sae_jax.sae import TopKConfig
     from sae_jax.train.run import train_run
 
+    TopKConfig(d_sae=d_sae, k=k)  # refuses what does not go together, before the harvest
     run_directory, page = out / "run", out / "index.html"
     evaluation_file, metrics_file = run_directory / "eval.json", run_directory / "metrics.jsonl"
 

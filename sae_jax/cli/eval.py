@@ -1,5 +1,6 @@
 """Evaluates an SAE, alone and inside its language model: `sae-jax eval`."""
 
+import re
 import sys
 
 from absl import flags
@@ -33,9 +34,6 @@ def define(values: flags.FlagValues) -> None:
     def string(name, text):
         flags.DEFINE_string(name, None, text, flag_values=values)
 
-    def integer(name, default, text):
-        flags.DEFINE_integer(name, default, text, flag_values=values)
-
     string("run", "Directory of a run.")
     string("sae", "Any SAE instead: what sae_jax.load reads, such as hf://ORG/REPOSITORY/FOLDER.")
     string("store", "Evaluate on this store's held-out rows; the run's.")
@@ -62,7 +60,10 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_list(
         "text", None, "Text files instead of a store, as for harvest.", flag_values=values
     )
-    integer("context_length", None, "With --text: tokens of a context; the model's own, <= 1024.")
+    flags.DEFINE_integer(
+        "context_length", None, "With --text: tokens of a context; the model's own, <= 1024.",
+        lower_bound=1, flag_values=values,
+    )  # fmt: skip
     flags.DEFINE_bool(
         "collapse_newlines", False, "With --text: make one of several newlines.", flag_values=values
     )
@@ -72,9 +73,10 @@ def define(values: flags.FlagValues) -> None:
         "Count and replace all positions, BOS too; as the run was trained.",
         flag_values=values,
     )
-    flags.DEFINE_float(
-        "holdout_fraction", None, "Of the store's sequences; the run's.", flag_values=values
-    )
+    counts.define_float(
+        "holdout_fraction", None, "Of the store's sequences, 0 to 1; the run's.", values,
+        lower_bound=0.0, upper_bound=1.0,
+    )  # fmt: skip
     string("sequences", "START:STOP of --tokens_file or --text for the SAE alone; all.")
     string("lm_sequences", "START:STOP for the language model's part; as --sequences.")
     string("out", "Where the JSON goes; RUN/eval.json, and nowhere for --sae.")
@@ -110,6 +112,9 @@ def _evaluate(args) -> None:
     if (args.run is None) == (args.sae is None):
         raise UserError("give either --run=RUN or --sae=PATH")
     named = args.run or args.sae
+    slices = _slice(args.sequences, "--sequences"), _slice(args.lm_sequences, "--lm_sequences")
+    if slices != (None, None) and not (args.tokens_file or args.text):
+        raise UserError("--sequences and --lm_sequences are of --tokens_file or --text; give one")
     path = interop.locate(named)
     sae = interop.load(named)
     is_run = interop.format_of(path) is None and (path / "config.json").is_file()
@@ -129,7 +134,7 @@ def _evaluate(args) -> None:
         model = lm.open_model(directory, args.model_dtype)
         if store is not None and not (args.tokens_file or args.text):
             check_model(store, model)
-    source = _source(args, data, store, model)
+    source = _source(args, data, store, model, *slices)
     settings = {
         "sae": named if paths.is_remote(named) else str(path.absolute()),
         "model": directory and str(directory),
@@ -167,7 +172,7 @@ def _model(asked: str | None, store):
     return store.meta.model if lm.hub_name(store.meta.model or "") else None
 
 
-def _source(args, data, store, model):
+def _source(args, data, store, model, sequences: slice | None, lm_sequences: slice | None):
     """Returns what to evaluate on: the user's tokens or text if given, else the store or world."""
     from sae_jax import lm
     from sae_jax.activations import is_world
@@ -218,21 +223,21 @@ def _source(args, data, store, model):
         sites,
         tokens[: max(1, args.tokens // tokens.shape[1])],
         what=what,
-        sequences=_slice(args.sequences, "--sequences"),
-        spliced_sequences=_slice(args.lm_sequences or args.sequences, "--lm_sequences"),
+        sequences=sequences or slice(None),
+        spliced_sequences=lm_sequences or sequences or slice(None),
         **excluded,
     )
 
 
-def _slice(text: str | None, flag: str) -> slice:
+def _slice(text: str | None, flag: str) -> slice | None:
     from sae_jax.errors import UserError
 
     if text is None:
-        return slice(None)
-    start, colon, stop = text.partition(":")
-    if not (colon and start.isdecimal() and stop.isdecimal() and int(start) < int(stop)):
+        return None
+    match = re.fullmatch(r"([0-9]{1,15}):([0-9]{1,15})", text)
+    if not match or int(match[1]) >= int(match[2]):
         raise UserError(f"{flag} is START:STOP, such as 0:64, not {text!r}")
-    return slice(int(start), int(stop))
+    return slice(int(match[1]), int(match[2]))
 
 
 def _is_from(store, model_directory) -> bool:

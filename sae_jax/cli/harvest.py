@@ -39,8 +39,8 @@ def define(values: flags.FlagValues) -> None:
     def string(name, default, text, required=False):
         flags.DEFINE_string(name, default, text, flag_values=values, required=required)
 
-    def integer(name, default, text):
-        flags.DEFINE_integer(name, default, text, flag_values=values)
+    def integer(name, default, text, least=1):
+        flags.DEFINE_integer(name, default, text, lower_bound=least, flag_values=values)
 
     string(
         "model",
@@ -78,7 +78,7 @@ def define(values: flags.FlagValues) -> None:
         "Compile the layers that have no site as one loop: for deep models, in less time.",
         flag_values=values,
     )
-    integer("mesh_data", -1, "Devices that share a batch; -1: all that are left.")
+    integer("mesh_data", -1, "Devices that share a batch; -1: all that are left.", least=-1)
     integer("mesh_model", 1, "Devices that share the model's heads, MLP and vocabulary.")
     flags.DEFINE_bool(
         "live", False, "Store no activations: the model computes them whenever they are read.",
@@ -108,6 +108,9 @@ def _harvest(args) -> None:
     from sae_jax import lm
     from sae_jax.errors import UserError, choose
 
+    for name, parts in {"text": args.text, "sites": args.sites, "out": [args.out]}.items():
+        if not parts or "" in parts:
+            raise UserError(f"--{name} is empty; see sae-jax harvest --help")
     choose(args.dtype, ("bfloat16", "float16", "float32"), "--dtype")
     choose(args.model_dtype, ("bfloat16", "float32"), "--model_dtype")
     devices = jax.local_devices()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import sys
 
 from absl import flags
@@ -86,10 +87,10 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
 
 
 def _mesh(text: str, zero: bool) -> configs.MeshConfig:
-    sizes = text.split(",")
-    if len(sizes) != 3 or not all(size.lstrip("-").isdigit() for size in sizes):
+    match = re.fullmatch(r"(-1|[1-9][0-9]{0,8}),(-1|[1-9][0-9]{0,8}),(-1|[1-9][0-9]{0,8})", text)
+    if not match:
         raise UserError(f"--mesh={text} is not RUN,DATA,MODEL, such as 1,8,8")
-    run, data, model = map(int, sizes)
+    run, data, model = map(int, match.groups())
     return configs.MeshConfig(run=run, data=data, model=model, zero=zero)
 
 

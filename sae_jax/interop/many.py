@@ -48,7 +48,8 @@ def export_many(
       extra_provenance: what `read_provenance` cannot know, such as the model's name on the hub.
     """
     hub = hub or Hub()
-    runs = {row["run_id"]: sweep / "runs" / row["run_id"] for row in select(sweep, terms)}
+    ids = [row["run_id"] for row in select(sweep, terms)]
+    runs = {run_id: paths.inside(sweep / "runs", run_id) for run_id in ids}
     for run in runs.values():
         interop.check_expressible(read_config(run).sae, format)
     index = _read_index(out, format)

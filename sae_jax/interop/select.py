@@ -1,13 +1,12 @@
 """Selects runs of a sweep by conditions on the columns of its results.csv."""
 
-import csv
-import io
 import math
 import operator
 import re
 
 from sae_jax import paths
 from sae_jax.errors import UserError, choose
+from sae_jax.tables import read_csv
 
 _OPERATORS = {
     "<=": operator.le,
@@ -36,7 +35,13 @@ def select(sweep: paths.AnyPath, terms: str = "") -> list[dict[str, str]]:
         raise UserError(
             f"--results: there is no {file}; sae-jax sweep --workdir={sweep} --status writes it"
         )
-    rows = list(csv.DictReader(io.StringIO(file.read_text())))
+    rows = [row for _, row in read_csv(file)]
+    for column in ("run_id", "status"):
+        if rows and column not in rows[0]:
+            raise UserError(
+                f"{file} has no column {column}; sae-jax sweep --workdir={sweep} --status writes "
+                "it anew"
+            )
     done = [row for row in rows if row.get("status") == "done"]
     if not done:
         raise UserError(f"none of the {len(rows)} runs of {sweep} is done")

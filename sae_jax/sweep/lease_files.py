@@ -69,7 +69,7 @@ class LocalFiles:
             return None
         clock = self._directory / "clock"
         clock.touch()
-        return max(0.0, clock.stat().st_mtime - beat), path.read_text()
+        return max(0.0, clock.stat().st_mtime - beat), path.read_text(errors="replace")
 
 
 class _LocalClaim:
@@ -120,7 +120,8 @@ class ObjectFiles:
         if before != data:
             self._seen[name] = (data, now)
             since = now
-        return None if before is None else now - since, data.decode().partition("\n")[0]
+        text = data.decode(errors="replace").partition("\n")[0]
+        return None if before is None else now - since, text
 
 
 class _ObjectClaim:
