@@ -14,6 +14,7 @@ import numpy as np
 import safetensors
 from absl import logging
 
+from sae_jax import paths
 from sae_jax.activations import statistics
 from sae_jax.activations.store import DTYPES, Store
 from sae_jax.activations.writer import StoreWriter
@@ -55,7 +56,7 @@ def convert(
 
     Raises UserError, which names the file, for what is cut off, of another width or not numbers.
     """
-    source = pathlib.Path(source)
+    source = paths.local(source)
     if _is_cache(source):
         found = _open_cache(source, site, site_of_hook)
     else:

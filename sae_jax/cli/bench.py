@@ -2,6 +2,8 @@
 
 from absl import flags
 
+from sae_jax.cli import path_lists
+
 SUMMARY = """Measure a training step, the reading of batches, or a harvest, on this machine.
 
   sae-jax bench                                         the top-k step at the default shape
@@ -35,7 +37,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("reading", False, "Measure the stream instead.", flag_values=values)
     flags.DEFINE_bool("harvest", False, "Measure a harvest instead.", flag_values=values)
     flags.DEFINE_string("model", "demo", "With --harvest: as for harvest.", flag_values=values)
-    flags.DEFINE_list("text", None, "With --harvest: as for harvest.", flag_values=values)
+    path_lists.define("text", "With --harvest: as for harvest.", values)
     flags.DEFINE_list(
         "sites", None, "With --harvest; five of the middle layer.", flag_values=values
     )

@@ -5,7 +5,7 @@ import sys
 
 from absl import flags
 
-from sae_jax.cli import counts, distributed
+from sae_jax.cli import counts, distributed, path_lists
 
 SUMMARY = """Evaluate an SAE, alone and inside its language model.
 
@@ -57,9 +57,7 @@ def define(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     string("tokens_file", "An .npy or .npz of token ids (sequences, length), instead of a store.")
-    flags.DEFINE_list(
-        "text", None, "Text files instead of a store, as for harvest.", flag_values=values
-    )
+    path_lists.define("text", "Text files instead of a store, as for harvest.", values)
     flags.DEFINE_integer(
         "context_length", None, "With --text: tokens of a context; the model's own, <= 1024.",
         lower_bound=1, flag_values=values,
@@ -107,7 +105,7 @@ def _evaluate(args) -> None:
     from sae_jax.evaluate import figures
     from sae_jax.evaluate.report import evaluate, save
     from sae_jax.evaluate.sources import check_model
-    from sae_jax.train.directory import is_writer, read_config
+    from sae_jax.train.directory import find_store, is_writer, read_config
 
     if (args.run is None) == (args.sae is None):
         raise UserError("give either --run=RUN or --sae=PATH")
@@ -118,7 +116,7 @@ def _evaluate(args) -> None:
     path = interop.locate(named)
     sae = interop.load(named)
     is_run = interop.format_of(path) is None and (path / "config.json").is_file()
-    data = read_config(path).data if is_run else DataConfig()
+    data = find_store(path, read_config(path).data) if is_run else DataConfig()
     chosen = {
         name: getattr(args, name)
         for name in ("store", "site", "target_site", "holdout_fraction", "include_excluded")

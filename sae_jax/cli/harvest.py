@@ -4,7 +4,7 @@ import sys
 
 from absl import flags
 
-from sae_jax.cli import counts, distributed
+from sae_jax.cli import counts, distributed, path_lists
 
 SUMMARY = """Write a language model's activations over text to a store.
 
@@ -48,14 +48,13 @@ def define(values: flags.FlagValues) -> None:
         "Directory of the model, or hf://ORG/REPOSITORY[@REVISION] of the Hugging Face hub; demo: "
         "the one-layer model that ships here; torch: before either: run by transformers.",
     )
-    flags.DEFINE_list(
+    path_lists.define(
         "text",
-        None,
         "Files (.txt and the like: a document each; .json, .jsonl: a document for each item or "
         "line; all also .gz, .bz2, .xz, .zst), directories, or datasets:NAME[@CONFIG][:SPLIT] for "
         "a Hugging Face dataset: its name, a directory of save_to_disk's or of data files, or a "
         ".parquet file.",
-        flag_values=values,
+        values,
         required=True,
     )
     string("field", "text", "Where a document's text is in .json, .jsonl and datasets.")

@@ -17,11 +17,11 @@ there are several processes, each gets its own share of the batches. `sequences`
 that count; None where there are no tokens.
 """
 
-import pathlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from sae_jax import paths
 from sae_jax.activations import Sites, Store
 from sae_jax.activations.order import split_chunks
 from sae_jax.activations.sites import check_distinct, split_names
@@ -255,7 +255,7 @@ def read_tokens(path) -> np.ndarray:
     Of an .npz file it takes the array `tokens`, or the only one. Leading axes are joined. Raises
     UserError if there is no such file or it has no token ids.
     """
-    path = pathlib.Path(path)
+    path = paths.local(path)
     if not path.is_file():
         raise UserError(f"no tokens file at {path}; give an .npy or .npz of token ids")
     try:

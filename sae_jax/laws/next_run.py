@@ -18,7 +18,7 @@ from sae_jax.json_files import checked, read_json
 from sae_jax.laws import results
 from sae_jax.paths import AnyPath
 from sae_jax.sae import MatryoshkaConfig
-from sae_jax.train.directory import read_config
+from sae_jax.train.directory import find_store, read_config
 
 _Positive = Annotated[float, msgspec.Meta(gt=0, le=1e300)]
 
@@ -146,6 +146,7 @@ def _nearest(sweep: AnyPath, planned: dict) -> tuple[Config, str]:
 
     nearest = min(finished, key=lambda path: distance(finished[path]))
     config = read_config(nearest)
+    config = dataclasses.replace(config, data=find_store(nearest, config.data))
     note = f"All else is as in {nearest.name} of the sweep."
     rate = _learning_rate(list(finished.values()), planned["d_sae"])
     if rate is None:

@@ -16,14 +16,13 @@ in both cases the first tensor.
 import contextlib
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from sae_jax import hub
+from sae_jax import hub, paths
 from sae_jax.errors import UserError, choose
 from sae_jax.lm.directory import TORCH, model_directory, pinned_spec
 from sae_jax.lm.language_model import LanguageModel
@@ -272,8 +271,10 @@ def _child(module, names: Sequence[str]) -> str | None:
 
 def _directory_or_hub_name(name: str) -> str:
     """Returns a directory as it is, and any other name as one of the hub, as transformers does."""
-    if pathlib.Path(name).is_dir() or hub.is_hub_name(name):
+    if hub.is_hub_name(name):
         return name
+    if (directory := paths.local(name)).is_dir():
+        return str(directory)
     try:
         return str(hub.parse(f"{hub.SCHEME}{name}"))
     except UserError:

@@ -2,7 +2,7 @@
 
 import pathlib
 
-from sae_jax import hub
+from sae_jax import hub, paths
 
 TORCH = "torch:"  # before the name of a model, for one that transformers runs
 _SMALL = (
@@ -22,7 +22,7 @@ def model_directory(spec) -> pathlib.Path:
     and the tokenizer are downloaded. Raises UserError if the hub does not have or give them.
     """
     if not hub.is_hub_name(spec):
-        return pathlib.Path(spec)
+        return paths.local(spec)
     return hub.fetch(spec, _SMALL, needed=["config.json"])
 
 

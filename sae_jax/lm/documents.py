@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from absl import logging
 
+from sae_jax import paths
 from sae_jax.errors import UserError
 from sae_jax.lm import compressed
 
@@ -48,7 +49,7 @@ def read_texts(sources, field: str = "text", collapse_newlines: bool = False) ->
 
 def text_files(directory) -> list[pathlib.Path]:
     """Returns all files under a directory, in the order of their paths, but no hidden ones."""
-    directory = pathlib.Path(directory)
+    directory = paths.local(directory)
     files = (path for path in directory.rglob("*") if path.is_file())
     visible = (p for p in files if not any(s[0] == "." for s in p.relative_to(directory).parts))
     return sorted(visible, key=lambda path: path.relative_to(directory).parts)
@@ -58,7 +59,7 @@ def _documents(source: str, field: str) -> Iterator[str]:
     if source.startswith(_DATASET_PREFIX):
         yield from _dataset(source.removeprefix(_DATASET_PREFIX), field)
         return
-    path = pathlib.Path(source)
+    path = paths.local(source)
     if path.is_dir():
         skipped = []
         for file in text_files(path):

@@ -17,6 +17,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+from sae_jax import paths
 from sae_jax.activations import LiveMeta, Store, StoreWriter
 from sae_jax.activations.sites import split_names
 from sae_jax.config import difference
@@ -254,7 +255,7 @@ def _check_disk(out, num_tokens: int, row_bytes: int) -> None:
     logging.info("%s tokens, %.2f GB of activations", f"{num_tokens:,}", needed / 1e9)
     if "://" in str(out):
         return
-    out = pathlib.Path(out).absolute()
+    out = paths.local(out).absolute()
     if out.is_file():
         raise UserError(f"{out} is a file; give a directory for the store")
     place = next(path for path in (out, *out.parents) if path.is_dir())

@@ -24,6 +24,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from sae_jax import paths
 from sae_jax.errors import UserError
 from sae_jax.json_files import read_json
 from sae_jax.sae.registry import architecture_file, find
@@ -139,7 +140,7 @@ def new_folder(path: str | pathlib.Path):
 
     Raises UserError if something is at `path` already.
     """
-    path = pathlib.Path(path)
+    path = paths.local(path)
     if path.exists():
         raise UserError(f"{path} is there already; give a new directory")
     temporary = path.with_name(f".{path.name}.tmp")

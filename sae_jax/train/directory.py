@@ -1,7 +1,9 @@
 """A run's directory: its config, its metrics, its result. Process 0 alone writes to it."""
 
+import dataclasses
 import importlib.metadata
 import json
+import os
 import pathlib
 import subprocess
 
@@ -10,9 +12,11 @@ from jax.experimental import multihost_utils
 
 from sae_jax import config as configs
 from sae_jax import paths
-from sae_jax.config import Config
+from sae_jax.activations import is_world
+from sae_jax.config import Config, DataConfig
 from sae_jax.errors import UserError
-from sae_jax.paths import AnyPath
+from sae_jax.json_files import read_json
+from sae_jax.paths import AnyPath, ObjectPath
 from sae_jax.train import metrics
 
 _PACKAGES = """sae-jax jax jaxlib flax optax orbax-checkpoint grain tensorstore numpy""".split()
@@ -49,9 +53,8 @@ class RunDirectory:
         multihost_utils.sync_global_devices(f"looked at {path}")
         if new and is_writer():
             path.mkdir(parents=True, exist_ok=True)
-            paths.save_json(
-                configs.to_dict(config) | {"environment": environment()}, path / "config.json"
-            )
+            noted = environment() | {"directory": os.getcwd()}
+            paths.save_json(configs.to_dict(config) | {"environment": noted}, path / "config.json")
 
     @property
     def result(self) -> dict | None:
@@ -138,6 +141,26 @@ def read_config(path: AnyPath, trust_code: bool = True) -> Config:
         raise UserError(f"{file} is damaged: {error}") from error
     values.pop("environment", None)
     return configs.from_dict(values, folder=path, trust_code=trust_code)
+
+
+def find_store(run: AnyPath, data: DataConfig) -> DataConfig:
+    """Returns the data section of the run at `run`, with a path of its store that holds from here.
+
+    A relative path is of the directory that the run was started in, which config.json notes. Where
+    there is none, or the store has moved with its run, it is looked for from here and beside the
+    run, too.
+    """
+    if not data.store or is_world(data.store) or paths.is_remote(data.store):
+        return data
+    noted = read_json(run / "config.json", default={}).get("environment")
+    noted = noted.get("directory") if isinstance(noted, dict) else None
+    above = [] if isinstance(run, ObjectPath) else list(run.absolute().parents)
+    for place in [*([noted] if isinstance(noted, str) else []), os.curdir, *above]:
+        found = paths.local(place) / paths.local(data.store)
+        if (found / "meta.json").is_file():
+            here = found.absolute() == paths.local(data.store).absolute()
+            return data if here else dataclasses.replace(data, store=str(found))
+    return data
 
 
 def is_writer() -> bool:
