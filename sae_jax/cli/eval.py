@@ -107,7 +107,7 @@ def _evaluate(args) -> None:
     from sae_jax.evaluate.sources import check_model
     from sae_jax.train.directory import find_store, is_writer, read_config
 
-    if (args.run is None) == (args.sae is None):
+    if bool(args.run) == bool(args.sae):
         raise UserError("give either --run=RUN or --sae=PATH")
     named = args.run or args.sae
     slices = _slice(args.sequences, "--sequences"), _slice(args.lm_sequences, "--lm_sequences")

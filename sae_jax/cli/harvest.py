@@ -116,7 +116,10 @@ def _harvest(args) -> None:
     model = args.mesh_model
     data = len(devices) // max(model, 1) if args.mesh_data == -1 else args.mesh_data
     if model < 1 or data < 1 or data * model > len(devices):
-        raise UserError(f"a mesh of {data} x {model} devices does not fit the {len(devices)} here")
+        raise UserError(
+            f"--mesh_data={args.mesh_data} --mesh_model={model} does not fit the {len(devices)} "
+            "devices here"
+        )
     mesh = jax.make_mesh((data, model), ("data", "model"), devices=devices[: data * model])
     store = lm.harvest(
         lm.DEMO_MODEL if args.model == "demo" else args.model,

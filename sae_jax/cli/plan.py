@@ -68,9 +68,10 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
 
     from sae_jax.plan import chips, table
 
-    topology = chips.find(args.topology or _cpus(config.mesh))
-    if args.find == "time" and topology.chip is None:
+    name = args.topology or _cpus(config.mesh)
+    if args.find == "time" and name.startswith("cpu"):
         raise UserError("--find=time needs a --topology of TPUs or GPUs")
+    topology = chips.find(name)
     config = _resolve(config)
     if args.find:
         best = _find(config, topology, args.find)

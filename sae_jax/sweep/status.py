@@ -57,7 +57,7 @@ class PassStatus:
 
 def passes(directory: SweepDirectory, leases: Leases) -> list[PassStatus]:
     """Returns the status of each pass of a sweep."""
-    by_id = {run.id: run for run in directory.runs}
+    by_id = {results.run_id(run.config): run for run in directory.runs}
     todo = design.make_passes([run.config for run in directory.runs], directory.passes)
     return [
         _status(work, [by_id[results.run_id(config)] for config in work.runs], directory, leases)

@@ -135,12 +135,12 @@ def read_config(path: AnyPath, trust_code: bool = True) -> Config:
     file = path / "config.json"
     if not file.is_file():
         raise UserError(f"{path} is not a run: it has no config.json")
-    try:
-        values = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file} is damaged: {error}") from error
+    values = read_json(file)
     values.pop("environment", None)
-    return configs.from_dict(values, folder=path, trust_code=trust_code)
+    try:
+        return configs.from_dict(values, folder=path, trust_code=trust_code)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
 
 
 def find_store(run: AnyPath, data: DataConfig) -> DataConfig:
