@@ -4,14 +4,17 @@ Figures are drawn within `matplotlib.rc_context(STYLE)`. `save` writes a PNG. `i
 the text of an SVG whose ink is the page's text colour, for light and dark pages alike.
 """
 
+import contextlib
 import html
 import io
 import re
+import warnings
 
 import matplotlib
 from matplotlib.figure import Figure
 
 from sae_jax import paths
+from sae_jax.errors import one_line
 
 INK = "#1a1a1b"  # stands for the page's text colour in inline_svg
 BLUE, ORANGE = "#3b7dd8", "#e07b39"
@@ -46,7 +49,7 @@ def plain(text: str) -> str:
 
     Names that users and files give go through this before they label anything.
     """
-    text = " ".join(text.split())
+    text = one_line(" ".join(text.split()))
     short = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
     return short.replace("$", r"\$")
 
@@ -54,7 +57,7 @@ def plain(text: str) -> str:
 def save(figure: Figure, path) -> None:
     """Writes a figure as a PNG at `path`, whole or not at all."""
     buffer = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE), _any_glyphs():
         figure.savefig(buffer, format="png", dpi=200)
     paths.write(paths.path(path), buffer.getvalue())
 
@@ -67,7 +70,7 @@ def inline_svg(figure: Figure, label: str) -> str:
       label: what it shows, for screen readers.
     """
     buffer = io.StringIO()
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": label}):
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": label}), _any_glyphs():
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None}, dpi=200)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
@@ -76,3 +79,11 @@ def inline_svg(figure: Figure, label: str) -> str:
     svg = re.sub(r'<svg([^>]*?) width="[^"]*"', r"<svg\1", svg, count=1)
     svg = re.sub(r'<svg([^>]*?) height="[^"]*"', r"<svg\1", svg, count=1)
     return attributes + svg.removeprefix("<svg")
+
+
+@contextlib.contextmanager
+def _any_glyphs():
+    """Lets names have letters that the font lacks: a browser shows them, a PNG has boxes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        yield
