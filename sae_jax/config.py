@@ -191,7 +191,8 @@ def from_dict(values: dict, cls=Config, prefix: str = "", folder=None, trust_cod
 
 def _sae_section(values: dict) -> SAEConfig:
     name = values.get("architecture", TopKConfig.architecture)
-    return by_name(typed(name, str, _ARCHITECTURE)).Config(**values)
+    cls = by_name(typed(name, str, _ARCHITECTURE)).Config
+    return cls(**cls.fields_in_file(values))
 
 
 def override(config: Config, assignments: dict[str, str]) -> Config:

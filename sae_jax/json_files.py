@@ -66,6 +66,8 @@ def checked(values: Any, schema: type[T], where) -> T:
         return msgspec.convert(values, schema)
     except msgspec.ValidationError as error:
         raise UserError(f"{where} is not as it must be: {_sentence(error)}") from None
+    except UnicodeEncodeError:  # "\ud800", which JSON may hold and no text is
+        raise UserError(f"{where} is not as it must be: it holds half of a character") from None
 
 
 def _sentence(error: msgspec.ValidationError) -> str:

@@ -277,8 +277,20 @@ def create(file, data: str, by: str) -> bool:
         os.link(temporary, file)  # unlike a rename, refuses to replace what is there
     except FileExistsError:
         return False
+    except OSError:  # a disk without hard links
+        return _create_without_links(file, data)
     finally:
         temporary.unlink()
+    return True
+
+
+def _create_without_links(file: pathlib.Path, data: str) -> bool:
+    """Does what `create` does, but a reader may see the file when it is half written."""
+    try:
+        with file.open("x") as opened:
+            opened.write(data)
+    except FileExistsError:
+        return False
     return True
 
 

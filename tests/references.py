@@ -106,7 +106,7 @@ class JumpReLU(Reference):
 
     def activate(self):
         config, theta = self.config, self.p["threshold"]
-        latents = np.where(self.z > theta, self.z, 0.0)
+        latents = np.maximum(self.z, 0) * (self.z > theta)
         self._add_straight_through(config, theta, latents)
         return latents
 
@@ -121,7 +121,9 @@ class JumpReLU(Reference):
         else:
             l0 = (self.z > theta).sum(axis=1, keepdims=True)
             slope = 1.0
-            if config.sparsity_loss == "quadratic":
+            if config.sparsity_loss == "gemma_scope_2":
+                slope = 4 / config.target_l0 * (l0 - config.target_l0)
+            elif config.sparsity_loss == "jumprelu_paper":
                 slope = 2 * (l0 / config.target_l0 - 1) / config.target_l0
             d_above += self.coefficient * slope
         through = (theta * d_latents + d_above) * kernel / tokens
@@ -137,7 +139,9 @@ class JumpReLU(Reference):
         l0 = (self.latents > 0).sum(axis=1)
         if config.sparsity_loss == "l0":
             sparsity = l0
-        elif config.sparsity_loss == "quadratic":
+        elif config.sparsity_loss == "gemma_scope_2":  # its technical paper, eq. 5
+            sparsity = 2 / config.target_l0 * (l0 - config.target_l0) ** 2
+        elif config.sparsity_loss == "jumprelu_paper":
             sparsity = (l0 / config.target_l0 - 1) ** 2
         else:
             sparsity = np.tanh(config.tanh_scale * self.latents * self.norms).sum(axis=1)

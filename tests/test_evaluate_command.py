@@ -187,7 +187,7 @@ def test_rows_of_the_model_are_rows_of_the_store(demo):
     model, store, run = demo
     sae = interop.load(run)
     heldout = HeldOutRows(store, SITE, tokens=10**6, holdout_fraction=0.1)
-    tokens, used = heldout.sequences(10**6)
+    tokens, used, _ = heldout.sequences(10**6)
     rows = ModelRows(
         lm.open_model(model), SITE, tokens, what="t",
         excluded_tokens=store.meta.excluded_tokens,

@@ -1,5 +1,6 @@
 """Exports as the hub has them: the model card, the upload, and many from a sweep."""
 
+import ast
 import base64
 import csv
 import importlib.metadata
@@ -39,7 +40,7 @@ def front_matter(card: str) -> dict:
 
 
 def snippet(card: str) -> str:
-    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?\n)```", card, re.DOTALL)
     return code
 
 
@@ -90,6 +91,97 @@ def test_the_card_states_what_is_known_and_invents_nothing(tmp_path):
     local = {"model_name": "one_layer"}  # a folder's name: the hub would refuse the card
     interop.export(random_sae("topk"), "saelens", tmp_path / "c", local)
     assert "base_model" not in front_matter((tmp_path / "c" / "README.md").read_text())
+
+
+HOSTILE = (
+    'a\nimport os; os.abort()\n```\n# b <script>x</script> | c \\| [d](javascript:e) """ `f`\u2028g'
+)
+
+
+def test_names_in_a_card_stay_names(tmp_path):
+    """They come from stores, runs and other frameworks' files."""
+    cards = []
+    for number, text in enumerate(("harmless", HOSTILE)):
+        about = {name: text for name in ("site", "model_name", "dataset_path", "run_id")}
+        about["training"] = {"architecture": text, "schedule": text}
+        hub = Hub(text, "me/saes", f"part-{text}")
+        interop.export(random_sae("topk"), "saelens", tmp_path / str(number), about, hub)
+        cards.append((tmp_path / str(number) / "README.md").read_text())
+    plain, card = cards
+    assert front_matter(card)["license"] == HOSTILE
+    statements = [[type(s) for s in ast.parse(snippet(one)).body] for one in cards]
+    assert statements[0] == statements[1]
+    assert len(card.splitlines()) == len(plain.splitlines())
+    assert card.count("\n#") == plain.count("\n#")
+    rows = [line for line in card.splitlines() if line.startswith("|")]
+    assert all(len(re.findall(r"(?<!\\)\|", row.replace(r"\\", ""))) == 3 for row in rows)
+    markdown = card.split("---\n", 2)[2].replace(snippet(card), "")
+    assert not re.search(r"(?<!\\)(<|\])", markdown)
+
+
+def hostile_sweep(tmp_path, run_id="a"):
+    """A sweep of one run that is done, of which only the config is there."""
+    sweep = tmp_path / "sweep"
+    (sweep / "runs" / "a").mkdir(parents=True)
+    config = make_config("store", steps=2)
+    (sweep / "runs" / "a" / "config.json").write_text(json.dumps(to_dict(config)))
+    write_results(sweep, [ROWS[0] | {"run_id": run_id}])
+    return sweep
+
+
+@pytest.mark.parametrize("run_id", ["../../a", "/a", "..", ""])
+def test_a_run_is_in_its_sweep(tmp_path, capsys, run_id):
+    sweep, out = hostile_sweep(tmp_path, run_id), tmp_path / "out"
+    assert cli("export", f"--results={sweep}", "--format=saelens", f"--out={out}") == 2
+    assert "is not the name of something in" in capsys.readouterr().err and not out.exists()
+
+
+ENTRY = {"path": "s/width_1k/average_l0_2", "run_id": "b", "architecture": "topk", "site": "s",
+         "width": 8, "l0": 1.0, "fvu": None, "ce_recovered": None}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "index, complaint",
+    [
+        ([], "holds no JSON object"),
+        ({"format": "saelens"}, "missing required field `saes`"),
+        ({"format": "openai", "saes": []}, "of the format openai, not saelens"),
+        ({"format": "saelens", "saes": [ENTRY | {"path": "../../x"}]}, "'../../x' is not the name"),
+        ({"format": "saelens", "saes": [ENTRY | {"path": "/x"}]}, "'/x' is not the name"),
+        ({"format": "saelens", "saes": [ENTRY | {"path": 3}]}, "saes[0].path: Expected `str`"),
+        ({"format": "saelens", "saes": [ENTRY | {"width": "8"}]}, "saes[0].width: Expected `int`"),
+        ({"format": "saelens", "saes": [ENTRY, ENTRY | {"run_id": "c"}]}, "two SAEs in one folder"),
+    ],
+)
+def test_an_index_names_folders_of_its_own(tmp_path, capsys, index, complaint):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "index.json").write_text(json.dumps(index))
+    export = ("export", f"--results={hostile_sweep(tmp_path)}", "--format=saelens", f"--out={out}")
+    assert cli(*export) == 2
+    error = capsys.readouterr().err
+    assert complaint in error and error.count("\n") == 1
+    assert [path.name for path in out.iterdir()] == ["index.json"]
+
+
+@pytest.mark.parametrize(
+    "data, complaint",
+    [
+        (b"\xff\xfe\x00", "is not a text file"),
+        (b"d_sae,loss\n1,2\n", "no columns run_id and status"),
+        (b"run_id,status\n" + b"a" * 200_000 + b",done\n", "line 2: field larger"),
+    ],
+)
+def test_a_table_that_is_none_of_a_sweep(tmp_path, data, complaint):
+    (tmp_path / "results.csv").write_bytes(data)
+    with pytest.raises(UserError, match=complaint):
+        select(tmp_path)
+
+
+def test_a_table_may_begin_with_a_mark(tmp_path):
+    file = write_results(tmp_path, ROWS) / "results.csv"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert len(select(tmp_path)) == 3
 
 
 def write_results(path, rows: list[dict]):

@@ -21,7 +21,7 @@ from sae_jax.sae.config import KINDS
 from sae_jax.train.run import train_run
 
 D, N = 8, 24
-NEEDS_TORCH = ("dictionary_learning", "openai")
+NEEDS_TORCH = ("dictionary_learning", "openai")  # to be written
 EXPRESSED = [
     (name, *what)
     for name, one in FORMATS.items()
@@ -47,9 +47,8 @@ def random_sae(architecture: str, kind: str = "autoencoder", seed: int = 0, d_ou
     parameters = {"w_enc": rng.normal(size=(D, N)), "w_dec": w_dec, "b_dec": rng.normal(size=d_out)}
     for name in ARCHITECTURES[architecture].fresh_latent(config):
         parameters[name] = 0.3 * rng.normal(size=N)
-    if "threshold" in parameters:
-        one = architecture in ("batchtopk", "matryoshka")
-        parameters["threshold"] = np.full(N, 0.7) if one else np.abs(parameters["threshold"])
+    if architecture in ("batchtopk", "matryoshka"):
+        parameters["threshold"] = np.full(N, 0.7)  # those of jumprelu are of either sign
     if kind == "skip_transcoder":
         parameters["w_skip"] = rng.normal(size=(D, d_out))
     arrays = {name: jnp.asarray(value, jnp.float32) for name, value in parameters.items()}
@@ -139,7 +138,7 @@ def edit_tensors(file, change):
     "name,damage,complaint",
     [
         ("saelens", lambda d: edit_json(d / "cfg.json", k=None), "k is missing"),
-        ("sparsify", lambda d: edit_json(d / "cfg.json", k=None), "k is None"),
+        ("sparsify", lambda d: edit_json(d / "cfg.json", k=None), "missing required field `k`"),
         ("sparsify", lambda d: edit_json(d / "cfg.json", d_in=9), "d_in 9"),
         (
             "saelens",
@@ -156,7 +155,11 @@ def edit_tensors(file, change):
             ),
             "b_dec holds NaN",
         ),
-        ("sae_jax", lambda d: edit_json(d / "sae.json", version=3), "version 3"),
+        (
+            "sae_jax",
+            lambda d: edit_json(d / "sae.json", version=3),
+            "version: Invalid enum value 3",
+        ),
         (
             "sae_jax",
             lambda d: (d / "sae.safetensors").write_bytes(b"\0" * 40),

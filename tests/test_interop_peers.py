@@ -26,6 +26,7 @@ pytestmark = [
         ("standard", {}),
         ("topk", {"k": 5, "rescale_acts_by_decoder_norm": True}),
         ("topk", {"k": 5, "rescale_acts_by_decoder_norm": False}),
+        ("jumprelu", {}),  # with thresholds of either sign
     ],
 )
 def test_saes_saved_by_sae_lens(tmp_path, kind, options, subtract):
@@ -34,6 +35,7 @@ def test_saes_saved_by_sae_lens(tmp_path, kind, options, subtract):
     config, cls = {
         "standard": (saes.StandardSAEConfig, saes.StandardSAE),
         "topk": (saes.TopKSAEConfig, saes.TopKSAE),
+        "jumprelu": (saes.JumpReLUSAEConfig, saes.JumpReLUSAE),
     }[kind]
     theirs = cls(config(d_in=12, d_sae=40, apply_b_dec_to_input=subtract, **options))
     generator = torch.Generator().manual_seed(0)

@@ -67,8 +67,8 @@ def test_the_same_function(tmp_path, architecture, rescale, subtract):
     "changes, complaint",
     [
         ({"drop": ["k"]}, "k is missing"),
-        ({"k": 0}, "k is 0"),
-        ({"drop": ["architecture"]}, "architecture None"),
+        ({"k": 0}, "k: Expected `int` >= 1"),
+        ({"drop": ["architecture"]}, "missing required field `architecture`"),
         ({"architecture": "temporal"}, "architecture 'temporal' cannot be read"),
         ({"normalize_activations": "layer_norm"}, "normalize_activations 'layer_norm'"),
         ({"reshape_activations": "hook_q"}, "reshape_activations 'hook_q'"),

@@ -152,6 +152,32 @@ def test_bytes_of_no_character_do_not_spoil_those_that_follow(tokenizer):
     assert "".join(p.text for p in pieces(tokenizer, ids)).endswith("ab日本語")
 
 
+def test_a_context_that_begins_or_ends_inside_a_character(tokenizer):
+    """The tokens of its bytes go by their names, and are no part of the text beside them."""
+    (first, second, third) = world_tokens = tokenizer.encode("世")
+    names = [tokenizer.backend.id_to_token(i) for i in world_tokens]
+    for stray in ([third], [second, third], [first, second], [first], [third, first]):
+        ids = np.array([tokenizer.bos, *stray, *tokenizer.encode("xyz"), *world_tokens, first])
+        found = pieces(tokenizer, ids)
+        of_stray = [names[world_tokens.index(i)] for i in stray]
+        assert [p.text for p in found] == ["<|bos|>", *of_stray, *"xyz", "世", names[0]], stray
+        assert [p.stop - p.start for p in found] == [1] * (len(stray) + 4) + [3, 1]
+
+
+def test_the_replacement_character_itself_is_shown(tokenizer):
+    text = "a\ufffdb\ufffd\ufffdc"
+    found = pieces(tokenizer, np.array(tokenizer.encode(text)))
+    assert [p.text for p in found] == list(text)
+
+
+def test_every_byte_of_text_is_found_again(tokenizer):
+    """Of a tokenizer that writes bytes as characters, and a character at each of UTF-8's ends."""
+    text = "".join(map(chr, (*range(0x21, 0x7F), *range(0xA1, 0x800), 0x800, 0xD7FF, 0xE000,
+                             0xFFFF, 0x10000, 0x10FFFF)))  # fmt: skip
+    found = pieces(tokenizer, np.array(tokenizer.encode(text)))
+    assert "".join(p.text for p in found) == text
+
+
 def test_a_tokenizer_that_falls_back_to_bytes():
     """Llama's: one token a byte, and a run of bytes is broken as a whole or not at all."""
     vocab = {"<s>": 0, "▁a": 1} | {f"<0x{i:02X}>": i + 2 for i in range(256)}

@@ -1,6 +1,7 @@
 """Reading documents, special tokens, packing."""
 
 import bz2
+import dataclasses
 import gzip
 import json
 import lzma
@@ -259,8 +260,11 @@ def test_a_large_text_file_is_cut_at_line_ends(tmp_path):
         ("x.json", b'{"text": "a"}', "holds no list"),
         ("x.json", b"[1, 2", "x.json is not valid JSON"),
         ("x.jsonl", b'{"text": "a"}\n{"title": "b"}', "line 2 has no text in field 'text'; it has"),
-        ("x.jsonl", b'{"text": "a"}\n{"te', "x.jsonl is not valid JSON"),
-        ("x.txt", b"good \xff", "x.txt is not UTF-8 text .byte 5"),
+        ("x.jsonl", b'{"text": "a"}\n{"te', "x.jsonl, line 2 is not valid JSON"),
+        ("x.jsonl", b'{"text": "a"}\n{"text": "\xff"}', "x.jsonl, line 2 is not valid JSON"),
+        ("x.jsonl", b"null", "line 1 has no text in field 'text'; it is None"),
+        ("x.txt", b"good \xff", "x.txt, line 1 is not UTF-8 text .byte 5"),
+        ("x.txt", b"good\n" * 9000 + b"\xe9\n", "x.txt, line 9001 is not UTF-8 text .byte 45000"),
         ("x.txt.gz", b"not gzip", "cannot read .*x.txt.gz"),
         ("x.txt.gz", gzip.compress(_NOISE)[:-30], "cannot read .*x.txt.gz"),
         ("x.txt.bz2", bz2.compress(_NOISE)[:-30], "cannot read .*x.txt.bz2"),
@@ -272,6 +276,138 @@ def test_sources_that_do_not_read_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         list(lm.read_texts(tmp_path / name))
+
+
+def test_files_as_they_are_found(tmp_path):
+    """Suffixes in capitals, .ndjson, JSON lines in a .json, marks, null, halves of a character."""
+    line = b'{"text": "one", "url": "x"}\n'
+    files = {
+        "a.JSONL": (line, ["one"]),
+        "b.ndjson": (line, ["one"]),
+        "c.json": (3 * line, ["one"] * 3),
+        "d.JSON.GZ": (gzip.compress(2 * line), ["one"] * 2),
+        "e.json": (b'[\n "two",\n {"text": "three"}\n]', ["two", "three"]),
+        "f.jsonl": (b"\xef\xbb\xbf" + line, ["one"]),
+        "g.txt": (b"\xef\xbb\xbffour\r\nfive", ["four\nfive"]),
+        "h.json": (b"\xef\xbb\xbf" + b'["six"]', ["six"]),
+        "i.jsonl": (b'{"text": null}\n' + line, ["one"]),
+        "j.jsonl": (b'{"text": "\\ud83d\\ude42 \\ud83d"}\n', ["\U0001f642 \ud83d"]),
+        "k.json": (json.dumps(["UTF-16"]).encode("utf-16"), ["UTF-16"]),
+    }
+    for name, (content, texts) in files.items():
+        (tmp_path / name).write_bytes(content)
+        assert list(lm.read_texts(tmp_path / name)) == texts, name
+
+
+def test_a_half_of_a_character_is_a_replacement_character(tokenizer, tmp_path):
+    """tiktoken #82: a lone surrogate, which no tokenizer takes, after all the work."""
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE({"\ufffd": 0, "\U0001f642": 1, "a": 2}, [])
+    )
+    tokenizer = dataclasses.replace(tokenizer, backend=backend)
+    assert tokenizer.encode("a\ud83d\ude42a\ud83da") == [2, 1, 2, 0, 2]
+    np.testing.assert_array_equal(lm.pack(["a\ud83d"], tokenizer, 3), [[BOS, 2, 0]])
+
+
+def test_links_to_directories_are_followed(tmp_path):
+    """Also in a circle, and each directory once."""
+    real, folder = tmp_path / "real", tmp_path / "folder"
+    (real / "sub").mkdir(parents=True)
+    folder.mkdir()
+    (real / "a.txt").write_text("linked")
+    (real / "sub" / "c.txt").write_text("below")
+    (folder / "b.txt").write_text("own")
+    (folder / "link").symlink_to(real)
+    (folder / "link2").symlink_to(real)
+    (real / "sub" / "up").symlink_to(folder)
+    assert list(lm.read_texts(folder)) == ["own", "linked", "below"]
+
+
+def test_a_mistake_is_found_before_the_first_document(tmp_path):
+    """A file of a directory that is half text is not half used, and not skipped."""
+    (tmp_path / "a.txt").write_text("good")
+    (tmp_path / "b.txt").write_bytes(b"line\n" * 100_000 + b"caf\xe9\n")
+    with pytest.raises(UserError, match="b.txt, line 100001 is not UTF-8 text .byte 500003.; save"):
+        next(lm.read_texts(tmp_path))
+    (tmp_path / "b.txt").unlink()
+    lines = b'{"text": "x"}\n' * 1000
+    (tmp_path / "z.jsonl").write_bytes(lines + b'{"text": "abc\n' + lines)
+    with pytest.raises(UserError, match="z.jsonl, line 1001 is not valid JSON"):
+        next(lm.read_texts([str(tmp_path)]))
+
+
+def test_home_is_expanded(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a, b.txt").write_text("one")
+    assert list(lm.read_texts("~/a, b.txt")) == ["one"]
+    assert lm.load_tokenizer("~").bos == tokenizer.bos
+
+
+@pytest.mark.parametrize("value", ["x", [0], 10**12, 99, {"id": 0}, 1.5])
+def test_a_bos_that_is_none_is_refused(tmp_path, value):
+    with pytest.raises(UserError, match="bos_token_id|has no token 99, which is to start every"):
+        letters(tmp_path, config={"bos_token_id": value})
+
+
+@pytest.mark.parametrize(
+    "configs",
+    [
+        {"config": {"eos_token_id": {"id": 2}}},
+        {"config": {"eos_token_id": [2, "x"]}},
+        {"config": {"text_config": 3}},
+        {"tokenizer_config": {"bos_token": 3}},
+        {"generation_config": {"pad_token_id": 2**31}},
+    ],
+)
+def test_special_tokens_of_a_wrong_type_are_refused(tmp_path, configs):
+    with pytest.raises(UserError, match="config.json is not as it must be"):
+        letters(tmp_path, **configs)
+
+
+def test_ids_below_zero_name_no_token(tmp_path):
+    """As pad_token_id of early conversions of Llama."""
+    tokenizer = letters(tmp_path, config={"bos_token_id": 0, "pad_token_id": -1})
+    assert tokenizer.pad is None and tokenizer.special_tokens == (0,)
+
+
+PIECES = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+TEMPLATE = {"type": "TemplateProcessing", "single": PIECES, "pair": []}
+HUGE = {"<s>": {"id": "<s>", "ids": [2**32 - 1], "tokens": ["<s>"]}}
+WRONG_TEMPLATES = {
+    "undefined, a panic": (TEMPLATE | {"special_tokens": {}}, "puts <s> into every text"),
+    "undefined, inside": (
+        {"type": "Sequence", "processors": [TEMPLATE | {"special_tokens": {}}]},
+        "puts <s> into every text",
+    ),
+    "huge": (TEMPLATE | {"special_tokens": HUGE}, "has no token 4294967295"),
+    "no template": ({"type": "TemplateProcessing"}, "is not a tokenizer of the tokenizers"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_TEMPLATES)
+def test_templates_that_cannot_be_are_refused(tmp_path, name, tokenizer):
+    processor, message = WRONG_TEMPLATES[name]
+    values = json.loads((tmp_path / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values | {"post_processor": processor}))
+    with pytest.raises(UserError, match=message):
+        lm.load_tokenizer(tmp_path)
+
+
+def test_a_panic_of_the_package_is_a_mistake_in_words(tokenizer, monkeypatch):
+    """pyo3's PanicException is no Exception; whatever else is none goes through."""
+
+    class PanicException(BaseException):
+        pass
+
+    class Backend:
+        def encode_batch_fast(self, texts, add_special_tokens):
+            raise {"a": PanicException("no entry"), "b": KeyboardInterrupt()}[texts[0]]
+
+    broken = dataclasses.replace(tokenizer, backend=Backend())
+    with pytest.raises(UserError, match="is not a tokenizer of the tokenizers package: no entry"):
+        broken.encode("a")
+    with pytest.raises(KeyboardInterrupt):
+        broken.encode("b")
 
 
 def test_missing_sources(tmp_path, monkeypatch):

@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from sae_jax import ops
+from sae_jax.ops import batch_topk
 from sae_jax.ops import sparse as sparse_ops
-from sae_jax.ops.sharding import BATCH, DECODER, ENCODER, PER_LATENT, PER_TOKEN
+from sae_jax.ops.sharding import BATCH, DECODER, ENCODER, PER_LATENT, PER_TOKEN, per_shard
 
 
 def normal(seed, *shape):
@@ -149,8 +151,14 @@ def test_dense_autoencoder_equals_dense(mesh, n):
 
 @pytest.mark.parametrize("kind", ["normal", "ties", "few", "none"])
 @pytest.mark.parametrize("count", [1, 37, 8 * 64])
-def test_over_batch_is_a_sort(mesh, kind, count):
-    """Exactly the count largest above 0 in a stable sort, on every mesh."""
+@pytest.mark.parametrize(
+    "counted", ["plainly", pytest.param("as a large array", marks=pytest.mark.slow)]
+)
+def test_over_batch_is_a_sort(monkeypatch, mesh, kind, count, counted):
+    """Exactly the count largest above 0 in a stable sort, on every mesh; and as it is counted where
+    2^31 entries or more may be above a trial threshold."""
+    if counted != "plainly":
+        monkeypatch.setattr(batch_topk, "_PLAINLY_COUNTED", 0)
     values = np.maximum(normal(3, 8, 64), 0)
     if kind == "ties":
         values = np.round(values)
@@ -167,6 +175,34 @@ def test_over_batch_is_a_sort(mesh, kind, count):
     picked, smallest = jax.jit(ops.batch_top_k)(placed, count)
     np.testing.assert_array_equal(picked, want.reshape(values.shape))
     assert float(smallest) == (flat[order].min() if len(order) else np.inf)
+
+
+@pytest.mark.parametrize("total", [0, 70_000, 2**31 - 2, 2**31 - 1, 2**31, 2**32, 2**33 + 5])
+def test_counts_above_int32_stay_at_its_largest(mesh, total):
+    """Of 16 tokens and up to 4 shards of the dictionary; in int32 2^32 entries were none."""
+    shards = mesh.shape["model"]
+    shares = np.random.default_rng(0).dirichlet(np.ones(16 * shards)) * total
+    counts = shares.astype(np.int64).reshape(16, shards)
+    counts[0, 0] += total - counts.sum()
+    placed = jax.device_put(np.minimum(counts, 2**31 - 1).astype(np.int32), P("data", "model"))
+    whole = per_shard(lambda c: batch_topk.capped_total(c[:, 0]), (P("data", "model"),), P())
+    assert int(jax.jit(whole)(placed)) == min(total, 2**31 - 1)
+
+
+def test_ties_above_int32_are_kept_in_order(mesh):
+    """The first token has 3 ties and each other 2^30, so that those of the fourth token and of all
+    after it come after more than int32 holds."""
+    counts = np.full((8, mesh.shape["model"]), 2**30 // mesh.shape["model"], np.int32)
+    counts[0] = np.arange(mesh.shape["model"]) == 0
+    counts[0] *= 3
+    placed = jax.device_put(counts, P("data", "model"))
+    before = per_shard(
+        lambda c: batch_topk.ties_before(c[:, 0])[:, None],
+        (P("data", "model"),),
+        P("data", "model"),
+    )
+    want = np.cumsum(counts.reshape(-1).astype(np.int64)).reshape(counts.shape) - counts
+    np.testing.assert_array_equal(jax.jit(before)(placed), np.minimum(want, 2**31 - 1))
 
 
 @pytest.mark.parametrize("ends", [(64,), (2, 6, 14, 64), (16, 32, 64), (5, 64), (63, 64)], ids=str)

@@ -1,11 +1,17 @@
 """Resampling of dead latents: what it sets, whom it picks, and that a run with it stays exact."""
 
+import dataclasses
+import itertools
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from training import BATCH, assert_same_arrays, make_config, make_store, metrics, saved_arrays
 
 from sae_jax.activations import open_stream
+from sae_jax.ops.sharding import PER_LATENT
+from sae_jax.sae import ARCHITECTURES
 from sae_jax.train import preparation, resample
 from sae_jax.train.mesh import BatchPlacement, make_mesh
 from sae_jax.train.preemption import PreemptedError, Preemption
@@ -79,6 +85,80 @@ def test_what_resampling_sets(store, architecture, mesh):
     assert len(moments) == 2
     for moment in moments:
         assert not moment[:, dead].any() and moment[:, ~dead].any()
+
+
+VARIANTS = {name: (name, {}) for name in ARCHITECTURES} | {
+    "topk, multi": ("topk", {"multi_topk": True}),
+    "topk, k schedule": ("topk", {"k_start": 6}),
+    "batchtopk, k schedule": ("batchtopk", {"k_start": 6}),
+    "jumprelu, tanh": ("jumprelu", {"sparsity_loss": "tanh", "gradient_to": "all"}),
+    "relu, p-annealing": ("relu", {"p_end": 0.5}),
+    "topk, bfloat16": ("topk", {"compute_dtype": "bfloat16"}),
+}
+OPTIONS = {
+    "AuxK": {"resample_every_tokens": 0},
+    "resampling": {"aux_coefficient": 0.0},
+    "both": {},
+}
+
+
+def every_option(test):
+    """`test` of all; in CI each architecture with both options, and top-k with each."""
+
+    def mark(name, option):
+        in_ci = name == "topk" or (name in ARCHITECTURES and option == "both")
+        return pytest.mark.slow if in_ci else pytest.mark.long
+
+    cases = itertools.product(VARIANTS, OPTIONS)
+    cases = [pytest.param(*case, marks=mark(*case)) for case in cases]
+    return pytest.mark.parametrize("name,option", cases)(test)
+
+
+@every_option
+def test_dead_latents_under_every_option_on_several_meshes(
+    store, tmp_path, monkeypatch, name, option
+):
+    """Runs of 10 steps of which a third of the latents is dead from the start, as none of their
+    pre-activations is above 0; resampling after 6 steps and AuxK see the same everywhere."""
+    architecture, fields = VARIANTS[name]
+    init = Trainer.init
+
+    def with_dead(self, *arguments):
+        state = init(self, *arguments)
+        dead = jnp.arange(128, out_sharding=PER_LATENT) % 3 == 1
+        biases = {
+            name: jnp.where(dead, -100.0, value)
+            for name, value in state.parameters.items()
+            if name in ("b_enc", "b_gate", "b_mag")
+        }
+        return dataclasses.replace(state, parameters=state.parameters | biases)
+
+    monkeypatch.setattr(Trainer, "init", with_dead)
+    lines = {}
+    for mesh in [(1, 1), (1, 4), (2, 2)]:
+        config = make_config(
+            store,
+            architecture,
+            steps=10,
+            sae={
+                "resample_every_tokens": 6 * BATCH,
+                "resample_times": 1,
+                **OPTIONS[option],
+                **fields,
+            },
+            mesh={"data": mesh[0], "model": mesh[1]},
+        )
+        result = train_run(config, None)
+        lines[mesh] = result.read_lines()
+        dead = [line["dead_fraction"] for line in lines[mesh]]
+        assert dead[4] >= 1 / 3, "no latent is dead"
+        assert option == "AuxK" or dead[6] == 0, "they were not resampled"
+        np.testing.assert_allclose(
+            [line["loss"] for line in lines[mesh]],
+            [line["loss"] for line in lines[1, 1]],
+            rtol=1e-2 if "bfloat16" in name else 1e-4,
+        )
+        assert dead == [line["dead_fraction"] for line in lines[1, 1]]
 
 
 def test_inputs_are_picked_by_the_square_of_their_loss():

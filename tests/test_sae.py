@@ -14,7 +14,7 @@ from training import sparse_rows
 
 import sae_jax
 from sae_jax import sae as saes
-from sae_jax.config import Config, OptimizerConfig
+from sae_jax.config import Config, OptimizerConfig, from_dict, to_dict
 from sae_jax.errors import UserError
 from sae_jax.ops.sharding import BATCH, PER_LATENT
 from sae_jax.sae import LossInputs
@@ -45,6 +45,9 @@ CASES = {
     "jumprelu, to all": {"architecture": "jumprelu", "gradient_to": "all"},
     "jumprelu, quadratic": {
         "architecture": "jumprelu", "sparsity_loss": "quadratic", "target_l0": 4.0,
+    },
+    "jumprelu, the paper's target": {
+        "architecture": "jumprelu", "sparsity_loss": "jumprelu_paper", "target_l0": 4.0,
     },
     "jumprelu, tanh": {
         "architecture": "jumprelu", "sparsity_loss": "tanh", "gradient_to": "all",
@@ -291,6 +294,29 @@ def test_every_mesh_is_one_device(name):
             np.testing.assert_allclose(gradient, want_gradients[parameter], rtol=2e-4, atol=2e-5)
 
 
+@every_case_quickly("topk", "gated, crosscoder")
+def test_row_losses_on_every_mesh(name):
+    """Of one device as well: resampling picks by them, under the mesh of the run, inputs that dead
+    latents restart from."""
+    config = resolved(name)
+    sae = saes.architecture(config).from_parameters(config, parameters_of(config))
+    x, y = data(config)
+    want = sae.row_losses(x, y, coefficient=0.3)
+    for shape in ((1, 1), *MESHES):
+        mesh = jax.make_mesh(
+            (1, *shape), ("run", "data", "model"), devices=jax.devices()[: shape[0] * shape[1]]
+        )
+        with jax.set_mesh(mesh):
+            fresh = saes.architecture(config).init_parameters(
+                jax.random.key(0), config, jax.device_put(y[0], jax.P(None))
+            )
+            placed = {n: jax.device_put(p, fresh[n].sharding) for n, p in sae.parameters().items()}
+            on_mesh = saes.architecture(config).from_parameters(config, placed)
+            batch = jax.device_put(x, BATCH), jax.device_put(y, BATCH)
+            got = jax.jit(lambda sae, *xy: sae.scaled_row_losses(*xy, 0.3))(on_mesh, *batch)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
 @every_case_quickly(*saes.ARCHITECTURES)
 def test_loss_falls(name):
     config = resolved(name)
@@ -370,6 +396,51 @@ def test_loss_without_training_is_what_encode_and_decode_do(name):
         losses.mse, np.mean(np.sum((y - sae(x)) ** 2, axis=1)), rtol=1e-5, atol=1e-6
     )
     np.testing.assert_allclose(losses.l0, np.mean((sae.encode(x) > 0).sum(axis=1)), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n.partition(",")[0] == "jumprelu"])
+def test_thresholds_below_zero_stand_for_zero(name):
+    """No latent is below 0, as in SAELens and Gemma Scope: relu(z) * (z > theta)."""
+    config = resolved(name, preactivation_coefficient=0.0)
+    (x, y), now = data(config), controls(config)
+    low = parameters_of(config) | {"threshold": jnp.linspace(-1, 1, N)}
+    clipped = low | {"threshold": jnp.maximum(low["threshold"], 0)}
+    cls = saes.architecture(config)
+    ours, wanted = (cls.from_parameters(config, p) for p in (low, clipped))
+    z = ours.preactivations(x)
+    assert ((z < 0) & (z > low["threshold"])).any()
+    np.testing.assert_array_equal(ours.encode(x), np.maximum(z, 0) * (z > low["threshold"]))
+    for got, want in zip(
+        jax.tree.leaves(ours.training_loss(x, y, now)),
+        jax.tree.leaves(wanted.training_loss(x, y, now)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(
+    "name, formula",
+    [
+        ("gemma_scope_2", lambda l0, target: 2 / target * (l0 - target) ** 2),
+        ("quadratic", lambda l0, target: 2 / target * (l0 - target) ** 2),
+        ("jumprelu_paper", lambda l0, target: (l0 / target - 1) ** 2),
+    ],
+)
+def test_penalties_of_a_target_l0(name, formula):
+    """Gemma Scope 2's eq. 5, by SAELens' name too, and that of the JumpReLU paper."""
+    sae = sae_jax.JumpReLU(d_in=D, d_sae=N, sparsity_loss=name, target_l0=3.0)
+    x = sparse_rows(64, seed=5, width=D)
+    l0 = (np.asarray(sae.encode(x)) > 0).sum(axis=1)
+    penalty = sae.loss(x, coefficient=1.0).total - sae.loss(x, coefficient=0.0).total
+    assert penalty == pytest.approx(formula(l0, 3.0).mean(), rel=1e-4)
+
+
+def test_quadratic_in_a_file_means_what_it_meant():
+    """Files of versions before say quadratic, and none since."""
+    fields = {"architecture": "jumprelu", "sparsity_loss": "quadratic", "target_l0": 3.0}
+    assert from_dict({"sae": fields}).sae.sparsity_loss == "jumprelu_paper"
+    new = Config(sae=saes.JumpReLUConfig(**fields))
+    assert from_dict(to_dict(new)) == new and new.sae.sparsity_loss == "gemma_scope_2"
 
 
 @every_case_quickly("topk", "gated, crosscoder")

@@ -99,6 +99,28 @@ TYPES = {
 }
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_is_scaled_in_float32(dtype):
+    """So that 30,000 does not overflow float16, and ranks and thresholds are those of float32."""
+    sae = make("topk", scale=1 / SCALE)
+    x = 40 * np.random.default_rng(0).normal(size=(256, D)).astype(np.float32)
+    half = jnp.asarray(x, dtype).at[:, 0].set(30_000)
+    whole = half.astype(jnp.float32)
+    y = jnp.zeros((256, sae.config.d_out))
+    for name, one, other in (
+        ("preactivations", sae.preactivations(half), sae.preactivations(whole)),
+        ("encode", sae.encode(half), sae.encode(whole)),
+        ("encode_sparse", sae.encode_sparse(half)[0], sae.encode_sparse(whole)[0]),
+        ("sae", sae(half), sae(whole)),
+        ("decode", sae.decode(sae.encode(x).astype(dtype)), None),
+        ("row_losses", sae.row_losses(half, y), sae.row_losses(whole, y)),
+        ("loss", sae.loss(half, y).total, sae.loss(whole, y).total),
+    ):
+        assert one.dtype == jnp.float32 and np.isfinite(one).all(), name
+        if other is not None:
+            np.testing.assert_array_equal(one, other, err_msg=name)
+
+
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("leading", [(), (0,), (3,), (2, 3)])
 def test_every_type_is_as_float32_of_its_values(kind, leading):

@@ -217,10 +217,7 @@ CASES = {
             decoder_init_norm=1.0,
             unit_norm=True,
         ),
-        # Theirs is lambda 2 / target (L0 - target)^2.
-        our_jumprelu(
-            2 * TARGET_L0 * 0.002, sparsity_loss="quadratic", target_l0=TARGET_L0, bandwidth=0.2
-        ),
+        our_jumprelu(0.002, sparsity_loss="quadratic", target_l0=TARGET_L0, bandwidth=0.2),
     ),
     # ----------------------------------------------------------------- sparsify
     "sparsify topk": Case(

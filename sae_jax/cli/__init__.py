@@ -13,6 +13,7 @@ import importlib
 import logging
 import os
 import pathlib
+import signal
 import sys
 
 from absl import flags
@@ -27,16 +28,34 @@ COMMANDS = """demo harvest store train eval sweep fit plan export import bench l
 def entry() -> int:
     """Runs `main` in a process whose large arrays lie on huge pages, and returns the exit code.
 
+    After an error the process ends at once, without waiting for threads that may be stuck. SIGTERM
+    ends it with code 75 where nothing is to be saved yet.
+
     glibc reads the setting when a process starts, so on Linux this starts the process once more.
     Without it the top-k step of `sae-jax bench` took an eighth more processor time. A process that
     has GLIBC_TUNABLES set, as in `GLIBC_TUNABLES= sae-jax bench`, is not started again.
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # until it can be answered
         os.execv(sys.executable, sys.orig_argv)
     for stream in (sys.stdout, sys.stderr):  # a path may hold bytes that are no text
         stream.reconfigure(errors="backslashreplace")
-    return main()
+    signal.signal(signal.SIGTERM, _stop)
+    if sys.platform == "linux":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    code = main()
+    if code and "jax" in sys.modules:
+        from sae_jax.train import last_words
+
+        last_words.leave(code)
+    return code
+
+
+def _stop(*_) -> None:
+    """Ends the process at SIGTERM. A command that has something to save replaces this."""
+    os.write(2, b"sae-jax: stopped by SIGTERM; start the same command again\n")
+    os._exit(75)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -159,6 +178,8 @@ def _set_up_jax(cpu_devices: int | None) -> None:
     """Sets JAX's precision and devices. It must run before JAX's backends are started."""
     import jax
 
+    # What is computed does not depend on JAX_ENABLE_X64.
+    jax.config.update("jax_enable_x64", False)
     # Float32 means float32 on accelerators too; bfloat16 is there for who wants its speed.
     jax.config.update("jax_default_matmul_precision", "highest")
     if cpu_devices:

@@ -1,5 +1,6 @@
 """Joins the processes of one program, for the commands that several processes can run."""
 
+import collections
 import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -32,13 +33,21 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("process_id", None, "This process, from 0.", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "How many there are.", flag_values=values)
     counts.define_float(
+        "start_seconds",
+        300.0,
+        "How long processes wait for each other at the start, before they say who is missing.",
+        values,
+        lower_bound=1.0,
+        upper_bound=86_400.0,
+    )
+    counts.define_float(
         "heartbeat_seconds",
         60.0,
         "A process that is silent for so long is dead: the others say so and end, to be started "
         "again.",
         values,
         lower_bound=2.0,
-        upper_bound=1e6,
+        upper_bound=86_400.0,
     )
     counts.define_float(
         "watchdog_seconds",
@@ -47,7 +56,7 @@ def define(values: flags.FlagValues) -> None:
         "wait for ever.",
         values,
         lower_bound=0.0,
-        upper_bound=1e6,
+        upper_bound=1e9,
     )
     flags.DEFINE_integer(
         "watchdog_port",
@@ -104,19 +113,33 @@ def joined(args: flags.FlagValues, stops_at_a_step: bool = True) -> Iterator["Pr
 def _join(args: flags.FlagValues) -> None:
     import jax
 
+    from sae_jax.train import last_words, meeting, preemption
+
+    told = (args.coordinator, args.num_processes, args.process_id)
     try:
+        if None not in told:
+            meeting.meet(*told, seconds=args.start_seconds)
         jax.distributed.initialize(
-            args.coordinator,
-            args.num_processes,
-            args.process_id,
+            *told,
+            initialization_timeout=int(args.start_seconds),
             heartbeat_timeout_seconds=int(2 * args.heartbeat_seconds) + _SETTLING_SECONDS,
         )
+    except meeting.MissingError as error:
+        last_words.say(str(error))
+        last_words.exit_now(preemption.EXIT_CODE)
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"the processes of this run do not find each other ({str(error).splitlines()[0]}); "
             "outside of Slurm, TPU and Kubernetes give each one --coordinator=HOST:PORT, "
             "--num_processes and its --process_id"
         ) from error
+    counts = collections.Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1:
+        told = ", ".join(f"process {i} has {counts[i]}" for i in sorted(counts))
+        raise UserError(
+            f"the processes have different numbers of devices ({told}); give each the same, such "
+            "as the same --cpu_devices"
+        )
     if jax.default_backend() == "cpu":
         # A program that XLA:CPU reads from the cache does its collectives in any order, and gloo
         # mixes them up: seen with four processes on a mesh of 2 x 2, with jaxlib 0.10.2.

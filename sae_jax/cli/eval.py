@@ -36,6 +36,7 @@ def define(values: flags.FlagValues) -> None:
 
     string("run", "Directory of a run.")
     string("sae", "Any SAE instead: what sae_jax.load reads, such as hf://ORG/REPOSITORY/FOLDER.")
+    string("kind", "Of a Gemma Scope file, which does not say it: autoencoder or transcoder.")
     string("store", "Evaluate on this store's held-out rows; the run's.")
     string("site", "Site of the store or of the model; the run's, or what the SAE's file says.")
     string("target_site", "The site that a transcoder predicts; the run's.")
@@ -114,7 +115,7 @@ def _evaluate(args) -> None:
     if slices != (None, None) and not (args.tokens_file or args.text):
         raise UserError("--sequences and --lm_sequences are of --tokens_file or --text; give one")
     path = interop.locate(named)
-    sae = interop.load(named)
+    sae = interop.load(named, kind=args.kind)
     is_run = interop.format_of(path) is None and (path / "config.json").is_file()
     data = find_store(path, read_config(path).data) if is_run else DataConfig()
     chosen = {

@@ -53,6 +53,12 @@ def define(values: flags.FlagValues) -> None:
     string("select", 'Of the sweep, as in "d_sae=16384 k=32"; all that are done.')
     string("format", "One of the table.")
     string("out", "A new directory; with --push_to alone, what is uploaded.")
+    string("kind", "Of a Gemma Scope file, which does not say it: autoencoder or transcoder.")
+    string(
+        "model",
+        "The language model's directory, or hf://ORG/REPOSITORY; demo: the one that ships here. "
+        "For SAEs of mlp_in.L, where SAELens has no hook: its norm's weight is folded in.",
+    )
     string("license", "For the model card, as the hub writes it: apache-2.0, mit, cc-by-4.0, ...")
     string("model_name", "The language model's name on the hub, or SAELens'; the store's.")
     string(
@@ -89,7 +95,7 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
 
 
 def _write(args: flags.FlagValues, out) -> None:
-    from sae_jax import interop, paths
+    from sae_jax import interop, lm, paths
     from sae_jax.errors import UserError
     from sae_jax.interop.many import export_many
 
@@ -101,15 +107,16 @@ def _write(args: flags.FlagValues, out) -> None:
         raise UserError("--select chooses among the runs of --results=SWEEP; give that too")
     place = interop.Hub(args.license, args.push_to)
     named = {"model_name": args.model_name} if args.model_name else {}
+    model = lm.DEMO_MODEL if args.model == "demo" else args.model
     if args.results:
         sweep = paths.path(args.results)
-        saes = export_many(sweep, args.format, out, args.select or "", place, named)
+        saes = export_many(sweep, args.format, out, args.select or "", place, named, model)
         print(f"Written: {out}: {len(saes)} SAEs, listed in {out / 'index.csv'}")
     else:
         path = interop.locate(args.checkpoint)
         provenance = interop.read_provenance(path) | named
-        sae = interop.load(args.checkpoint)
-        interop.export(sae, args.format, out, provenance, place)
+        sae = interop.load(args.checkpoint, kind=args.kind)
+        interop.export(sae, args.format, out, provenance, place, model)
         print(f"Written: {out}")
     if not args.license:
         print("No license is stated; --license=apache-2.0, say, puts yours in the model card.")

@@ -27,6 +27,7 @@ def define(values: flags.FlagValues) -> None:
         "the Hugging Face hub; saelens://RELEASE/SAE_ID of SAELens' public releases.",
     )
     string("format", "Refuse it if it is of another format than this.")
+    string("kind", "Of a Gemma Scope file, which does not say it: autoencoder or transcoder.")
     string("out", "A new directory.")
 
 
@@ -43,7 +44,7 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
     if args.format and choose(args.format, interop.FORMATS, "--format") != found:
         what = f"it looks like {found}" if found else "it is of no format that is known here"
         raise UserError(f"{args.path} is not of the format {args.format}: {what}")
-    sae = interop.load(args.path)
+    sae = interop.load(args.path, kind=args.kind)
     out = paths.local(args.out)
     provenance = interop.read_provenance(path) | {"imported_from": found or "sae_jax"}
     interop.export(sae, "sae_jax", out, provenance)

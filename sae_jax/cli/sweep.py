@@ -69,7 +69,7 @@ def define(values: flags.FlagValues) -> None:
         "How long this worker may be silent before others take it for dead.",
         values,
         lower_bound=1.0,
-        upper_bound=1e6,
+        upper_bound=1e9,
     )
     logs.define(values)
     distributed.define(values)

@@ -5,7 +5,7 @@ often, and how much of a synthetic world's features was found. Functions that dr
 matplotlib Figure, for `save` and `inline_svg` of sae_jax.plots.
 """
 
-import json
+import dataclasses
 
 import matplotlib
 import numpy as np
@@ -16,6 +16,7 @@ from sae_jax import paths
 from sae_jax.errors import UserError
 from sae_jax.evaluate.recovery import Recovery
 from sae_jax.evaluate.report import Evaluation
+from sae_jax.json_files import checked, parse_json
 from sae_jax.paths import AnyPath
 from sae_jax.plots import BLUE, INK, ORANGE, STYLE, save
 
@@ -159,20 +160,33 @@ def recovery_by_rate(recovery: Recovery) -> Figure:
 def read_metrics(file) -> list[dict]:
     """Returns the lines of a metrics.jsonl, without a last line that was cut by a kill.
 
-    Raises UserError if there is no such file, or no line in it.
+    Raises UserError, which names the line, if there is no such file, no line in it, or one that is
+    no step of a run.
     """
     file = paths.path(file)
     if not file.is_file():
         raise UserError(f"no {file.name} in {file.parent}; it is not a run's directory")
+    lines = file.read_bytes().splitlines(keepends=True)
+    whole = lines if not lines or lines[-1].endswith(b"\n") else lines[:-1]
     steps = []
-    for line in file.read_text().splitlines():
-        try:
-            steps.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    for number, line in enumerate(whole, 1):
+        where = f"{file}, line {number}"
+        steps.append(parse_json(line, where))
+        checked(steps[-1], _Drawn, where)
     if not steps:
         raise UserError(f"{file} holds no step yet")
     return steps
+
+
+@dataclasses.dataclass(frozen=True)
+class _Drawn:
+    """What is drawn of a line of metrics.jsonl; NaN is written as null."""
+
+    tokens: float
+    fvu: float | None
+    l0: float | None
+    dead_fraction: float | None
+    lr: float | None
 
 
 def _points(axes, x: np.ndarray, y: np.ndarray, color: str) -> None:

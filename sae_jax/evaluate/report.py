@@ -2,8 +2,9 @@
 
 import dataclasses
 import io
-import json
 import math
+import zipfile
+import zlib
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from sae_jax import lm, paths
 from sae_jax.config import difference
 from sae_jax.errors import UserError
 from sae_jax.evaluate.metrics import RowMetrics, measure_rows
+from sae_jax.evaluate.padding import tokenizer_of
 from sae_jax.evaluate.recovery import Recovery, measure_recovery
 from sae_jax.evaluate.sources import (
     HeldOutRows,
@@ -21,6 +23,7 @@ from sae_jax.evaluate.sources import (
 )
 from sae_jax.evaluate.spliced import measure_spliced
 from sae_jax.evaluate.worlds import WorldRows
+from sae_jax.json_files import checked, read_json
 from sae_jax.paths import AnyPath
 from sae_jax.progress_bar import progress
 from sae_jax.sae import SAE
@@ -182,10 +185,11 @@ def evaluate(
     by_site = {site: {"fvu": float(v)} for site, v in zip(targets, rows.site_fvu, strict=True)}
     spliced = None
     if model is not None:
-        sequences = source.sequences(spliced_tokens)
+        sequences = source.sequences(spliced_tokens, tokenizer_of(model))
         if sequences is None:
             raise UserError("the store has no tokens to run a language model on; leave out --model")
-        found = measure_spliced(sae, model, source.site_names, *sequences, rows.mean)
+        tokens, used, is_text = sequences
+        found = measure_spliced(sae, model, source.site_names, tokens, used, rows.mean, is_text)
         spliced = {
             name: type(value)(np.mean([at_site[name] for at_site in found.values()]))
             for name, value in found[targets[0]].items()
@@ -230,24 +234,37 @@ def save(evaluation: Evaluation, out) -> None:
     paths.save_json(evaluation.to_dict(), out)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Saved:
+    """The JSON file of an evaluation."""
+
+    settings: dict
+    rows: int
+    reconstruction: dict[str, float | None]
+    sparsity: dict
+    language_model: dict[str, int | float | None] | None
+    sites: dict[str, dict[str, int | float | None]]
+    recovery: dict[str, float | None] | None
+
+
 def load(file) -> Evaluation:
     """Returns the evaluation that `save` wrote to `file`. Raises UserError if it cannot be read."""
     file = paths.path(file)
+    saved = checked(read_json(file), _Saved, file)
+    arrays = _read_arrays(latents_file(file))
+    scalars = saved.reconstruction | saved.sparsity
     try:
-        values = json.loads(file.read_text())
-        with np.load(io.BytesIO(latents_file(file).read_bytes())) as arrays:
-            arrays = {name: arrays[name] for name in _ARRAYS}
-        scalars = {name: (values["reconstruction"] | values["sparsity"])[name] for name in _ROWS}
-        rows = RowMetrics(values["rows"], _with_nan(scalars), **arrays)
-        spliced = values["language_model"]
-        sites = {site: _with_nan(found) for site, found in values["sites"].items()}
+        scalars = _with_nan({name: scalars[name] for name in _ROWS})
+        rows = RowMetrics(saved.rows, scalars, **{name: arrays[name] for name in _ARRAYS})
         recovery = None
-        if values["recovery"]:
-            with np.load(io.BytesIO(recovery_file(file).read_bytes())) as arrays:
-                recovery = Recovery.from_parts(rows.rows, _with_nan(values["recovery"]), arrays)
-        return Evaluation(values["settings"], rows, spliced and _with_nan(spliced), sites, recovery)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if saved.recovery:
+            found, arrays = _with_nan(saved.recovery), _read_arrays(recovery_file(file))
+            recovery = Recovery.from_parts(rows.rows, found, arrays)
+    except (KeyError, ValueError) as error:
         raise UserError(f"{file} is no evaluation, or a damaged one: {error}") from None
+    spliced = saved.language_model and _with_nan(saved.language_model)
+    sites = {site: _with_nan(found) for site, found in saved.sites.items()}
+    return Evaluation(saved.settings, rows, spliced, sites, recovery)
 
 
 def _check_out(out: AnyPath, settings: dict) -> None:
@@ -255,11 +272,10 @@ def _check_out(out: AnyPath, settings: dict) -> None:
     if not out.exists():
         return
     try:
-        found = json.loads(out.read_text())["settings"]
-        changes = difference(found, settings)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        found = checked(read_json(out), _Saved, out).settings
+    except UserError:
         raise UserError(f"{out} exists and is no evaluation; choose another --out") from None
-    if changes:
+    if changes := difference(found, settings):
         raise UserError(f"{out} holds another evaluation ({changes[0]}); choose another --out")
 
 
@@ -286,6 +302,14 @@ def _save_arrays(file: AnyPath, arrays: dict[str, np.ndarray]) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     paths.write(file, buffer.getvalue())
+
+
+def _read_arrays(file: AnyPath) -> dict[str, np.ndarray]:
+    try:
+        with np.load(io.BytesIO(file.read_bytes())) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{file} is missing or damaged: {error}; evaluate again") from None
 
 
 def _finite(values: dict[str, float]) -> dict:

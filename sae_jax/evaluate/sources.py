@@ -7,17 +7,21 @@
     num_rows                 about how many rows there are
     batches(rows)            an iterator over batches of at most about `rows` rows
     num_batches(rows)        how many batches this process gets
-    sequences(limit)         the tokens to run a language model on
+    sequences(limit, tokenizer)  the tokens to run a language model on
     origin                   a short name for messages
     settings                 what it is, in words and numbers
 
 A batch is a pair of activations (B, sum of widths) and a mask (B,) of the rows that count. Where
-there are several processes, each gets its own share of the batches. `sequences` returns at least
-`limit` tokens, as far as there are so many: token ids (n, T) and a mask (n, T) of the positions
-that count; None where there are no tokens.
+there are several processes, each gets its own share of the batches. `sequences` returns
+`Sequences` of at least `limit` tokens, as far as there are so many; None where there are no tokens.
 """
 
+import math
+import pathlib
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,12 +30,30 @@ from sae_jax.activations import Sites, Store
 from sae_jax.activations.order import split_chunks
 from sae_jax.activations.sites import check_distinct, split_names
 from sae_jax.activations.store import NONFINITE
-from sae_jax.errors import UserError
+from sae_jax.errors import UserError, some
 from sae_jax.evaluate.batching import evenly_spaced, pad_rows
+from sae_jax.evaluate.padding import IGNORED, text_first, tokenizer_of
 from sae_jax.evaluate.processes import own_share
-from sae_jax.lm import LanguageModel
+from sae_jax.lm import PACKING_RULE, LanguageModel, Tokenizer
 from sae_jax.sae import SAE
 from sae_jax.sae.config import TRANSCODERS
+
+_PLAIN_BYTES = 1 << 28  # of token ids that may be compressed to any size
+_MOST_COMPRESSED = 100  # how many times its size a larger file may hold; text's ids: about 5
+
+
+class Sequences(NamedTuple):
+    """Tokens for a language model to run on, with padding after the text (see `padding`).
+
+    Attributes:
+      tokens: token ids (n, T).
+      used: the positions that count, (n, T) bool.
+      is_text: the tokens that are no padding, (n, T) bool.
+    """
+
+    tokens: np.ndarray
+    used: np.ndarray
+    is_text: np.ndarray
 
 
 class HeldOutRows:
@@ -105,10 +127,10 @@ class HeldOutRows:
                 part = slice(first, first + size)
                 yield pad_rows(x[part], size), pad_rows(used[part], size)
 
-    def sequences(self, limit: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """Returns (token ids, which positions count) of sequences with about `limit` tokens.
+    def sequences(self, limit: int, tokenizer: Tokenizer | None = None) -> Sequences | None:
+        """Returns sequences with about `limit` tokens, or None where the store has no tokens.
 
-        Both are (n, T). Returns None where the store has no tokens.
+        `tokenizer` says what padding is in stores that `lm.pack`, which needs none, did not pack.
         """
         meta, tokens = self.store.meta, self.store.tokens()
         if tokens is None:
@@ -119,7 +141,11 @@ class HeldOutRows:
         numbers = evenly_spaced(numbers, -(-limit // meta.context_length))
         chunks, place = np.unique(numbers // meta.chunk_sequences, return_inverse=True)
         used = self._used(chunks).reshape(len(chunks), meta.chunk_sequences, meta.context_length)
-        return tokens[numbers].read().result(), used[place, numbers % meta.chunk_sequences]
+        ids, used = tokens[numbers].read().result(), used[place, numbers % meta.chunk_sequences]
+        if meta.provenance.get("packing") == PACKING_RULE:
+            return Sequences(ids, used, np.ones_like(used))
+        found = text_first(ids, tokenizer, self.origin)
+        return Sequences(found.tokens, found.moved(used) & found.is_text, found.is_text)
 
     def _layout(self, rows: int) -> tuple[int, int]:
         """Returns (chunks to read at once, batches to cut them into) for batches of `rows` rows."""
@@ -150,7 +176,7 @@ class ModelRows:
         Args:
           model: the language model.
           sites: the names of its sites, the target of a transcoder last.
-          tokens: token ids (sequences, T).
+          tokens: token ids (sequences, T). Padding (see `padding`) does not count.
           what: what messages and the evaluation's settings call the tokens.
           excluded_tokens: the ids that do not count.
           excluded_positions: the positions of a sequence that do not count.
@@ -163,24 +189,31 @@ class ModelRows:
         self.site_names = tuple(split_names(sites))
         check_distinct(self.site_names, self.origin)
         self.site_widths = tuple(model.site_width(site) for site in self.site_names)
-        if tokens.max() >= model.vocab_size or tokens.min() < 0:
+        found = text_first(np.asarray(tokens), tokenizer_of(model), what)
+        tokens, is_text = found.tokens, found.is_text
+        wrong = tokens[(tokens >= model.vocab_size) | (tokens < 0)]
+        if len(wrong):
             raise UserError(
-                f"{what} has token {tokens.max()}, but the model's vocabulary has "
-                f"{model.vocab_size}; they do not belong together"
+                f"{what} has token {wrong[0]}, but the model's vocabulary has {model.vocab_size}; "
+                f"they do not belong together (padding is PAD, or {IGNORED})"
             )
-        used = ~np.isin(tokens, excluded_tokens)
+        tokens = tokens.astype(np.int32)
+        used = is_text & ~np.isin(tokens, excluded_tokens)
         used[:, [p for p in excluded_positions if p < tokens.shape[1]]] = False
-        self._rows = (tokens[sequences], used[sequences])
-        self._spliced = (tokens[spliced_sequences], used[spliced_sequences])
+        self._rows, self._spliced = (
+            Sequences(tokens[part], used[part], is_text[part])
+            for part in (sequences, spliced_sequences)
+        )
         for part in (self._rows, self._spliced):
-            if not len(part[0]):
+            if not len(part.tokens):
                 raise UserError(f"{what} has {len(tokens)} sequences, none of those asked for")
-        self.num_rows = self._rows[0].size
+        self.num_rows = self._rows.tokens.size
         left_out = [
             f"{name} {', '.join(map(str, values))}"
             for name, values in (("tokens", excluded_tokens), ("positions", excluded_positions))
             if len(values)
         ]
+        left_out += [] if is_text.all() else [f"{np.sum(~is_text):,} of padding"]
         self.settings = {
             "rows": f"activations on {what}",
             "sequences": _describe(sequences, len(tokens)),
@@ -190,11 +223,11 @@ class ModelRows:
 
     def num_batches(self, rows: int) -> int:
         """Returns how many batches of at most `rows` rows this process gets."""
-        return len(own_share(range(0, len(self._rows[0]), self._sequences_at_once(rows))))
+        return len(own_share(range(0, len(self._rows.tokens), self._sequences_at_once(rows))))
 
     def batches(self, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields (activations, which rows count) of this process's batches."""
-        tokens, used = self._rows
+        tokens, used, _ = self._rows
         size = self._sequences_at_once(rows)
         for start in own_share(range(0, len(tokens), size)):
             batch = pad_rows(tokens[start : start + size], size)
@@ -203,14 +236,14 @@ class ModelRows:
             mask = pad_rows(used[start : start + size], size).reshape(-1)
             yield x_BxTxW.reshape(len(mask), -1), mask
 
-    def sequences(self, limit: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns (token ids, which positions count), (n, T) each, of about `limit` tokens."""
-        tokens, used = self._spliced
-        count = -(-limit // tokens.shape[1])
-        return tokens[:count], used[:count]
+    def sequences(self, limit: int, tokenizer: Tokenizer | None = None) -> Sequences:
+        """Returns sequences with about `limit` tokens. The tokenizer is the model's own."""
+        del tokenizer
+        count = -(-limit // self._spliced.tokens.shape[1])
+        return Sequences(*(part[:count] for part in self._spliced))
 
     def _sequences_at_once(self, rows: int) -> int:
-        tokens = self._rows[0]
+        tokens = self._rows.tokens
         return max(1, min(rows // tokens.shape[1], len(tokens)))
 
 
@@ -252,30 +285,47 @@ def input_and_target_sites(sae: SAE, sites: Sequence[str]) -> tuple[Sequence[str
 
 
 def read_tokens(path) -> np.ndarray:
-    """Returns the token ids (sequences, T), int32, of an .npy or .npz file.
+    """Returns the token ids (sequences, T) of an .npy or .npz file.
 
     Of an .npz file it takes the array `tokens`, or the only one. Leading axes are joined. Raises
-    UserError if there is no such file or it has no token ids.
+    UserError if there is no such file, it has no token ids, or it says that it has more of them
+    than it can hold.
     """
     path = paths.local(path)
-    if not path.is_file():
-        raise UserError(f"no tokens file at {path}; give an .npy or .npz of token ids")
     try:
-        loaded = np.load(path)
-    except (ValueError, OSError, EOFError) as error:
+        if not path.is_file():
+            raise UserError(f"no tokens file at {path}; give an .npy or .npz of token ids")
+        loaded = np.load(path, mmap_mode="r")  # mapped, a header that lies about its size is found
+        if not isinstance(loaded, np.ndarray):
+            loaded = _member(path, loaded)
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} is not an .npy or .npz file of numbers: {error}") from None
-    if not isinstance(loaded, np.ndarray):
-        names = loaded.files
-        name = names[0] if len(names) == 1 else "tokens"
-        if name not in names:
-            raise UserError(f"{path} has no array named tokens; it has {', '.join(names)}")
-        loaded = loaded[name]
     if loaded.ndim < 2 or loaded.dtype.kind not in "iu" or not loaded.size or loaded.shape[-1] < 2:
         raise UserError(
             f"{path} holds {loaded.dtype} of shape {loaded.shape}; token ids are whole numbers of "
             "shape (sequences, tokens in each)"
         )
-    return loaded.reshape(-1, loaded.shape[-1]).astype(np.int32)
+    return np.array(loaded).reshape(-1, loaded.shape[-1])
+
+
+def _member(path: pathlib.Path, loaded: np.lib.npyio.NpzFile) -> np.ndarray:
+    """Returns the array `tokens` of an .npz file, or the only one."""
+    names = loaded.files
+    name = names[0] if len(names) == 1 else "tokens"
+    if name not in names:
+        raise UserError(f"{path} has no array named tokens; it has {some(names)}")
+    with loaded.zip.open(f"{name}.npy") as file:  # the header only
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0
+        shape, _, dtype = (read if version == (1, 0) else np.lib.format.read_array_header_2_0)(file)
+    needed, stored = math.prod(shape) * dtype.itemsize, loaded.zip.getinfo(f"{name}.npy").file_size
+    most = max(_PLAIN_BYTES, _MOST_COMPRESSED * path.stat().st_size)
+    if needed > min(stored, most):
+        raise UserError(
+            f"{path} has {path.stat().st_size:,} bytes and says that {name} has {needed:,}; "
+            "it is damaged, or made to fill the memory"
+        )
+    return loaded[name]
 
 
 def _describe(part: slice, length: int) -> list[int]:

@@ -48,7 +48,7 @@ class WorldRows:
             x = self.stream.read_rows(ids)
             yield pad_rows(x, rows), pad_rows(np.ones(len(x), bool), rows)
 
-    def sequences(self, limit: int) -> None:
+    def sequences(self, limit: int, tokenizer=None) -> None:
         """Returns None, because a world has no tokens."""
 
     def ids(self, rows: int) -> Iterator[np.ndarray]:

@@ -2,9 +2,11 @@
 
 import dataclasses
 import importlib.metadata
+import json
 import pathlib
 import re
 import string
+import urllib.parse
 
 from sae_jax import pages
 from sae_jax.sae import SAE
@@ -116,19 +118,19 @@ def model_card(sae: SAE, format: str, usage: str, provenance: dict, hub: Hub) ->
     title += f" of {provenance['model_name']}" if "model_name" in provenance else ""
     return _render(
         "card.md",
-        title=title,
+        title=_text(title),
         front_matter=_front_matter(format, [architecture, config.kind], provenance, hub),
         format=format,
         config=config,
         source=_rows(_SOURCE, provenance),
         usage=_with_path(
-            string.Template(usage).substitute(d_in=config.d_in, site=site or "the site"), hub
+            string.Template(usage).substitute(d_in=config.d_in, site=_line(site or "the site")), hub
         ),
         recipe=_rows(_RECIPE, training),
         metrics=_rows(_METRICS, provenance["evaluation"])
         if "evaluation" in provenance
         else _rows(_RUN_METRICS, provenance),
-        license=hub.license,
+        license=_text(hub.license),
         citations=[
             *(_PAPERS[what] for what in (architecture, config.kind) if what in _PAPERS),
             _this_software(),
@@ -149,12 +151,13 @@ def collection_card(title: str, format: str, saes: list[dict], provenance: dict,
     tags = sorted({sae["architecture"] for sae in saes})
     return _render(
         "collection.md",
-        title=title,
+        title=_text(title),
         front_matter=_front_matter(format, tags, provenance, hub),
         format=format,
         saes=saes,
-        number=_text,
-        license=hub.license,
+        text=_text,
+        link=urllib.parse.quote,
+        license=_text(hub.license),
         citations=[_this_software()],
     )
 
@@ -190,10 +193,11 @@ def _with_path(usage: str, hub: Hub) -> str:
     imports, _, rest = usage.rstrip().partition("\n\n")
     if not hub.repo:
         return f'{imports}\n\npath = "."  # the folder of this README\n{rest}'
-    call = f'snapshot_download("{hub.repo}")'
+    repo = json.dumps(hub.repo)  # which is how Python writes text too
+    call = f"snapshot_download({repo})"
     if hub.folder:
-        only = f'allow_patterns="{hub.folder}/*"'
-        call = f'snapshot_download("{hub.repo}", {only}) + "/{hub.folder}"'
+        only, below = json.dumps(f"{hub.folder}/*"), json.dumps(f"/{hub.folder}")
+        call = f"snapshot_download({repo}, allow_patterns={only}) + {below}"
     return f"from huggingface_hub import snapshot_download\n{imports}\n\npath = {call}\n{rest}"
 
 
@@ -202,8 +206,14 @@ def _rows(labels: dict[str, str], values: dict) -> list[tuple[str, str]]:
 
 
 def _text(value) -> str:
+    """Returns a value as Markdown that shows it and nothing else, on one line."""
     if value is None:
         return ""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value).replace("|", r"\|")
+        # An underscore within a word is no mark.
+        return re.sub(r"[\\`*\[\]<>|]|(?<!\w)_|_(?!\w)", r"\\\g<0>", _line(str(value)))
     return f"{value:,}" if isinstance(value, int) else f"{value:.5g}"
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())

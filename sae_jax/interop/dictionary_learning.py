@@ -9,10 +9,13 @@ import dataclasses
 import itertools
 import json
 import pathlib
+from typing import Annotated
 
+import msgspec
 import numpy as np
 
-from sae_jax.errors import UserError
+from sae_jax.errors import UserError, choose
+from sae_jax.interop.archives import Arrays, read_torch
 from sae_jax.interop.weights import (
     check_shapes,
     float32,
@@ -20,10 +23,25 @@ from sae_jax.interop.weights import (
     make_sae,
     matrix_shape,
     parameters_for,
-    read_torch,
 )
-from sae_jax.json_files import read_json
+from sae_jax.json_files import checked, read_json
 from sae_jax.sae import ARCHITECTURES, SAE
+from sae_jax.sae.files import naming
+
+
+@dataclasses.dataclass(frozen=True)
+class _Trainer:
+    """Describes what we use of the section `trainer` of config.json."""
+
+    dict_class: str
+    k: Annotated[int, msgspec.Meta(ge=1)] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Config:
+    """Describes what we use of config.json."""
+
+    trainer: _Trainer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,15 +159,11 @@ def read(directory: pathlib.Path) -> SAE:
     """Returns the SAE in a folder of dictionary_learning, in float32.
 
     Raises UserError for a class that is not known here, for tensors that are missing, additional or
-    of another shape, for a threshold that was never estimated, and if torch is not installed.
+    of another shape, and for a threshold that was never estimated.
     """
     file = directory / "config.json"
-    trainer = read_json(file).get("trainer") or {}
-    name = trainer.get("dict_class")
-    if name not in _CLASSES:
-        raise UserError(
-            f"{file}: trainer.dict_class {name!r} cannot be read; known are {', '.join(_CLASSES)}"
-        )
+    trainer = checked(read_json(file), _Config, file).trainer
+    name = choose(trainer.dict_class, _CLASSES, f"{file}: trainer.dict_class")
     kind, file = _CLASSES[name], directory / "ae.pt"
     tensors = read_torch(file)
     encoder = kind.names["w_enc"]
@@ -162,18 +176,20 @@ def read(directory: pathlib.Path) -> SAE:
     }
     fields = {}
     if kind.has_k:
-        fields["k"] = _checked_k(tensors.pop("k", None), trainer.get("k"), directory)
-        threshold = float(tensors.pop("threshold", -1.0))
+        fields["k"] = _checked_k(tensors, trainer.k, directory)
+        threshold = _one(tensors, "threshold", np.floating, -1.0, file)
     if name == "MatryoshkaBatchTopKSAE":
-        sizes = np.asarray(tensors.pop("group_sizes", ()), np.int64).tolist()
-        fields["prefix_widths"] = tuple(itertools.accumulate(sizes))
+        sizes = tensors.pop("group_sizes", None)
+        if not isinstance(sizes, np.ndarray) or sizes.ndim != 1 or sizes.dtype.kind != "i":
+            raise UserError(f"{file}: group_sizes must be whole numbers, the sizes of the groups")
+        fields["prefix_widths"] = tuple(itertools.accumulate(sizes.tolist()))
     arrays = check_shapes(tensors, shapes, file)
     parameters = {
         name: arrays[theirs].T if kind.is_transposed(name) else arrays[theirs]
         for name, theirs in kind.names.items()
     }
     if kind.one_threshold:
-        if threshold < 0:
+        if not 0 <= threshold < np.inf:
             raise UserError(
                 f"{file}: threshold is {threshold}, so it was never estimated, and without it the "
                 f"latents of {name} depend on the batch"
@@ -182,12 +198,13 @@ def read(directory: pathlib.Path) -> SAE:
     if kind.architecture == "jumprelu":
         fields["apply_b_dec_to_input"] = False
     gated = kind.architecture == "gated"
-    config = ARCHITECTURES[kind.architecture].Config(
-        d_sae=n,
-        unit_norm_decoder=kind.unit_norm and (gated or _has_unit_rows(parameters["w_dec"])),
-        normalize="none",
-        **fields,
-    )
+    with naming(file):
+        config = ARCHITECTURES[kind.architecture].Config(
+            d_sae=n,
+            unit_norm_decoder=kind.unit_norm and (gated or _has_unit_rows(parameters["w_dec"])),
+            normalize="none",
+            **fields,
+        )
     sae = make_sae(config, d, d, parameters)
     return sae.fold() if gated else sae  # ours has unit rows only
 
@@ -201,11 +218,22 @@ def _single_threshold(thresholds: np.ndarray, name: str) -> np.ndarray:
     return thresholds[0]
 
 
-def _checked_k(stored, configured, directory: pathlib.Path) -> int:
-    k = configured if stored is None else int(stored)
-    if not isinstance(k, int) or k < 1 or configured not in (None, k):
+def _checked_k(tensors: Arrays, configured: int | None, directory: pathlib.Path) -> int:
+    """Returns k, and takes it out of the tensors."""
+    k = _one(tensors, "k", np.integer, configured, directory / "ae.pt")
+    if k is None or k < 1 or configured not in (None, k):
         raise UserError(f"{directory}: k is {k!r} in ae.pt and {configured!r} in config.json")
     return k
+
+
+def _one(tensors: Arrays, name: str, kind: type, default, file: pathlib.Path):
+    """Returns the number in the tensor `name`, and takes it out; `default` if there is none."""
+    if name not in tensors:
+        return default
+    value = np.asarray(tensors.pop(name))
+    if value.size != 1 or not np.issubdtype(value.dtype, kind):
+        raise UserError(f"{file}: {name} must be one number, not {value.dtype} {value.shape}")
+    return value.item()
 
 
 def _has_unit_rows(w_dec: np.ndarray) -> bool:

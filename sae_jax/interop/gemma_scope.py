@@ -7,13 +7,11 @@ place in the folders of a release does.
 """
 
 import pathlib
-import zipfile
 
 import numpy as np
 
-from sae_jax.errors import UserError
+from sae_jax.interop.archives import Arrays, read_npz
 from sae_jax.interop.weights import (
-    Arrays,
     check_shapes,
     float32,
     make_sae,
@@ -54,19 +52,20 @@ def write(sae: SAE, directory: pathlib.Path, provenance: dict) -> None:
     np.savez(directory / _FILE, **{ours[name]: array for name, array in arrays.items()})
 
 
-def read(directory: pathlib.Path) -> SAE:
+def read(directory: pathlib.Path, kind: str | None = None) -> SAE:
     """Returns the SAE in a folder of Gemma Scope's, in float32.
 
     Raises UserError if the file is damaged, or for tensors that are missing, additional or of
     another shape.
+
+    Args:
+      directory: the folder.
+      kind: the SAE's kind, which the file does not say. None stands for an autoencoder where
+        d_in is d_out, else for a transcoder.
     """
     file = directory / _FILE
-    try:
-        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
-            tensors = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{file} is damaged or truncated: {error}") from None
-    return jump_relu({_NAMES.get(name, name): array for name, array in tensors.items()}, file)
+    tensors = read_npz(file)
+    return jump_relu({_NAMES.get(name, name): a for name, a in tensors.items()}, file, kind)
 
 
 def parameters(sae: SAE) -> Arrays:

@@ -4,14 +4,15 @@ config.json says where in the model the SAE reads and writes, and whether a tran
 skip. The SAEs compute what those of Gemma Scope compute (`gemma_scope.py`).
 """
 
+import dataclasses
 import json
 import pathlib
+from typing import Literal
 
 import safetensors.numpy
 
-from sae_jax.errors import UserError
 from sae_jax.interop import gemma_scope
-from sae_jax.json_files import read_json
+from sae_jax.json_files import checked, read_json
 from sae_jax.sae import SAE
 from sae_jax.sae.files import read_safetensors
 
@@ -35,6 +36,15 @@ if "affine_skip_connection" in p:
 _FILE = "params.safetensors"
 FILES = ("config.json", _FILE)
 _SKIP = "affine_skip_connection"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Config:
+    """Describes what we use of config.json."""
+
+    architecture: Literal["jump_relu"]
+    hf_hook_point_in: str | None = None
+    hf_hook_point_out: str | None = None
 
 
 def recognises(path: pathlib.Path) -> bool:
@@ -61,24 +71,22 @@ def write(sae: SAE, directory: pathlib.Path, provenance: dict) -> None:
     (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
-def read(directory: pathlib.Path) -> SAE:
+def read(directory: pathlib.Path, kind: str | None = None) -> SAE:
     """Returns the SAE in a folder of Gemma Scope 2's, in float32.
 
     Raises UserError for an architecture other than jump_relu, if a file is damaged, and for tensors
     that are missing, additional or of another shape.
+
+    Args:
+      directory: the folder.
+      kind: the SAE's kind. None stands for what config.json says.
     """
     file = directory / "config.json"
-    config = read_json(file)
-    if config.get("architecture") != "jump_relu":
-        raise UserError(
-            f"{file}: architecture {config.get('architecture')!r}; of Gemma Scope 2 only "
-            "'jump_relu' can be read"
-        )
+    config = checked(read_json(file), _Config, file)
     tensors = read_safetensors(directory / _FILE)
-    kind = None
-    source, target = (config.get(f"hf_hook_point_{end}") for end in ("in", "out"))
-    if source != target:
-        kind = "transcoder"
+    # A config of an autoencoder may leave the second out.
+    if config.hf_hook_point_out not in (None, config.hf_hook_point_in):
+        kind = kind or "transcoder"
     if _SKIP in tensors:
-        tensors["w_skip"], kind = tensors.pop(_SKIP), "skip_transcoder"
+        tensors["w_skip"], kind = tensors.pop(_SKIP), kind or "skip_transcoder"
     return gemma_scope.jump_relu(tensors, directory / _FILE, kind)

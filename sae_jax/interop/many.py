@@ -6,12 +6,14 @@ DIR/README.md                       the same table, and the hub's model card
 """
 
 import csv
+import dataclasses
 import io
-import json
 import pathlib
 import re
 import sys
+from typing import Annotated
 
+import msgspec
 import tqdm
 from absl import logging
 
@@ -20,7 +22,30 @@ from sae_jax.errors import UserError
 from sae_jax.interop.card import Hub, collection_card
 from sae_jax.interop.provenance import read_provenance
 from sae_jax.interop.select import select
+from sae_jax.json_files import checked, read_json
 from sae_jax.train.directory import read_config
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """Describes an SAE in index.json; `path` is that of its folder in the index's."""
+
+    path: str
+    run_id: str
+    architecture: str
+    site: str
+    width: Annotated[int, msgspec.Meta(ge=1)]
+    l0: float | None
+    fvu: float | None
+    ce_recovered: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Index:
+    """Describes index.json."""
+
+    format: str
+    saes: list[_Entry]
 
 
 def export_many(
@@ -30,6 +55,7 @@ def export_many(
     terms: str = "",
     hub: Hub | None = None,
     extra_provenance: dict | None = None,
+    model=None,
 ) -> list[dict]:
     """Exports runs of a sweep to `out`, and returns the entries of the index there.
 
@@ -46,10 +72,11 @@ def export_many(
       terms: the conditions of `select` on the runs; "" exports all that are done.
       hub: where on the hub the exports will be, and their license.
       extra_provenance: what `read_provenance` cannot know, such as the model's name on the hub.
+      model: the language model, for `interop.export`.
     """
     hub = hub or Hub()
-    ids = [row["run_id"] for row in select(sweep, terms)]
-    runs = {run_id: paths.inside(sweep / "runs", run_id) for run_id in ids}
+    names = [row["run_id"] for row in select(sweep, terms)]
+    runs = {name: paths.inside(sweep / "runs", name) for name in names}
     for run in runs.values():
         interop.check_expressible(read_config(run).sae, format)
     index = _read_index(out, format)
@@ -63,7 +90,10 @@ def export_many(
         else:
             path = _free_name(_folder_name(provenance), taken)
         index[run_id] = {"path": path} | entry
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make {out}: {error.strerror}") from None
     # First, so that an export that was stopped finds its folders again.
     paths.save_json({"format": format, "saes": list(index.values())}, out / "index.json")
     missing = [run_id for run_id in runs if not (out / index[run_id]["path"]).is_dir()]
@@ -71,7 +101,7 @@ def export_many(
         folder = index[run_id]["path"]
         place = Hub(hub.license, hub.repo, folder)
         sae = interop.load(runs[run_id])
-        interop.export(sae, format, out / folder, provenances[run_id], place)
+        interop.export(sae, format, out / folder, provenances[run_id], place, model)
         if not sys.stderr.isatty():
             logging.info("exported %s", folder)
     saes = list(index.values())
@@ -134,22 +164,21 @@ def _read_index(out: pathlib.Path, format: str) -> dict[str, dict]:
         if out.exists() and (not out.is_dir() or set(out.iterdir()) - started):
             raise UserError(f"{out} is there already and has no index.json; give a new directory")
         return {}
-    try:
-        index = json.loads(file.read_text())
-        saes = {entry["run_id"]: entry for entry in index["saes"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is no index of an export, or damaged: {error}") from None
-    if index.get("format") != format:
+    index = checked(read_json(file), _Index, file)
+    if index.format != format:
         raise UserError(
-            f"{out} holds exports of the format {index.get('format')}, not {format}; give another "
-            "--out"
+            f"{out} holds exports of the format {index.format}, not {format}; give another --out"
         )
-    return saes
+    folders = [paths.inside(out, entry.path) for entry in index.saes]
+    if len(set(folders)) < len(folders):
+        raise UserError(f"{file} has two SAEs in one folder, so it is damaged")
+    return {entry.run_id: dataclasses.asdict(entry) for entry in index.saes}
 
 
 def _write_csv(saes: list[dict], file: pathlib.Path) -> None:
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(saes[0]), lineterminator="\n")
+    names = [field.name for field in dataclasses.fields(_Entry)]
+    writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(saes)
     paths.write(file, text.getvalue())

@@ -14,6 +14,7 @@ import pathlib
 import numpy as np
 
 from sae_jax.errors import UserError
+from sae_jax.interop.archives import read_torch
 from sae_jax.interop.weights import (
     check_shapes,
     float32,
@@ -21,7 +22,6 @@ from sae_jax.interop.weights import (
     make_sae,
     matrix_shape,
     parameters_for,
-    read_torch,
 )
 from sae_jax.sae import SAE, ReLUL1UnitConfig
 
@@ -73,11 +73,13 @@ def read(path: pathlib.Path) -> SAE:
     """Returns the SAE in a folder or .pt file of OpenAI's package, in float32.
 
     Raises UserError for an activation function other than ReLU, for tensors that are missing,
-    additional or of another shape, if the file is damaged, and if torch is not installed.
+    additional or of another shape, and if the file is damaged.
     """
     file = path / _FILE if path.is_dir() else path
     state = read_torch(file)
     activation = state.pop("activation", "ReLU")
+    if not isinstance(activation, str):
+        raise UserError(f"{file}: activation is {type(activation).__name__}, not a name")
     if activation != "ReLU":
         raise UserError(
             f"{file}: activation {activation!r}; OpenAI's TopK has a LayerNorm around it, which no "

@@ -1,7 +1,7 @@
 """Reads where an SAE comes from, for other frameworks and for the readers of a model card."""
 
 import dataclasses
-import json
+from typing import Any
 
 from sae_jax import paths
 from sae_jax.activations import is_world
@@ -11,6 +11,7 @@ from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.interop import sae_jax_format, saelens
 from sae_jax.interop.locate import locate
+from sae_jax.json_files import checked, read_json
 from sae_jax.lm import hook_name, hub_name
 from sae_jax.train.directory import find_store, read_config
 
@@ -21,6 +22,51 @@ _EVALUATED = {
     "sparsity": ("l0", "dead_fraction"),
     "language_model": ("ce_clean", "ce_spliced", "ce_zero", "ce_recovered_zero", "kl_spliced"),
 }
+_Number = int | float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Training:
+    """Describes what cards and indices need of `training`; they show whatever else there is."""
+
+    architecture: str | None = None
+    d_sae: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Provenance:
+    """Describes a provenance, in which there may be more."""
+
+    site: str | None = None
+    target_site: str | None = None
+    hook_name: str | None = None
+    hook_name_out: str | None = None
+    hook_layer: int | None = None
+    model_name: str | None = None
+    hf_module: str | None = None
+    hf_target_module: str | None = None
+    dataset_path: str | None = None
+    context_size: int | None = None
+    prepend_bos: bool | None = None
+    run_id: str | None = None
+    imported_from: str | None = None
+    l0: _Number | None = None
+    tokens: _Number | None = None
+    eval_loss: _Number | None = None
+    eval_fvu: _Number | None = None
+    dead_fraction: _Number | None = None
+    training: _Training = _Training()
+    evaluation: dict[str, _Number | None] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Evaluation:
+    """Describes what we use of eval.json."""
+
+    reconstruction: dict[str, Any] | None = None
+    sparsity: dict[str, Any] | None = None
+    language_model: dict[str, Any] | None = None
+    rows: int | None = None
 
 
 def read_provenance(path) -> dict:
@@ -34,8 +80,16 @@ def read_provenance(path) -> dict:
     site, run_id, the final metrics of the run, `training` (how the SAE was trained) and
     `evaluation` (the metrics of eval.json). What cannot be known is left out: what the store says,
     if the store is gone, and the metrics of a checkpoint that is not the end of its run.
+
+    Raises UserError if a file that says it is damaged.
     """
     path = locate(path)
+    provenance = _read_provenance(path)
+    checked(provenance, _Provenance, f"the provenance of {path}")
+    return provenance
+
+
+def _read_provenance(path: paths.AnyPath) -> dict:
     if not paths.is_remote(path):
         if sae_jax_format.recognises(path):
             return sae_jax_format.read_provenance(path)
@@ -60,25 +114,26 @@ def read_provenance(path) -> dict:
 
 def _result_provenance(run: paths.AnyPath) -> dict:
     """Returns what result.json says of a run that has ended."""
-    result = _read(run / "result.json")
+    result = read_json(run / "result.json", default={})
     values = {"run_id": result.get("run_id"), "l0": result.get("eval_l0")}
     return _without_none(values | {name: result.get(name) for name in _MEASURED})
 
 
 def _evaluation_provenance(run: paths.AnyPath) -> dict:
     """Returns {"evaluation": the metrics of the run's eval.json}, or {} if it has none."""
-    evaluation = _read(run / "eval.json")
+    file = run / "eval.json"
+    evaluation = checked(read_json(file, default={}), _Evaluation, file)
     values = {
-        name: (evaluation.get(section) or {}).get(name)
+        name: (getattr(evaluation, section) or {}).get(name)
         for section, names in _EVALUATED.items()
         for name in names
     }
-    values = _without_none(values | {"rows": evaluation.get("rows")})
+    values = _without_none(values | {"rows": evaluation.rows})
     return {"evaluation": values} if values else {}
 
 
 def _site_provenance(site: str, target: str) -> dict:
-    hook, layer = hook_name(site), site.rpartition(".")[2]
+    hook, layer = hook_name(site), site.rpartition(".")[2]  # no hook at mlp_in: see `hooks`
     values = {"site": site, "hook_name": hook, "hook_layer": int(layer) if hook else None}
     if target:
         values |= {"target_site": target, "hook_name_out": hook_name(target)}
@@ -124,10 +179,6 @@ def _recipe(config: Config, steps: int) -> dict:
         "seed": config.train.seed,
     }
     return _without_none(recipe)
-
-
-def _read(file: paths.AnyPath) -> dict:
-    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def _without_none(values: dict) -> dict:

@@ -1,6 +1,7 @@
-"""Reads and writes the format of SAELens 6: cfg.json and sae_weights.safetensors.
+"""Reads and writes the format of SAELens: cfg.json and sae_weights.safetensors.
 
-SAEDashboard, Neuronpedia and SAEBench read this format too. SAELens computes
+What is written is the format of version 6; those of earlier versions are read too. SAEDashboard,
+Neuronpedia and SAEBench read this format. SAELens computes
 
     latents = f((x - b_dec) @ W_enc + b_enc)
     x_hat = latents @ W_dec + b_dec
@@ -16,24 +17,27 @@ same function of x up to rounding. Three things differ from ours:
   the estimated threshold.
 """
 
+import dataclasses
 import json
 import pathlib
 import re
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 import safetensors.numpy
 
 from sae_jax.errors import UserError
+from sae_jax.interop.archives import Arrays
 from sae_jax.interop.weights import (
-    Arrays,
     check_shapes,
     float32,
     make_sae,
     parameters_for,
 )
-from sae_jax.json_files import read_json
+from sae_jax.json_files import checked, read_json
 from sae_jax.sae import ARCHITECTURES, SAE, SAEConfig
-from sae_jax.sae.files import read_safetensors
+from sae_jax.sae.files import naming, read_safetensors
 
 _AUTOENCODERS = {
     "relu": "standard",
@@ -67,18 +71,53 @@ _VERSION = "6.54.12"  # whose format this is
 _WEIGHTS = "sae_weights.safetensors"
 FILES = ("cfg.json", _WEIGHTS)
 _RENAMED = {"hook_point": "hook_name", "hook_point_layer": "hook_layer"}
-_RENAMED |= {"activation_fn_str": "activation_fn"}
+_RENAMED |= {"hook_point_head_index": "hook_head_index", "activation_fn_str": "activation_fn"}
 _ROUNDING = 1e-6  # of a norm of 1, in float32
 
-_METADATA = (
-    "model_name",
-    "hook_name",
-    "hook_layer",
-    "dataset_path",
-    "context_size",
-    "prepend_bos",
-    "l0",
-)
+_AboveZero = Annotated[int, msgspec.Meta(ge=1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Metadata:
+    """Describes what we use of the metadata in cfg.json: where the SAE was trained."""
+
+    model_name: str | None = None
+    hook_name: str | None = None
+    hook_layer: int | None = None
+    hook_head_index: int | None = None
+    dataset_path: str | None = None
+    context_size: int | None = None
+    prepend_bos: bool | None = None
+    l0: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cfg:
+    """Describes cfg.json of SAELens 6, of which a field that is left out has SAELens' default."""
+
+    architecture: str
+    d_in: _AboveZero
+    d_sae: _AboveZero
+    d_out: _AboveZero | None = None
+    k: _AboveZero | None = None
+    apply_b_dec_to_input: bool | None = True
+    rescale_acts_by_decoder_norm: bool | None = False
+    normalize_activations: str = "none"
+    reshape_activations: str = "none"
+    metadata: _Metadata = _Metadata()
+
+
+@dataclasses.dataclass(frozen=True)
+class _AnyCfg:
+    """Describes the fields by which versions differ, under the names of `_RENAMED`."""
+
+    sae_lens_version: str | None = None
+    metadata: dict[str, Any] | None = None
+    activation_fn: str | None = None
+    activation_fn_kwargs: dict[str, Any] | None = None
+    normalize_activations: bool | str | None = None
+
+
 _SITES = {  # hook names: TransformerLens', and modules of Hugging Face's decoders
     r"blocks\.(\d+)\.hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out)": r"\2.\1",
     r"blocks\.(\d+)\.mlp\.hook_post": r"mlp_act.\1",
@@ -146,34 +185,33 @@ def read(directory: pathlib.Path) -> SAE:
     """
     file = directory / "cfg.json"
     cfg = _read_cfg(directory)
-    d_in, d_sae = (_whole_number(cfg, name, file) for name in ("d_in", "d_sae"))
     name, kind = _architecture(cfg, file)
-    d_out = d_in if kind == "autoencoder" else _whole_number(cfg, "d_out", file)
+    d_out = cfg.d_in if kind == "autoencoder" else _needed(cfg, "d_out", file)
     # hook_z: the heads side by side, which is how our site z has them.
     for field, known in (
         ("normalize_activations", ("none",)),
         ("reshape_activations", ("none", "hook_z")),
     ):
-        if cfg.get(field, "none") not in known:
+        if getattr(cfg, field) not in known:
             raise UserError(
-                f"{file}: {field} {cfg[field]!r} happens at run time in SAELens; fold it "
+                f"{file}: {field} {getattr(cfg, field)!r} happens at run time in SAELens; fold it "
                 'into the weights there, so that the field reads "none"'
             )
-    names = _parameter_names(cfg["architecture"])
-    ours = {"w_enc": (d_in, d_sae), "w_dec": (d_sae, d_out), "b_dec": (d_out,)}
-    ours |= {"w_skip": (d_out, d_in)}
-    shapes = {theirs: ours.get(name, (d_sae,)) for theirs, name in names.items()}
+    names = _parameter_names(cfg.architecture)
+    ours = {"w_enc": (cfg.d_in, cfg.d_sae), "w_dec": (cfg.d_sae, d_out), "b_dec": (d_out,)}
+    ours |= {"w_skip": (d_out, cfg.d_in)}
+    shapes = {theirs: ours.get(name, (cfg.d_sae,)) for theirs, name in names.items()}
     tensors = read_safetensors(directory / _WEIGHTS)
     if np.allclose(tensors.get("scaling_factor", 0), 1):  # of early versions; others are refused
         del tensors["scaling_factor"]
-    check_shapes(tensors, shapes, directory / _WEIGHTS)
+    tensors = check_shapes(tensors, shapes, directory / _WEIGHTS)
     arrays = {name: tensors[theirs] for theirs, name in names.items()}
     if "w_skip" in arrays:
         arrays["w_skip"] = arrays["w_skip"].T
-    config = ARCHITECTURES[name].Config(
-        kind=kind, d_sae=d_sae, normalize="none", **_fields(name, kind, cfg, file)
-    )
-    return _equivalent_sae(config, arrays, cfg, d_in, d_out)
+    fields = _fields(name, kind, cfg, file)
+    with naming(file):
+        config = ARCHITECTURES[name].Config(kind=kind, d_sae=cfg.d_sae, normalize="none", **fields)
+    return _equivalent_sae(config, arrays, cfg, d_out)
 
 
 def read_provenance(directory: pathlib.Path) -> dict:
@@ -181,17 +219,19 @@ def read_provenance(directory: pathlib.Path) -> dict:
 
     The names are those that `interop.read_provenance` lists. What the metadata lacks is left out.
     """
-    metadata = _read_cfg(directory).get("metadata") or {}
-    values = {name: metadata.get(name) for name in _METADATA} | {"site": site(directory)}
+    values = dataclasses.asdict(_read_cfg(directory).metadata)
+    del values["hook_head_index"]
+    values |= {"site": site(directory)}
     return {name: value for name, value in values.items() if value is not None}
 
 
 def site(directory: pathlib.Path) -> str | None:
     """Returns the site that the SAE was trained on, such as resid_post.3.
 
-    It is None if cfg.json names no hook, or one that `site_of` does not know.
+    It is None if cfg.json names no hook, one that `site_of` does not know, or a single head.
     """
-    return site_of((_read_cfg(directory).get("metadata") or {}).get("hook_name") or "")
+    metadata = _read_cfg(directory).metadata
+    return None if metadata.hook_head_index is not None else site_of(metadata.hook_name or "")
 
 
 def site_of(hook: str) -> str | None:
@@ -205,26 +245,31 @@ def site_of(hook: str) -> str | None:
     return None
 
 
-def _read_cfg(directory: pathlib.Path) -> dict:
-    """Returns cfg.json with the fields of SAELens 6, also if an earlier version wrote it.
+def _read_cfg(directory: pathlib.Path) -> _Cfg:
+    """Returns cfg.json as SAELens 6 has it, also if an earlier version wrote it.
 
-    Source: handle_pre_6_0_config of SAELens.
+    Source: handle_config_defaulting and handle_pre_6_0_config of SAELens.
     """
-    cfg = read_json(directory / "cfg.json")
-    if "metadata" in cfg:
-        return cfg
-    cfg = {_RENAMED.get(name, name): value for name, value in cfg.items()}
-    chosen = cfg.get("activation_fn_kwargs") or {}
-    picks = cfg.get("activation_fn") == "topk" and chosen.get("k") is not None
-    if picks:
-        cfg |= {"architecture": "topk", "k": chosen["k"]}
-    elif cfg.get("activation_fn", "relu") != "relu":
-        cfg["architecture"] = cfg["activation_fn"]  # which is then refused by this name
-    normalized = cfg.get("normalize_activations")
-    if normalized is None or isinstance(normalized, bool):
-        cfg["normalize_activations"] = "expected_average_only_in" if normalized else "none"
-    metadata = {name: cfg[name] for name in _METADATA if name in cfg}
-    return {"architecture": "standard", "metadata": metadata} | cfg
+    file = directory / "cfg.json"
+    values = read_json(file)
+    renamed = {_RENAMED.get(name, name): value for name, value in values.items()}
+    old = checked(renamed, _AnyCfg, file)
+    version = old.sae_lens_version or checked(old.metadata or {}, _AnyCfg, file).sae_lens_version
+    if version and (major := re.match(r"\d+", version)) and int(major[0]) >= 6:
+        return checked(values, _Cfg, file)
+    fields = {"architecture": "standard", "apply_b_dec_to_input": True} | renamed
+    k = (old.activation_fn_kwargs or {}).get("k")
+    if old.activation_fn == "topk" or fields["architecture"] == "topk":
+        fields |= {"architecture": "topk", "k": fields.get("k") if k is None else k}
+    elif old.activation_fn not in (None, "relu"):
+        fields["architecture"] = old.activation_fn  # which is then refused by this name
+    if not isinstance(old.normalize_activations, str):
+        fields["normalize_activations"] = (
+            "expected_average_only_in" if old.normalize_activations else "none"
+        )
+    names = [field.name for field in dataclasses.fields(_Metadata)]
+    fields["metadata"] = (old.metadata or {}) | {n: renamed[n] for n in names if n in renamed}
+    return checked(fields, _Cfg, file)
 
 
 def _is_hook_z(hook: str | None) -> bool:
@@ -244,9 +289,9 @@ def _parameter_names(architecture: str) -> dict[str, str]:
     return names
 
 
-def _architecture(cfg: dict, file: pathlib.Path) -> tuple[str, str]:
+def _architecture(cfg: _Cfg, file: pathlib.Path) -> tuple[str, str]:
     """Returns the name of our architecture, and the kind."""
-    theirs = cfg.get("architecture")
+    theirs = cfg.architecture
     if theirs in _READS:
         return _READS[theirs], "autoencoder"
     transcoders = {their: ours for ours, their in EXPRESSES.items() if "transcoder" in their}
@@ -257,40 +302,35 @@ def _architecture(cfg: dict, file: pathlib.Path) -> tuple[str, str]:
     raise UserError(f"{file}: architecture {theirs!r} cannot be read; known are {known}")
 
 
-def _fields(name: str, kind: str, cfg: dict, file: pathlib.Path) -> dict:
+def _fields(name: str, kind: str, cfg: _Cfg, file: pathlib.Path) -> dict:
     """Returns the fields of our config that differ between SAEs of an architecture and kind."""
     fields = {}
     if name != "relu" and kind == "autoencoder":
-        fields["apply_b_dec_to_input"] = _subtracts_b_dec(cfg)
+        fields["apply_b_dec_to_input"] = bool(cfg.apply_b_dec_to_input)
     if name == "topk":
-        fields["k"] = _whole_number(cfg, "k", file)
+        fields["k"] = _needed(cfg, "k", file)
         # Without the rescaling SAELens ranks raw pre-activations, whatever the decoder's norms.
-        fields["unit_norm_decoder"] = bool(cfg.get("rescale_acts_by_decoder_norm", False))
+        fields["unit_norm_decoder"] = bool(cfg.rescale_acts_by_decoder_norm)
     if name == "jumprelu":
         fields["unit_norm_decoder"] = False
     return fields
 
 
-def _equivalent_sae(config: SAEConfig, arrays: Arrays, cfg: dict, d_in: int, d_out: int) -> SAE:
-    subtracts = _subtracts_b_dec(cfg)
+def _equivalent_sae(config: SAEConfig, arrays: Arrays, cfg: _Cfg, d_out: int) -> SAE:
+    subtracts = bool(cfg.apply_b_dec_to_input)
     if subtracts and not config.apply_b_dec_to_input and config.kind == "autoencoder":
         arrays["b_enc"] = arrays["b_enc"] - arrays["b_dec"] @ arrays["w_enc"]
-    if cfg.get("rescale_acts_by_decoder_norm", False):
+    if cfg.rescale_acts_by_decoder_norm and config.architecture == "topk":
         norms = np.linalg.norm(arrays["w_dec"], axis=1)
         norms = np.where(np.abs(norms - 1) > _ROUNDING, norms, 1.0)  # what is unit stays the same
         arrays["w_enc"], arrays["b_enc"] = arrays["w_enc"] * norms, arrays["b_enc"] * norms
         arrays["w_dec"] = arrays["w_dec"] / np.where(norms > 0, norms, 1.0)[:, None]
-    sae = make_sae(config, d_in, d_out, arrays)
+    sae = make_sae(config, cfg.d_in, d_out, arrays)
     return sae.fold() if config.architecture == "gated" else sae  # ours has unit rows only
 
 
-def _subtracts_b_dec(cfg: dict) -> bool:
-    return bool(cfg.get("apply_b_dec_to_input", True))  # SAELens' own default
-
-
-def _whole_number(cfg: dict, name: str, file: pathlib.Path) -> int:
-    value = cfg.get(name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        missing = "is missing" if value is None else f"is {value!r}"
-        raise UserError(f"{file}: {name} {missing}; it must be a whole number above 0")
+def _needed(cfg: _Cfg, name: str, file: pathlib.Path) -> int:
+    value = getattr(cfg, name)
+    if value is None:
+        raise UserError(f"{file}: {name} is missing; it must be a whole number above 0")
     return value

@@ -35,13 +35,7 @@ def select(sweep: paths.AnyPath, terms: str = "") -> list[dict[str, str]]:
         raise UserError(
             f"--results: there is no {file}; sae-jax sweep --workdir={sweep} --status writes it"
         )
-    rows = [row for _, row in read_csv(file)]
-    for column in ("run_id", "status"):
-        if rows and column not in rows[0]:
-            raise UserError(
-                f"{file} has no column {column}; sae-jax sweep --workdir={sweep} --status writes "
-                "it anew"
-            )
+    rows = _rows(file)
     done = [row for row in rows if row.get("status") == "done"]
     if not done:
         raise UserError(f"none of the {len(rows)} runs of {sweep} is done")
@@ -56,6 +50,14 @@ def select(sweep: paths.AnyPath, terms: str = "") -> list[dict[str, str]]:
             f"{', '.join(counts)}"
         )
     return found
+
+
+def _rows(file: paths.AnyPath) -> list[dict[str, str]]:
+    """Returns the rows of a results.csv. Raises UserError if it is damaged."""
+    rows = [row for _, row in read_csv(file)]
+    if rows and not {"run_id", "status"} <= rows[0].keys():
+        raise UserError(f"{file} has no columns run_id and status, as a sweep's has")
+    return rows
 
 
 def _parse(term: str, columns: list[str]) -> tuple[str, str, str]:

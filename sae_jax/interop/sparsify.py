@@ -4,9 +4,12 @@ Its SAEs compute latents = TopK(ReLU((x - b_dec) @ encoder.weight.T + encoder.bi
 takes no b_dec from x, and adds x @ W_skip.T to its output if it has a skip.
 """
 
+import dataclasses
 import json
 import pathlib
+from typing import Annotated, Literal
 
+import msgspec
 import numpy as np
 import safetensors.numpy
 
@@ -18,9 +21,9 @@ from sae_jax.interop.weights import (
     matrix_shape,
     parameters_for,
 )
-from sae_jax.json_files import read_json
+from sae_jax.json_files import checked, read_json
 from sae_jax.sae import SAE, TopKConfig
-from sae_jax.sae.files import read_safetensors
+from sae_jax.sae.files import naming, read_safetensors
 
 EXPRESSES = {("topk", kind): "topk" for kind in ("autoencoder", "transcoder", "skip_transcoder")}
 WHY_NOT = "it has TopK only, with inputs and outputs of one width"
@@ -37,6 +40,20 @@ with torch.no_grad():
 """
 _FILE = "sae.safetensors"
 FILES = ("cfg.json", _FILE)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cfg:
+    """Describes cfg.json. A field that is left out has sparsify's default, but k is needed."""
+
+    k: Annotated[int, msgspec.Meta(ge=1)]
+    d_in: int | None = None
+    num_latents: int = 0  # however many there are
+    activation: Literal["topk"] = "topk"
+    normalize_decoder: bool = True
+    multi_topk: bool = False
+    skip_connection: bool = False
+    transcode: bool = False
 
 
 def recognises(path: pathlib.Path) -> bool:
@@ -88,21 +105,17 @@ def read(directory: pathlib.Path) -> SAE:
     tensors that are missing, additional or of another shape.
     """
     file = directory / "cfg.json"
-    cfg = read_json(file)
-    if cfg.get("activation", "topk") != "topk":
-        raise UserError(f"{file}: activation {cfg['activation']!r} is not known here; only 'topk'")
-    if not isinstance(cfg.get("k"), int) or cfg["k"] < 1:
-        raise UserError(f"{file}: k is {cfg.get('k')!r}; it must be a whole number above 0")
+    cfg = checked(read_json(file), _Cfg, file)
     tensors = read_safetensors(directory / _FILE)
     n, d = matrix_shape(tensors, "encoder.weight", directory / _FILE)
-    if cfg.get("d_in", d) != d or cfg.get("num_latents") not in (None, 0, n):
+    if cfg.d_in not in (None, d) or cfg.num_latents not in (0, n):
         raise UserError(
-            f"{file} says d_in {cfg.get('d_in')}, num_latents {cfg.get('num_latents')}, but "
-            f"encoder.weight is {(n, d)}"
+            f"{file} says d_in {cfg.d_in}, num_latents {cfg.num_latents}, but encoder.weight is "
+            f"{(n, d)}"
         )
     shapes = {"encoder.weight": (n, d), "encoder.bias": (n,), "W_dec": (n, d), "b_dec": (d,)}
-    kind = "transcoder" if cfg.get("transcode") else "autoencoder"
-    if cfg.get("skip_connection"):
+    kind = "transcoder" if cfg.transcode else "autoencoder"
+    if cfg.skip_connection:
         shapes["W_skip"], kind = (d, d), "skip_transcoder"
     arrays = check_shapes(tensors, shapes, directory / _FILE)
     parameters = {
@@ -111,14 +124,17 @@ def read(directory: pathlib.Path) -> SAE:
         "w_dec": arrays["W_dec"],
         "b_dec": arrays["b_dec"],
     }
-    if "W_skip" in arrays:
+    if cfg.skip_connection:
         parameters["w_skip"] = arrays["W_skip"].T
-    config = TopKConfig(
-        kind=kind,
-        d_sae=n,
-        k=cfg["k"],
-        multi_topk=bool(cfg.get("multi_topk")),
-        unit_norm_decoder=bool(cfg.get("normalize_decoder", True)),
-        normalize="none",
-    )
+        if not cfg.transcode:  # b_dec is taken from x, but not before the skip
+            parameters["b_enc"] = parameters["b_enc"] - arrays["b_dec"] @ parameters["w_enc"]
+    with naming(file):
+        config = TopKConfig(
+            kind=kind,
+            d_sae=n,
+            k=cfg.k,
+            multi_topk=cfg.multi_topk,
+            unit_norm_decoder=cfg.normalize_decoder,
+            normalize="none",
+        )
     return make_sae(config, d, d, parameters)

@@ -1,37 +1,12 @@
-"""Reads tensors with their shapes checked, and turns SAEs into arrays, for all formats."""
-
-import pathlib
+"""Checks the shapes of tensors, and turns them into SAEs and SAEs into arrays, for all formats."""
 
 import jax.numpy as jnp
 import numpy as np
 
 from sae_jax.errors import UserError
+from sae_jax.interop.archives import Arrays
 from sae_jax.sae import SAE, SAEConfig, architecture, resolve
-
-Arrays = dict[str, np.ndarray]
-
-
-def read_torch(file: pathlib.Path) -> dict:
-    """Returns the content of a file that torch.save wrote, with tensors as float32 arrays.
-
-    Only tensors, numbers and text are read: nothing in the file is run. Raises UserError if the
-    file is damaged or holds anything else, and if torch is not installed.
-    """
-    torch = import_torch(file)
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch has no class of its own for it
-        reason = str(error).strip().splitlines()[0][:200]
-        raise UserError(
-            f"{file} is not a file of tensors that is safe to read, or is damaged ({reason}); "
-            "nothing in it was run"
-        ) from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds a {type(content).__name__}, not a dictionary of tensors")
-    return {
-        name: value.float().numpy() if isinstance(value, torch.Tensor) else value
-        for name, value in content.items()
-    }
+from sae_jax.sae.files import check_weights
 
 
 def import_torch(file):
@@ -46,8 +21,8 @@ def import_torch(file):
 def check_shapes(tensors: Arrays, shapes: dict[str, tuple[int, ...]], file) -> Arrays:
     """Returns the tensors named in `shapes` in float64, so that folding rounds only once.
 
-    Raises UserError for a tensor that is missing, has another shape or is not finite, and for one
-    that `shapes` does not name.
+    Raises UserError for a tensor that is missing, has another shape, is not finite or is not of a
+    floating-point type, and for one that `shapes` does not name.
 
     Args:
       tensors: arrays by name.
@@ -63,21 +38,20 @@ def check_shapes(tensors: Arrays, shapes: dict[str, tuple[int, ...]], file) -> A
         if found != shape:
             turned = ", transposed" if found == shape[::-1] else ""
             raise UserError(f"{file}: {name} has shape {found}{turned}; it must be {shape}")
-        if not np.isfinite(np.asarray(tensors[name], np.float64)).all():
-            raise UserError(f"{file}: {name} holds NaN or infinity")
+    check_weights(tensors, file)
     return {name: np.asarray(tensors[name], np.float64) for name in shapes}
 
 
 def matrix_shape(tensors: Arrays, name: str, file) -> tuple[int, int]:
     """Returns the shape of the matrix of this name.
 
-    Raises UserError, which names `file`, if it is missing or has not two dimensions.
+    Raises UserError, which names `file`, if it is missing, has not two dimensions or is empty.
     """
     if name not in tensors:
         raise UserError(f"{file} has no tensor {name}")
     shape = np.shape(tensors[name])
-    if len(shape) != 2:
-        raise UserError(f"{file}: {name} has shape {shape}; it must have two dimensions")
+    if len(shape) != 2 or 0 in shape:
+        raise UserError(f"{file}: {name} has shape {shape}; it must have two dimensions above 0")
     return shape
 
 

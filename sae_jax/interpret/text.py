@@ -1,14 +1,16 @@
 """Turns tokens into text for people: whole characters, spaces kept, control characters visible."""
 
 import dataclasses
+import functools
+import re
 
 import numpy as np
 
 from sae_jax import lm
+from sae_jax.json_files import parse_json
 
-_MARGIN = 64  # tokens decoded around a window, so that a character that it cuts is whole
+_MARGIN = 64  # tokens looked at around a window, so that a character that it cuts is whole
 _MAX_TOKENS = 4  # of one character: UTF-8 has at most so many bytes
-_BROKEN = "\N{REPLACEMENT CHARACTER}"
 _CONTROL_PICTURES = {i: 0x2400 + i for i in range(32)} | {127: 0x2421}
 _VISIBLE = _CONTROL_PICTURES | {ord("\n"): "↵", ord("\t"): "⇥"}
 
@@ -17,12 +19,11 @@ _VISIBLE = _CONTROL_PICTURES | {ord("\n"): "↵", ord("\t"): "⇥"}
 class Piece:
     """A piece of text that one token stands for, or several that are parts of one character.
 
-    A character belongs to the token that ends it.
-
     Attributes:
       start: the position of its first token.
       stop: the position after its last token.
-      text: the text.
+      text: the text. A token with no whole character, as where a context begins inside one, has the
+        tokenizer's name for it.
     """
 
     start: int
@@ -35,48 +36,102 @@ def pieces(
 ) -> list[Piece]:
     """Returns the pieces of ids[start:stop], cut between characters and as finely as tokens are.
 
-    The tokens around the window are decoded too, for characters that its ends cut.
+    The tokens around the window are looked at too, for characters that its ends cut.
     """
     stop = len(ids) if stop is None else stop
     low = max(0, start - _MARGIN)
     ids = [int(i) for i in ids[low : stop + _MAX_TOKENS]]
-    found = []
-    first, end = 0, 1
-    anchor = shown = 0  # ids[anchor:first] hold `shown` whole characters and the start of another
-    while end <= len(ids):
-        text = _text(tokenizer, ids[anchor:end])
-        whole = text.rstrip(_BROKEN)
-        if whole != text and len(whole) <= shown:  # inside a character
-            if end - first < _MAX_TOKENS and end < len(ids):
-                end += 1
-                continue
-            end = first + 1  # bytes of no character: the first token by itself
-            piece, anchor, shown = _name(tokenizer, ids[first]), end, 0
-        else:
-            piece = whole[shown:].replace(_BROKEN, "").translate(_VISIBLE)
-            piece = piece or "".join(_name(tokenizer, i) for i in ids[first:end])
-            anchor, shown = (end, 0) if whole == text else (anchor, len(whole))
-        found.append(Piece(low + first, low + end, piece))
-        first, end = end, end + 1
+    by_level = _is_byte_level(tokenizer)
+    parts = [_bytes(tokenizer, i, by_level) for i in ids]
+    characters = _characters(b"".join(parts))
+    ends = np.cumsum([len(part) for part in parts]).tolist()  # of the tokens, in bytes
+    found, first, begin = [], 0, 0
+    for last, end in enumerate(ends):
+        if end not in characters:
+            continue  # inside a character
+        text = "".join(characters[at] for at in range(begin + 1, end + 1) if at in characters)
+        text = text.translate(_VISIBLE)
+        text = text or "".join(_name(tokenizer, i) for i in ids[first : last + 1])
+        found.append(Piece(low + first, low + last + 1, text))
+        first, begin = last + 1, end
     inside = (p for p in found if p.stop > start and p.start < stop)
     return [Piece(max(p.start, start), min(p.stop, stop), p.text) for p in inside]
 
 
 def token_text(tokenizer: lm.Tokenizer, token: int) -> str:
     """Returns the text of a token, or the tokenizer's name for it if it is part of a character."""
-    text = _text(tokenizer, [int(token)])
-    return _name(tokenizer, int(token)) if _BROKEN in text else text.translate(_VISIBLE)
+    try:
+        text = _bytes(tokenizer, int(token), _is_byte_level(tokenizer)).decode()
+    except UnicodeDecodeError:
+        return _name(tokenizer, int(token))
+    return text.translate(_VISIBLE)
+
+
+def _characters(data: bytes) -> dict[int, str]:
+    """Returns the characters of UTF-8 by where they end; "" for a byte of none.
+
+    It also has 0, where nothing ends.
+    """
+    found, at = {0: ""}, 0
+    while at < len(data):
+        length = next((n for n in range(1, 5) if _is_character(data[at : at + n])), 0)
+        character = data[at : at + length].decode()
+        at += length or 1
+        found[at] = character
+    return found
+
+
+def _is_character(data: bytes) -> bool:
+    try:
+        return len(data.decode()) == 1
+    except UnicodeDecodeError:
+        return False
+
+
+def _bytes(tokenizer: lm.Tokenizer, token: int, by_level: bool) -> bytes:
+    """Returns the bytes of text that a token stands for.
+
+    by_level: whether the tokenizer writes each byte of text as a character (GPT-2's does).
+    """
+    name = _name(tokenizer, token)
+    if by_level:
+        levels = _byte_levels()
+        return bytes(map(levels.get, name)) if levels.keys() >= set(name) else name.encode()
+    text = _text(tokenizer, token)
+    byte = re.fullmatch("<0x([0-9A-F]{2})>", name)  # as Llama's names those without a character
+    return bytes.fromhex(byte[1]) if byte and text != name else text.encode()
+
+
+def _is_byte_level(tokenizer: lm.Tokenizer) -> bool:
+    decoder = tokenizer.backend.decoder
+    if decoder is None:
+        return False
+    state = parse_json(decoder.__getstate__(), f"the decoder of {tokenizer.name}")
+    return any(step["type"] == "ByteLevel" for step in (state, *state.get("decoders", ())))
+
+
+@functools.cache
+def _byte_levels() -> dict[str, int]:
+    """Returns the byte that each character stands for in the tokens of GPT-2.
+
+    Bytes that are printable characters of Latin-1 are these; the others follow from U+0100 on.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = (byte for byte in range(256) if byte not in printable)
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + i): byte for i, byte in enumerate(others)
+    }
 
 
 def _name(tokenizer: lm.Tokenizer, token: int) -> str:
     return tokenizer.backend.id_to_token(token) or f"token {token}"
 
 
-def _text(tokenizer: lm.Tokenizer, ids: list[int]) -> str:
-    """Returns the text of ids that do not begin a document.
+def _text(tokenizer: lm.Tokenizer, token: int) -> str:
+    """Returns the text of a token that does not begin a document.
 
-    They are decoded after BOS, because many decoders drop the space that the very first token
-    begins with.
+    It is decoded after BOS, because many decoders drop the space that the very first token begins
+    with.
     """
     bos = tokenizer.decode([tokenizer.bos])
-    return tokenizer.decode([tokenizer.bos, *ids]).removeprefix(bos)
+    return tokenizer.decode([tokenizer.bos, token]).removeprefix(bos)

@@ -23,7 +23,7 @@ from sae_jax.lm.language_model import LanguageModel, in_batches
 from sae_jax.lm.live import LiveStore, open_store, open_stream
 from sae_jax.lm.model import JaxModel, local_mesh, open_model
 from sae_jax.lm.text import PACKING_RULE, Tokenizer, load_tokenizer, pack
-from sae_jax.lm.weights import fingerprint, load_params, save_model, with_weights
+from sae_jax.lm.weights import fingerprint, load_params, mlp_norm, save_model, with_weights
 
 __all__ = [
     "DEMO_MODEL",
@@ -52,6 +52,7 @@ __all__ = [
     "load_params",
     "load_tokenizer",
     "local_mesh",
+    "mlp_norm",
     "next_token_loss",
     "open_model",
     "open_store",

@@ -9,7 +9,7 @@ of a layer L, with their widths and TransformerLens' names, are
     attn_out.L    d_model  hook_attn_out        what attention adds to the residual stream
     resid_mid.L   d_model  hook_resid_mid       the residual stream between attention and MLP (not
                                                 where both read resid_pre, as in GPT-NeoX)
-    mlp_in.L      d_model  ln2.hook_normalized  what the MLP reads, its norm's weight applied
+    mlp_in.L      d_model  -                    what the MLP reads, its norm's weight applied
     mlp_act.L     d_mlp    mlp.hook_post        what the MLP's last matrix reads: the activation
                                                 function's output, times the other branch where
                                                 there is one
@@ -17,8 +17,8 @@ of a layer L, with their widths and TransformerLens' names, are
     resid_post.L  d_model  hook_resid_post      the residual stream that leaves the layer
 
 Where the outputs of attention and MLP have norms of their own (Gemma), attn_out and mlp_out are
-what comes after these. TransformerLens' RMSNorm has ln2.hook_normalized before its weight, unless
-the weight is folded into the MLP, as it does by default.
+what comes after these. TransformerLens has no hook at mlp_in: its ln2.hook_normalized is before the
+norm's weight and bias, whether it folds these into the MLP or not.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ _HOOKS = {
     "z": "attn.hook_z",
     "attn_out": "hook_attn_out",
     "resid_mid": "hook_resid_mid",
-    "mlp_in": "ln2.hook_normalized",
+    "mlp_in": None,
     "mlp_act": "mlp.hook_post",
     "mlp_out": "hook_mlp_out",
     "resid_post": "hook_resid_post",
@@ -287,6 +287,10 @@ def site_width(config: DecoderConfig, site: str) -> int:
 
 
 def hook_name(site: str) -> str | None:
-    """Returns TransformerLens' name of a site, or None for a name that is no site of a decoder."""
+    """Returns TransformerLens' name of a site.
+
+    It is None for mlp_in, and for a name that is no site of a decoder.
+    """
     name, _, layer = site.rpartition(".")
-    return f"blocks.{layer}.{_HOOKS[name]}" if name in _HOOKS and layer.isdecimal() else None
+    hook = _HOOKS.get(name) if layer.isdecimal() else None
+    return hook and f"blocks.{layer}.{hook}"

@@ -16,6 +16,7 @@ in both cases the first tensor.
 import contextlib
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
@@ -24,7 +25,9 @@ import numpy as np
 
 from sae_jax import hub, paths
 from sae_jax.errors import UserError, choose
+from sae_jax.json_files import checked, read_json
 from sae_jax.lm.directory import TORCH, model_directory, pinned_spec
+from sae_jax.lm.families import LAYERS
 from sae_jax.lm.language_model import LanguageModel
 from sae_jax.lm.weights import fingerprint, with_weights
 
@@ -74,6 +77,7 @@ class TorchModel(LanguageModel):
         self._name = pinned_spec(name, self.directory)
         self.spec = f"{TORCH}{self._name}"
         self.dtype, self.mesh = dtype, None
+        _check_depth(self.directory)
         config = self._load(self._transformers.AutoConfig).get_text_config()
         self.vocab_size = config.vocab_size
         # Without a bound of their own: models whose positions have none (ALiBi).
@@ -92,6 +96,9 @@ class TorchModel(LanguageModel):
         dtype = getattr(torch, self.dtype)
         with_weights(self._name, old=True)
         module = self._load(self._transformers.AutoModelForCausalLM, dtype=dtype)
+        for name, parameter in module.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise UserError(f"parameter {name} of {self.directory} holds NaN or infinity")
         return module.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
     @functools.cached_property
@@ -228,8 +235,10 @@ class TorchModel(LanguageModel):
     def _load(self, auto, **options):
         try:
             return auto.from_pretrained(self.directory, **options)
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().partition("\n")[0]
+        except (
+            Exception
+        ) as error:  # of any class, where a field of config.json is not as it must be
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise UserError(f"transformers cannot read {self.directory}: {reason}") from None
 
     def _to_numpy(self, x) -> np.ndarray:
@@ -271,14 +280,25 @@ def _child(module, names: Sequence[str]) -> str | None:
 
 def _directory_or_hub_name(name: str) -> str:
     """Returns a directory as it is, and any other name as one of the hub, as transformers does."""
-    if hub.is_hub_name(name):
+    if hub.is_hub_name(name) or paths.local(name).is_dir():
         return name
-    if (directory := paths.local(name)).is_dir():
-        return str(directory)
     try:
         return str(hub.parse(f"{hub.SCHEME}{name}"))
     except UserError:
         raise UserError(f"{name} is no directory, and no name of a model on the hub") from None
+
+
+def _check_depth(directory: pathlib.Path) -> None:
+    """Raises UserError for a config.json with more layers than any model has.
+
+    transformers makes lists of them, and modules, before it looks at the weights.
+    """
+    file = directory / "config.json"
+    values = read_json(file)
+    for part in (values, *(v for v in values.values() if isinstance(v, dict))):
+        for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
+            if (value := part.get(name)) is not None:
+                checked(value, LAYERS, f"{name} = {value!r:.60} in {file}")
 
 
 def _import(spec):

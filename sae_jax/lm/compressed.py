@@ -1,4 +1,4 @@
-"""Opens text files that may be compressed, which their suffix says: .gz, .bz2, .xz or .zst."""
+"""Opens files that may be compressed, which their suffix says: .gz, .bz2, .xz or .zst."""
 
 import bz2
 import gzip
@@ -6,7 +6,7 @@ import io
 import lzma
 import pathlib
 import zlib
-from typing import TextIO
+from typing import BinaryIO
 
 from sae_jax.errors import UserError
 
@@ -21,25 +21,24 @@ _BLOCK_BYTES = 1 << 20
 
 
 def suffix(path: pathlib.Path) -> str:
-    """Returns the suffix of the text in a file, such as .jsonl for x.jsonl.gz."""
-    return pathlib.Path(path.stem).suffix if path.suffix in _OPENERS else path.suffix
+    """Returns the suffix of the text in a file in small letters, such as .jsonl for x.JSONL.gz."""
+    inner = path.suffix.lower() in _OPENERS
+    return (pathlib.Path(path.stem) if inner else path).suffix.lower()
 
 
-def open_text(path: pathlib.Path) -> TextIO:
-    """Opens a file for reading as UTF-8 text.
+def open_bytes(path: pathlib.Path) -> BinaryIO:
+    """Opens a file for reading what it holds when it is not compressed.
 
     Raises UserError for a .zst file if the package zstandard is not installed.
     """
-    opener = _OPENERS.get(path.suffix, open)
-    return opener(path, "rt", encoding="utf-8")
+    return _OPENERS.get(path.suffix.lower(), open)(path, "rb")
 
 
-def _open_zstandard(path: pathlib.Path, mode: str, encoding: str) -> TextIO:
+def _open_zstandard(path: pathlib.Path, mode: str) -> BinaryIO:
     del mode  # as the others have it
     if zstandard is None:
         raise UserError(f"{path} needs the zstandard package: pip install 'sae-jax[lm]'")
-    reader = io.BufferedReader(_ZstandardReader(path), _BLOCK_BYTES)
-    return io.TextIOWrapper(reader, encoding=encoding)
+    return io.BufferedReader(_ZstandardReader(path), _BLOCK_BYTES)
 
 
 class _ZstandardReader(io.RawIOBase):

@@ -1,18 +1,26 @@
 """Reads documents from files, which may be compressed, directories and datasets."""
 
+import codecs
+import io
 import itertools
 import json
+import os
 import pathlib
 from collections.abc import Iterable, Iterator
+from typing import BinaryIO
 
 from absl import logging
 
 from sae_jax import paths
-from sae_jax.errors import UserError
+from sae_jax.errors import UserError, some
+from sae_jax.json_files import parse_json
 from sae_jax.lm import compressed
 
 _DATASET_PREFIX = "datasets:"
 _DOCUMENT_CHARACTERS = 4 << 20  # a larger text file is several documents: tokens take memory
+_READ_AHEAD = 16 << 20  # characters
+_JSON_LINES = (".jsonl", ".ndjson")
+_LOOK = 8192  # bytes that tell text from other files
 
 
 def read_texts(sources, field: str = "text", collapse_newlines: bool = False) -> Iterator[str]:
@@ -20,17 +28,23 @@ def read_texts(sources, field: str = "text", collapse_newlines: bool = False) ->
 
     A source is one of
 
-    - a .json file: a list of strings, or of objects with `field`;
-    - a .jsonl file: a string, or an object with `field`, on each line;
+    - a .json file: a list of strings, or of objects with `field`; or lines as in a .jsonl file;
+    - a .jsonl or .ndjson file: a string, or an object with `field`, on each line;
     - any other file: one document, or several if it is larger than 4 million characters;
-    - a directory: all its files, by name; those that are not text are skipped with a warning;
+    - a directory: all its files, by name, also behind links; those that do not begin as text are
+      skipped with a warning;
     - datasets:NAME[@CONFIG][:SPLIT]: a dataset that the package `datasets` streams. NAME is a name
       on the Hugging Face hub, a directory that `save_to_disk` wrote, a directory of data files or a
       .parquet file. SPLIT is train by default.
 
-    Files may also be compressed, as .gz, .bz2, .xz or .zst.
+    Files may also be compressed, as .gz, .bz2, .xz or .zst, and may begin with a byte-order mark. A
+    text that is null is blank.
 
-    Raises UserError for a source that is missing or cannot be read as its suffix says.
+    Of files, 16 million characters are read before the first document is yielded, so that a mistake
+    in them is found before anything is made of them.
+
+    Raises UserError for a source that is missing or cannot be read as its suffix says. It names the
+    file, and the line.
 
     Args:
       sources: a source, or a list of them.
@@ -39,7 +53,7 @@ def read_texts(sources, field: str = "text", collapse_newlines: bool = False) ->
         line.
     """
     sources = [sources] if isinstance(sources, (str, pathlib.Path)) else sources
-    for document in itertools.chain.from_iterable(_documents(str(s), field) for s in sources):
+    for document in _in_order([str(source) for source in sources], field):
         if collapse_newlines:
             while "\n\n" in document:
                 document = document.replace("\n\n", "\n")
@@ -48,67 +62,164 @@ def read_texts(sources, field: str = "text", collapse_newlines: bool = False) ->
 
 
 def text_files(directory) -> list[pathlib.Path]:
-    """Returns all files under a directory, in the order of their paths, but no hidden ones."""
-    directory = paths.local(directory)
-    files = (path for path in directory.rglob("*") if path.is_file())
-    visible = (p for p in files if not any(s[0] == "." for s in p.relative_to(directory).parts))
-    return sorted(visible, key=lambda path: path.relative_to(directory).parts)
+    """Returns all files under a directory, in the order of their paths, but no hidden ones.
+
+    Links are followed; a directory that several lead to counts once. Raises UserError for one that
+    cannot be read.
+    """
+
+    def refuse(error: OSError):
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
+
+    directory, found, seen = paths.local(directory), [], set()
+    for folder, folders, names in os.walk(directory, onerror=refuse, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        found += [pathlib.Path(folder, name) for name in names if name[0] != "."]
+    files = (path for path in found if path.is_file())
+    return sorted(files, key=lambda path: path.relative_to(directory).parts)
+
+
+def _in_order(sources: list[str], field: str) -> Iterator[str]:
+    """Yields the documents of all sources, reading ahead where they are files."""
+    for source in sources:
+        if not source.startswith(_DATASET_PREFIX):
+            _place(source)  # the last one too is there
+    groups = itertools.groupby(sources, lambda source: source.startswith(_DATASET_PREFIX))
+    for streamed, group in groups:
+        documents = itertools.chain.from_iterable(_documents(s, field) for s in list(group))
+        yield from documents if streamed else _ahead(documents)
+
+
+def _ahead(documents: Iterator[str]) -> Iterator[str]:
+    """Yields documents after the first 16 million characters of them have been read."""
+    read, characters = [], 0
+    for document in documents:
+        read.append(document)
+        characters += len(document)
+        if characters > _READ_AHEAD:
+            break
+    yield from read
+    del read
+    yield from documents
 
 
 def _documents(source: str, field: str) -> Iterator[str]:
     if source.startswith(_DATASET_PREFIX):
         yield from _dataset(source.removeprefix(_DATASET_PREFIX), field)
         return
-    path = paths.local(source)
+    path = _place(source)
     if path.is_dir():
         skipped = []
         for file in text_files(path):
-            try:
+            if _begins_as_text(file):
                 yield from _file(file, field)
-            except UnicodeDecodeError:
+            else:
                 skipped.append(file)
         if skipped:
             logging.warning("%s: skipped %d files that are not UTF-8 text, such as %s",
                             path, len(skipped), skipped[0])  # fmt: skip
-    elif path.is_file():
-        try:
-            yield from _file(path, field)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text (byte {error.start})") from None
     else:
+        yield from _file(path, field)
+
+
+def _place(source: str) -> pathlib.Path:
+    path = paths.local(source)
+    try:
+        there = path.exists()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    if not there:
         raise UserError(
             f"no text at {source}; give a file, a directory, or {_DATASET_PREFIX}NAME for a "
             "Hugging Face dataset"
         )
+    return path
+
+
+def _begins_as_text(path: pathlib.Path) -> bool:
+    """Returns whether the first bytes of a file are UTF-8; `_file` tells where it is damaged."""
+    try:
+        with compressed.open_bytes(path) as file:
+            codecs.getincrementaldecoder("utf-8")().decode(file.read(_LOOK))
+    except UnicodeDecodeError:
+        return False
+    except compressed.DAMAGED:
+        return True
+    return True
 
 
 def _file(path: pathlib.Path, field: str) -> Iterator[str]:
     suffix = compressed.suffix(path)
     try:
-        with compressed.open_text(path) as file:
-            if suffix == ".jsonl":
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        yield _text_of(json.loads(line), field, f"{path}, line {number}")
+        with compressed.open_bytes(path) as file:
+            if suffix in _JSON_LINES:
+                yield from _json_lines(file, field, path)
             elif suffix == ".json":
-                items = json.load(file)
-                if not isinstance(items, list):
-                    raise UserError(f"{path} holds no list; give a list of texts, or .jsonl")
-                for number, item in enumerate(items):
-                    yield _text_of(item, field, f"{path}, item {number}")
+                yield from _json(file, field, path)
             else:
-                while lines := file.readlines(_DOCUMENT_CHARACTERS):
+                text = io.TextIOWrapper(file, encoding="utf-8-sig")  # with or without a mark
+                while lines := text.readlines(_DOCUMENT_CHARACTERS):
                     yield "".join(lines)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{_first_broken(path)}; save it as UTF-8, or leave it out") from None
     except compressed.DAMAGED as error:
         raise UserError(f"cannot read {path}: {error}") from None
 
 
+def _json(file: BinaryIO, field: str, path: pathlib.Path) -> Iterator[str]:
+    """Yields the texts of a .json file, which may hold lines as a .jsonl file does.
+
+    Files of the hub do (C4's): their first line is an object, and there are more lines.
+    """
+    first = list(itertools.islice(file, 2))
+    if len(first) == 2 and first[1].strip() and _is_object(first[0]):
+        yield from _json_lines(itertools.chain(first, file), field, path)
+        return
+    items = parse_json(b"".join(first) + file.read(), path)
+    if not isinstance(items, list):
+        raise UserError(f"{path} holds no list; give a list of texts, or .jsonl")
+    for number, item in enumerate(items):
+        yield _text_of(item, field, f"{path}, item {number}")
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _json_lines(lines: Iterable[bytes], field: str, path: pathlib.Path) -> Iterator[str]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            yield _text_of(parse_json(line, where), field, where)
+
+
+def _first_broken(path: pathlib.Path) -> str:
+    """Returns the place of the first line of a file that is not UTF-8, in words."""
+    at = 0
+    with compressed.open_bytes(path) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return f"{path}, line {number} is not UTF-8 text (byte {at + error.start})"
+            at += len(line)
+    return f"{path} is not UTF-8 text"
+
+
 def _text_of(item, field: str, where: str) -> str:
+    if isinstance(item, dict) and field in item and item[field] is None:
+        return ""
     text = item.get(field) if isinstance(item, dict) else item
     if not isinstance(text, str):
-        has = f"it has {', '.join(item)}" if isinstance(item, dict) else f"it is {item!r:.40}"
+        has = f"it has {some(list(item))}" if isinstance(item, dict) else f"it is {item!r:.40}"
         raise UserError(f"{where} has no text in field {field!r}; {has}")
     return text
 
@@ -137,14 +248,16 @@ def _dataset(what: str, field: str) -> Iterator[str]:
 
 
 def _rows(datasets, name: str, split: str) -> Iterable[dict]:
-    path = pathlib.Path(name)
+    path = paths.local(name)
     if (path / "dataset_dict.json").is_file():
-        return datasets.load_from_disk(name)[split]
+        return datasets.load_from_disk(str(path))[split]
     if (path / "state.json").is_file():
-        return datasets.load_from_disk(name)
+        return datasets.load_from_disk(str(path))
     if path.suffix == ".parquet":
-        return datasets.load_dataset("parquet", data_files=name, split=split, streaming=True)
+        return datasets.load_dataset("parquet", data_files=str(path), split=split, streaming=True)
     config = None
-    if not path.exists():
+    if path.exists():
+        name = str(path)
+    else:
         name, _, config = name.partition("@")
     return datasets.load_dataset(name, config or None, split=split, streaming=True)

@@ -253,7 +253,7 @@ def _check_disk(out, num_tokens: int, row_bytes: int) -> None:
     """Logs the size of the store, and raises UserError if the disk cannot hold it."""
     needed = num_tokens * (row_bytes + 5)  # a token id and a mask byte to each row
     logging.info("%s tokens, %.2f GB of activations", f"{num_tokens:,}", needed / 1e9)
-    if "://" in str(out):
+    if paths.is_remote(out):
         return
     out = paths.local(out).absolute()
     if out.is_file():

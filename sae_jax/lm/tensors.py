@@ -1,6 +1,7 @@
 """Says how the files of each family store a parameter: names, orientation and packing."""
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -25,10 +26,10 @@ class Stored:
 
     def shape(self, leaf: Leaf) -> list[int]:
         """Returns the shape of the tensor that stores the parameter `leaf`."""
-        outputs = int(np.prod(leaf.shape[leaf.inputs :])) * (1 if self.third is None else 3)
+        outputs = math.prod(leaf.shape[leaf.inputs :]) * (1 if self.third is None else 3)
         if not leaf.inputs:
             return [outputs]
-        inputs = int(np.prod(leaf.shape[: leaf.inputs]))
+        inputs = math.prod(leaf.shape[: leaf.inputs])
         return [inputs, outputs] if self.inputs_first else [outputs, inputs]
 
     def read(self, tensor, leaf: Leaf, index: tuple[slice, ...]) -> np.ndarray:
@@ -60,7 +61,7 @@ class Stored:
     def _outputs(self, tensor, leaf: Leaf, ranges) -> np.ndarray:
         """Returns the matrix (inputs, outputs) of the given ranges of their first axes."""
         head = leaf.inputs  # the first axis of the outputs
-        per = int(np.prod(leaf.shape[head + 1 :]))
+        per = math.prod(leaf.shape[head + 1 :])
         (start, stop), count = ranges[-1] if leaf.inputs else ranges[0], leaf.shape[head]
         if self.by_head:
             rows = slice(3 * per * start, 3 * per * stop)
@@ -70,7 +71,7 @@ class Stored:
         if not leaf.inputs:
             values = tensor[rows]
         else:
-            width = int(np.prod(leaf.shape[1 : leaf.inputs]))
+            width = math.prod(leaf.shape[1 : leaf.inputs])
             columns = slice(width * ranges[0][0], width * ranges[0][1])
             values = tensor[columns, rows] if self.inputs_first else tensor[rows, columns].T
         if self.by_head:

@@ -14,22 +14,55 @@ stood between its documents (`load_tokenizer` says which), since attention needs
 means nothing to attend to.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import pathlib
+import re
 from collections.abc import Iterable, Iterator
+from typing import Annotated
 
+import msgspec
 import numpy as np
 import tokenizers
 
 from sae_jax import hub
 from sae_jax.errors import UserError
-from sae_jax.json_files import read_json
+from sae_jax.json_files import checked, parse_json, read_json
 from sae_jax.lm.directory import model_directory
 
 PACKING_RULE = "documents joined by BOS, cut every context_length - 1 tokens, each cut after a BOS"
 _SEPARATOR = "<|endoftext|>"  # between documents of GPT-2, Pythia, Qwen and their kin
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _DOCUMENTS_PER_BATCH = 256  # tokenised together, by the tokenizer's own threads
+
+_Id = Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)]  # -1: none, in early Llamas
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ids:
+    """The fields of config.json and generation_config.json that name special tokens."""
+
+    bos_token_id: _Id | None = None
+    eos_token_id: _Id | list[_Id] | None = None  # Llama 3 lists several
+    pad_token_id: _Id | None = None
+    text_config: "_Ids | None" = None  # Gemma 3 nests the language model
+
+
+@dataclasses.dataclass(frozen=True)
+class _Token:
+    """A special token in tokenizer_config.json that is written with its properties."""
+
+    content: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tokens:
+    """The fields of tokenizer_config.json that name special tokens."""
+
+    bos_token: str | _Token | None = None
+    eos_token: str | _Token | None = None
+    pad_token: str | _Token | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,12 +97,18 @@ class Tokenizer:
         return {"id": self.bos, "token": self.backend.id_to_token(self.bos), "why": self.bos_why}
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of a text, without special tokens."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        """Returns the ids of a text, without special tokens.
+
+        What is no character stands for U+FFFD (`well_formed`).
+        """
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Returns the ids of each text, without special tokens."""
-        return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        """Returns the ids of each text, without special tokens, as `encode` does."""
+        texts = [well_formed(text) for text in texts]
+        with _explained(f"the tokenizer of {self.name}"):
+            encoded = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encoded]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of ids, special tokens included."""
@@ -93,25 +132,29 @@ def load_tokenizer(directory) -> Tokenizer:
     all those that tokenizer.json marks as special are special tokens, such as the end of a turn of
     Llama 3 and Gemma.
 
-    Raises UserError if a file is missing or damaged, or if there is no BOS.
+    Raises UserError if a file is missing or damaged, or if there is no BOS that tokenizer.json
+    knows.
     """
     spec, directory = directory, model_directory(directory)
     file = directory / "tokenizer.json"
     if not file.is_file():
         raise UserError(f"no tokenizer.json in {spec}; save the tokenizer there in that format")
-    try:
+    with _explained(file):
         backend = tokenizers.Tokenizer.from_file(str(file))
-    except Exception as error:  # the package raises plain Exception
-        raise UserError(f"{file} is not a tokenizer of the tokenizers package: {error}") from None
-    backend.no_padding()
-    backend.no_truncation()
+        backend.no_padding()
+        backend.no_truncation()
+        if backend.post_processor is not None:
+            _check_templates(parse_json(backend.post_processor.__getstate__(), file), file)
     ids = {kind: _special_ids(directory, backend, kind) for kind in ("bos", "eos", "pad")}
     eos, pad = (next(iter(ids[kind][0]), None) for kind in ("eos", "pad"))
-    bos, why = _bos(backend, *ids["bos"], eos)
+    with _explained(file):
+        bos, why = _bos(backend, *ids["bos"], eos)
     if bos is None:
         raise UserError(
             f"{directory} names no BOS or EOS token; add bos_token_id to its config.json"
         )
+    if backend.id_to_token(bos) is None:
+        raise UserError(f"{file} has no token {bos}, which is to start every text ({why})")
     marked = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
     special = {bos, eos, pad, *(marked & set(ids["eos"][0]))} - {None}
     on_hub = hub.is_hub_name(spec)
@@ -135,16 +178,60 @@ def _bos(backend, configured: list[int], where: str, eos: int | None) -> tuple[i
 def _special_ids(directory: pathlib.Path, backend, kind: str) -> tuple[list[int], str]:
     """Returns the ids that the first file to name any gives, and the name of that file's field."""
     for name in ("config.json", "generation_config.json"):
-        values = read_json(directory / name, default={})
-        for part in (values, values.get("text_config") or {}):  # Gemma 3 nests the language model
-            value = part.get(f"{kind}_token_id")
-            if value is not None:
-                ids = value if isinstance(value, list) else [value]  # Llama 3 lists several EOS
-                return [int(i) for i in ids], f"{kind}_token_id of {name}"
-    token = read_json(directory / "tokenizer_config.json", default={}).get(f"{kind}_token")
-    token = token.get("content") if isinstance(token, dict) else token
+        values = checked(read_json(directory / name, default={}), _Ids, directory / name)
+        for part in (values, values.text_config or _Ids()):
+            value = getattr(part, f"{kind}_token_id")
+            ids = value if isinstance(value, list) else [-1 if value is None else value]
+            if any(i >= 0 for i in ids):
+                return [i for i in ids if i >= 0], f"{kind}_token_id of {name}"
+    file = directory / "tokenizer_config.json"
+    token = getattr(checked(read_json(file, default={}), _Tokens, file), f"{kind}_token")
+    token = token.content if isinstance(token, _Token) else token
     found = None if token is None else backend.token_to_id(token)
     return ([] if found is None else [found]), f"{kind}_token of tokenizer_config.json"
+
+
+@contextlib.contextmanager
+def _explained(where) -> Iterator[None]:
+    """Raises whatever the package tokenizers raises within as a UserError that names `where`.
+
+    It raises plain Exception, and where its Rust code panics a PanicException, which is none.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{where} is not a tokenizer of the tokenizers package: {reason}") from None
+
+
+def _check_templates(processor: dict, file: pathlib.Path) -> None:
+    """Raises UserError if a template puts a token into texts that it does not define.
+
+    The package panics there, and Rust writes to the terminal before Python sees it.
+    """
+    for part in processor.get("processors", ()):
+        _check_templates(part, file)
+    for piece in processor.get("single", ()) if "special_tokens" in processor else ():
+        name = piece.get("SpecialToken", {}).get("id")
+        if name is not None and name not in processor["special_tokens"]:
+            raise UserError(
+                f"{file}: its post_processor puts {name} into every text, which is not among the "
+                "post_processor's special_tokens; save the tokenizer again"
+            )
+
+
+def well_formed(text: str) -> str:
+    """Returns a text with its surrogates joined to characters, or lone ones turned into U+FFFD.
+
+    Python's strings may hold halves of UTF-16's pairs, as JSON may; no tokenizer takes them.
+    """
+    if text.isascii() or not _SURROGATE.search(text):
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def pack(
@@ -190,7 +277,10 @@ def _contexts(texts: Iterable[str], tokenizer: Tokenizer, length: int) -> Iterat
     bos, text_length, texts = tokenizer.bos, length - 1, iter(texts)
     stream = np.zeros(0, np.int32)
     while batch := list(itertools.islice(texts, _DOCUMENTS_PER_BATCH)):
-        parts = (np.array([bos, *ids], np.int32) for ids in tokenizer.encode_batch(batch))
+        try:
+            parts = [np.array([bos, *ids], np.int32) for ids in tokenizer.encode_batch(batch)]
+        except OverflowError:
+            raise UserError(f"the tokenizer of {tokenizer.name} gives a token above 2^31") from None
         stream = np.concatenate([stream, *parts])
         starts, at = [], 0
         while True:

@@ -1,11 +1,13 @@
 """Reads and writes Hugging Face model directories, config.json and safetensors, without torch.
 
 A tensor is read slice by slice, each device's slice straight to that device, so that no parameter
-is whole on one device of a mesh that shards it. What would change the function and is not
+is whole on one device of a mesh that shards it. Where several files hold a model, an index says
+which of them each tensor is read from. What would change the function and is not
 implemented is refused, never ignored: an unknown field of config.json as much as an unknown tensor.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import math
 import pathlib
@@ -20,13 +22,17 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sae_jax import hub
+from sae_jax.activations.statistics import finite_rows
 from sae_jax.errors import UserError
-from sae_jax.json_files import read_json
+from sae_jax.json_files import checked, read_json
 from sae_jax.lm.architecture import DecoderConfig, Leaf, layout
 from sae_jax.lm.directory import model_directory
 from sae_jax.lm.families import OWN_TYPE, load_config
 from sae_jax.lm.tensors import IMAGE_PARTS, Names, in_files, names_of
-from sae_jax.paths import save_json
+from sae_jax.paths import inside, local, save_json
+
+_BLOCK = 1 << 20  # values that are looked at together
+_FLOATS = ("F32", "BF16", "F16", "F64")  # safetensors' names
 
 
 def load_params(
@@ -45,9 +51,14 @@ def load_params(
     """
     config = load_config(directory)  # before the weights are downloaded
     directory = with_weights(directory)
-    tree = layout(config)
     with contextlib.ExitStack() as stack:
         tensors = _open(directory, stack)
+        if config.num_layers > len(tensors):
+            raise UserError(
+                f"config.json of {directory} says {config.num_layers:,} layers, and its files hold "
+                f"{len(tensors):,} tensors"
+            )
+        tree = layout(config)
         names = in_files(names_of(read_json(directory / "config.json")["model_type"]), tensors)
         _check_names(directory, tree, tensors, names, config)
 
@@ -56,6 +67,11 @@ def load_params(
             for path in paths:
                 stored = names.stored(path)
                 tensor, shape = tensors[stored.name], stored.shape(leaf)
+                if tensor.get_dtype() not in _FLOATS:
+                    raise UserError(
+                        f"tensor {stored.name} of {directory} is {tensor.get_dtype()}, which is "
+                        f"none of {', '.join(_FLOATS)}; --model=torch:{directory} may run it"
+                    )
                 if tensor.get_shape() != shape:
                     raise UserError(
                         f"tensor {stored.name} has shape {tensor.get_shape()}; config.json says "
@@ -77,6 +93,31 @@ def load_params(
                 for i, layer in enumerate(layers)
             ]
         return params
+
+
+def mlp_norm(directory, layer: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns what the norm before a layer's MLP multiplies by and adds, (d_model,) and float32.
+
+    Nothing else of the model is read. Raises UserError where `load_params` does for these tensors,
+    and if the model has no such layer.
+    """
+    config = load_config(directory)
+    directory = with_weights(directory)
+    if not layer < config.num_layers:
+        raise UserError(f"{directory} has {config.num_layers} layers, and none of number {layer}")
+    with contextlib.ExitStack() as stack:
+        tensors = _open(directory, stack)
+        names = in_files(names_of(read_json(directory / "config.json")["model_type"]), tensors)
+
+        def read(name: str) -> np.ndarray:
+            tensor = names.stored(("layers", layer, name)).name
+            if tensor not in tensors or tensors[tensor].get_shape() != [config.d_model]:
+                raise UserError(f"{directory} has no tensor {tensor} ({config.d_model},)")
+            return np.asarray(tensors[tensor][:], np.float32)
+
+        weight = read("mlp_norm") + np.float32(config.norm_plus_one)
+        bias = read("b_mlp_norm") if config.norm == "layer" else np.zeros_like(weight)
+        return weight, bias
 
 
 def save_model(
@@ -112,7 +153,7 @@ def save_model(
         "rms_norm_eps": config.norm_eps,
         "rope_theta": config.rope.theta if config.rope else None,
     }
-    directory = pathlib.Path(directory)
+    directory = local(directory)
     weights = directory / "model.safetensors"
     if weights.exists():
         raise FileExistsError(weights)
@@ -146,16 +187,19 @@ def fingerprint(directory, files: Sequence[str] = ()) -> str:
       files: the names of the weight files if they are not safetensors.
     """
     directory = with_weights(directory)
-    digest = hashlib.sha256((directory / "config.json").read_bytes())
-    for name in files or _weight_files(directory):
-        with (directory / name).open("rb") as file:
-            size = file.seek(0, 2)
-            digest.update(f"{name} {size}".encode())
-            places = [(0, 1 << 20), (max(size - (1 << 20), 0), 1 << 20)]
-            places += [(size * i // 65, 1 << 16) for i in range(1, 65)]
-            for start, length in places:
-                file.seek(start)
-                digest.update(file.read(length))
+    try:
+        digest = hashlib.sha256((directory / "config.json").read_bytes())
+        for name in files or _weight_files(directory):
+            with (directory / name).open("rb") as file:
+                size = file.seek(0, 2)
+                digest.update(f"{name} {size}".encode())
+                places = [(0, 1 << 20), (max(size - (1 << 20), 0), 1 << 20)]
+                places += [(size * i // 65, 1 << 16) for i in range(1, 65)]
+                for start, length in places:
+                    file.seek(start)
+                    digest.update(file.read(length))
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from None
     return digest.hexdigest()
 
 
@@ -173,7 +217,7 @@ def with_weights(spec, old: bool = False) -> pathlib.Path:
         return directory
     name, stems = hub.pinned(spec, directory), ["model.safetensors"]
     for stem in stems + ["pytorch_model.bin"] * old:
-        files = _files_by_index(directory, stem)
+        files = _to_download(name, directory, stem)
         try:
             hub.fetch(name, files, needed=files)
             return directory
@@ -183,15 +227,44 @@ def with_weights(spec, old: bool = False) -> pathlib.Path:
     raise UserError(f"{missing}{hint}")
 
 
-def _files_by_index(directory: pathlib.Path, stem: str) -> list[str]:
+def _to_download(name: hub.HubName, directory: pathlib.Path, stem: str) -> list[str]:
+    """Returns the names of the weight files of a repository, a single one before an index's."""
+    indexed = sorted(set(_files(directory, stem).values()))
+    if not indexed or (directory / stem).is_file():
+        return [stem]
+    try:
+        there = hub.list_files(name)
+    except UserError:  # without the hub, what is in the cache
+        return indexed
+    return [stem] if name.file(stem) in there else indexed
+
+
+@dataclasses.dataclass(frozen=True)
+class _Index:
+    """An index of weight files."""
+
+    weight_map: dict[str, str]  # the file of each tensor
+
+
+def _files(directory: pathlib.Path, stem: str) -> dict[str, str]:
+    """Returns the file of each tensor by the index of files called `stem`; {} without an index."""
     index = directory / f"{stem}.index.json"
     if not index.is_file():
-        return [stem]
-    return sorted(set(read_json(index).get("weight_map", {}).values()))
+        return {}
+    files = checked(read_json(index), _Index, index).weight_map
+    for name in set(files.values()):
+        inside(directory, name)
+    return files
 
 
 def _weight_files(directory: pathlib.Path) -> list[str]:
-    names = _files_by_index(directory, "model.safetensors")
+    """Returns the names of a directory's weight files, which exist.
+
+    A single model.safetensors comes before an index beside it, as in transformers.
+    """
+    whole = "model.safetensors"
+    names = [whole] if (directory / whole).is_file() else []
+    names = names or sorted(set(_files(directory, whole).values())) or [whole]
     for name in names:
         if not (directory / name).is_file():
             raise UserError(
@@ -202,15 +275,28 @@ def _weight_files(directory: pathlib.Path) -> list[str]:
 
 
 def _open(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict:
-    """Returns the safetensors slice of each tensor in the directory's files, by name."""
-    slices = {}
-    for name in _weight_files(directory):
+    """Returns the safetensors slice of each tensor in the directory's files, by name.
+
+    Raises UserError if a tensor stands in two files and the index does not say which is meant.
+    """
+    slices, found_in = {}, {}
+    names = _weight_files(directory)
+    index = _files(directory, "model.safetensors") if names != ["model.safetensors"] else {}
+    for name in names:
         file = directory / name
         try:
             handle = stack.enter_context(safetensors.safe_open(file, framework="numpy"))
-        except safetensors.SafetensorError as error:
+        except (safetensors.SafetensorError, OSError) as error:
             raise UserError(f"{file} is damaged or truncated: {error}") from None
-        slices |= {key: handle.get_slice(key) for key in handle.keys()}
+        for key in handle.keys():
+            if index.get(key, name) != name:
+                continue  # a copy that the index does not mean
+            if key in slices:
+                raise UserError(
+                    f"tensor {key} is in {found_in[key]} and in {name} of {directory}, and its "
+                    "index does not say which is meant"
+                )
+            slices[key], found_in[key] = handle.get_slice(key), name
     return slices
 
 
@@ -235,6 +321,14 @@ def _check_names(directory, tree, tensors: dict, names: Names, config: DecoderCo
         )
 
 
+def _check_finite(values: np.ndarray, name: str) -> None:
+    """Raises UserError if a tensor holds NaN or infinity."""
+    flat = values.ravel(order="K")  # a view, whichever axis comes first
+    for start in range(0, flat.size, _BLOCK):
+        if not finite_rows(flat[None, start : start + _BLOCK]).all():
+            raise UserError(f"tensor {name} holds NaN or infinity; get its file again")
+
+
 def _array(leaf: Leaf, parts: list, dtype, mesh, stacked: bool) -> jax.Array:
     """Returns a parameter, of which only each device's share is read for that device.
 
@@ -243,7 +337,10 @@ def _array(leaf: Leaf, parts: list, dtype, mesh, stacked: bool) -> jax.Array:
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
         own = index[1:] if stacked else index
-        shares = [stored.read(tensor, leaf, own).astype(dtype) for stored, tensor in parts]
+        shares = []
+        for stored, tensor in parts:
+            shares.append(stored.read(tensor, leaf, own).astype(dtype))
+            _check_finite(shares[-1], stored.name)
         return np.stack(shares) if stacked else shares[0]
 
     shape = (len(parts), *leaf.shape) if stacked else leaf.shape

@@ -7,7 +7,14 @@ Every operation takes global arrays and states its own collectives. It equals it
 from sae_jax.ops.batch_topk import batch_top_k
 from sae_jax.ops.dense import Activated, dense_autoencode
 from sae_jax.ops.prefixes import decode_groups
-from sae_jax.ops.sparse import Code, encode_top_k, fired_latents, keep_top_k, sparse_decode
+from sae_jax.ops.sparse import (
+    Code,
+    encode_top_k,
+    fired_latents,
+    keep_top_k,
+    sparse_decode,
+    top_k_latents,
+)
 from sae_jax.ops.topk import top_k
 
 __all__ = [
@@ -21,4 +28,5 @@ __all__ = [
     "keep_top_k",
     "sparse_decode",
     "top_k",
+    "top_k_latents",
 ]

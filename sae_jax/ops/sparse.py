@@ -147,8 +147,11 @@ def _codes_with_flags(values, indices, any_dead):
 
 
 def _candidates(product_BxN, bias_N, k: int):
-    """Returns this shard's k largest values, -inf where it has fewer, and their indices."""
-    n = len(bias_N)
+    """Returns this shard's k largest values, -inf where it has fewer, and their indices.
+
+    Without a bias it is None.
+    """
+    n = product_BxN.shape[1]
     values, indices = top_k(product_BxN, min(k, n), bias_N)
     spare = ((0, 0), (0, max(0, k - n)))
     return jnp.pad(values, spare, constant_values=-jnp.inf), jnp.pad(indices, spare)
@@ -234,6 +237,28 @@ def _kth_largest(keys_Bxk, k, bits: int):
         enough = (count >= jnp.reshape(k, (-1, 1))).sum(axis=1)
         found |= enough.astype(jnp.uint32) << shift
     return found
+
+
+def top_k_latents(x_BxN: jax.Array, k: int) -> jax.Array:
+    """Returns the k largest values of each row of x (B, d_sae) in their places, 0 elsewhere.
+
+    Values below 0 become 0, and ties go to the lower latent. Where x is sharded over the
+    dictionary the result is sharded as a code is, and the same as on one device.
+    """
+
+    def local(x):
+        values, indices = _candidates(x, None, k)
+        code, _ = _keep_winners(values, indices, x.shape[1])
+        rows = jnp.arange(x.shape[0])[:, None]
+        # Added, since the slots that a small shard has too many all have the value 0 at latent 0.
+        return jnp.zeros_like(x).at[rows, code.indices].add(jax.nn.relu(code.values))
+
+    if jax.typeof(x_BxN).sharding.spec[1] is not None:
+        return per_shard(local, (CODE,), CODE)(jax.reshard(x_BxN, CODE))
+    values, indices = top_k(x_BxN, k)
+    rows = jnp.arange(x_BxN.shape[0])[:, None]
+    latents = jnp.zeros_like(x_BxN)
+    return latents.at[rows, indices].set(jax.nn.relu(values), unique_indices=True)
 
 
 def keep_top_k(code: Code, k, slots: int) -> Code:

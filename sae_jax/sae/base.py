@@ -301,9 +301,9 @@ class SAE(nnx.Module):
     def preactivations(self, x: jax.Array) -> jax.Array:
         """Returns the pre-activations (..., d_sae) that `activate` takes.
 
-        They are those of float32 activations x (..., d_in) in the model's own units.
+        They are those of activations x (..., d_in), of any float type, in the model's own units.
         """
-        return self._encoded(x * self.scale)
+        return self._encoded(x.astype(jnp.float32) * self.scale)
 
     def save(self, path) -> None:
         """Writes the SAE to a new folder `path`, exactly, in sae_jax's own format (`sae.files`).

@@ -62,7 +62,7 @@ class BatchTopK(SAE):
         return Losses(
             total=squared_error(y, y_hats) + auxiliary,
             mse=mse,
-            l0=jnp.sum(fired) / x.shape[0],
+            l0=jnp.mean(jnp.sum(fired, axis=1)),  # a sum over both may be above 2^31
             l1=jnp.sum(latents * self.decoder_norms()) / x.shape[0],
             fired=fired.any(axis=0),
             running=running,

@@ -164,6 +164,14 @@ class SAEConfig:
             "apply_b_dec_to_input": self.shifts_inputs and self.kind not in TRANSCODERS,
         }
 
+    @classmethod
+    def fields_in_file(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Returns the fields of a config as a file has them, by the names of this version.
+
+        An architecture whose earlier versions called something otherwise overrides it.
+        """
+        return fields
+
     @property
     def adapts_to_target_l0(self) -> bool:
         """Whether training scales the sparsity coefficient until L0 is `target_l0`."""

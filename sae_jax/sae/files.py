@@ -16,8 +16,11 @@ architecture did not have them.
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
+import secrets
 import shutil
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,12 +29,23 @@ import safetensors.numpy
 
 from sae_jax import paths
 from sae_jax.errors import UserError
-from sae_jax.json_files import read_json
+from sae_jax.json_files import checked, read_json
 from sae_jax.sae.registry import architecture_file, find
 
 _CONFIG, _TENSORS = "sae.json", "sae.safetensors"
-_VERSION, _READS = 2, (1, 2)
+_VERSION = 2
 _SCALES = ("scale", "target_scale")
+
+
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """Describes sae.json. The architecture's config checks what is in `config`."""
+
+    format: Literal["sae_jax"]
+    version: Literal[1, 2]
+    config: dict[str, Any]
+    architecture_file: str | None = None
+    about: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def recognises(path: pathlib.Path) -> bool:
@@ -81,81 +95,107 @@ def read(folder: pathlib.Path, trust_code: bool = True):
       trust_code: whether the file that defines a user's own architecture may be run, if the folder
         names one. It is never run if it is in the folder itself.
     """
-    file = folder / _CONFIG
-    values = read_json(file)
-    if values.get("format") != "sae_jax" or values.get("version") not in _READS:
-        raise UserError(
-            f"{file}: format {values.get('format')!r}, version {values.get('version')!r}; "
-            f"this sae_jax reads its own format of version {_VERSION}"
-        )
-    fields = values.get("config")
-    if not isinstance(fields, dict) or not isinstance(fields.get("architecture"), str):
+    file, values = folder / _CONFIG, _read(folder)
+    fields = values.config
+    if not isinstance(fields.get("architecture"), str):
         raise UserError(f"{file}: config must be an object that names an architecture")
-    if values["version"] == 1:
+    if values.version == 1:
         fields = {name: value for name, value in fields.items() if value is not None}
-    cls = find(fields["architecture"], values.get("architecture_file"), folder, trust_code)
+    cls = find(fields["architecture"], values.architecture_file, folder, trust_code)
     tensors = read_safetensors(folder / _TENSORS)
     for name in _SCALES:
         if name not in tensors:
             raise UserError(f"{folder / _TENSORS} has no tensor {name}")
-    for name, tensor in tensors.items():
-        if not np.isfinite(tensor).all():
-            raise UserError(f"{folder / _TENSORS}: {name} holds NaN or infinity")
     scales = [tensors.pop(name) for name in _SCALES]
-    scales = [scale if scale.ndim else scale.item() for scale in scales]
-    with _naming(file):
-        config = cls.Config(**fields)
+    check_weights(tensors, folder / _TENSORS)
+    with naming(file):
+        config = cls.Config(**cls.Config.fields_in_file(fields))
     shape = (config.d_in,) if config.kind == "crosscoder" else ()
     for name, scale in zip(_SCALES, scales, strict=True):
-        if np.shape(scale) != shape:
+        if scale.shape != shape:
             raise UserError(
-                f"{folder / _TENSORS}: {name} has shape {np.shape(scale)}; it must be {shape}"
+                f"{folder / _TENSORS}: {name} has shape {scale.shape}; it must be {shape}"
             )
-    with _naming(folder / _TENSORS):
-        parameters = {name: jnp.asarray(array) for name, array in tensors.items()}
+        if not jnp.issubdtype(scale.dtype, jnp.number) or not np.all(
+            (scale > 0) & (scale < np.inf)
+        ):
+            raise UserError(f"{folder / _TENSORS}: {name} must be above 0 and finite")
+    scales = [scale if scale.ndim else scale.item() for scale in scales]
+    with naming(folder / _TENSORS):
+        parameters = {name: jnp.asarray(a.astype(np.float32)) for name, a in tensors.items()}
         return cls.from_parameters(config, parameters, *scales)
 
 
 def read_provenance(folder: pathlib.Path) -> dict:
     """Returns what a folder of this format says about where its SAE comes from."""
-    return read_json(folder / _CONFIG).get("about", {})
+    return _read(folder).about
+
+
+def _read(folder: pathlib.Path) -> _File:
+    return checked(read_json(folder / _CONFIG), _File, folder / _CONFIG)
 
 
 def read_safetensors(file: pathlib.Path) -> dict[str, np.ndarray]:
     """Returns the tensors of a file by name.
 
-    Raises UserError if the file is missing, damaged or cut off.
+    Raises UserError if the file is missing, damaged or cut off, or has a tensor of a type that
+    NumPy does not have.
     """
     if not file.is_file():
         raise UserError(f"no {file.name} in {file.parent}")
     try:
         return safetensors.numpy.load_file(file)
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{file} is damaged or truncated: {error}") from None
+    except (AttributeError, TypeError, KeyError) as error:  # one of 8 bits or fewer
+        raise UserError(f"{file} has a tensor of a type that is not read here: {error}") from None
+
+
+def check_weights(tensors: dict[str, np.ndarray], file) -> None:
+    """Raises UserError, which names the tensor and `file`, if one is no weights.
+
+    Weights are of a floating-point type, finite, and finite in float32 too.
+    """
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, np.ndarray):
+            raise UserError(f"{file}: {name} is {type(tensor).__name__}, not a tensor")
+        if not jnp.issubdtype(tensor.dtype, jnp.floating):
+            raise UserError(f"{file}: {name} is of type {tensor.dtype}; weights are real numbers")
+        with np.errstate(over="ignore"):  # of float64
+            if not np.isfinite(tensor.astype(np.float32)).all():
+                raise UserError(f"{file}: {name} holds NaN or infinity")
 
 
 @contextlib.contextmanager
 def new_folder(path: str | pathlib.Path):
     """Gives a temporary folder to write to, which becomes `path` if the block raises nothing.
 
-    Raises UserError if something is at `path` already.
+    The temporary folder is beside `path` and of this call alone, so nothing of a user's or of
+    another process's is touched.
+
+    Raises UserError if something is at `path` already, also if another process wrote it in the
+    meantime, and if the block or this cannot write there.
     """
     path = paths.local(path)
-    if path.exists():
-        raise UserError(f"{path} is there already; give a new directory")
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    there = f"{path} is there already; give a new directory"
+    if os.path.lexists(path):
+        raise UserError(there)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
+        temporary.mkdir(parents=True)
         yield temporary
         temporary.rename(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        if os.path.lexists(path):
+            raise UserError(there) from None
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', error)}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _naming(file: pathlib.Path):
-    """Puts the file's name in front of a UserError that is raised within the block."""
+def naming(file):
+    """Puts a file's name in front of a UserError that is raised within the block."""
     try:
         yield
     except UserError as error:

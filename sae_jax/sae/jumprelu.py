@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ from sae_jax.sae.base import SAE
 from sae_jax.sae.config import PenaltyConfig
 from sae_jax.sae.losses import Losses, LossInputs, squared_error
 
-SPARSITY_LOSSES = ("l0", "tanh", "quadratic")
+SPARSITY_LOSSES = ("l0", "tanh", "gemma_scope_2", "jumprelu_paper")
+_PER_TOKEN = ("gemma_scope_2", "jumprelu_paper")  # penalties of a token's own L0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +23,8 @@ class JumpReLUConfig(PenaltyConfig):
 
     architecture: str = "jumprelu"
     sparsity_loss: str = "l0"
-    """The sparsity penalty: l0, tanh or quadratic. quadratic needs target_l0, which it puts into
-    the penalty; then the coefficient is not scaled."""
+    """The sparsity penalty: l0, tanh, gemma_scope_2 (also called quadratic) or jumprelu_paper. The
+    last two need target_l0, which they put into the penalty; then the coefficient is not scaled."""
     sparsity_warmup_fraction: float = 0.1
     initial_threshold: float = 0.01
     """Threshold of fresh latents."""
@@ -37,33 +39,45 @@ class JumpReLUConfig(PenaltyConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        choose(self.sparsity_loss, SPARSITY_LOSSES, "sae.sparsity_loss")
+        named = choose(self.sparsity_loss, (*SPARSITY_LOSSES, "quadratic"), "sae.sparsity_loss")
+        if named == "quadratic":
+            object.__setattr__(self, "sparsity_loss", "gemma_scope_2")
         choose(self.gradient_to, ("threshold", "all"), "sae.gradient_to")
         self.above_zero("bandwidth", "tanh_scale")
         self.not_below_zero("initial_threshold", "preactivation_coefficient")
-        if self.sparsity_loss == "quadratic" and self.target_l0 is None:
-            raise UserError("sae.sparsity_loss=quadratic needs sae.target_l0")
+        if self.sparsity_loss in _PER_TOKEN and self.target_l0 is None:
+            raise UserError(f"sae.sparsity_loss={named} needs sae.target_l0")
+
+    @classmethod
+    def fields_in_file(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        # Files never say quadratic now. Earlier versions meant the loss of the paper by it.
+        old = fields.get("sparsity_loss") == "quadratic"
+        return fields | {"sparsity_loss": "jumprelu_paper"} if old else fields
 
     @property
     def adapts_to_target_l0(self) -> bool:
-        return self.target_l0 is not None and self.sparsity_loss != "quadratic"
+        return self.target_l0 is not None and self.sparsity_loss not in _PER_TOKEN
 
 
 class JumpReLU(SAE):
     """A JumpReLU SAE keeps the pre-activations z that are above their latent's threshold theta.
 
         z = (x - b_dec) W_enc + b_enc
-        f = z 1[z > theta]
+        f = ReLU(z) 1[z > theta]
         L = E[ ||y - y_hat||^2 + S ]
 
     `sparsity_loss` chooses the penalty S:
 
-    l0         lambda ||f||_0 (Rajamanoharan et al. 2024, arXiv:2407.14435, eq. 9; Gemma Scope)
-    quadratic  lambda (||f||_0 / target_l0 - 1)^2 (the same paper's loss for a target L0; Gemma
-               Scope 2)
-    tanh       lambda sum_i tanh(c f_i ||W_dec,i||) + lambda_P sum_i ReLU(theta_i - z_i) ||W_dec,i||
-               (Circuits Updates, January 2025), lambda_P = `preactivation_coefficient`; the
-               second term, for latents that do not fire, is there with any choice of S
+    l0              lambda ||f||_0 (Rajamanoharan et al. 2024, arXiv:2407.14435, eq. 9; Gemma
+                    Scope)
+    gemma_scope_2   lambda (2 / target_l0) (||f||_0 - target_l0)^2 (Gemma Scope 2's technical
+                    paper, eq. 5; SAELens' "quadratic", by which name it can be chosen too)
+    jumprelu_paper  lambda (||f||_0 / target_l0 - 1)^2 (the loss for a target L0 of Rajamanoharan
+                    et al. 2024)
+    tanh            lambda sum_i tanh(c f_i ||W_dec,i||) (Circuits Updates, January 2025)
+
+    With any of them there is lambda_P sum_i ReLU(theta_i - z_i) ||W_dec,i|| too, for latents that
+    do not fire, where lambda_P = `preactivation_coefficient` is not 0 (the same update).
 
     A step has no gradient. The straight-through gradient puts a rectangle of width epsilon =
     `bandwidth` in its place, with K(u) = 1 for |u| < 1/2, else 0 (eqs. 11 and 12):
@@ -75,13 +89,14 @@ class JumpReLU(SAE):
     negative flows to z as well.
 
     theta is trained itself, in float32, and kept at 0 or above; Anthropic trains its logarithm.
+    Others' thresholds may be below 0, and stand for 0 then: no latent is below 0.
     """
 
     Config = JumpReLUConfig
     PER_LATENT_SCALED = ("b_enc", "threshold")
 
     def activate(self, preactivations: jax.Array) -> jax.Array:
-        return jnp.where(preactivations > self.threshold[...], preactivations, 0.0)
+        return _where_above(preactivations, self.threshold[...], preactivations)
 
     @classmethod
     def fresh_latent(cls, config: JumpReLUConfig) -> dict[str, float]:
@@ -102,8 +117,10 @@ class JumpReLU(SAE):
         y_hat = self.output(out.decoded[0], x)
         mse = squared_error(y, y_hat)
         means = {name: jnp.sum(sums) / x.shape[0] for name, sums in out.latent_sums.items()}
-        if config.sparsity_loss == "quadratic":
+        if config.sparsity_loss in _PER_TOKEN:
             sparsity = jnp.mean(jnp.square(out.token_sums["l0"] / config.target_l0 - 1))
+            if config.sparsity_loss == "gemma_scope_2":
+                sparsity *= 2 * config.target_l0
         else:
             sparsity = means["sparsity"]
         total = mse + inputs.coefficient * sparsity
@@ -144,7 +161,7 @@ def _activate(product, per_latent, config: JumpReLUConfig) -> ops.Activated:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def jump_relu(z, theta, bandwidth: float, to_all: bool):
-    """Returns z 1[z > theta], with the straight-through gradient that `JumpReLU` describes.
+    """Returns ReLU(z) 1[z > theta], with the straight-through gradient that `JumpReLU` describes.
 
     Args:
       z: (..., d_sae) pre-activations.
@@ -152,24 +169,24 @@ def jump_relu(z, theta, bandwidth: float, to_all: bool):
       bandwidth: the width epsilon of the rectangle.
       to_all: whether the straight-through gradient flows to z too and not only to theta.
     """
-    return jnp.where(z > theta, z, 0.0)
+    return _where_above(z, theta, z)
 
 
 @jump_relu.defjvp
 def _jump_relu_jvp(bandwidth, to_all, primals, tangents):
     (z, theta), (d_z, d_theta) = primals, tangents
     through = theta / bandwidth * _rectangle((z - theta) / bandwidth)
-    out = jnp.where(z > theta, d_z, 0.0) - through * d_theta
+    out = _where_above(z, theta, d_z) - through * d_theta
     return jump_relu(z, theta, bandwidth, to_all), out + through * d_z if to_all else out
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def step(z, theta, bandwidth: float, to_all: bool):
-    """Returns 1[z > theta], with the straight-through gradient that `JumpReLU` describes.
+    """Returns 1[f > 0] for the latents f, with the straight-through gradient of 1[z > theta].
 
-    The arguments are those of `jump_relu`.
+    `JumpReLU` describes the gradient. The arguments are those of `jump_relu`.
     """
-    return (z > theta).astype(z.dtype)
+    return (z > jnp.maximum(theta, 0)).astype(z.dtype)
 
 
 @step.defjvp
@@ -178,6 +195,11 @@ def _step_jvp(bandwidth, to_all, primals, tangents):
     through = _rectangle((z - theta) / bandwidth) / bandwidth
     out = -through * d_theta
     return step(z, theta, bandwidth, to_all), out + through * d_z if to_all else out
+
+
+def _where_above(z, theta, values):
+    """Returns `values` where z is above its threshold and above 0, and 0 elsewhere."""
+    return jnp.where(z > jnp.maximum(theta, 0), values, 0.0)
 
 
 def _rectangle(u):

@@ -37,12 +37,8 @@ class TopK(SAE):
     Config = TopKConfig
 
     def activate(self, preactivations: jax.Array) -> jax.Array:
-        N = preactivations.shape[-1]
-        values, indices = ops.top_k(preactivations.reshape(-1, N), self.config.k)
-        rows = jnp.arange(values.shape[0])[:, None]
-        latents = jnp.zeros((values.shape[0], N), values.dtype)
-        latents = latents.at[rows, indices].set(jax.nn.relu(values), unique_indices=True)
-        return latents.reshape(preactivations.shape)
+        rows = preactivations.reshape(-1, preactivations.shape[-1])
+        return ops.top_k_latents(rows, self.config.k).reshape(preactivations.shape)
 
     def encode_sparse(self, x) -> tuple[jax.Array, jax.Array]:
         """Returns the k latents of each of the activations x (..., d_in), without dense latents.

@@ -129,6 +129,7 @@ def expand(base: Config, grid: grids.Grid) -> list[Run]:
             stream = streams(config.data)
             config = preparation.resolve(config, stream)
             preparation.count_steps(config, stream)
+            preparation.check_variances(config, stream)
         except UserError as error:
             where = f"run {number} of {len(grid)} ({grids.describe(swept)})"
             raise UserError(f"{where}: {error}") from error
@@ -266,9 +267,7 @@ def _differences(gone: list[Run], new: list[Run]) -> list[str]:
     words = []
     for what, runs in (("gone", gone), ("new", new)):
         if runs:
-            some = ", ".join(grids.describe(run.swept) for run in runs[:3])
-            more = f" and {len(runs) - 3} more" if len(runs) > 3 else ""
-            words.append(f"{what}: {some}{more}")
+            words.append(f"{what}: {some([grids.describe(run.swept) for run in runs], 3)}")
     return words
 
 

@@ -66,8 +66,11 @@ class Leases:
     def __init__(self, directory: AnyPath, seconds: float = 60):
         """Opens the leases in `directory`.
 
-        Those claimed here run out after `seconds` without a heartbeat.
+        Those claimed here run out after `seconds` without a heartbeat. Raises UserError unless
+        that is a number above 0.
         """
+        if not 0 < seconds < math.inf:
+            raise UserError(f"a lease lasts for some seconds, above 0, not {seconds}")
         kind = ObjectFiles if isinstance(directory, ObjectPath) else LocalFiles
         self._files = kind(directory)
         self._seconds = seconds

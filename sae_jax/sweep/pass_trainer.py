@@ -12,7 +12,8 @@ import jax
 from sae_jax.lm.live import open_stream
 from sae_jax.paths import AnyPath
 from sae_jax.sweep.design import Pass
-from sae_jax.train import preparation
+from sae_jax.train import agreement, preparation
+from sae_jax.train.limits import check_memory, in_32_bits, lack_of_memory_named
 from sae_jax.train.loggers import Log
 from sae_jax.train.loop import PackInTraining, TrainingData, train_packs
 from sae_jax.train.mesh import make_mesh
@@ -24,6 +25,7 @@ from sae_jax.train.results import run_id
 _KEPT = 2  # checkpoints a run, at least: a kill leaves some runs one behind the others
 
 
+@in_32_bits
 def train_pass(
     work: Pass,
     runs_directory: AnyPath,
@@ -49,9 +51,10 @@ def train_pass(
     progress = progress or Progress()
     config = work.packs[0].runs[0]
     stream = open_stream(config.data)
+    agreement.check_same(lambda: {"fingerprint": agreement.data_fingerprint(stream)}, "store")
     for pack in work.packs:
         preparation.count_steps(pack.runs[0], stream)
-        make_mesh(pack.runs[0])  # raises if it does not divide the dictionary
+        check_memory(pack.runs[0], make_mesh(pack.runs[0]))
     data = TrainingData.open(config, open_stream)
     with jax.set_mesh(data.mesh), contextlib.ExitStack() as stack:
         packs: list[PackInTraining] = []
@@ -81,4 +84,5 @@ def train_pass(
             stack.enter_context(contextlib.closing(training))
             packs.append(training)
         stack.enter_context(progress)  # notes an error before what closes files can hang of it
+        stack.enter_context(lack_of_memory_named())
         train_packs(packs, data, work.name, progress)

@@ -16,8 +16,8 @@ from sae_jax.errors import UserError
 from sae_jax.sweep import design, pass_trainer
 from sae_jax.sweep.directory import SweepDirectory, counted
 from sae_jax.sweep.leases import Lease, LeaseLostError, Leases
-from sae_jax.train import results
-from sae_jax.train.directory import is_writer
+from sae_jax.train import agreement, results
+from sae_jax.train.directory import environment, is_writer
 from sae_jax.train.loggers import Log
 from sae_jax.train.preemption import PreemptedError, sigterm_raises
 from sae_jax.train.progress import Progress
@@ -44,6 +44,8 @@ def work(
 
     Raises PreemptedError after SIGTERM, when what it trained is saved.
     """
+    agreement.check_same(lambda: _described(directory), "sweep")
+    agreement.check_shared(directory.path)
     leases = Leases(directory.path / "leases", lease_seconds)
     worker = _Worker(directory, leases, progress or Progress(), log_to)
     # Under jax.distributed its service listens, all the time; else `train.preemption` during steps.
@@ -58,6 +60,12 @@ def work(
                 else:
                     worker.train(worker.passes[index], lease)
     worker.write_results()
+
+
+def _described(directory: SweepDirectory) -> dict:
+    """Returns what the processes of a worker must agree on."""
+    runs = {str(i): agreement.described(run.config) for i, run in enumerate(directory.runs, 1)}
+    return {"runs": runs, "versions": environment()}
 
 
 class _Worker:

@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import socket
 import subprocess
 
 import jax
@@ -17,7 +18,7 @@ from sae_jax.config import Config, DataConfig
 from sae_jax.errors import UserError
 from sae_jax.json_files import read_json
 from sae_jax.paths import AnyPath, ObjectPath
-from sae_jax.train import metrics
+from sae_jax.train import agreement, metrics
 
 _PACKAGES = """sae-jax jax jaxlib flax optax orbax-checkpoint grain tensorstore numpy""".split()
 
@@ -31,30 +32,42 @@ class RunDirectory:
     RUN/failed.json     why a run of a sweep was given up
     """
 
-    def __init__(self, path: AnyPath, config: Config):
+    def __init__(self, path: AnyPath, config: Config, check_shared: bool = True):
         """Makes the directory, or finds the interrupted run of the same config in it.
 
-        All processes call it. Raises UserError if the directory holds something else.
+        All processes call it. Two programs may call it at one instant: one of them makes the
+        directory, and the other finds it.
+
+        Args:
+          path: the directory.
+          config: the resolved config.
+          check_shared: whether to check that all processes see what process 0 writes there.
+
+        Raises UserError if the directory holds something else, or is not shared by all processes.
         """
         self.path = path
         self._metrics_path = path / "metrics.jsonl"
         self._metrics = None
-        new = not (path / "config.json").exists()
+        names = _names_in(path)
+        new = "config.json" not in names
         if not new:
             _check_same(path, config)
-        elif path.exists() and not path.is_dir():
-            raise UserError(f"--workdir {path} is a file; give a new or empty directory")
-        elif path.exists() and {entry.name for entry in path.iterdir()} - {"config.json.tmp"}:
+        elif {name for name in names if not _is_temporary(name)}:
             raise UserError(
                 f"{path} is not empty and holds no run (no config.json); give --workdir a new or "
                 "empty directory"
             )
         # No process may find what the writer is about to make, and take it for another's.
-        multihost_utils.sync_global_devices(f"looked at {path}")
+        multihost_utils.sync_global_devices("looked at the run's directory")
         if new and is_writer():
             path.mkdir(parents=True, exist_ok=True)
             noted = environment() | {"directory": os.getcwd()}
-            paths.save_json(configs.to_dict(config) | {"environment": noted}, path / "config.json")
+            values = configs.to_dict(config) | {"environment": noted}
+            by = f".{socket.gethostname()}.{os.getpid()}"
+            if not paths.create(path / "config.json", paths.as_json(values), by):
+                _check_same(path, config)  # another program was faster
+        if check_shared:
+            agreement.check_shared(path)
 
     @property
     def result(self) -> dict | None:
@@ -166,6 +179,20 @@ def find_store(run: AnyPath, data: DataConfig) -> DataConfig:
 def is_writer() -> bool:
     """Whether this process is the one that writes, process 0."""
     return jax.process_index() == 0
+
+
+def _names_in(path: AnyPath) -> set[str]:
+    """Returns the names in a directory, none if it does not exist."""
+    if not path.exists():
+        return set()
+    if not path.is_dir():
+        raise UserError(f"--workdir {path} is a file; give a new or empty directory")
+    return {entry.name for entry in path.iterdir()}
+
+
+def _is_temporary(name: str) -> bool:
+    """Whether a file is what a killed process, or one that is about to make a run, has left."""
+    return name.startswith("config.json.") and name.endswith(".tmp")
 
 
 def _check_same(path: AnyPath, config: Config) -> None:

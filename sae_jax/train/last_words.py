@@ -9,6 +9,7 @@ import struct
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 from sae_jax.train.preemption import EXIT_CODE
 
@@ -19,6 +20,24 @@ def say(text: str) -> None:
     """Writes one line on stderr."""
     line = f"sae-jax: {' '.join(text.split())}\n"
     sys.stderr.write("\n" + line if sys.stderr.isatty() else line)
+
+
+_farewells: list[Callable[[], object]] = []
+
+
+def before_leaving(farewell: Callable[[], object]) -> None:
+    """Sets what `leave` calls first, such as a wait for other processes to hear of an error."""
+    _farewells[:] = [farewell]
+
+
+def leave(code: int) -> None:
+    """Ends the process after an error, when what `before_leaving` set has been called.
+
+    It does not wait for threads: those of a checkpoint that cannot be written take minutes.
+    """
+    for farewell in _farewells:
+        farewell()
+    exit_now(code)
 
 
 def exit_now(code: int) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
+from absl import logging
 
 from sae_jax.config import Config
 from sae_jax.errors import UserError
@@ -16,7 +17,7 @@ from sae_jax.progress_bar import TrainingBar
 from sae_jax.train import preparation, resample
 from sae_jax.train.mesh import BatchPlacement, make_mesh
 from sae_jax.train.pack import PackTrainer, SingleTrainer
-from sae_jax.train.preemption import PreemptedError, Preemption
+from sae_jax.train.preemption import PreemptedError, Preemption, StoppedWaiting
 from sae_jax.train.progress import Progress
 from sae_jax.train.recorder import Recorder
 from sae_jax.train.results import make_result
@@ -31,6 +32,7 @@ class TrainingData:
     def __init__(self, config: Config, stream, heldout, mesh: jax.sharding.Mesh):
         """Takes what `open` opens. `heldout` is None where nothing is held out."""
         self.stream, self.heldout, self.mesh = stream, heldout, mesh
+        self.store = config.data.store
         self.placement = BatchPlacement(mesh, config.data.batch_size)
         self._b_dec: dict[tuple, np.ndarray] = {}
 
@@ -217,8 +219,9 @@ class PackInTraining:
     def maybe_save(self, stop: bool) -> None:
         """Saves a checkpoint of every run if one is due after this step, or if `stop` is true."""
         every = self._config.train.checkpoint_every
-        if stop or self.step == self.steps or self.step % every == 0:
-            self._pending = (*self._pending[:2], True)
+        if self.step and (stop or self.step == self.steps or self.step % every == 0):
+            if self._pending is not None:
+                self._pending = (*self._pending[:2], True)
             self.await_step()  # ends the runs whose loss is not finite, before they are saved
             self._save()
 
@@ -250,8 +253,9 @@ class PackInTraining:
 
     def finish_saving(self) -> None:
         """Waits until the last checkpoints are written."""
-        for recorder in self.open_recorders:
-            recorder.finish_saving()
+        with self._progress.waits_for(f"the checkpoint of step {self._saving} to be written"):
+            for recorder in self.open_recorders:
+                recorder.finish_saving()
         self._progress.saved = self._saving
 
     def end(self) -> None:
@@ -283,9 +287,10 @@ class PackInTraining:
     def _save(self) -> None:
         self._progress.rest()
         self._check()
-        for i, recorder in enumerate(self.recorders):
-            if recorder.open and self.step not in recorder.checkpoint_steps:
-                recorder.save(self.get_run(i), self.step)
+        with self._progress.waits_for(f"the checkpoints up to step {self.step} to be written"):
+            for i, recorder in enumerate(self.recorders):
+                if recorder.open and self.step not in recorder.checkpoint_steps:
+                    recorder.save(self.get_run(i), self.step)
         self._progress.saved, self._saving = self._saving, self.step  # the one before is written
 
     def _resample(self) -> None:
@@ -324,7 +329,13 @@ def train_packs(
     batches = data.batches(first)
     with Preemption() as preemption, TrainingBar(name, done, sum(p.until for p in active)) as bar:
         for step in range(first, last):
-            rows = _next_batch(batches, step)
+            try:
+                batch = f"the batch of step {step + 1}, from {data.store}"
+                with preemption.interruptible(), progress.waits_for(batch, True):
+                    rows = _next_batch(batches, step)
+            except StoppedWaiting:
+                _stop([p for p in active if not p.waiting_for_trunk and p.step == step < p.until])
+                raise PreemptedError(step) from None
             for branch in active:
                 if branch.waiting_for_trunk and branch.start == step:
                     branch.branch_from_trunk()
@@ -338,12 +349,25 @@ def train_packs(
                 pack.maybe_save(stop)
             bar.advance(len(moving), _last_line(packs))
             if stop:
-                for pack in moving:
-                    pack.finish_saving()
+                _stop(moving)
                 raise PreemptedError(step + 1)
             for pack in moving:
                 if pack.step == pack.steps:
                     pack.end()
+
+
+def _stop(packs: Sequence[PackInTraining]) -> None:
+    """Saves packs, all at one step, unless no step was done since they were read or made."""
+    try:
+        for pack in packs:
+            pack.maybe_save(True)
+        for pack in packs:
+            pack.finish_saving()
+    except UserError as error:  # a run is to be started again, whether this could be saved or not
+        if jax.process_count() > 1:  # the others wait for this one's part, and must hear of it
+            raise
+        logging.warning("%s", error)
+        raise PreemptedError(0) from error
 
 
 def _restore(packs: Sequence[PackInTraining]) -> None:

@@ -13,6 +13,9 @@ from sae_jax.errors import UserError, choose
 from sae_jax.train import optimizer
 from sae_jax.train.median import geometric_median
 
+_MOST = 2**31  # of what is counted in int32
+_MOST_SEEDS = 2**32  # those that JAX tells from each other
+_NO_VARIANCE = 1e-10  # of the mean squared norm: what rounding leaves of none in 10^9 rows
 _MEDIAN_ROWS = 32_768  # sample for the geometric median (Gao et al. 2024, A.1)
 
 
@@ -37,7 +40,29 @@ def resolve(config: Config, stream: Stream | WorldStream) -> Config:
     for name in ("tokens", "log_every", "checkpoint_every", "keep_checkpoints"):
         if getattr(config.train, name) < 1:
             raise UserError(f"train.{name} must be 1 or more, not {getattr(config.train, name)}")
+    _check_sizes(config)
     return dataclasses.replace(config, sae=sae, data=data, optimizer=adam)
+
+
+def _check_sizes(config: Config) -> None:
+    """Raises UserError for numbers that the types in the compiled step do not hold."""
+    if not 0 <= config.train.seed < _MOST_SEEDS:
+        raise UserError(
+            f"train.seed must be from 0 to {_MOST_SEEDS - 1:,}, not {config.train.seed}"
+        )
+    if config.sae.d_sae >= _MOST:
+        raise UserError(f"sae.d_sae must be below 2^31, not {config.sae.d_sae}")
+    picked = max(config.sae.k or 0, config.sae.k_start or 0) * config.data.batch_size
+    if picked >= _MOST:
+        raise UserError(
+            f"sae.k times data.batch_size must be below 2^31, not {picked:,}; lower one of them"
+        )
+    steps = config.train.tokens // config.data.batch_size
+    if steps >= _MOST:
+        raise UserError(
+            f"train.tokens {config.train.tokens} are {steps} steps of data.batch_size "
+            f"{config.data.batch_size}; a run has fewer than 2^31: lower train.tokens"
+        )
 
 
 def count_steps(config: Config, stream: Stream | WorldStream) -> int:
@@ -76,6 +101,29 @@ def heldout_stream(config: Config, mesh, open_stream: Callable) -> Stream | Worl
     return open_stream(once, "heldout", min(config.data.batch_size, rows // unit * unit))
 
 
+def check_variances(config: Config, stream: Stream | WorldStream) -> None:
+    """Raises UserError, which names the site, if all rows of a site are the same.
+
+    Such a site has nothing to learn from. Its scale, or its FVU, would be infinite.
+    """
+    norms, variances = _norms_and_variances(stream)
+    for name, norm, variance in zip(stream.site_names, norms, variances, strict=True):
+        if not variance > _NO_VARIANCE * norm:
+            what = "the same" if norm > 0 else "zero"
+            raise UserError(
+                f"all rows of the site {name} of {config.data.store} are {what}, so that there is "
+                "nothing to learn from it; harvest it again, or name another data.site"
+            )
+
+
+def _norms_and_variances(stream: Stream | WorldStream) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the mean squared norm of each site, and its variance summed over its width."""
+    norms = np.asarray(stream.site_mean_squared_norms)
+    ends = np.cumsum(stream.site_widths)[:-1]
+    means = np.array([np.sum(np.square(mean)) for mean in np.split(stream.mean, ends)])
+    return norms, norms - means
+
+
 def normalisation(config: Config, stream: Stream | WorldStream) -> tuple:
     """Returns (scale, target_scale, variance), from the data's statistics.
 
@@ -83,13 +131,11 @@ def normalisation(config: Config, stream: Stream | WorldStream) -> tuple:
     crosscoder arrays (d_in,), since each of its sites has its own. variance is that of the targets
     after the multiplication, summed over d_out.
     """
-    norms = np.asarray(stream.site_mean_squared_norms)
+    norms, unscaled = _norms_and_variances(stream)
     widths = np.asarray(stream.site_widths)
     wanted = {"sqrt_d": widths, "unit": np.ones(len(widths)), "none": norms}
     scales = np.sqrt(wanted[config.sae.normalize] / norms)
-    ends = np.cumsum(widths)[:-1]
-    means = np.array([np.sum(np.square(mean)) for mean in np.split(stream.mean, ends)])
-    variances = scales**2 * (norms - means)
+    variances = scales**2 * unscaled
     if config.sae.kind == "crosscoder":
         columns = np.repeat(scales, widths).astype(np.float32)
         return columns, columns, float(variances.sum())

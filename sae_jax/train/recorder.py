@@ -172,12 +172,13 @@ class RunRecorder(Recorder):
           on_metrics: each is called with every line of metrics, on process 0.
           log_to: where lines of metrics go besides, on process 0.
           keep: how many checkpoints stay, by default the config's number.
-          one_of_many: whether other runs go on when this one fails.
+          one_of_many: whether other runs go on when this one fails. Whoever trains them has checked
+            that all processes share the directory that the runs are in.
 
         Raises UserError if the directory holds something else.
         """
         super().__init__(config, on_metrics, log_to)
-        self.directory = RunDirectory(path, config)
+        self.directory = RunDirectory(path, config, check_shared=not one_of_many)
         self.result = self.directory.result
         self.failed = self.directory.failure is not None
         self._one_of_many = one_of_many

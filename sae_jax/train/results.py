@@ -79,10 +79,12 @@ def make_result(
     Args:
       trainer: that of the run.
       state: its last state.
-      means: the metrics on held-out rows, None where nothing is held out.
+      means: the metrics on held-out rows, None where nothing is held out. Those that are not finite
+        become null, since JSON has no such number.
       seconds: how long this program has trained it.
     """
     dead = trainer.dead(state)
+    means = {n: v if v is not None and math.isfinite(v) else None for n, v in means.items()}
     return {
         **planned(trainer.config),
         "sparsity_coefficient": _last_coefficient(trainer.config, state),

@@ -13,7 +13,9 @@ from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.lm.live import open_stream
 from sae_jax.sae import SAE
-from sae_jax.train import preparation, resample
+from sae_jax.train import agreement, preparation, resample
+from sae_jax.train.directory import environment
+from sae_jax.train.limits import check_memory, in_32_bits, lack_of_memory_named
 from sae_jax.train.loggers import Log
 from sae_jax.train.loop import PackInTraining, TrainingData, train_packs
 from sae_jax.train.pack import SingleTrainer
@@ -23,6 +25,7 @@ from sae_jax.train.step import Trainer, TrainState
 from sae_jax.train.warm_start import start_fresh, start_from
 
 
+@in_32_bits
 def train_run(
     config: Config,
     workdir: str | paths.AnyPath | None,
@@ -54,7 +57,11 @@ def train_run(
     Raises UserError for a mistake in the config, the data or the directory, before anything is
     computed; NonFiniteError if the loss became NaN; PreemptedError after SIGTERM.
     """
+    agreement.check_same(
+        lambda: agreement.described(config) | {"versions": environment()}, "config"
+    )
     stream = open_stream(config.data)
+    agreement.check_same(lambda: {"fingerprint": agreement.data_fingerprint(stream)}, "store")
     config = preparation.resolve(config, stream)
     steps = preparation.count_steps(config, stream)
     if isinstance(stream, IterableStream) and any(step <= steps for step in resample.steps(config)):
@@ -64,17 +71,29 @@ def train_run(
         )
     if config.mesh.run != 1:
         raise UserError("mesh.run shards the runs of a sweep; train has one: leave it at 1")
+    preparation.check_variances(config, stream)
     data = TrainingData.open(config, open_stream)
+    check_memory(config, data.mesh)
     if workdir is None:
         recorder = Recorder(config, on_metrics, log_to)
     else:
         recorder = RunRecorder(config, paths.path(workdir), on_metrics=on_metrics, log_to=log_to)
-    with jax.set_mesh(data.mesh), contextlib.closing(recorder), progress or Progress() as progress:
+    with (
+        jax.set_mesh(data.mesh),
+        contextlib.closing(recorder),
+        progress or Progress() as progress,
+        lack_of_memory_named(),
+    ):
         if recorder.result is not None:
             logging.info("%s is finished; its result stands", workdir)
             return recorder
         if config.train.init and not recorder.checkpoint_steps:
             start = load_sae(config.train.init)
+        if start is not None:
+            agreement.check_same(
+                lambda: {"fingerprint": agreement.parameters_fingerprint(start.parameters())},
+                "SAE to start from",
+            )
         _, _, variance = preparation.normalisation(config, data.stream)
         pack = PackInTraining(
             SingleTrainer(Trainer(config, steps, variance, extra_loss=extra_loss)),

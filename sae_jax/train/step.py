@@ -18,6 +18,7 @@ from sae_jax.train import controls, optimizer
 from sae_jax.train.schedule_steps import ScheduleSteps
 
 _NEVER = -1
+_LARGEST = 2**31 - 1  # int32
 
 ExtraLoss = Callable[[SAE, jax.Array, jax.Array], jax.Array]
 """A function extra_loss(sae, x, y) that returns a scalar to add to the training loss.
@@ -42,7 +43,8 @@ class TrainState:
       parameters: the SAE's parameters by name, float32. With mesh.zero they are sharded over `data`
         too.
       optimizer: the state of the optax chain, whose moments are sharded as the parameters.
-      idle_tokens: for each latent the tokens since it last fired, (d_sae,) int32.
+      idle_tokens: for each latent how long ago it last fired, (d_sae,) int32: in tokens, or in
+        steps where int32 does not hold `sae.dead_after_tokens`.
       scale: what inputs are multiplied by, a float32 scalar; for a crosscoder (d_in,).
       target_scale: the same for targets.
       log_coefficient: the logarithm of what multiplies the sparsity coefficient, float32.
@@ -102,6 +104,7 @@ class Trainer:
         self._variance = variance
         self._k = k
         self._lengths = lengths or ScheduleSteps.from_config(config, steps)
+        self._idle_unit, self._dead_after = _idleness(config)
         self._architecture = saes.architecture(config.sae)
         if extra_loss is None and config.sae.extra_loss:
             extra_loss = attribute_of(config.sae.extra_loss, "sae.extra_loss")
@@ -188,7 +191,7 @@ class Trainer:
 
         A latent is dead if it has not fired for `sae.dead_after_tokens` tokens.
         """
-        return state.idle_tokens >= self.config.sae.dead_after_tokens
+        return state.idle_tokens >= self._dead_after
 
     def update(self, state: TrainState, rows: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         """Returns the state after one step on a batch (B, width), and the step's metrics by name.
@@ -222,7 +225,8 @@ class Trainer:
             parameters[name] = before + weight * (value - before)
         finite = jnp.isfinite(losses.total) & jnp.isfinite(gradient_norm)
         first_time = ~finite & (state.nonfinite_step == _NEVER)
-        idle = jnp.minimum(state.idle_tokens, 2**30) + rows.shape[0]
+        batch = rows.shape[0] // self._idle_unit
+        idle = jnp.minimum(state.idle_tokens, _LARGEST - batch) + batch
         new = dataclasses.replace(
             state,
             parameters=parameters,
@@ -294,3 +298,13 @@ class Trainer:
         return controls.controls_at(
             self.config.sae, step, self._lengths, state.log_coefficient, dead, self._k
         )
+
+
+def _idleness(config: Config) -> tuple[int, int]:
+    """Returns how many tokens `TrainState.idle_tokens` counts as one, and at how many it is dead.
+
+    A run's batches have all the same size, so that steps are as exact as tokens.
+    """
+    tokens, batch = config.sae.dead_after_tokens, config.data.batch_size
+    unit = 1 if tokens <= _LARGEST - batch else batch
+    return unit, min(-(-tokens // unit), _LARGEST)  # no run has so many steps

@@ -9,9 +9,11 @@ When one dies, hangs or fails, all others end soon, each with one line on stderr
                                            collective has raised an error meanwhile
     a step hangs                           name, after --watchdog_seconds, who has not begun it
     a process ends with an error           tell its error, and end with its exit code
-    a process is told to stop (SIGTERM)    nothing here: all save at one step (`train.preemption`)
+    a process is told to stop (SIGTERM)    all save at one step (`train.preemption`); but where none
+                                           has been done yet, or a batch does not come, they end
+                                           after 5 s with what was saved last
 
-The exit code is 75 in all cases but the last two: the same command goes on from the last
+The exit code is 75 in all cases but that of an error: the same command goes on from the last
 checkpoint, and what was done since is lost. A process that finds its own error tells that one.
 
 Only a process's own monotonic clock is read, so clocks may differ. Time during which this very
@@ -23,7 +25,7 @@ One thread of each process sends its record (host, pid, a beat, its steps) once 
 (`train.peer_link`). Process 0 receives all records, judges them (`train.peer_health`) and sends the
 others its verdict, so that all say the same. The others judge process 0. JAX's own heartbeat, which
 is slower, is there for what this misses. Where there is one process, only its steps are watched.
-Nothing here waits for a device.
+Nothing here waits for a device. A store that is away is said in the log while it lasts.
 """
 
 import asyncio
@@ -35,7 +37,10 @@ import socket
 import threading
 import time
 
+from absl import logging
+
 from sae_jax.errors import UserError
+from sae_jax.train import last_words
 from sae_jax.train.last_words import HeldAbort, exit_now, say
 from sae_jax.train.peer_health import (
     INTERVAL,
@@ -44,9 +49,10 @@ from sae_jax.train.peer_health import (
     Record,
     Verdict,
     process_name,
+    restart_advice,
 )
 from sae_jax.train.peer_link import PeerLink, open_link
-from sae_jax.train.preemption import EXIT_CODE, PreemptedError
+from sae_jax.train.preemption import EXIT_CODE, PreemptedError, Sigterm
 from sae_jax.train.progress import Progress
 
 LOST = (
@@ -54,6 +60,8 @@ LOST = (
     "JAX's lines above may say which; start the same command again"
 )
 _FAREWELL_SECONDS = 5.0  # for the others to hear a verdict and end
+_STOP_SECONDS = 5.0  # for the main thread to heed SIGTERM where it may be stuck
+_WAITING_SECONDS = 30.0  # between lines of the log that say what the run waits for
 _ABORT_SECONDS = 2.0  # for JAX to abort this process after process 0 has died
 
 
@@ -93,11 +101,15 @@ class Watchdog:
         self._certain = self._printed = False  # whether this process's error is its own; was shown
         self._ended = self._stopping = False
         self._reported, self._released, self._all_ended = (threading.Event() for _ in range(3))
+        self._sigterm: Sigterm | None = None
+        self._told_since: float | None = None
+        self._said_waiting = 0.0  # when the log has last told what the run waits for
         self._loop, self._awake = asyncio.new_event_loop(), asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
 
     def start(self) -> None:
-        """Begins to watch."""
+        """Begins to watch. The main thread calls it."""
+        self._sigterm = Sigterm()
         self._thread.start()
 
     def end(self) -> None:
@@ -116,6 +128,7 @@ class Watchdog:
         self._stopping = True
         self._wake()
         self._thread.join()
+        self._sigterm.close()
 
     def fail(self, error: BaseException) -> None:
         """Tells the others of an error that ends this process. The caller prints it afterwards.
@@ -130,11 +143,8 @@ class Watchdog:
         self._reported.wait(4 * _FAREWELL_SECONDS)
         self._printed = True
         # This replaces JAX's orderly end, which would wait for processes that are stuck.
-        atexit.register(self._leave, exit_code(error))
-
-    def _leave(self, code: int) -> None:
-        self._released.wait(_FAREWELL_SECONDS)
-        exit_now(code)
+        last_words.before_leaving(lambda: self._released.wait(_FAREWELL_SECONDS))
+        atexit.register(last_words.leave, exit_code(error))
 
     def _wake(self) -> None:
         self._loop.call_soon_threadsafe(self._awake.set)
@@ -180,6 +190,9 @@ class Watchdog:
             self._link.send(message, but=self._verdict.silent if self._verdict else ())
 
     async def _check(self, now: float) -> None:
+        self._say_what_it_waits_for()
+        if self._sigterm.came() and self._told_since is None:
+            self._told_since = now
         records = self._records()
         heard = self._link.heard.get(0, {}) if self._link else {}
         if self._reported.is_set():
@@ -190,11 +203,42 @@ class Watchdog:
             self._report_own_error(self._progress.error)
         elif heard.get("verdict"):
             await self._end_with(Verdict(**heard["verdict"]))
+        elif self._is_stuck_after_sigterm(now):
+            await self._stop_at_once()
         elif heard.get("all_ended") or self._all_have_ended(records):
             self._all_ended.set()
             self._send()
         elif verdict := self._judge(records, now):
             await self._end_with(verdict)
+
+    def _say_what_it_waits_for(self) -> None:
+        waiting, now = self._progress.waiting, time.monotonic()
+        if waiting is None:
+            return
+        if now - max(waiting.since, self._said_waiting) >= _WAITING_SECONDS:
+            self._said_waiting = now
+            logging.info("waiting for %s, for %.0f s now", waiting.what, now - waiting.since)
+
+    def _is_stuck_after_sigterm(self, now: float) -> bool:
+        """Whether SIGTERM came a while ago, and no step will end soon of which the state is saved.
+
+        A checkpoint that is being written is waited for.
+        """
+        if self._told_since is None or now - self._told_since < _STOP_SECONDS or self._ended:
+            return False
+        waiting = self._progress.waiting
+        return self._progress.done == 0 or waiting is not None and waiting.can_be_left
+
+    async def _stop_at_once(self) -> None:
+        """Ends this process, and so the others, without saving."""
+        waiting = self._progress.waiting
+        doing = f"waiting for {waiting.what}" if waiting else "beginning"
+        text = f"stopped by SIGTERM while {doing}; {restart_advice({self._me: self._own})}"
+        say(text)
+        self._report_own_error(PreemptedError(0), text)
+        await self._await_others()
+        await asyncio.sleep(INTERVAL / 4)  # for the record to be sent
+        exit_now(EXIT_CODE)
 
     def _records(self) -> dict[int, Record]:
         """Returns the newest record of each process whose records come here."""
@@ -218,9 +262,9 @@ class Watchdog:
             self._error_since = now
         return self._certain or now - self._error_since > SUSPICIOUS_SECONDS + 4 * INTERVAL
 
-    def _report_own_error(self, error: BaseException) -> None:
+    def _report_own_error(self, error: BaseException, text: str = "") -> None:
         self._error_since = self._clock.now
-        text = (str(error) or type(error).__name__)[:4000]
+        text = (text or str(error) or type(error).__name__)[:4000]
         self._own = dataclasses.replace(self._own, code=exit_code(error), text=text)
         if self._me == 0:
             self._verdict = Verdict(self._own.code, f"{process_name(0, self._own)} ended: {text}")
