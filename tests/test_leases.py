@@ -215,3 +215,18 @@ def test_a_deleted_lease_is_lost(directory):
         path.unlink()
     assert lease.lost()
     lease.release()
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"\x80\xff\x00", b"[]", b"nan x", b"inf x", b"soon me", b"9" * 9999]
+)
+def test_a_lease_that_is_damaged_holds_for_as_long_as_ours(tmp_path, text):
+    """Its owner may be alive and well: nobody may train the same runs beside it."""
+    (tmp_path / "pass.1").write_bytes(text)
+    for name in ("pass.tmp", "pass.-1", "pass.", "pass.9" + "9" * 99, "pass.\u0663"):
+        (tmp_path / name).touch()
+    assert Leases(tmp_path, 3600).claim("pass") is None
+    os.utime(tmp_path / "pass.1", (1, 1))
+    if text != b"9" * 9999:
+        with Leases(tmp_path, 3600).claim("pass"):
+            assert (tmp_path / "pass.2").is_file()
