@@ -70,3 +70,8 @@ def some(names: Sequence[str], shown: int = 8) -> str:
     """Returns the first few of `names` for a message, and how many more there are."""
     more = f" and {len(names) - shown:,} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more
+
+
+def on_one_line(error: Exception) -> str:
+    """Returns the text of another library's error for a message: on one line, and not too long."""
+    return " ".join(str(error).split())[:200]

@@ -15,11 +15,14 @@ S3. For Google they are GOOGLE_APPLICATION_CREDENTIALS, or gcloud's, or the inst
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
+import math
 import os
 import pathlib
 import posixpath
+import re
 import textwrap
 
 import tensorstore as ts
@@ -28,6 +31,20 @@ from sae_jax.errors import UserError, choose
 
 _DRIVERS = {"s3": "s3", "gs": "gcs"}
 _FIRST_LOOK = {"max_retries": 3, "initial_delay": "200ms", "max_delay": "1s"}
+
+# A request that was lost is sent again soon, because those after it may wait for it: TensorStore's
+# own first delay is a second. After about ten minutes it is given up.
+_RETRIES = {"max_retries": 128, "initial_delay": "50ms", "max_delay": "5s"}
+
+REQUESTS = {
+    setting: value
+    for driver in _DRIVERS.values()
+    for setting, value in (
+        (f"{driver}_request_retries", _RETRIES),
+        (f"{driver}_request_concurrency", {"limit": 64}),
+    )
+}
+"""How object stores are asked, as settings of a TensorStore context."""
 
 
 def is_remote(text) -> bool:
@@ -251,14 +268,17 @@ def write(file, data: str | bytes, by: str = "") -> None:
       file: the path.
       data: the content; text is written as UTF-8.
       by: the writer's own name, where several may write the file at once.
+
+    Raises UserError, which says why, if it cannot be written.
     """
     data = data.encode() if isinstance(data, str) else data
     if isinstance(file, ObjectPath):
         file.write_bytes(data)
         return
     temporary = file.with_name(f"{file.name}{by}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(file)
+    with explained(file):
+        temporary.write_bytes(data)
+        temporary.replace(file)
 
 
 def create(file, data: str, by: str) -> bool:
@@ -268,19 +288,22 @@ def create(file, data: str, by: str) -> bool:
       file: the path.
       data: the content.
       by: the writer's own name.
+
+    Raises UserError, which says why, if it cannot be written.
     """
     if isinstance(file, ObjectPath):
         return file.write_if(None, data.encode()) is not None
     temporary = file.with_name(f"{file.name}{by}.tmp")
-    temporary.write_text(data)
-    try:
-        os.link(temporary, file)  # unlike a rename, refuses to replace what is there
-    except FileExistsError:
-        return False
-    except OSError:  # a disk without hard links
-        return _create_without_links(file, data)
-    finally:
-        temporary.unlink()
+    with explained(file):
+        temporary.write_text(data, encoding="utf-8")
+        try:
+            os.link(temporary, file)  # unlike a rename, refuses to replace what is there
+        except FileExistsError:
+            return False
+        except OSError:  # a disk without hard links
+            return _create_without_links(file, data)
+        finally:
+            temporary.unlink()
     return True
 
 
@@ -299,22 +322,40 @@ def save_json(values: dict, file) -> None:
     write(file, as_json(values))
 
 
-def as_json(values: dict) -> str:
-    """Returns values as the text of a JSON file."""
-    return json.dumps(values, indent=1) + "\n"
+def as_json(values, indent: int | None = 1) -> str:
+    """Returns values as the text of a JSON file, or with indent=None as one line.
+
+    NaN and infinity, which JSON does not have, become null.
+    """
+    return json.dumps(_without_nonfinite(values), indent=indent, allow_nan=False) + "\n"
+
+
+def _without_nonfinite(values):
+    if isinstance(values, dict):
+        return {name: _without_nonfinite(value) for name, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_without_nonfinite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 @contextlib.contextmanager
 def explained(where):
-    """Raises what TensorStore raises within as a UserError that names `where`."""
+    """Raises what the system or TensorStore raises within as a UserError that names `where`."""
     try:
         yield
-    except ValueError as error:  # TensorStore has no class of its own
-        raise UserError(_explanation(where, str(error))) from error
+    except (OSError, ValueError) as error:  # TensorStore has no class of its own
+        reason = explanation(where, error) or f"{where}: {textwrap.shorten(str(error), 200)}"
+        raise UserError(reason) from error
 
 
-def _explanation(where, error: str) -> str:
-    """Returns an error of TensorStore in words, with what to do."""
+def explanation(where, error: OSError | ValueError) -> str | None:
+    """Returns what kept something from being read or written, in words, with what to do.
+
+    Returns None for an error that is not one of the place: what is read may be damaged.
+    """
+    if not is_remote(where):
+        return _local_explanation(where, error)
+    error = str(error)
     scheme = str(where).partition("://")[0]
     names = {
         "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ~/.aws/credentials",
@@ -330,7 +371,31 @@ def _explanation(where, error: str) -> str:
         server = _endpoint() if scheme == "s3" else None
         what = f"the server {server} (AWS_ENDPOINT_URL)" if server else "the object store"
         return f"{where}: cannot reach {what}; correct it or the network, and start again"
-    return f"{where}: {textwrap.shorten(error, 200)}"
+    return None
+
+
+_WHAT_TO_DO = {
+    errno.EACCES: "give another place, or get the right to use this one",
+    errno.EPERM: "give another place, or get the right to use this one",
+    errno.EROFS: "give another place, which can be written to",
+    errno.ENOTDIR: "a part of this path is a file; correct the path",
+    errno.EISDIR: "this is a folder where a file must be; correct the path",
+    errno.ELOOP: "a link leads back to itself; correct the path",
+    errno.ENAMETOOLONG: "give a shorter path",
+    errno.ENOSPC: "make room, and start again",
+    errno.EDQUOT: "make room, and start again",
+}
+
+
+def _local_explanation(where, error: OSError | ValueError) -> str | None:
+    """Returns an error of this machine's files in words, with what to do."""
+    number = error.errno if isinstance(error, OSError) else None
+    if found := re.search(r"os_error_code='(\d+)'", str(error)):  # TensorStore's
+        number = int(found[1])
+    if number is None:
+        return None
+    hint = f"; {_WHAT_TO_DO[number]}" if number in _WHAT_TO_DO else ""
+    return f"{where}: {os.strerror(number)}{hint}"
 
 
 def _endpoint() -> str | None:
@@ -362,7 +427,7 @@ def _open_bucket(scheme: str, bucket: str):
         context = ts.Context({f"{_DRIVERS[scheme]}_request_retries": _FIRST_LOOK})
         look = ts.KvStore.open(spec, context=context).result()
         look.list(_range("sae-jax-looks", "sae-jax-lookt")).result()
-        return ts.KvStore.open(spec).result()
+        return ts.KvStore.open(spec, context=ts.Context(REQUESTS)).result()
 
 
 @functools.cache

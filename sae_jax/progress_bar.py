@@ -5,7 +5,7 @@ Only process 0 of a program shows anything.
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import jax
 import tqdm
@@ -16,9 +16,20 @@ _SECONDS_BETWEEN_LINES = 10  # of the log, where there is no bar
 
 def progress(items: Iterable, what: str, total: int | None = None, unit: str = "it") -> Iterable:
     """Returns `items` to iterate over, which shows how many are done once that takes 2 seconds."""
-    if not _has_bar() and jax.process_index() == 0:
-        logging.info("%s", what)
-    return make_bar(items, desc=what, total=total, unit=unit, delay=2)
+    if _has_bar() or jax.process_index() > 0:
+        return make_bar(items, desc=what, total=total, unit=unit, delay=2)
+    logging.info("%s", what)
+    return _with_lines(items, what, total, unit)
+
+
+def _with_lines(items: Iterable, what: str, total: int | None, unit: str) -> Iterator:
+    """Yields `items`, and logs now and then how many are done."""
+    next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
+    for done, item in enumerate(items):
+        if time.monotonic() > next_line:
+            next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
+            logging.info("%s: %s %ss done", what, f"{done} of {total}" if total else done, unit)
+        yield item
 
 
 class TrainingBar:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from sae_jax.activations import Store, Stream, write_store
-from sae_jax.activations.store import SiteMeta
+from sae_jax.activations.meta import SiteMeta
 from sae_jax.errors import UserError
 
 ROWS, CONTEXT, BATCH = 8000, 4, 64

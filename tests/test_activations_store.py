@@ -292,9 +292,9 @@ def truncate(file):
 
 DAMAGE = {
     "meta.json is missing": lambda p: (p / "meta.json").unlink(),
-    "meta.json is garbled": lambda p: (p / "meta.json").write_text('{"format_ver'),
+    "meta.json is not valid JSON": lambda p: (p / "meta.json").write_text('{"for'),
     "meta.json has format version 99": lambda p: edit_meta(p, format_version=99),
-    "meta.json lacks fields": lambda p: edit_meta(p, chunk_sequences="many"),
+    "meta.json is not as it must be: chunk_seq": lambda p: edit_meta(p, chunk_sequences="many"),
     "meta.json says the store is incomplete": lambda p: edit_meta(p, complete=False),
     "sites/mlp_out.0/c/2/0 is missing": lambda p: (p / "sites/mlp_out.0/c/2/0").unlink(),
     "sites/mlp_out.0/c/7/0 has .* bytes": lambda p: truncate(p / "sites/mlp_out.0/c/7/0"),

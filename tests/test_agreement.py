@@ -8,7 +8,7 @@ from training import command, finish_all, launch, make_config, sparse_rows, star
 
 from sae_jax import paths
 from sae_jax.activations import write_store
-from sae_jax.config import Config
+from sae_jax.config import Config, MeshConfig
 from sae_jax.errors import UserError
 from sae_jax.sweep.directory import SweepDirectory, expand
 from sae_jax.train.directory import RunDirectory, read_config
@@ -26,6 +26,7 @@ raise SystemExit(entry())
 def by_two(workdirs, configs, code: str | None = None) -> list[tuple[int, str]]:
     """(exit code, stderr) of two processes; `code` is what the second runs instead of sae-jax."""
     flags = together(2)
+    configs = [dataclasses.replace(each, mesh=MeshConfig(data=2)) for each in configs]
     commands = [command(workdirs[i], configs[i], *flags[i]) for i in range(2)]
     if code:
         commands[1][1:3] = ["-c", code]

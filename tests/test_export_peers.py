@@ -130,7 +130,9 @@ def evaluated_by_us(run, tokens, directory, flag, *more):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
+@pytest.mark.parametrize(
+    "architecture", ["topk", pytest.param("batchtopk", marks=pytest.mark.long)]
+)
 def test_saelens_evaluates_an_export_as_we_do(exported, hooked, tokens, tmp_path, architecture):
     """Once over every position, once without BOS: an SAE whose normalisation, decoder norms and
     threshold were folded in on export, in the model as TransformerLens computes it."""

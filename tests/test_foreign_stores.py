@@ -1,6 +1,7 @@
 """Activations that others saved become stores: SAELens' cache, .npy, .safetensors."""
 
 import json
+import shutil
 
 import ml_dtypes
 import numpy as np
@@ -173,10 +174,10 @@ def test_what_saelens_cached(cache, tmp_path, monkeypatch):
 
 @pytest.mark.peers
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("damage", ["cut off", "missing", "another column", "another shape"])
+@pytest.mark.parametrize(
+    "damage", ["cut off", "missing", "another column", "another shape", "bomb"]
+)
 def test_a_damaged_cache_is_refused_by_the_name_of_its_file(cache, tmp_path, damage):
-    import shutil
-
     folder = shutil.copytree(cache[0], tmp_path / "cache")
     file = sorted(folder.glob("*.arrow"))[1]
     if damage == "cut off":
@@ -187,11 +188,51 @@ def test_a_damaged_cache_is_refused_by_the_name_of_its_file(cache, tmp_path, dam
         info = folder / "dataset_info.json"
         content = json.loads(info.read_text())
         feature = content["features"].pop(HOOK)
-        name = HOOK if damage == "another shape" else "blocks.3.hook_resid_post"
-        feature["shape"] = [T + 1, WIDTH] if damage == "another shape" else feature["shape"]
+        name = HOOK if damage in ("another shape", "bomb") else "blocks.3.hook_resid_post"
+        feature["shape"] = {
+            "another shape": [T + 1, WIDTH], "bomb": [10**12, WIDTH],
+        }.get(damage, feature["shape"])  # fmt: skip
         content["features"][name] = feature
         info.write_text(json.dumps(content))
         file = sorted(folder.glob("*.arrow"))[0]
     with pytest.raises(UserError, match=file.name) as caught:
         convert(folder, tmp_path / "store")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("file", ["state.json", "dataset_info.json"])
+@pytest.mark.parametrize("content", [
+    b"", b"[]", b"null", b"\xff\xfe\x00", b"[" * 100_000, b"{}",
+    b'{"_data_files": [], "features": []}',
+    b'{"_data_files": [{"filename": "../../elsewhere.arrow"}], "features": {"a": 3}}',
+    b'{"_data_files": [{"filename": 3}], "features": {"a": {"_type": "Array2D", "shape": "8, 6"}}}',
+    b'{"_data_files": 3, "features": {"a": {"_type": "Array2D", "shape": [-8, 6], "dtype": "x"}}}',
+], ids=lambda content: repr(content)[:40])  # fmt: skip
+def test_a_cache_that_does_not_describe_itself(cache, tmp_path, file, content):
+    folder = shutil.copytree(cache[0], tmp_path / "cache")
+    (folder / file).write_bytes(content)
+    with pytest.raises(UserError, match=r"cache") as caught:
+        convert(folder, tmp_path / "store")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("header", [
+    b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000, 6), }",
+    b"{'descr': '<f4', 'fortran_order': False, 'shape': (-20, 6), }",
+    b"{'descr': '<f4', 'fortran_order': False, 'shape': 'x', }",
+    b"{'descr': '|O', 'fortran_order': False, 'shape': (20, 6), }",
+    b"{'descr': [('a', '<f4')], 'fortran_order': False, 'shape': (20,), }",
+    b"{'descr': '<f4'",
+    b"(" * 200,
+    b"",
+])  # fmt: skip
+def test_a_header_that_lies(tmp_path, header):
+    header = header.ljust(246) + b"\n"
+    data = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(480)
+    (tmp_path / "0.npy").write_bytes(data)
+    with pytest.raises(UserError, match=r"0\.npy"):
+        convert(tmp_path, tmp_path / "store")
+    assert not (tmp_path / "store").exists()

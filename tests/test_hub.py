@@ -268,6 +268,9 @@ res-canonical:
 moved: {conversion_func: null, repo_id: me/x, config_overrides: {normalize_activations: layer_norm},
   saes: [{id: a, path: a}]}
 odd: {conversion_func: goodfire, repo_id: me/x, saes: [{id: a, path: a.pt}]}
+coders: {conversion_func: gemma_2_transcoder, repo_id: me/x,
+  saes: [{id: a, path: layer_1/average_l0_7}]}
+embeds: {conversion_func: gemma_2, repo_id: me/x, saes: [{id: a, path: embedding/average_l0_7}]}
 """
 
 
@@ -291,8 +294,11 @@ def test_releases_of_saelens(tmp_path, server, sae_lens, monkeypatch):
     server.repos["me/x"] = Repo(files_of(tmp_path / "sae", "layer_1/average_l0_7"))
     for sae in (sae_jax.load("res-canonical", sae_id="layer_1/canonical"),
                 sae_jax.load("saelens://res-canonical/layer_1/canonical")):  # fmt: skip
-        assert sae.config.architecture == "jumprelu"
+        assert (sae.config.architecture, sae.config.kind) == ("jumprelu", "autoencoder")
+    assert sae_jax.load("saelens://coders/a").config.kind == "transcoder"
+    assert sae_jax.load("coders", sae_id="a").config.kind == "transcoder"
     for name, complaint in {
+        "embeds/a": "SAELens rescales SAEs of embeddings as it loads them",
         "res-canonica/layer_1": "did you mean 'res-canonical'",
         "res-canonical/layer_1/canonica": "did you mean 'layer_1/canonical'",
         "odd/a": "a format that is not read here: SAELens' loader for it is 'goodfire'",

@@ -1,12 +1,14 @@
 """Models that transformers runs: the figures of our decoder, and families that it does not know."""
 
 import json
+import shutil
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 import world
 
 from sae_jax import lm
@@ -190,6 +192,44 @@ def test_mistakes_in_words(tmp_path):
     (model.directory / "config.json").write_text('{"model_type": "unheard_of"}')
     with pytest.raises(UserError, match="transformers cannot read"):
         lm.open_model(model.spec)
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000 in .*<= 10000"),
+        ({"text_config": {"n_layers": 10**9}}, "n_layers = 1000000000 in .*<= 10000"),
+        ({"num_attention_heads": 0}, "transformers cannot read"),
+        ({"rope_parameters": "x"}, "transformers cannot read"),
+        ({"hidden_size": "x"}, "transformers cannot read"),
+    ],
+)
+def test_a_config_that_transformers_cannot_use(llama, tmp_path, fields, message):
+    """It raises errors of many classes, and makes lists of as many layers as the file says."""
+    model = shutil.copytree(llama, tmp_path / "model")
+    values = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(values | fields))
+    with pytest.raises(UserError, match=message):
+        lm.open_model(f"torch:{model}").site_width("resid_post.0")
+
+
+@pytest.mark.peers
+@pytest.mark.filterwarnings("ignore")
+def test_weights_that_transformers_would_make_up(llama, tmp_path):
+    """A tensor that is missing, and one that holds NaN."""
+    model = shutil.copytree(llama, tmp_path / "model")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors = safetensors.numpy.load_file(model / "model.safetensors")
+    for value, message in ((np.nan, f"parameter {name} .* NaN"), (None, f"no tensor {name}")):
+        if value is None:
+            del tensors[name]
+        else:
+            tensors[name][3, 4] = value
+        safetensors.numpy.save_file(tensors, model / "model.safetensors", {"format": "pt"})
+        with pytest.raises(UserError, match=message):
+            lm.open_model(f"torch:{model}").site_width("resid_post.0")
 
 
 def test_without_torch(monkeypatch, tmp_path):

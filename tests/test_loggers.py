@@ -296,7 +296,7 @@ def test_a_killed_command_goes_on_in_both(store, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("key", ["", "0" * 40])
+@pytest.mark.parametrize("key", [pytest.param("", marks=pytest.mark.long), "0" * 40])
 def test_a_server_that_refuses_or_is_not_there(key, store, tmp_path):
     """Nobody is logged in: a mistake. The server cannot be reached: one warning."""
     environment = {

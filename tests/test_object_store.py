@@ -13,6 +13,7 @@ import sys
 import time
 import uuid
 
+import faulty_server
 import gcs_server
 import jax
 import numpy as np
@@ -29,7 +30,7 @@ from training import (
 
 import sae_jax
 from sae_jax import paths
-from sae_jax.activations import Store, write_store
+from sae_jax.activations import Store, Stream, write_store
 from sae_jax.activations.writer import StoreWriter
 from sae_jax.cli import main
 from sae_jax.config import to_dict
@@ -142,6 +143,41 @@ def test_metrics_of_two_writers_do_not_mix(either):
 
 
 # ------------------------------------------------------------------------------------- store
+
+
+def read_through(address, share: float, store: str, **options) -> tuple[float, np.ndarray]:
+    """The seconds that opening, checking and reading a store takes, and the rows that were read,
+    where a share of all requests is lost."""
+    with faulty_server.serve(address, share, seconds=0.005, **options) as requests:
+        begin = time.monotonic()
+        found = Store.open(store)
+        assert "all as written" in found.check()
+        stream = Stream(Store.open(store), batch_size=64, virtual_shards=8, window_rows=1024)
+        rows = np.concatenate(list(stream.batches()))
+        seconds = time.monotonic() - begin
+        lost = sum(was_lost for _, was_lost in requests)
+        assert share * 0.5 <= lost / len(requests) <= share * 1.5
+    return seconds, rows
+
+
+@pytest.mark.slow
+def test_a_network_that_loses_requests_costs_little(s3, place):
+    """A lost request is sent again soon, and the others do not wait for it."""
+    write_store(str(place), [sparse_rows(8192)], context_length=8, tokens=np.ones((1024, 8), int))
+    clean, rows = read_through(s3, 0.0, str(place))
+    faulty, again = read_through(s3, 0.2, str(place))
+    np.testing.assert_array_equal(rows, again)
+    assert faulty < 4 * clean + 5, (faulty, clean)
+
+
+def test_a_store_that_may_not_be_read_any_more_is_not_called_damaged(s3, place):
+    write_store(str(place), [sparse_rows(64)])
+    with faulty_server.serve(s3, 0.0, status=403) as requests:
+        store = Store.open(str(place))
+        requests.share = 2.0  # of which half is 1
+        with pytest.raises(UserError, match="may not do this") as said:
+            store.read("", slice(0, 64))
+    assert "damaged" not in str(said.value)
 
 
 @pytest.mark.slow

@@ -52,8 +52,6 @@ SLOW = {
     ("relu", True, MESHES[0]),
     ("topk", True, MESHES[0]),
     ("batchtopk", True, MESHES[0]),
-    ("jumprelu", True, MESHES[0]),
-    ("gated", True, MESHES[0]),
     ("topk", False, MESHES[3]),
     ("relu", True, MESHES[3]),
 }

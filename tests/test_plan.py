@@ -195,7 +195,9 @@ def test_find_takes_the_least_and_nothing_fits_is_said():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("case", ["relu,2,4,zero", "topk,2,4,"])
+@pytest.mark.parametrize(
+    "case", ["relu,2,4,zero", pytest.param("topk,2,4,", marks=pytest.mark.long)]
+)
 def test_memory_of_a_real_step_on_eight_devices(case):
     """All arrays, temporaries too: what the process takes more at its highest."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])}

@@ -435,12 +435,17 @@ def test_penalties_of_a_target_l0(name, formula):
     assert penalty == pytest.approx(formula(l0, 3.0).mean(), rel=1e-4)
 
 
-def test_quadratic_in_a_file_means_what_it_meant():
-    """Files of versions before say quadratic, and none since."""
+def test_quadratic_in_a_file_means_what_it_meant(tmp_path):
+    """Files of versions before say quadratic, and none since: runs, sweeps and exports."""
     fields = {"architecture": "jumprelu", "sparsity_loss": "quadratic", "target_l0": 3.0}
     assert from_dict({"sae": fields}).sae.sparsity_loss == "jumprelu_paper"
     new = Config(sae=saes.JumpReLUConfig(**fields))
     assert from_dict(to_dict(new)) == new and new.sae.sparsity_loss == "gemma_scope_2"
+    sae_jax.JumpReLU(new.sae, d_in=D, d_sae=N).save(tmp_path / "sae")
+    file = tmp_path / "sae" / "sae.json"
+    assert sae_jax.load(tmp_path / "sae").config.sparsity_loss == "gemma_scope_2"
+    file.write_text(file.read_text().replace("gemma_scope_2", "quadratic"))
+    assert sae_jax.load(tmp_path / "sae").config.sparsity_loss == "jumprelu_paper"
 
 
 @every_case_quickly("topk", "gated, crosscoder")

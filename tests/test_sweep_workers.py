@@ -302,11 +302,8 @@ def test_two_of_three_workers_killed_at_random_moments(start, undisturbed, tmp_p
     assert snapshot(directory) == finished
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "sign,code",
-    [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.long)],
-)
+@pytest.mark.long  # test_slurm.py tells workers to stop, too
+@pytest.mark.parametrize("sign,code", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_worker_told_to_stop_gives_its_pass_back(start, undisturbed, tmp_path, sign, code):
     directory = tmp_path / "S"
     process = start(directory, f"--passes={PASSES}")
@@ -321,7 +318,7 @@ def test_a_worker_told_to_stop_gives_its_pass_back(start, undisturbed, tmp_path,
     assert_nothing_was_done_twice(directory, kept)
 
 
-@pytest.mark.slow
+@pytest.mark.long  # test_object_store.py has sleepers, too
 def test_a_worker_that_slept_leaves_its_pass_to_its_successor(start, undisturbed, tmp_path):
     directory = tmp_path / "S"
     sleeper = start(directory, f"--passes={PASSES}")

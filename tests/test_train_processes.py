@@ -115,7 +115,7 @@ def test_stopped_by_a_signal(long_store, uninterrupted, tmp_path, sign, code):
 
 
 @pytest.mark.parametrize(
-    "mesh", [(2, 2), pytest.param((4, 1), marks=pytest.mark.long), (1, 4)], ids=str
+    "mesh", [(2, 2), *(pytest.param(m, marks=pytest.mark.long) for m in [(4, 1), (1, 4)])], ids=str
 )
 def test_two_processes_equal_one(store, tmp_path, mesh):
     shape = {"data": mesh[0], "model": mesh[1]}

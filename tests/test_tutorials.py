@@ -9,15 +9,19 @@ import pytest
 
 FOLDER = pathlib.Path(__file__).parents[1] / "experiments" / "tutorials"
 MODEL = "5_real_model"
+# test_own_architecture.py and test_experiments.py try what these do; each takes a minute or two.
+BY_HAND = ("2_own_architecture", "4_sweep_to_law")
 
 spec = importlib.util.spec_from_file_location("run_tutorials", FOLDER / "run.py")
 run = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(run)
-every_tutorial = pytest.mark.parametrize("name", run.names())
+NAMES = run.names()
 
 
-@pytest.mark.slow
-@every_tutorial
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.long if n in BY_HAND else pytest.mark.slow) for n in NAMES],
+)
 def test_it_runs(name):
     start = time.monotonic()
     notebook = run.execute(name, timeout=240)
@@ -30,7 +34,7 @@ def test_it_runs(name):
     assert not noise, noise
 
 
-@every_tutorial
+@pytest.mark.parametrize("name", NAMES)
 def test_its_outputs_are_kept(name):
     file = FOLDER / f"{name}.ipynb"
     notebook = nbformat.read(file, as_version=4)

@@ -70,7 +70,10 @@ def contents(store: pathlib.Path) -> dict[str, bytes]:
     return {str(path.relative_to(store)): path.read_bytes() for path in files}
 
 
-@pytest.mark.parametrize("data", ["store", "world:orthonormal,width=16,features=16"])
+@pytest.mark.parametrize(
+    "data",
+    ["store", pytest.param("world:orthonormal,width=16,features=16", marks=pytest.mark.long)],
+)
 def test_eval(stores, tmp_path, data):
     root, _ = stores
     where = {"store": data}

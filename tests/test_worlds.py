@@ -30,7 +30,10 @@ SETTINGS = {  # architecture: (learning rate, fields of SAEConfig)
 )
 @pytest.mark.parametrize(
     "architecture",
-    [pytest.param(n, marks=pytest.mark.long if n in ("topk", "gated") else ()) for n in SETTINGS],
+    [
+        pytest.param(n, marks=pytest.mark.long if n in ("topk", "gated", "batchtopk") else ())
+        for n in SETTINGS
+    ],
 )
 def test_within_a_percent_of_the_closed_form_optimum(tmp_path, architecture, d_sae):
     """On the same 524,288 held-out rows. A little below 1 is chance: of features of nearly equal

@@ -12,8 +12,15 @@ import ml_dtypes
 import numpy as np
 
 from sae_jax.activations import statistics
-from sae_jax.activations.store import FORMAT_VERSION, NONFINITE, PADDING, SiteMeta, StoreMeta
-from sae_jax.activations.writer import check_sites, layout
+from sae_jax.activations.meta import (
+    FORMAT_VERSION,
+    NONFINITE,
+    PADDING,
+    SiteMeta,
+    StoreMeta,
+    check_sites,
+)
+from sae_jax.activations.writer import layout
 from sae_jax.errors import UserError, choose
 
 _FLOATS = (np.float32, np.float16, ml_dtypes.bfloat16)
@@ -66,6 +73,14 @@ class ArrayStore:
         if not name and len(self._arrays) > 1:
             raise UserError(f"there are several sites, choose one: {', '.join(self._arrays)}")
         return choose(name, self._arrays, "the site") if name else next(iter(self._arrays))
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the arrays."""
+        return self.path
+
+    def check_chunks(self, chunks) -> None:
+        """Does nothing, because rows in memory that are not finite were marked."""
 
     def tokens(self) -> None:
         """Returns None: it is not known which texts the rows belong to."""

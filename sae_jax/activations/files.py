@@ -6,10 +6,13 @@ The other modules of this package name files relative to the store and leave pat
 import contextlib
 import pathlib
 import shutil
+import textwrap
+from collections.abc import Iterator
 
 import tensorstore as ts
 
 from sae_jax import paths
+from sae_jax.errors import UserError
 
 _CRC_BYTES = 4
 _INDEX_BYTES_PER_CHUNK = 16  # offset and length, uint64 each
@@ -31,7 +34,8 @@ class Folder:
         self._where = paths.path(path).absolute()
         self.path = str(self._where)
         self.remote = paths.is_remote(self.path)
-        self._store = ts.KvStore.open(self.kvstore("")).result()
+        context = ts.Context(paths.REQUESTS)
+        self._store = ts.KvStore.open(self.kvstore(""), context=context).result()
 
     def kvstore(self, name: str) -> dict:
         """Returns TensorStore's spec of the file or folder `name` in this one."""
@@ -41,20 +45,21 @@ class Folder:
 
     def read(self, name: str) -> bytes | None:
         """Returns the bytes of `name`; None where there is no such file."""
-        with self._explained(name):
+        with paths.explained(f"{self.path}/{name}"):
             found = self._store.read(name).result()
         return found.value if found.state == "value" else None
 
     def write(self, name: str, data: bytes) -> None:
         """Writes the file `name`, whole or not at all."""
-        with self._explained(name):
+        with paths.explained(f"{self.path}/{name}"):
             self._store.write(name, data).result()
 
     def delete_folder(self, name: str) -> None:
-        """Removes the folder `name` and all in it."""
+        """Removes the folder `name` and all in it, if it is there."""
         if self.remote:
             (self._where / name).rmtree()
-        else:
+            return
+        with paths.explained(f"{self.path}/{name}"), contextlib.suppress(FileNotFoundError):
             shutil.rmtree(f"{self.path}/{name}")  # with the locks that a killed writer left
 
     def sizes(self, folder: str) -> dict[str, int | None]:
@@ -66,12 +71,20 @@ class Folder:
         if self.remote:
             return {f"{folder}/{name}": None for name in (self._where / folder).files()}
         root = pathlib.Path(self.path)
-        files = (file for file in (root / folder).rglob("*") if file.is_file())
-        return {file.relative_to(root).as_posix(): file.stat().st_size for file in files}
+        with paths.explained(root / folder):
+            files = (file for file in (root / folder).rglob("*") if file.is_file())
+            return {file.relative_to(root).as_posix(): file.stat().st_size for file in files}
 
-    def _explained(self, name: str):
-        where = f"{self.path}/{name}"
-        return paths.explained(where) if self.remote else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def damage_named(self, name: str):
+        """Raises what TensorStore raises within as a UserError that names the file `name`."""
+        try:
+            yield
+        except ValueError as error:  # TensorStore has no class of its own
+            where = f"{self.path}/{name}"
+            reason = textwrap.shorten(str(error), 300)
+            damaged = f"{where} cannot be read: {reason}; if it is damaged, make the store again"
+            raise UserError(paths.explanation(where, error) or damaged) from error
 
 
 class Array:
@@ -127,20 +140,20 @@ class Array:
                 "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
             },
         }
+        context = context or ts.Context(paths.REQUESTS)
         return ts.open(spec, open=True, create=create, context=context).result()
 
-    def file_sizes(self) -> dict[str, int]:
-        """Returns the size in bytes of every shard file of the whole array, by its name in the
-        store.
+    def file_sizes(self) -> Iterator[tuple[str, int]]:
+        """Yields the name in the store, and the size in bytes, of every file of the whole array.
+
+        They are those of its shards. One at a time: a damaged shape may promise any number of them.
         """
         chunk_bytes = self.chunk_rows * ts.dtype(self.dtype).numpy_dtype.itemsize
         for extent in self.shape[1:]:
             chunk_bytes *= extent
         chunks = -(-self.shape[0] // self.chunk_rows)
         index_bytes = _INDEX_BYTES_PER_CHUNK * self.shard_chunks + _CRC_BYTES
-        sizes = {}
         for shard, first in enumerate(range(0, chunks, self.shard_chunks)):
             present = min(self.shard_chunks, chunks - first)
             key = "/".join(["c", str(shard), *["0"] * (len(self.shape) - 1)])
-            sizes[f"{self.name}/{key}"] = present * chunk_bytes + index_bytes
-        return sizes
+            yield f"{self.name}/{key}", present * chunk_bytes + index_bytes

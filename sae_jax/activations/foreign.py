@@ -7,18 +7,21 @@ file, in the order of the files' names.
 """
 
 import dataclasses
-import json
 import pathlib
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 import safetensors
 from absl import logging
 
 from sae_jax import paths
 from sae_jax.activations import statistics
-from sae_jax.activations.store import DTYPES, Store
+from sae_jax.activations.meta import DTYPES
+from sae_jax.activations.store import Store
 from sae_jax.activations.writer import StoreWriter
 from sae_jax.errors import UserError
+from sae_jax.json_files import checked, read_json
 
 # The files of a data set that Hugging Face's library saved.
 _STATE_FILE = "state.json"
@@ -57,10 +60,11 @@ def convert(
     Raises UserError, which names the file, for what is cut off, of another width or not numbers.
     """
     source = paths.local(source)
-    if _is_cache(source):
-        found = _open_cache(source, site, site_of_hook)
-    else:
-        found = _open_plain(source, site, context_length or 1)
+    with paths.explained(source):
+        if _is_cache(source):
+            found = _open_cache(source, site, site_of_hook)
+        else:
+            found = _open_plain(source, site, context_length or 1)
     writer = StoreWriter.create_or_resume(
         out,
         sites={name: parts[0].width for name, parts in found.sites.items()},
@@ -202,7 +206,7 @@ def _open_npy(file: pathlib.Path) -> _Part:
     """Returns the matrix in a .npy file."""
     try:
         x = np.load(file, mmap_mode="r")
-    except (ValueError, OSError, EOFError) as error:
+    except Exception as error:  # of a damaged header its parser raises all kinds
         raise _damaged_error(file, error) from None
     return _Npy(file, *_check_matrix(x.shape, x.dtype.name, file))
 
@@ -236,11 +240,43 @@ def _check_matrix(shape: tuple, dtype: str, file) -> tuple[int, int, str]:
 
 
 def _damaged_error(file, error) -> UserError:
-    reason = str(error).strip().splitlines()[0][:200]
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
     return UserError(f"{file} cannot be read, it is damaged or cut off: {reason}")
 
 
 # -------------------------------------------------------------------- SAELens' cached activations
+
+
+_Count = Annotated[int, msgspec.Meta(ge=1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _DataFile:
+    """A file that state.json names."""
+
+    filename: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _State:
+    """What state.json says of a data set."""
+
+    _data_files: Annotated[list[_DataFile], msgspec.Meta(min_length=1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Features:
+    """What dataset_info.json says of a data set: its columns."""
+
+    features: dict[str, dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Array2D:
+    """What dataset_info.json says of a column of matrices, of one shape each."""
+
+    shape: tuple[_Count, _Count]
+    dtype: str
 
 
 def _is_cache(source: pathlib.Path) -> bool:
@@ -250,18 +286,12 @@ def _is_cache(source: pathlib.Path) -> bool:
 
 def _open_cache(source: pathlib.Path, site: str, site_of_hook) -> _Activations:
     """Finds the activations in a cache of SAELens."""
-    try:
-        features = json.loads((source / _FEATURES_FILE).read_text())["features"]
-        files = [
-            entry["filename"]
-            for entry in json.loads((source / _STATE_FILE).read_text())["_data_files"]
-        ]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{source}: {_STATE_FILE} or {_FEATURES_FILE} is garbled ({error})"
-        ) from None
+    file = source / _FEATURES_FILE
+    features = checked(read_json(file), _Features, file).features
+    state = checked(read_json(source / _STATE_FILE), _State, source / _STATE_FILE)
+    files = [paths.inside(source, entry.filename) for entry in state._data_files]
     hooks = {
-        name: (*feature["shape"], feature["dtype"])
+        name: checked(feature, _Array2D, f"{file}: {name}")
         for name, feature in features.items()
         if feature.get("_type") == "Array2D"
     }
@@ -271,18 +301,22 @@ def _open_cache(source: pathlib.Path, site: str, site_of_hook) -> _Activations:
         raise UserError(f"{source} has no column of activations, but {', '.join(features)}")
     if site and len(hooks) > 1:
         raise UserError(f"{source} has columns {', '.join(hooks)}; --site names one of them")
-    lengths = {shape[0] for shape in hooks.values()}
+    lengths = {hook.shape[0] for hook in hooks.values()}
     if len(lengths) > 1:
         raise UserError(f"{source} has columns of different context lengths, {sorted(lengths)}")
     context_length, sites, tokens = lengths.pop(), {}, []
-    for file in (source / name for name in files):
+    for file in files:
         table = _arrow_table(file)
-        for hook, (_, width, dtype) in hooks.items():
-            if hook not in table.column_names:
-                raise UserError(f"{file} has no column {hook}")
-            part = _Arrow(file, len(table) * context_length, width, dtype, hook, context_length)
+        for hook, about in hooks.items():
+            width = about.shape[1]
+            if _count(table, hook, file) != len(table) * context_length * width:
+                raise UserError(f"{file}: {hook} is not rows of {context_length} x {width} numbers")
+            rows = len(table) * context_length
+            part = _Arrow(file, rows, width, about.dtype, hook, context_length)
             sites.setdefault(site or site_of_hook(hook) or hook, []).append(part)
         if _TOKENS_COLUMN in features:
+            if _count(table, _TOKENS_COLUMN, file) != len(table) * context_length:
+                raise UserError(f"{file}: {_TOKENS_COLUMN} is not rows of {context_length} numbers")
             ids = _to_array(table[_TOKENS_COLUMN], (-1, context_length), file, _TOKENS_COLUMN)
             tokens.append(ids.astype(np.int32))
     return _Activations(sites, context_length, np.concatenate(tokens) if tokens else None)
@@ -296,18 +330,40 @@ def _arrow_table(file: pathlib.Path):
         raise UserError(f'{file} is in the arrow format: pip install "sae-jax[lm]"') from None
     try:
         with pa.memory_map(str(file)) as stream:
-            return pa.ipc.open_stream(stream).read_all()
-    except (OSError, pa.ArrowInvalid) as error:
+            table = pa.ipc.open_stream(stream).read_all()
+            table.validate()  # else offsets beyond the file would be read
+            return table
+    except (OSError, pa.ArrowException) as error:
         raise _damaged_error(file, error) from None
+
+
+def _count(table, name: str, file) -> int:
+    """Returns how many numbers a column of nested lists holds.
+
+    Raises UserError if there is no such column, or if it holds anything else.
+    """
+    if name not in table.column_names:
+        raise UserError(f"{file} has no column {name}")
+    arrays = [_flat(chunk) for chunk in table[name].chunks]
+    for array in arrays:
+        if np.dtype(array.type.to_pandas_dtype()).kind not in "fiu":
+            raise UserError(f"{file}: {name} holds {array.type}, not numbers")
+    return sum(map(len, arrays))
+
+
+def _flat(chunk):
+    """Returns the numbers in nested lists, which are not copied."""
+    values = getattr(chunk, "storage", chunk)  # where the package datasets is loaded as well
+    while hasattr(values, "flatten") and hasattr(values.type, "value_type"):
+        values = values.flatten()
+    return values
 
 
 def _to_array(column, shape: tuple, file, name: str) -> np.ndarray:
     """Returns a column of nested lists of numbers as an array of `shape`."""
     chunks = []
     for chunk in column.chunks:
-        values = getattr(chunk, "storage", chunk)  # where the package datasets is loaded as well
-        while hasattr(values, "flatten") and hasattr(values.type, "value_type"):
-            values = values.flatten()
+        values = _flat(chunk)
         if values.null_count:
             raise UserError(f"{file}: {name} has gaps")
         chunks.append(values.to_numpy())

@@ -3,7 +3,8 @@
 import numpy as np
 
 from sae_jax.activations.files import Folder
-from sae_jax.activations.store import Store, read_meta
+from sae_jax.activations.meta import read_meta
+from sae_jax.activations.store import Store
 from sae_jax.activations.writer import SHARD_BYTES, StoreWriter
 from sae_jax.errors import UserError
 

@@ -128,6 +128,14 @@ class IterableStream:
         self.site_mean_squared_norms = (site.mean_squared_norm,)
         self.width, self.mean = site.width, np.asarray(site.mean)
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the rows of the first window."""
+        return self._source.path
+
+    def check_step(self, step: int) -> None:
+        """Does nothing, because rows that are not finite were refused when they came."""
+
     def batches(self, start_step: int = 0, rows=slice(None), prefetch: int = 0):
         """Yields the batches from `start_step` on.
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from sae_jax.activations import statistics
 from sae_jax.activations.store import Store
 from sae_jax.errors import UserError
 
@@ -62,6 +63,20 @@ class Sites:
         out = np.empty((len(ids), self.width), self.dtype)
         self.store.read_rows(self.names, np.asarray(ids), self._by_site(out))
         return out
+
+    def check_finite(self, chunks, x: np.ndarray, used: np.ndarray) -> None:
+        """Raises UserError, naming the site and the row, if the store is damaged in these chunks.
+
+        It looks for rows that are used and not finite, and only then reads the chunks again.
+
+        Args:
+          chunks: the numbers of some chunks.
+          x: their rows, (..., width).
+          used: which rows are used, (...).
+        """
+        x = x.reshape(-1, self.width)
+        if not (statistics.finite_rows(x) | ~used.reshape(-1)).all():
+            self.store.check_chunks(chunks)
 
     def _by_site(self, x: np.ndarray) -> list[np.ndarray]:
         """Returns views of the columns of each site."""

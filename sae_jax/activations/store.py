@@ -15,213 +15,39 @@ A live store has neither sites nor checksums: a language model computes its rows
 read. `Store` reads stores whose sites are there; what can run a model opens live ones too.
 """
 
-import contextlib
 import dataclasses
 import functools
+import hashlib
+import itertools
 import json
-import textwrap
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
-import ml_dtypes
 import numpy as np
 import tensorstore as ts
+from absl import logging
 
-from sae_jax.activations.files import Array, Folder
+from sae_jax import paths
+from sae_jax.activations import checking, statistics
+from sae_jax.activations.files import Folder
+from sae_jax.activations.meta import (
+    NONFINITE,
+    PADDING,
+    SPECIAL_TOKEN,
+    StoreMeta,
+    read_complete_meta,
+)
 from sae_jax.errors import UserError, choose
-
-FORMAT_VERSION = 1
-DTYPES = ("bfloat16", "float16", "float32")
-
-SPECIAL_TOKEN, HIGH_NORM, NONFINITE = 1, 2, 4  # bits of `excluded`
-PADDING = 255  # `excluded` beyond the last row
-
-_SUMMARY_CHUNK = 65_536
 
 # Mapped files are copied once, from the page cache to where the rows go: half the CPU time of
 # TensorStore's other modes. The cache keeps the shards' indices, which remote stores need.
 _READING = {
     "file_io_mode": {"mode": "memmap"},
     "cache_pool": {"total_bytes_limit": 64 << 20},
+    **paths.REQUESTS,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class SiteMeta:
-    """What meta.json says of a site.
-
-    Statistics are over the rows that are not excluded, in the units of the data.
-
-    Attributes:
-      width: how many columns it has.
-      dtype: the type of its values, one of `DTYPES`.
-      mean: the mean row, (width,).
-      mean_squared_norm: the mean of the rows' squared norms.
-      rows_used: how many rows the statistics are of.
-      nonfinite_rows: how many rows hold NaN or infinity.
-    """
-
-    width: int
-    dtype: str
-    mean: list = dataclasses.field(default_factory=list)
-    mean_squared_norm: float = 0.0
-    rows_used: int = 0
-    nonfinite_rows: int = 0
-
-    @property
-    def numpy_dtype(self) -> np.dtype:
-        """The type of the site's values as NumPy has it."""
-        return np.dtype(getattr(ml_dtypes, self.dtype, self.dtype))
-
-
-@dataclasses.dataclass(frozen=True)
-class LiveMeta:
-    """What meta.json says of a live store, whose rows a language model computes.
-
-    Attributes:
-      model: the absolute path of the language model.
-      model_fingerprint: the fingerprint of its weights.
-      model_dtype: the type that it computes in.
-      batch_size: how many contexts the model always runs on at once.
-      mesh_model: how many devices share the model.
-      statistics_tokens: at least how many tokens the statistics are of; None for all.
-    """
-
-    model: str
-    model_fingerprint: str
-    model_dtype: str
-    batch_size: int
-    mesh_model: int = 1
-    statistics_tokens: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class StoreMeta:
-    """The content of meta.json.
-
-    Attributes:
-      format_version: `FORMAT_VERSION` of the package that wrote it.
-      complete: whether the store is finished.
-      context_length: the rows of a sequence.
-      num_sequences: how many sequences there are.
-      chunk_sequences: the sequences of a chunk, the unit of reading.
-      shard_sequences: the sequences of a shard, the unit of writing.
-      sites: a `SiteMeta` by the name of each site.
-      model: the language model that the activations are of, if known.
-      tokenizer: its tokenizer, if known.
-      tokens_sha256: the hash of the tokens; None where the store has no tokens.
-      excluded_tokens: the token ids that are excluded.
-      excluded_positions: the positions of a sequence that are excluded.
-      excluded_why: what is excluded, in words.
-      provenance: where the activations come from.
-      live: what computes the rows of a live store; None where the sites are in the store.
-    """
-
-    format_version: int
-    complete: bool
-    context_length: int
-    num_sequences: int
-    chunk_sequences: int
-    shard_sequences: int
-    sites: dict
-    model: str | None = None
-    tokenizer: str | None = None
-    tokens_sha256: str | None = None
-    excluded_tokens: list = dataclasses.field(default_factory=list)
-    excluded_positions: list = dataclasses.field(default_factory=list)
-    excluded_why: str = ""
-    provenance: dict = dataclasses.field(default_factory=dict)
-    live: LiveMeta | None = None
-
-    @property
-    def num_rows(self) -> int:
-        """The number of rows of each site."""
-        return self.num_sequences * self.context_length
-
-    @property
-    def chunk_rows(self) -> int:
-        """The number of rows of a chunk."""
-        return self.chunk_sequences * self.context_length
-
-    @property
-    def num_chunks(self) -> int:
-        """The number of chunks; the last one may be short."""
-        return -(-self.num_sequences // self.chunk_sequences)
-
-    @property
-    def num_shards(self) -> int:
-        """The number of shards; the last one may be short."""
-        return -(-self.num_sequences // self.shard_sequences)
-
-    def arrays(self) -> dict[str, Array]:
-        """Returns the arrays of the store by their names, such as "sites/NAME" and "tokens"."""
-        shard_chunks = self.shard_sequences // self.chunk_sequences
-        rows, chunk_rows = self.num_rows, self.chunk_rows
-        arrays = [] if self.live else [
-            Array(f"sites/{name}", (rows, s.width), s.dtype, chunk_rows, shard_chunks, "NaN")
-            for name, s in sorted(self.sites.items())
-        ]  # fmt: skip
-        arrays.append(Array("excluded", (rows,), "uint8", chunk_rows, shard_chunks, PADDING))
-        if self.tokens_sha256 is not None:
-            shape = (self.num_sequences, self.context_length)
-            arrays.append(Array("tokens", shape, "int32", self.chunk_sequences, shard_chunks, -1))
-        summary = min(self.num_chunks, _SUMMARY_CHUNK)
-        arrays.append(Array("usable_rows", (self.num_chunks, 2), "int32", summary, 1, -1))
-        if not self.live:
-            shape = (self.num_chunks, len(self.sites))
-            # A checksum may be any number, 0 too: a missing file is caught by its size.
-            arrays.append(Array("checksums", shape, "uint32", summary, 1, 0))
-        return {array.name: array for array in arrays}
-
-    def to_json(self) -> bytes:
-        """Returns the bytes of meta.json."""
-        return (json.dumps(dataclasses.asdict(self), indent=1) + "\n").encode()
-
-
-def read_meta(folder: Folder) -> StoreMeta | None:
-    """Returns the content of meta.json, or None where there is none.
-
-    Raises UserError if it is garbled or of another version.
-    """
-    file = f"{folder.path}/meta.json"
-    data = folder.read("meta.json")
-    if data is None:
-        return None
-    try:
-        values = json.loads(data)
-        version = values["format_version"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{file} is garbled: it is not the JSON of a store; make the store again"
-        ) from None
-    if version != FORMAT_VERSION:
-        raise UserError(
-            f"{file} has format version {version!r}, this sae_jax reads version {FORMAT_VERSION}; "
-            "use the sae_jax that wrote it or make the store again"
-        )
-    try:
-        sites = {name: SiteMeta(**site) for name, site in values.pop("sites").items()}
-        live = values.pop("live", None)
-        meta = StoreMeta(sites=sites, live=live and LiveMeta(**live), **values)
-        meta.arrays()
-    except (TypeError, KeyError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise UserError(
-            f"{file} lacks fields or has wrong ones ({error}); make the store again"
-        ) from None
-    return meta
-
-
-def read_complete_meta(folder: Folder) -> StoreMeta:
-    """Returns meta.json of a finished store. Raises UserError if there is no finished store."""
-    meta = read_meta(folder)
-    if meta is None:
-        raise UserError(f"no activation store at {folder.path}: {folder.path}/meta.json is missing")
-    if not meta.complete:
-        raise UserError(
-            f"{folder.path}/meta.json says the store is incomplete; start the same harvest "
-            "again to go on from the first missing shard, or remove the directory"
-        )
-    return meta
+_CHECKED_AT_ONCE = 128 << 20  # bytes that `check` asks for at the same time
+_LOG_EVERY = 10  # seconds, while chunks do not come
 
 
 class Store:
@@ -295,6 +121,24 @@ class Store:
         """
         return self._handle("tokens") if self.meta.tokens_sha256 is not None else None
 
+    def read_tokens(self, sequences: slice | np.ndarray) -> np.ndarray | None:
+        """Returns the tokens (n, context_length) of some sequences, or None where there are none.
+
+        `sequences` are a slice of the store's, or their numbers. Raises UserError if the tokens
+        cannot be read.
+        """
+        if self.meta.tokens_sha256 is None:
+            return None
+        if isinstance(sequences, slice):
+            sequences = slice(*sequences.indices(self.meta.num_sequences))
+        with self.folder.damage_named("tokens"):
+            found = np.ascontiguousarray(self.tokens()[sequences].read().result())
+        if found.size and found.min() < 0:  # what TensorStore reads where a file is gone
+            raise UserError(
+                f"{self.path}/tokens has tokens below 0: the store is damaged; make it again"
+            )
+        return found
+
     @property
     def excluded(self) -> ts.TensorStore:
         """A TensorStore handle that says which rows are excluded, (rows,) uint8.
@@ -307,9 +151,45 @@ class Store:
     def usable_rows(self) -> np.ndarray:
         """The number of rows of each chunk that are not excluded, and that are finite.
 
-        The array is (chunks, 2), int32.
+        The array is (chunks, 2), int32. Raises UserError if it cannot be read, or is damaged.
         """
-        return self._handle("usable_rows").read().result()
+        with self.folder.damage_named("usable_rows"):
+            counts = self._handle("usable_rows").read().result()
+        if not ((counts >= 0) & (counts <= self.meta.chunk_rows)).all():
+            raise UserError(
+                f"{self.path}/usable_rows has counts that no chunk of {self.meta.chunk_rows} rows "
+                "has: it is damaged; make the store again"
+            )
+        return counts
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A hash of the rows and of what is trained on of them.
+
+        A copy of the store has the same, wherever it is. Raises UserError if it cannot be read.
+        """
+        meta = self.meta
+        live = None if meta.live is None else dataclasses.asdict(meta.live)
+        for how in ("model", "statistics_tokens") if live else ():
+            del live[how]  # where the model is, and how what follows was found
+        about = [
+            {name: dataclasses.asdict(site) for name, site in sorted(meta.sites.items())},
+            [meta.context_length, meta.num_sequences, meta.chunk_sequences, meta.tokens_sha256],
+            [meta.excluded_tokens, meta.excluded_positions, live],
+        ]
+        digest = hashlib.sha256(json.dumps(about).encode())
+        if not live:
+            digest.update(self.checksums.tobytes())
+        return digest.hexdigest()[:16]
+
+    @functools.cached_property
+    def checksums(self) -> np.ndarray:
+        """The CRC-32 of each chunk of each site, (chunks, sites) uint32; sites by name.
+
+        Raises UserError if they cannot be read. A live store has none.
+        """
+        with self.folder.damage_named("checksums"):
+            return self._handle("checksums").read().result()
 
     def read(self, site: str, rows: slice) -> np.ndarray:
         """Returns the rows [rows.start, rows.stop) of a site as they are stored, (rows, width).
@@ -319,7 +199,7 @@ class Store:
         """
         site = self.resolve_site(site)
         start, stop, step = rows.indices(self.num_rows)
-        with self._damage_named(f"sites/{site}"):
+        with self.folder.damage_named(f"sites/{site}"):
             return self.site(site)[start : max(start, stop) : step].read().result()
 
     def read_rows(self, sites: Sequence[str], ids: np.ndarray, outs: Sequence[np.ndarray]) -> None:
@@ -328,7 +208,7 @@ class Store:
         It is slow, and meant for a few rows. Raises UserError if they cannot be read.
         """
         for site, out in zip(sites, outs, strict=True):
-            with self._damage_named(f"sites/{site}"):
+            with self.folder.damage_named(f"sites/{site}"):
                 out[...] = self.site(site)[ids].read().result()
 
     def read_excluded(self, chunks) -> np.ndarray:
@@ -355,26 +235,118 @@ class Store:
         for site, out in zip(sites, outs, strict=True):
             self._read_chunks(f"sites/{site}", chunks, out)
 
-    def check(self, progress=lambda chunks: chunks) -> None:
-        """Reads every byte of every site and compares it with the checksums.
+    def check(self, progress: Callable[[range], Iterable[int]] = lambda chunks: chunks) -> str:
+        """Reads every byte of the store, and compares it with what it must be.
 
-        `progress` may wrap the iterator over the chunks. Raises UserError, naming the site and the
-        chunk, if bytes were altered since they were written, or if a row that is not finite is not
-        marked as such.
+        Of a live store, what its model computes is not checked: the activations, their statistics,
+        and which rows are not finite. `progress` may wrap the iterator over the chunks.
+
+        Returns what was checked, in words. Raises UserError, naming the file and the chunk, where
+        bytes were altered since they were written, or where a row that is not finite is not marked
+        as such.
         """
-        recorded = self._handle("checksums").read().result()
-        for chunk in progress(range(self.meta.num_chunks)):
+        self.check_files()
+        self._check_tokens()
+        meta, sums, count = self.meta, {}, np.zeros(self.meta.context_length, np.int64)
+        everything = self._read_everything()
+        for chunk in progress(range(meta.num_chunks)):
+            excluded, tokens, values = next(everything)
+            length = min(meta.num_sequences - chunk * meta.chunk_sequences, meta.chunk_sequences)
+            expected = checking.excluded_by_rule(meta, length, tokens)
+            if meta.live:  # its model alone can tell
+                expected |= excluded[: len(expected)] & NONFINITE
+            finite = {}
+            for name, x in values.items():
+                self._check_values(name, chunk, x, excluded)
+                finite[name] = statistics.finite_rows(x)
+                expected[~finite[name]] |= NONFINITE
+            checking.check_excluded(self.path, chunk, excluded, self.usable_rows[chunk], expected)
+            used = (expected & (SPECIAL_TOKEN | NONFINITE) == 0).reshape(length, -1)
+            count += used.sum(axis=0)
+            for name, x in values.items():
+                part = statistics.site_sums(x, used, int((~finite[name]).sum()))
+                sums[name] = sums[name] + part if name in sums else part
+        for name, site_sums in sums.items():
+            checking.check_statistics(self.path, meta, name, site_sums, count)
+        tokens = "" if meta.tokens_sha256 is None else "tokens, "
+        if meta.live:
+            return (
+                f"{tokens}excluded rows and their counts are all as written; what the model "
+                "computes was not checked: activations, statistics, and which rows are NaN"
+            )
+        return f"activations, {tokens}excluded rows, counts and statistics are all as written"
+
+    def check_chunks(self, chunks) -> None:
+        """Compares the bytes of some chunks, of every site, with their checksums.
+
+        Raises UserError, naming the site and the chunk, if they were altered since they were
+        written, or if a row that is not finite is not marked as such. Raises it too, naming the
+        file, if a file of the store is gone.
+        """
+        self.check_files()
+        for chunk in chunks:
             excluded = self.read_excluded([chunk])[0]
-            for column, name in enumerate(sorted(self.meta.sites)):
-                first = chunk * self.meta.chunk_rows
+            first = int(chunk) * self.meta.chunk_rows
+            for name in sorted(self.meta.sites):
                 values = self.read(name, slice(first, first + self.meta.chunk_rows))
-                last = first + len(values) - 1
-                where = f"{self.path}/sites/{name}: chunk {chunk} (rows {first} to {last})"
-                if checksum(values) != recorded[chunk, column]:
-                    raise UserError(f"{where} was altered since it was written; make it again")
-                finite = np.isfinite(values.astype(np.float32)).all(axis=1)
-                if not (finite | (excluded[: len(values)] & NONFINITE > 0)).all():
-                    raise UserError(f"{where} holds NaN or infinity; make it again")
+                self._check_values(name, chunk, values, excluded)
+
+    def _check_values(self, site: str, chunk: int, values: np.ndarray, excluded: np.ndarray):
+        """Raises UserError as `check_chunks` does for the `values` (n, width) of a chunk."""
+        first = int(chunk) * self.meta.chunk_rows
+        rows = f"rows {first} to {first + len(values) - 1}"
+        where = f"{self.path}/sites/{site}: chunk {chunk} ({rows})"
+        column = sorted(self.meta.sites).index(site)
+        if checksum(values) != self.checksums[chunk, column]:
+            raise UserError(
+                f"{where} was altered since it was written, or its checksum was: the store is "
+                "damaged; make it again"
+            )
+        unmarked = ~statistics.finite_rows(values) & (excluded[: len(values)] & NONFINITE == 0)
+        if unmarked.any():
+            raise UserError(
+                f"{where} holds NaN or infinity in row {first + int(np.argmax(unmarked))}, which "
+                "is not marked: the store is damaged; make it again"
+            )
+
+    def _read_everything(self) -> Iterator[tuple[np.ndarray, np.ndarray | None, dict]]:
+        """Yields (excluded, tokens, {site: values}) of every chunk, in order.
+
+        Many chunks are read at the same time, because an object store may be slow to answer, and
+        lose requests.
+        """
+        meta = self.meta
+        sites = {} if meta.live else dict(sorted(meta.sites.items()))
+        row_bytes = sum(site.width * site.numpy_dtype.itemsize for site in sites.values()) or 1
+        at_once = min(max(1, _CHECKED_AT_ONCE // (row_bytes * meta.chunk_rows)), 1024)
+        for first in range(0, meta.num_chunks, at_once):
+            chunks = np.arange(first, min(first + at_once, meta.num_chunks))
+            outs = [
+                np.empty((len(chunks), meta.chunk_rows, site.width), site.numpy_dtype)
+                for site in sites.values()
+            ]
+            if sites:
+                self.read_chunks(list(sites), chunks, outs)
+            start, excluded = first * meta.chunk_sequences, self.read_excluded(chunks)
+            tokens = self.read_tokens(slice(start, start + len(chunks) * meta.chunk_sequences))
+            for i, chunk in enumerate(chunks):
+                rows = min(self.num_rows - chunk * meta.chunk_rows, meta.chunk_rows)
+                values = {name: out[i, :rows] for name, out in zip(sites, outs, strict=True)}
+                part = slice(i * meta.chunk_sequences, (i + 1) * meta.chunk_sequences)
+                yield excluded[i], None if tokens is None else tokens[part], values
+
+    def _check_tokens(self) -> None:
+        """Raises UserError unless the tokens have the hash that meta.json says."""
+        meta, digest = self.meta, hashlib.sha256()
+        if meta.tokens_sha256 is None:
+            return
+        for first in range(0, meta.num_sequences, meta.shard_sequences):
+            digest.update(self.read_tokens(slice(first, first + meta.shard_sequences)))
+        if digest.hexdigest() != meta.tokens_sha256:
+            raise UserError(
+                f"{self.path}/tokens was altered since it was written, or its hash in "
+                f"{self.path}/meta.json: the store is damaged; make it again"
+            )
 
     def _read_chunks(self, name: str, chunks, out: np.ndarray) -> None:
         handle, chunk_rows = self._handle(name), self.meta.chunk_rows
@@ -383,31 +355,32 @@ class Store:
             first = int(chunk) * chunk_rows
             stop = min(first + chunk_rows, self.num_rows)
             pending.append(ts.array(target[: stop - first]).write(handle[first:stop]))
-        with self._damage_named(name):
-            for write in pending:
-                write.result()
+        with self.folder.damage_named(name):
+            for number, write in enumerate(pending):
+                while not self._has_come(write):
+                    logging.info(
+                        "waiting for %s/%s: %d of %d chunks have come",
+                        self.path, name, number, len(pending),
+                    )  # fmt: skip
 
-    @contextlib.contextmanager
-    def _damage_named(self, name: str):
-        """Turns a failure to read an array into a UserError that names it."""
+    @staticmethod
+    def _has_come(write: ts.Future) -> bool:
         try:
-            yield
-        except ValueError as error:  # TensorStore has no class of its own
-            reason = textwrap.shorten(str(error), 300)
-            raise UserError(
-                f"{self.path}/{name} cannot be read: {reason}; if it is damaged, make the store "
-                "again"
-            ) from error
+            write.result(timeout=_LOG_EVERY)
+        except TimeoutError:
+            return False
+        return True
 
     def _handle(self, name: str) -> ts.TensorStore:
         if name not in self._handles:
             try:
                 self._handles[name] = self._arrays[name].open(self.folder, context=self._context)
             except ValueError as error:
+                where = f"{self.path}/{name}/zarr.json"
                 reason = str(error).splitlines()[0][:300]
                 raise UserError(
-                    f"{self.path}/{name}/zarr.json does not fit meta.json ({reason}); "
-                    "make the store again"
+                    paths.explanation(where, error)
+                    or f"{where} does not fit meta.json ({reason}); make the store again"
                 ) from None
         return self._handles[name]
 
@@ -416,10 +389,11 @@ class Store:
         or shape than meta.json says."""
         for name, array in self._arrays.items():
             found = self.folder.sizes(name)
-            expected = array.file_sizes() | {f"{name}/zarr.json": None}
-            for file, size in expected.items():
+            for file, size in itertools.chain(array.file_sizes(), [(f"{name}/zarr.json", None)]):
                 if file not in found:
-                    raise UserError(f"{self.path}/{file} is missing; make the store again")
+                    raise UserError(
+                        f"{self.path}/{file} is missing: the store is damaged; make it again"
+                    )
                 if None not in (size, found[file]) and size != found[file]:
                     raise UserError(
                         f"{self.path}/{file} has {found[file]} bytes, not {size}: it is damaged; "

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
+from sae_jax.activations.meta import NONFINITE
 from sae_jax.activations.order import Order, split_chunks
 from sae_jax.activations.sites import Sites
-from sae_jax.activations.store import NONFINITE, Store
+from sae_jax.activations.store import Store
 from sae_jax.errors import UserError, choose
 
 SPLITS = ("train", "heldout")
@@ -97,7 +98,8 @@ class Stream:
         self.mean = self.sites.mean
         self._excluding = np.uint8(NONFINITE if include_excluded else 0xFF)
         chunks = split_chunks(store.meta.num_chunks, holdout_fraction, split)
-        usable = store.usable_rows[chunks, 1 if include_excluded else 0]
+        self._usable_column = 1 if include_excluded else 0
+        usable = store.usable_rows[chunks, self._usable_column]
         self.rows_per_epoch = int(usable.sum())
         if self.rows_per_epoch < batch_size:
             raise UserError(
@@ -160,9 +162,29 @@ class Stream:
             else dataset
         )
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the store's rows, which is the same wherever the store is."""
+        return self.store.fingerprint
+
+    def check_step(self, step: int) -> None:
+        """Raises UserError if the store is damaged where it holds the rows of a step.
+
+        It reads their chunks and compares them with their checksums. Whoever finds that a step gave
+        NaN calls it, before anything else is blamed.
+        """
+        self.store.check_chunks(np.unique(self.batch_rows(step) // self.store.meta.chunk_rows))
+
     def _usable_mask(self, chunks: np.ndarray) -> np.ndarray:
         """Returns which rows (len(chunks), chunk_rows) of some chunks are used."""
-        return self.store.read_excluded(chunks) & self._excluding == 0
+        mask = self.store.read_excluded(chunks) & self._excluding == 0
+        counts = self.store.usable_rows[chunks, self._usable_column]
+        if wrong := np.flatnonzero(mask.sum(axis=1) != counts).tolist():
+            raise UserError(
+                f"{self.store.path}/excluded and {self.store.path}/usable_rows disagree about "
+                f"chunk {chunks[wrong[0]]}: the store is damaged; make it again"
+            )
+        return mask
 
 
 class _BatchDataset(grain.IterDataset):

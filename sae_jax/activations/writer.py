@@ -6,6 +6,7 @@ meta.json to complete. Every file appears under its name only when it is whole.
 """
 
 import dataclasses
+import errno
 import functools
 import hashlib
 import io
@@ -13,9 +14,10 @@ import json
 
 import numpy as np
 
+from sae_jax import paths
 from sae_jax.activations import statistics
 from sae_jax.activations.files import Folder
-from sae_jax.activations.store import (
+from sae_jax.activations.meta import (
     DTYPES,
     FORMAT_VERSION,
     HIGH_NORM,
@@ -24,9 +26,10 @@ from sae_jax.activations.store import (
     LiveMeta,
     SiteMeta,
     StoreMeta,
-    checksum,
+    check_sites,
     read_meta,
 )
+from sae_jax.activations.store import checksum
 from sae_jax.config import difference
 from sae_jax.errors import UserError, choose
 
@@ -143,8 +146,9 @@ class StoreWriter:
         else:
             folder.write("meta.json", meta.to_json())
         if not meta.complete:
-            for name in _arrays_of_shards(meta):
-                meta.arrays()[name].open(folder, create=True)
+            with paths.explained(folder.path):
+                for name in _arrays_of_shards(meta):
+                    meta.arrays()[name].open(folder, create=True)
         return cls(folder, meta, tokens)
 
     def missing_shards(self) -> list[ShardSpec]:
@@ -152,7 +156,7 @@ class StoreWriter:
 
         Writers may share them out in any way.
         """
-        if self.meta.complete:
+        if self._finished_by_another():
             return []
         written = self.folder.sizes("written")
         size = self.meta.shard_sequences
@@ -180,15 +184,17 @@ class StoreWriter:
         rows = slice(first * meta.context_length, stop * meta.context_length)
         names = sorted(meta.sites) if values is not None else []
         values = {name: self._as_stored(name, values[name], rows) for name in names}
-        pending = [
-            arrays[f"sites/{name}"].open(self.folder)[rows].write(x)
-            for name, x in values.items()
-            if not meta.live
-        ]
+        with paths.explained(self.path):
+            pending = [
+                arrays[f"sites/{name}"].open(self.folder)[rows].write(x)
+                for name, x in values.items()
+                if not meta.live
+            ]
         excluded = np.zeros((stop - first, meta.context_length), np.uint8)
         if self._tokens is not None:
             tokens = self._tokens[first:stop]
-            pending.append(arrays["tokens"].open(self.folder)[first:stop].write(tokens))
+            with paths.explained(self.path):
+                pending.append(arrays["tokens"].open(self.folder)[first:stop].write(tokens))
             excluded[np.isin(tokens, meta.excluded_tokens)] |= SPECIAL_TOKEN
         finite = {name: statistics.finite_rows(x) for name, x in values.items()}
         for rows_finite in finite.values():
@@ -205,8 +211,9 @@ class StoreWriter:
                 [[checksum(x[s : s + meta.chunk_rows]) for x in values.values()] for s in starts],
                 np.uint32,
             )
-        for write in pending:
-            write.result()
+        with paths.explained(self.path):
+            for write in pending:
+                write.result()
         buffer = io.BytesIO()
         np.savez(buffer, **notes)
         self.folder.write(_notes_name(index), buffer.getvalue())
@@ -217,14 +224,36 @@ class StoreWriter:
         One process calls this after all shards are written. A finished store stays as it is.
         Raises UserError if some shards are not written.
         """
-        if self.meta.complete:
+        if self._finished_by_another():
             return
         if missing := self.missing_shards():
             raise UserError(
                 f"{self.path} lacks {len(missing)} of {self.meta.num_shards} shards "
                 f"(first: {missing[0].index}); write them before finishing"
             )
-        count, sums = self._merge()
+        try:
+            count, sums = self._merge()
+            # Of both what follows is the same, whoever of two that finish at once comes first.
+            self._finish(count, sums)
+        except FileNotFoundError as error:
+            if not self._finished_by_another():
+                raise UserError(
+                    f"{error.filename} was removed while {self.path} was being finished; start "
+                    "the same again"
+                ) from None
+
+    def _finished_by_another(self) -> bool:
+        """Whether the store is finished; the meta is then that of whoever finished it."""
+        if not self.meta.complete:
+            there = read_meta(self.folder)
+            if there is None or not there.complete:
+                return False
+            self.meta = there
+            self.__dict__.pop("_arrays", None)
+        self.folder.delete_folder("written")  # the notes of a shard that was still being written
+        return True
+
+    def _finish(self, count: np.ndarray, sums: dict[str, statistics.SiteSums]) -> None:
         by_site = [statistics.high_norm_positions(site, count) for site in sums.values()]
         positions = sorted(set(np.concatenate(by_site).tolist()))
         sites = {}
@@ -277,7 +306,10 @@ class StoreWriter:
     def _notes(self):
         """Yields the number and the notes of each shard."""
         for index in range(self.meta.num_shards):
-            yield index, np.load(io.BytesIO(self.folder.read(_notes_name(index))))
+            name = _notes_name(index)
+            if (notes := self.folder.read(name)) is None:
+                raise FileNotFoundError(errno.ENOENT, "no notes", f"{self.path}/{name}")
+            yield index, np.load(io.BytesIO(notes))
 
     def _merge(self):
         """Returns count (T,) and {site: SiteSums} over the shards with values, added in their
@@ -300,7 +332,8 @@ class StoreWriter:
         Returns the number of rows excluded for each reason.
         """
         meta = self.meta
-        mask = self._arrays["excluded"].open(self.folder, create=True)
+        with paths.explained(self.path):
+            mask = self._arrays["excluded"].open(self.folder, create=True)
         usable, checksums = [], []
         rows_by_reason = dict.fromkeys((SPECIAL_TOKEN, HIGH_NORM, NONFINITE), 0)
         for index, notes in self._notes():
@@ -309,7 +342,8 @@ class StoreWriter:
             for reason in rows_by_reason:
                 rows_by_reason[reason] += int((excluded & reason > 0).sum())
             first = index * meta.shard_sequences * meta.context_length
-            mask[first : first + excluded.size].write(excluded.reshape(-1)).result()
+            with paths.explained(self.path):
+                mask[first : first + excluded.size].write(excluded.reshape(-1)).result()
             for start in range(0, len(excluded), meta.chunk_sequences):
                 chunk = excluded[start : start + meta.chunk_sequences]
                 usable.append([(chunk == 0).sum(), (chunk & NONFINITE == 0).sum()])
@@ -318,8 +352,9 @@ class StoreWriter:
         summaries = {"usable_rows": np.array(usable, np.int32)}
         if not meta.live:
             summaries["checksums"] = np.concatenate(checksums)
-        for name, summary in summaries.items():
-            self._arrays[name].open(self.folder, create=True).write(summary).result()
+        with paths.explained(self.path):
+            for name, summary in summaries.items():
+                self._arrays[name].open(self.folder, create=True).write(summary).result()
         return rows_by_reason
 
 
@@ -341,20 +376,6 @@ def layout(site: SiteMeta, num_sequences: int, context_length: int) -> tuple[int
     chunks = -(-num_sequences // chunk)
     chunk_bytes = chunk * context_length * row_bytes
     return chunk, chunk * max(1, min(SHARD_BYTES // chunk_bytes, -(-chunks // MIN_SHARDS)))
-
-
-def check_sites(sites: dict[str, int]) -> None:
-    """Raises UserError for names and widths that sites cannot have."""
-    if not sites:
-        raise UserError("a store needs at least one site")
-    for name, width in sites.items():
-        if not name or "/" in name or "," in name or name.startswith("."):
-            raise UserError(
-                f"{name!r} cannot name a site: it names a directory of the store, and commas "
-                "separate sites"
-            )
-        if width < 1:
-            raise UserError(f"site {name} has width {width}")
 
 
 def _check_same(existing: StoreMeta, wanted: StoreMeta, folder: Folder) -> None:

@@ -23,7 +23,7 @@ cannot express exactly is refused, with the formats that can:
   sae_jax              all                  all                  all
 
 Crosscoders go into sae_jax only: a folder of safetensors and JSON, read by `sae_jax.load` like all
-the others. dictionary_learning and openai need PyTorch: pip install "sae-jax[torch]".
+the others. PyTorch writes dictionary_learning and openai: pip install "sae-jax[torch]".
 
 Beside the weights is a README.md, the model card of the Hugging Face hub: what the SAE reads, how
 it was trained, its metrics (with those of eval.json, if `sae-jax eval --run` made one), how to use

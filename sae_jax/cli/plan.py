@@ -1,7 +1,6 @@
 """Estimates what a run takes of each device, without the devices: `sae-jax plan`."""
 
 import dataclasses
-import json
 import re
 import sys
 
@@ -66,6 +65,7 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
     if args.find and args.mesh:
         raise UserError("--find tries every mesh: leave --mesh out")
 
+    from sae_jax.paths import as_json
     from sae_jax.plan import chips, table
 
     name = args.topology or _cpus(config.mesh)
@@ -80,7 +80,7 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
             return 1
     else:
         best = _estimate(config, topology)
-    print(json.dumps(table.as_dict(best), indent=1) if args.json else table.text(best))
+    print(as_json(table.as_dict(best)).rstrip() if args.json else table.text(best))
     if best.fits:
         return 0
     print(_fitting_mesh(config, topology), file=sys.stderr)

@@ -1,13 +1,13 @@
 """Describes an activation store, or makes one from files: `sae-jax store`."""
 
-from absl import flags, logging
+from absl import flags
 
 from sae_jax.errors import UserError
 
 SUMMARY = """Show what an activation store holds, or make one from files of activations.
 
   sae-jax store --path=STORE           sites, statistics, what is excluded and why, provenance
-  sae-jax store --path=STORE --check   also compares every byte with its checksum
+  sae-jax store --path=STORE --check   also reads and verifies every byte
   sae-jax store --from=FOLDER --out=STORE --site=resid_post.8
 
 --from: activations that SAELens cached (arrow files, with their tokens; pip install "sae-jax[lm]"),
@@ -42,8 +42,8 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
     store = open_store(args.path) if args.path else _convert(args)
     print(describe(store))
     if args.check:
-        store.check(lambda chunks: _progress(chunks, "checking", "chunk"))
-        print(f"checked {store.meta.num_chunks} chunks: all as written, no unmarked NaN")
+        checked = store.check(lambda chunks: _progress(chunks, "checking", "chunk"))
+        print(f"checked {store.meta.num_chunks} chunks: {checked}")
 
 
 def describe(store) -> str:
@@ -94,10 +94,6 @@ def _convert(args):
 
 
 def _progress(items, what: str, unit: str):
-    import sys
+    from sae_jax.progress_bar import progress
 
-    import tqdm
-
-    if not sys.stderr.isatty():
-        logging.info("%s %d %ss", what, len(items), unit)
-    return tqdm.tqdm(items, what, unit=unit, disable=not sys.stderr.isatty())
+    return progress(items, f"{what} {len(items):,} {unit}s", unit=unit)

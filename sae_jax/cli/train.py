@@ -1,6 +1,5 @@
 """Trains one SAE: `sae-jax train`."""
 
-import json
 import sys
 
 from absl import flags
@@ -61,6 +60,7 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
     import jax  # after the mistakes that need no device
 
     from sae_jax import interop
+    from sae_jax.paths import as_json
     from sae_jax.train import loggers, preemption
     from sae_jax.train.recorder import NonFiniteError
     from sae_jax.train.run import train_run
@@ -78,12 +78,14 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
             print(f"sae-jax train: error: {error}", file=sys.stderr)
             return 3
         if jax.process_index() == 0:
-            print(json.dumps(result, indent=1))
+            print(as_json(result), end="")
     return 0
 
 
 def _show(config: configs.Config) -> int:
     """Prints the config as JSON: resolved where there is a store, which decides the widths."""
+    from sae_jax.paths import as_json
+
     if config.data.store:
         from sae_jax import lm
         from sae_jax.train import preparation
@@ -91,5 +93,5 @@ def _show(config: configs.Config) -> int:
         config = preparation.resolve(config, lm.open_stream(config.data))
     else:
         print("no --config.data.store=STORE, whose widths decide some fields", file=sys.stderr)
-    print(json.dumps(configs.to_dict(config), indent=1))
+    print(as_json(configs.to_dict(config)), end="")
     return 0

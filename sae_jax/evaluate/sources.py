@@ -27,9 +27,9 @@ import numpy as np
 
 from sae_jax import paths
 from sae_jax.activations import Sites, Store
+from sae_jax.activations.meta import NONFINITE
 from sae_jax.activations.order import split_chunks
 from sae_jax.activations.sites import check_distinct, split_names
-from sae_jax.activations.store import NONFINITE
 from sae_jax.errors import UserError, some
 from sae_jax.evaluate.batching import evenly_spaced, pad_rows
 from sae_jax.evaluate.padding import IGNORED, text_first, tokenizer_of
@@ -122,7 +122,9 @@ class HeldOutRows:
             # A new buffer each time: JAX may still be reading the last one.
             x = np.zeros((chunks, meta.chunk_rows, sites.width), sites.dtype)
             sites.read_chunks(numbers, x[: len(numbers)])
-            x, used = x.reshape(-1, sites.width), pad_rows(self._used(numbers), chunks).reshape(-1)
+            used = self._used(numbers)
+            sites.check_finite(numbers, x[: len(numbers)], used)
+            x, used = x.reshape(-1, sites.width), pad_rows(used, chunks).reshape(-1)
             for first in range(0, len(x), size):
                 part = slice(first, first + size)
                 yield pad_rows(x[part], size), pad_rows(used[part], size)
@@ -132,8 +134,8 @@ class HeldOutRows:
 
         `tokenizer` says what padding is in stores that `lm.pack`, which needs none, did not pack.
         """
-        meta, tokens = self.store.meta, self.store.tokens()
-        if tokens is None:
+        meta = self.store.meta
+        if meta.tokens_sha256 is None:
             return None
         numbers = self._chunks[:, None] * meta.chunk_sequences + np.arange(meta.chunk_sequences)
         numbers = numbers.reshape(-1)
@@ -141,7 +143,8 @@ class HeldOutRows:
         numbers = evenly_spaced(numbers, -(-limit // meta.context_length))
         chunks, place = np.unique(numbers // meta.chunk_sequences, return_inverse=True)
         used = self._used(chunks).reshape(len(chunks), meta.chunk_sequences, meta.context_length)
-        ids, used = tokens[numbers].read().result(), used[place, numbers % meta.chunk_sequences]
+        ids = self.store.read_tokens(numbers)
+        used = used[place, numbers % meta.chunk_sequences]
         if meta.provenance.get("packing") == PACKING_RULE:
             return Sequences(ids, used, np.ones_like(used))
         found = text_first(ids, tokenizer, self.origin)

@@ -19,7 +19,7 @@ from sae_jax.errors import UserError, choose
 from sae_jax.interop import formats, hooks, sae_jax_format, saelens
 from sae_jax.interop.card import Hub, model_card
 from sae_jax.interop.formats import FORMATS
-from sae_jax.interop.locate import is_fetched, locate
+from sae_jax.interop.locate import is_fetched, kind_of, locate
 from sae_jax.interop.provenance import read_provenance
 from sae_jax.sae import SAE, SAEConfig
 from sae_jax.sae.config import KINDS
@@ -46,14 +46,15 @@ def load(path, sae_id: str | None = None, trust_code: bool = True, kind: str | N
         for an SAE that is fetched from a hub.
       kind: what the SAE must be: autoencoder, transcoder or another of `sae.config.KINDS`. Files of
         Gemma Scope do not say whether an SAE whose inputs and outputs are of one width is a
-        transcoder; it is taken for an autoencoder unless this says so.
+        transcoder; it is taken for an autoencoder unless this or SAELens' table says so.
     """
     if kind is not None:
         choose(kind, KINDS, "the kind of SAE")
     trust_code = trust_code and not is_fetched(path, sae_id)
+    named = kind or kind_of(path, sae_id)
     path = locate(path, sae_id)
     try:
-        sae = _load(path, trust_code, kind)
+        sae = _load(path, trust_code, named)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     if kind not in (None, sae.config.kind):

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 import ml_dtypes
 import numpy as np
 
-from sae_jax.errors import UserError
+from sae_jax.errors import UserError, on_one_line
 
 Arrays = dict[str, np.ndarray]
 
@@ -101,12 +101,14 @@ def _opened(file: pathlib.Path) -> Iterator[tuple[zipfile.ZipFile, int]]:
         raise
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{file} is not a file of tensors that is safe to read ({error}); nothing in it was run"
+            f"{file} is not a file of tensors that is safe to read ({on_one_line(error)}); nothing "
+            "in it was run"
         ) from None
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as error:
-        raise UserError(f"{file} is damaged or truncated: {error}") from None
+        raise UserError(f"{file} is damaged or truncated: {on_one_line(error)}") from None
     except Exception as error:  # a pickle or a header that says nonsense can raise any
-        raise UserError(f"{file} is damaged: {type(error).__name__}: {error}") from None
+        reason = f"{type(error).__name__}: {on_one_line(error)}"
+        raise UserError(f"{file} is damaged: {reason}") from None
 
 
 def _npy(data: bytes) -> np.ndarray:

@@ -7,7 +7,6 @@ weights of nn.Linear, as (out, in).
 
 import dataclasses
 import itertools
-import json
 import pathlib
 from typing import Annotated
 
@@ -25,6 +24,7 @@ from sae_jax.interop.weights import (
     parameters_for,
 )
 from sae_jax.json_files import checked, read_json
+from sae_jax.paths import as_json
 from sae_jax.sae import ARCHITECTURES, SAE
 from sae_jax.sae.files import naming
 
@@ -152,7 +152,7 @@ def write(sae: SAE, directory: pathlib.Path, provenance: dict) -> None:
         "submodule_name": provenance.get("hook_name"),
     }
     values = {"trainer": trainer, "buffer": {"ctx_len": provenance.get("context_size")}}
-    (directory / "config.json").write_text(json.dumps(values, indent=1) + "\n")
+    (directory / "config.json").write_text(as_json(values))
 
 
 def read(directory: pathlib.Path) -> SAE:

@@ -5,7 +5,6 @@ skip. The SAEs compute what those of Gemma Scope compute (`gemma_scope.py`).
 """
 
 import dataclasses
-import json
 import pathlib
 from typing import Literal
 
@@ -13,6 +12,7 @@ import safetensors.numpy
 
 from sae_jax.interop import gemma_scope
 from sae_jax.json_files import checked, read_json
+from sae_jax.paths import as_json
 from sae_jax.sae import SAE
 from sae_jax.sae.files import read_safetensors
 
@@ -68,7 +68,7 @@ def write(sae: SAE, directory: pathlib.Path, provenance: dict) -> None:
         "width": sae.config.d_sae,
         "l0": provenance.get("l0"),
     }
-    (directory / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (directory / "config.json").write_text(as_json(config))
 
 
 def read(directory: pathlib.Path, kind: str | None = None) -> SAE:

@@ -5,6 +5,7 @@ import difflib
 
 from sae_jax import hub, paths
 from sae_jax.errors import UserError, some
+from sae_jax.interop import saelens_releases
 from sae_jax.interop.formats import FILES, FORMATS, folders_of, format_of
 from sae_jax.interop.saelens_releases import SCHEME, hub_name
 
@@ -12,6 +13,17 @@ from sae_jax.interop.saelens_releases import SCHEME, hub_name
 def is_fetched(path, sae_id: str | None = None) -> bool:
     """Returns whether `locate` fetches these arguments from a hub, where others wrote the files."""
     return sae_id is not None or str(path).startswith((SCHEME, hub.SCHEME))
+
+
+def kind_of(path, sae_id: str | None = None) -> str | None:
+    """Returns the kind of the SAE that these arguments of `locate` name, if the name says it.
+
+    Only SAELens' table of releases does, of Gemma Scope's transcoders.
+    """
+    text = str(path)
+    if text.startswith(SCHEME):
+        return saelens_releases.kind_of(text.removeprefix(SCHEME).partition("/")[0])
+    return None if sae_id is None else saelens_releases.kind_of(text)
 
 
 def locate(path, sae_id: str | None = None) -> paths.AnyPath:

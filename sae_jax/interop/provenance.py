@@ -6,7 +6,7 @@ from typing import Any
 from sae_jax import paths
 from sae_jax.activations import is_world
 from sae_jax.activations.files import Folder
-from sae_jax.activations.store import read_complete_meta
+from sae_jax.activations.meta import read_complete_meta
 from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.interop import sae_jax_format, saelens

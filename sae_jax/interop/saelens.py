@@ -18,7 +18,6 @@ same function of x up to rounding. Three things differ from ours:
 """
 
 import dataclasses
-import json
 import pathlib
 import re
 from typing import Annotated, Any
@@ -36,6 +35,7 @@ from sae_jax.interop.weights import (
     parameters_for,
 )
 from sae_jax.json_files import checked, read_json
+from sae_jax.paths import as_json
 from sae_jax.sae import ARCHITECTURES, SAE, SAEConfig
 from sae_jax.sae.files import naming, read_safetensors
 
@@ -162,7 +162,7 @@ def write(sae: SAE, directory: pathlib.Path, provenance: dict) -> None:
             **provenance,
         },
     }
-    (directory / "cfg.json").write_text(json.dumps(cfg, indent=1) + "\n")
+    (directory / "cfg.json").write_text(as_json(cfg))
 
 
 def _top_k_fields(k: int, w_dec: np.ndarray) -> dict:

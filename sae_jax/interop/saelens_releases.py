@@ -38,6 +38,11 @@ def hub_name(release: str, sae_id: str) -> HubName:
             f"{SCHEME}{release}/{sae_id} is in a format that is not read here: SAELens' loader for "
             f"it is {loader!r}"
         )
+    if loader == "gemma_2" and "embedding" in folder:
+        raise UserError(
+            f"{SCHEME}{release}/{sae_id}: SAELens rescales SAEs of embeddings as it loads them, "
+            f"which is not done here; hf://{entry['repo_id']}/{folder} is the SAE as it was trained"
+        )
     overrides = entry.get("config_overrides") or {}
     if changed := [field for field in _CHANGES if field in overrides]:
         raise UserError(
@@ -45,6 +50,12 @@ def hub_name(release: str, sae_id: str) -> HubName:
             f"{overrides[changed[0]]!r} as it loads it, which is not done here"
         )
     return HubName(entry["repo_id"], overrides.get("revision"), folder)
+
+
+def kind_of(release: str) -> str | None:
+    """Returns the kind of a release's SAEs, if its files do not say it and the table does."""
+    loader = read_table().get(release, {}).get("conversion_func")
+    return "transcoder" if loader == "gemma_2_transcoder" else None
 
 
 @functools.cache

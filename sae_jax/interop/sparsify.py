@@ -5,7 +5,6 @@ takes no b_dec from x, and adds x @ W_skip.T to its output if it has a skip.
 """
 
 import dataclasses
-import json
 import pathlib
 from typing import Annotated, Literal
 
@@ -22,6 +21,7 @@ from sae_jax.interop.weights import (
     parameters_for,
 )
 from sae_jax.json_files import checked, read_json
+from sae_jax.paths import as_json
 from sae_jax.sae import SAE, TopKConfig
 from sae_jax.sae.files import naming, read_safetensors
 
@@ -95,7 +95,7 @@ def write(sae: SAE, directory: pathlib.Path, provenance: dict) -> None:
         "transcode": transcodes,
         "d_in": config.d_in,
     }
-    (directory / "cfg.json").write_text(json.dumps(cfg, indent=1) + "\n")
+    (directory / "cfg.json").write_text(as_json(cfg))
 
 
 def read(directory: pathlib.Path) -> SAE:

@@ -110,6 +110,7 @@ def _search(sae, sites, latents, edges, tokens, count, seed) -> dict[str, np.nda
         sites.read_chunks([chunk], x)
         x = x.reshape(meta.chunk_sequences, meta.context_length, sites.width)
         used = (store.read_excluded([chunk]) == 0).reshape(x.shape[:2])
+        sites.check_finite([chunk], x, used)
         for first in range(0, len(x), size):
             part = slice(first, first + size)
             start = chunk * meta.chunk_sequences + first

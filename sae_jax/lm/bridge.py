@@ -24,7 +24,7 @@ import ml_dtypes
 import numpy as np
 
 from sae_jax import hub, paths
-from sae_jax.errors import UserError, choose
+from sae_jax.errors import UserError, choose, some
 from sae_jax.json_files import checked, read_json
 from sae_jax.lm.directory import TORCH, model_directory, pinned_spec
 from sae_jax.lm.families import LAYERS
@@ -95,7 +95,10 @@ class TorchModel(LanguageModel):
         torch = self._torch
         dtype = getattr(torch, self.dtype)
         with_weights(self._name, old=True)
-        module = self._load(self._transformers.AutoModelForCausalLM, dtype=dtype)
+        auto = self._transformers.AutoModelForCausalLM
+        module, info = self._load(auto, dtype=dtype, output_loading_info=True)
+        if missing := sorted(info["missing_keys"]):  # transformers draws them at random
+            raise UserError(f"{self.directory} has no tensor {some(missing, 1)}")
         for name, parameter in module.named_parameters():
             if not torch.isfinite(parameter).all():
                 raise UserError(f"parameter {name} of {self.directory} holds NaN or infinity")

@@ -256,11 +256,12 @@ def _check_disk(out, num_tokens: int, row_bytes: int) -> None:
     if paths.is_remote(out):
         return
     out = paths.local(out).absolute()
-    if out.is_file():
-        raise UserError(f"{out} is a file; give a directory for the store")
-    place = next(path for path in (out, *out.parents) if path.is_dir())
-    there = sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) if place == out else 0
-    free = shutil.disk_usage(place).free
+    with paths.explained(out):
+        if out.is_file():
+            raise UserError(f"{out} is a file; give a directory for the store")
+        place = next(path for path in (out, *out.parents) if path.is_dir())
+        there = sum(f.stat().st_size for f in out.rglob("*") if f.is_file()) if place == out else 0
+        free = shutil.disk_usage(place).free
     if needed - there > free:
         raise UserError(
             f"the store needs {needed / 1e9:.2f} GB and {place} has {free / 1e9:.2f} GB free; "

@@ -23,7 +23,7 @@ from absl import logging
 from sae_jax import activations
 from sae_jax.activations import LiveMeta, Store, Stream, WorldStream, statistics
 from sae_jax.activations.files import Folder
-from sae_jax.activations.store import read_complete_meta
+from sae_jax.activations.meta import read_complete_meta
 from sae_jax.config import DataConfig
 from sae_jax.errors import UserError
 from sae_jax.lm.language_model import LanguageModel, in_batches
@@ -107,9 +107,13 @@ class LiveStore(Store):
                 for place, x_TxW in zip(places[start:], batch[site], strict=False):
                     out[divmod(place, meta.chunk_sequences)] = x_TxW
 
-    def check(self, progress=lambda chunks: chunks) -> None:
-        """Raises UserError, because a live store has no bytes to check."""
-        raise UserError(f"{self.path} is live: it holds no activations whose bytes to check")
+    def check_chunks(self, chunks) -> None:
+        """Raises UserError, naming the file, if a file of the store is gone.
+
+        A live store holds no activations that could be damaged; they are checked when they come.
+        """
+        del chunks
+        self.check_files()
 
     def _check_model(self) -> None:
         """Raises UserError unless the model is where it was, and the same."""
@@ -135,7 +139,7 @@ class LiveStore(Store):
         if not len(numbers):
             return
         live, dtype = self.meta.live, self.meta.sites[sites[0]].numpy_dtype
-        tokens = self.tokens()[numbers].read().result()
+        tokens = self.read_tokens(numbers)
 
         def run(batch):
             with _DISPATCH:

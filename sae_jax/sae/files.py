@@ -15,7 +15,6 @@ architecture did not have them.
 
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 import secrets
@@ -28,7 +27,7 @@ import safetensors
 import safetensors.numpy
 
 from sae_jax import paths
-from sae_jax.errors import UserError
+from sae_jax.errors import UserError, on_one_line
 from sae_jax.json_files import checked, read_json
 from sae_jax.sae.registry import architecture_file, find
 
@@ -82,7 +81,7 @@ def write(sae, folder: pathlib.Path, provenance: dict) -> None:
         **({"architecture_file": file} if file else {}),
         "about": provenance,
     }
-    (folder / _CONFIG).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    (folder / _CONFIG).write_text(paths.as_json(values), encoding="utf-8")
 
 
 def read(folder: pathlib.Path, trust_code: bool = True):
@@ -146,9 +145,10 @@ def read_safetensors(file: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         return safetensors.numpy.load_file(file)
     except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{file} is damaged or truncated: {error}") from None
+        raise UserError(f"{file} is damaged or truncated: {on_one_line(error)}") from None
     except (AttributeError, TypeError, KeyError) as error:  # one of 8 bits or fewer
-        raise UserError(f"{file} has a tensor of a type that is not read here: {error}") from None
+        reason = on_one_line(error)
+        raise UserError(f"{file} has a tensor of a type that is not read here: {reason}") from None
 
 
 def check_weights(tensors: dict[str, np.ndarray], file) -> None:

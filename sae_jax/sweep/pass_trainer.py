@@ -64,6 +64,7 @@ def train_pass(
                     run,
                     runs_directory / run_id(run),
                     log_to=log_to,
+                    data_fingerprint=data.stream.fingerprint,
                     keep=max(_KEPT, run.train.keep_checkpoints),
                     one_of_many=True,
                 )

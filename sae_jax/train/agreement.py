@@ -71,8 +71,9 @@ def described(config: Config) -> dict:
 
 
 def data_fingerprint(stream) -> str:
-    """Returns a hash of what a stream reads: of its sites, their statistics, and how many rows."""
-    about = [stream.site_names, stream.site_widths, stream.rows_per_epoch, stream.num_steps]
+    """Returns a hash of what a stream reads: its data, its sites, their statistics, its rows."""
+    about = [stream.fingerprint, stream.site_names, stream.site_widths]
+    about += [stream.rows_per_epoch, stream.num_steps]
     numbers = np.concatenate([stream.mean, stream.site_mean_squared_norms]).astype(np.float64)
     return hashlib.sha256(json.dumps(about).encode() + numbers.tobytes()).hexdigest()[:16]
 

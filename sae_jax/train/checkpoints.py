@@ -1,7 +1,9 @@
 """Saves training states and restores them: asynchronously, atomically, onto any mesh.
 
 In a local directory checkpoints have Orbax's format, in an object store that of
-`object_checkpoints`.
+`object_checkpoints`. With each checkpoint are saved the checksums of its arrays, which are compared
+when it is read, and what its SAE is. Checkpoints of earlier versions have neither, and are read
+without.
 """
 
 import contextlib
@@ -9,17 +11,36 @@ import dataclasses
 import pathlib
 import sys
 import textwrap
+from typing import Any
 
 import jax
 from orbax.checkpoint import multihost
 from orbax.checkpoint import v1 as ocp
 
 from sae_jax import sae as saes
-from sae_jax.errors import UserError
+from sae_jax.config import Config
+from sae_jax.errors import UserError, some
+from sae_jax.json_files import checked
 from sae_jax.paths import AnyPath, ObjectPath
+from sae_jax.train.checksums import checksums
 from sae_jax.train.directory import read_config
 from sae_jax.train.object_checkpoints import ObjectCheckpointer
 from sae_jax.train.step import TrainState
+
+_MEANING = ("architecture", "kind", "d_in", "d_out", "d_sae", "k")
+
+
+@dataclasses.dataclass(frozen=True)
+class _About:
+    """What is saved with the arrays of a checkpoint.
+
+    Attributes:
+      checksums: the checksum of each array by its path; None in a checkpoint without.
+      sae: the fields of the config that say what the arrays are; None in a checkpoint without.
+    """
+
+    checksums: dict[str, int] | None = None
+    sae: dict[str, Any] | None = None
 
 
 class Checkpoints:
@@ -29,8 +50,15 @@ class Checkpoints:
     half-written is no checkpoint, and is removed when this is made.
     """
 
-    def __init__(self, run: AnyPath, keep: int):
-        """Opens the checkpoints of the run at `run`, of which the `keep` latest stay."""
+    def __init__(self, run: AnyPath, keep: int, config: Config | None = None):
+        """Opens the checkpoints of a run.
+
+        Args:
+          run: the run's directory.
+          keep: how many checkpoints stay, the latest.
+          config: the run's config, which those that are read must agree with. None: any.
+        """
+        self._run, self._config = run, config
         self._directory = run / "checkpoints"
         self._checkpointer = _checkpointer(self._directory, keep)
 
@@ -49,8 +77,11 @@ class Checkpoints:
 
         Raises UserError if the previous checkpoint could not be written.
         """
+        tree = _as_dict(state)
+        sae = None if self._config is None else _meaning(self._config)
+        about = dataclasses.asdict(_About(checksums(tree), sae))
         with self._failures_named():
-            self._checkpointer.save(step, _as_dict(state))
+            self._checkpointer.save(step, tree, about)
 
     def finish(self) -> None:
         """Waits until the checkpoint that is being written is whole.
@@ -64,11 +95,16 @@ class Checkpoints:
         """Returns the state of the checkpoint at `step`, by default the latest.
 
         Its arrays get the shardings of `like` (arrays or ShapeDtypeStructs), whatever mesh they
-        were saved from. Raises UserError if the checkpoint cannot be read.
+        were saved from. Raises UserError if the checkpoint cannot be read, is damaged, or is
+        of another SAE than the run's config describes.
         """
         step = self.latest_step if step is None else step
-        with _damage_named(self._directory, step):
-            return _from_dict(self._checkpointer.load(step, _as_dict(like)), like)
+        with _damage_named(self._directory, step, self.steps):
+            about = _read_about(self._checkpointer, step)
+            _check_meaning(about, self._config, self._run, step)
+            tree = self._checkpointer.load(step, _as_dict(like))
+            _check_values(about, tree)
+            return _from_dict(tree, like)
 
     def close(self) -> None:
         """Waits for the checkpoint that is being written, and frees what Orbax holds.
@@ -112,33 +148,79 @@ def load_sae(run: AnyPath, step: int | None = None, trust_code: bool = True) -> 
         step = max(steps) if step is None else step
         if step not in steps:
             raise UserError(f"{run} holds no checkpoint of step {step}, only of {steps}")
-        saved = checkpointer.shapes(step)
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        wanted = {
-            name: jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-                saved[name],
-            )
-            for name in ("parameters", "scale", "target_scale")
-        }
-        with _damage_named(run / "checkpoints", step):
+        with _damage_named(run / "checkpoints", step, steps):
+            about = _read_about(checkpointer, step)
+            _check_meaning(about, config, run, step)
+            saved = checkpointer.shapes(step)
+            wanted = {
+                name: jax.tree.map(
+                    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+                    saved[name],
+                )
+                for name in ("parameters", "scale", "target_scale")
+            }
             state = checkpointer.load_part(step, wanted)
+            _check_values(about, state)
     scales = [
         value if value.ndim else float(value) for value in (state["scale"], state["target_scale"])
     ]
-    return saes.architecture(config.sae).from_parameters(config.sae, state["parameters"], *scales)
+    try:
+        sae = saes.architecture(config.sae)
+        return sae.from_parameters(config.sae, state["parameters"], *scales)
+    except UserError as error:
+        raise UserError(
+            f"{run}/config.json does not describe checkpoint {step} of the run: {error}"
+        ) from None
+
+
+def _meaning(config: Config) -> dict:
+    return {name: getattr(config.sae, name) for name in _MEANING}
+
+
+def _check_meaning(about: _About, config: Config | None, run: AnyPath, step: int) -> None:
+    """Raises UserError unless a checkpoint is of the SAE that the run's config describes."""
+    if config is None or about.sae is None:
+        return
+    described = _meaning(config)
+    if wrong := [n for n, value in about.sae.items() if value != described.get(n, value)]:
+        differences = [f"sae.{name} {about.sae[name]!r} -> {described[name]!r}" for name in wrong]
+        raise UserError(
+            f"{run}/config.json was altered since checkpoint {step} was saved "
+            f"({', '.join(differences)}); put back what it said"
+        )
+
+
+def _read_about(checkpointer, step: int) -> _About:
+    return checked(checkpointer.about(step), _About, "what was saved with the arrays")
+
+
+def _check_values(about: _About, tree: dict) -> None:
+    """Raises ValueError if arrays that were read are not those that were saved."""
+    if about.checksums is None:
+        return
+    found = checksums(tree)
+    if altered := [name for name, value in found.items() if about.checksums.get(name) != value]:
+        raise ValueError(f"damaged: {some(altered, 3)} has not the checksum that it was saved with")
 
 
 @contextlib.contextmanager
-def _damage_named(directory: AnyPath, step: int):
-    """Turns a failure to read a checkpoint into a UserError that names it."""
+def _damage_named(directory: AnyPath, step: int, steps: list[int]):
+    """Turns a failure to read a checkpoint into a UserError that names it, and the one before."""
     try:
         yield
-    except (ValueError, KeyError, OSError) as error:
+    except (UserError, MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:  # of Orbax, damage brings out all kinds
+        before = max((other for other in steps if other < step), default=None)
+        what_to_do = (
+            "it is the only one: train the run again, in a new --workdir"
+            if before is None
+            else f"delete {directory / str(step)} to go on from the one before, of step {before}"
+        )
         raise UserError(
             f"checkpoint {step} under {directory} cannot be read "
-            f"({textwrap.shorten(str(error), 200)}); delete that step's folder to go on from "
-            "the one before"
+            f"({textwrap.shorten(str(error), 200)}); {what_to_do}"
         ) from error
 
 
@@ -174,9 +256,9 @@ class _OrbaxCheckpointer:
         )
         self._saving = None
 
-    def save(self, step: int, tree: dict) -> None:
+    def save(self, step: int, tree: dict, about: dict) -> None:
         self.wait()
-        self._saving = self._checkpointer.save_async(step, tree)
+        self._saving = self._checkpointer.save_async(step, tree, custom_metadata=about)
 
     def wait(self) -> None:
         saving, self._saving = self._saving, None
@@ -196,15 +278,25 @@ class _OrbaxCheckpointer:
     def steps(self) -> list[int]:
         return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
 
+    def about(self, step: int) -> dict:
+        found = self._checkpointer.metadata(step)
+        if found.init_timestamp_nsecs is None:  # Orbax logs that it cannot read it, and goes on
+            raise ValueError("damaged: what was saved with the arrays is no valid JSON")
+        return found.custom_metadata or {}
+
     def shapes(self, step: int) -> dict:
-        return self._checkpointer.metadata(step).metadata
+        shapes = self._checkpointer.metadata(step).metadata
+        if shapes is None:  # the same
+            raise ValueError("damaged: what describes its arrays is not what was written")
+        return shapes
 
     def load(self, step: int, like: dict) -> dict:
         return self._checkpointer.load(step, abstract_state=like)
 
     def load_part(self, step: int, like: dict) -> dict:
         rest = jax.tree.map(lambda _: ocp.PLACEHOLDER, self.shapes(step))
-        return self.load(step, rest | like)
+        loaded = self.load(step, rest | like)
+        return {name: loaded[name] for name in like}
 
 
 def _checkpointer(directory: AnyPath, keep: int | None) -> ObjectCheckpointer | _OrbaxCheckpointer:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.metadata
-import json
 import os
 import pathlib
 import socket
@@ -21,18 +20,30 @@ from sae_jax.paths import AnyPath, ObjectPath
 from sae_jax.train import agreement, metrics
 
 _PACKAGES = """sae-jax jax jaxlib flax optax orbax-checkpoint grain tensorstore numpy""".split()
+_FINGERPRINT, _DIRECTORY = "data_fingerprint", "directory"
 
 
 class RunDirectory:
     """The directory of a run.
 
-    RUN/config.json     the resolved config, and the versions of the packages
+    RUN/config.json     the resolved config; with what it began: packages, fingerprint of the data
     RUN/metrics.jsonl   a line for each logged step
     RUN/result.json     what the run came to, once it has ended
     RUN/failed.json     why a run of a sweep was given up
+
+    Attributes:
+      path: the directory.
+      config: the run's config. Where its store has moved since it began, that of the beginning:
+        where the data are is not what the run is.
     """
 
-    def __init__(self, path: AnyPath, config: Config, check_shared: bool = True):
+    def __init__(
+        self,
+        path: AnyPath,
+        config: Config,
+        data_fingerprint: str | None = None,
+        check_shared: bool = True,
+    ):
         """Makes the directory, or finds the interrupted run of the same config in it.
 
         All processes call it. Two programs may call it at one instant: one of them makes the
@@ -41,17 +52,20 @@ class RunDirectory:
         Args:
           path: the directory.
           config: the resolved config.
+          data_fingerprint: that of the stream; None where it is not known.
           check_shared: whether to check that all processes see what process 0 writes there.
 
-        Raises UserError if the directory holds something else, or is not shared by all processes.
+        Raises UserError if the directory holds something else, or a run on other data, or is not
+        shared by all processes.
         """
         self.path = path
+        self.config = config
         self._metrics_path = path / "metrics.jsonl"
         self._metrics = None
         names = _names_in(path)
         new = "config.json" not in names
         if not new:
-            _check_same(path, config)
+            self.config = _check_same(path, config, data_fingerprint)
         elif {name for name in names if not _is_temporary(name)}:
             raise UserError(
                 f"{path} is not empty and holds no run (no config.json); give --workdir a new or "
@@ -61,25 +75,25 @@ class RunDirectory:
         multihost_utils.sync_global_devices("looked at the run's directory")
         if new and is_writer():
             path.mkdir(parents=True, exist_ok=True)
-            noted = environment() | {"directory": os.getcwd()}
-            values = configs.to_dict(config) | {"environment": noted}
+            around = environment()
+            around |= {_FINGERPRINT: data_fingerprint, _DIRECTORY: os.getcwd()}
+            values = configs.to_dict(config) | {"environment": around}
             by = f".{socket.gethostname()}.{os.getpid()}"
             if not paths.create(path / "config.json", paths.as_json(values), by):
-                _check_same(path, config)  # another program was faster
+                # Another program was faster.
+                self.config = _check_same(path, config, data_fingerprint)
         if check_shared:
             agreement.check_shared(path)
 
     @property
     def result(self) -> dict | None:
         """The content of result.json, or None where the run has not ended."""
-        file = self.path / "result.json"
-        return json.loads(file.read_text()) if file.exists() else None
+        return read_json(self.path / "result.json", default={}) or None
 
     @property
     def failure(self) -> dict | None:
         """The content of failed.json, or None where the run was not given up."""
-        file = self.path / "failed.json"
-        return json.loads(file.read_text()) if file.exists() else None
+        return read_json(self.path / "failed.json", default={}) or None
 
     def save_failure(self, failure: dict) -> None:
         """Writes failed.json."""
@@ -95,7 +109,7 @@ class RunDirectory:
         """Returns the lines of metrics.jsonl, oldest first."""
         if not self._metrics_path.exists():
             return []
-        return [json.loads(line) for line in self._metrics_path.read_text().splitlines()]
+        return metrics.read_lines(self._metrics_path)
 
     def save_result(self, result: dict) -> None:
         """Writes result.json, when all metrics are written."""
@@ -115,13 +129,12 @@ class RunDirectory:
         """Returns the lines of metrics.jsonl up to `step`."""
         if not self._metrics_path.is_file():
             return []
-        lines = metrics.lines_until(self._metrics_path, step).splitlines()
-        return [json.loads(line) for line in lines]
+        return metrics.read_lines(self._metrics_path, step)
 
     def log(self, line: dict) -> None:
         """Adds a line to metrics.jsonl. Raises UserError if it cannot be written."""
         if self._metrics:
-            self._metrics.add(json.dumps(line) + "\n")
+            self._metrics.add(paths.as_json(line, indent=None))
 
     def flush(self) -> None:
         """Waits until all that was logged is written.
@@ -166,7 +179,7 @@ def find_store(run: AnyPath, data: DataConfig) -> DataConfig:
     if not data.store or is_world(data.store) or paths.is_remote(data.store):
         return data
     noted = read_json(run / "config.json", default={}).get("environment")
-    noted = noted.get("directory") if isinstance(noted, dict) else None
+    noted = noted.get(_DIRECTORY) if isinstance(noted, dict) else None
     above = [] if isinstance(run, ObjectPath) else list(run.absolute().parents)
     for place in [*([noted] if isinstance(noted, str) else []), os.curdir, *above]:
         found = paths.local(place) / paths.local(data.store)
@@ -195,14 +208,31 @@ def _is_temporary(name: str) -> bool:
     return name.startswith("config.json.") and name.endswith(".tmp")
 
 
-def _check_same(path: AnyPath, config: Config) -> None:
+def _check_same(path: AnyPath, config: Config, data_fingerprint: str | None) -> Config:
+    """Returns the config that the run at `path` began with, whose store may since have moved.
+
+    Raises UserError, which says what differs, if it is another run. A run of an earlier version,
+    which has no fingerprint of its data, has a store at one place only.
+    """
     found = read_config(path)
+    around = read_json(path / "config.json").get("environment")
+    began_with = around.get(_FINGERPRINT) if isinstance(around, dict) else None
+    if began_with is not None and began_with == data_fingerprint:
+        store = found.data.store
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, store=store))
     changed = configs.difference(configs.identity(found), configs.identity(config))
+    known = None not in (began_with, data_fingerprint)
+    if known and not changed and began_with != data_fingerprint:
+        raise UserError(
+            f"{path} holds a run on other data: {config.data.store} is not the store that it began "
+            "with, though it lies there; use another --workdir, or put that store back"
+        )
     if changed:
         raise UserError(
             f"{path} holds a run of another config ({'; '.join(changed)}); use another --workdir, "
             "or the same config to resume it"
         )
+    return config
 
 
 def environment() -> dict:

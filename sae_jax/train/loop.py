@@ -4,6 +4,7 @@ A single run is a pack of one. Several packs share one reading of the data (a sw
 pack may branch off from the states of another, its trunk.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 
@@ -69,6 +70,7 @@ class TrainingData:
 
         `evaluate` returns these means for a batch. Where it returns arrays, with a value for each
         run, they become lists. All are None where nothing is held out.
+        Raises UserError if they are NaN because the store is damaged.
         """
         names = ("eval_loss", "eval_fvu", "eval_l0")
         if self.heldout is None:
@@ -77,10 +79,12 @@ class TrainingData:
         placement = BatchPlacement(self.mesh, batch)
         count = max(1, min(self.heldout.steps_per_epoch, _EVAL_ROWS // batch))
         batches = map(placement.place, self.heldout.batches(0, placement.rows))
-        means = jax.device_get([evaluate(next(batches)) for _ in range(count)])
-        return {
-            name: np.mean([np.float64(m[name]) for m in means], axis=0).tolist() for name in names
-        }
+        batch_means = jax.device_get([evaluate(next(batches)) for _ in range(count)])
+        means = {n: np.mean([np.float64(m[n]) for m in batch_means], axis=0) for n in names}
+        if not all(np.isfinite(value).all() for value in means.values()):
+            for step in range(count):
+                self.heldout.check_step(step)
+        return {name: value.tolist() for name, value in means.items()}
 
 
 class PackInTraining:
@@ -141,6 +145,7 @@ class PackInTraining:
         self._pending = None
         self._logged = None  # (step, time) of the last logged metrics
         self._saving: int | None = None  # the step whose checkpoint may still be being written
+        self._checked_steps: set[int] = set()  # whose data are not what made them non-finite
         self._began = time.monotonic()
 
     @property
@@ -242,6 +247,7 @@ class PackInTraining:
         rate = (step - last_step) / max(now - last_time, 1e-9) if step > last_step else None
         self._logged = (step, now)
         values = {name: np.reshape(v, -1) for name, v in jax.device_get(metrics).items()}
+        self._check_data(values["nonfinite_step"])
         for i, recorder in enumerate(self.recorders):
             if not recorder.open:
                 continue
@@ -250,6 +256,12 @@ class PackInTraining:
             recorder.log(step, {name: v[i].item() for name, v in values.items()}, rate)
             if not recorder.open:
                 self._run_ended()
+
+    def _check_data(self, nonfinite_steps: np.ndarray) -> None:
+        """Raises UserError if a step's loss was not finite because the store is damaged there."""
+        for step in set(nonfinite_steps.tolist()) - self._checked_steps - {-1}:
+            self._data.stream.check_step(step)
+            self._checked_steps.add(step)
 
     def finish_saving(self) -> None:
         """Waits until the last checkpoints are written."""
@@ -329,13 +341,14 @@ def train_packs(
     batches = data.batches(first)
     with Preemption() as preemption, TrainingBar(name, done, sum(p.until for p in active)) as bar:
         for step in range(first, last):
-            try:
-                batch = f"the batch of step {step + 1}, from {data.store}"
-                with preemption.interruptible(), progress.waits_for(batch, True):
+            rows = None
+            batch = f"the batch of step {step + 1}, from {data.store}"
+            with contextlib.suppress(StoppedWaiting), preemption.interruptible():
+                with progress.waits_for(batch, can_be_left=True):
                     rows = _next_batch(batches, step)
-            except StoppedWaiting:
+            if rows is None:
                 _stop([p for p in active if not p.waiting_for_trunk and p.step == step < p.until])
-                raise PreemptedError(step) from None
+                raise PreemptedError(step)
             for branch in active:
                 if branch.waiting_for_trunk and branch.start == step:
                     branch.branch_from_trunk()

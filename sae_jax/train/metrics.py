@@ -5,11 +5,12 @@ A killed run goes on with it from its last checkpoint.
 
 import concurrent.futures
 import contextlib
-import json
+import math
 import time
 
 from sae_jax import paths
 from sae_jax.errors import UserError
+from sae_jax.json_files import parse_json
 from sae_jax.paths import AnyPath, ObjectPath
 
 _SECONDS = 30  # until people who watch a run in an object store see new lines
@@ -18,11 +19,30 @@ _SECONDS = 30  # until people who watch a run in an object store see new lines
 def lines_until(file: AnyPath, step: int) -> str:
     """Returns the text of `file` up to `step`, without a last line that was cut by a kill."""
     kept = []
-    for line in file.read_text().splitlines(keepends=True):
-        with contextlib.suppress(json.JSONDecodeError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
+    for line in _text(file).splitlines(keepends=True):
+        if (values := _parsed(line)) and values["step"] <= step:
+            kept.append(line)
     return "".join(kept)
+
+
+def read_lines(file: AnyPath, step: float = math.inf) -> list[dict]:
+    """Returns the lines of `file` up to `step`, oldest first, without those that were cut."""
+    lines = map(_parsed, _text(file).splitlines())
+    return [values for values in lines if values and values["step"] <= step]
+
+
+def _text(file: AnyPath) -> str:
+    return file.read_bytes().decode(errors="replace")  # a line that is no text is left out
+
+
+def _parsed(line: str) -> dict | None:
+    """Returns what a line holds, or None for one that was cut or is no line of metrics."""
+    try:
+        values = parse_json(line, "a line")
+    except UserError:
+        return None
+    is_metrics = isinstance(values, dict) and isinstance(values.get("step"), int)
+    return values if is_metrics else None
 
 
 def open_after(file: AnyPath, step: int) -> "_LocalMetrics | _ObjectMetrics":

@@ -4,15 +4,17 @@ Orbax 0.12 writes gs:// but not s3:// (google/orbax, pull request 2739). So both
 with JAX's own writer of sharded arrays.
 
     CHECKPOINTS/STEP/NAME/...        a zarr3 array for each leaf of the state: parameters/w_enc
-    CHECKPOINTS/STEP/complete.json   the arrays, and how many files they have; written last
+    CHECKPOINTS/STEP/complete.json   the arrays, how many files they have, and what is saved with
+                                     them; written last
 
 Object stores cannot rename. So a folder is a checkpoint if it has its complete.json and all its
 files. What a killed process left has none, and is removed by the next process.
 """
 
 import collections
-import json
+import dataclasses
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,10 +23,26 @@ from jax.experimental.array_serialization import serialization
 
 from sae_jax import paths
 from sae_jax.errors import UserError
+from sae_jax.json_files import checked, parse_json
 from sae_jax.paths import ObjectPath
 
 _CHUNK_BYTES = 1 << 30  # of one object: S3 takes 5 GB in a request
 _PATIENCE = 1800  # seconds that processes wait for the slowest of them to upload
+
+
+@dataclasses.dataclass(frozen=True)
+class _Complete:
+    """The content of complete.json.
+
+    Attributes:
+      arrays: the shape and type of each array by its path.
+      files: how many files they have.
+      about: what was saved with them.
+    """
+
+    arrays: dict[str, tuple[list[int], str]]
+    files: int
+    about: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class ObjectCheckpointer:
@@ -47,24 +65,27 @@ class ObjectCheckpointer:
         self._keep = keep
         self._manager = serialization.GlobalAsyncCheckpointManager(timeout_secs=_PATIENCE)
         self._saving: int | None = None
+        self._about: dict = {}  # of the checkpoint that is being saved
         sizes = collections.Counter(file.partition("/")[0] for file in directory.files())
         self.steps = sorted(int(name) for name in sizes if self._is_whole(name, sizes[name]))
         if keep and jax.process_index() == 0:
             for name in sizes.keys() - set(map(str, self.steps)):
                 (directory / name).rmtree()
 
-    def save(self, step: int, tree: dict) -> None:
+    def save(self, step: int, tree: dict, about: dict | None = None) -> None:
         """Copies the tree and returns; it is written while the next steps run.
 
-        Raises whatever kept the previous checkpoint from being written.
+        `about` is what to save with it, as values that JSON can hold. Raises whatever kept the
+        previous checkpoint from being written.
         """
         self.wait()
         arrays = _named(tree)
         metadata = {name: _metadata(array) for name, array in arrays.items()}
         specs = [
-            self._spec(step, name) | {"store_data_equal_to_fill_value": True, "metadata": about}
-            for name, about in metadata.items()
+            self._spec(step, name) | {"store_data_equal_to_fill_value": True, "metadata": layout}
+            for name, layout in metadata.items()
         ]
+        self._about = about or {}
         self._manager.serialize(
             list(arrays.values()), specs, on_commit_callback=lambda: self._commit(step, metadata)
         )
@@ -91,10 +112,14 @@ class ObjectCheckpointer:
 
     load_part = load
 
+    def about(self, step: int) -> dict:
+        """Returns what was saved with a checkpoint; of an earlier version, nothing."""
+        return self._complete(step).about
+
     def shapes(self, step: int) -> dict:
         """Returns the tree of a checkpoint, with a jax.ShapeDtypeStruct for each array."""
         tree: dict = {}
-        for name, (shape, dtype) in self._complete(step)["arrays"].items():
+        for name, (shape, dtype) in self._complete(step).arrays.items():
             *folders, leaf = name.split("/")
             branch = tree
             for folder in folders:
@@ -119,7 +144,8 @@ class ObjectCheckpointer:
                 "another process train this run?"
             )
         arrays = {name: [about["shape"], about["data_type"]] for name, about in metadata.items()}
-        paths.save_json({"arrays": arrays, "files": len(files)}, folder / "complete.json")
+        complete = {"arrays": arrays, "files": len(files), "about": self._about}
+        paths.save_json(complete, folder / "complete.json")
         for old in [*self.steps, step][: -self._keep]:
             (self._directory / str(old) / "complete.json").unlink()
             (self._directory / str(old)).rmtree()
@@ -130,21 +156,26 @@ class ObjectCheckpointer:
             complete = self._complete(name)
         except FileNotFoundError:
             return False
-        if files - 1 < complete["files"]:
+        if files - 1 < complete.files:
             logging.warning(
                 "%s/%s lacks files and is no checkpoint any more", self._directory, name
             )
             return False
         return True
 
-    def _complete(self, step: int | str) -> dict:
-        return json.loads((self._directory / str(step) / "complete.json").read_text())
+    def _complete(self, step: int | str) -> _Complete:
+        file = self._directory / str(step) / "complete.json"
+        try:
+            return checked(parse_json(file.read_bytes(), file), _Complete, file)
+        except UserError as error:
+            raise UserError(f"{error}; remove {file.parent} to go on without it") from None
 
     def _spec(self, step: int, name: str) -> dict:
         return {
             "driver": "zarr3",
             "kvstore": paths.kvstore(self._directory, f"{step}/{name}/"),
-            "context": {"cache_pool": {"total_bytes_limit": 0}},  # all is read or written once
+            # All is read or written once.
+            "context": {"cache_pool": {"total_bytes_limit": 0}} | paths.REQUESTS,
         }
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from sae_jax import sae as saes
 from sae_jax.activations import Stream, WorldStream
+from sae_jax.activations.statistics import finite_rows
 from sae_jax.config import Config
 from sae_jax.errors import UserError, choose
 from sae_jax.train import optimizer
@@ -153,7 +154,9 @@ def initial_b_dec(config: Config, stream: Stream | WorldStream) -> np.ndarray:
     if config.sae.b_dec_init == "mean":
         return stream.mean[targets].astype(np.float32)
     rows: list[np.ndarray] = []
-    for batch in stream.batches(prefetch=0):
+    for step, batch in enumerate(stream.batches(prefetch=0)):
+        if not finite_rows(batch).all():
+            stream.check_step(step)
         rows.extend(batch[:, targets].astype(np.float32))
         if len(rows) >= _MEDIAN_ROWS:
             break

@@ -161,6 +161,7 @@ class RunRecorder(Recorder):
         *,
         on_metrics: Sequence[OnMetrics] = (),
         log_to: Log | None = None,
+        data_fingerprint: str | None = None,
         keep: int | None = None,
         one_of_many: bool = False,
     ):
@@ -171,6 +172,7 @@ class RunRecorder(Recorder):
           path: the directory.
           on_metrics: each is called with every line of metrics, on process 0.
           log_to: where lines of metrics go besides, on process 0.
+          data_fingerprint: that of the stream of batches.
           keep: how many checkpoints stay, by default the config's number.
           one_of_many: whether other runs go on when this one fails. Whoever trains them has checked
             that all processes share the directory that the runs are in.
@@ -178,11 +180,12 @@ class RunRecorder(Recorder):
         Raises UserError if the directory holds something else.
         """
         super().__init__(config, on_metrics, log_to)
-        self.directory = RunDirectory(path, config, check_shared=not one_of_many)
+        self.directory = RunDirectory(path, config, data_fingerprint, check_shared=not one_of_many)
+        self.config = self.directory.config
         self.result = self.directory.result
         self.failed = self.directory.failure is not None
         self._one_of_many = one_of_many
-        self._checkpoints = Checkpoints(path, keep or config.train.keep_checkpoints)
+        self._checkpoints = Checkpoints(path, keep or config.train.keep_checkpoints, config)
 
     @property
     def checkpoint_steps(self) -> Sequence[int]:

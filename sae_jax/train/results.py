@@ -66,7 +66,7 @@ def metrics_line(
         "step": step,
         "tokens": tokens,
         **flops(config, tokens),
-        **{name: v if math.isfinite(v) else None for name, v in values.items()},
+        **{name: _finite(value) for name, value in values.items()},
         "tokens_per_second": steps_per_second and steps_per_second * config.data.batch_size,
     }
 
@@ -88,11 +88,16 @@ def make_result(
     return {
         **planned(trainer.config),
         "sparsity_coefficient": _last_coefficient(trainer.config, state),
-        **means,
+        **{name: _finite(value) for name, value in means.items()},
         "dead_fraction": float(jnp.mean(dead.astype(jnp.float32))),
         "wall_seconds": seconds,
         "devices": jax.sharding.get_mesh().size,
     }
+
+
+def _finite(value: float | None) -> float | None:
+    """Returns the value, or None for NaN or infinity, which JSON does not have."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _last_coefficient(config: Config, state: TrainState) -> float | None:

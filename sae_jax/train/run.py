@@ -77,7 +77,13 @@ def train_run(
     if workdir is None:
         recorder = Recorder(config, on_metrics, log_to)
     else:
-        recorder = RunRecorder(config, paths.path(workdir), on_metrics=on_metrics, log_to=log_to)
+        recorder = RunRecorder(
+            config,
+            paths.path(workdir),
+            on_metrics=on_metrics,
+            log_to=log_to,
+            data_fingerprint=stream.fingerprint,
+        )
     with (
         jax.set_mesh(data.mesh),
         contextlib.closing(recorder),
@@ -96,7 +102,7 @@ def train_run(
             )
         _, _, variance = preparation.normalisation(config, data.stream)
         pack = PackInTraining(
-            SingleTrainer(Trainer(config, steps, variance, extra_loss=extra_loss)),
+            SingleTrainer(Trainer(recorder.config, steps, variance, extra_loss=extra_loss)),
             [recorder],
             data,
             progress,

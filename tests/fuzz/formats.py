@@ -245,7 +245,7 @@ def _held(store) -> Arrays:
     """Returns what is in a store besides the activations."""
     sites = list(store.meta.sites)[:1]
     found = HeldOutRows(store, sites, tokens=store.num_rows, holdout_fraction=None)
-    tokens, used = found.sequences(store.num_rows) or (np.zeros(0), np.zeros(0))
+    tokens, used = (found.sequences(store.num_rows) or (np.zeros(0), np.zeros(0)))[:2]
     return {
         "excluded": store.read_excluded(range(store.meta.num_chunks)),
         "usable": np.asarray(store.usable_rows),
@@ -542,36 +542,36 @@ _CLASSES = tuple(
 )
 
 FORMATS = {
-    "sae_jax": Format(_copies("sae_jax-*"), _read_sae, cost=3),
-    "saelens": Format(_exports("saelens", *_SAES), _read_sae, cost=3),
-    "old_saelens": Format(_make_old_saelens, _read_sae, cost=3),
+    "sae_jax": Format(_copies("sae_jax-*"), _read_sae, cost=5),
+    "saelens": Format(_exports("saelens", *_SAES), _read_sae, cost=5),
+    "old_saelens": Format(_make_old_saelens, _read_sae, cost=5),
     "dictionary_learning": Format(
-        _exports("dictionary_learning", *_CLASSES), _read_sae, cost=3, needs=("torch",)
+        _exports("dictionary_learning", *_CLASSES), _read_sae, cost=8, needs=("torch",)
     ),
-    "sparsify": Format(_make_sparsify, _read_sae, cost=3),
-    "gemma_scope": Format(_exports("gemma_scope", "jumprelu-transcoder"), _read_sae, cost=3),
-    "gemma_scope_2": Format(_exports("gemma_scope_2", *_SAES[2:]), _read_sae, cost=3),
-    "openai": Format(_copies("openai-*"), _read_sae, cost=3, needs=("torch",)),
-    "model": Format(_make_models, _read_model, finite=False, cost=3),
-    "tokenizer": Format(_make_tokenizers, _read_tokenizer),
-    "store": Format(_make_stores, _read_store, sealed=_SEALED, cost=4),
-    "live_store": Format(_make_live_store, _read_live_store, cost=4, place=True),
-    "foreign": Format(_make_foreign, _read_foreign, finite=False, cost=8),
+    "sparsify": Format(_make_sparsify, _read_sae, cost=5),
+    "gemma_scope": Format(_exports("gemma_scope", "jumprelu-transcoder"), _read_sae, cost=6),
+    "gemma_scope_2": Format(_exports("gemma_scope_2", *_SAES[2:]), _read_sae, cost=5),
+    "openai": Format(_copies("openai-*"), _read_sae, cost=8, needs=("torch",)),
+    "model": Format(_make_models, _read_model, finite=False, cost=5),
+    "tokenizer": Format(_make_tokenizers, _read_tokenizer, cost=2),
+    "store": Format(_make_stores, _read_store, sealed=_SEALED, cost=8),
+    "live_store": Format(_make_live_store, _read_live_store, cost=8, place=True),
+    "foreign": Format(_make_foreign, _read_foreign, finite=False, cost=40),
     "run": Format(
-        _make_runs, _read_run, sealed=("checkpoints/*",), cost=10, place=True, rewrites=True
+        _make_runs, _read_run, sealed=("checkpoints/*",), cost=30, place=True, rewrites=True
     ),
     "checkpoint": Format(
         _make_runs, _read_checkpoint, changed=("config.json", "checkpoints/*"),
-        sealed=("checkpoints/*",), cost=20, place=True, rewrites=True,
+        sealed=("checkpoints/*",), cost=30, place=True, rewrites=True,
     ),
-    "evaluation": Format(_make_runs, _read_evaluation, changed=("eval*",), finite=False),
+    "evaluation": Format(_make_runs, _read_evaluation, changed=("eval*",), finite=False, cost=3),
     "sweep": Format(
-        _make_sweep, _read_sweep, changed=("sweep.json", "leases/*", "runs/*"), cost=4, place=True,
+        _make_sweep, _read_sweep, changed=("sweep.json", "leases/*", "runs/*"), cost=8, place=True,
         rewrites=True,
     ),
-    "results": Format(_make_sweep, _read_results, cost=4, place=True, rewrites=True),
+    "results": Format(_make_sweep, _read_results, cost=12, place=True, rewrites=True),
     "table": Format(_make_tables, _read_table),
     "sweep_file": Format(_make_sweep_file, _read_sweep_file, cost=4, place=True),
-    "text": Format(_make_texts, _read_text),
+    "text": Format(_make_texts, _read_text, cost=2),
     "tokens": Format(_make_tokens, _read_tokens),
 }  # fmt: skip

@@ -69,6 +69,14 @@ class WorldStream:
         self.num_steps = self.steps_per_epoch = _ROWS // batch_size
         self.rows_per_epoch = self.num_steps * batch_size
 
+    @property
+    def fingerprint(self) -> str:
+        """The text that describes the world, which is all that its rows depend on."""
+        return self.world.spec
+
+    def check_step(self, step: int) -> None:
+        """Does nothing, because a world's rows are computed."""
+
     def batch_rows(self, step: int) -> np.ndarray:
         """Returns the ids (batch_size,) int64 of the rows of a step."""
         if not 0 <= step < self.num_steps:
