@@ -14,6 +14,7 @@ and writes one HTML page with what it found. Stopped and started again, it goes 
 
 SITE = "mlp_act.0"  # what Towards Monosemanticity decomposes
 MORE_SITES = ("mlp_in.0", "mlp_out.0", "resid_pre.0", "resid_mid.0", "resid_post.0")
+K = 32  # latents a token
 LEARNING_RATE = 3e-3  # above the architecture's own, which is for runs a hundred times as long
 LM_TOKENS = 32_768  # for the evaluation inside the model
 EXAMPLE_TOKENS = 400_000  # among which the page looks for texts
@@ -38,10 +39,12 @@ def run(args, overrides) -> int:
     del overrides
     from sae_jax import lm, paths
     from sae_jax.errors import UserError
+    from sae_jax.sae import TopKConfig
     from sae_jax.train import preemption
 
     if not args.out:
         raise UserError("--out is empty; it is the directory of all results")
+    TopKConfig(d_sae=args.d_sae, k=K)  # refuses what does not go together, before the harvest
 
     try:
         demo(
@@ -70,7 +73,7 @@ def demo(
     tokens: int,
     d_sae: int,
     epochs: int,
-    k: int = 32,
+    k: int = K,
     batch_size: int = 2048,
 ) -> pathlib.Path:
     """Harvests, trains, evaluates and writes a page into `out`, and returns the page's path.
@@ -93,10 +96,8 @@ def demo(
     from sae_jax import interop, interpret, lm
     from sae_jax.evaluate import figures, report
     from sae_jax.evaluate.sources import HeldOutRows
-    from sae_jax.sae import TopKConfig
     from sae_jax.train.run import train_run
 
-    TopKConfig(d_sae=d_sae, k=k)  # refuses what does not go together, before the harvest
     run_directory, page = out / "run", out / "index.html"
     evaluation_file, metrics_file = run_directory / "eval.json", run_directory / "metrics.jsonl"
 
