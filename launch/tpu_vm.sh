@@ -65,7 +65,7 @@ install() {
     on_all_hosts "set -e
       python3 -m pip install --user --quiet uv
       ~/.local/bin/uv venv --quiet --clear --python=3.12 venv
-      ~/.local/bin/uv pip install --quiet --python=venv/bin/python './${WHEEL##*/}[tpu]'"
+      ~/.local/bin/uv pip install --quiet --python=venv/bin/python $(printf '%q' "./${WHEEL##*/}")'[tpu]'"
 }
 
 # shellcheck disable=SC2329 # by the trap

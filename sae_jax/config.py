@@ -10,7 +10,7 @@ import dataclasses
 
 from sae_jax.errors import UserError, nearest
 from sae_jax.fields import check_types, parse, typed, types_of
-from sae_jax.python_files import call_in_file
+from sae_jax.python_files import call_in_file, split
 from sae_jax.sae import ARCHITECTURES, SAEConfig, TopKConfig
 from sae_jax.sae.registry import architecture_file, by_name, find
 
@@ -277,7 +277,7 @@ def load_file(spec: str) -> Config:
     """
     config = call_in_file(spec, "get_config", "a config file defines one that returns Config")
     if not isinstance(config, Config):
-        path = spec.partition(":")[0]
+        path, _ = split(spec)
         raise UserError(f"get_config() of {path} returned {type(config).__name__}, not Config")
     return config
 

@@ -31,6 +31,20 @@ def _one_line(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+_LONGEST = 2000  # characters of a message
+
+
+def one_line(message: object) -> str:
+    """Returns a message as one line for a terminal, whatever names it quotes.
+
+    Line breaks become spaces, characters that are not printable their escapes, and what is longer
+    than any message is cut.
+    """
+    line = " ".join(str(message).splitlines())
+    line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
+
+
 def choose(value: str, choices: Iterable[str], what: str) -> str:
     """Returns `value` if it is one of `choices`.
 

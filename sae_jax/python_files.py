@@ -47,12 +47,26 @@ def load_module(path: str | pathlib.Path) -> types.ModuleType:
     return module
 
 
+def split(spec: str) -> tuple[str, str]:
+    """Returns the file or recipe that "FILE.py:ARG" or "RECIPE:ARG" names, and ARG; "" for none.
+
+    Colons in the file's path are part of it.
+    """
+    path, ending, arg = spec.partition(".py:")
+    if ending:
+        return f"{path}.py", arg
+    if spec.endswith(".py"):
+        return spec, ""
+    path, _, arg = spec.partition(":")
+    return path, arg
+
+
 def attribute_of(spec: str, what: str):
     """Returns what "FILE.py:NAME" names.
 
     Raises UserError if the file does not define it; the message begins with `what` it is for.
     """
-    path, _, name = spec.rpartition(":")
+    path, name = split(spec)
     if not path or not name:
         raise UserError(f"{what} is {spec!r}; it must be FILE.py:NAME")
     module = load_module(path)
@@ -68,9 +82,9 @@ def call_in_file(spec: str, name: str, what: str):
     UserError if the file or the call fails. If the file has no such function, the message ends with
     `what`, which says what the function is for.
     """
-    path, _, arg = spec.partition(":")
+    path, arg = split(spec)
     module = load_module(path)
-    if not hasattr(module, name):
+    if not callable(getattr(module, name, None)):
         raise UserError(f"{path} has no {name}(); {what}")
     with mistakes_in(path):
         return getattr(module, name)(arg) if arg else getattr(module, name)()

@@ -6,6 +6,7 @@ link to that folder. In an installed package it has a copy of the files.
 
 import pathlib
 
+from sae_jax import paths
 from sae_jax.errors import UserError, nearest
 
 _FOLDER = pathlib.Path(__file__).parent / "recipes"
@@ -22,7 +23,7 @@ def find(text: str) -> pathlib.Path:
 
     Raises UserError, naming the recipe whose name is most like it, if there is neither.
     """
-    path = pathlib.Path(text)
+    path = paths.local(text)
     if path.suffix == ".py" and path.is_file():
         return path
     known = names()

@@ -131,7 +131,7 @@ case $all in
   *create*) echo request >> heard ;;
   *delete*) echo delete >> heard ;;
   *" scp "*) echo copy >> heard ;;
-  *uv*) echo install >> heard ;;
+  *uv*) echo install >> heard; printf %s "$all" > installing ;;
   *sae-jax" "*)
     echo "run ${all##*sae-jax }" >> heard
     code=$(next codes)
@@ -187,6 +187,15 @@ def test_a_signal_to_the_launcher_stops_the_program_and_leaves_the_slice(tpu_vm)
     process.terminate()
     assert process.wait(timeout=30) == 75
     assert heard() == ["copy", "install", RUN, "stop"]
+
+
+def test_the_name_of_a_wheel_is_no_command_on_the_hosts(tpu_vm, tmp_path):
+    start, heard = tpu_vm
+    wheel = tmp_path / "it's $(touch there); `touch here`.whl"
+    wheel.touch()
+    assert start("ACTIVE", "2", WHEEL=str(wheel)).wait(timeout=30) == 2
+    line = (tmp_path / "installing").read_text().splitlines()[-1]
+    assert shlex.split(line)[-1] == f"./{wheel.name}[tpu]"
 
 
 def test_a_wheel_that_is_not_there_is_a_mistake(tpu_vm, tmp_path):

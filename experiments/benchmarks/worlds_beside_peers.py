@@ -15,7 +15,6 @@ that nobody trained on.
 import dataclasses
 import functools
 import itertools
-import json
 import pathlib
 import tempfile
 
@@ -34,6 +33,7 @@ from sae_jax.config import (
 from sae_jax.evaluate.recovery import Recovery, RecoveryMeter, measure_recovery
 from sae_jax.evaluate.worlds import WorldRows
 from sae_jax.interop import load
+from sae_jax.json_files import read_json
 from sae_jax.paths import save_json
 from sae_jax.sae import SAEConfig
 from sae_jax.sae.registry import by_name
@@ -134,7 +134,7 @@ class Results:
 
     def __init__(self, path: pathlib.Path):
         self._path = path
-        self._runs = json.loads(path.read_text()) if path.exists() else {}
+        self._runs = read_json(path, default={})
 
     def get(self, name: str, run) -> dict[str, float]:
         """What `run()` gives, or gave."""

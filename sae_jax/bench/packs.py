@@ -16,6 +16,7 @@ from sae_jax import config as configs
 from sae_jax.bench import run_configs
 from sae_jax.config import Config
 from sae_jax.errors import UserError
+from sae_jax.json_files import read_json
 from sae_jax.lm.live import open_stream
 from sae_jax.sweep.design import make_passes
 from sae_jax.train import preparation
@@ -88,7 +89,7 @@ def measure_sweep(runs: list[Config]) -> dict:
         figures = {name: _in_processes(parts, out / name) for name, parts in lists.items()}
         losses = {
             name: {
-                path.parent.name: json.loads(path.read_text())["eval_loss"]
+                path.parent.name: read_json(path)["eval_loss"]
                 for path in (out / name).glob("*/result.json")
             }
             for name in lists

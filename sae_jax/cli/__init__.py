@@ -19,8 +19,9 @@ import sys
 from absl import flags
 from absl import logging as absl_logging
 
-from sae_jax.errors import UserError, choose
+from sae_jax.errors import UserError, choose, one_line
 
+_MOST_CPU_DEVICES = 1024  # each is a few threads
 COMMANDS = """demo harvest store train eval sweep fit plan export import bench launch""".split()
 
 
@@ -38,6 +39,8 @@ def entry() -> int:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # until it can be answered
         os.execv(sys.executable, sys.orig_argv)
+    for stream in (sys.stdout, sys.stderr):  # a path may hold bytes that are no text
+        stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, _stop)
     if sys.platform == "linux":
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
@@ -71,15 +74,18 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(_unknown_command(name))
         return _run(name, rest)
     except (UserError, flags.Error) as error:
-        print(f"sae-jax {name}: error: {error}", file=sys.stderr)
-        return 2
+        return _refuse(name, error)
     except OSError as error:  # no permission, no such place, disk full
         where = f" ({error.filename})" if error.filename else ""
-        print(f"sae-jax {name}: error: {error.strerror or error}{where}", file=sys.stderr)
-        return 2
+        return _refuse(name, f"{error.strerror or error}{where}")
     except KeyboardInterrupt:
         print(f"sae-jax {name}: interrupted; start it again to go on", file=sys.stderr)
         return 130
+
+
+def _refuse(name: str, message: object) -> int:
+    print(one_line(f"sae-jax {name}: error: {message}"), file=sys.stderr)
+    return 2
 
 
 def _run(name: str, rest: list[str]) -> int:
@@ -94,9 +100,6 @@ def _run(name: str, rest: list[str]) -> int:
         print(_help(name, command, values))
         return 0
     positional = values([name, *others])[1:]
-    for flag in values:
-        if values[flag].value != values[flag].value:  # NaN is above and below no bound
-            raise UserError(f"--{flag} must be a number, not nan")
     if positional:
         raise UserError(f"unexpected argument {positional[0]!r}; flags are --name=value")
     if overrides and "config" not in values:
@@ -149,7 +152,12 @@ def _set_up_logging(verbose: bool) -> None:
 
 def _define_cpu_devices(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
-        "cpu_devices", None, "Pretend that the CPU is so many devices.", flag_values=values
+        "cpu_devices",
+        None,
+        "Pretend that the CPU is so many devices.",
+        lower_bound=1,
+        upper_bound=_MOST_CPU_DEVICES,
+        flag_values=values,
     )
 
 

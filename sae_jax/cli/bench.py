@@ -2,6 +2,8 @@
 
 from absl import flags
 
+from sae_jax.cli import path_lists
+
 SUMMARY = """Measure a training step, the reading of batches, or a harvest, on this machine.
 
   sae-jax bench                                         the top-k step at the default shape
@@ -18,27 +20,29 @@ drifts.
 
 def define(values: flags.FlagValues) -> None:
     """Defines the flags of `sae-jax bench`."""
-    flags.DEFINE_string("architecture", "topk", "topk or relu.", flag_values=values)
-    flags.DEFINE_integer("batch", 2048, "Tokens a step.", flag_values=values)
-    flags.DEFINE_integer("d_in", 768, "Width of the activations.", flag_values=values)
-    flags.DEFINE_integer("d_sae", 24_576, "Dictionary size.", flag_values=values)
-    flags.DEFINE_integer("k", 32, "Latents a token, for topk.", flag_values=values)
-    flags.DEFINE_string(
-        "dtype", "float32", "Of matmul operands: float32 or bfloat16.", flag_values=values
+
+    def integer(name, default, text, least=1):
+        flags.DEFINE_integer(name, default, text, lower_bound=least, flag_values=values)
+
+    flags.DEFINE_enum("architecture", "topk", ["topk", "relu"], "topk or relu.", flag_values=values)
+    integer("batch", 2048, "Tokens a step.")
+    integer("d_in", 768, "Width of the activations.")
+    integer("d_sae", 24_576, "Dictionary size.")
+    integer("k", 32, "Latents a token, for topk.")
+    flags.DEFINE_enum(
+        "dtype", "float32", ["float32", "bfloat16"], "Of matmul operands.", flag_values=values
     )
-    flags.DEFINE_integer("mesh_model", 1, "Devices that share the dictionary.", flag_values=values)
-    flags.DEFINE_integer("rounds", 7, "Timed steps of each contestant.", flag_values=values)
+    integer("mesh_model", 1, "Devices that share the dictionary.")
+    integer("rounds", 7, "Timed steps of each contestant.")
     flags.DEFINE_bool("reading", False, "Measure the stream instead.", flag_values=values)
     flags.DEFINE_bool("harvest", False, "Measure a harvest instead.", flag_values=values)
     flags.DEFINE_string("model", "demo", "With --harvest: as for harvest.", flag_values=values)
-    flags.DEFINE_list("text", None, "With --harvest: as for harvest.", flag_values=values)
+    path_lists.define("text", "With --harvest: as for harvest.", values)
     flags.DEFINE_list(
         "sites", None, "With --harvest; five of the middle layer.", flag_values=values
     )
-    flags.DEFINE_integer("context_length", 128, "With --harvest.", flag_values=values)
-    flags.DEFINE_integer(
-        "packs", None, "Measure packs of so many runs instead.", lower_bound=2, flag_values=values
-    )
+    integer("context_length", 128, "With --harvest.")
+    integer("packs", None, "Measure packs of so many runs instead.", least=2)
     flags.DEFINE_string(
         "store",
         None,
@@ -47,12 +51,7 @@ def define(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     flags.DEFINE_string("site", "", "Of the store, where it has several.", flag_values=values)
-    flags.DEFINE_integer(
-        "tokens",
-        204_800,
-        "With --packs and --store: of each run. With --harvest: of a round.",
-        flag_values=values,
-    )
+    integer("tokens", 204_800, "With --packs and --store: of each run. With --harvest: of a round.")
     flags.DEFINE_string("out", None, "Write the figures there as JSON.", flag_values=values)
 
 

@@ -14,6 +14,7 @@ and writes one HTML page with what it found. Stopped and started again, it goes 
 
 SITE = "mlp_act.0"  # what Towards Monosemanticity decomposes
 MORE_SITES = ("mlp_in.0", "mlp_out.0", "resid_pre.0", "resid_mid.0", "resid_post.0")
+K = 32  # latents a token
 LEARNING_RATE = 3e-3  # above the architecture's own, which is for runs a hundred times as long
 LM_TOKENS = 32_768  # for the evaluation inside the model
 EXAMPLE_TOKENS = 400_000  # among which the page looks for texts
@@ -22,16 +23,28 @@ EXAMPLE_TOKENS = 400_000  # among which the page looks for texts
 def define(values: flags.FlagValues) -> None:
     """Defines the flags of `sae-jax demo`."""
     flags.DEFINE_string("out", "sae_demo", "Directory of all results.", flag_values=values)
-    flags.DEFINE_integer("tokens", 600_000, "Tokens of text to harvest.", flag_values=values)
-    flags.DEFINE_integer("d_sae", 2048, "Latents.", flag_values=values)
-    flags.DEFINE_integer("epochs", 3, "Passes over the activations.", flag_values=values)
+
+    def integer(name, default, text, most):
+        flags.DEFINE_integer(
+            name, default, text, lower_bound=1, upper_bound=most, flag_values=values
+        )
+
+    integer("tokens", 600_000, "Tokens of text to harvest.", 10**9)
+    integer("d_sae", 2048, "Latents.", 2**20)
+    integer("epochs", 3, "Passes over the activations.", 1000)
 
 
 def run(args, overrides) -> int:
     """Runs the demo, and returns the exit code."""
     del overrides
     from sae_jax import lm, paths
+    from sae_jax.errors import UserError
+    from sae_jax.sae import TopKConfig
     from sae_jax.train import preemption
+
+    if not args.out:
+        raise UserError("--out is empty; it is the directory of all results")
+    TopKConfig(d_sae=args.d_sae, k=K)  # refuses what does not go together, before the harvest
 
     try:
         demo(
@@ -60,7 +73,7 @@ def demo(
     tokens: int,
     d_sae: int,
     epochs: int,
-    k: int = 32,
+    k: int = K,
     batch_size: int = 2048,
 ) -> pathlib.Path:
     """Harvests, trains, evaluates and writes a page into `out`, and returns the page's path.

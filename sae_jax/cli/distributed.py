@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
+from sae_jax.cli import counts
 from sae_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,31 +32,31 @@ def define(values: flags.FlagValues) -> None:
     )
     flags.DEFINE_integer("process_id", None, "This process, from 0.", flag_values=values)
     flags.DEFINE_integer("num_processes", None, "How many there are.", flag_values=values)
-    flags.DEFINE_float(
+    counts.define_float(
         "start_seconds",
         300.0,
         "How long processes wait for each other at the start, before they say who is missing.",
+        values,
         lower_bound=1.0,
         upper_bound=86_400.0,
-        flag_values=values,
     )
-    flags.DEFINE_float(
+    counts.define_float(
         "heartbeat_seconds",
         60.0,
         "A process that is silent for so long is dead: the others say so and end, to be started "
         "again.",
+        values,
         lower_bound=2.0,
         upper_bound=86_400.0,
-        flag_values=values,
     )
-    flags.DEFINE_float(
+    counts.define_float(
         "watchdog_seconds",
         600.0,
         "A step that takes longer is stuck: all processes say so and end, to be started again. 0: "
         "wait for ever.",
+        values,
         lower_bound=0.0,
         upper_bound=1e9,
-        flag_values=values,
     )
     flags.DEFINE_integer(
         "watchdog_port",

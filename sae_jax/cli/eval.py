@@ -1,10 +1,11 @@
 """Evaluates an SAE, alone and inside its language model: `sae-jax eval`."""
 
+import re
 import sys
 
 from absl import flags
 
-from sae_jax.cli import counts, distributed
+from sae_jax.cli import counts, distributed, path_lists
 
 SUMMARY = """Evaluate an SAE, alone and inside its language model.
 
@@ -33,9 +34,6 @@ def define(values: flags.FlagValues) -> None:
     def string(name, text):
         flags.DEFINE_string(name, None, text, flag_values=values)
 
-    def integer(name, default, text):
-        flags.DEFINE_integer(name, default, text, flag_values=values)
-
     string("run", "Directory of a run.")
     string("sae", "Any SAE instead: what sae_jax.load reads, such as hf://ORG/REPOSITORY/FOLDER.")
     string("kind", "Of a Gemma Scope file, which does not say it: autoencoder or transcoder.")
@@ -60,10 +58,11 @@ def define(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     string("tokens_file", "An .npy or .npz of token ids (sequences, length), instead of a store.")
-    flags.DEFINE_list(
-        "text", None, "Text files instead of a store, as for harvest.", flag_values=values
-    )
-    integer("context_length", None, "With --text: tokens of a context; the model's own, <= 1024.")
+    path_lists.define("text", "Text files instead of a store, as for harvest.", values)
+    flags.DEFINE_integer(
+        "context_length", None, "With --text: tokens of a context; the model's own, <= 1024.",
+        lower_bound=1, flag_values=values,
+    )  # fmt: skip
     flags.DEFINE_bool(
         "collapse_newlines", False, "With --text: make one of several newlines.", flag_values=values
     )
@@ -73,9 +72,10 @@ def define(values: flags.FlagValues) -> None:
         "Count and replace all positions, BOS too; as the run was trained.",
         flag_values=values,
     )
-    flags.DEFINE_float(
-        "holdout_fraction", None, "Of the store's sequences; the run's.", flag_values=values
-    )
+    counts.define_float(
+        "holdout_fraction", None, "Of the store's sequences, 0 to 1; the run's.", values,
+        lower_bound=0.0, upper_bound=1.0,
+    )  # fmt: skip
     string("sequences", "START:STOP of --tokens_file or --text for the SAE alone; all.")
     string("lm_sequences", "START:STOP for the language model's part; as --sequences.")
     string("out", "Where the JSON goes; RUN/eval.json, and nowhere for --sae.")
@@ -106,15 +106,18 @@ def _evaluate(args) -> None:
     from sae_jax.evaluate import figures
     from sae_jax.evaluate.report import evaluate, save
     from sae_jax.evaluate.sources import check_model
-    from sae_jax.train.directory import is_writer, read_config
+    from sae_jax.train.directory import find_store, is_writer, read_config
 
-    if (args.run is None) == (args.sae is None):
+    if bool(args.run) == bool(args.sae):
         raise UserError("give either --run=RUN or --sae=PATH")
     named = args.run or args.sae
+    slices = _slice(args.sequences, "--sequences"), _slice(args.lm_sequences, "--lm_sequences")
+    if slices != (None, None) and not (args.tokens_file or args.text):
+        raise UserError("--sequences and --lm_sequences are of --tokens_file or --text; give one")
     path = interop.locate(named)
     sae = interop.load(named, kind=args.kind)
     is_run = interop.format_of(path) is None and (path / "config.json").is_file()
-    data = read_config(path).data if is_run else DataConfig()
+    data = find_store(path, read_config(path).data) if is_run else DataConfig()
     chosen = {
         name: getattr(args, name)
         for name in ("store", "site", "target_site", "holdout_fraction", "include_excluded")
@@ -130,7 +133,7 @@ def _evaluate(args) -> None:
         model = lm.open_model(directory, args.model_dtype)
         if store is not None and not (args.tokens_file or args.text):
             check_model(store, model)
-    source = _source(args, data, store, model)
+    source = _source(args, data, store, model, *slices)
     settings = {
         "sae": named if paths.is_remote(named) else str(path.absolute()),
         "model": directory and str(directory),
@@ -168,7 +171,7 @@ def _model(asked: str | None, store):
     return store.meta.model if lm.hub_name(store.meta.model or "") else None
 
 
-def _source(args, data, store, model):
+def _source(args, data, store, model, sequences: slice | None, lm_sequences: slice | None):
     """Returns what to evaluate on: the user's tokens or text if given, else the store or world."""
     from sae_jax import lm
     from sae_jax.activations import is_world
@@ -219,21 +222,21 @@ def _source(args, data, store, model):
         sites,
         tokens[: max(1, args.tokens // tokens.shape[1])],
         what=what,
-        sequences=_slice(args.sequences, "--sequences"),
-        spliced_sequences=_slice(args.lm_sequences or args.sequences, "--lm_sequences"),
+        sequences=sequences or slice(None),
+        spliced_sequences=lm_sequences or sequences or slice(None),
         **excluded,
     )
 
 
-def _slice(text: str | None, flag: str) -> slice:
+def _slice(text: str | None, flag: str) -> slice | None:
     from sae_jax.errors import UserError
 
     if text is None:
-        return slice(None)
-    start, colon, stop = text.partition(":")
-    if not (colon and start.isdecimal() and stop.isdecimal() and int(start) < int(stop)):
+        return None
+    match = re.fullmatch(r"([0-9]{1,15}):([0-9]{1,15})", text)
+    if not match or int(match[1]) >= int(match[2]):
         raise UserError(f"{flag} is START:STOP, such as 0:64, not {text!r}")
-    return slice(int(start), int(stop))
+    return slice(int(match[1]), int(match[2]))
 
 
 def _is_from(store, model_directory) -> bool:

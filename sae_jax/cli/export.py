@@ -99,7 +99,7 @@ def _write(args: flags.FlagValues, out) -> None:
     from sae_jax.errors import UserError
     from sae_jax.interop.many import export_many
 
-    if (args.checkpoint is None) == (args.results is None):
+    if bool(args.checkpoint) == bool(args.results):
         raise UserError("give either --checkpoint=RUN or --results=SWEEP")
     if not args.format:
         raise UserError("--format is needed; see sae-jax export --help")

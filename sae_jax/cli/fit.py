@@ -1,7 +1,10 @@
 """Fits scaling laws to the results of runs: `sae-jax fit`."""
 
+import shlex
+
 from absl import flags
 
+from sae_jax.cli import counts
 from sae_jax.errors import UserError
 
 SUMMARY = """Fit a scaling law to runs, with intervals, held-out error and the next run.
@@ -27,6 +30,7 @@ Chinchilla (Besiroglu et al. 2024), whose file gives C = 6 n D instead of D:
       --d_sae="Model Size" --flops="Training FLOP" --flops_factor=6 --drop_largest_losses=5
 """
 
+_LEAST, _MOST = 1e-50, 1e50  # FLOPs
 _RENAMES = {
     "loss": "The column that is fitted: eval_fvu, ... By default loss, or eval_loss.",
     "d_sae": "What the file calls the dictionary size.",
@@ -52,12 +56,12 @@ def define(values: flags.FlagValues) -> None:
     )
     for name, text in _RENAMES.items():
         flags.DEFINE_string(name, None, text, flag_values=values)
-    flags.DEFINE_float(
+    counts.define_float(
         "flops_factor",
         None,
         "F of C = F d_sae tokens, to compute a missing column of flops or tokens; by default "
         "12 d_in where there is a column d_in.",
-        flag_values=values,
+        values,
     )
     flags.DEFINE_enum(
         "accounting",
@@ -74,8 +78,11 @@ def define(values: flags.FlagValues) -> None:
         lower_bound=1,
         flag_values=values,
     )
-    flags.DEFINE_integer("bootstrap", 400, "Resamples of runs.", lower_bound=50, flag_values=values)
-    flags.DEFINE_integer("seed", 0, "Of the bootstrap.", flag_values=values)
+    flags.DEFINE_integer(
+        "bootstrap", 400, "Resamples of runs.", lower_bound=50, upper_bound=100_000,
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_integer("seed", 0, "Of the bootstrap.", lower_bound=0, flag_values=values)
     flags.DEFINE_integer(
         "drop_largest_losses",
         0,
@@ -83,11 +90,11 @@ def define(values: flags.FlagValues) -> None:
         lower_bound=0,
         flag_values=values,
     )
-    flags.DEFINE_float(
+    counts.define_float(
         "predict_flops",
         None,
         "A budget: its best d_sae and tokens, the loss to expect, and next_run.py.",
-        flag_values=values,
+        values,
     )
     flags.DEFINE_string(
         "config",
@@ -100,6 +107,7 @@ def define(values: flags.FlagValues) -> None:
 
 def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
     """Fits the law, writes the results to --out, and prints a summary."""
+    from sae_jax import paths
     from sae_jax.errors import choose
     from sae_jax.laws import fit, next_run, predict, report, results
     from sae_jax.laws.estimators import ESTIMATORS
@@ -112,8 +120,10 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
         choose(args.estimator, ESTIMATORS, "--estimator")
     for name in ("predict_flops", "flops_factor"):
         value = args[name].value
-        if value is not None and not 0 < value < float("inf"):
-            raise UserError(f"--{name} is {value:g}; it must be a positive number")
+        if value is not None and not _LEAST <= value <= _MOST:
+            raise UserError(
+                f"--{name} is {value:g}; it must be a positive number, {_LEAST:g} to {_MOST:g}"
+            )
     if (args.config or overrides) and args.predict_flops is None:
         raise UserError("--config is of the next run; add --predict_flops=C to plan one")
     base = next_run.base(args.config, overrides) if args.config or overrides else None
@@ -133,4 +143,5 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
     print(report.text(values, args.out))
     if planned and planned["d_sae"]:
         next_run.save(planned, args.results, base, args.out)
-        print(f"next: sae-jax train --config={args.out}/next_run.py --workdir=runs/next")
+        file = shlex.quote(f"--config={paths.path(args.out) / next_run.FILE}")
+        print(f"next: sae-jax train {file} --workdir=runs/next")

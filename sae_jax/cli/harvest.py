@@ -4,7 +4,7 @@ import sys
 
 from absl import flags
 
-from sae_jax.cli import counts, distributed
+from sae_jax.cli import counts, distributed, path_lists
 
 SUMMARY = """Write a language model's activations over text to a store.
 
@@ -39,8 +39,8 @@ def define(values: flags.FlagValues) -> None:
     def string(name, default, text, required=False):
         flags.DEFINE_string(name, default, text, flag_values=values, required=required)
 
-    def integer(name, default, text):
-        flags.DEFINE_integer(name, default, text, flag_values=values)
+    def integer(name, default, text, least=1):
+        flags.DEFINE_integer(name, default, text, lower_bound=least, flag_values=values)
 
     string(
         "model",
@@ -48,14 +48,13 @@ def define(values: flags.FlagValues) -> None:
         "Directory of the model, or hf://ORG/REPOSITORY[@REVISION] of the Hugging Face hub; demo: "
         "the one-layer model that ships here; torch: before either: run by transformers.",
     )
-    flags.DEFINE_list(
+    path_lists.define(
         "text",
-        None,
         "Files (.txt and the like: a document each; .json, .jsonl: a document for each item or "
         "line; all also .gz, .bz2, .xz, .zst), directories, or datasets:NAME[@CONFIG][:SPLIT] for "
         "a Hugging Face dataset: its name, a directory of save_to_disk's or of data files, or a "
         ".parquet file.",
-        flag_values=values,
+        values,
         required=True,
     )
     string("field", "text", "Where a document's text is in .json, .jsonl and datasets.")
@@ -78,7 +77,7 @@ def define(values: flags.FlagValues) -> None:
         "Compile the layers that have no site as one loop: for deep models, in less time.",
         flag_values=values,
     )
-    integer("mesh_data", -1, "Devices that share a batch; -1: all that are left.")
+    integer("mesh_data", -1, "Devices that share a batch; -1: all that are left.", least=-1)
     integer("mesh_model", 1, "Devices that share the model's heads, MLP and vocabulary.")
     flags.DEFINE_bool(
         "live", False, "Store no activations: the model computes them whenever they are read.",
@@ -108,13 +107,19 @@ def _harvest(args) -> None:
     from sae_jax import lm
     from sae_jax.errors import UserError, choose
 
+    for name, parts in {"text": args.text, "sites": args.sites, "out": [args.out]}.items():
+        if not parts or "" in parts:
+            raise UserError(f"--{name} is empty; see sae-jax harvest --help")
     choose(args.dtype, ("bfloat16", "float16", "float32"), "--dtype")
     choose(args.model_dtype, ("bfloat16", "float32"), "--model_dtype")
     devices = jax.local_devices()
     model = args.mesh_model
     data = len(devices) // max(model, 1) if args.mesh_data == -1 else args.mesh_data
     if model < 1 or data < 1 or data * model > len(devices):
-        raise UserError(f"a mesh of {data} x {model} devices does not fit the {len(devices)} here")
+        raise UserError(
+            f"--mesh_data={args.mesh_data} --mesh_model={model} does not fit the {len(devices)} "
+            "devices here"
+        )
     mesh = jax.make_mesh((data, model), ("data", "model"), devices=devices[: data * model])
     store = lm.harvest(
         lm.DEMO_MODEL if args.model == "demo" else args.model,

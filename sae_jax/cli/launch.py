@@ -52,6 +52,8 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
         print(SUMMARY.strip())
         return
     files = (*_FILES[choose(args.copy, _FILES, "--copy")], "README.md")
+    if not args.out:
+        raise UserError("--out is empty; it is the directory for the copies")
     out = paths.local(args.out)
     for name in files:
         _check(_FOLDER / name, out / name)

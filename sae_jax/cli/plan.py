@@ -1,6 +1,7 @@
 """Estimates what a run takes of each device, without the devices: `sae-jax plan`."""
 
 import dataclasses
+import re
 import sys
 
 from absl import flags
@@ -67,9 +68,10 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
     from sae_jax.paths import as_json
     from sae_jax.plan import chips, table
 
-    topology = chips.find(args.topology or _cpus(config.mesh))
-    if args.find == "time" and topology.chip is None:
+    name = args.topology or _cpus(config.mesh)
+    if args.find == "time" and name.startswith("cpu"):
         raise UserError("--find=time needs a --topology of TPUs or GPUs")
+    topology = chips.find(name)
     config = _resolve(config)
     if args.find:
         best = _find(config, topology, args.find)
@@ -86,10 +88,10 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
 
 
 def _mesh(text: str, zero: bool) -> configs.MeshConfig:
-    sizes = text.split(",")
-    if len(sizes) != 3 or not all(size.lstrip("-").isdigit() for size in sizes):
+    match = re.fullmatch(r"(-1|[1-9][0-9]{0,8}),(-1|[1-9][0-9]{0,8}),(-1|[1-9][0-9]{0,8})", text)
+    if not match:
         raise UserError(f"--mesh={text} is not RUN,DATA,MODEL, such as 1,8,8")
-    run, data, model = map(int, sizes)
+    run, data, model = map(int, match.groups())
     return configs.MeshConfig(run=run, data=data, model=model, zero=zero)
 
 

@@ -37,7 +37,7 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
     """Prints what a store holds, after making it with --from."""
     from sae_jax.lm.live import open_store
 
-    if (args.path is None) == (args["from"].value is None):
+    if bool(args.path) == bool(args["from"].value):
         raise UserError("give either --path=STORE, or --from=FILES and --out=STORE")
     store = open_store(args.path) if args.path else _convert(args)
     print(describe(store))

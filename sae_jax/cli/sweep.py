@@ -4,7 +4,7 @@ import sys
 
 from absl import flags
 
-from sae_jax.cli import distributed, logs
+from sae_jax.cli import counts, distributed, logs
 from sae_jax.errors import UserError
 
 SUMMARY = """Train many SAEs over one reading of the data; any number of workers share the work.
@@ -63,13 +63,13 @@ def define(values: flags.FlagValues) -> None:
         lower_bound=1,
         flag_values=values,
     )
-    flags.DEFINE_float(
+    counts.define_float(
         "lease_seconds",
         60.0,
         "How long this worker may be silent before others take it for dead.",
+        values,
         lower_bound=1.0,
         upper_bound=1e9,
-        flag_values=values,
     )
     logs.define(values)
     distributed.define(values)

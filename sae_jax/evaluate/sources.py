@@ -82,6 +82,8 @@ class HeldOutRows:
         self._sites = Sites(store, sites)
         self.site_names, self.site_widths = self._sites.names, self._sites.widths
         meta = store.meta
+        if holdout_fraction is not None and not 0 <= holdout_fraction < 1:
+            raise UserError(f"holdout_fraction is {holdout_fraction}; it must be in [0, 1)")
         if holdout_fraction is None:
             chunks = np.arange(meta.num_chunks)
         else:

@@ -13,7 +13,7 @@ from sae_jax.interop import sae_jax_format, saelens
 from sae_jax.interop.locate import locate
 from sae_jax.json_files import checked, read_json
 from sae_jax.lm import hook_name, hub_name
-from sae_jax.train.directory import read_config
+from sae_jax.train.directory import find_store, read_config
 
 _MEASURED = ("tokens", "eval_loss", "eval_fvu", "dead_fraction")
 _SAE = ("k", "sparsity_coefficient", "target_l0", "prefix_widths", "aux_coefficient", "normalize")
@@ -105,7 +105,7 @@ def _read_provenance(path: paths.AnyPath) -> dict:
         names = [entry.name for entry in (run / "checkpoints").iterdir()]
         step = max((int(name) for name in names if name.isdecimal()), default=0)
     provenance = _site_provenance(data.site, data.target_site)
-    provenance |= _store_provenance(data.store, data.site)
+    provenance |= _store_provenance(find_store(run, data).store, data.site)
     provenance["training"] = _recipe(config, step)
     if step == last:
         provenance |= _result_provenance(run) | _evaluation_provenance(run)

@@ -1,13 +1,12 @@
 """Selects runs of a sweep by conditions on the columns of its results.csv."""
 
-import csv
-import io
 import math
 import operator
 import re
 
 from sae_jax import paths
 from sae_jax.errors import UserError, choose
+from sae_jax.tables import read_csv
 
 _OPERATORS = {
     "<=": operator.le,
@@ -55,11 +54,7 @@ def select(sweep: paths.AnyPath, terms: str = "") -> list[dict[str, str]]:
 
 def _rows(file: paths.AnyPath) -> list[dict[str, str]]:
     """Returns the rows of a results.csv. Raises UserError if it is damaged."""
-    try:
-        text = file.read_bytes().decode("utf-8-sig")
-        rows = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{file} is damaged or cannot be read: {error}") from None
+    rows = [row for _, row in read_csv(file)]
     if rows and not {"run_id", "status"} <= rows[0].keys():
         raise UserError(f"{file} has no columns run_id and status, as a sweep's has")
     return rows

@@ -8,7 +8,7 @@ import pathlib
 
 import numpy as np
 
-from sae_jax import lm, pages, plots
+from sae_jax import lm, pages, paths, plots
 from sae_jax.activations import Store
 from sae_jax.evaluate import figures
 from sae_jax.evaluate.report import Evaluation
@@ -149,7 +149,7 @@ def write_page(
         tokens=min(tokens, store.num_rows),
         without_effects=model is not None and effects is None,
     )
-    out = pathlib.Path(out)
+    out = paths.local(out)
     temporary = out.with_name(f"tmp.{out.name}")
     temporary.write_text(html, encoding="utf-8")
     temporary.replace(out)

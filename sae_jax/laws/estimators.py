@@ -23,6 +23,7 @@ _DELTAS = {  # deltas of Huber's function; the minimum of each is where the next
     "lad": (1e-3, 1e-4, 1e-5, 1e-6, 1e-7),  # the last stands for 0
 }
 _FINALISTS = 20  # starts that are refined to full precision
+_NO_PART = 1e-6  # of the loss of any run, below which a term is nothing
 _PATIENCE = 3000  # steps; valleys of openai_nk, and of Huber's function, are long and flat
 _LONGEST = 10.0  # longest step in coordinates; a residual moves by about as much
 _SHARES = {  # by number of terms, shares of the loss that each term but the last starts with
@@ -55,8 +56,18 @@ class Estimate:
 
     @property
     def params(self) -> dict[str, float]:
-        """Returns the parameters by name, as users see them."""
-        return self.law.named(self.law.public(self.theta))
+        """Returns the parameters by name, as users see them. The scale of a term that vanishes is
+        0.
+        """
+        public = self.law.public(self.theta)
+        return self.law.named(np.where(self.vanished & self.law.positive, 0.0, public))
+
+    @property
+    def vanished(self) -> np.ndarray:
+        """A mask (P,) of the scales at their bound: their terms are no part of any run's loss."""
+        _, shares = self.problem.residuals(self.problem.coordinates(self.theta), self.problem.y_N)
+        is_scale = np.isin(np.arange(len(self.theta)), self.law.scales)
+        return is_scale & (shares[0].max(axis=0) < _NO_PART)
 
     def loss(self, columns: Columns) -> np.ndarray:
         """Returns the law's losses (N,) at `columns` of N rows."""

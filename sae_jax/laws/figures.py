@@ -10,7 +10,7 @@ from sae_jax.laws.fit import Fit
 from sae_jax.laws.holdout import groups
 from sae_jax.laws.isoflop import IsoflopFit
 from sae_jax.laws.results import distinct
-from sae_jax.plots import BLUE, INK, ORANGE, STYLE
+from sae_jax.plots import BLUE, INK, ORANGE, STYLE, plain
 
 _COLOURS = matplotlib.colormaps["viridis"].resampled(256)
 _MOST_LINES = 9  # sizes or budgets that get a line
@@ -103,7 +103,7 @@ def _compute(found) -> str:
 
 def _loss(found) -> str:
     """Returns the label of the axis of losses."""
-    return found.results.loss_column
+    return plain(found.results.loss_column)
 
 
 def _log_range(values: np.ndarray, beyond: float = 1.0, planned: dict | None = None) -> np.ndarray:

@@ -128,7 +128,8 @@ class Fit:
     def summary(self) -> dict:
         """Returns the content of fit.json."""
         law, estimate = self.law, self.estimate
-        sd = law.public(self.drawn.theta).std(axis=0)
+        with np.errstate(over="ignore", invalid="ignore"):  # of scales near the largest number
+            sd = law.public(self.drawn.theta).std(axis=0)
         return {
             "law": law.name,
             "formula": law.formula,
@@ -143,7 +144,7 @@ class Fit:
             "frontier": self._frontier_summary(),
             "bootstrap": {
                 "resamples": len(self.drawn.theta),
-                "sd": law.named(sd)
+                "sd": {n: v if np.isfinite(v) else None for n, v in law.named(sd).items()}
                 | {n: float(v.std()) for n, v in self.exponents(self.drawn.theta).items()},
             },
             "intervals": _INTERVALS,

@@ -20,6 +20,7 @@ import dataclasses
 import numpy as np
 
 Columns = dict[str, np.ndarray]
+_LARGEST = np.log(np.finfo(float).max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +94,11 @@ class Law:
         return np.array([name in scales for name in self.parameters])
 
     @property
+    def scales(self) -> np.ndarray:
+        """The places (T,) of the terms' scales among the parameters."""
+        return np.flatnonzero(np.diff(self.term_of, prepend=-1))
+
+    @property
     def term_of(self) -> np.ndarray:
         """The number (P,) of the term that each parameter belongs to."""
         return np.repeat(np.arange(len(self.terms)), [1 + len(t.slopes) for t in self.terms])
@@ -107,9 +113,13 @@ class Law:
         return np.stack(out, axis=1)
 
     def public(self, internal: np.ndarray) -> np.ndarray:
-        """Returns parameters (..., P) as users see them: scales, not their logarithms."""
+        """Returns parameters (..., P) as users see them: scales, not their logarithms.
+
+        A scale beyond the largest number that there is becomes that number.
+        """
         internal = np.asarray(internal, float)
-        return np.where(self.positive, np.exp(np.where(self.positive, internal, 0)), internal)
+        logs = np.where(self.positive, np.minimum(internal, _LARGEST), 0)
+        return np.where(self.positive, np.exp(logs), internal)
 
     def internal(self, params: dict[str, float]) -> np.ndarray:
         """Returns the internal parameters (P,) of public ones by name."""

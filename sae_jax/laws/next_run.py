@@ -1,28 +1,35 @@
 """Writes the next run's config, as a Python file that `sae-jax train` takes."""
 
 import dataclasses
-import json
 import math
 import pprint
+import shlex
 import textwrap
+from typing import Annotated
 
+import msgspec
 import numpy as np
 
 from sae_jax import config as configs
 from sae_jax import paths
 from sae_jax.config import Config
 from sae_jax.errors import UserError
+from sae_jax.json_files import checked, read_json
 from sae_jax.laws import results
 from sae_jax.paths import AnyPath
 from sae_jax.sae import MatryoshkaConfig
+from sae_jax.train.directory import find_store, read_config
 
-_FILE = "next_run.py"
-_TEXT = '''"""Planned by `sae-jax fit` for {flops:.4g} FLOPs: {d_sae} latents, {tokens:,} tokens.
+_Positive = Annotated[float, msgspec.Meta(gt=0, le=1e300)]
 
-  sae-jax train --config={file} --workdir=runs/next
+FILE = "next_run.py"
+_DOC = """Planned by `sae-jax fit` for {flops:.4g} FLOPs: {d_sae} latents, {tokens:,} tokens.
+
+  sae-jax train {file} --workdir=runs/next
 
 {notes}
 """
+_TEXT = """{doc}
 
 from sae_jax.config import Config, from_dict
 
@@ -31,7 +38,7 @@ VALUES = {values}
 
 def get_config() -> Config:
     return from_dict(VALUES)
-'''
+"""
 
 
 def base(file: str | None, overrides: dict[str, str]) -> Config:
@@ -68,22 +75,31 @@ def save(planned: dict, source: str, start: Config | None, out: str | AnyPath) -
         start = Config()
         notes.append("It has the defaults but for these; say --config.data.store=STORE.")
     config = _planned(start, planned)
-    file = paths.path(out) / _FILE
+    file = paths.path(out) / FILE
     epochs = config.data.epochs
     notes.append(
         f"data.epochs is {epochs}: if the store has fewer tokens than that gives, training says "
         "so, and how many epochs it would take."
     )
-    text = _TEXT.format(
+    doc = _DOC.format(
         flops=planned["flops"],
         d_sae=planned["d_sae"],
         tokens=config.train.tokens,
-        file=file,
+        file=shlex.quote(f"--config={file}"),
         notes=textwrap.fill(" ".join(notes), 98),
+    )
+    text = _TEXT.format(
+        doc=_docstring(doc),
         values=pprint.pformat(configs.to_dict(config), width=96, sort_dicts=False),
     )
     paths.write(file, text)
     return config
+
+
+def _docstring(text: str) -> str:
+    """Returns a docstring in Python that stands for `text`, whatever names of files are in it."""
+    escaped = "".join(char if char == "\n" else repr(char)[1:-1] for char in text)
+    return '"""' + escaped.replace('"', '\\"') + '"""'
 
 
 def _planned(start: Config, planned: dict) -> Config:
@@ -101,6 +117,16 @@ def _planned(start: Config, planned: dict) -> Config:
     return dataclasses.replace(start, sae=sae, train=train)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Finished:
+    """What a result.json says of a run that the next one may be like."""
+
+    d_sae: _Positive
+    tokens: _Positive
+    lr: _Positive
+    k: _Positive | None = None
+
+
 def _nearest(sweep: AnyPath, planned: dict) -> tuple[Config, str]:
     """Returns the config of the sweep's finished run that is nearest to the plan, and a note on it.
 
@@ -108,19 +134,19 @@ def _nearest(sweep: AnyPath, planned: dict) -> tuple[Config, str]:
     """
     finished = {}
     for run in sorted((sweep / "runs").iterdir(), key=str):
-        if (run / "result.json").is_file():
-            finished[run] = json.loads((run / "result.json").read_text())
+        file = run / "result.json"
+        if file.is_file():
+            finished[run] = checked(read_json(file), _Finished, file)
     if not finished:
         raise UserError(f"{sweep}/runs has no finished run to take the next one's config from")
 
-    def distance(result: dict) -> float:
-        names = [name for name in ("d_sae", "tokens", "k") if planned.get(name) and result[name]]
-        return sum(math.log(result[name] / planned[name]) ** 2 for name in names)
+    def distance(result: _Finished) -> float:
+        pairs = [(getattr(result, name), planned.get(name)) for name in ("d_sae", "tokens", "k")]
+        return sum(math.log(ours / theirs) ** 2 for ours, theirs in pairs if ours and theirs)
 
     nearest = min(finished, key=lambda path: distance(finished[path]))
-    values = json.loads((nearest / "config.json").read_text())
-    values.pop("environment", None)
-    config = configs.from_dict(values, folder=nearest)
+    config = read_config(nearest)
+    config = dataclasses.replace(config, data=find_store(nearest, config.data))
     note = f"All else is as in {nearest.name} of the sweep."
     rate = _learning_rate(list(finished.values()), planned["d_sae"])
     if rate is None:
@@ -133,11 +159,12 @@ def _nearest(sweep: AnyPath, planned: dict) -> tuple[Config, str]:
     return dataclasses.replace(config, optimizer=adam), note
 
 
-def _learning_rate(finished: list[dict], d_sae: int) -> tuple[float, float] | None:
+def _learning_rate(finished: list[_Finished], d_sae: int) -> tuple[float, float] | None:
     """Returns the rate for `d_sae` and its exponent, where the sweep's rates are one power of the
     size; else None.
     """
-    log_n, log_rate = (np.log([result[name] for result in finished]) for name in ("d_sae", "lr"))
+    log_n = np.log([result.d_sae for result in finished])
+    log_rate = np.log([result.lr for result in finished])
     if len(results.distinct(np.exp(log_n))) < 2:
         return None
     slope, at_one = np.polyfit(log_n, log_rate, 1)

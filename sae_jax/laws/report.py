@@ -4,6 +4,7 @@ import pathlib
 
 from sae_jax import pages, paths, plots
 from sae_jax.errors import UserError
+from sae_jax.json_files import read_json
 from sae_jax.laws import figures, predict
 from sae_jax.paths import AnyPath
 
@@ -16,7 +17,7 @@ def check_out(out: str | AnyPath) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out={out} is a file; give a directory")
     theirs = out / "fit.json"
-    if theirs.exists() and '"law"' not in theirs.read_text():
+    if theirs.exists() and "law" not in read_json(theirs):
         raise UserError(f"{theirs} is not of sae-jax fit; give another --out")
 
 

@@ -1,20 +1,22 @@
 """Reads the runs that a law is fitted to, from a table or a sweep, and checks them."""
 
-import csv
 import dataclasses
-import json
 import math
 
 import numpy as np
 
 from sae_jax import paths
-from sae_jax.errors import UserError, choose
+from sae_jax.errors import UserError, choose, some
+from sae_jax.json_files import parse_json
 from sae_jax.paths import AnyPath
+from sae_jax.tables import read_csv
 
 COLUMNS = ("d_sae", "tokens", "k", "flops", "loss")
 _OPTIONAL = ("dead_fraction", "flops_executed")
 ACCOUNTINGS = ("flops", "flops_executed")  # 12 n d a token; what the step executes
 _SETTINGS = ("architecture", "kind", "d_in", "sparsity_coefficient")  # alike in a law's runs
+_BOUNDS = 1e-100, 1e100  # of a value, so that products of a few are finite
+_LONGEST = 40  # characters of a value that a note shows
 _SAME = 1e-6  # relative: values of a column closer than this are one value
 
 
@@ -139,7 +141,7 @@ def read(
     missing = [name for name in (*needed, "loss") if name not in columns]
     if missing:
         raise UserError(_missing_column(missing[0], names, rows, file))
-    ids = [row.get("run_id") or f"line {line}" for line, row in rows]
+    ids = [str(row.get("run_id") or f"line {line}") for line, row in rows]
     notes += _differing_settings(rows, needed)
     # The rows' order in the file is of no consequence, not even for the bootstrap's draws.
     order = np.lexsort(tuple(columns.values()))
@@ -159,31 +161,30 @@ def distinct(values: np.ndarray) -> np.ndarray:
 
 def _read_rows(file: AnyPath) -> list[tuple[int, dict]]:
     """Returns (line of the file, row) of every row."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(f"{file} is not a text file; give a .csv or .jsonl file") from None
-    if file.suffix == ".jsonl":
-        rows = []
-        for number, line in enumerate(text.splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{file}, line {number}: not JSON ({error.msg})") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{file}, line {number}: not a JSON object of columns")
-            rows.append((number, row))
-        return rows
-    if file.suffix != ".csv":
+    if file.suffix == ".csv":
+        return read_csv(file)
+    if file.suffix != ".jsonl":
         raise UserError(f"{file} is neither .csv nor .jsonl; name it by what it is")
-    reader = csv.DictReader(text.splitlines(), skipinitialspace=True)
-    rows = [(reader.line_num, row) for row in reader]
-    for number, row in rows:
-        if None in row or None in row.values():
-            raise UserError(f"{file}, line {number}: its fields are not those of the first line")
+    rows = []
+    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
+        if line.strip():
+            where = f"{file}, line {number}"
+            row = parse_json(line, where)
+            if not isinstance(row, dict):
+                raise UserError(f"{where} is not a JSON object of columns")
+            # What is no number is text, as in a table, and text that can be written.
+            cells = {_text(name): _cell(value) for name, value in row.items()}
+            rows.append((number, cells))
     return rows
+
+
+def _cell(value):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if value is None or is_number else _text(value)
+
+
+def _text(value) -> str:
+    return str(value).encode(errors="backslashreplace").decode()
 
 
 def _only_done(rows):
@@ -230,7 +231,8 @@ def _best_learning_rates(rows, names: dict[str, str]):
     kept = []
     for rates in cells.values():
         losses = {rate: [_number(row.get(loss)) for _, row in of] for rate, of in rates.items()}
-        if len(rates) == 1 or any(v is None for values in losses.values() for v in values):
+        known = [v is not None and math.isfinite(v) for of in losses.values() for v in of]
+        if len(rates) == 1 or not all(known):
             kept += [row for of in rates.values() for row in of]
         else:
             kept += rates[min(losses, key=lambda rate: np.mean(losses[rate]))]
@@ -245,9 +247,15 @@ def _differing_settings(rows, needed) -> list[str]:
     for name in (*_SETTINGS, *(() if "k" in needed else ("k",))):
         values = {str(row.get(name)) for _, row in rows if row.get(name) not in (None, "")}
         if len(values) > 1:
-            some = ", ".join(sorted(values)[:4]) + (", ..." if len(values) > 4 else "")
-            out.append(f"the runs differ in {name} ({some}), which this law does not know")
+            shown = some([_shortened(value) for value in sorted(values)], 4)
+            out.append(f"the runs differ in {name} ({shown}), which this law does not know")
     return out
+
+
+def _shortened(text: str) -> str:
+    """Returns a text of a table on one line, cut where it is long."""
+    text = " ".join(text.split())
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def _resolve_names(rows, names: dict[str, str], file) -> dict[str, str]:
@@ -273,7 +281,7 @@ def _is_numeric(rows, name: str) -> bool:
 def _number(value) -> float | None:
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # an integer of hundreds of digits
         return None
 
 
@@ -284,7 +292,8 @@ def _read_column(rows, name: str, file, positive: bool) -> np.ndarray:
         value = _number(row.get(name))
         where = f"{file}, line {line}: {name}"
         if value is None:
-            shown = "empty" if row.get(name) in (None, "") else repr(row.get(name))
+            shown = row.get(name)
+            shown = "empty" if shown in (None, "") else repr(_shortened(str(shown)))
             raise UserError(f"{where} is {shown}; every row needs a number there")
         if not math.isfinite(value):
             raise UserError(
@@ -293,6 +302,8 @@ def _read_column(rows, name: str, file, positive: bool) -> np.ndarray:
             )
         if positive and value <= 0:
             raise UserError(f"{where} is {value:g}; laws are of positive quantities only")
+        if positive and not _BOUNDS[0] <= value <= _BOUNDS[1]:
+            raise UserError(f"{where} is {value:g}, which is no quantity of a run")
         values.append(value)
     return np.array(values)
 

@@ -24,6 +24,7 @@ def warnings(fit, cost) -> list[str]:
       cost: the cost of its runs; None where the results do not tell it.
     """
     out = list(fit.results.notes)
+    out += _at_bound(fit)
     out += _weakly_identified(fit)
     out += _disagreeing_estimators(fit)
     out += dead_latents(fit.results)
@@ -90,11 +91,34 @@ def dead_latents(results) -> list[str]:
     ]
 
 
-def _weakly_identified(fit) -> list[str]:
-    """Returns a warning for each parameter that the runs hardly bound."""
+def _at_bound(fit) -> list[str]:
+    """Returns a warning for each scale whose term the runs show nothing of."""
     out = []
-    for (name, value), positive in zip(fit.estimate.params.items(), fit.law.positive, strict=True):
-        low, high = fit.ci95[name]
+    law = fit.law
+    for place in np.flatnonzero(fit.estimate.vanished):
+        name, high = law.parameters[place], fit.ci95[law.parameters[place]][1]
+        slopes = law.terms[law.term_of[place]].slopes
+        if law.positive[place]:
+            said = f"{name} is at its bound, 0: its 95% interval is one-sided, 0 to {high:.4g}"
+        else:
+            said = f"{name} is at its bound, exp({name}) = 0: it has no lower end, and is at most "
+            said += f"{high:.4g} (95%)"
+        if slopes:
+            said += f"; {', '.join(slope.name for slope in slopes)} then says nothing"
+        out.append(said)
+    return out
+
+
+def _weakly_identified(fit) -> list[str]:
+    """Returns a warning for each parameter that the runs hardly bound, besides those of terms that
+    vanish.
+    """
+    out = []
+    gone = set(fit.law.term_of[fit.estimate.vanished])
+    for place, (name, value) in enumerate(fit.estimate.params.items()):
+        if fit.law.term_of[place] in gone:
+            continue
+        positive, (low, high) = fit.law.positive[place], fit.ci95[name]
         interval = f"its 95% interval is {low:.4g} to {high:.4g}"
         if positive and name == "E":
             if low < 0.01 * fit.results.loss.min() and value > 0.01 * fit.results.loss.min():

@@ -17,6 +17,7 @@ from jax.experimental import topologies
 from sae_jax.errors import UserError
 
 _GIB = 2**30
+_MOST_DEVICES = 16_384  # of one slice or cluster; XLA makes something for each
 _GPU_FRACTION = 0.75  # the part of a GPU's memory that JAX takes unless it is told otherwise
 
 
@@ -127,13 +128,15 @@ def find(name: str) -> Topology:
     Raises UserError for other names, and where the TPU compiler is not installed.
     """
     kind, _, shape = name.lower().partition(":")
-    if kind not in (*CHIPS, "cpu") or not re.fullmatch(r"\d+(x\d+)*", shape):
+    if kind not in (*CHIPS, "cpu") or not re.fullmatch(r"[0-9]{1,9}(x[0-9]{1,9})*", shape):
         raise UserError(
             f"--topology={name} is not one of KIND:SIZES with a kind of {', '.join(CHIPS)} or cpu, "
             "such as v5p:4x4x4, h100:8x8 (nodes x GPUs) or cpu:8"
         )
     sizes = [int(size) for size in shape.split("x")]
     count = math.prod(sizes)
+    if not 1 <= count <= _MOST_DEVICES:
+        raise UserError(f"--topology={name} has {count} devices; it must be 1 to {_MOST_DEVICES:,}")
     chip = CHIPS.get(kind)
     jax.config.update("jax_platforms", "cpu")
     if chip is not None and chip.network_rate == math.inf:

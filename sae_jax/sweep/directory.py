@@ -6,20 +6,22 @@ SWEEP/leases/        which worker trains which pass (leases.py)
 SWEEP/results.csv    a row for each run, in the grid's order
 """
 
-import contextlib
 import csv
 import dataclasses
 import functools
 import io
 import itertools
-import json
 import os
 import socket
+from typing import Annotated, Any
+
+import msgspec
 
 from sae_jax import config as configs
 from sae_jax import paths
 from sae_jax.config import Config
 from sae_jax.errors import UserError, some
+from sae_jax.json_files import checked, read_json
 from sae_jax.lm.live import open_stream
 from sae_jax.paths import AnyPath
 from sae_jax.sweep import grid as grids
@@ -28,11 +30,29 @@ from sae_jax.train.directory import environment
 
 STATES = ("waiting", "started", "done", "failed")
 _VOLATILE = ("wall_seconds", "devices")  # differ with who did the work, and how often it was killed
-_KEPT = ("runs", "leases", "results.csv", "wandb")
 _HOW_TO_CHANGE = (
     "use another --workdir; or, to change this sweep, end its workers, delete {file} and start "
     "again: runs that are finished stand, whatever grid they are in"
 )
+
+
+_OURS = ("leases", "runs", "tensorboard", "wandb")  # what a sweep without its sweep.json may have
+
+
+@dataclasses.dataclass(frozen=True)
+class _RunEntry:
+    """A run's entry in sweep.json."""
+
+    swept: dict[str, Any]
+    config: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _SweepFile:
+    """The content of sweep.json."""
+
+    passes: Annotated[int, msgspec.Meta(ge=1)]
+    runs: Annotated[dict[str, _RunEntry], msgspec.Meta(min_length=1)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +88,7 @@ def load(spec: str, overrides: dict[str, str]) -> list[Run]:
     grid = configs.call_in_file(
         spec, "get_sweep", "a sweep file has get_sweep(), which returns a grid (sweep/grid.py)"
     )
-    if not isinstance(grid, list) or not all(isinstance(run, dict) for run in grid) or not grid:
+    if not _is_grid(grid):
         raise UserError(
             f"get_sweep() of {spec} returned {grid!r:.60}, not a grid of one run or more; make it "
             "with sae_jax.sweep.grid"
@@ -81,6 +101,12 @@ def load(spec: str, overrides: dict[str, str]) -> list[Run]:
                 f"in {spec}, or leave the override out"
             )
     return expand(base, grid)
+
+
+def _is_grid(value) -> bool:
+    if not isinstance(value, list) or not all(isinstance(run, dict) for run in value):
+        return False
+    return bool(value) and all(isinstance(field, str) for run in value for field in run)
 
 
 def expand(base: Config, grid: grids.Grid) -> list[Run]:
@@ -132,13 +158,10 @@ class SweepDirectory:
         file = path / "sweep.json"
         if not file.is_file():
             raise UserError(f"{path} holds no sweep (no sweep.json); start one with --config")
-        try:
-            values = json.loads(file.read_text())
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file} is damaged: {error}") from error
-        self.passes: int = values["passes"]
+        values = checked(read_json(file), _SweepFile, file)
+        self.passes: int = values.passes
         self._results: dict[str, dict] = {}  # results of runs that are done, read once
-        self.runs = [_from_json(run_id, run, file.parent) for run_id, run in values["runs"].items()]
+        self.runs = [_from_json(run_id, run, file) for run_id, run in values.runs.items()]
 
     @classmethod
     def start(cls, path: AnyPath, runs: list[Run], passes: int | None = None):
@@ -163,7 +186,7 @@ class SweepDirectory:
 
     def run_path(self, run: Run) -> AnyPath:
         """Returns the directory of a run."""
-        return self.path / "runs" / run.id
+        return paths.inside(self.path / "runs", run.id)
 
     def state(self, run: Run) -> str:
         """Returns one of STATES for a run.
@@ -201,7 +224,7 @@ class SweepDirectory:
         state = self.state(run)
         row = {"run_id": run.id, "status": state, **run.swept, **results.planned(run.config)}
         if state == "done":
-            row |= self._result(run)
+            row |= self._result(run) | {"run_id": run.id}
         return {name: value for name, value in row.items() if name not in _VOLATILE}
 
     def _result(self, run: Run) -> dict | None:
@@ -209,9 +232,8 @@ class SweepDirectory:
         runs.
         """
         if run.id not in self._results:
-            with contextlib.suppress(FileNotFoundError):
-                text = (self.run_path(run) / "result.json").read_text()
-                self._results[run.id] = json.loads(text)
+            if found := read_json(self.run_path(run) / "result.json", default={}):
+                self._results[run.id] = found
         return self._results.get(run.id)
 
     def _check_same(self, runs: list[Run], passes: int | None) -> None:
@@ -254,14 +276,11 @@ def _make(file: AnyPath, runs: list[Run], passes: int) -> None:
     path = file.parent
     if path.exists() and not path.is_dir():
         raise UserError(f"--workdir {path} is a file; give a new or empty directory")
-    if path.exists():
-        own = ("sweep.json", *_KEPT)  # of a sweep whose sweep.json was deleted to change it
-        names = {entry.name for entry in path.iterdir()}
-        if others := sorted(name for name in names if not name.startswith(own)):
-            raise UserError(
-                f"{path} holds no sweep (no sweep.json) but {some(others, 3)}; give --workdir a "
-                "new or empty directory"
-            )
+    if path.exists() and (strange := _strangers(path)):
+        raise UserError(
+            f"{path} is not empty and holds no sweep (no sweep.json; {some(strange, 3)}); give "
+            "--workdir a new or empty directory"
+        )
     path.mkdir(parents=True, exist_ok=True)
     values = {
         "passes": passes,
@@ -274,10 +293,26 @@ def _make(file: AnyPath, runs: list[Run], passes: int) -> None:
     paths.create(file, paths.as_json(values), by=_this_process())
 
 
-def _from_json(run_id: str, values: dict, folder: AnyPath) -> Run:
-    """Returns a run from its entry in sweep.json."""
-    swept = {field: configs.typed_field(field, value) for field, value in values["swept"].items()}
-    return Run(run_id, configs.from_dict(values["config"], folder=folder), swept)
+def _strangers(path: AnyPath) -> list[str]:
+    """Returns the names in a directory that a sweep would not have made."""
+    names = {entry.name for entry in path.iterdir()}
+    results_are_ours = "runs" in names
+    return sorted(
+        name
+        for name in names - set(_OURS)
+        if not name.startswith("sweep.json.")  # another worker is about to make it
+        and not (results_are_ours and name.startswith("results.csv"))
+    )
+
+
+def _from_json(run_id: str, entry: _RunEntry, file: AnyPath) -> Run:
+    """Returns a run from its entry in `file`, sweep.json."""
+    try:
+        paths.inside(file.parent / "runs", run_id)
+        swept = {field: configs.typed_field(field, v) for field, v in entry.swept.items()}
+        return Run(run_id, configs.from_dict(entry.config, folder=file.parent), swept)
+    except UserError as error:
+        raise UserError(f"{file}, run {run_id!r}: {error}") from error
 
 
 def _this_process() -> str:

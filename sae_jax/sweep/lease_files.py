@@ -120,9 +120,8 @@ class ObjectFiles:
         if before != data:
             self._seen[name] = (data, now)
             since = now
-        return None if before is None else now - since, data.decode(errors="replace").partition(
-            "\n"
-        )[0]
+        text = data.decode(errors="replace").partition("\n")[0]
+        return None if before is None else now - since, text
 
 
 class _ObjectClaim:

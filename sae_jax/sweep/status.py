@@ -3,9 +3,9 @@
 import collections
 import dataclasses
 import datetime
-import json
 import os
 
+from sae_jax.json_files import checked, parse_json
 from sae_jax.paths import AnyPath, ObjectPath
 from sae_jax.sweep import design
 from sae_jax.sweep import grid as grids
@@ -14,6 +14,21 @@ from sae_jax.sweep.leases import Holder, Leases
 from sae_jax.train import results
 
 _TAIL = 8192  # bytes at the end of metrics.jsonl, more than its last line has
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """What the status needs of a line of metrics.jsonl.
+
+    Attributes:
+      step: the step that was logged; 0 before there is a line.
+      loss: its loss; None where it is not finite.
+      tokens_per_second: the speed; None where it is not known.
+    """
+
+    step: int = 0
+    loss: float | None = None
+    tokens_per_second: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +57,7 @@ class PassStatus:
 
 def passes(directory: SweepDirectory, leases: Leases) -> list[PassStatus]:
     """Returns the status of each pass of a sweep."""
-    by_id = {run.id: run for run in directory.runs}
+    by_id = {results.run_id(run.config): run for run in directory.runs}
     todo = design.make_passes([run.config for run in directory.runs], directory.passes)
     return [
         _status(work, [by_id[results.run_id(config)] for config in work.runs], directory, leases)
@@ -99,12 +114,12 @@ def _status(
     ended = all(state[run.id] in ("done", "failed") for run in runs)
     # The runs of a pass go through the data together: those under way tell where it is.
     going = [run for run in runs if state[run.id] == "started"] or runs
-    step = max((last[run.id].get("step", 0) for run in going), default=0)
+    step = max((last[run.id].step for run in going), default=0)
     holder = None if ended else leases.holder(work.name)
     rates = [
-        last[run.id]["tokens_per_second"] / run.config.data.batch_size
+        last[run.id].tokens_per_second / run.config.data.batch_size
         for run in going
-        if last[run.id].get("tokens_per_second")
+        if last[run.id].tokens_per_second
     ]
     left = (work.steps - step) / min(rates) if holder and holder.alive and rates else None
     return PassStatus(
@@ -113,24 +128,27 @@ def _status(
         step=work.steps if ended else step,
         steps=work.steps,
         states=collections.Counter(state.values()),
-        losses=tuple(line["loss"] for line in last.values() if line.get("loss") is not None),
+        losses=tuple(line.loss for line in last.values() if line.loss is not None),
         seconds_left=left,
     )
 
 
-def last_line(file: AnyPath) -> dict:
-    """Returns the last whole line of a run's metrics.jsonl; {} before there is one."""
+def last_line(file: AnyPath) -> Line:
+    """Returns the last whole line of a run's metrics.jsonl, or the default before there is one.
+
+    Raises UserError if it is no line of metrics.
+    """
     try:
         if isinstance(file, ObjectPath):
-            return _last_of(file.read_bytes())
-        with file.open("rb") as lines:
-            lines.seek(max(0, os.fstat(lines.fileno()).st_size - _TAIL))
-            return _last_of(lines.read())
+            tail = file.read_bytes()
+        else:
+            with file.open("rb") as lines:
+                lines.seek(max(0, os.fstat(lines.fileno()).st_size - _TAIL))
+                tail = lines.read()
     except FileNotFoundError:
-        return {}
-
-
-def _last_of(lines: bytes) -> dict:
-    """Returns the last whole line of JSON lines; {} where there is none."""
-    whole = lines.rpartition(b"\n")[0]
-    return json.loads(whole.rpartition(b"\n")[2]) if whole else {}
+        return Line()
+    whole = tail.rpartition(b"\n")[0]
+    if not whole:
+        return Line()
+    where = f"the last line of {file}"
+    return checked(parse_json(whole.rpartition(b"\n")[2], where), Line, where)

@@ -12,14 +12,15 @@ from jax.experimental import multihost_utils
 
 from sae_jax import config as configs
 from sae_jax import paths
-from sae_jax.config import Config
+from sae_jax.activations import is_world
+from sae_jax.config import Config, DataConfig
 from sae_jax.errors import UserError
 from sae_jax.json_files import read_json
-from sae_jax.paths import AnyPath
+from sae_jax.paths import AnyPath, ObjectPath
 from sae_jax.train import agreement, metrics
 
 _PACKAGES = """sae-jax jax jaxlib flax optax orbax-checkpoint grain tensorstore numpy""".split()
-_FINGERPRINT = "data_fingerprint"
+_FINGERPRINT, _DIRECTORY = "data_fingerprint", "directory"
 
 
 class RunDirectory:
@@ -74,7 +75,8 @@ class RunDirectory:
         multihost_utils.sync_global_devices("looked at the run's directory")
         if new and is_writer():
             path.mkdir(parents=True, exist_ok=True)
-            around = environment() | {_FINGERPRINT: data_fingerprint}
+            around = environment()
+            around |= {_FINGERPRINT: data_fingerprint, _DIRECTORY: os.getcwd()}
             values = configs.to_dict(config) | {"environment": around}
             by = f".{socket.gethostname()}.{os.getpid()}"
             if not paths.create(path / "config.json", paths.as_json(values), by):
@@ -161,7 +163,30 @@ def read_config(path: AnyPath, trust_code: bool = True) -> Config:
         raise UserError(f"{path} is not a run: it has no config.json")
     values = read_json(file)
     values.pop("environment", None)
-    return configs.from_dict(values, folder=path, trust_code=trust_code)
+    try:
+        return configs.from_dict(values, folder=path, trust_code=trust_code)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+
+
+def find_store(run: AnyPath, data: DataConfig) -> DataConfig:
+    """Returns the data section of the run at `run`, with a path of its store that holds from here.
+
+    A relative path is of the directory that the run was started in, which config.json notes. Where
+    there is none, or the store has moved with its run, it is looked for from here and beside the
+    run, too.
+    """
+    if not data.store or is_world(data.store) or paths.is_remote(data.store):
+        return data
+    noted = read_json(run / "config.json", default={}).get("environment")
+    noted = noted.get(_DIRECTORY) if isinstance(noted, dict) else None
+    above = [] if isinstance(run, ObjectPath) else list(run.absolute().parents)
+    for place in [*([noted] if isinstance(noted, str) else []), os.curdir, *above]:
+        found = paths.local(place) / paths.local(data.store)
+        if (found / "meta.json").is_file():
+            here = found.absolute() == paths.local(data.store).absolute()
+            return data if here else dataclasses.replace(data, store=str(found))
+    return data
 
 
 def is_writer() -> bool:
