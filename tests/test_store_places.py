@@ -1,6 +1,7 @@
 """A place that a store cannot be written to or read from is told in one line that says why."""
 
-import encodings.cp437  # noqa: F401  by zipfile, from where that user may not read
+import encodings.cp437  # noqa: F401  used later, by a user who may not read Python's own files
+import encodings.utf_8_sig  # noqa: F401
 import os
 import pathlib
 import shutil
