@@ -5,13 +5,30 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 
+_LONGEST, _END = 1500, 400  # characters of a message, and of its end, which says what to do
+
 
 class UserError(Exception):
     """A mistake that the user can mend.
 
     Its text is one line that says what is wrong, where, and what to do. The command line prints it
     without a trace and ends with exit code 2.
+
+    The text may have names and values from files of others. Line ends, control characters and
+    halves of characters in it are written as escapes, and of a very long one the middle is left
+    out.
     """
+
+    def __init__(self, text: str):
+        super().__init__(_one_line(str(text)))
+
+
+def _one_line(text: str) -> str:
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST - _END]} ... {text[-_END:]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 _LONGEST = 2000  # characters of a message
@@ -72,6 +89,6 @@ def some(names: Sequence[str], shown: int = 8) -> str:
     return ", ".join(names[:shown]) + more
 
 
-def on_one_line(error: Exception) -> str:
+def on_one_line(error: BaseException) -> str:
     """Returns the text of another library's error for a message: on one line, and not too long."""
     return " ".join(str(error).split())[:200]

@@ -114,7 +114,7 @@ WRONG = [
     ("gemma_scope", npz(lambda t: t | {"b_dec": np.full(D, np.inf)}), "b_dec holds NaN or inf"),
     ("gemma_scope", npz(lambda t: t | {"b_dec": np.full(D, 1e300)}), "b_dec holds NaN or inf"),
     ("gemma_scope", npz(lambda t: t | {"W_enc": t["W_enc"][:0]}), "two dimensions above 0"),
-    ("gemma_scope", npz(lambda t: t | {"W_enc": np.array([{}] * D)}), "params.npz is damaged"),
+    ("gemma_scope", npz(lambda t: t | {"W_enc": np.array([{}] * D)}), "params.npz cannot be read"),
     ("openai", torch_state(lambda t: t | {"activation": ["ReLU"]}), "activation"),
     ("openai", torch_state(lambda t: {"encoder.weight": t}), "encoder.weight"),
     ("openai", torch_state(lambda t: [t]), "not a dictionary of tensors"),

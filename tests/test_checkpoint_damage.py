@@ -121,6 +121,25 @@ def test_a_config_that_was_edited_is_named(run, fields, words):
         sae_jax.load(run)
 
 
+@pytest.mark.parametrize("step", ["2", "4"])
+@pytest.mark.parametrize("text", ['"x"', '{"init_timestamp_nsecs": {}}', '{"y": 1}'])
+def test_a_checkpoint_whose_description_says_nonsense_is_named(run, done, step, text):
+    """Orbax reads those of all checkpoints before any is asked for."""
+    file = run / "checkpoints" / step / "_CHECKPOINT_METADATA"
+    file.write_text(text)
+    try:
+        sae = load_sae(run)
+    except UserError as error:
+        assert str(file.parent) in str(error) or f"checkpoint {step} " in str(error)
+    else:
+        assert step == "2" and sae.config == load_sae(done[0]).config
+    if text == '"x"':
+        with pytest.raises(UserError, match=f"checkpoints/{step} cannot be read: .*; delete it"):
+            load_sae(run)
+    shutil.rmtree(file.parent)
+    load_sae(run)
+
+
 def test_checkpoints_of_an_earlier_version_load_and_resume(run, done):
     without_checksums(run)
     want = load_sae(done[0]).parameters()

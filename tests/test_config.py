@@ -213,3 +213,12 @@ def test_recipe_refuses_a_size_it_does_not_have(name):
     assert load_file(f"{recipe}:tiny").sae.d_sae < load_file(recipe).sae.d_sae
     with pytest.raises(UserError, match="did you mean 'tiny'"):
         load_file(f"{recipe}:tny")
+
+
+@pytest.mark.parametrize("code", ["0", "1", "'done'", ""])
+def test_a_config_file_that_ends_the_program(tmp_path, code):
+    """It ended with exit code 0, as if the run were done."""
+    file = tmp_path / "ends.py"
+    file.write_text(f"import sys\nsys.exit({code})\n")
+    with pytest.raises(UserError, match="config file .*ends.py fails: SystemExit"):
+        load_file(str(file))

@@ -251,10 +251,10 @@ def test_token_files_whose_size_lies(tmp_path, monkeypatch):
                 archive.write(tmp_path / "array", "tokens.npy")
         else:
             (tmp_path / "array").rename(tmp_path / name)
-        with pytest.raises(UserError, match=f"{name} (is not an .npy|has .* says that tokens has)"):
+        with pytest.raises(UserError, match=f"{name} (cannot be read|would unfold to)"):
             read_tokens(tmp_path / name)
     np.savez_compressed(tmp_path / "t.npz", tokens=np.ones((1000, 1024), np.int64))
     assert read_tokens(tmp_path / "t.npz").shape == (1000, 1024)
     monkeypatch.setattr(sources, "_PLAIN_BYTES", 1 << 20)
-    with pytest.raises(UserError, match="t.npz has .* bytes and says that tokens has 8,192,000"):
+    with pytest.raises(UserError, match="t.npz would unfold to 8,192,128 bytes"):
         read_tokens(tmp_path / "t.npz")

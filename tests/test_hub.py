@@ -354,6 +354,26 @@ def test_weights_of_a_model_without_their_duplicates(tmp_path, server):
     assert "has not model.safetensors" in text and "--model=torch:hf://me/lm" in text
 
 
+def test_one_weight_file_goes_before_an_index(server):
+    """As in transformers, and an index that names what is outside of the repository is refused."""
+    index = {"weight_map": {"a": "model-1.safetensors"}}
+    server.repos["me/lm"] = Repo(
+        files_of(FIXTURES / "gpt2")
+        | {"model-1.safetensors": b"stale"}
+        | {"model.safetensors.index.json": json.dumps(index).encode()}
+    )
+    wanted = lm.load_params(FIXTURES / "gpt2")
+    jax.tree.map(np.testing.assert_array_equal, lm.load_params("hf://me/lm"), wanted)
+    assert "model-1.safetensors" not in server.sent()
+    index["weight_map"]["a"] = "../../elsewhere"
+    server.repos["me/b"] = Repo(
+        {"config.json": (FIXTURES / "gpt2" / "config.json").read_bytes()}
+        | {"model.safetensors.index.json": json.dumps(index).encode()}
+    )
+    with pytest.raises(UserError, match="index.json says that a is in another place"):
+        lm.load_params("hf://me/b")
+
+
 @pytest.mark.parametrize("live", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_store_knows_its_model_on_the_hub(tmp_path, server, live):
     files = files_of(lm.DEMO_MODEL)

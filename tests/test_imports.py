@@ -18,7 +18,16 @@ ROOT = pathlib.Path(__file__).parents[1]
 ROWS = [
     {"errors"},
     {"paths", "fields", "recipe_files"},
-    {"hub", "json_files", "pages", "plots", "progress_bar", "python_files", "tables"},
+    {
+        "hub",
+        "json_files",
+        "numpy_files",
+        "pages",
+        "plots",
+        "progress_bar",
+        "python_files",
+        "tables",
+    },  # fmt: skip
     {"ops"},
     {"sae"},
     {"config"},  # a run's config holds that of its SAE

@@ -121,6 +121,25 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(place, file):
     assert "make" not in str(said.value)
 
 
+def test_damaged_notes_of_a_shard_are_named(tmp_path):
+    arguments = {"sites": {"a": 4}, "num_sequences": 64, "context_length": 1, "dtype": "float32"}
+    writer = StoreWriter.create_or_resume(tmp_path, **arguments)
+    for shard in writer.missing_shards():
+        writer.write_shard(shard.index, {"a": ROWS[shard.sequences]})
+    file = tmp_path / "written" / "000003.npz"
+    data = file.read_bytes()
+    sums = data.index(b"a/rest.npy") + 150  # within its numbers
+    for damaged in (data[:sums] + b"xx" + data[sums + 2 :], data[:50], b""):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match="written/000003.npz is damaged.*; remove that file"):
+            writer.finish()
+    file.unlink()
+    (shard,) = writer.missing_shards()
+    writer.write_shard(shard.index, {"a": ROWS[shard.sequences]})
+    writer.finish()
+    assert "as written" in Store.open(tmp_path).check()
+
+
 def test_two_writers_of_one_store(place):
     """Both write the same bytes; who comes later finds it finished, whenever that is."""
     arguments = {"sites": {"a": 4}, "num_sequences": 64, "context_length": 1, "dtype": "float32"}

@@ -22,6 +22,7 @@ from sae_jax.activations.store import Store
 from sae_jax.activations.writer import StoreWriter
 from sae_jax.errors import UserError
 from sae_jax.json_files import checked, read_json
+from sae_jax.numpy_files import map_npy
 
 # The files of a data set that Hugging Face's library saved.
 _STATE_FILE = "state.json"
@@ -100,7 +101,7 @@ class _Part:
 
 class _Npy(_Part):
     def read(self, start, stop):
-        return np.load(self.file, mmap_mode="r")[start:stop]
+        return map_npy(self.file)[start:stop]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,10 +205,7 @@ def _open_plain(source: pathlib.Path, site: str, context_length: int) -> _Activa
 
 def _open_npy(file: pathlib.Path) -> _Part:
     """Returns the matrix in a .npy file."""
-    try:
-        x = np.load(file, mmap_mode="r")
-    except Exception as error:  # of a damaged header its parser raises all kinds
-        raise _damaged_error(file, error) from None
+    x = map_npy(file)
     return _Npy(file, *_check_matrix(x.shape, x.dtype.name, file))
 
 

@@ -309,7 +309,15 @@ class StoreWriter:
             name = _notes_name(index)
             if (notes := self.folder.read(name)) is None:
                 raise FileNotFoundError(errno.ENOENT, "no notes", f"{self.path}/{name}")
-            yield index, np.load(io.BytesIO(notes))
+            try:
+                with np.load(io.BytesIO(notes)) as arrays:
+                    found = dict(arrays)
+            except Exception as error:  # of a damaged archive it raises all kinds
+                raise UserError(
+                    f"{self.path}/{name} is damaged ({error}); remove that file and start the same "
+                    "again, to write its shard once more"
+                ) from None
+            yield index, found
 
     def _merge(self):
         """Returns count (T,) and {site: SiteSums} over the shards with values, added in their

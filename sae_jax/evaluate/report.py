@@ -3,8 +3,6 @@
 import dataclasses
 import io
 import math
-import zipfile
-import zlib
 
 import jax
 import numpy as np
@@ -24,6 +22,7 @@ from sae_jax.evaluate.sources import (
 from sae_jax.evaluate.spliced import measure_spliced
 from sae_jax.evaluate.worlds import WorldRows
 from sae_jax.json_files import checked, read_json
+from sae_jax.numpy_files import read_npz
 from sae_jax.paths import AnyPath
 from sae_jax.progress_bar import progress
 from sae_jax.sae import SAE
@@ -235,6 +234,14 @@ def save(evaluation: Evaluation, out) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Settings:
+    """What an evaluation is of, as far as its table says it."""
+
+    rows: str
+    positions: str
+
+
+@dataclasses.dataclass(frozen=True)
 class _Saved:
     """The JSON file of an evaluation."""
 
@@ -251,18 +258,21 @@ def load(file) -> Evaluation:
     """Returns the evaluation that `save` wrote to `file`. Raises UserError if it cannot be read."""
     file = paths.path(file)
     saved = checked(read_json(file), _Saved, file)
-    arrays = _read_arrays(latents_file(file))
-    scalars = saved.reconstruction | saved.sparsity
+    checked(saved.settings, _Settings, f"{file}, settings")
+    arrays = read_npz(latents_file(file))
+    scalars, spliced = saved.reconstruction | saved.sparsity, saved.language_model
     try:
-        scalars = _with_nan({name: scalars[name] for name in _ROWS})
+        scalars = {name: scalars[name] for name in _ROWS}
+        scalars = _with_nan(checked(scalars, dict[str, float | None], file))
         rows = RowMetrics(saved.rows, scalars, **{name: arrays[name] for name in _ARRAYS})
+        if spliced:
+            spliced = _with_nan(spliced | {"replaced": spliced["replaced"]})
         recovery = None
         if saved.recovery:
-            found, arrays = _with_nan(saved.recovery), _read_arrays(recovery_file(file))
+            found, arrays = _with_nan(saved.recovery), read_npz(recovery_file(file))
             recovery = Recovery.from_parts(rows.rows, found, arrays)
     except (KeyError, ValueError) as error:
         raise UserError(f"{file} is no evaluation, or a damaged one: {error}") from None
-    spliced = saved.language_model and _with_nan(saved.language_model)
     sites = {site: _with_nan(found) for site, found in saved.sites.items()}
     return Evaluation(saved.settings, rows, spliced, sites, recovery)
 
@@ -302,14 +312,6 @@ def _save_arrays(file: AnyPath, arrays: dict[str, np.ndarray]) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     paths.write(file, buffer.getvalue())
-
-
-def _read_arrays(file: AnyPath) -> dict[str, np.ndarray]:
-    try:
-        with np.load(io.BytesIO(file.read_bytes())) as arrays:
-            return dict(arrays)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{file} is missing or damaged: {error}; evaluate again") from None
 
 
 def _finite(values: dict[str, float]) -> dict:

@@ -16,10 +16,7 @@ there are several processes, each gets its own share of the batches. `sequences`
 `Sequences` of at least `limit` tokens, as far as there are so many; None where there are no tokens.
 """
 
-import math
 import pathlib
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -35,6 +32,7 @@ from sae_jax.evaluate.batching import evenly_spaced, pad_rows
 from sae_jax.evaluate.padding import IGNORED, text_first, tokenizer_of
 from sae_jax.evaluate.processes import own_share
 from sae_jax.lm import PACKING_RULE, LanguageModel, Tokenizer
+from sae_jax.numpy_files import map_npy, read_npz
 from sae_jax.sae import SAE
 from sae_jax.sae.config import TRANSCODERS
 
@@ -296,13 +294,20 @@ def read_tokens(path) -> np.ndarray:
     """
     path = paths.local(path)
     try:
-        if not path.is_file():
-            raise UserError(f"no tokens file at {path}; give an .npy or .npz of token ids")
-        loaded = np.load(path, mmap_mode="r")  # mapped, a header that lies about its size is found
-        if not isinstance(loaded, np.ndarray):
-            loaded = _member(path, loaded)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path} is not an .npy or .npz file of numbers: {error}") from None
+        with path.open("rb") as file:
+            first = file.read(2)
+    except OSError as error:
+        raise UserError(
+            f"no tokens file at {path} ({error.strerror}); give an .npy or .npz of token ids"
+        ) from None
+    if first == b"PK":
+        (loaded,) = read_npz(
+            path, lambda names: [_choose(names, path)], _MOST_COMPRESSED, _PLAIN_BYTES
+        ).values()
+    elif first == b"\x93N":
+        loaded = map_npy(path)
+    else:
+        raise UserError(f"{path} is not an .npy or .npz file of numbers")
     if loaded.ndim < 2 or loaded.dtype.kind not in "iu" or not loaded.size or loaded.shape[-1] < 2:
         raise UserError(
             f"{path} holds {loaded.dtype} of shape {loaded.shape}; token ids are whole numbers of "
@@ -311,24 +316,12 @@ def read_tokens(path) -> np.ndarray:
     return np.array(loaded).reshape(-1, loaded.shape[-1])
 
 
-def _member(path: pathlib.Path, loaded: np.lib.npyio.NpzFile) -> np.ndarray:
-    """Returns the array `tokens` of an .npz file, or the only one."""
-    names = loaded.files
+def _choose(names: list[str], path: pathlib.Path) -> str:
+    """Returns `tokens`, or the only name of an .npz file's arrays."""
     name = names[0] if len(names) == 1 else "tokens"
     if name not in names:
         raise UserError(f"{path} has no array named tokens; it has {some(names)}")
-    with loaded.zip.open(f"{name}.npy") as file:  # the header only
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0
-        shape, _, dtype = (read if version == (1, 0) else np.lib.format.read_array_header_2_0)(file)
-    needed, stored = math.prod(shape) * dtype.itemsize, loaded.zip.getinfo(f"{name}.npy").file_size
-    most = max(_PLAIN_BYTES, _MOST_COMPRESSED * path.stat().st_size)
-    if needed > min(stored, most):
-        raise UserError(
-            f"{path} has {path.stat().st_size:,} bytes and says that {name} has {needed:,}; "
-            "it is damaged, or made to fill the memory"
-        )
-    return loaded[name]
+    return name
 
 
 def _describe(part: slice, length: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Reads arrays from the files of NumPy (.npz) and PyTorch (.pt), which anyone may have written.
+"""Reads tensors from the files of PyTorch (.pt), which anyone may have written.
 
 Nothing in a file is run, and no more memory is taken than a small multiple of the file's own size,
 whatever it says of itself. PyTorch is not needed.
@@ -10,22 +10,14 @@ import io
 import math
 import pathlib
 import pickle
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import ml_dtypes
 import numpy as np
 
 from sae_jax.errors import UserError, on_one_line
+from sae_jax.numpy_files import open_archive
 
-Arrays = dict[str, np.ndarray]
-
-_EXPANSION, _SLACK = 16, 2**20  # times the file's size, and bytes: weights hardly compress
-_HEADERS = {
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
-}
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began before version 1.6
 _STORAGES = {
     "DoubleStorage": np.float64,
@@ -42,19 +34,6 @@ _STORAGES = {
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 
-def read_npz(file: pathlib.Path) -> Arrays:
-    """Returns the arrays of a file that np.savez wrote, by name.
-
-    Raises UserError if the file is missing, damaged or cut off, holds anything else than arrays of
-    numbers, or would unfold to far more than its own size.
-    """
-    with _opened(file) as (archive, _):
-        return {
-            entry.filename.removesuffix(".npy"): _npy(archive.read(entry))
-            for entry in archive.infolist()
-        }
-
-
 def read_torch(file: pathlib.Path) -> dict:
     """Returns the dictionary in a file that torch.save wrote, with its tensors as arrays.
 
@@ -68,7 +47,7 @@ def read_torch(file: pathlib.Path) -> dict:
                 f"{file} is of PyTorch before 1.6; torch.load and torch.save of a later one make "
                 "it readable"
             )
-    with _opened(file) as (archive, limit):
+    with open_archive(file) as (archive, limit):
         names = {entry.filename for entry in archive.infolist()}
         root = next((name[:-9] for name in names if name.endswith("/data.pkl")), None)
         if root is None:
@@ -78,52 +57,16 @@ def read_torch(file: pathlib.Path) -> dict:
         reader = _TensorReader(
             archive.read(f"{root}/data.pkl"), lambda key: archive.read(f"{root}/data/{key}"), limit
         )
-        content = reader.load()
+        try:
+            content = reader.load()
+        except pickle.UnpicklingError as error:
+            raise UserError(
+                f"{file} is not a file of tensors that is safe to read ({on_one_line(error)}); "
+                "nothing in it was run"
+            ) from None
     if not isinstance(content, dict):
         raise UserError(f"{file} holds a {type(content).__name__}, not a dictionary of tensors")
     return content
-
-
-@contextlib.contextmanager
-def _opened(file: pathlib.Path) -> Iterator[tuple[zipfile.ZipFile, int]]:
-    """Gives the archive in a file, and to how many bytes its content may unfold."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            limit = _EXPANSION * file.stat().st_size + _SLACK
-            size = sum(entry.file_size for entry in archive.infolist())
-            if size > limit:
-                raise UserError(
-                    f"{file} would unfold to {size:,} bytes, which are more than {_EXPANSION} "
-                    "times its own; it is damaged, or made to fill the memory"
-                )
-            yield archive, limit
-    except UserError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{file} is not a file of tensors that is safe to read ({on_one_line(error)}); nothing "
-            "in it was run"
-        ) from None
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as error:
-        raise UserError(f"{file} is damaged or truncated: {on_one_line(error)}") from None
-    except Exception as error:  # a pickle or a header that says nonsense can raise any
-        reason = f"{type(error).__name__}: {on_one_line(error)}"
-        raise UserError(f"{file} is damaged: {reason}") from None
-
-
-def _npy(data: bytes) -> np.ndarray:
-    """Returns the array in the bytes of an .npy file."""
-    opened = io.BytesIO(data)
-    version = np.lib.format.read_magic(opened)
-    if version not in _HEADERS:
-        raise ValueError(f"an array of the format's version {version}")
-    shape, fortran, dtype = _HEADERS[version](opened)
-    if dtype.hasobject or dtype.fields or min(shape, default=0) < 0:
-        raise ValueError(f"an array of type {dtype} and shape {shape}")
-    if math.prod(shape) * dtype.itemsize != len(data) - opened.tell():
-        raise ValueError(f"an array of shape {shape} that {len(data)} bytes are to hold")
-    flat = np.frombuffer(data, dtype, offset=opened.tell())
-    return flat.reshape(shape, order="F" if fortran else "C")
 
 
 class _TensorReader(pickle._Unpickler):

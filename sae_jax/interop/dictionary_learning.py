@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from sae_jax.errors import UserError, choose
-from sae_jax.interop.archives import Arrays, read_torch
+from sae_jax.interop.archives import read_torch
 from sae_jax.interop.weights import (
     check_shapes,
     float32,
@@ -24,6 +24,7 @@ from sae_jax.interop.weights import (
     parameters_for,
 )
 from sae_jax.json_files import checked, read_json
+from sae_jax.numpy_files import Arrays
 from sae_jax.paths import as_json
 from sae_jax.sae import ARCHITECTURES, SAE
 from sae_jax.sae.files import naming

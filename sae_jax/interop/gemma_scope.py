@@ -10,7 +10,6 @@ import pathlib
 
 import numpy as np
 
-from sae_jax.interop.archives import Arrays, read_npz
 from sae_jax.interop.weights import (
     check_shapes,
     float32,
@@ -18,6 +17,7 @@ from sae_jax.interop.weights import (
     matrix_shape,
     parameters_for,
 )
+from sae_jax.numpy_files import Arrays, read_npz
 from sae_jax.sae import SAE, JumpReLUConfig
 
 EXPRESSES = {

@@ -27,7 +27,6 @@ import numpy as np
 import safetensors.numpy
 
 from sae_jax.errors import UserError
-from sae_jax.interop.archives import Arrays
 from sae_jax.interop.weights import (
     check_shapes,
     float32,
@@ -35,6 +34,7 @@ from sae_jax.interop.weights import (
     parameters_for,
 )
 from sae_jax.json_files import checked, read_json
+from sae_jax.numpy_files import Arrays
 from sae_jax.paths import as_json
 from sae_jax.sae import ARCHITECTURES, SAE, SAEConfig
 from sae_jax.sae.files import naming, read_safetensors

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sae_jax.errors import UserError
-from sae_jax.interop.archives import Arrays
+from sae_jax.numpy_files import Arrays
 from sae_jax.sae import SAE, SAEConfig, architecture, resolve
 from sae_jax.sae.files import check_weights
 

@@ -24,7 +24,7 @@ import ml_dtypes
 import numpy as np
 
 from sae_jax import hub, paths
-from sae_jax.errors import UserError, choose, some
+from sae_jax.errors import UserError, choose, on_one_line, some
 from sae_jax.json_files import checked, read_json
 from sae_jax.lm.directory import TORCH, model_directory, pinned_spec
 from sae_jax.lm.families import LAYERS
@@ -241,7 +241,7 @@ class TorchModel(LanguageModel):
         except (
             Exception
         ) as error:  # of any class, where a field of config.json is not as it must be
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            reason = on_one_line(error) or type(error).__name__
             raise UserError(f"transformers cannot read {self.directory}: {reason}") from None
 
     def _to_numpy(self, x) -> np.ndarray:

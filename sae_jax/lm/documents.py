@@ -154,6 +154,13 @@ def _begins_as_text(path: pathlib.Path) -> bool:
 
 
 def _file(path: pathlib.Path, field: str) -> Iterator[str]:
+    try:
+        yield from _content(path, field)
+    except compressed.DAMAGED as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+
+
+def _content(path: pathlib.Path, field: str) -> Iterator[str]:
     suffix = compressed.suffix(path)
     try:
         with compressed.open_bytes(path) as file:
@@ -167,8 +174,6 @@ def _file(path: pathlib.Path, field: str) -> Iterator[str]:
                     yield "".join(lines)
     except UnicodeDecodeError:
         raise UserError(f"{_first_broken(path)}; save it as UTF-8, or leave it out") from None
-    except compressed.DAMAGED as error:
-        raise UserError(f"cannot read {path}: {error}") from None
 
 
 def _json(file: BinaryIO, field: str, path: pathlib.Path) -> Iterator[str]:

@@ -27,7 +27,7 @@ import numpy as np
 import tokenizers
 
 from sae_jax import hub
-from sae_jax.errors import UserError
+from sae_jax.errors import UserError, on_one_line
 from sae_jax.json_files import checked, parse_json, read_json
 from sae_jax.lm.directory import model_directory
 
@@ -145,7 +145,13 @@ def load_tokenizer(directory) -> Tokenizer:
         backend.no_truncation()
         if backend.post_processor is not None:
             _check_templates(parse_json(backend.post_processor.__getstate__(), file), file)
-    ids = {kind: _special_ids(directory, backend, kind) for kind in ("bos", "eos", "pad")}
+    configs = {
+        name: checked(read_json(directory / name, default={}), _Ids, directory / name)
+        for name in ("config.json", "generation_config.json")
+    }
+    names_file = directory / "tokenizer_config.json"
+    names = checked(read_json(names_file, default={}), _Tokens, names_file)
+    ids = {kind: _special_ids(configs, names, backend, kind) for kind in ("bos", "eos", "pad")}
     eos, pad = (next(iter(ids[kind][0]), None) for kind in ("eos", "pad"))
     with _explained(file):
         bos, why = _bos(backend, *ids["bos"], eos)
@@ -175,17 +181,17 @@ def _bos(backend, configured: list[int], where: str, eos: int | None) -> tuple[i
     return eos, "no BOS is named; EOS serves as one"
 
 
-def _special_ids(directory: pathlib.Path, backend, kind: str) -> tuple[list[int], str]:
+def _special_ids(
+    configs: dict[str, _Ids], names: _Tokens, backend, kind: str
+) -> tuple[list[int], str]:
     """Returns the ids that the first file to name any gives, and the name of that file's field."""
-    for name in ("config.json", "generation_config.json"):
-        values = checked(read_json(directory / name, default={}), _Ids, directory / name)
+    for file, values in configs.items():
         for part in (values, values.text_config or _Ids()):
             value = getattr(part, f"{kind}_token_id")
             ids = value if isinstance(value, list) else [-1 if value is None else value]
             if any(i >= 0 for i in ids):
-                return [i for i in ids if i >= 0], f"{kind}_token_id of {name}"
-    file = directory / "tokenizer_config.json"
-    token = getattr(checked(read_json(file, default={}), _Tokens, file), f"{kind}_token")
+                return [i for i in ids if i >= 0], f"{kind}_token_id of {file}"
+    token = getattr(names, f"{kind}_token")
     token = token.content if isinstance(token, _Token) else token
     found = None if token is None else backend.token_to_id(token)
     return ([] if found is None else [found]), f"{kind}_token of tokenizer_config.json"
@@ -204,7 +210,7 @@ def _explained(where) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        reason = str(error).partition("\n")[0]
+        reason = on_one_line(error)
         raise UserError(f"{where} is not a tokenizer of the tokenizers package: {reason}") from None
 
 

@@ -252,8 +252,11 @@ def _files(directory: pathlib.Path, stem: str) -> dict[str, str]:
     if not index.is_file():
         return {}
     files = checked(read_json(index), _Index, index).weight_map
-    for name in set(files.values()):
-        inside(directory, name)
+    for tensor, name in files.items():
+        try:
+            inside(directory, name)
+        except UserError as error:
+            raise UserError(f"{index} says that {tensor} is in another place: {error}") from None
     return files
 
 

@@ -162,7 +162,7 @@ def check_weights(tensors: dict[str, np.ndarray], file) -> None:
         if not jnp.issubdtype(tensor.dtype, jnp.floating):
             raise UserError(f"{file}: {name} is of type {tensor.dtype}; weights are real numbers")
         with np.errstate(over="ignore"):  # of float64
-            if not np.isfinite(tensor.astype(np.float32)).all():
+            if not np.isfinite(tensor.astype(np.float32, copy=False)).all():
                 raise UserError(f"{file}: {name} holds NaN or infinity")
 
 

@@ -19,7 +19,7 @@ from orbax.checkpoint import v1 as ocp
 
 from sae_jax import sae as saes
 from sae_jax.config import Config
-from sae_jax.errors import UserError, some
+from sae_jax.errors import UserError, on_one_line, some
 from sae_jax.json_files import checked
 from sae_jax.paths import AnyPath, ObjectPath
 from sae_jax.train.checksums import checksums
@@ -251,10 +251,17 @@ class _OrbaxCheckpointer:
             "save_decision_policy": ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             "cleanup_tmp_directories": True,
         }
-        self._checkpointer = ocp.training.Checkpointer(
-            directory.absolute(), context=context, **(policies if keep else {})
-        )
-        self._saving = None
+        directory, self._saving = directory.absolute(), None
+        try:
+            self._checkpointer = ocp.training.Checkpointer(
+                directory, context=context, **(policies if keep else {})
+            )
+        except ValueError as error:  # it looks into all checkpoints
+            damaged = next((f for f in directory.iterdir() if not _has_metadata(f)), directory)
+            raise UserError(
+                f"{damaged} cannot be read: what was saved beside its arrays is damaged "
+                f"({on_one_line(error)}); delete it to go on without it"
+            ) from error
 
     def save(self, step: int, tree: dict, about: dict) -> None:
         self.wait()
@@ -297,6 +304,15 @@ class _OrbaxCheckpointer:
         rest = jax.tree.map(lambda _: ocp.PLACEHOLDER, self.shapes(step))
         loaded = self.load(step, rest | like)
         return {name: loaded[name] for name in like}
+
+
+def _has_metadata(folder: pathlib.Path) -> bool:
+    """Whether Orbax can read what it saved beside the arrays of a checkpoint."""
+    try:
+        ocp.metadata(folder)
+    except Exception:  # of Orbax, damage brings out all kinds
+        return False
+    return True
 
 
 def _checkpointer(directory: AnyPath, keep: int | None) -> ObjectCheckpointer | _OrbaxCheckpointer:

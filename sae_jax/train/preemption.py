@@ -50,8 +50,8 @@ class Sigterm:
         if self._numbers:
             signal.set_wakeup_fd(-1)
             faulthandler.unregister(signal.SIGTERM)
-        for end in (self._read, self._written):
-            end.close()
+        self._read.close()
+        self._written.close()
 
     def came(self) -> bool:
         """Whether SIGTERM has come since the last call."""

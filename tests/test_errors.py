@@ -1,0 +1,22 @@
+"""A user's mistake is told in one line, whatever names and values the line has."""
+
+import pytest
+
+from sae_jax.errors import UserError
+
+
+@pytest.mark.parametrize("text, shown", [
+    ("no file at /home/Zoë/דוגמה 🙂; give one", None),
+    ("two\nlines\r\n", r"two\nlines\r\n"),
+    ("a\u2028b\x85c", r"a\u2028b\x85c"),
+    ("half \ud800 of a character", r"half \ud800 of a character"),
+    ("a terminal's \x1b[2J own", r"a terminal's \x1b[2J own"),
+])  # fmt: skip
+def test_a_message_is_one_line_that_any_terminal_shows(text, shown):
+    assert str(UserError(text)) == (shown or text)
+    str(UserError(text)).encode()
+
+
+def test_of_a_long_message_the_beginning_and_the_end_are_kept():
+    text = str(UserError(f"{'the file'} {'x' * 10**6}; make it again"))
+    assert len(text) < 1600 and text.startswith("the file x") and text.endswith("x; make it again")
