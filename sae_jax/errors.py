@@ -14,35 +14,24 @@ class UserError(Exception):
     Its text is one line that says what is wrong, where, and what to do. The command line prints it
     without a trace and ends with exit code 2.
 
-    The text may have names and values from files of others. Line ends, control characters and
-    halves of characters in it are written as escapes, and of a very long one the middle is left
-    out.
+    The text may quote names and values from files of others; it is shown as `one_line` does.
     """
 
     def __init__(self, text: str):
-        super().__init__(_one_line(str(text)))
-
-
-def _one_line(text: str) -> str:
-    if len(text) > _LONGEST:
-        text = f"{text[: _LONGEST - _END]} ... {text[-_END:]}"
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-_LONGEST = 2000  # characters of a message
+        super().__init__(one_line(text))
 
 
 def one_line(message: object) -> str:
     """Returns a message as one line for a terminal, whatever names it quotes.
 
-    Line breaks become spaces, characters that are not printable their escapes, and what is longer
-    than any message is cut.
+    Line breaks become spaces, and characters that are not printable their escapes. Of what is
+    longer than any message the middle is left out, since the end says what to do.
     """
     line = " ".join(str(message).splitlines())
     line = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
-    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."
+    if len(line) <= _LONGEST:
+        return line
+    return f"{line[: _LONGEST - _END]} ... {line[-_END:]}"
 
 
 def choose(value: str, choices: Iterable[str], what: str) -> str:

@@ -193,7 +193,7 @@ def _special_ids(
                 return [i for i in ids if i >= 0], f"{kind}_token_id of {file}"
     token = getattr(names, f"{kind}_token")
     token = token.content if isinstance(token, _Token) else token
-    found = None if token is None else backend.token_to_id(token)
+    found = None if token is None else backend.token_to_id(well_formed(token))
     return ([] if found is None else [found]), f"{kind}_token of tokenizer_config.json"
 
 

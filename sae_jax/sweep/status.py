@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import os
 
+from sae_jax.errors import UserError
 from sae_jax.json_files import checked, parse_json
 from sae_jax.paths import AnyPath, ObjectPath
 from sae_jax.sweep import design
@@ -136,7 +137,7 @@ def _status(
 def last_line(file: AnyPath) -> Line:
     """Returns the last whole line of a run's metrics.jsonl, or the default before there is one.
 
-    Raises UserError if it is no line of metrics.
+    Raises UserError if it is no line of metrics, or cannot be read.
     """
     try:
         if isinstance(file, ObjectPath):
@@ -147,6 +148,8 @@ def last_line(file: AnyPath) -> Line:
                 tail = lines.read()
     except FileNotFoundError:
         return Line()
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from None
     whole = tail.rpartition(b"\n")[0]
     if not whole:
         return Line()
