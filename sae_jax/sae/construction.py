@@ -50,6 +50,11 @@ def random_key(rngs: nnx.Rngs | int) -> jax.Array:
 
 def check_parameters(cls: type, config: SAEConfig, parameters: dict) -> None:
     """Raises UserError if the names or shapes are not those that the architecture makes."""
+    if config.kind not in TRANSCODERS and config.d_in != config.d_out:
+        raise UserError(
+            f"a config of kind {config.kind} has d_in {config.d_in} and d_out {config.d_out}; it "
+            "reconstructs its input, so they are equal"
+        )
 
     def fresh():
         return cls.init_parameters(jax.random.key(0), config, jnp.zeros(config.d_out))
