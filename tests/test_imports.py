@@ -27,7 +27,7 @@ ROWS = [
         "progress_bar",
         "python_files",
         "tables",
-    },
+    },  # fmt: skip
     {"ops"},
     {"sae"},
     {"config"},  # a run's config holds that of its SAE

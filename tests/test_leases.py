@@ -16,6 +16,7 @@ import pytest
 import s3_server
 
 from sae_jax import paths
+from sae_jax.cli import main
 from sae_jax.errors import UserError
 from sae_jax.sweep.leases import Leases
 
@@ -227,16 +228,26 @@ def test_a_lease_lasts_for_some_seconds(tmp_path, seconds):
         Leases(tmp_path, seconds)
 
 
-@pytest.mark.parametrize(
-    "text", [b"", b"\x80\xff\x00", b"[]", b"nan x", b"inf x", b"soon me", b"9" * 9999]
-)
-def test_a_lease_that_is_damaged_holds_for_as_long_as_ours(tmp_path, text):
-    """Its owner may be alive and well: nobody may train the same runs beside it."""
-    (tmp_path / "pass.1").write_bytes(text)
-    for name in ("pass.tmp", "pass.-1", "pass.", "pass.9" + "9" * 99, "pass.\u0663"):
+def test_nan_on_the_command_line(capsys):
+    assert main(["sweep", "--workdir=S", "--status", "--lease_seconds=nan"]) == 2
+    assert "--lease_seconds=nan: not a finite number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("data", [b"", b"soon me", b"\xff\xfe\x00", b"1e999 me", b"[" * 100])
+def test_a_damaged_lease_lasts_as_long_as_ones_own(tmp_path, data):
+    """Then it has run out."""
+    (tmp_path / "a.1").write_bytes(data)
+    leases = Leases(tmp_path, 30)
+    assert leases.holder("a").alive
+    assert leases.claim("a") is None
+    old = time.time() - 60
+    os.utime(tmp_path / "a.1", (old, old))
+    with leases.claim("a") as lease:
+        assert not lease.lost()
+
+
+def test_what_is_no_generation_of_a_lease_is_passed_over(tmp_path):
+    (tmp_path / "a.1").write_text("30 me")
+    for name in ("a.tmp", "a.-1", "a.", "a.9" + "9" * 99, "a.\u0663"):
         (tmp_path / name).touch()
-    assert Leases(tmp_path, 3600).claim("pass") is None
-    os.utime(tmp_path / "pass.1", (1, 1))
-    if text != b"9" * 9999:
-        with Leases(tmp_path, 3600).claim("pass"):
-            assert (tmp_path / "pass.2").is_file()
+    assert Leases(tmp_path, 30).holder("a").owner == "me"

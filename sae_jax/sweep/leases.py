@@ -99,19 +99,11 @@ class Leases:
             return None
         age, text = looked
         seconds, _, owner = text.partition(" ")
-        return Holder(owner or "?", age, (age or 0) <= self._allowed(seconds))
-
-    def _allowed(self, text: str) -> float:
-        """Returns for how many seconds an owner may be silent that wrote `text`.
-
-        The text is empty in the moment in which its file is made, and where its maker died in that
-        moment. Then, and where it is damaged, they are those of a lease that is claimed here.
-        """
-        try:
-            seconds = float(text)
-        except ValueError:
-            return self._seconds
-        return seconds if 0 < seconds < math.inf else self._seconds
+        lasts = self._seconds  # where it is empty, in the moment in which it is made, or damaged
+        with contextlib.suppress(ValueError):
+            if 0 < float(seconds) < math.inf:
+                lasts = float(seconds)
+        return Holder(owner or "?", age, not (age or 0) > lasts)
 
     def _newest(self, name: str) -> int:
         """Returns the newest generation of `name`, counted from 1; 0 where there is none."""
