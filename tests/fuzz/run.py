@@ -338,9 +338,8 @@ class _Worker:
             self.seen, self.since = self.case.value, time.monotonic()
         return self.seen >= 0 and time.monotonic() - self.since > seconds
 
-    def end(self) -> Failure:
-        """Ends the process if it has not ended, and returns the failure of its case."""
-        hung = self.process.is_alive()
+    def end(self, hung: bool) -> Failure:
+        """Waits for the process to end, or ends it if it hung; returns the failure of its case."""
         if hung:
             os.kill(self.process.pid, signal.SIGABRT)  # faulthandler writes where it is
         self.process.join(10)
@@ -409,7 +408,7 @@ def fuzz(
         while workers:
             ready = connections.wait([worker.connection for worker in workers], timeout=1)
             for worker in list(workers):
-                ended = worker.hangs(limits.seconds + limits.patience)
+                ended = hung = worker.hangs(limits.seconds + limits.patience)
                 if worker.connection in ready:
                     try:
                         name, endings, seconds = worker.connection.recv()
@@ -420,7 +419,7 @@ def fuzz(
                         ended = True
                 if ended:
                     workers.remove(worker)
-                    name, failure = worker.task[0], worker.end()
+                    name, failure = worker.task[0], worker.end(hung)
                     # Those before it in the task went unreported; they run again.
                     tasks.extendleft(_around(worker.task, failure.case))
                     _count(reports[name], [failure], 0.0)

@@ -54,8 +54,6 @@ def spin_in_c(folder):
 
 formats = {{
     "refuses": ending(refuse("one line")),
-    "lines": ending(refuse("two\\nlines")),
-    "long": ending(refuse("x" * 5000)),
     "raises": ending(lambda folder: [][1]),
     "exits": ending(lambda folder: sys.exit(0)),
     "hangs": ending(wait),
@@ -90,14 +88,15 @@ def failures(folder: pathlib.Path, *flags: str) -> tuple[str, dict]:
 
 
 def test_damaged_files_end_right_or_refused(tmp_path):
-    text, reports = failures(tmp_path, "--cases=3000", "--by_cost")
-    assert all(report["right"] and report["refused"] for report in reports.values()), text
+    text, reports = failures(tmp_path, "--cases=1000", "--by_cost")
+    for ending in ("right", "refused"):
+        assert sum(report[ending] for report in reports.values()) > 200, text
     assert not any(report["failures"] for report in reports.values()), text
 
 
 @pytest.mark.slow
 def test_many_damaged_files_end_right_or_refused(tmp_path):
-    text, reports = failures(tmp_path, "--cases=40000", "--by_cost", "--seed=1")
+    text, reports = failures(tmp_path, "--cases=12000", "--by_cost", "--seed=1")
     assert not any(report["failures"] for report in reports.values()), text
 
 
@@ -109,7 +108,6 @@ def test_the_fuzzer_tells_every_other_end():
     found = json.loads(done.stdout.splitlines()[-1])
     assert found.pop("refuses")[1:] == [4, []]
     expected = {
-        "lines": "UserError of several lines", "long": "UserError of a thousand words",
         "raises": "IndexError", "exits": "SystemExit", "hangs": "hang", "hangs_in_c": "hang",
         "memory": "memory", "crashes": "signal 6", "writes": "wrote outside",
         "leaves": "left files behind", "reads": "read a file outside", "nan": "not finite",
