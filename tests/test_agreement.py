@@ -165,6 +165,6 @@ def test_two_commands_at_one_instant(tmp_path):
 def test_a_sweep_is_not_put_among_other_files(tmp_path):
     runs = expand(make_config(WORLD), [{"sae.k": 2}])
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(UserError, match="holds no sweep .* but thesis.tex; give --workdir a new"):
+    with pytest.raises(UserError, match="holds no sweep .*thesis.tex.; give --workdir a new"):
         SweepDirectory.start(tmp_path, runs)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]

@@ -87,6 +87,7 @@ def test_transformers_gives_the_same_activations_with_hooks(family, tmp_path, mo
 
 
 @pytest.mark.peers
+@pytest.mark.long
 def test_table_of_a_small_world(tmp_path):
     """Every contestant trains; a second call makes no run again; a package without the
     architecture is left out."""

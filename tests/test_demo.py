@@ -52,7 +52,7 @@ def test_killed_again_and_again_it_goes_on_and_ends_with_the_page(tmp_path):
     assert results(out) == before
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_takes_minutes_and_finds_a_good_sae(tmp_path):
     begin = time.monotonic()
     process = start(tmp_path / "demo")

@@ -166,6 +166,7 @@ def test_another_evaluation_is_not_overwritten_and_the_same_one_may_be(demo, tmp
     assert out.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_on_tokens_and_on_text_of_the_users(demo, tmp_path, capsys):
     model, store, run = demo
     np.save(tmp_path / "tokens.npy", store.tokens()[:6].read().result().reshape(2, 3, 16))

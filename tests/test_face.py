@@ -36,12 +36,13 @@ def fresh(architecture="topk", **fields):
     return ARCHITECTURES[architecture](d_in=16, d_sae=64, **fields)
 
 
+MARKS = {"topk": (), "relu": pytest.mark.slow, "jumprelu": pytest.mark.slow,
+                 "batchtopk": pytest.mark.slow}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "architecture",
-    [
-        name if name in ("relu", "topk", "jumprelu") else pytest.param(name, marks=pytest.mark.slow)
-        for name in ARCHITECTURES
-    ],
+    [pytest.param(name, marks=MARKS.get(name, pytest.mark.long)) for name in ARCHITECTURES],
 )
 def test_every_architecture_on_an_array(architecture, tmp_path):
     lines = []
@@ -146,7 +147,11 @@ def test_data_of_other_types(tmp_path):
 
 @pytest.mark.parametrize(
     "kind",
-    ["crosscoder", "transcoder", pytest.param("skip_transcoder", marks=pytest.mark.slow)],
+    [
+        pytest.param("crosscoder", marks=pytest.mark.slow),
+        "transcoder",
+        pytest.param("skip_transcoder", marks=pytest.mark.long),
+    ],
 )
 def test_several_sites(kind):
     sites = {"a": ROWS, "b": ROWS[:, :8] + 1}
@@ -161,6 +166,7 @@ def test_several_sites(kind):
         assert sae_jax.evaluate(result.sae, sites).rows.scalars["fvu"] > 0
 
 
+@pytest.mark.slow
 def test_a_trained_sae_goes_on_and_defaults_fit_the_data():
     first = sae_jax.train(fresh(), ROWS, batch_size=256, learning_rate=3e-3, epochs=8)
     start = sae_jax.train(first.sae, ROWS, batch_size=256, tokens=256, learning_rate=1e-9)
@@ -170,6 +176,7 @@ def test_a_trained_sae_goes_on_and_defaults_fit_the_data():
     assert few.config.data.batch_size == 8 and few.result["tokens"] > 150
 
 
+@pytest.mark.slow
 def test_few_rows_on_several_devices(monkeypatch):
     """A batch has a row for each device, and an SAE on one of them goes on on all."""
     monkeypatch.undo()

@@ -264,7 +264,7 @@ def test_checkpoints_cut_off(program):
     shutil.rmtree(half)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sigkill_to_all_whose_clocks_are_an_hour_off(program, tmp_path):
     """Nobody is taken for dead before. By libfaketime where there is one, else in what Python
     reads."""

@@ -178,7 +178,7 @@ def test_a_cut_npz_is_named(tmp_path):
     interop.export(random_sae("jumprelu"), "gemma_scope", tmp_path / "sae")
     file = tmp_path / "sae" / "params.npz"
     file.write_bytes(file.read_bytes()[:-30])
-    with pytest.raises(UserError, match="params.npz is damaged"):
+    with pytest.raises(UserError, match="params.npz .*damaged"):
         sae_jax.load(tmp_path / "sae")
 
 

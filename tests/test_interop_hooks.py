@@ -49,7 +49,10 @@ def wide_sae(architecture, kind, width):
     return type(small)(config, parameters=parameters)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gpt_neox", "llama_biases"])
+@pytest.mark.parametrize(
+    "family",
+    ["llama_biases", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gemma2", "gpt_neox"))],
+)
 @pytest.mark.parametrize("architecture, kind", KINDS)
 def test_the_same_latents_of_what_is_before_the_weight(family, architecture, kind):
     _, x, reads = at_site(family)

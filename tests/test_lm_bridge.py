@@ -78,6 +78,7 @@ def harvest(model, out, sites, **options):
 
 
 @pytest.mark.peers
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 def test_figures_are_those_of_our_own_decoder(llama, tmp_path):
     """Rows at every site that both have, and an SAE's evaluation inside the model."""

@@ -205,7 +205,7 @@ def test_command_line(world, tmp_path, capsys):
     assert "2,000 rows (125 contexts of 16)" in printed
     assert "Left out of training: 125 rows of special tokens [0]" in printed
     assert main(["harvest", *command(world, out, "--mesh_model=3", "--mesh_data=2")]) == 2
-    assert "a mesh of 2 x 3 devices does not fit the 4 here" in capsys.readouterr().err
+    assert "--mesh_data=2 --mesh_model=3 does not fit the 4 devices here" in capsys.readouterr().err
     for wrong in ("1.5", "many", "-3", "1e"):
         assert main(["harvest", *command(world, out, f"--tokens={wrong}")]) == 2
         assert "not a whole number; write" in capsys.readouterr().err

@@ -186,7 +186,7 @@ def test_a_log_that_begins_late_gets_the_lines_before(store, tmp_path):
     assert_wandb_equals(run, [range(1, 25)])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_runs_of_a_sweep_each_have_their_own(store, tmp_path):
     """Two budgets: the longer run branches off the shorter one's trunk, and has its lines too."""
     path, base = tmp_path / "sweep_a", small(store)
@@ -279,7 +279,7 @@ def test_of_two_processes_one_logs(store, tmp_path):
     assert_wandb_equals(run, [range(1, 25)])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_command_goes_on_in_both(store, tmp_path):
     """SIGKILL leaves no time to close anything; wandb's last folder has the whole run."""
     config, run = small(store, steps=120), tmp_path / "run"

@@ -106,7 +106,7 @@ def test_a_class_may_be_defined_again_but_not_under_a_name_of_ours(mine):
         second.Config(level=0.0)
 
 
-@pytest.mark.parametrize("architecture", ["topk", "level"])
+@pytest.mark.parametrize("architecture", [pytest.param("topk", marks=pytest.mark.slow), "level"])
 def test_an_extra_loss_is_added_and_logged(mine, store, tmp_path, architecture):
     config = load_file(f"{mine}:{store}")
     config = override(config, {"sae.architecture": architecture})

@@ -51,7 +51,6 @@ MESHES = [(2, 1, 2), (1, 1, 1), (1, 2, 1), (2, 2, 1, True)]
 SLOW = {
     ("relu", True, MESHES[0]),
     ("topk", True, MESHES[0]),
-    ("batchtopk", True, MESHES[0]),
     ("topk", False, MESHES[3]),
     ("relu", True, MESHES[3]),
 }

@@ -16,7 +16,7 @@ SAELENS = SHARED / "saes" / "saelens_6.54.12_topk_stories260K_L2"
 MODEL = SHARED / "models" / "stories260K"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not SAELENS.is_dir(), reason="no shared data: ../shared/data/saes")
 def test_as_good_as_saelens_after_as_many_tokens(tmp_path):
     """Both on the same held-out stories: our FVU was 0.065 when this was written, theirs 0.145;

@@ -47,6 +47,7 @@ def runs(store, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", TRAINED)
 @pytest.mark.parametrize("mesh", MESHES[1:], ids=str)
 def test_losses_do_not_depend_on_the_mesh(runs, architecture, mesh):

@@ -31,7 +31,9 @@ SETTINGS = {  # architecture: (learning rate, fields of SAEConfig)
 @pytest.mark.parametrize(
     "architecture",
     [
-        pytest.param(n, marks=pytest.mark.long if n in ("topk", "gated", "batchtopk") else ())
+        pytest.param(
+            n, marks=pytest.mark.long if n in ("topk", "gated", "batchtopk", "relu") else ()
+        )
         for n in SETTINGS
     ],
 )
