@@ -251,3 +251,20 @@ def test_what_is_no_generation_of_a_lease_is_passed_over(tmp_path):
     for name in ("a.tmp", "a.-1", "a.", "a.9" + "9" * 99, "a.\u0663"):
         (tmp_path / name).touch()
     assert Leases(tmp_path, 30).holder("a").owner == "me"
+
+
+@pytest.mark.parametrize("name", ["a.1", "clock"])
+@pytest.mark.parametrize("kind", ["folder", "dangling link", "link loop"])
+def test_what_is_no_file_of_a_lease_is_named(tmp_path, name, kind):
+    Leases(tmp_path, 30).claim("a").release()
+    os.utime(tmp_path / "a.1", (1, 1))
+    (tmp_path / name).unlink(missing_ok=True)
+    if kind == "folder":
+        (tmp_path / name).mkdir()
+    else:
+        (tmp_path / name).symlink_to(name if kind == "link loop" else tmp_path / "none" / "none")
+    if (name, kind) == ("clock", "folder"):  # it tells the time as well
+        Leases(tmp_path, 30).claim("a").release()
+        return
+    with pytest.raises(UserError, match=f"{tmp_path}/{name}"):
+        Leases(tmp_path, 30).claim("a")

@@ -166,3 +166,9 @@ def test_two_writers_of_one_store(place):
     second.finish()
     assert "as written" in Store.open(place / "store").check()
     assert not (place / "store" / "written").exists()
+
+
+@pytest.mark.parametrize("path", ["/", "//"])
+def test_the_root_of_the_disk_holds_no_store(path):
+    with pytest.raises(UserError, match="no activation store|not a store|meta.json"):
+        lm.open_store(path)

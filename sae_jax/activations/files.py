@@ -41,7 +41,8 @@ class Folder:
         """Returns TensorStore's spec of the file or folder `name` in this one."""
         if self.remote:
             return paths.kvstore(self._where, name)
-        return {"driver": "file", "path": f"{self.path}/{name}"}
+        folder = self.path.strip("/")  # TensorStore refuses two slashes at the beginning
+        return {"driver": "file", "path": f"/{folder}/{name}" if folder else f"/{name}"}
 
     def read(self, name: str) -> bytes | None:
         """Returns the bytes of `name`; None where there is no such file."""

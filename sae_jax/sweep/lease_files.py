@@ -11,6 +11,7 @@ import time
 import uuid
 from typing import Protocol
 
+from sae_jax import paths
 from sae_jax.paths import ObjectPath
 
 _RELEASED = 0  # modification time of a file that was given back
@@ -62,14 +63,19 @@ class LocalFiles:
     def look(self, name: str) -> tuple[float, str] | None:
         """Returns the seconds since the last touch of a file, and its text; None where it was given
         back.
+
+        Raises UserError if the file, or the one that tells the disk's clock, cannot be used.
         """
-        path = self._directory / name
-        beat = path.stat().st_mtime
-        if beat == _RELEASED:
-            return None
-        clock = self._directory / "clock"
-        clock.touch()
-        return max(0.0, clock.stat().st_mtime - beat), path.read_text(errors="replace")
+        path, clock = self._directory / name, self._directory / "clock"
+        with paths.explained(path):
+            beat = path.stat().st_mtime
+            if beat == _RELEASED:
+                return None
+        with paths.explained(clock):
+            clock.touch()
+            now = clock.stat().st_mtime
+        with paths.explained(path):
+            return max(0.0, now - beat), path.read_text(errors="replace")
 
 
 class _LocalClaim:

@@ -256,7 +256,7 @@ class _OrbaxCheckpointer:
             self._checkpointer = ocp.training.Checkpointer(
                 directory, context=context, **(policies if keep else {})
             )
-        except ValueError as error:  # it looks into all checkpoints
+        except (ValueError, RecursionError) as error:  # it looks into all checkpoints
             damaged = next((f for f in directory.iterdir() if not _has_metadata(f)), directory)
             raise UserError(
                 f"{damaged} cannot be read: what was saved beside its arrays is damaged "
