@@ -116,7 +116,7 @@ def test_two_nodes_sent_back_to_the_queue_end_as_if_undisturbed(jobs, tmp_path):
 def test_an_array_shares_a_sweep_and_who_is_told_to_stop_comes_back(jobs, tmp_path):
     """SIGTERM as Slurm sends it before a time limit: to the program and not to the shell."""
     file, directory = tmp_path / "sweep.py", tmp_path / "sweep"
-    steps = 1000
+    steps = 2000
     base = make_config(WORLD, steps=steps, train={"log_every": LOG_EVERY})
     runs = grid.sweep("optimizer.learning_rate", [1e-3, 3e-3])
     file.write_text(

@@ -381,8 +381,8 @@ def _rope(values: dict, head_dim: int, context: int, where: str) -> Rope:
     if kind not in ("default", "dynamic", "linear", "llama3", "yarn"):
         raise UserError(f"{where} of type {kind!r} are not implemented")
     features = int(head_dim * values.pop("partial_rotary_factor"))
-    if features < 2 or features % 2:
-        raise UserError(f"{where}: {features} features of a head are no pairs to rotate")
+    if features < 1:
+        raise UserError(f"{where}: the factor leaves no feature of a head to rotate")
     rope = {
         "features": None if features == head_dim else features,
         "theta": float(values.pop("rope_theta")),
