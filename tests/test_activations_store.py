@@ -342,6 +342,7 @@ def run_command(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_command_shows_and_checks_a_store(tmp_path, store):
     shown = run_command(f"--path={store.path}", "--check")
     assert shown.returncode == 0, shown.stderr

@@ -10,6 +10,7 @@ SHAPE = ["--batch=64", "--d_in=16", "--d_sae=128", "--k=4", "--rounds=2"]
 
 
 @pytest.mark.parametrize("architecture", ["topk", "relu"])
+@pytest.mark.slow
 def test_step(architecture, tmp_path, capsys):
     out = tmp_path / "figures.json"
     assert main(["bench", f"--architecture={architecture}", f"--out={out}", *SHAPE]) == 0

@@ -57,7 +57,8 @@ def without_checksums(run) -> None:
         file.write_text(json.dumps(values))
 
 
-@pytest.mark.parametrize("flips", [16, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("flips", [16, 100])
+@pytest.mark.slow
 def test_flipped_bits_are_named_or_harmless(done, run, flips):
     want = {name: np.asarray(x) for name, x in load_sae(done[0]).parameters().items()}
     folder, refused = run / "checkpoints" / "4", 0
@@ -123,6 +124,7 @@ def test_a_config_that_was_edited_is_named(run, fields, words):
 
 @pytest.mark.parametrize("step", ["2", "4"])
 @pytest.mark.parametrize("text", ['"x"', '{"init_timestamp_nsecs": {}}', '{"y": 1}'])
+@pytest.mark.slow
 def test_a_checkpoint_whose_description_says_nonsense_is_named(run, done, step, text):
     """Orbax reads those of all checkpoints before any is asked for."""
     file = run / "checkpoints" / step / "_CHECKPOINT_METADATA"
@@ -150,6 +152,7 @@ def test_checkpoints_of_an_earlier_version_load_and_resume(run, done):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "bool", "float8_e4m3fn"])
+@pytest.mark.slow
 def test_a_checksum_is_of_the_values_and_their_places(dtype):
     x = np.random.default_rng(0).normal(size=(24, 8)) * 4
     x = jax.numpy.asarray(x > 0 if dtype == "bool" else x).astype(dtype)

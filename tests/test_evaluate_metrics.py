@@ -111,6 +111,7 @@ SAES = {
     [(name, (300, 300, 300, 100)) for name in SAES] + [("topk", (ROWS,)), ("topk", (1, 7, 992))],
     ids=str,
 )
+@pytest.mark.slow
 def test_metrics_are_their_formulas_however_the_rows_are_cut(name, sizes):
     kind, architecture = SAES[name]
     sae = make_sae(kind, architecture=architecture)

@@ -80,6 +80,7 @@ def numbers(model, tokens, **options):
 
 
 @pytest.mark.parametrize("include_excluded", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_padding_on_any_side_changes_nothing(model, texts, include_excluded):
     """What counts is each text alone: its rows, its real next tokens, at positions from 0."""
     sums = {"ce": 0.0, "predicted": 0, "rows": []}

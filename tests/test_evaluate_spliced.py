@@ -143,6 +143,7 @@ def mlp_as_transcoder(model, scale=1.7, target_scale=0.3):
     return ReLU.from_parameters(config, parameters, scale, target_scale)
 
 
+@pytest.mark.slow
 def test_the_mlp_itself_is_a_perfect_transcoder(mlp_model, some_tokens):
     sae = mlp_as_transcoder(mlp_model)
     source = ModelRows(mlp_model, (MLP_IN, MLP_OUT), some_tokens, what="tokens")
@@ -195,6 +196,7 @@ def test_a_transcoder_replaces_its_target_by_what_it_makes_of_its_input(mlp_mode
         assert found[f"kl_{name}"] == pytest.approx(kl, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_crosscoder_is_spliced_in_at_each_site_in_turn(mlp_model, some_tokens):
     """One that predicts each of two sites from the other: y_hat = (x_1, x_0)."""
     eye = jnp.eye(2 * D)

@@ -164,16 +164,10 @@ def test_a_tiny_sweep_gives_loss_against_size_and_k(directory):
     assert fit["params"]["gamma"] < 0 and fit["params"]["eta"] < 0, "as Gao et al. found"
 
 
-# These wait for a hand: all take ten minutes, and the others try the same code.
-BY_HAND = """towards_monosemanticity:tiny openai_topk:tiny scaling_monosemanticity:tiny
-anthropic_jan2025:tiny gemma_scope:tiny gated:tiny batchtopk:tiny matryoshka:tiny transcoder:tiny
-transcoder:tiny-skip""".split()
-
-
-@pytest.mark.parametrize(
-    "recipe",
-    [pytest.param(r, marks=pytest.mark.long if r in BY_HAND else pytest.mark.slow) for r in FOUND],
-)
+# By hand: all take ten minutes, and the README's, the wheel's and the tutorials' runs, which are
+# tested, try the same code.
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", FOUND)
 def test_tiny_gives_a_sensible_sae_in_a_minute(recipe, directory):
     name, size = recipe.split(":")
     run = directory / "runs" / name / size

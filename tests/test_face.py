@@ -153,6 +153,7 @@ def test_data_of_other_types(tmp_path):
         pytest.param("skip_transcoder", marks=pytest.mark.long),
     ],
 )
+@pytest.mark.slow
 def test_several_sites(kind):
     sites = {"a": ROWS, "b": ROWS[:, :8] + 1}
     for sae in (

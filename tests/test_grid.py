@@ -127,6 +127,7 @@ def test_a_frontier_sets_what_each_architecture_has():
     assert len(got) == 5
 
 
+@pytest.mark.slow
 def test_budgets_are_one_run_until_the_smaller_one_decays():
     """Learning rate and sparsity coefficient of the real schedules agree, step by step."""
     tokens = [64_000, 200_000, 640_000, 6_400_000]

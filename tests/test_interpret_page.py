@@ -64,6 +64,7 @@ def cards(page):
     return re.findall(r"<article.*?</article>", page, flags=re.DOTALL)
 
 
+@pytest.mark.slow
 def test_thirty_latents_across_the_densities_each_with_text_and_its_token_marked(page):
     found = cards(page)
     assert len(found) == 30
@@ -102,6 +103,7 @@ def test_texts_are_escaped_and_their_characters_whole(page):
         ("crosscoder", ((16, 16),), "on <b>mlp_in.0, mlp_out.0</b>", False),
     ],
 )
+@pytest.mark.slow
 def test_other_kinds_have_examples_of_what_they_read(
     model_directory, tokenizer, store, tmp_path, kind, widths, head, speaks
 ):

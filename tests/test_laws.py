@@ -591,6 +591,7 @@ def test_isoflop_keeps_budgets_to_fit(world):
 
 
 @pytest.mark.parametrize("law", ["power", "chinchilla", "joint"])
+@pytest.mark.slow
 def test_the_command_predicts_by_every_law_that_can(tmp_path, capsys, law):
     design = {"power": "power", "joint": "joint"}.get(law, "chinchilla")
     columns = runs(design, noise=0.002)

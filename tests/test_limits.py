@@ -69,6 +69,7 @@ def test_seeds_that_are_told_apart():
     "tokens", [2**30 + 10 * BATCH, 2**31 - 1] + [pytest.param(n, marks=pytest.mark.slow) for n in (
         2**31, 3 * 10**9, 10**11)],
 )  # fmt: skip
+@pytest.mark.slow
 def test_a_latent_is_dead_after_any_number_of_tokens(tokens):
     """Not a batch earlier and not a batch later. From 2^30 on none ever was."""
     sae = {"dead_after_tokens": tokens, "aux_coefficient": 0.0}

@@ -113,6 +113,7 @@ def test_several_sites_cost_one_pass_of_the_model(both, monkeypatch):
     assert runs == [SITES] * -(-len(chunks) * store.meta.chunk_sequences // 8)
 
 
+@pytest.mark.slow
 def test_a_streams_memory_does_not_grow_with_the_text(model, tmp_path):
     def live_store(repeats):
         return harvest(model, tmp_path / str(repeats), repeats=repeats, live=True)

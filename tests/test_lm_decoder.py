@@ -125,6 +125,7 @@ def test_later_tokens_do_not_reach_earlier_ones():
 
 
 @pytest.mark.parametrize("site", [f"{name}.1" for name in lm.SITES])
+@pytest.mark.slow
 def test_edits(site):
     """Putting back what was there changes nothing; zero in its place changes the logits, and is
     what a tap there then shows."""
@@ -221,6 +222,7 @@ def test_sharded_equals_unsharded(name, shape):
     "name",
     ["gemma3", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gemma2", "gpt2", "mistral"))],
 )
+@pytest.mark.slow
 def test_looping_over_layers_changes_nothing(name):
     """With taps and edits at some layers only, on one device and on four."""
     config, params, expected = model_and_tokens(name)

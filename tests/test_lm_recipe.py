@@ -71,6 +71,7 @@ def test_the_shipped_model_is_small_and_what_the_paper_decomposes():
     assert lm.site_width(config, "mlp_act.0") == 4 * config.d_model
 
 
+@pytest.mark.slow
 def test_the_shipped_model_beats_both_baselines_here_too(recipe):
     """On files held out of this machine's own standard library, as training.json says of another.
     If this fails on a new Python only, its library may have changed: loosen the bound, not the

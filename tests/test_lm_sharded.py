@@ -77,6 +77,7 @@ def test_no_activation_is_gathered(directory, mesh):
         assert shard.shape[-1] == lm.site_width(config, site) // 2
 
 
+@pytest.mark.slow
 def test_a_harvest_sharded_over_the_model_is_the_same(directory, mesh, tmp_path):
     options = {"sites": ("z.1", "mlp_act.2", "resid_post.3"), "context_length": 16}
     options |= {"tokens": 640, "dtype": "float32"}

@@ -16,6 +16,15 @@ def normal(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
+@pytest.mark.parametrize("k", [1, 24, 40])
+def test_no_rows(k):
+    """Also where the latents are ranked in groups, and decoded in blocks of columns."""
+    values, indices = ops.top_k(jnp.zeros((0, 2048)), k)
+    assert values.shape == indices.shape == (0, k)
+    decoded, _ = ops.sparse_decode(ops.Code(values, indices), None, None, jnp.ones((2048, 3)))
+    assert decoded.shape == (0, 3)
+
+
 @pytest.mark.parametrize("n", [1, 15, 16, 100, 1024, 1000])
 @pytest.mark.parametrize("k", [1, 3, 32])
 @pytest.mark.parametrize("kind", ["normal", "ties", "equal", "few_finite"])
@@ -64,6 +73,7 @@ def sparse(x, w_enc, b_enc, w_dec, dead, k, aux_k):
         pytest.param("many", 40, 50, "searched", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_sparse_autoencoder_equals_dense(monkeypatch, mesh, dead, k, aux_k, winners):
     """winners: how candidates of the shards are compared, which depends on how many there are."""
     if winners == "searched":
@@ -105,6 +115,7 @@ def two_codes(product, per_latent):
 
 
 @pytest.mark.parametrize("n", [64, 4096 * 4])  # one block a device, and several
+@pytest.mark.slow
 def test_dense_autoencoder_equals_dense(mesh, n):
     B, d = 8, 5
     bias, gain = normal(2, n), normal(6, n)
@@ -206,6 +217,7 @@ def test_ties_above_int32_are_kept_in_order(mesh):
 
 
 @pytest.mark.parametrize("ends", [(64,), (2, 6, 14, 64), (16, 32, 64), (5, 64), (63, 64)], ids=str)
+@pytest.mark.slow
 def test_decode_groups_is_dense_decoding(mesh, ends):
     latents, w_dec, weights = normal(0, 8, 64), normal(1, 64, 5), normal(2, len(ends), 8, 5)
 

@@ -256,6 +256,7 @@ class CutError(Exception):
 
 
 @pytest.mark.parametrize("cut", range(1, 8))
+@pytest.mark.slow
 def test_a_pass_that_was_cut_goes_on(trained, tmp_path, cut):
     """Cut before each of its writes in turn, twice; what had ended is not trained again."""
     work, folder = trained
@@ -275,6 +276,7 @@ def test_a_pass_that_was_cut_goes_on(trained, tmp_path, cut):
     assert_same_runs(results(tmp_path), results(folder), rel=0)
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_given_up_and_the_others_go_on(store, tmp_path):
     budgets = grid.budgets([16 * BATCH, 40 * BATCH], **BUDGETS)
     runs = grid_of(

@@ -90,6 +90,7 @@ def test_replica_groups_as_xla_prints_them(text, group):
 @pytest.mark.parametrize(
     "mesh", [pytest.param((1, 4, False), marks=pytest.mark.slow), (2, 2, True)], ids=str
 )
+@pytest.mark.slow
 def test_bytes_are_those_of_the_live_arrays(mesh):
     data, model, zero = mesh
     config = a_config(data=data, model=model, zero=zero)

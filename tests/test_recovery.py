@@ -226,6 +226,7 @@ def run(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_a_run_on_a_world_is_evaluated_with_its_features(run, capsys):
     assert main(["eval", f"--run={run}", "--tokens=30000"]) == 0
     out = capsys.readouterr().out

@@ -42,6 +42,7 @@ def config_of(store, mesh=(1, 1), **sae):
     ["relu_l1_unit"]
     + [pytest.param(n, marks=pytest.mark.slow) for n in ("jumprelu", "gated", "batchtopk")],
 )
+@pytest.mark.slow
 def test_what_resampling_sets(store, architecture, mesh):
     data = {"data": mesh[0], "model": mesh[1], "zero": "zero" in mesh}
     sae = {"resample_every_tokens": 20 * BATCH}

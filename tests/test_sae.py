@@ -295,6 +295,7 @@ def test_every_mesh_is_one_device(name):
 
 
 @every_case_quickly("topk", "gated, crosscoder")
+@pytest.mark.slow
 def test_row_losses_on_every_mesh(name):
     """Of one device as well: resampling picks by them, under the mesh of the run, inputs that dead
     latents restart from."""
@@ -318,6 +319,7 @@ def test_row_losses_on_every_mesh(name):
 
 
 @every_case_quickly(*saes.ARCHITECTURES)
+@pytest.mark.slow
 def test_loss_falls(name):
     config = resolved(name)
     x, y = data(config, 256)
@@ -371,6 +373,7 @@ def test_scale_is_only_a_change_of_units(name):
 
 
 @every_case_quickly("relu", "topk", "batchtopk", "jumprelu")
+@pytest.mark.slow
 def test_bfloat16_is_close(name):
     config = resolved(name)
     (x, y), now = data(config), controls(config, 3)

@@ -55,6 +55,7 @@ def test_made_from_keywords(name):
 
 
 @every_case_quickly(*QUICK)
+@pytest.mark.slow
 def test_units(name):
     """Everything is in the units of x and y, whatever the SAE's own are."""
     one, other = make(name), make(name, scale=SCALE)

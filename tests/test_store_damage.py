@@ -171,6 +171,7 @@ def test_nan_in_a_held_out_row_is_damage(store, tmp_path):
 
 
 @pytest.mark.parametrize("array", ["sites", "excluded"])
+@pytest.mark.slow
 def test_files_that_vanish_during_training(store, tmp_path, array):
     def remove(line):
         if line["step"] == 2:

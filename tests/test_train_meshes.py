@@ -68,6 +68,7 @@ def test_losses_do_not_depend_on_the_mesh(runs, architecture, mesh):
 
 @pytest.mark.parametrize("source", MESHES, ids=str)
 @pytest.mark.parametrize("target", MESHES, ids=str)
+@pytest.mark.slow
 def test_checkpoint_restores_on_every_mesh(runs, store, source, target):
     path, _ = runs("topk", source)
     config = on(target, store=store)
@@ -131,6 +132,7 @@ def branches(program: str) -> list[str]:
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 4), (4, 1, "zero")], ids=str)
+@pytest.mark.slow
 def test_step_holds_nothing_whole_and_needs_no_host(store, shape):
     """512 tokens 32 wide, 4,096 latents: what the compiled step of one device holds."""
     config = on(

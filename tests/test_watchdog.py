@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -116,14 +117,18 @@ def test_a_process_that_was_stopped_does_not_count_that_time(monkeypatch):
 @pytest.mark.parametrize("leave", ["end", "stop"])
 @pytest.mark.parametrize("seconds", [0, 0.4])
 def test_the_watch_of_one_process_ends_with_it(leave, seconds):
+    before = set(threading.enumerate())
     watch = watchdog.Watchdog(Progress(), HEARTBEAT, STEP)
     watch.start()
+    assert set(threading.enumerate()) - before
     time.sleep(seconds)
     getattr(watch, leave)()
+    assert not set(threading.enumerate()) - before
 
 
 def test_a_stuck_step_ends_the_only_process():
     code = """
+import threading
 import time
 from sae_jax.train.progress import Progress
 from sae_jax.train.watchdog import Watchdog

@@ -13,6 +13,8 @@ A format whose files do not say what kind an SAE is has read(path, kind).
 An SAE that a format cannot express exactly is refused, never approximated.
 """
 
+import pathlib
+
 from absl import logging
 
 from sae_jax.errors import UserError, choose
@@ -75,7 +77,8 @@ def _load(path, trust_code: bool, kind: str | None) -> SAE:
     if path.parent.name == "checkpoints" and path.name.isdecimal():
         return load_sae(path.parent.parent, int(path.name), trust_code)
     where = f"no SAE at {path}"
-    if not path.exists():
+    relative = isinstance(path, pathlib.Path) and not path.is_absolute()
+    if relative and len(path.parts) > 1 and not path.exists():
         where += f", and on the Hugging Face hub it would be hf://{path}"
     raise UserError(
         f"{where}: neither a run (config.json, checkpoints/) nor one of the formats "

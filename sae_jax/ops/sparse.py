@@ -385,7 +385,8 @@ def _fold_columns(add, total, values_Bxk, indices_Bxk):
     whole = k - k % _UNROLL
     if whole > _UNROLL:
         blocks = tuple(
-            a[:, :whole].reshape(B, -1, _UNROLL).swapaxes(0, 1) for a in (values_Bxk, indices_Bxk)
+            a[:, :whole].reshape(B, whole // _UNROLL, _UNROLL).swapaxes(0, 1)
+            for a in (values_Bxk, indices_Bxk)
         )
         total, _ = jax.lax.scan(lambda t, block: (add(t, block), None), total, blocks)
     elif whole:

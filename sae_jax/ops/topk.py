@@ -45,7 +45,7 @@ def _grouped(x: jax.Array, spare: int) -> jax.Array:
     if spare:
         widths = [(0, 0)] * (x.ndim - 1) + [(0, spare)]
         x = jnp.pad(x, widths, constant_values=-jnp.inf)
-    return x.reshape(*x.shape[:-1], -1, _GROUP)
+    return x.reshape(*x.shape[:-1], x.shape[-1] // _GROUP, _GROUP)
 
 
 def _lax_top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:

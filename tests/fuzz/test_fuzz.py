@@ -87,6 +87,7 @@ def failures(folder: pathlib.Path, *flags: str) -> tuple[str, dict]:
     return done.stdout, json.loads((folder / "out.json").read_text())
 
 
+@pytest.mark.slow
 def test_damaged_files_end_right_or_refused(tmp_path):
     text, reports = failures(tmp_path, "--cases=500", "--by_cost")
     for ending in ("right", "refused"):
