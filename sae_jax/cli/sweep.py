@@ -21,7 +21,9 @@ A sweep file has get_config(), as for `sae-jax train`, and get_sweep(), which sa
       )
 
 Runs of one shape and budget become a pack, one program that trains them side by side; packs over
-the same data become a pass, which reads the data once. Look at it first, then train it:
+the same rows of a store become a pass, which reads the data once. Their sites may differ, as in
+grid.sweep("data.site", ["resid_post.3", "resid_post.6"]): a pass reads each site once, and runs the
+model of a live store once for all. Look at it first, then train it:
 
   sae-jax sweep --config=FILE.py --dry_run     runs, packs, FLOPs, bytes read, memory
   sae-jax sweep --config=FILE.py --workdir=S   train; the same command resumes it
@@ -58,8 +60,8 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "passes",
         None,
-        "Parts that workers claim, 1 by default, for each data config. More passes, more workers; "
-        "each pass reads the data once.",
+        "Parts that workers claim, 1 by default, for all runs over the same rows. More passes, more "
+        "workers, and less memory for each; each pass reads the data once.",
         lower_bound=1,
         flag_values=values,
     )

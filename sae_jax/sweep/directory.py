@@ -148,7 +148,7 @@ class SweepDirectory:
 
     Attributes:
       path: the directory.
-      passes: the number of passes for each data config.
+      passes: the number of passes for each reading of the data (`design.make_passes`).
       runs: the runs, in the grid's order.
     """
 
@@ -170,8 +170,8 @@ class SweepDirectory:
         Args:
           path: the directory.
           runs: the sweep's runs.
-          passes: the number of passes for each data config. None keeps that of an existing sweep,
-            and is 1 for a new one.
+          passes: the number of passes for each reading of the data. None keeps that of an existing
+            sweep, and is 1 for a new one.
 
         Raises UserError, which shows the difference, where the directory holds another sweep.
         """
