@@ -60,8 +60,8 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "passes",
         None,
-        "Parts that workers claim, 1 by default, for all runs over the same rows. More passes, more "
-        "workers, and less memory for each; each pass reads the data once.",
+        "Parts that workers claim, 1 by default, of all runs over the same rows. More passes, more "
+        "workers, less memory for each; each reads the data once.",
         lower_bound=1,
         flag_values=values,
     )
