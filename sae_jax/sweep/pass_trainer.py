@@ -98,7 +98,8 @@ def train_pass(
             stack.enter_context(contextlib.closing(training))
             packs.append(training)
         stack.enter_context(progress)  # notes an error before what closes files can hang of it
-        stack.enter_context(lack_of_memory_named())
+        fewer = "train fewer runs at once by more --passes, " if len(work.runs) > 1 else ""
+        stack.enter_context(lack_of_memory_named(fewer))
         going_on = [
             pack.runs[0]
             for pack, training in zip(work.packs, packs, strict=True)
