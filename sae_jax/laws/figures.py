@@ -6,7 +6,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from sae_jax.laws.fit import Fit
+from sae_jax.laws.fitting import Fit
 from sae_jax.laws.holdout import groups
 from sae_jax.laws.isoflop import IsoflopFit
 from sae_jax.laws.results import distinct
