@@ -4,10 +4,10 @@ import shlex
 
 from absl import flags
 
-from sae_jax.cli import counts
+from sae_jax.cli import counts, figure_flags
 from sae_jax.errors import UserError
 
-SUMMARY = """Fit a scaling law to runs, with intervals, held-out error and the next run.
+SUMMARY = f"""Fit a scaling law to runs, with intervals, held-out error and the next run.
 
   sae-jax fit --results=sweeps/a --law=chinchilla --out=fits/a
   sae-jax fit --results=runs.csv --law=isoflop --loss=eval_fvu --out=fits/fvu --predict_flops=1e18
@@ -22,9 +22,18 @@ calls them. Laws, for n latents, D tokens, C FLOPs:
   openai_nk   L = exp(alpha + beta_k ln k + beta_n ln n + gamma ln k ln n) + exp(zeta + eta ln k)
   joint       openai_nk's n and k, and B D^-delta
 
-OUT gets fit.json (parameters, ci95, held-out error, frontier, warnings), fit.png and report.html;
-with --predict_flops also next_run.py, a config for sae-jax train. The published replication of
-Chinchilla (Besiroglu et al. 2024), whose file gives C = 6 n D instead of D:
+OUT gets fit.json (parameters, ci95, held-out error, frontier, warnings), fit.png, curve.csv
+(points, curve, band and residuals), table.md and table.tex (the numbers, to copy) and report.html;
+with --predict_flops also next_run.py, a config for sae-jax train.
+
+  sae-jax fit --results=sweeps/a --law=chinchilla --out=fits/a --figure=paper/sizes.pdf \\
+      --panel=optimal --style=paper/mine.mplstyle
+
+{figure_flags.HELP}
+--panel says which panel of fit.png it is; the first by default.
+
+The published replication of Chinchilla (Besiroglu et al. 2024), whose file gives C = 6 n D instead
+of D:
 
   sae-jax fit --results=chinchilla_replication.csv --law=chinchilla --out=fits/chinchilla \\
       --d_sae="Model Size" --flops="Training FLOP" --flops_factor=6 --drop_largest_losses=5
@@ -96,6 +105,13 @@ def define(values: flags.FlagValues) -> None:
         "A budget: its best d_sae and tokens, the loss to expect, and next_run.py.",
         values,
     )
+    figure_flags.define(values)
+    flags.DEFINE_string(
+        "panel",
+        None,
+        "What --figure shows: loss, optimal, size, surface, isoflop or residuals, as the law has.",
+        flag_values=values,
+    )
     flags.DEFINE_string(
         "config",
         None,
@@ -127,6 +143,9 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
     if (args.config or overrides) and args.predict_flops is None:
         raise UserError("--config is of the next run; add --predict_flops=C to plan one")
     base = next_run.base(args.config, overrides) if args.config or overrides else None
+    papers = figure_flags.read(args)
+    if args.panel and not papers:
+        raise UserError("--panel is of the figures of --figure=NAME.pdf; give one")
     report.check_out(args.out)
 
     names = {name: args[name].value for name in _RENAMES}
@@ -139,8 +158,10 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
         planned = predict.predict(found, args.predict_flops)
     accountings = fit.frontiers_by_accounting(rows, found, args.accounting, options)
     values = report.summary(found, planned, accountings)
-    report.save(found, values, args.out)
+    report.save(found, values, args.out, papers, args.style, args.panel)
     print(report.text(values, args.out))
+    for file in papers:
+        print(f"written: {file}")
     if planned and planned["d_sae"]:
         next_run.save(planned, args.results, base, args.out)
         file = shlex.quote(f"--config={paths.path(args.out) / next_run.FILE}")
