@@ -125,13 +125,13 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
     """Fits the law, writes the results to --out, and prints a summary."""
     from sae_jax import paths
     from sae_jax.errors import choose
-    from sae_jax.laws import fit, next_run, predict, report, results
+    from sae_jax.laws import fitting, next_run, predict, report, results
     from sae_jax.laws.estimators import ESTIMATORS
 
     for name in ("results", "law", "out"):
         if not args[name].value:
             raise UserError(f"--{name} is needed; sae-jax fit --help has examples")
-    choose(args.law, fit.LAW_NAMES, "--law")
+    choose(args.law, fitting.LAW_NAMES, "--law")
     if args.estimator:
         choose(args.estimator, ESTIMATORS, "--estimator")
     for name in ("predict_flops", "flops_factor"):
@@ -149,14 +149,14 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
     report.check_out(args.out)
 
     names = {name: args[name].value for name in _RENAMES}
-    rows = results.read(args.results, fit.needed_columns(args.law), names, args.flops_factor)
+    rows = results.read(args.results, fitting.needed_columns(args.law), names, args.flops_factor)
     rows = rows.without_largest_losses(args.drop_largest_losses)
-    options = fit.Options(args.estimator, args.holdout, args.bootstrap, args.seed)
-    found = fit.fit(rows.with_accounting(args.accounting), args.law, options)
+    options = fitting.Options(args.estimator, args.holdout, args.bootstrap, args.seed)
+    found = fitting.fit(rows.with_accounting(args.accounting), args.law, options)
     planned = None
     if args.predict_flops is not None:
         planned = predict.predict(found, args.predict_flops)
-    accountings = fit.frontiers_by_accounting(rows, found, args.accounting, options)
+    accountings = fitting.frontiers_by_accounting(rows, found, args.accounting, options)
     values = report.summary(found, planned, accountings)
     report.save(found, values, args.out, papers, args.style, args.panel)
     print(report.text(values, args.out))

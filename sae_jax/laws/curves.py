@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from sae_jax.laws.fit import Fit
+from sae_jax.laws.fitting import Fit
 from sae_jax.laws.isoflop import IsoflopFit
 from sae_jax.laws.results import distinct
 

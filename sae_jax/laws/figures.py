@@ -12,7 +12,7 @@ from matplotlib.ticker import NullLocator
 from sae_jax.errors import choose
 from sae_jax.laws import curves, labels
 from sae_jax.laws.curves import Band
-from sae_jax.laws.fit import Fit
+from sae_jax.laws.fitting import Fit
 from sae_jax.laws.holdout import groups
 from sae_jax.laws.isoflop import IsoflopFit
 from sae_jax.plots import STYLE, log_ticks

@@ -116,6 +116,11 @@ class IsoflopFit:
         return NAME
 
     @property
+    def varying(self) -> dict[str, dict]:
+        """The columns that vary among the fitted runs and that the law does not know."""
+        return self.results.varying(COLUMNS)
+
+    @property
     def run_scatter(self) -> float:
         """The standard deviation of a run's log-loss about its budget's parabola; 0 where parabolas
         go through all their runs.
@@ -173,6 +178,7 @@ class IsoflopFit:
             },
             "results": self.results.source,
             "loss": self.results.loss_column,
+            "varying": self.varying,
             "warnings": self.warnings,
         }
 

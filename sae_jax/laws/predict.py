@@ -4,7 +4,7 @@ import numpy as np
 import scipy.stats
 
 from sae_jax.errors import UserError
-from sae_jax.laws.fit import Fit
+from sae_jax.laws.fitting import Fit
 from sae_jax.laws.intervals import widening
 from sae_jax.laws.isoflop import IsoflopFit
 

@@ -96,6 +96,11 @@ class Fit:
         return self.law.name
 
     @property
+    def varying(self) -> dict[str, dict]:
+        """The columns that vary among the fitted runs and that the law does not know."""
+        return self.results.varying(self.law.columns)
+
+    @property
     def factor(self) -> float:
         """The factor by which deviations of the bootstrap are widened (`intervals.widening`)."""
         return widening(self.drawn.runs, len(self.estimate.theta))
@@ -158,6 +163,7 @@ class Fit:
             },
             "results": self.results.source,
             "loss": self.results.loss_column,
+            "varying": self.varying,
             "warnings": self.warnings,
         }
 
@@ -189,8 +195,9 @@ def fit(results: Results, name: str, options: Options) -> "Fit | isoflop.Isoflop
     Returns:
       A Fit, or an IsoflopFit for the law "isoflop".
 
-    Raises UserError where the results cannot identify the law.
+    Raises UserError where the results lack a column of the law, or cannot identify it.
     """
+    results.require(needed_columns(name))
     if name == isoflop.NAME:
         found = isoflop.fit(results, options)
         return dataclasses.replace(found, warnings=cautions.isoflop_warnings(found))
