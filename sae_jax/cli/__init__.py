@@ -22,7 +22,9 @@ from absl import logging as absl_logging
 from sae_jax.errors import UserError, choose, one_line
 
 _MOST_CPU_DEVICES = 1024  # each is a few threads
-COMMANDS = """demo harvest store train eval sweep fit plan export import bench launch""".split()
+COMMANDS = (
+    """demo harvest store train eval sweep fit compare plan export import bench launch""".split()
+)
 
 
 def entry() -> int:

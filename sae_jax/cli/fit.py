@@ -5,11 +5,11 @@ import shlex
 
 from absl import flags
 
-from sae_jax.cli import counts
+from sae_jax.cli import counts, figure_flags
 from sae_jax.errors import UserError
 from sae_jax.tables import as_number
 
-SUMMARY = """Fit a scaling law to runs, with intervals, held-out error and the next run.
+SUMMARY = f"""Fit a scaling law to runs, with intervals, held-out error and the next run.
 
   sae-jax fit --results=sweeps/a --law=chinchilla --out=fits/a
   sae-jax fit --results=runs.csv --law=isoflop --loss=eval_fvu --out=fits/fvu --predict_flops=1e18
@@ -32,10 +32,19 @@ Laws, for n latents, D tokens, C FLOPs:
   openai_nk   L = exp(alpha + beta_k ln k + beta_n ln n + gamma ln k ln n) + exp(zeta + eta ln k)
   joint       openai_nk's n and k, and B D^-delta
 
-OUT gets fit.json (parameters, ci95, held-out error, frontier, warnings), fit.png, report.html, and
+OUT gets fit.json (parameters, ci95, held-out error, frontier, warnings), fit.png, curve.csv
+(points, curve, band and residuals), table.md and table.tex (the numbers, to copy), report.html, and
 state.json, which `sae_jax.laws.load(OUT)` reads in Python; with --predict_flops also next_run.py, a
-config for sae-jax train. The published replication of
-Chinchilla (Besiroglu et al. 2024), whose file gives C = 6 n D instead of D:
+config for sae-jax train.
+
+  sae-jax fit --results=sweeps/a --law=chinchilla --out=fits/a --figure=paper/sizes.pdf \\
+      --panel=optimal --style=paper/mine.mplstyle
+
+{figure_flags.HELP}
+--panel says which panel of fit.png it is; the first by default.
+
+The published replication of Chinchilla (Besiroglu et al. 2024), whose file gives C = 6 n D instead
+of D:
 
   sae-jax fit --results=chinchilla_replication.csv --law=chinchilla --out=fits/chinchilla \\
       --d_sae="Model Size" --flops="Training FLOP" --flops_factor=6 --drop_largest_losses=5
@@ -122,6 +131,13 @@ def define(values: flags.FlagValues) -> None:
         '"flops=1e18", the least of a budget',
         flag_values=values,
     )
+    figure_flags.define(values)
+    flags.DEFINE_string(
+        "panel",
+        None,
+        "What --figure shows: loss, optimal, size, surface, isoflop or residuals, as the law has.",
+        flag_values=values,
+    )
     flags.DEFINE_string(
         "config",
         None,
@@ -154,6 +170,11 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
         raise UserError("--config is of the next run; add --predict_flops=C to plan one")
     asked = [_assignments(text) for text in args.predict_at or []]
     base = next_run.base(args.config, overrides) if args.config or overrides else None
+    papers = figure_flags.read(args)
+    if args.panel and not papers:
+        raise UserError("--panel is of the figures of --figure=NAME.pdf; give one")
+    if args.panel and args.by:
+        raise UserError("--panel is of one law's figures; with --by it is the laws of all groups")
     report.check_out(args.out)
 
     names = {name: args[name].value for name in _RENAMES}
@@ -168,18 +189,21 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
         "resamples": args.bootstrap,
         "seed": args.seed,
     }
-    asked = args.predict_flops, base, asked
+    asked = {"flops": args.predict_flops, "start": base, "at": asked, "style": args.style}
     if args.by:
         groups = laws.fit_by(runs, args.law, args.by, **options)
-        refused = groups.save(args.out, *asked)
+        refused = groups.save(args.out, papers=papers, **asked)
         print(f"{groups.text()}\n\nwritten: {args.out}/by.json, by.csv, by.png, and each fit")
     else:
-        values = laws.fit(runs, args.law, **options).save(args.out, *asked)
+        found = laws.fit(runs, args.law, **options)
+        values = found.save(args.out, papers=papers, panel=args.panel, **asked)
         refused = values["refused"]
         print(report.text(values, args.out))
         if (values["prediction"] or {}).get("d_sae"):
             file = shlex.quote(f"--config={paths.path(args.out) / next_run.FILE}")
             print(f"next: sae-jax train {file} --workdir=runs/next")
+    for file in papers:
+        print(f"written: {file}")
     if refused:
         raise UserError(f"{args.out} has the fit, but not all that was asked: {'; '.join(refused)}")
 

@@ -230,8 +230,11 @@ class LawFit:
         flops: float | None = None,
         start: Config | None = None,
         at: Sequence[dict[str, float]] = (),
+        papers: Sequence[str] = (),
+        style: str | None = None,
+        panel: str | None = None,
     ) -> dict:
-        """Writes fit.json, fit.png, report.html, and what `load` reads, to a directory.
+        """Writes what `report` lists, fit.json among it, and what `load` reads, to a directory.
 
         Args:
           out: the directory, made if absent.
@@ -239,12 +242,16 @@ class LawFit:
           start: the config that next_run.py starts from; by default that of the sweep's run that is
             nearest to it.
           at: values at which the loss is predicted, each what `loss` takes.
+          papers: files that end in .pdf, .svg or .png, for a figure in the look of `plots.paper`.
+          style: the user's matplotlib style for these.
+          panel: which panel of fit.png they show, the first by default.
 
         Returns:
           The content of fit.json. What the law cannot say of `flops` and `at` is in its `refused`,
           in words.
 
-        Raises UserError where the directory is not that of a fit.
+        Raises UserError, before anything is written, where the directory is not that of a fit, and
+        where the figures cannot be drawn.
         """
         planned, predictions, refused = None, [], []
         try:
@@ -259,7 +266,7 @@ class LawFit:
         options, accounting = self.options, self.accounting
         frontiers = fitting.frontiers_by_accounting(self.runs, self.found, accounting, options)
         content = report.summary(self.found, planned, frontiers, predictions, refused)
-        report.save(self.found, content, out)
+        report.save(self.found, content, out, papers, style, panel)
         saved.save(self.runs, accounting, options, self.found, out)
         if planned and planned["d_sae"]:
             next_run.save(planned, self.found.results.run_folders(), start, out)

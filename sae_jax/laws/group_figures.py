@@ -3,15 +3,11 @@
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
 
 from sae_jax.laws import predict
 from sae_jax.laws.fitting import Fit
 from sae_jax.laws.isoflop import IsoflopFit
-from sae_jax.plots import BLUE, INK, ORANGE, STYLE, plain
-
-_MORE = ("#2a9d6e", "#8e5bb5", "#c2334d", "#6b7280", "#b8860b", "#0f8b8d")
-COLOURS = (BLUE, ORANGE, *_MORE)
+from sae_jax.plots import INK, STYLE, log_ticks, plain
 
 
 def overview(found: dict[str, Fit | IsoflopFit], by: str, exponents: dict) -> Figure:
@@ -22,23 +18,36 @@ def overview(found: dict[str, Fit | IsoflopFit], by: str, exponents: dict) -> Fi
       by: what tells the groups.
       exponents: by exponent and label, a `groups.Exponent`.
     """
-    colours = dict(zip(found, [COLOURS[i % len(COLOURS)] for i in range(len(found))], strict=True))
     with matplotlib.rc_context(STYLE):
         height = max(3.6, 1.2 + 0.22 * len(exponents) * (len(found) + 1))
         figure = Figure(figsize=(9.6, height), layout="constrained")
         laws, side = figure.subplots(1, 2)
-        draw_laws(laws, found, colours)
-        laws.legend(loc="best", title=plain(by))
-        draw_exponents(side, exponents, colours)
+        _draw_laws(laws, found, by)
+        laws.set_title("Loss and 95% band of each law")
+        _draw_exponents(side, exponents, _colours(found))
         return figure
 
 
-def draw_laws(axes, found: dict[str, Fit | IsoflopFit], colours: dict[str, str]) -> None:
+def laws_alone(found: dict[str, Fit | IsoflopFit], by: str) -> Figure:
+    """Draws the laws of all groups in the look that is set, for papers."""
+    figure = Figure(layout="constrained")
+    _draw_laws(figure.subplots(), found, by)
+    return figure
+
+
+def _colours(found: dict) -> dict[str, str]:
+    """Returns the colour of each group, in turn those of the style."""
+    cycle = matplotlib.rcParams["axes.prop_cycle"].by_key().get("color", [INK])
+    return {label: cycle[place % len(cycle)] for place, label in enumerate(found)}
+
+
+def _draw_laws(axes, found: dict[str, Fit | IsoflopFit], by: str) -> None:
     """Draws the runs of each group, and its law with the 95% band.
 
     It is the least loss of a budget where the laws know compute, else the loss against dictionary
     size at the middle of the group's k and tokens.
     """
+    colours = _colours(found)
     by_size = any(
         one.name in ("openai_nk", "chinchilla", "joint") and one.frontier is None
         for one in found.values()
@@ -49,20 +58,21 @@ def draw_laws(axes, found: dict[str, Fit | IsoflopFit], colours: dict[str, str])
         axes.scatter(x, results.loss, s=12, color=colours[label], alpha=0.5, linewidths=0)
         line = np.geomspace(x.min(), x.max(), 60)
         expected = predict.losses(one, _columns(one, line, by_size))
-        axes.plot(line, expected.loss, color=colours[label], linewidth=1.4, label=plain(label))
+        axes.plot(line, expected.loss, color=colours[label], label=plain(label))
         axes.fill_between(
             line, expected.law_low, expected.law_high, color=colours[label], alpha=0.15, linewidth=0
         )
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    log_ticks(axes.xaxis)
+    log_ticks(axes.yaxis)
     known = all("flops" in one.results.columns for one in found.values())
     axes.set_xlabel("d_sae" if by_size else "compute, FLOPs" if known else "d_sae × tokens")
     axes.set_ylabel(plain(next(iter(found.values())).results.loss_column))
-    axes.set_title("Loss and 95% band of each law")
+    axes.legend(loc="best", title=plain(by))
 
 
-def draw_exponents(axes, exponents: dict, colours: dict[str, str]) -> None:
+def _draw_exponents(axes, exponents: dict, colours: dict[str, str]) -> None:
     """Draws each exponent of each group with its 95% interval."""
     places, names, place = [], [], 0
     for name, of in exponents.items():

@@ -16,9 +16,7 @@ the test said "differ" where nothing did, as often as the test at the end of tes
 says.
 """
 
-import csv
 import dataclasses
-import io
 import itertools
 import math
 import re
@@ -27,7 +25,7 @@ from collections.abc import Sequence
 import numpy as np
 import scipy.stats
 
-from sae_jax import paths, plots
+from sae_jax import paths, plots, typeset
 from sae_jax.config import Config
 from sae_jax.errors import UserError, some
 from sae_jax.laws import api, fitting, group_figures, holdout, identifiability, isoflop, report
@@ -162,6 +160,8 @@ class Groups:
         flops: float | None = None,
         start: Config | None = None,
         at: Sequence[dict[str, float]] = (),
+        papers: Sequence[str] = (),
+        style: str | None = None,
     ) -> list[str]:
         """Writes by.json, by.csv, by.png, and the fit of each group to a directory of its own.
 
@@ -170,29 +170,39 @@ class Groups:
           flops: as of `LawFit.save`.
           start: as of `LawFit.save`.
           at: as of `LawFit.save`.
+          papers: files that end in .pdf, .svg or .png, for the laws of all groups in the look of
+            `plots.paper`.
+          style: the user's matplotlib style for these.
 
         Returns:
           What the groups' laws cannot say of `flops` and `at`, in words.
 
-        Raises UserError where a directory is not that of a fit.
+        Raises UserError, before anything is written, where a directory is not that of a fit, and
+        where the figures cannot be drawn.
         """
         out = paths.path(out)
         folders = {label: out / folder(self.by, label) for label in self.fits}
         for each in (out, *folders.values()):
             report.check_out(each)
+        found = {label: fit.found for label, fit in self.fits.items()}
+
+        def draw():
+            return group_figures.laws_alone(found, self.by)
+
+        drawn = {paths.path(file): plots.rendered(draw, file, style) for file in papers}
         out.mkdir(parents=True, exist_ok=True)
         refused = []
         for label, fit in self.fits.items():
             values = fit.save(folders[label], flops, start, at)
             refused += [f"{label}: {why}" for why in values["refused"]]
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
         table = self.table()
-        writer.writerows([list(table), *zip(*table.values(), strict=True)])
-        paths.write(out / TABLE, text.getvalue())
-        found = {label: fit.found for label, fit in self.fits.items()}
+        rows = [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
+        paths.write(out / TABLE, typeset.as_csv(list(table), rows))
         plots.save(group_figures.overview(found, self.by, self.exponents), out / FIGURE)
         paths.save_json(self.summary(), out / FILE)
+        for file, content in drawn.items():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            paths.write(file, content)
         return refused
 
 

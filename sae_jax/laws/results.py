@@ -29,7 +29,7 @@ ACCOUNTINGS = ("flops", "flops_executed")  # 12 n d a token; what the step execu
 _BOUNDS = 1e-100, 1e100  # of a value, so that products of a few are finite
 _SAME = 1e-6  # relative: values of a column closer than this are one value
 
-_Row = tuple[str, dict]  # where it is, in words, and its cells by the file's names
+Row = tuple[str, dict]  # where it is, in words, and its cells by the file's names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,16 +198,7 @@ def read(
     not finite or not positive, and where no row is left.
     """
     names = {name: column for name, column in (names or {}).items() if column}
-    several = source if isinstance(source, list | tuple) else [source]
-    tables = [_rows(one) for one in several]
-    title = ", ".join(dict.fromkeys(title for title, _ in tables))
-    rows, notes = _join(tables)
-    rows, note = _only_done(rows)
-    notes += note
-    rows, note = _without_repeats(rows)
-    notes += note
-    rows, note = _selected(rows, select, names, title)
-    notes += note
+    title, rows, notes = finished(source, names, select)
     rows, note = _best_learning_rates(rows, names)
     notes += note
     if not rows:
@@ -231,6 +222,25 @@ def read(
     return dataclasses.replace(found, columns=columns, cells=cells, places=places[order])
 
 
+def finished(
+    source, names: dict[str, str] | None = None, select: str = ""
+) -> tuple[str, list[Row], list[str]]:
+    """Returns a title of a source, as `read` takes it, the rows of its finished runs that meet
+    `select`, and notes on the others.
+
+    All rows have the same columns.
+    """
+    several = source if isinstance(source, list | tuple) else [source]
+    tables = [_rows(one) for one in several]
+    title = ", ".join(dict.fromkeys(title for title, _ in tables))
+    rows, notes = _join(tables)
+    for left in (_only_done, _without_repeats):
+        rows, note = left(rows)
+        notes += note
+    rows, note = _selected(rows, select, names or {}, title)
+    return title, rows, notes + note
+
+
 def distinct(values: np.ndarray) -> np.ndarray:
     """Returns the different values in ascending order; values that are equal but for rounding count
     as one.
@@ -239,7 +249,7 @@ def distinct(values: np.ndarray) -> np.ndarray:
     return ordered[np.concatenate([[True], np.diff(ordered) > _SAME * ordered[1:]])]
 
 
-def _rows(source) -> tuple[str, list[_Row]]:
+def _rows(source) -> tuple[str, list[Row]]:
     """Returns a title of one source, and its rows."""
     if isinstance(source, str) or hasattr(source, "read_bytes"):
         file = _file(source)
@@ -279,7 +289,7 @@ def _file(source: str | AnyPath) -> AnyPath:
     return file
 
 
-def _rows_of_file(file: AnyPath) -> list[_Row]:
+def _rows_of_file(file: AnyPath) -> list[Row]:
     """Returns the rows of a .csv or .jsonl file."""
     if file.suffix == ".csv":
         return [(f"{file}, line {line}", row) for line, row in read_csv(file)]
@@ -314,7 +324,7 @@ def _column(cells: list) -> np.ndarray:
     return column
 
 
-def _join(tables: list[tuple[str, list[_Row]]]) -> tuple[list[_Row], list[str]]:
+def _join(tables: list[tuple[str, list[Row]]]) -> tuple[list[Row], list[str]]:
     """Returns the rows of all tables, with the columns of all, and a note on runs that are in
     several.
 
@@ -369,7 +379,7 @@ def _selected(rows, select: str, names: dict[str, str], title: str):
     cells = [row | {name: row[column] for name, column in ours.items()} for _, row in rows]
     terms = conditions(select, cells[0])
     kept = that_meet(cells, terms, f"rows of {title}")
-    note = f"{len(kept)} of {len(rows)} rows are fitted, as --select={select!r} asks"
+    note = f"{len(kept)} of {len(rows)} rows are taken, as --select={select!r} asks"
     return [rows[place] for place in kept], [note]
 
 
