@@ -77,6 +77,7 @@ def flag_rows(command: str, bad: dict[str, str]) -> list[Row]:
 # --------------------------------------------------------------- what is given on the command line
 
 RUNS = "fit --results=table.csv --law=power --out=o"
+COMPARE = "compare --results=table.csv --x=flops --y=loss --out=o"
 TRAIN = "train --workdir=w --config.data.store=store"
 WHOLE_RUN = (
     f"{TRAIN} --config.train.tokens=640 --config.data.batch_size=64 "
@@ -107,8 +108,21 @@ COMMANDS = rows(
     ("fit --results=table.csv --law=power", "--out"),
     ("fit --results=table.csv --law=power --out=", "--out"),
     ("fit --law=power --out=o --results=", "--results"),
+    ("compare", "--results"),
+    ("compare --results=table.csv", "--out"),
+    (f"{COMPARE} --style=config.py", "--figure"),
+    (f"{COMPARE} --figure=o.pdf --style=config.py", "config.py"),
     (f"{RUNS} --config=config.py", "--predict_flops"),
     (f"{RUNS} --config.sae.k=3", "--predict_flops"),
+    (f"{RUNS} --law=power", "--law"),
+    (f"{TRAIN} --config.sae.k=3 --config.sae.k=4", "--config.sae.k"),
+    (f"{RUNS} --results=nothing.csv", "nothing.csv"),
+    (f"{RUNS} --select=flops>1e99", "flops>1e99"),
+    (f"{RUNS} --by=flops", "--by=flops"),
+    (f"{RUNS} --by=flops --panel=loss --figure=o.pdf", "--panel"),
+    *each(f"{RUNS} --select=VALUE", ["nothing=1", "flops", "loss<x"], "--select"),
+    *each(f"{RUNS} --by=VALUE", ["nothing", "flops,nothing", ","], "--by"),
+    *each(f"{RUNS} --predict_at=VALUE", ["flops", "flops=x", "flops=nan", "=3", ""], "--predict_at"),
     ("harvest", "text"),
     ("harvest --text=text.txt --sites=resid_post.0", "out"),
     ("harvest --text=text.txt --out=o", "sites"),
@@ -525,6 +539,10 @@ TABLES = {  # what is no table that a power law can be fitted to
     "constant": HEAD + "".join(f"{i + 1},2\n" for i in range(9)),
     "one_budget": HEAD + "".join(f"3,{i + 1}\n" for i in range(9)),
 }
+NO_TABLES = [
+    "empty", "head_only", "no_head", "short_row", "long_row", "long_cell", "twice", "other",
+    "latin", "utf16", "binary", "quote", "all_failed",
+]  # fmt: skip
 LINES = {
     "text": '{"flops": "x", "loss": 1}\n',
     "list": '[{"flops": 1}]\n',
@@ -607,7 +625,13 @@ DATA = [
     *rows(
         ("fit --law=power --results=table.csv --out=text.txt", "text.txt"),
         ("fit --law=power --results=table.csv --out=model/config.json", "config.json"),
+        ("compare --results=table.csv --x=flops --y=loss --out=text.txt", "text.txt"),
+        ("compare --results=sweep --y=nothing --out=o", "nothing"),
     ),
+    *each(f"{RUNS} --figure=VALUE", ["a.doc", "a", "a.pdf,b.txt", "store"], "--figure"),
+    *each(f"{RUNS} --figure=a.pdf --style=VALUE", ["table.csv", "nothing", "store", "tokens.npy",
+          "text.txt"], "--style"),
+    *(Row(COMPARE, "table.csv", {"table.csv": TABLES[name]}) for name in NO_TABLES),
     *each("export --results=sweep --format=saelens --out=o --select=VALUE", SELECTS, "--select"),
     *(Row("export --results=sweep --format=saelens --out=o", "", {"sweep/results.csv": text})
       for text in SWEEP_TABLES.values()),
