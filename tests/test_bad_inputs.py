@@ -529,8 +529,8 @@ TABLES = {  # what is no table that a power law can be fitted to
     "one_budget": HEAD + "".join(f"3,{i + 1}\n" for i in range(9)),
 }
 NO_TABLES = [
-    "empty", "head_only", "no_head", "short_row", "long_row", "long_cell", "twice", "other", "latin",
-    "utf16", "binary", "quote", "all_failed",
+    "empty", "head_only", "no_head", "short_row", "long_row", "long_cell", "twice", "other",
+    "latin", "utf16", "binary", "quote", "all_failed",
 ]  # fmt: skip
 LINES = {
     "text": '{"flops": "x", "loss": 1}\n',
