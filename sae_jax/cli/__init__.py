@@ -101,6 +101,8 @@ def _run(name: str, rest: list[str]) -> int:
     if "-h" in others or "--help" in others:
         print(_help(name, command, values))
         return 0
+    for flag in values:
+        values[flag].allow_overwrite = False  # the one before would be ignored
     positional = values([name, *others])[1:]
     if positional:
         raise UserError(f"unexpected argument {positional[0]!r}; flags are --name=value")
@@ -125,6 +127,11 @@ def _split_overrides(argv: list[str]) -> tuple[dict[str, str], list[str]]:
             path, equals, value = argument.removeprefix("--config.").partition("=")
             if not equals:
                 raise UserError(f"{argument} has no value; write {argument}=VALUE")
+            if path in overrides:
+                raise UserError(
+                    f"--config.{path} is given twice, as {overrides[path]!r} and {value!r}; give "
+                    "it once"
+                )
             overrides[path] = value
         else:
             others.append(argument)

@@ -29,7 +29,7 @@ _INTERVALS = (
     "law's own Student interval where its scatter is more than those explain"
 )
 _QUANTITIES = ("d_sae", "tokens", "loss")
-_LINE = Law(
+LINE = Law(
     "line",
     "y = scale C^exponent",
     ("flops",),
@@ -82,7 +82,7 @@ class Minima:
     def lines(self, estimator: str) -> list[Estimate]:
         """Fits the power laws in C of n*, D* and L*, by one of `estimators.ESTIMATORS`."""
         columns = {"flops": self.flops}
-        return [estimate(_LINE, columns, np.exp(y), estimator) for y in self.log.T]
+        return [estimate(LINE, columns, np.exp(y), estimator) for y in self.log.T]
 
 
 @dataclasses.dataclass(frozen=True)

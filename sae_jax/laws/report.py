@@ -5,6 +5,7 @@ OUT/fit.png       the figure
 OUT/curve.csv     what the figure shows, as numbers (`curves.table`)
 OUT/table.md, table.tex    parameters, exponents and errors, to copy
 OUT/report.html   all of these on a page
+OUT/state.json    what `api.load` reads; `saved` writes it
 """
 
 import pathlib
@@ -16,7 +17,7 @@ from sae_jax.json_files import read_json
 from sae_jax.laws import copyable, curves, figures, predict
 from sae_jax.paths import AnyPath
 
-FILES = ("fit.json", "fit.png", "curve.csv", "table.md", "table.tex", "report.html")
+FILES = ("fit.json", "fit.png", "curve.csv", "table.md", "table.tex", "report.html", "state.json")
 
 
 def check_out(out: str | AnyPath) -> None:
@@ -31,15 +32,25 @@ def check_out(out: str | AnyPath) -> None:
         raise UserError(f"{theirs} is not of sae-jax fit; give another --out")
 
 
-def summary(found, planned: dict | None, accountings: dict[str, dict]) -> dict:
+def summary(
+    found,
+    planned: dict | None,
+    accountings: dict[str, dict],
+    predictions: Sequence[dict] = (),
+    refused: Sequence[str] = (),
+) -> dict:
     """Returns the content of fit.json.
 
     Args:
       found: a Fit or an IsoflopFit.
       planned: the prediction of `predict.predict`, or None.
-      accountings: the result of `fit.frontiers_by_accounting`.
+      accountings: the result of `fitting.frontiers_by_accounting`.
+      predictions: losses at given values, each a dict of `at`, which holds these by name, and the
+        fields of `predict.Losses`.
+      refused: what was asked and the law does not say, in words.
     """
     values = found.summary() | {"accountings": accountings, "prediction": planned}
+    values |= {"predictions": list(predictions), "refused": list(refused)}
     if planned:
         values["warnings"] = values["warnings"] + predict.warnings(planned)
     return values
@@ -115,6 +126,12 @@ def text(values: dict, out: str | AnyPath) -> str:
         lines.append(
             f"for {planned['flops']:.4g} FLOPs: {what}loss {planned['loss']:.5g}, 95% of runs "
             f"{low:.5g} to {high:.5g}"
+        )
+    for one in values["predictions"]:
+        at = " ".join(f"{name}={value:.6g}" for name, value in one["at"].items())
+        lines.append(
+            f"at {at}: loss {one['loss']:.5g}, 95% of runs {one['low']:.5g} to {one['high']:.5g}; "
+            f"the law {one['law_low']:.5g} to {one['law_high']:.5g}"
         )
     lines += [f"warning: {warning}" for warning in values["warnings"]]
     return "\n".join([*lines, "", f"written: {out}/{', '.join(FILES)}"])

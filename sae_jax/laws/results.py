@@ -2,19 +2,29 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from sae_jax import paths
 from sae_jax.errors import UserError, choose, some
 from sae_jax.json_files import parse_json
-from sae_jax.laws.settings import RATES, SOURCE, in_order, last_part, settings, shown, varying
+from sae_jax.laws.settings import (
+    RATES,
+    SOURCE,
+    as_text,
+    in_order,
+    last_part,
+    settings,
+    shortened,
+    varying,
+)
 from sae_jax.paths import AnyPath
 from sae_jax.tables import as_number, conditions, read_csv, that_meet
 
 COLUMNS = ("d_sae", "tokens", "k", "flops", "loss")
 _OPTIONAL = ("dead_fraction", "flops_executed")
+SWEEP_FILE = "results.csv"
 ACCOUNTINGS = ("flops", "flops_executed")  # 12 n d a token; what the step executes
 _BOUNDS = 1e-100, 1e100  # of a value, so that products of a few are finite
 _SAME = 1e-6  # relative: values of a column closer than this are one value
@@ -93,6 +103,18 @@ class Results:
                 raise UserError(_missing_column(name, self.names, list(self.cells), self.source))
         return self
 
+    def run_folders(self) -> list[AnyPath]:
+        """Returns the directory of each run, where they are of sweeps whose directories are there;
+        else none.
+        """
+        folders = []
+        for run_id, place in zip(self.cells.get("run_id", []), self.places, strict=False):
+            file = paths.path(place.rpartition(", line ")[0])
+            if file.name == SWEEP_FILE:
+                folders.append((file.parent / "runs", str(run_id)))
+        there = {every for every in {every for every, _ in folders} if every.is_dir()}
+        return [paths.inside(every, run_id) for every, run_id in folders if every in there]
+
     def varying(self, columns: Iterable[str]) -> dict[str, dict]:
         """Returns the file's columns that vary and that a law with these columns does not know.
 
@@ -109,20 +131,22 @@ class Results:
         places = self.places[rows] if len(self.places) else self.places
         return dataclasses.replace(self, columns=columns, run=run, cells=cells, places=places)
 
-    def split(self, by: str) -> dict[str, "Results"]:
-        """Returns the rows of each value of a column, by the value.
+    def split(self, by: Sequence[str]) -> dict[str, "Results"]:
+        """Returns the rows of each value of some columns, by the values with commas between them.
 
-        Values are in ascending order, numbers before words. A column that only some groups fill,
-        such as k, is there in these.
+        They are in ascending order, numbers before words. A column that only some groups fill, such
+        as k, is there in these.
 
         Args:
-          by: a column, by our name or the file's.
+          by: the columns, by our names or the file's.
 
         Raises UserError for an unknown column.
         """
-        by = self.names.get(by, by)
-        choose(by, self.cells, f"--by: the column of {self.source}")
-        values = np.array([shown(cell) for cell in self.cells[by]])
+        by = [column if column in self.cells else self.names.get(column, column) for column in by]
+        for column in by:
+            choose(column, self.cells, f"--by: the column of {self.source}")
+        texts = [[as_text(cell) for cell in self.cells[column]] for column in by]
+        values = np.array([", ".join(row) for row in zip(*texts, strict=True)])
         groups = {}
         for value in in_order(values):
             group = self.take(values == value)
@@ -241,7 +265,8 @@ def _rows(source) -> tuple[str, list[Row]]:
     columns = {_text(name): np.asarray(source[name], object).ravel() for name in source.keys()}
     lengths = {len(values) for values in columns.values()}
     if len(lengths) > 1:
-        raise UserError(f"the table's columns have different lengths: {some(map(str, lengths))}")
+        numbers = some([str(length) for length in sorted(lengths)])
+        raise UserError(f"the table's columns have different lengths: {numbers}")
     rows = zip(*columns.values(), strict=True)
     return "the table", [
         (f"the table, row {number}", {n: _cell(v) for n, v in zip(columns, row, strict=True)})
@@ -253,7 +278,7 @@ def _file(source: str | AnyPath) -> AnyPath:
     """Returns the file of a table, or that of a sweep's directory."""
     file = paths.path(source)
     if file.is_dir():
-        file = file / "results.csv"
+        file = file / SWEEP_FILE
         if not file.is_file():
             raise UserError(
                 f"{source} is a directory without results.csv; give a sweep's directory, or a .csv "
@@ -373,7 +398,7 @@ def _best_learning_rates(rows, names: dict[str, str]):
     apart = [name for name in apart if last_part(name) not in (*RATES, "seed")]
     cells: dict[tuple, dict] = {}
     for place, row in rows:
-        cell = tuple(shown(row[name]) for name in dict.fromkeys((size, data, *apart)))
+        cell = tuple(as_text(row[name]) for name in dict.fromkeys((size, data, *apart)))
         cells.setdefault(cell, {}).setdefault(row.get("lr"), []).append((place, row))
     kept = []
     for rates in cells.values():
@@ -428,7 +453,7 @@ def _read_column(cells, name: str, places, positive: bool) -> np.ndarray:
         value = as_number(cell)
         where = f"{place}: {name}"
         if value is None:
-            text = "empty" if cell is None or cell == "" else repr(shown(cell))
+            text = "empty" if cell is None or cell == "" else repr(shortened(as_text(cell)))
             raise UserError(f"{where} is {text}; every row needs a number there")
         if not math.isfinite(value):
             raise UserError(

@@ -30,8 +30,8 @@ _LONGEST = 40  # characters of a value
 Cells = Mapping[str, Sequence]
 
 
-def shown(cell) -> str:
-    """Returns a cell as text on one line, cut where it is long.
+def as_text(cell) -> str:
+    """Returns a cell as text on one line.
 
     Numbers that are equal have one text; an empty cell is "none".
     """
@@ -40,7 +40,11 @@ def shown(cell) -> str:
     number = as_number(cell)
     if number is not None and math.isfinite(number):
         return f"{number:.6g}"
-    text = " ".join(str(cell).split())
+    return " ".join(str(cell).split())
+
+
+def shortened(text: str) -> str:
+    """Returns a cell's text for a message, cut where it is long."""
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
@@ -78,7 +82,7 @@ def varying(cells: Cells, names: dict[str, str], known: dict[str, np.ndarray]) -
     """
     out = {}
     for name, kind in _kinds(cells, names).items():
-        texts = [shown(cell) for cell in cells[name]]
+        texts = [as_text(cell) for cell in cells[name]]
         numbers = [as_number(cell) for cell in cells[name]]
         if name in known or (None not in numbers and _is_given(np.array(numbers), known)):
             continue
@@ -108,7 +112,7 @@ def warnings(law: str, found: dict[str, dict]) -> list[str]:
             ends = column.get("range")
             own.append(f"{name} ({ends[0]:.4g} to {ends[1]:.4g})" if ends else name)
         elif column["is"] == "setting":
-            values = some(column["values"], _SHOWN)
+            values = some([shortened(value) for value in column["values"]], _SHOWN)
             if column["follows"]:
                 together.append(f"{name} ({values}) with {column['follows']}")
             else:
@@ -146,7 +150,7 @@ def _kinds(cells: Cells, names: dict[str, str]) -> dict[str, str]:
             continue
         if is_sweep and "." not in name and name not in (*_OF_SWEEPS, *ours):
             continue
-        values = {shown(cell) for cell in column}
+        values = {as_text(cell) for cell in column}
         if len(values) > 1:
             its_own = len(values) > max(_OWN * len(column), 2)
             is_setting = not its_own or name in (*_OF_SWEEPS, *ours)
