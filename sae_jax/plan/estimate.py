@@ -179,13 +179,24 @@ def _trace(config: Config, topology: Topology) -> tuple:
 def least_bytes(config: Config) -> int:
     """Returns the bytes of a device that no compiler can avoid.
 
-    They are those of parameters, moments, gradients, and what ZeRO gathers. The config's mesh has
-    no -1.
+    They are those of the state, of gradients, and what ZeRO gathers. The config's mesh has no -1.
     """
-    sae, mesh = config.sae, config.mesh
-    one = 4 * (sae.d_in + sae.d_out) * sae.d_sae // mesh.model
-    state = 3 * one // (mesh.data if mesh.zero else 1)
-    return state + one + (one if mesh.zero and mesh.data > 1 else 0)
+    mesh = config.mesh
+    one = _matrix_bytes(config)
+    return least_state_bytes(config) + one + (one if mesh.zero and mesh.data > 1 else 0)
+
+
+def least_state_bytes(config: Config) -> int:
+    """Returns the bytes of a device's part of the parameters and Adam's moments of them, but for
+    vectors.
+    """
+    return 3 * _matrix_bytes(config) // (config.mesh.data if config.mesh.zero else 1)
+
+
+def _matrix_bytes(config: Config) -> int:
+    """Returns the bytes of a shard of the encoder and the decoder."""
+    sae = config.sae
+    return 4 * (sae.d_in + sae.d_out) * sae.d_sae // config.mesh.model
 
 
 def candidates(config: Config, count: int) -> list[Config]:

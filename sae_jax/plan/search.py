@@ -83,7 +83,7 @@ def search(tried: Sequence[Config], topology: Topology, most: int) -> Found:
     possible = [config for config in tried if least_bytes(config) <= topology.capacity]
     screened = [
         screen(config, topology)
-        for config in progress(possible, "tracing every mesh", len(possible), "mesh")
+        for config in progress(possible, "tracing every mesh", len(possible), "program")
     ]
     compiled: dict[int, Estimate] = {}
 
@@ -110,7 +110,7 @@ def _confirm(
     if not most:
         return next((screened[i] for i in order if screened[i].fits), None)
     best, ratio, done = None, float("inf"), 0
-    for i in progress(order, "compiling the best meshes", unit="mesh"):
+    for i in progress(order, "compiling the best meshes", unit="program"):
         expected = cost(screened[i])[0]
         if best is not None and _SLACK * ratio * expected >= cost(best)[0]:
             continue

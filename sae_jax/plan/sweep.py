@@ -11,7 +11,14 @@ from sae_jax import config as configs
 from sae_jax.config import Config, MeshConfig
 from sae_jax.errors import UserError
 from sae_jax.plan.chips import Topology
-from sae_jax.plan.estimate import Estimate, candidates, estimate, row_width, screen
+from sae_jax.plan.estimate import (
+    Estimate,
+    candidates,
+    estimate,
+    least_state_bytes,
+    row_width,
+    screen,
+)
 from sae_jax.plan.table import cost_words
 from sae_jax.progress_bar import progress
 from sae_jax.sweep import design, directory, dry_run
@@ -130,9 +137,10 @@ def plan(
         return _confirmed(_traced(work, topology, mesh), work, most)
     tried = [
         _traced(work, topology, candidate, dearest_alone=True)
-        for candidate in progress(_meshes(work, topology), "tracing every mesh", unit="mesh")
+        for candidate in progress(_meshes(work, topology), "tracing every mesh", unit="program")
     ]
-    for found in sorted(tried, key=lambda plan: plan.hours):
+    order = sorted(tried, key=lambda plan: plan.hours)
+    for found in progress(order, "tracing all shapes on the best meshes", unit="program"):
         whole = _traced(work, topology, found.mesh)
         if whole.fits:
             return _confirmed(whole, work, most)
@@ -160,7 +168,7 @@ def text(plan: SweepPlan, price: float | None = None) -> str:
             f"  {config.sae.architecture:14}{config.sae.d_sae:12,}{config.data.batch_size:10,}"
             f"{config.sae.k or '':>6}{shape.runs:6}{shape.steps:12,}"
             f"{shape.seconds / shape.steps * 1e3:11.1f}"
-            f"{shape.seconds / 3600 * len(topology.devices):14,.1f}"
+            f"{shape.seconds / 3600 * len(topology.devices):14,.2f}"
             + ("" if shape.estimate.compiled else "  traced")
         )
     return "\n".join(
@@ -171,8 +179,8 @@ def text(plan: SweepPlan, price: float | None = None) -> str:
             f"{directory.counted(plan.passes, 'pass')}",
             f"Memory of a device, about {plan.memory / 1e9:.1f} GB for a pass: {verdict}, of "
             f"{topology.capacity / 1e9:.1f} GB",
-            f"Time at the published peaks: {plan.hours:,.1f} h of one worker after the other, "
-            f"{plan.device_hours:,.0f} device-hours" + cost_words(values.get("cost"), price),
+            f"Time at the published peaks: {plan.hours:,.2f} h of one worker after the other, "
+            f"{plan.device_hours:,.2f} device-hours" + cost_words(values.get("cost"), price),
             "The peaks are a bound: a real sweep takes longer.",
         ]
     )
@@ -222,19 +230,27 @@ def _resolved_mesh(config: Config, mesh: MeshConfig, topology: Topology) -> Mesh
 
 
 def _meshes(work: list[design.Pass], topology: Topology) -> list[MeshConfig]:
-    """Returns the meshes of a topology that divide every run."""
+    """Returns the meshes of a topology that divide every run and hold the states of every pass."""
     count = len(topology.devices)
-    most = max(len(pack.runs) for part in work for pack in part.packs)
-    configs_of_packs = [pack.runs[0] for part in work for pack in part.packs]
+    packs = [pack for each in work for pack in each.packs]
+    most = max(len(pack.runs) for pack in packs)
     found = []
     for groups in (n for n in range(1, min(count, most) + 1) if count % n == 0):
-        possible = [
-            {c.mesh for c in candidates(config, count // groups)} for config in configs_of_packs
-        ]
-        shared = set.intersection(*possible)
-        order = sorted(shared, key=lambda mesh: (mesh.model, mesh.zero))
-        found += [dataclasses.replace(mesh, run=groups) for mesh in order]
+        possible = [[c.mesh for c in candidates(p.runs[0], count // groups)] for p in packs]
+        for mesh in possible[0]:
+            states = max(_least_state_bytes(each, mesh, groups) for each in work)
+            if all(mesh in others for others in possible) and states <= topology.capacity:
+                found.append(dataclasses.replace(mesh, run=groups))
     return found
+
+
+def _least_state_bytes(work: design.Pass, mesh: MeshConfig, groups: int) -> int:
+    """Returns the bytes of a device that the states of all runs of a pass take at least."""
+    return sum(
+        -(-len(pack.runs) // groups)
+        * least_state_bytes(dataclasses.replace(pack.runs[0], mesh=mesh))
+        for pack in work.packs
+    )
 
 
 def _traced(
@@ -295,7 +311,7 @@ def _confirmed(plan: SweepPlan, work: list[design.Pass], most: int) -> SweepPlan
     chosen = list(plan.shapes[:most])
     compiled = [
         _compiled(shape, part)
-        for shape in progress(chosen, "compiling the dearest shapes", len(chosen), "shape")
+        for shape in progress(chosen, "compiling the dearest shapes", len(chosen), "program")
     ]
     before = sum(shape.seconds for shape in chosen)
     scale = sum(shape.seconds for shape in compiled) / before if chosen else 1.0
