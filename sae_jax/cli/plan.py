@@ -161,6 +161,7 @@ def _plan_run(args, overrides: dict[str, str], searches: bool) -> int:
         )
     batches = [_parsed(config, "data.batch_size", text) for text in args.batch_sizes or ()]
     dtypes = [_parsed(config, "sae.compute_dtype", text) for text in args.dtypes or ()]
+    search.check_batch_sizes(config, batches)
     topology = chips.find(name)
     config = _resolve(config)
 
@@ -398,7 +399,7 @@ def _plan_harvest(args, overrides: dict[str, str]) -> int:
     from sae_jax.paths import as_json
     from sae_jax.plan import chips, harvest
 
-    topology = chips.find(args.topology or "cpu:1")
+    topology = chips.describe(args.topology or "cpu:1")
     plan = harvest.harvest(
         lm.DEMO_MODEL if args.model in (None, "demo") else args.model,
         args.sites,

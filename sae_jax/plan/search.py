@@ -48,15 +48,8 @@ def variants(
       batch_sizes: what to try for data.batch_size; nothing for the config's.
       dtypes: what to try for sae.compute_dtype; nothing for the config's.
 
-    Raises UserError for a batch size or a dtype that a config cannot have, and where no mesh
-    divides a batch and the dictionary.
+    Raises UserError where no mesh divides a batch and the dictionary.
     """
-    for batch in batch_sizes:
-        if batch < 1 or batch % config.data.virtual_shards:
-            raise UserError(
-                f"a batch size of {batch} is no multiple of data.virtual_shards, "
-                f"{config.data.virtual_shards}; choose one that is, or set that"
-            )
     tried = []
     for batch, dtype in itertools.product(
         batch_sizes or [config.data.batch_size], dtypes or [config.sae.compute_dtype]
@@ -69,6 +62,16 @@ def variants(
             f"sae.d_sae {config.sae.d_sae}; change one of them, or the number of devices"
         )
     return tried
+
+
+def check_batch_sizes(config: Config, batch_sizes: Sequence[int]) -> None:
+    """Raises UserError for a batch size that the config's run cannot have."""
+    for batch in batch_sizes:
+        if batch < 1 or batch % config.data.virtual_shards:
+            raise UserError(
+                f"a batch size of {batch} is no multiple of data.virtual_shards, "
+                f"{config.data.virtual_shards}; choose one that is, or set that"
+            )
 
 
 def search(tried: Sequence[Config], topology: Topology, most: int) -> Found:
