@@ -322,4 +322,7 @@ def _find_closing(text: str, start: int) -> int:
         depth += {"(": 1, ")": -1}.get(text[i], 0)
         if not depth:
             return i + 1
-    raise ValueError(f"unbalanced: {text[:200]}")
+    raise UserError(
+        "the XLA that is installed prints its programs in a way that sae-jax plan does not read "
+        f"({text[:200]}); plan with another version of jax"
+    )

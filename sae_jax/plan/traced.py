@@ -24,7 +24,7 @@ _VIEWS = {"reshape", "squeeze", "expand_dims", "transpose", "copy", "stop_gradie
 _PARTS = {"slice", "dynamic_slice", "gather", "split"}  # read of their operand what they return
 _WHOLE = {  # make arrays from arrays
     "top_k", "approx_top_k", "sort", "argmax", "argmin", "conv_general_dilated", "cumsum", "cummax",
-    "cummin", "cumprod", "cumlogsumexp", "clamp_sort", "fft", "cholesky", "triangular_solve",
+    "cummin", "cumprod", "cumlogsumexp", "fft", "cholesky", "triangular_solve",
 }  # fmt: skip
 # A value is computed wherever it is needed, unless what is read for it is so many times its size.
 _COMPUTED_ANEW = 16
@@ -93,13 +93,12 @@ def read(jaxpr: core.Jaxpr, mesh: jax.sharding.Mesh) -> Work:
     """Returns what a device of a mesh moves and keeps in one run of a program traced under it."""
     reader = _Reader(mesh)
     arguments = [_Value(frozenset([_Array(_bytes(v.aval), 0)]), lies=True) for v in jaxpr.invars]
-    given = {array for value in arguments for array in value.arrays}
     results = reader.run(jaxpr, arguments)
     computed = [i for i, value in enumerate(results) if not value.lies]
     # Once: what updates a parameter updates its moments too.
     reader.read_all(results[i] for i in computed)
     reader.memory += sum(_bytes(jaxpr.outvars[i].aval) for i in computed)
-    return Work(reader.memory, tuple(reader.collectives), reader.most_kept(given))
+    return Work(reader.memory, tuple(reader.collectives), reader.most_kept())
 
 
 class _Reader:
@@ -140,11 +139,10 @@ class _Reader:
             values |= zip(equation.outvars, results, strict=True)
         return [_value_of(v, values) for v in jaxpr.outvars]
 
-    def most_kept(self, given: set[_Array]) -> int:
-        """Returns the most bytes that are kept at a time, without the arrays in `given`."""
-        kept = [a for a in self._made if a not in given]
+    def most_kept(self) -> int:
+        """Returns the most bytes that are kept at a time, without the arguments."""
         change = np.zeros(self._time + 2)
-        for array in kept:
+        for array in self._made:
             change[array.born] += array.bytes
             change[array.last + 1] -= array.bytes
         return int(np.cumsum(change).max())
@@ -192,9 +190,10 @@ class _Reader:
             return self.run(inner, operands, used)
         arrays = frozenset().union(*(value.arrays for value in operands))
         constant = operands[0].constant if name == "convert_element_type" else None
-        value, result = _Value(arrays, constant=constant), equation.outvars[0]
-        if sum(array.bytes for array in arrays) > _COMPUTED_ANEW * _bytes(result.aval):
-            return [self._write(value, result)]
+        value = _Value(arrays, constant=constant)
+        written = sum(_bytes(variable.aval) for variable in equation.outvars)
+        if sum(array.bytes for array in arrays) > _COMPUTED_ANEW * written:
+            return [self._write(value, variable) for variable in equation.outvars]
         return [value for _ in equation.outvars]
 
     def _new(self, variable) -> _Value:
@@ -248,7 +247,8 @@ class _Reader:
         which, *arguments = operands
         branches = [branch.jaxpr for branch in equation.params["branches"]]
         if platforms := equation.params.get("branches_platforms"):
-            return self.run(branches[platforms.index(None)], arguments, used)
+            others = (i for i, p in enumerate(platforms) if p is None or "cpu" not in p)
+            return self.run(branches[next(others, 0)], arguments, used)
         if which.constant is not None:
             return self.run(branches[int(which.constant)], arguments, used)
         before = self.memory, len(self.collectives), len(self._made)
