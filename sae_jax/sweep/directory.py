@@ -225,6 +225,7 @@ class SweepDirectory:
         row = {"run_id": run.id, "status": state, **run.swept, **results.planned(run.config)}
         if state == "done":
             row |= self._result(run) | {"run_id": run.id}
+        row["warnings"] = "; ".join(row.get("warnings", ()))
         return {name: value for name, value in row.items() if name not in _VOLATILE}
 
     def _result(self, run: Run) -> dict | None:
