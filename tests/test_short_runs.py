@@ -1,6 +1,7 @@
 """What a run is too short for is said: before it, by field, and at its end, of its target L0."""
 
 import csv
+import itertools
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from sae_jax.activations import open_stream
 from sae_jax.config import assign, override
 from sae_jax.sweep import dry_run, grid
 from sae_jax.sweep.directory import expand
-from sae_jax.train import preparation, short_runs
+from sae_jax.train import preparation, results, short_runs
 from sae_jax.train.run import train_run
 from sae_jax.train.schedule_steps import dead_after_tokens
 
@@ -30,16 +31,16 @@ def doubts(architecture: str = "topk", steps: int = LONG, **fields) -> dict[str,
     [
         ("relu", 400, {}, "optimizer.learning_rate", ["5e-05", "0.02", "400 steps", "0.00025"]),
         ("relu", 400, {"sae.target_l0": 4.0, "optimizer.learning_rate": 2e-4},
-         "optimizer.learning_rate", ["moves no parameter", "0.08", "0.0013 or more"]),
+         "optimizer.learning_rate", ["moves no parameter", "0.08", "0.0025 or more, or to none"]),
         ("topk", 20, {}, "optimizer.warmup_fraction", ["0.02", "20 steps", "does not warm up"]),
         ("topk", LONG, {"optimizer.decay_fraction": 0.0}, "optimizer.decay_fraction",
          ["never decays", "linear_tail"]),
         ("relu", 50, {"sae.target_l0": 4.0}, "sae.target_l0", ["rarely reached in 50 steps"]),
         ("topk", LONG, {"sae.k_start": 9}, "sae.k_start", ["9 is k for one step only"]),
         ("topk", 5, {"sae.k_start": 100, "sae.k_anneal_fraction": 1.0}, "sae.k_anneal_fraction",
-         ["k is still 22 at the last step, not sae.k=2"]),
+         ["sae.k 2 is reached 0 steps before the end of 5"]),
         ("relu", LONG, {"sae.p_end": 0.5, "sae.p_anneal_start": 1.0}, "sae.p_anneal_start",
-         ["still 1 at the last step, not sae.p_end=0.5"]),
+         ["does not come to sae.p_end 0.5", "now 1, lower"]),
         ("relu", 9, {}, "sae.sparsity_warmup_fraction", ["whole from the first step on"]),
         ("topk", 9, {"sae.dead_after_tokens": 10**7}, "sae.dead_after_tokens",
          ["10000000", f"{9 * BATCH} tokens", "AuxK does nothing", "null", "leave it out"]),
@@ -70,7 +71,7 @@ def test_a_run_that_is_long_enough_is_not_doubted(architecture, fields):
 
 def test_doubts_of_a_sweep_are_one_line_for_each_field():
     base = assign(make_config(WORLD, steps=100), {"sae.dead_after_tokens": 10**7})
-    runs = expand(base, grid.sweep("train.tokens", [100 * BATCH, 10**5 * BATCH, 200 * BATCH]))
+    runs = expand(base, grid.sweep("train.tokens", [100 * BATCH, 10**6 * BATCH, 200 * BATCH]))
     (line,) = dry_run.doubts(runs)
     assert line.startswith("2 of 3 runs: sae.dead_after_tokens 10000000 is no less than")
 
@@ -92,6 +93,7 @@ def test_the_learning_rate_to_a_target_follows_the_length_of_the_run(architectur
     assert rate(500, **target | {"optimizer.learning_rate": 1e-5}) == 1e-5
 
 
+@pytest.mark.slow
 def test_a_target_that_is_missed_is_said(tmp_path, capsys, caplog):
     """In result.json, in a warning, and of a sweep in results.csv and its status."""
     file = tmp_path / "sweep.py"
@@ -105,32 +107,23 @@ def test_a_target_that_is_missed_is_said(tmp_path, capsys, caplog):
     )
     assert cli.main(["sweep", f"--config={file}", f"--workdir={tmp_path / 'sweep'}"]) == 0
     said = capsys.readouterr().out
-    assert "1 run missed the target L0:" in said and "sae.target_l0=2.0: sae.target_l0 is 2" in said
+    assert "1 run missed the target L0:" in said and "sae.target_l0=2: sae.target_l0 is 2" in said
     assert "runs: optimizer.learning_rate 1e-05 moves no parameter" in caplog.text
     assert "sae.target_l0 is 2, but the run ended at" in caplog.text
     with open(tmp_path / "sweep" / "results.csv") as text:
         missed, without = csv.DictReader(text)
     assert float(missed["target_l0"]) == 2 and float(missed["eval_l0"]) > 3
-    assert (missed["target_reached"], missed["coefficient_at_limit"]) == ("False", "False")
-    assert "but the run ended at" in missed["warnings"]
+    assert (missed["target_reached"], missed["coefficient_at_limit"]) == ("False", "True")
+    assert "its coefficient is at a limit, 2e+04" in missed["warnings"]
     assert without["target_reached"] == without["target_l0"] == ""
     assert "ended at" not in without["warnings"]
-
-
-def test_a_coefficient_at_its_limit_is_said():
-    config = make_config(
-        WORLD, "relu", 60, optimizer={"learning_rate": 1e-6}, sae={"target_l0": 2.0}
-    )
-    result = train_run(config, None).result
-    assert result["coefficient_at_limit"] and not result["target_reached"]
-    assert "its coefficient is at a limit, 2e+04" in result["warnings"][-1]
 
 
 # ------------------------------------------------------------------- dead latents
 
 
 @pytest.mark.parametrize(
-    "tokens,window", [(100, BATCH), (10**6, 125_000), (8 * 10**7, 10**7), (10**12, 10**7)]
+    "tokens,window", [(100, BATCH), (10**6, 125_000), (8 * 10**7, 10**7), (10**10, 10**7)]
 )
 def test_the_window_of_dead_latents_is_a_part_of_the_run(tokens, window):
     config = override(
@@ -151,29 +144,37 @@ def test_the_runs_of_a_sweep_have_one_window():
     assert windows == [1000, 1000, 7000]
 
 
-@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu"])
-def test_dead_latents_on_held_out_rows(tmp_path, architecture, capsys):
-    """As evaluation finds them, as a list, and null where a run could not know."""
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "architecture", ["topk", pytest.param("batchtopk", marks=pytest.mark.long)]
+)
+def test_dead_latents_on_held_out_rows(tmp_path, architecture):
+    """As the SAE's latents say, in the result, in Python and from the command line, where the run
+    itself could not know."""
     store = make_store(tmp_path / "store")
-    config = make_config(
-        store, architecture, 12, sae={"dead_after_tokens": 10**6, "b_dec_init": "zero"}
-    )
+    config = make_config(store, architecture, 12, sae={"dead_after_tokens": 10**6})
     recorder = train_run(config, tmp_path / "run")
     assert recorder.result["dead_fraction"] is None
     assert {line["dead_fraction"] for line in recorder.read_lines()} == {None}
-    dead = sae_jax.dead_latents(tmp_path / "run")
     sae = sae_jax.load(tmp_path / "run")
-    assert recorder.result["eval_dead_fraction"] == pytest.approx(len(dead) / 128)
-    fires = np.asarray(sae.encode(open_stream(config.data, "heldout", 8).read_rows(
-        np.arange(open_stream(config.data, "heldout", 8).rows_per_epoch)))) > 0  # fmt: skip
-    np.testing.assert_array_equal(dead, np.flatnonzero(~fires.any(axis=0)))
+
+    def never_fire(batch: int) -> np.ndarray:
+        """On held-out rows in batches, of which a last part of one is left out."""
+        heldout = open_stream(config.data, "heldout", batch)
+        rows = np.concatenate(list(itertools.islice(heldout.batches(), heldout.steps_per_epoch)))
+        return np.flatnonzero(~(np.asarray(sae.encode(rows)) > 0).any(axis=0))
+
+    dead = sae_jax.dead_latents(tmp_path / "run")
+    np.testing.assert_array_equal(dead, never_fire(8))
+    assert recorder.result["eval_dead_fraction"] == pytest.approx(len(never_fire(BATCH)) / 128)
+    assert 0 < len(dead) < 128
     assert cli.main(["eval", f"--run={tmp_path / 'run'}"]) == 0
     written = (tmp_path / "run" / "eval_dead_latents.txt").read_text().split()
     assert [int(index) for index in written] == dead.tolist()
 
 
 def test_lines_of_metrics_say_when_dead_latents_are_known():
-    config = make_config(WORLD, "topk", 8)  # dead after 2 batches
-    lines = train_run(config, None).read_lines()
-    known = [line["dead_fraction"] is not None for line in lines]
-    assert known == [False, False, *[True] * 6]
+    """Dead after 2 batches, so that the third step is the first that can have one."""
+    config = preparation.resolve(config := make_config(WORLD), open_stream(config.data))
+    lines = [results.metrics_line(config, step, {"dead_fraction": 0.0}, None) for step in (1, 2, 3)]
+    assert [line["dead_fraction"] for line in lines] == [None, None, 0.0]

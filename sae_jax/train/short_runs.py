@@ -5,12 +5,13 @@ to no step at all, and Adam's steps, whose length is the learning rate, may not 
 """
 
 from sae_jax.config import Config
-from sae_jax.train import controls, resample
+from sae_jax.train import resample
 from sae_jax.train.schedule_steps import ScheduleSteps, dead_after_tokens
 
 _LEAST_TRAVEL = 0.1  # of a parameter: its steps times their length, at which little is learnt yet
-_LEAST_TRAVEL_TO_TARGET = 0.5  # from half the latents firing to a few
+_LEAST_TRAVEL_TO_TARGET = 1.0  # from half the latents firing to a few
 _LEAST_STEPS_TO_TARGET = 100
+_LEAST_PART_AT_END = 0.05  # of a run, in which k is what it was annealed to
 _DECAYING = ("linear_tail", "warmup_stable_decay")
 
 
@@ -32,12 +33,14 @@ def doubts(config: Config) -> dict[str, str]:
 def _learning_rate(config: Config, lengths: ScheduleSteps) -> dict[str, str]:
     adam, out = config.optimizer, {}
     travel = adam.learning_rate * lengths.steps
-    needed = _LEAST_TRAVEL if config.sae.target_l0 is None else _LEAST_TRAVEL_TO_TARGET
+    needed, how = _LEAST_TRAVEL, ""
+    if config.sae.target_l0 is not None:
+        needed, how = _LEAST_TRAVEL_TO_TARGET, ", or to none, for one that reaches target_l0"
     if travel < needed:
         out["optimizer.learning_rate"] = (
             f"optimizer.learning_rate {adam.learning_rate:.3g} moves no parameter by more than "
             f"{travel:.2g} in {lengths.steps} steps, where {needed:g} is little; train longer, or "
-            f"set it to {needed / lengths.steps:.2g} or more"
+            f"set it to {needed / lengths.steps:.2g} or more{how}"
         )
     if adam.warmup_fraction and not lengths.warmup:
         out["optimizer.warmup_fraction"] = (
@@ -64,22 +67,22 @@ def _target(config: Config, steps: int) -> dict[str, str]:
 
 def _annealing(config: Config, steps: int) -> dict[str, str]:
     sae, out = config.sae, {}
-    last = controls.controls_at(sae, steps - 1, ScheduleSteps.from_config(config, steps), 0.0, None)
     if sae.k_start is not None and sae.k_start != sae.k:
-        if round(sae.k_anneal_fraction * steps) < 2:
+        changing = round(sae.k_anneal_fraction * steps)
+        if changing < 2:
             out["sae.k_start"] = (
                 f"sae.k_start {sae.k_start} is k for one step only, since sae.k_anneal_fraction "
                 f"{sae.k_anneal_fraction:g} is no more of {steps} steps; set a larger one"
             )
-        elif int(last.k) != sae.k:
+        elif steps - changing < _LEAST_PART_AT_END * steps:
             out["sae.k_anneal_fraction"] = (
-                f"k is still {int(last.k)} at the last step, not sae.k={sae.k}; set "
-                "sae.k_anneal_fraction lower"
+                f"sae.k {sae.k} is reached {steps - changing} steps before the end of {steps}; set "
+                f"sae.k_anneal_fraction, now {sae.k_anneal_fraction:g}, lower"
             )
-    if sae.p_end < 1 and abs(float(last.p) - sae.p_end) > 1e-3:
+    if sae.p_end < 1 and steps - 1 - sae.p_anneal_start * steps < 1:
         out["sae.p_anneal_start"] = (
-            f"the exponent is still {float(last.p):.3g} at the last step, not sae.p_end="
-            f"{sae.p_end:g}; set sae.p_anneal_start lower"
+            f"the exponent does not come to sae.p_end {sae.p_end:g} in {steps} steps; set "
+            f"sae.p_anneal_start, now {sae.p_anneal_start:g}, lower"
         )
     warmup = sae.sparsity_warmup_fraction
     if sae.sparsity_coefficient and warmup and round(warmup * steps) < 1:
