@@ -2,7 +2,7 @@
 
 import sys
 
-from absl import flags
+from absl import flags, logging
 
 from sae_jax.cli import counts, distributed, logs
 from sae_jax.errors import UserError
@@ -101,6 +101,8 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
         return 0
     log_to = loggers.parse_log(args.log, path, is_sweep=True)
     directory = SweepDirectory.start(path, runs, args.passes)
+    for doubt in dry_run.doubts(runs):
+        logging.warning("%s", doubt)
 
     from sae_jax.sweep import worker
 

@@ -11,7 +11,7 @@ from sae_jax.sae import SAEConfig
 from sae_jax.sweep import design
 from sae_jax.sweep import grid as grids
 from sae_jax.sweep.directory import Run, counted
-from sae_jax.train import results
+from sae_jax.train import results, short_runs
 
 _BYTES_PER_PARAMETER = 16  # float32: the parameter, its gradient, Adam's two moments
 _BATCHES = 3  # on a device: the one in use as it came and in float32, and the next
@@ -62,7 +62,23 @@ def describe(runs: list[Run], passes: int = 1) -> str:
         "pass's runs, its batches and the largest latents, on a mesh of "
         f"run={mesh.run} data={mesh.data} model={mesh.model} (-1 taken for 1).",
     ]
+    if words := doubts(runs):
+        lines += ["", *words]
     return "\n".join(lines)
+
+
+def doubts(runs: list[Run]) -> list[str]:
+    """Returns what runs of their length will not do, in words: a sentence for each field that asks.
+
+    It is the first such run's, with the number of runs that it concerns.
+    """
+    by_field: dict[str, list[str]] = {}
+    for run in runs:
+        for field, sentence in short_runs.doubts(run.config).items():
+            by_field.setdefault(field, []).append(sentence)
+    return [
+        f"{len(found)} of {counted(len(runs), 'run')}: {found[0]}" for found in by_field.values()
+    ]
 
 
 def _pass_lines(work: design.Pass, runs: list[Run]) -> list[str]:
