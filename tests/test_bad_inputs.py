@@ -122,7 +122,7 @@ COMMANDS = rows(
     (f"{RUNS} --by=flops --panel=loss --figure=o.pdf", "--panel"),
     *each(f"{RUNS} --select=VALUE", ["nothing=1", "flops", "loss<x"], "--select"),
     *each(f"{RUNS} --by=VALUE", ["nothing", "flops,nothing", ","], "--by"),
-    *each(f"{RUNS} --predict_at=VALUE", ["flops", "flops=x", "flops=nan", "=3", ""], "--predict_at"),
+    *each(f"{RUNS} --predict_at=VALUE", ["flops", "flops=x", "=3", ""], "--predict_at"),
     ("harvest", "text"),
     ("harvest --text=text.txt --sites=resid_post.0", "out"),
     ("harvest --text=text.txt --out=o", "sites"),
