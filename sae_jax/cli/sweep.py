@@ -2,7 +2,7 @@
 
 import sys
 
-from absl import flags
+from absl import flags, logging
 
 from sae_jax.cli import counts, distributed, logs
 from sae_jax.errors import UserError
@@ -21,7 +21,9 @@ A sweep file has get_config(), as for `sae-jax train`, and get_sweep(), which sa
       )
 
 Runs of one shape and budget become a pack, one program that trains them side by side; packs over
-the same data become a pass, which reads the data once. Look at it first, then train it:
+the same rows of a store become a pass, which reads the data once. Their sites may differ, as in
+grid.sweep("data.site", ["resid_post.3", "resid_post.6"]): a pass reads each site once, and runs the
+model of a live store once for all. Look at it first, then train it:
 
   sae-jax sweep --config=FILE.py --dry_run     runs, packs, FLOPs, bytes read, memory
   sae-jax sweep --config=FILE.py --workdir=S   train; the same command resumes it
@@ -58,8 +60,8 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "passes",
         None,
-        "Parts that workers claim, 1 by default, for each data config. More passes, more workers; "
-        "each pass reads the data once.",
+        "Parts that workers claim, 1 by default, of all runs over the same rows. More passes, more "
+        "workers, less memory for each; each reads the data once.",
         lower_bound=1,
         flag_values=values,
     )
@@ -99,6 +101,8 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
         return 0
     log_to = loggers.parse_log(args.log, path, is_sweep=True)
     directory = SweepDirectory.start(path, runs, args.passes)
+    for doubt in dry_run.doubts(runs):
+        logging.warning("%s", doubt)
 
     from sae_jax.sweep import worker
 

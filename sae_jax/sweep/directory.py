@@ -112,10 +112,13 @@ def _is_grid(value) -> bool:
 def expand(base: Config, grid: grids.Grid) -> list[Run]:
     """Returns the runs of `grid` over the config `base`, each resolved against its data.
 
+    Runs that leave open when a latent is dead all have the default of the smallest budget among
+    them. So budgets compare, and can share a trunk.
+
     Raises UserError, which names the run, for a run that cannot be trained.
     """
     streams = functools.lru_cache(open_stream)
-    runs: dict[str, Run] = {}
+    resolved, windows = [], []
     for number, swept in enumerate(grid, 1):
         try:
             config = grids.apply(base, swept)
@@ -127,12 +130,20 @@ def expand(base: Config, grid: grids.Grid) -> list[Run]:
             if config.train.init:
                 raise UserError("train.init is for sae-jax train; a sweep's runs begin fresh")
             stream = streams(config.data)
+            leaves_open = config.sae.dead_after_tokens is None
             config = preparation.resolve(config, stream)
             preparation.count_steps(config, stream)
             preparation.check_variances(config, stream)
         except UserError as error:
             where = f"run {number} of {len(grid)} ({grids.describe(swept)})"
             raise UserError(f"{where}: {error}") from error
+        resolved.append((config, leaves_open))
+        windows += [config.sae.dead_after_tokens] if leaves_open else []
+    runs: dict[str, Run] = {}
+    for swept, (config, leaves_open) in zip(grid, resolved, strict=True):
+        if leaves_open:
+            sae = dataclasses.replace(config.sae, dead_after_tokens=min(windows))
+            config = dataclasses.replace(config, sae=sae)
         run = Run(results.run_id(config), config, swept)
         if run.id in runs:
             raise UserError(
@@ -148,7 +159,7 @@ class SweepDirectory:
 
     Attributes:
       path: the directory.
-      passes: the number of passes for each data config.
+      passes: the number of passes for each reading of the data (`design.make_passes`).
       runs: the runs, in the grid's order.
     """
 
@@ -170,8 +181,8 @@ class SweepDirectory:
         Args:
           path: the directory.
           runs: the sweep's runs.
-          passes: the number of passes for each data config. None keeps that of an existing sweep,
-            and is 1 for a new one.
+          passes: the number of passes for each reading of the data. None keeps that of an existing
+            sweep, and is 1 for a new one.
 
         Raises UserError, which shows the difference, where the directory holds another sweep.
         """
@@ -219,12 +230,19 @@ class SweepDirectory:
         paths.write(file, text.getvalue(), by=_this_process())
         return file
 
+    def missed_targets(self) -> list[tuple[Run, str]]:
+        """Returns the runs that ended away from their target L0, with a sentence about each."""
+        done = [run for run in self.runs if self.state(run) == "done"]
+        sentences = [(run, results.missed_target(self._result(run))) for run in done]
+        return [(run, sentence) for run, sentence in sentences if sentence]
+
     def _row(self, run: Run) -> dict:
         """Returns the row of a run in results.csv."""
         state = self.state(run)
         row = {"run_id": run.id, "status": state, **run.swept, **results.planned(run.config)}
         if state == "done":
             row |= self._result(run) | {"run_id": run.id}
+        row["warnings"] = "; ".join(row.get("warnings", ()))
         return {name: value for name, value in row.items() if name not in _VOLATILE}
 
     def _result(self, run: Run) -> dict | None:

@@ -6,6 +6,9 @@ import jax
 
 from sae_jax.config import Config
 
+_DEAD_AFTER = 10_000_000  # tokens, in long runs (Gao et al. 2024; Templeton et al. 2024)
+_DEAD_AFTER_PART = 8  # of the tokens of a shorter one
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -38,3 +41,14 @@ class ScheduleSteps:
             sparsity_warmup=round((config.sae.sparsity_warmup_fraction or 0) * steps),
             horizon=min(max(steps / 20, 10.0), 1000.0),
         )
+
+
+def dead_after_tokens(config: Config) -> int:
+    """Returns for how many tokens a dead latent has not fired.
+
+    It is what the config says. By default it is 10 million, or an eighth of a run that is shorter
+    than 80 million tokens, which would otherwise end before it could know a latent to be dead.
+    """
+    if config.sae.dead_after_tokens is not None:
+        return config.sae.dead_after_tokens
+    return min(_DEAD_AFTER, max(config.data.batch_size, config.train.tokens // _DEAD_AFTER_PART))
