@@ -12,10 +12,10 @@ SUMMARY = f"""Compare groups of runs: FVU, CE recovered or any score against L0.
   sae-jax compare --results=runs.csv --y=probe_f1 --x=l0 --by=d_sae --select="architecture=topk" \\
       --at=16,32,64 --out=compared/probe
 
---results is a sweep, a .csv or a .jsonl file; of several the rows are joined. --y and --x are columns of theirs, or numbers of the
-eval.json that `sae-jax eval --run` leaves in a sweep's runs (ce_recovered_zero, kl_spliced, ...).
---by says whose values make the groups, by default the first of architecture, kind, results, site,
-d_sae and k that varies.
+--results is a sweep, a .csv or a .jsonl file; of several the rows are joined. --y and --x are
+columns of theirs, or numbers of the eval.json that `sae-jax eval --run` leaves in a sweep's runs
+(ce_recovered_zero, kl_spliced, ...). --by says whose values make the groups, by default the first
+of architecture, kind, results, site, d_sae and k that varies.
 
 Runs that differ by their seed alone are one setting, with mean and standard deviation. Settings
 that no other of their group beats in both metrics are its frontier, which the figure draws as a
