@@ -2,20 +2,20 @@
 
 from absl import flags
 
-from sae_jax.cli import figure_flags, path_lists
+from sae_jax.cli import figure_flags
 
 SUMMARY = f"""Compare groups of runs: FVU, CE recovered or any score against L0.
 
   sae-jax compare --results=sweeps/a --out=compared/a
-  sae-jax compare --results=sweeps/topk,sweeps/jumprelu --y=ce_recovered_zero --out=compared/ce \\
-      --figure=paper/ce.pdf
+  sae-jax compare --results=sweeps/topk --results=sweeps/jumprelu --y=ce_recovered_zero \\
+      --out=compared/ce --figure=paper/ce.pdf
   sae-jax compare --results=runs.csv --y=probe_f1 --x=l0 --by=d_sae --select="architecture=topk" \\
       --at=16,32,64 --out=compared/probe
 
---results are sweeps, .csv or .jsonl files. --y and --x are columns of theirs, or numbers of the
-eval.json that `sae-jax eval --run` leaves in a sweep's runs (ce_recovered_zero, kl_spliced, ...).
---by says whose values make the groups, by default the first of architecture, kind, results, site,
-d_sae and k that varies.
+--results is a sweep, a .csv or a .jsonl file; of several the rows are joined. --y and --x are
+columns of theirs, or numbers of the eval.json that `sae-jax eval --run` leaves in a sweep's runs
+(ce_recovered_zero, kl_spliced, ...). --by says whose values make the groups, by default the first
+of architecture, kind, results, site, d_sae and k that varies.
 
 Runs that differ by their seed alone are one setting, with mean and standard deviation. Settings
 that no other of their group beats in both metrics are its frontier, which the figure draws as a
@@ -35,7 +35,9 @@ def define(values: flags.FlagValues) -> None:
     def string(name, text):
         flags.DEFINE_string(name, None, text, flag_values=values)
 
-    path_lists.define("results", "Sweeps, .csv or .jsonl files.", values)
+    flags.DEFINE_multi_string(
+        "results", None, "A sweep, a .csv or a .jsonl file", flag_values=values
+    )
     string("out", "Directory for figure and tables, made if absent.")
     string("y", "The metric that is compared; eval_fvu.")
     string("x", "Against which one, of which less is better; eval_l0.")
@@ -63,7 +65,7 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
     from sae_jax.laws import comparison
 
     for name in ("results", "out"):
-        if not args[name].value:
+        if args[name].value in (None, "", [""]):
             raise UserError(f"--{name} is needed; sae-jax compare --help has examples")
     figures = figure_flags.read(args)
     comparison.check_out(args.out)

@@ -4,6 +4,8 @@ import re
 
 from absl import flags
 
+flags.disclaim_key_flags()  # --help shows them with those of the command
+
 HELP = """\
 --figure=NAME.pdf (or .svg, .png; given again, or several with commas) writes a figure for a
 paper, as wide as one column of two, in colours that the colour-blind tell apart. With

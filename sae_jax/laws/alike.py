@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sae_jax.errors import UserError, some
-from sae_jax.laws.settings import RATES, in_order, last_part, settings, shown
+from sae_jax.laws.settings import RATES, as_text, in_order, last_part, settings
 from sae_jax.tables import as_number
 
 # What a frontier is a path through, which groups need not have alike.
@@ -42,8 +42,8 @@ class Setting:
 
 def groups(cells: dict, by: tuple[str, ...]) -> list[str]:
     """Returns the groups that the rows make, numbers in ascending order and before words."""
-    places = [{value: i for i, value in enumerate(in_order(map(shown, cells[n])))} for n in by]
-    rows = zip(*(map(shown, cells[name]) for name in by), strict=True)
+    places = [{value: i for i, value in enumerate(in_order(map(as_text, cells[n])))} for n in by]
+    rows = zip(*(map(as_text, cells[name]) for name in by), strict=True)
     keys = set(rows) if by else {()}
     ordered = sorted(keys, key=lambda key: [place[v] for place, v in zip(places, key, strict=True)])
     return [group_name(by, key) for key in ordered]
@@ -70,7 +70,7 @@ def columns_apart(cells: dict, metrics: tuple[str, str]) -> list[str]:
     names.sort(key=lambda name: "." in name)  # k rather than sae.k
     different = {}
     for name in names:
-        different.setdefault(tuple(map(shown, cells[name])), name)
+        different.setdefault(tuple(map(as_text, cells[name])), name)
     return list(different.values())
 
 
@@ -98,8 +98,8 @@ def make_settings(
     drawn = [name for name in rows[0] if last_part(name) == "seed"]
     runs: dict[tuple, list[dict]] = {}
     for number, row in enumerate(rows):
-        group = group_name(by, [shown(row[name]) for name in by])
-        cells = {name: shown(row[name]) for name in dict.fromkeys((*by, *apart))}
+        group = group_name(by, [as_text(row[name]) for name in by])
+        cells = {name: as_text(row[name]) for name in dict.fromkeys((*by, *apart))}
         adapted = any(row.get(name) not in (None, "") for name in ("target_l0", "sae.target_l0"))
         if adapted:  # what the coefficient ended at is the run's, not its setting's
             cells.pop("sparsity_coefficient", None)
@@ -108,7 +108,7 @@ def make_settings(
     made = []
     for (group, cells, _), these in runs.items():
         seeds = tuple(
-            " ".join(shown(row[name]) for name in drawn) if drawn else str(number)
+            " ".join(as_text(row[name]) for name in drawn) if drawn else str(number)
             for number, row in enumerate(these)
         )
         twice = [value for value in dict.fromkeys(seeds) if seeds.count(value) > 1]

@@ -28,7 +28,7 @@ from sae_jax.laws.alike import (
     shared_places,
 )
 from sae_jax.laws.results import Row, finished
-from sae_jax.laws.settings import SOURCE, shown
+from sae_jax.laws.settings import SOURCE, as_text
 from sae_jax.paths import AnyPath
 from sae_jax.progress_bar import progress
 from sae_jax.tables import as_number
@@ -321,7 +321,7 @@ def _grouping(cells: dict, by, title: str) -> tuple[str, ...]:
     """Returns the columns that make the groups."""
     if by:
         return _names(by, cells, "by", title)
-    varies = [name for name in _GROUPS if name in cells and len(set(map(shown, cells[name]))) > 1]
+    varies = [name for name in _GROUPS if name in cells and len(set(map(as_text, cells[name]))) > 1]
     return tuple(varies[:1])
 
 
