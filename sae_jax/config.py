@@ -83,6 +83,9 @@ class TrainConfig:
     """Seed of the fresh parameters."""
     init: str = ""
     """An SAE to start from, of any format that is read here. Empty: a fresh one."""
+    branch_from: str = ""
+    """A checkpoint to go on from, RUN/checkpoints/STEP, with its optimiser and its place in the
+    data. Empty: the run begins at step 0."""
     on_nonfinite: str = "stop"
     """What a NaN or infinite loss does: stop the run, or skip the step."""
     log_every: int = 50
@@ -151,6 +154,8 @@ def identity(config: Config) -> dict:
     """
     values = without_hardware(config)
     values.pop("architecture_file", None)
+    if not config.train.branch_from:  # runs of versions without it keep their ids
+        del values["train"]["branch_from"]
     return values
 
 

@@ -18,11 +18,10 @@ from sae_jax import sae as saes
 from sae_jax.config import Config
 from sae_jax.train.pack import VARIED, get_field, set_fields
 from sae_jax.train.results import flops, run_id
-from sae_jax.train.schedule_steps import ScheduleSteps
+from sae_jax.train.schedule_steps import ScheduleSteps, count_steps, has_trunk, trunk_steps
 
 __all__ = ["VARIED", "Pack", "Pass", "make_passes"]
 
-_BRANCHING_SCHEDULES = ("linear_tail", "warmup_stable_decay")
 _LARGEST_SHARE = 1.2  # of the mean compute of a pass; above it the largest family is cut in two
 
 
@@ -83,11 +82,6 @@ class Pass:
         return sum(pack.flops for pack in self.packs)
 
 
-def count_steps(run: Config) -> int:
-    """Returns the number of steps of a resolved run."""
-    return run.train.tokens // run.data.batch_size
-
-
 def make_passes(runs: Sequence[Config], passes: int = 1) -> list[Pass]:
     """Groups resolved runs into passes over the data.
 
@@ -127,7 +121,7 @@ def _sharing_key(run: Config) -> dict:
     key["given"] = [get_field(run, field) is None for field in VARIED]
     if not 0 <= run.train.seed < 2**31:  # what an int32, an argument of the program, holds
         key["train"]["seed"] = run.train.seed
-    if not _can_branch(run):
+    if not has_trunk(run):
         return key
     lengths = ScheduleSteps.from_config(run, count_steps(run))
     key["train"].pop("tokens")
@@ -137,11 +131,6 @@ def _sharing_key(run: Config) -> dict:
     if saes.architecture(run.sae).RUNNING_MEANS:
         key["absolute"].append(lengths.horizon)
     return key
-
-
-def _can_branch(run: Config) -> bool:
-    """Whether nothing but the decay at its end depends on the run's number of steps."""
-    return run.optimizer.schedule in _BRANCHING_SCHEDULES and not run.sae.anneals
 
 
 def _make_families(runs: list[Config]) -> list[_Family]:
@@ -177,12 +166,11 @@ def _make_packs(family: _Family, place: int) -> list[Pack]:
     parents = {_varied_values(run): i for i, run in enumerate(trunk.runs)}
     packs = [trunk]
     for runs in family[1:]:
-        steps = count_steps(runs[0])
         packs.append(
             Pack(
                 tuple(runs),
                 trunk=place,
-                start=steps - ScheduleSteps.from_config(runs[0], steps).decay,
+                start=trunk_steps(runs[0]),
                 parents=tuple(parents[_varied_values(run)] for run in runs),
             )
         )

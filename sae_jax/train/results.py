@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from sae_jax import config as configs
 from sae_jax import sae as saes
 from sae_jax.config import Config
+from sae_jax.train.schedule_steps import count_steps
 from sae_jax.train.step import Trainer, TrainState
 
 
@@ -21,7 +22,8 @@ def run_id(config: Config) -> str:
 
 def planned(config: Config) -> dict:
     """Returns the fields of result.json that the run's resolved config decides."""
-    tokens = config.train.tokens // config.data.batch_size * config.data.batch_size
+    tokens = count_steps(config) * config.data.batch_size
+    branch = {"branched_from": config.train.branch_from} if config.train.branch_from else {}
     return {
         "run_id": run_id(config),
         "architecture": config.sae.architecture,
@@ -34,6 +36,7 @@ def planned(config: Config) -> dict:
         "lr": config.optimizer.learning_rate,
         "tokens": tokens,
         **flops(config, tokens),
+        **branch,
     }
 
 
