@@ -10,6 +10,7 @@ All of it is a function of the runs alone, so that every worker finds the same p
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterable, Sequence
 
@@ -20,7 +21,7 @@ from sae_jax.train.pack import VARIED, get_field, set_fields
 from sae_jax.train.results import flops, run_id
 from sae_jax.train.schedule_steps import ScheduleSteps, count_steps, has_trunk, trunk_steps
 
-__all__ = ["VARIED", "Pack", "Pass", "make_passes"]
+__all__ = ["VARIED", "Pack", "Pass", "make_passes", "trunk_key"]
 
 _LARGEST_SHARE = 1.2  # of the mean compute of a pass; above it the largest family is cut in two
 
@@ -121,7 +122,7 @@ def _sharing_key(run: Config) -> dict:
     key["given"] = [get_field(run, field) is None for field in VARIED]
     if not 0 <= run.train.seed < 2**31:  # what an int32, an argument of the program, holds
         key["train"]["seed"] = run.train.seed
-    if not has_trunk(run):
+    if not has_trunk(run) or run.train.branch_from:
         return key
     lengths = ScheduleSteps.from_config(run, count_steps(run))
     key["train"].pop("tokens")
@@ -131,6 +132,17 @@ def _sharing_key(run: Config) -> dict:
     if saes.architecture(run.sae).RUNNING_MEANS:
         key["absolute"].append(lengths.horizon)
     return key
+
+
+@functools.lru_cache(maxsize=4096)
+def trunk_key(run: Config) -> str | None:
+    """Returns what two runs agree in that are the same until the first of them begins to decay.
+
+    It is None for a run without a trunk, and for one that begins at another's checkpoint.
+    """
+    if not has_trunk(run) or run.train.branch_from:
+        return None
+    return json.dumps([_sharing_key(run), _varied_values(run)], sort_keys=True)
 
 
 def _make_families(runs: list[Config]) -> list[_Family]:

@@ -1,0 +1,205 @@
+"""Sweeps that grow, and shrink: what is done stays, and what is new goes on from it."""
+
+import csv
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+from training import BATCH, assert_same_arrays, make_config, make_store, metrics, saved_arrays
+
+from sae_jax import cli
+from sae_jax.config import to_dict
+from sae_jax.sweep import grid
+from sae_jax.sweep.directory import SweepDirectory
+from sae_jax.sweep.leases import Leases
+from sae_jax.train.checkpoints import saved_steps
+from sae_jax.train.run import train_run
+
+BUDGETS = """return grid.product(
+    grid.budgets({}, batch_size=64, warmup_tokens=320),
+    grid.sweep("train.seed", range({})),
+)"""
+SMALL, LARGE = BUDGETS.format([1920, 2560], 2), BUDGETS.format([1920, 2560, 5120], 3)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("store") / "store")
+
+
+def write_sweep(place: pathlib.Path, store: str, body: str, **train) -> str:
+    train = {"log_every": 5, "checkpoint_every": 20} | train
+    values = to_dict(make_config(store, steps=40, train=train))
+    place.write_text(
+        "from sae_jax.config import Config, from_dict\n"
+        "from sae_jax.sweep import grid\n"
+        f"def get_config(): return from_dict({values!r})\n"
+        f"def get_sweep(): {body}\n"
+    )
+    return str(place)
+
+
+@pytest.fixture(scope="module")
+def done(store, tmp_path_factory):
+    """A finished sweep of two budgets and two seeds."""
+    folder = tmp_path_factory.mktemp("sweeps")
+    file = write_sweep(folder / "small.py", store, SMALL)
+    assert cli.main(["sweep", f"--config={file}", f"--workdir={folder / 'S'}"]) == 0
+    return folder / "S"
+
+
+@pytest.fixture
+def sweep(done, tmp_path):
+    return shutil.copytree(done, tmp_path / "S")
+
+
+def command(*flags) -> int:
+    return cli.main(["sweep", *map(str, flags)])
+
+
+def refused(capsys, *flags) -> str:
+    capsys.readouterr()
+    assert command(*flags) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("sae-jax sweep: error: ") and err.count("\n") == 1
+    return err
+
+
+def rows(sweep) -> list[dict]:
+    return list(csv.DictReader((sweep / "results.csv").read_text().splitlines()))
+
+
+def contents(sweep) -> dict[str, bytes]:
+    """All files of the runs, by their paths."""
+    files = [file for file in (sweep / "runs").rglob("*") if file.is_file()]
+    return {str(file.relative_to(sweep)): file.read_bytes() for file in files}
+
+
+def test_the_directory_alone_resumes(sweep, done, tmp_path):
+    victim = SweepDirectory(sweep).runs[0]
+    shutil.rmtree(sweep / "runs" / victim.id)
+    (sweep / "results.csv").unlink()
+    assert command(f"--workdir={sweep}", "--config.mesh.data=1") == 0
+    assert (sweep / "results.csv").read_bytes() == (done / "results.csv").read_bytes()
+    assert_same_arrays(*(saved_arrays(s / "runs" / victim.id) for s in (sweep, done)))
+
+
+def test_a_larger_grid_goes_on_from_what_is_done(sweep, store, tmp_path, capsys):
+    file = write_sweep(tmp_path / "large.py", store, LARGE)
+    before = contents(sweep)
+    flags = [f"--config={file}", f"--workdir={sweep}", "--extend"]
+    assert command(*flags, "--dry_run") == 0
+    assert "5 runs one by one" in capsys.readouterr().out
+    assert command(*flags) == 0
+    after = contents(sweep)
+    assert {name: after[name] for name in before} == before
+    assert [row["status"] for row in rows(sweep)] == ["done"] * 9
+    names = [row["name"] for row in rows(sweep)]
+    assert names[:2] == ["tokens=1920,seed=0", "tokens=1920,seed=1"] and len(set(names)) == 9
+    new = {SweepDirectory(sweep).name(r): r for r in SweepDirectory(sweep).runs if r.round}
+    assert set(new) == {
+        *("tokens=1920,seed=2", "tokens=2560,seed=2"),
+        *(f"tokens=5120,seed={seed}" for seed in range(3)),
+    }
+    for name, begins in (("tokens=5120,seed=1", True), ("tokens=5120,seed=2", False)):
+        run = new[name]
+        config = json.loads((sweep / "runs" / run.id / "config.json").read_text())
+        assert ("lineage" in config) == begins
+        if begins:
+            assert config["lineage"][0]["step"] == 32
+            train_run(run.config, tmp_path / "alone")
+            got, want = (saved_arrays(p) for p in (sweep / "runs" / run.id, tmp_path / "alone"))
+            for array in want:
+                np.testing.assert_allclose(got[array], want[array], rtol=1e-4, atol=1e-5)
+    assert command(*flags) == 0, "and again, it changes nothing"
+    assert contents(sweep) == after
+    assert command(f"--workdir={sweep}") == 0
+    assert contents(sweep) == after
+
+
+def test_a_grid_that_leaves_out_what_has_begun(sweep, store, tmp_path, capsys):
+    before = contents(sweep), (sweep / "sweep.json").read_bytes()
+    file = write_sweep(tmp_path / "other.py", store, BUDGETS.format([2560, 5120], 3))
+    err = refused(capsys, f"--config={file}", f"--workdir={sweep}", "--extend")
+    assert "leaves out 2 runs" in err and "tokens=1920,seed=0 (done)" in err and "--drop" in err
+    assert (contents(sweep), (sweep / "sweep.json").read_bytes()) == before
+
+
+def test_a_run_is_dropped_and_comes_back(sweep, done, store, tmp_path):
+    run = SweepDirectory(sweep).runs[2]
+    assert command(f"--workdir={sweep}", "--drop=tokens=2560,seed=0") == 0
+    assert [row["run_id"] for row in rows(sweep)] == [
+        row["run_id"] for row in rows(done) if row["run_id"] != run.id
+    ]
+    assert (sweep / "dropped" / run.id / "result.json").is_file()
+    file = write_sweep(tmp_path / "small.py", store, SMALL)
+    assert command(f"--config={file}", f"--workdir={sweep}") == 0, "it stays dropped"
+    assert len(rows(sweep)) == 3
+    assert command(f"--workdir={sweep}", f"--rerun={run.id[:6]}") == 0
+    assert (sweep / "results.csv").read_bytes() == (done / "results.csv").read_bytes()
+
+
+def test_what_failed_is_done_again(sweep, done):
+    run = SweepDirectory(sweep).runs[1]
+    path = sweep / "runs" / run.id
+    (path / "result.json").unlink()
+    (path / "failed.json").write_text("{}\n")
+    assert command(f"--workdir={sweep}", "--rerun=failed") == 0
+    assert (sweep / "dropped" / run.id / "failed.json").is_file()
+    assert [row["status"] for row in rows(sweep)] == ["done"] * 4
+    for name, array in saved_arrays(path).items():
+        want = saved_arrays(done / "runs" / run.id)[name]
+        np.testing.assert_allclose(array, want, rtol=1e-4, atol=1e-5)
+
+
+def test_runs_begin_at_a_checkpoint(done, store, tmp_path):
+    """A sweep of learning rates from one checkpoint of a run."""
+    run = SweepDirectory(done).runs[2]
+    start = done / "runs" / run.id / "checkpoints" / "20"
+    body = "return grid.sweep('optimizer.learning_rate', [1e-3, 1e-4])"
+    file = write_sweep(tmp_path / "rates.py", store, body, branch_from=str(start))
+    assert command(f"--config={file}", f"--workdir={tmp_path / 'S'}") == 0
+    for row in rows(tmp_path / "S"):
+        assert row["branched_from"] == str(start) and row["status"] == "done"
+        branch = tmp_path / "S" / "runs" / row["run_id"]
+        assert [line["step"] for line in metrics(branch)] == [*range(5, 41, 5)]
+        assert metrics(branch)[:4] == metrics(done / "runs" / run.id)[:4]
+        assert json.loads((branch / "config.json").read_text())["lineage"][0]["run_id"] == run.id
+
+
+@pytest.mark.parametrize("flags,words", [
+    (["--rerun=failed"], ["has failed"]),
+    (["--rerun=seed=0"], ["no run 'seed=0'", "did you mean"]),
+    (["--drop=zzz"], ["no run 'zzz'"]),
+    (["--extend"], ["--config"]),
+    (["--config.sae.k=3"], ["sae.k", "mesh"]),
+    (["--config=x.py", "--drop=a"], ["leave out --config"]),
+    (["--passes=2"], ["--passes=1, not 2"]),
+])  # fmt: skip
+def test_mistakes(sweep, capsys, flags, words):
+    before = contents(sweep), (sweep / "sweep.json").read_bytes()
+    err = refused(capsys, f"--workdir={sweep}", *flags)
+    for word in words:
+        assert word in err
+    assert (contents(sweep), (sweep / "sweep.json").read_bytes()) == before
+
+
+def test_while_a_worker_is_at_it_no_run_is_taken_away(sweep, capsys):
+    with Leases(sweep / "leases", 60).claim("pass-x"):
+        err = refused(capsys, f"--workdir={sweep}", "--drop=tokens=1920,seed=0")
+    assert "works on" in err and "SIGTERM" in err
+
+
+def test_names_are_short_and_differ():
+    rates = grid.sweep("optimizer.learning_rate", [1e-3, 3e-4])
+    seeds = grid.zipped(grid.sweep("train.seed", [0, 1]), grid.sweep("data.seed", [5, 6]))
+    made = grid.product(grid.sweep("sae.k", [8]), rates, seeds)
+    assert grid.names(made) == [
+        f"learning_rate={rate},seed={seed}" for rate in ("0.001", "0.0003") for seed in (0, 1)
+    ]
+    assert grid.names(grid.sweep("data.site", ["a b", "a/b"])) == ["site=a_b.0", "site=a_b.1"]
+    assert grid.names([{}]) == ["base"]
+    both = grid.product(grid.sweep("train.seed", [0, 1]), grid.sweep("data.seed", [0, 1]))
+    assert grid.names(both)[1] == "train.seed=0,data.seed=1"
