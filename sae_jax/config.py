@@ -94,6 +94,9 @@ class TrainConfig:
     """Steps between two checkpoints."""
     keep_checkpoints: int = 2
     """How many of the latest checkpoints are kept."""
+    keep_trunk: bool = True
+    """Whether the checkpoint where the learning rate begins to fall is saved and kept besides:
+    from it a longer run can go on."""
 
     def __post_init__(self):
         check_types(self, "train.")
@@ -154,6 +157,7 @@ def identity(config: Config) -> dict:
     """
     values = without_hardware(config)
     values.pop("architecture_file", None)
+    del values["train"]["keep_trunk"]
     if not config.train.branch_from:  # runs of versions without it keep their ids
         del values["train"]["branch_from"]
     return values

@@ -120,8 +120,8 @@ COMMANDS = rows(
     ("train --workdir=w --branch_from=run --extend_tokens=1e4 --config=config.py", "--config"),
     ("train --workdir=w --branch_from=run/checkpoints/9 --config.train.tokens=640", "step 9"),
     ("train --workdir=w --branch_from=run --config.train.tokens=64", "train.tokens"),
-    ("train --workdir=w --branch_from=run --config.train.tokens=640 --config.sae.d_sae=64", "d_sae"),
-    ("train --workdir=w --branch_from=run --config.train.tokens=640 --config.data.seed=1", "seed"),
+    *((f"train --workdir=w --branch_from=run --config.train.tokens=640 --config.{field}", field[:6])
+      for field in ("sae.d_sae=64", "data.seed=1", "sae.normalize=none", "train.seed=2")),
     *((f"train --workdir=w --branch_from={place}", place)
       for place in ("nothing", "store", "text.txt", "ours", "s3x://a/b")),
     ("fit", "--results"),

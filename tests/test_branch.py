@@ -27,7 +27,7 @@ import sae_jax
 from sae_jax import cli, interop
 from sae_jax.config import override
 from sae_jax.errors import UserError
-from sae_jax.train.branch import Origin, extension
+from sae_jax.train.branch import extension
 from sae_jax.train.checkpoints import saved_steps
 from sae_jax.train.directory import read_config
 from sae_jax.train.run import train_run
@@ -37,7 +37,7 @@ STEPS, TRUNK = 40, 32  # of the run that is left
 
 def base(store, architecture="topk", **sections):
     optimizer = {"schedule": "warmup_stable_decay", "warmup_fraction": 0.1, "learning_rate": 3e-3}
-    train = {"log_every": 5, "checkpoint_every": 20}
+    train = {"log_every": 5, "checkpoint_every": 20, "keep_trunk": True}
     sections = {"optimizer": optimizer, "train": train} | sections
     return make_config(store, architecture, STEPS, **sections)
 
@@ -149,7 +149,7 @@ def test_an_extension_is_the_longer_run(store, tmp_path, architecture, fields):
 @pytest.mark.slow
 def test_an_extension_that_was_killed_is_the_longer_run(store, tmp_path):
     """Before its first checkpoint and after it; what goes on knows its directory alone."""
-    train = {"log_every": 5, "checkpoint_every": 50}
+    train = {"log_every": 5, "checkpoint_every": 50, "keep_trunk": True}
     config = base(store, data={"epochs": 10}, train=train | {"tokens": 200 * BATCH})
     train_run(config, tmp_path / "run")
     longer, tokens = tmp_path / "longer", 1200 * BATCH
@@ -190,7 +190,7 @@ def test_in_python(done, store, tmp_path):
 @pytest.mark.parametrize("flags,words", [
     (["--branch_from={done}/checkpoints/30"], ["step 30", "only of [20, 32, 40]"]),
     (["--branch_from={tmp}"], ["is not a run"]),
-    (["--branch_from={done}/checkpoints/20", "--config.sae.d_sae=64"], ["d_sae: 128 -> 64", "init"]),
+    (["--branch_from={done}/checkpoints/20", "--config.sae.d_sae=64"], ["128 -> 64", "init"]),
     (["--branch_from={done}/checkpoints/20", "--config.data.seed=1"], ["seed: 0 -> 1"]),
     (["--branch_from={done}/checkpoints/20", "--config.train.tokens=1280"], ["step 20"]),
     (["--branch_from={done}/checkpoints/20", "--config.data.store={other}"], ["not the data"]),

@@ -13,6 +13,7 @@ from absl import logging
 
 from sae_jax import paths
 from sae_jax.errors import UserError, nearest, some
+from sae_jax.sweep import design
 from sae_jax.sweep.directory import Run, SweepDirectory, counted
 from sae_jax.sweep.leases import Leases
 
@@ -41,7 +42,8 @@ def check_nobody_works(directory: SweepDirectory, lease_seconds: float) -> None:
 def extended(directory: SweepDirectory, runs: list[Run]) -> list[Run]:
     """Returns the runs of a sweep with a larger grid: what is there, and what is new.
 
-    Runs that still wait and are not in the larger grid are left out.
+    Runs that still wait and are not in the larger grid are left out. New runs that go on from the
+    trunk of one that is done, and those that begin, come in a round each.
 
     Args:
       directory: the sweep.
@@ -61,10 +63,12 @@ def extended(directory: SweepDirectory, runs: list[Run]) -> list[Run]:
             f"{'has' if len(begun) == 1 else 'have'} begun: {some(begun, 3)}; put back into the "
             "grid what it left out, or take it out with --drop=RUN"
         )
-    number = _next_round(directory)
+    number, done = _next_round(directory), directory.done()
+    trunks = {design.trunk_key(run.config) for run in done} - {None}
     merged = []
     for run in runs:
-        known = there.get(run.id, dataclasses.replace(run, round=number))
+        begins = design.trunk_key(run.config) not in trunks
+        known = there.get(run.id, dataclasses.replace(run, round=number + begins))
         merged.append(dataclasses.replace(run, round=known.round, dropped=known.dropped))
     return merged + [run for run in directory.all_runs if run.dropped and run.id not in here]
 

@@ -243,6 +243,10 @@ class SweepDirectory:
         """Returns a run's name for people: the fields by which it differs from the others."""
         return self._names[run.id]
 
+    def done(self) -> list[Run]:
+        """Returns the runs that are done."""
+        return [run for run in self.runs if self.state(run) == "done"]
+
     def work(self) -> list[Pass]:
         """Returns the passes of the sweep."""
         return passes_of(self.runs, self.passes)

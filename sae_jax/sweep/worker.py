@@ -147,8 +147,7 @@ class _Worker:
     def _done_besides(self, work: design.Pass) -> list[Config]:
         """Returns the runs of other passes that are done."""
         own = {results.run_id(config) for config in work.runs}
-        runs = [run for run in self._directory.runs if run.id not in own]
-        return [run.config for run in runs if self._directory.state(run) == "done"]
+        return [run.config for run in self._directory.done() if run.id not in own]
 
     def _ended(self, work: design.Pass) -> bool:
         runs = (self._run_by_id[results.run_id(config)] for config in work.runs)

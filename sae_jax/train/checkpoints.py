@@ -26,7 +26,7 @@ from sae_jax.paths import AnyPath, ObjectPath, explained
 from sae_jax.train.checksums import checksums
 from sae_jax.train.directory import read_config
 from sae_jax.train.object_checkpoints import ObjectCheckpointer, latest_besides, whole_steps
-from sae_jax.train.schedule_steps import trunk_steps
+from sae_jax.train.schedule_steps import kept_step
 from sae_jax.train.step import TrainState
 
 _MEANING = ("architecture", "kind", "d_in", "d_out", "d_sae", "k")
@@ -63,7 +63,7 @@ class Checkpoints:
         """
         self._run, self._config = run, config
         self._directory = run / "checkpoints"
-        always = None if config is None else trunk_steps(config)
+        always = None if config is None else kept_step(config)
         self._checkpointer = _checkpointer(self._directory, keep, always)
 
     @property

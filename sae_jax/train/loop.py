@@ -22,7 +22,7 @@ from sae_jax.train.preemption import PreemptedError, Preemption, StoppedWaiting
 from sae_jax.train.progress import Progress
 from sae_jax.train.recorder import Recorder
 from sae_jax.train.results import make_result
-from sae_jax.train.schedule_steps import trunk_steps
+from sae_jax.train.schedule_steps import kept_step
 from sae_jax.train.step import TrainState
 
 _EVAL_ROWS = 65_536
@@ -141,7 +141,7 @@ class PackInTraining:
         self._check, self._run_ended = check, run_ended
         self._config = recorders[0].config  # what does not differ between the runs
         self._resampling = resample.steps(self._config)
-        self._trunk_steps = trunk_steps(self._config)
+        self._kept_step = kept_step(self._config)
         self._states: TrainState | None = None
         # The step that was dispatched and not yet waited for: (step, metrics, whether to log them).
         self._pending = None
@@ -230,7 +230,7 @@ class PackInTraining:
         """
         every = self._config.train.checkpoint_every
         due = bool(self.step) and (stop or self.step == self.steps or self.step % every == 0)
-        if due or self.step and self.step == self._trunk_steps:
+        if due or self.step and self.step == self._kept_step:
             if self._pending is not None:
                 step, metrics, log = self._pending
                 self._pending = (step, metrics, log or due)

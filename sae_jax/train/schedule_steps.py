@@ -62,3 +62,11 @@ def trunk_steps(config: Config) -> int | None:
         return None
     steps = count_steps(config)
     return steps - ScheduleSteps.from_config(config, steps).decay
+
+
+def kept_step(config: Config) -> int | None:
+    """Returns the step whose checkpoint a run keeps besides the latest; None where it keeps none.
+
+    It is the end of the run's trunk, where longer runs go on.
+    """
+    return trunk_steps(config) if config.train.keep_trunk else None
