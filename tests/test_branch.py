@@ -79,6 +79,7 @@ def test_a_run_keeps_the_end_of_its_trunk(done):
     assert [line["step"] for line in metrics(done)] == [*range(5, 41, 5)]
 
 
+@pytest.mark.slow
 def test_the_directory_alone_resumes(done, store, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)  # a relative store is that of where the run was started
     run = shutil.copytree(done, tmp_path / "run")
@@ -91,7 +92,7 @@ def test_the_directory_alone_resumes(done, store, tmp_path, capsys, monkeypatch)
     assert "--config.data.store" in refused(capsys, f"--workdir={tmp_path / 'none'}")
 
 
-@pytest.mark.parametrize("step", [20, TRUNK])
+@pytest.mark.parametrize("step", [20, pytest.param(TRUNK, marks=pytest.mark.slow)])
 def test_a_branch_that_changes_nothing_is_the_run_that_it_left(done, tmp_path, step):
     branch = tmp_path / "branch"
     assert command(f"--workdir={branch}", f"--branch_from={done}/checkpoints/{step}") == 0
@@ -187,6 +188,15 @@ def test_in_python(done, store, tmp_path):
 # ------------------------------------------------------------------ mistakes
 
 
+@pytest.fixture(scope="module")
+def places(done, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("places")
+    old = shutil.copytree(done, folder / "old")  # as an earlier version left it
+    for step in (20, 32):
+        shutil.rmtree(old / "checkpoints" / str(step))
+    return {"other": make_store(folder / "other", sparse_rows(8192, seed=1)), "old": old}
+
+
 @pytest.mark.parametrize("flags,words", [
     (["--branch_from={done}/checkpoints/30"], ["step 30", "only of [20, 32, 40]"]),
     (["--branch_from={tmp}"], ["is not a run"]),
@@ -202,13 +212,8 @@ def test_in_python(done, store, tmp_path):
     (["--branch_from={done}", "--extend_tokens=1e9"], ["epochs"]),
     (["--branch_from={old}", "--extend_tokens=1e4"], ["no checkpoint of its trunk", "[40]"]),
 ])  # fmt: skip
-def test_mistakes(done, tmp_path_factory, tmp_path, capsys, flags, words):
-    other = make_store(tmp_path / "other", sparse_rows(8192, seed=1))
-    old = shutil.copytree(done, tmp_path / "old")  # as an earlier version left it
-    for step in (20, 32):
-        shutil.rmtree(old / "checkpoints" / str(step))
-    places = {"done": done, "tmp": tmp_path, "other": other, "old": old}
-    flags = [flag.format(**places) for flag in flags]
+def test_mistakes(done, places, tmp_path, capsys, flags, words):
+    flags = [flag.format(done=done, tmp=tmp_path, **places) for flag in flags]
     err = refused(capsys, f"--workdir={tmp_path / 'new'}", *flags)
     for word in words:
         assert word in err

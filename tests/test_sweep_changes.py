@@ -12,8 +12,9 @@ from training import assert_same_arrays, make_config, make_store, metrics, saved
 from sae_jax import cli
 from sae_jax.config import to_dict
 from sae_jax.sweep import grid
-from sae_jax.sweep.directory import SweepDirectory
+from sae_jax.sweep.directory import SweepDirectory, load
 from sae_jax.sweep.leases import Leases
+from sae_jax.train.results import planned
 
 BUDGETS = """return grid.product(
     grid.budgets({}, batch_size=64, warmup_tokens=320),
@@ -53,6 +54,19 @@ def sweep(done, tmp_path):
     return shutil.copytree(done, tmp_path / "S")
 
 
+@pytest.fixture
+def pretended(store, tmp_path):
+    """A sweep that looks finished."""
+    file = write_sweep(tmp_path / "small.py", store, SMALL)
+    directory = SweepDirectory.start(tmp_path / "S", load(file, {}))
+    for run in directory.runs:
+        path = directory.run_path(run)
+        path.mkdir(parents=True)
+        (path / "result.json").write_text(json.dumps(planned(run.config)))
+    directory.write_results()
+    return tmp_path / "S"
+
+
 def command(*flags) -> int:
     return cli.main(["sweep", *map(str, flags)])
 
@@ -75,6 +89,7 @@ def contents(sweep) -> dict[str, bytes]:
     return {str(file.relative_to(sweep)): file.read_bytes() for file in files}
 
 
+@pytest.mark.slow
 def test_the_directory_alone_resumes(sweep, done, tmp_path):
     victim = SweepDirectory(sweep).runs[0]
     shutil.rmtree(sweep / "runs" / victim.id)
@@ -84,6 +99,7 @@ def test_the_directory_alone_resumes(sweep, done, tmp_path):
     assert_same_arrays(*(saved_arrays(s / "runs" / victim.id) for s in (sweep, done)))
 
 
+@pytest.mark.slow
 def test_a_larger_grid_goes_on_from_what_is_done(sweep, store, tmp_path, capsys):
     file = write_sweep(tmp_path / "large.py", store, LARGE)
     before = contents(sweep)
@@ -116,41 +132,42 @@ def test_a_larger_grid_goes_on_from_what_is_done(sweep, store, tmp_path, capsys)
     assert contents(sweep) == after
 
 
-def test_a_grid_that_leaves_out_what_has_begun(sweep, store, tmp_path, capsys):
-    before = contents(sweep), (sweep / "sweep.json").read_bytes()
+def test_a_grid_that_leaves_out_what_has_begun(pretended, store, tmp_path, capsys):
+    before = contents(pretended), (pretended / "sweep.json").read_bytes()
     file = write_sweep(tmp_path / "other.py", store, BUDGETS.format([2560, 5120], 3))
-    err = refused(capsys, f"--config={file}", f"--workdir={sweep}", "--extend")
+    err = refused(capsys, f"--config={file}", f"--workdir={pretended}", "--extend")
     assert "leaves out 2 runs" in err and "tokens=1920,seed=0 (done)" in err and "--drop" in err
-    assert (contents(sweep), (sweep / "sweep.json").read_bytes()) == before
+    assert (contents(pretended), (pretended / "sweep.json").read_bytes()) == before
 
 
-def test_a_run_is_dropped_and_comes_back(sweep, done, store, tmp_path):
-    run = SweepDirectory(sweep).runs[2]
-    assert command(f"--workdir={sweep}", "--drop=tokens=2560,seed=0") == 0
-    assert [row["run_id"] for row in rows(sweep)] == [
-        row["run_id"] for row in rows(done) if row["run_id"] != run.id
-    ]
-    assert (sweep / "dropped" / run.id / "result.json").is_file()
+def test_a_run_is_dropped(pretended, store, tmp_path):
+    before = rows(pretended)
+    run = SweepDirectory(pretended).runs[2]
+    assert command(f"--workdir={pretended}", "--drop=tokens=2560,seed=0") == 0
+    assert rows(pretended) == [row for row in before if row["run_id"] != run.id]
+    assert (pretended / "dropped" / run.id / "result.json").is_file()
     file = write_sweep(tmp_path / "small.py", store, SMALL)
-    assert command(f"--config={file}", f"--workdir={sweep}") == 0, "it stays dropped"
-    assert len(rows(sweep)) == 3
-    assert command(f"--workdir={sweep}", f"--rerun={run.id[:6]}") == 0
-    assert (sweep / "results.csv").read_bytes() == (done / "results.csv").read_bytes()
+    assert command(f"--config={file}", f"--workdir={pretended}") == 0, "it stays dropped"
+    assert len(rows(pretended)) == 3
 
 
-def test_what_failed_is_done_again(sweep, done):
-    run = SweepDirectory(sweep).runs[1]
-    path = sweep / "runs" / run.id
+@pytest.mark.slow
+def test_what_failed_and_what_was_dropped_is_done_again(sweep, done):
+    failed, dropped = SweepDirectory(sweep).runs[1:3]
+    path = sweep / "runs" / failed.id
     (path / "result.json").unlink()
     (path / "failed.json").write_text("{}\n")
-    assert command(f"--workdir={sweep}", "--rerun=failed") == 0
-    assert (sweep / "dropped" / run.id / "failed.json").is_file()
+    assert command(f"--workdir={sweep}", f"--drop={dropped.id}") == 0
+    assert command(f"--workdir={sweep}", "--rerun=failed", f"--rerun={dropped.id[:6]}") == 0
+    assert (sweep / "dropped" / failed.id / "failed.json").is_file()
     assert [row["status"] for row in rows(sweep)] == ["done"] * 4
-    for name, array in saved_arrays(path).items():
-        want = saved_arrays(done / "runs" / run.id)[name]
-        np.testing.assert_allclose(array, want, rtol=1e-4, atol=1e-5)
+    for run in (failed, dropped):
+        got, want = (saved_arrays(s / "runs" / run.id) for s in (sweep, done))
+        for name in want:
+            np.testing.assert_allclose(got[name], want[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_runs_begin_at_a_checkpoint(done, store, tmp_path):
     """A sweep of learning rates from one checkpoint of a run."""
     run = SweepDirectory(done).runs[2]
@@ -175,17 +192,17 @@ def test_runs_begin_at_a_checkpoint(done, store, tmp_path):
     (["--config=x.py", "--drop=a"], ["leave out --config"]),
     (["--passes=2"], ["--passes=1, not 2"]),
 ])  # fmt: skip
-def test_mistakes(sweep, capsys, flags, words):
-    before = contents(sweep), (sweep / "sweep.json").read_bytes()
-    err = refused(capsys, f"--workdir={sweep}", *flags)
+def test_mistakes(pretended, capsys, flags, words):
+    before = contents(pretended), (pretended / "sweep.json").read_bytes()
+    err = refused(capsys, f"--workdir={pretended}", *flags)
     for word in words:
         assert word in err
-    assert (contents(sweep), (sweep / "sweep.json").read_bytes()) == before
+    assert (contents(pretended), (pretended / "sweep.json").read_bytes()) == before
 
 
-def test_while_a_worker_is_at_it_no_run_is_taken_away(sweep, capsys):
-    with Leases(sweep / "leases", 60).claim("pass-x"):
-        err = refused(capsys, f"--workdir={sweep}", "--drop=tokens=1920,seed=0")
+def test_while_a_worker_is_at_it_no_run_is_taken_away(pretended, capsys):
+    with Leases(pretended / "leases", 60).claim("pass-x"):
+        err = refused(capsys, f"--workdir={pretended}", "--drop=tokens=1920,seed=0")
     assert "works on" in err and "SIGTERM" in err
 
 

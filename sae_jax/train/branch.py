@@ -279,7 +279,7 @@ def extension(name: str, tokens: int, overrides: dict[str, str]) -> Config:
     if not trunk:
         raise UserError(
             f"{run} has no checkpoint of its trunk, from which a longer run could go on: it ends "
-            f"at step {min(ends)}, and there are {saved or 'none'} (train.keep_trunk keeps one, and "
+            f"at step {min(ends)}, and there are {saved or 'none'} (train.keep_trunk keeps one, "
             "earlier versions did not); train the longer run from the beginning"
             + (f", or go on after the decay: {go_on}" if saved else "")
         )
