@@ -40,7 +40,12 @@ stopped by SIGTERM after saving, or another process of the run has died, or a st
 
 def define(values: flags.FlagValues) -> None:
     """Defines the flags of `sae-jax train`."""
-    flags.DEFINE_string("workdir", None, "The run's directory, made if absent.", flag_values=values)
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "The run's directory, made if absent; alone, it resumes the run there.",
+        flag_values=values,
+    )
     flags.DEFINE_string(
         "config",
         None,
@@ -79,7 +84,8 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
         return _show(config)
     if not config.data.store:
         raise UserError(
-            "no activations given; add --config.data.store=STORE (make one with: sae-jax harvest)"
+            f"{args.workdir} holds no run to resume, and no activations are given; add "
+            "--config.data.store=STORE (make one with: sae-jax harvest)"
         )
 
     import jax  # after the mistakes that need no device

@@ -128,7 +128,7 @@ def expand(base: Config, grid: grids.Grid) -> list[Run]:
 
     Raises UserError, which names the run, for a run that cannot be trained.
     """
-    streams = functools.lru_cache(open_stream)
+    streams, origins = functools.lru_cache(open_stream), functools.lru_cache(Origin.open)
     runs: dict[str, Run] = {}
     for number, swept in enumerate(grid, 1):
         try:
@@ -148,7 +148,7 @@ def expand(base: Config, grid: grids.Grid) -> list[Run]:
             preparation.count_steps(config, stream)
             preparation.check_variances(config, stream)
             if config.train.branch_from:
-                Origin.open(config.train.branch_from).check(config, stream.fingerprint)
+                origins(config.train.branch_from).check(config, stream.fingerprint)
         except UserError as error:
             where = f"run {number} of {len(grid)} ({grids.describe(swept)})"
             raise UserError(f"{where}: {error}") from error

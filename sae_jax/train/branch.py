@@ -49,7 +49,7 @@ _KEPT = {
 # What an extension may change: it is no part of the trunk.
 _NOT_OF_THE_TRUNK = (
     *("optimizer.schedule", "optimizer.decay_fraction", "data.store", "data.epochs"),
-    *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints"),
+    *("train.log_every", "train.checkpoint_every", "train.keep_checkpoints", "train.keep_trunk"),
 )
 
 
@@ -143,10 +143,9 @@ class Origin:
         branch's config describes.
         """
         like = trainer.abstract()
-        mesh = dataclasses.replace(self.config, mesh=trainer.config.mesh)
-        saved = Trainer(mesh, count_steps(self.config), variance).abstract()
-        shapes = [_shapes(state) for state in (saved, like)]
-        if shapes[0] != shapes[1]:
+        config = dataclasses.replace(self.config, mesh=trainer.config.mesh)
+        saved = Trainer(config, count_steps(config), variance).abstract()
+        if _shapes(saved) != _shapes(like):
             raise UserError(
                 f"the branch's config describes other parameters than {self.name} has; leave out "
                 "what changes their shapes"
