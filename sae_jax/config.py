@@ -53,7 +53,8 @@ class OptimizerConfig:
     """The settings of Adam and of the learning rate's schedule."""
 
     learning_rate: float | None = None
-    """Peak learning rate. None: the architecture's rule for its d_sae."""
+    """Peak learning rate. None: the architecture's rule for its d_sae; in a short run with a
+    target_l0 it is larger, so that the run reaches it."""
     schedule: str = "linear_tail"
     """Schedule of the learning rate: constant, cosine, linear_tail or warmup_stable_decay."""
     warmup_fraction: float = 0.02

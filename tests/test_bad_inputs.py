@@ -77,6 +77,7 @@ def flag_rows(command: str, bad: dict[str, str]) -> list[Row]:
 # --------------------------------------------------------------- what is given on the command line
 
 RUNS = "fit --results=table.csv --law=power --out=o"
+COMPARE = "compare --results=table.csv --x=flops --y=loss --out=o"
 TRAIN = "train --workdir=w --config.data.store=store"
 WHOLE_RUN = (
     f"{TRAIN} --config.train.tokens=640 --config.data.batch_size=64 "
@@ -129,8 +130,21 @@ COMMANDS = rows(
     ("fit --results=table.csv --law=power", "--out"),
     ("fit --results=table.csv --law=power --out=", "--out"),
     ("fit --law=power --out=o --results=", "--results"),
+    ("compare", "--results"),
+    ("compare --results=table.csv", "--out"),
+    (f"{COMPARE} --style=config.py", "--figure"),
+    (f"{COMPARE} --figure=o.pdf --style=config.py", "config.py"),
     (f"{RUNS} --config=config.py", "--predict_flops"),
     (f"{RUNS} --config.sae.k=3", "--predict_flops"),
+    (f"{RUNS} --law=power", "--law"),
+    (f"{TRAIN} --config.sae.k=3 --config.sae.k=4", "--config.sae.k"),
+    (f"{RUNS} --results=nothing.csv", "nothing.csv"),
+    (f"{RUNS} --select=flops>1e99", "flops>1e99"),
+    (f"{RUNS} --by=flops", "--by=flops"),
+    (f"{RUNS} --by=flops --panel=loss --figure=o.pdf", "--panel"),
+    *each(f"{RUNS} --select=VALUE", ["nothing=1", "flops", "loss<x"], "--select"),
+    *each(f"{RUNS} --by=VALUE", ["nothing", "flops,nothing", ","], "--by"),
+    *each(f"{RUNS} --predict_at=VALUE", ["flops", "flops=x", "flops=nan", "=3", ""], "--predict_at"),
     ("harvest", "text"),
     ("harvest --text=text.txt --sites=resid_post.0", "out"),
     ("harvest --text=text.txt --out=o", "sites"),
@@ -176,6 +190,25 @@ COMMANDS = rows(
     ("plan --find=time --mesh=1,1,1", "--mesh"),
     ("plan --find=time", "--topology"),
     ("plan --find=luck", "find"),
+    ("plan --batch_sizes=64 --mesh=1,1,1", "--mesh"),
+    ("plan --batch_sizes=64", "--topology"),
+    ("plan --topology=h100:1x1 --batch_sizes=7", "virtual_shards"),
+    ("plan --topology=h100:1x1 --batch_sizes=x", "data.batch_size"),
+    ("plan --topology=h100:1x1 --dtypes=float8", "compute_dtype"),
+    ("plan --sites=resid_post.0", "--sites"),
+    ("plan --passes=2", "--passes"),
+    ("plan --config=grid.py", "--topology"),
+    ("plan --config=grid.py --topology=h100:1x2 --dtypes=bfloat16", "--dtypes"),
+    ("plan --sweep --topology=h100:1x2", "--config"),
+    ("plan --harvest --sites=resid_post.0", "--tokens"),
+    ("plan --harvest --tokens=1000", "--sites"),
+    ("plan --harvest --tokens=1000 --sites=nowhere.0 --model=model", "nowhere"),
+    ("plan --harvest --tokens=1 --sites=resid_post.0 --model=model", "--tokens"),
+    ("plan --harvest --tokens=1000 --sites=resid_post.0 --model=nothing", "nothing"),
+    ("plan --harvest --tokens=1000 --sites=resid_post.0 --model=torch:model", "torch:model"),
+    ("plan --harvest --tokens=1000 --sites=resid_post.0 --model=model --out=text.txt", "text.txt"),
+    ("plan --harvest --tokens=1000 --sites=resid_post.0 --model=model --dtype=x", "--dtype"),
+    ("plan --harvest --tokens=1000 --sites=resid_post.0 --config=grid.py", "--config"),
     ("plan --config=nothing.py", "nothing.py"),
     ("bench --reading --store=nothing", "nothing"),
     ("bench --harvest --model=nothing --text=text.txt", "nothing"),
@@ -238,7 +271,9 @@ FLAGS = [
         "batch_size": NOT_WHOLE,
         "mesh_data": "-2 0 x 64",
         "mesh_model": "0 -1 x 64",
-        "statistics_tokens": NOT_WHOLE,
+        "statistics_tokens": NOT_A_COUNT,
+        "max_bytes": f"{NOT_A_COUNT} 1",
+        "sites": "blocks.0.hook_mlp_in blocks.0.attn.hook_q",
         "dtype": "float64 _",
         "model_dtype": "float16 _",
     }),
@@ -253,6 +288,9 @@ FLAGS = [
         "topology": "h100:0x8 h100:8x0 99999999x8 h100:99999999x8 h100:8x8x8 h100 h100: :8 x cpu:0 "
                     "cpu:-1 cpu:1e9 v5p:0x4x4 v5p:99999x99999x9 cpu:٣",
         "mesh": "1,1 1,1,1,1 a,b,c 0,1,1 1,-2,1 --1,1,1 ²,1,1 1,1,99999999999 _1",
+        "price": "-1 nan inf x",
+        "compiles": "-1 x",
+        "passes": NOT_WHOLE,
     }),
 ]  # fmt: skip
 
@@ -549,6 +587,10 @@ TABLES = {  # what is no table that a power law can be fitted to
     "constant": HEAD + "".join(f"{i + 1},2\n" for i in range(9)),
     "one_budget": HEAD + "".join(f"3,{i + 1}\n" for i in range(9)),
 }
+NO_TABLES = [
+    "empty", "head_only", "no_head", "short_row", "long_row", "long_cell", "twice", "other",
+    "latin", "utf16", "binary", "quote", "all_failed",
+]  # fmt: skip
 LINES = {
     "text": '{"flops": "x", "loss": 1}\n',
     "list": '[{"flops": 1}]\n',
@@ -631,7 +673,13 @@ DATA = [
     *rows(
         ("fit --law=power --results=table.csv --out=text.txt", "text.txt"),
         ("fit --law=power --results=table.csv --out=model/config.json", "config.json"),
+        ("compare --results=table.csv --x=flops --y=loss --out=text.txt", "text.txt"),
+        ("compare --results=sweep --y=nothing --out=o", "nothing"),
     ),
+    *each(f"{RUNS} --figure=VALUE", ["a.doc", "a", "a.pdf,b.txt", "store"], "--figure"),
+    *each(f"{RUNS} --figure=a.pdf --style=VALUE", ["table.csv", "nothing", "store", "tokens.npy",
+          "text.txt"], "--style"),
+    *(Row(COMPARE, "table.csv", {"table.csv": TABLES[name]}) for name in NO_TABLES),
     *each("export --results=sweep --format=saelens --out=o --select=VALUE", SELECTS, "--select"),
     *(Row("export --results=sweep --format=saelens --out=o", "", {"sweep/results.csv": text})
       for text in SWEEP_TABLES.values()),

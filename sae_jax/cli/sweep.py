@@ -4,7 +4,7 @@ import dataclasses
 import sys
 import typing
 
-from absl import flags
+from absl import flags, logging
 
 from sae_jax.cli import counts, distributed, logs
 from sae_jax.errors import UserError
@@ -26,7 +26,9 @@ A sweep file has get_config(), as for `sae-jax train`, and get_sweep(), which sa
       )
 
 Runs of one shape and budget become a pack, one program that trains them side by side; packs over
-the same data become a pass, which reads the data once. Look at it first, then train it:
+the same rows of a store become a pass, which reads the data once. Their sites may differ, as in
+grid.sweep("data.site", ["resid_post.3", "resid_post.6"]): a pass reads each site once, and runs the
+model of a live store once for all. Look at it first, then train it:
 
   sae-jax sweep --config=FILE.py --dry_run     runs, packs, FLOPs, bytes read, memory
   sae-jax sweep --config=FILE.py --workdir=S   train
@@ -48,7 +50,8 @@ where their learning rate began to fall:
 
 RUN is a name, or an id, or the beginning of one. What is dropped or done again is kept in
 S/dropped. Runs may also begin at a checkpoint: train.branch_from in the sweep file's config.
- With --log=wandb:PROJECT each is a run of its own in Weights & Biases, in a group
+
+With --log=wandb:PROJECT each is a run of its own in Weights & Biases, in a group
 named after S; with --log=tensorboard see all with tensorboard --logdir=S/runs.
 
 Exit codes: 0 all runs have ended, including those whose loss became NaN, which are named; 2 a
@@ -76,8 +79,8 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "passes",
         None,
-        "Parts that workers claim, 1 by default, for each data config. More passes, more workers; "
-        "each pass reads the data once.",
+        "Parts that workers claim, 1 by default, of all runs over the same rows. More passes, more "
+        "workers, less memory for each; each reads the data once.",
         lower_bound=1,
         flag_values=values,
     )
@@ -111,7 +114,7 @@ def define(values: flags.FlagValues) -> None:
 def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
     """Works on the sweep, or shows what it is, and returns the exit code."""
     from sae_jax import paths
-    from sae_jax.sweep import leases, status
+    from sae_jax.sweep import dry_run, leases, status
     from sae_jax.sweep.directory import SweepDirectory
     from sae_jax.train import loggers, preemption
     from sae_jax.train.directory import is_writer
@@ -138,6 +141,8 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
     directory = _open(args, overrides, path)
     names = {run.id: directory.name(run) for run in directory.runs}
     log_to = dataclasses.replace(log_to, names=names)
+    for doubt in dry_run.doubts(directory.runs):
+        logging.warning("%s", doubt)
 
     from sae_jax.sweep import worker
 
@@ -158,15 +163,14 @@ def _open(args: flags.FlagValues, overrides: dict[str, str], path) -> "SweepDire
     from sae_jax.sweep import changes
     from sae_jax.sweep.directory import SweepDirectory, load
 
-    runs = load(args.config, overrides) if args.config else None
-    if runs is not None and not args.extend:
-        return SweepDirectory.start(path, runs, args.passes)
+    if args.config and not args.extend:
+        return SweepDirectory.start(path, load(args.config, overrides, path), args.passes)
     directory = SweepDirectory(path)
     directory.check_passes(args.passes)
-    if runs is None:
-        directory.override(overrides)
+    if args.extend:
+        changes.extend(directory, load(args.config, overrides, path))
     else:
-        changes.extend(directory, runs)
+        directory.override(overrides)
     return directory
 
 
@@ -194,7 +198,7 @@ def _dry_run(args: flags.FlagValues, overrides: dict[str, str], path) -> str:
     if not args.config:
         directory = SweepDirectory(path)
         return dry_run.describe(directory.runs, directory.passes)
-    runs = load(args.config, overrides)
+    runs = load(args.config, overrides, path)
     if not args.extend:
         return dry_run.describe(runs, args.passes or 1)
     directory = SweepDirectory(path)

@@ -90,12 +90,14 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else plural}"
 
 
-def load(spec: str, overrides: dict[str, str]) -> list[Run]:
+def load(spec: str, overrides: dict[str, str], path: AnyPath | None = None) -> list[Run]:
     """Reads the runs of a sweep file.
 
     Args:
       spec: "FILE.py" or "FILE.py:ARG"; the file has get_config and get_sweep.
       overrides: values of the base config's fields, as text.
+      path: the directory of the sweep. If it was started, its runs tell when a latent is dead where
+        the file leaves it open, as `expand` says, so that a larger grid has the same runs.
 
     Raises UserError for a mistake in any run's config. No device is used.
     """
@@ -114,7 +116,9 @@ def load(spec: str, overrides: dict[str, str]) -> list[Run]:
                 f"--config.{field} has no effect: the sweep sets {field} for each run; change it "
                 f"in {spec}, or leave the override out"
             )
-    return expand(base, grid)
+    there = path is not None and (path / "sweep.json").is_file()
+    windows = SweepDirectory(path).windows if there else set()
+    return expand(base, grid, windows.pop() if len(windows) == 1 else None)
 
 
 def _is_grid(value) -> bool:
@@ -123,13 +127,16 @@ def _is_grid(value) -> bool:
     return bool(value) and all(isinstance(field, str) for run in value for field in run)
 
 
-def expand(base: Config, grid: grids.Grid) -> list[Run]:
+def expand(base: Config, grid: grids.Grid, window: int | None = None) -> list[Run]:
     """Returns the runs of `grid` over the config `base`, each resolved against its data.
+
+    Runs that leave open when a latent is dead all have `window`, or by default that of the smallest
+    budget among them. So budgets compare, and can share a trunk.
 
     Raises UserError, which names the run, for a run that cannot be trained.
     """
     streams, origins = functools.lru_cache(open_stream), functools.lru_cache(Origin.open)
-    runs: dict[str, Run] = {}
+    resolved, windows = [], []
     for number, swept in enumerate(grid, 1):
         try:
             config = grids.apply(base, swept)
@@ -144,6 +151,7 @@ def expand(base: Config, grid: grids.Grid) -> list[Run]:
                     "checkpoint: train.branch_from"
                 )
             stream = streams(config.data)
+            leaves_open = config.sae.dead_after_tokens is None
             config = preparation.resolve(config, stream)
             preparation.count_steps(config, stream)
             preparation.check_variances(config, stream)
@@ -152,6 +160,13 @@ def expand(base: Config, grid: grids.Grid) -> list[Run]:
         except UserError as error:
             where = f"run {number} of {len(grid)} ({grids.describe(swept)})"
             raise UserError(f"{where}: {error}") from error
+        resolved.append((config, leaves_open))
+        windows += [config.sae.dead_after_tokens] if leaves_open else []
+    runs: dict[str, Run] = {}
+    for swept, (config, leaves_open) in zip(grid, resolved, strict=True):
+        if leaves_open:
+            sae = dataclasses.replace(config.sae, dead_after_tokens=window or min(windows))
+            config = dataclasses.replace(config, sae=sae)
         run = Run(results.run_id(config), config, swept)
         if run.id in runs:
             raise UserError(
@@ -177,7 +192,7 @@ class SweepDirectory:
 
     Attributes:
       path: the directory.
-      passes: the number of passes for each data config.
+      passes: the number of passes for each reading of the data (`design.make_passes`).
       runs: the runs, in the grid's order, without those that were dropped.
       all_runs: the runs with those.
     """
@@ -208,8 +223,8 @@ class SweepDirectory:
         Args:
           path: the directory.
           runs: the sweep's runs.
-          passes: the number of passes for each data config. None keeps that of an existing sweep,
-            and is 1 for a new one.
+          passes: the number of passes for each reading of the data. None keeps that of an existing
+            sweep, and is 1 for a new one.
 
         Raises UserError, which shows the difference, where the directory holds another sweep.
         """
@@ -242,6 +257,11 @@ class SweepDirectory:
     def name(self, run: Run) -> str:
         """Returns a run's name for people: the fields by which it differs from the others."""
         return self._names[run.id]
+
+    @property
+    def windows(self) -> set[int | None]:
+        """The different values of sae.dead_after_tokens among all runs."""
+        return {run.config.sae.dead_after_tokens for run in self.all_runs}
 
     def done(self) -> list[Run]:
         """Returns the runs that are done."""
@@ -302,6 +322,12 @@ class SweepDirectory:
         paths.write(file, text.getvalue(), by=_this_process())
         return file
 
+    def missed_targets(self) -> list[tuple[Run, str]]:
+        """Returns the runs that ended away from their target L0, with a sentence about each."""
+        done = [run for run in self.runs if self.state(run) == "done"]
+        sentences = [(run, results.missed_target(self._result(run))) for run in done]
+        return [(run, sentence) for run, sentence in sentences if sentence]
+
     def _row(self, run: Run) -> dict:
         """Returns the row of a run in results.csv."""
         state = self.state(run)
@@ -309,6 +335,7 @@ class SweepDirectory:
         row |= results.planned(run.config)
         if state == "done":
             row |= self._result(run) | {"run_id": run.id}
+        row["warnings"] = "; ".join(row.get("warnings", ()))
         return {name: value for name, value in row.items() if name not in _VOLATILE}
 
     def _result(self, run: Run) -> dict | None:

@@ -1,19 +1,24 @@
-"""Trains a pass: all its packs on the same batches, each run as if it were alone.
+"""Trains a pass: all its packs on the same rows, each run as if it were alone.
+
+The sites of all runs are read together, and each pack takes those of its own from the batch. What
+comes once is read by a pack for itself: the start of b_dec, resampling, the held-out rows.
 
 Every run has the directory that `sae-jax train` would have made, with its own metrics, checkpoints
 and result. Either command can go on with a run of the other's.
 """
 
 import contextlib
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
 
-from sae_jax.config import Config
-from sae_jax.lm.live import open_stream
+from sae_jax import activations
+from sae_jax.config import Config, DataConfig
+from sae_jax.lm.live import open_store
 from sae_jax.paths import AnyPath
 from sae_jax.sweep import design
-from sae_jax.sweep.design import Pack, Pass
 from sae_jax.train import agreement, preparation
 from sae_jax.train.branch import Origin
 from sae_jax.train.checkpoints import saved_steps
@@ -33,7 +38,7 @@ _KEPT = 2  # checkpoints a run, at least: a kill leaves some runs one behind the
 
 @in_32_bits
 def train_pass(
-    work: Pass,
+    work: design.Pass,
     runs_directory: AnyPath,
     check: Callable[[], None] = lambda: None,
     run_ended: Callable[[], None] = lambda: None,
@@ -58,16 +63,22 @@ def train_pass(
     when all runs are saved.
     """
     progress = progress or Progress()
+    open_stream = _stream_opener()
     config = work.packs[0].runs[0]
+    mesh = make_mesh(config)
     stream = open_stream(config.data)
     agreement.check_same(lambda: {"fingerprint": agreement.data_fingerprint(stream)}, "store")
+    data_of_sites: dict[DataConfig, TrainingData] = {}
     for pack in work.packs:
-        preparation.count_steps(pack.runs[0], stream)
-        check_memory(pack.runs[0], make_mesh(pack.runs[0]))
-    data = TrainingData.open(config, open_stream)
-    with jax.set_mesh(data.mesh), contextlib.ExitStack() as stack:
+        config = pack.runs[0]
+        preparation.count_steps(config, stream)
+        check_memory(config, make_mesh(config))
+        if config.data not in data_of_sites:
+            data_of_sites[config.data] = TrainingData.open(config, open_stream)
+    with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         packs: list[PackInTraining] = []
         for pack in work.packs:
+            data = data_of_sites[pack.runs[0].data]
             origins = _origins(pack, runs_directory, others, data.stream.fingerprint)
             recorders = [
                 RunRecorder(
@@ -102,12 +113,39 @@ def train_pass(
                     state = origin.restore(trainer.trainers[i], variance)
                     recorders[i].adopt(state, origin.step, origin.run)
         stack.enter_context(progress)  # notes an error before what closes files can hang of it
-        stack.enter_context(lack_of_memory_named())
-        train_packs(packs, data, work.name, progress)
+        fewer = "train fewer runs at once by more --passes, " if len(work.runs) > 1 else ""
+        stack.enter_context(lack_of_memory_named(fewer))
+        going_on = [
+            pack.runs[0]
+            for pack, training in zip(work.packs, packs, strict=True)
+            if training.open_recorders
+        ]
+        if going_on:
+            whole = _data_of_all(going_on, data_of_sites, open_stream)
+            train_packs(packs, whole, work.name, progress)
+
+
+def _stream_opener() -> Callable:
+    """Returns `lm.open_stream`, which opens the store once for all streams of a pass."""
+    return functools.partial(activations.open_stream, open_store=functools.cache(open_store))
+
+
+def _data_of_all(
+    runs: Sequence[Config], data_of_sites: dict[DataConfig, TrainingData], open_stream: Callable
+) -> TrainingData:
+    """Returns the data that are read for all of some runs, and makes each run's take from them."""
+    of_all = design.reading(runs)
+    whole = data_of_sites.get(of_all)
+    if whole is None:
+        config = dataclasses.replace(runs[0], data=of_all)
+        whole = TrainingData(config, open_stream(of_all), None, make_mesh(config))
+    for run in runs:
+        data_of_sites[run.data].take_from(whole)
+    return whole
 
 
 def _origins(
-    pack: Pack, runs_directory: AnyPath, others: Sequence[Config], fingerprint: str
+    pack: design.Pack, runs_directory: AnyPath, others: Sequence[Config], fingerprint: str
 ) -> dict[int, Origin]:
     """Returns the checkpoints of other runs that runs of a pack begin with, by the runs' numbers.
 

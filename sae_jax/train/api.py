@@ -155,8 +155,9 @@ def train(
         extra_loss=extra_loss,
         log_to=parse_log(log, workdir),
     )
+    trained = _trained(recorder) if workdir is None else load_sae(paths.path(workdir))
     return TrainResult(
-        sae=_trained(recorder) if workdir is None else load_sae(paths.path(workdir)),
+        sae=_with_window(trained, sae_config.dead_after_tokens),
         metrics=recorder.read_lines(),
         result=recorder.result,
         config=recorder.config,
@@ -247,6 +248,15 @@ def _all_tokens(section: DataConfig, open_streams: Callable) -> int:
     if is_world(section.store):
         raise UserError("a world's rows never end; say with tokens= on how many to train")
     return open_streams(section).num_steps * section.batch_size
+
+
+def _with_window(sae: SAE, dead_after_tokens: int | None) -> SAE:
+    """Returns the SAE with the window of dead latents that its user gave, if any.
+
+    The default follows from a run's length, so that another training of the SAE has its own.
+    """
+    config = dataclasses.replace(sae.config, dead_after_tokens=dead_after_tokens)
+    return sae.from_parameters(config, sae.parameters(), sae.scale, sae.target_scale)
 
 
 def _trained(recorder: Recorder) -> SAE:

@@ -12,7 +12,7 @@ from sae_jax.train import metrics
 from sae_jax.train.checkpoints import Checkpoints
 from sae_jax.train.directory import RunDirectory, is_writer
 from sae_jax.train.loggers import Log, Logger, open_loggers
-from sae_jax.train.results import metrics_line
+from sae_jax.train.results import metrics_line, missed_target
 from sae_jax.train.schedule_steps import count_steps
 from sae_jax.train.step import TrainState
 
@@ -142,6 +142,12 @@ class Recorder:
         """Keeps the result of the run, which has now ended, and its last state."""
         self.result, self.state = result, state
         self._close_loggers()
+        self._say_if_missed("")
+
+    def _say_if_missed(self, where: str) -> None:
+        """Warns if the run that has ended did not reach its target L0."""
+        if is_writer() and (missed := missed_target(self.result)):
+            logging.warning("%s%s", where, missed)
 
     def read_lines(self) -> list[dict]:
         """Returns all lines of metrics so far, oldest first."""
@@ -267,6 +273,7 @@ class RunRecorder(Recorder):
         self.result = result
         self.directory.save_result(result)
         self._close_loggers()
+        self._say_if_missed(f"{self.directory.path}: ")
 
     def read_lines(self) -> list[dict]:
         return self.directory.read_metrics()

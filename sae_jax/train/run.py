@@ -13,10 +13,10 @@ from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.lm.live import open_stream
 from sae_jax.sae import SAE
-from sae_jax.train import agreement, preparation, resample
+from sae_jax.train import agreement, preparation, resample, short_runs
 from sae_jax.train.branch import Origin
 from sae_jax.train.checkpoints import saved_steps
-from sae_jax.train.directory import environment
+from sae_jax.train.directory import environment, is_writer
 from sae_jax.train.limits import check_memory, in_32_bits, lack_of_memory_named
 from sae_jax.train.loggers import Log
 from sae_jax.train.loop import PackInTraining, TrainingData, train_packs
@@ -97,6 +97,9 @@ def train_run(
         if recorder.result is not None:
             logging.info("%s is finished; its result stands", workdir)
             return recorder
+        if is_writer():
+            for doubt in short_runs.doubts(config).values():
+                logging.warning("%s", doubt)
         if config.train.init and not recorder.checkpoint_steps and origin is None:
             start = load_sae(config.train.init)
         if start is not None:

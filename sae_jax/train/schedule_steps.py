@@ -7,6 +7,8 @@ import jax
 from sae_jax.config import Config
 
 _DECAYING = ("linear_tail", "warmup_stable_decay")
+_DEAD_AFTER = 10_000_000  # tokens, in long runs (Gao et al. 2024; Templeton et al. 2024)
+_DEAD_AFTER_PART = 8  # of the tokens of a shorter one
 
 
 @jax.tree_util.register_dataclass
@@ -70,3 +72,14 @@ def kept_step(config: Config) -> int | None:
     It is the end of the run's trunk, where longer runs go on.
     """
     return trunk_steps(config) if config.train.keep_trunk else None
+
+
+def dead_after_tokens(config: Config) -> int:
+    """Returns for how many tokens a dead latent has not fired.
+
+    It is what the config says. By default it is 10 million, or an eighth of a run that is shorter
+    than 80 million tokens, which would otherwise end before it could know a latent to be dead.
+    """
+    if config.sae.dead_after_tokens is not None:
+        return config.sae.dead_after_tokens
+    return min(_DEAD_AFTER, max(config.data.batch_size, config.train.tokens // _DEAD_AFTER_PART))
