@@ -319,6 +319,21 @@ def _create_without_links(file: pathlib.Path, data: str) -> bool:
     return True
 
 
+def move(folder: AnyPath, to: AnyPath) -> None:
+    """Moves a folder. In an object store its files are copied, and then removed.
+
+    Raises UserError, which says why, if it cannot be moved.
+    """
+    if isinstance(folder, ObjectPath):
+        for name in folder.files():
+            (to / name).write_bytes((folder / name).read_bytes())
+        folder.rmtree()
+        return
+    with explained(folder):
+        to.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(to)
+
+
 def save_json(values: dict, file) -> None:
     """Writes values as JSON, whole or not at all."""
     write(file, as_json(values))

@@ -103,6 +103,28 @@ COMMANDS = rows(
     ("sweep --workdir=w", "--config"),
     ("sweep --status", "--workdir"),
     ("sweep --workdir=nothing --status", "nothing"),
+    ("sweep --workdir=nothing --rerun=failed", "nothing"),
+    ("sweep --workdir=sweep --rerun=failed", "has failed"),
+    ("sweep --workdir=sweep --rerun=", "has no run"),
+    ("sweep --workdir=sweep --drop=nothing", "nothing"),
+    ("sweep --workdir=sweep --drop=ID", "no run left"),
+    ("sweep --workdir=sweep --drop=ID --config=same.py", "--config"),
+    ("sweep --workdir=sweep --extend", "--config"),
+    ("sweep --workdir=sweep --extend --config=grid.py", "leaves out 1 run"),
+    ("sweep --workdir=sweep --config.sae.k=3", "sae.k"),
+    ("sweep --workdir=sweep --config.mesh.data=x", "mesh.data"),
+    ("train --workdir=w --extend_tokens=1e4", "--branch_from"),
+    ("train --workdir=run --extend_tokens=1e4", "--branch_from=run"),
+    ("train --workdir=run --branch_from=run", "no branch"),
+    ("train --workdir=w --branch_from=run --extend_tokens=64", "2 already"),
+    ("train --workdir=w --branch_from=run --extend_tokens=1e4 --config.sae.k=1", "sae.k"),
+    ("train --workdir=w --branch_from=run --extend_tokens=1e4 --config=config.py", "--config"),
+    ("train --workdir=w --branch_from=run/checkpoints/9 --config.train.tokens=640", "step 9"),
+    ("train --workdir=w --branch_from=run --config.train.tokens=64", "train.tokens"),
+    *((f"train --workdir=w --branch_from=run --config.train.tokens=640 --config.{field}", field[:6])
+      for field in ("sae.d_sae=64", "data.seed=1", "sae.normalize=none", "train.seed=2")),
+    *((f"train --workdir=w --branch_from={place}", place)
+      for place in ("nothing", "store", "text.txt", "ours", "s3x://a/b")),
     ("fit", "--results"),
     ("fit --results=table.csv", "--law"),
     ("fit --results=table.csv --law=power", "--out"),
@@ -230,6 +252,7 @@ FLAGS = [
         "log": "wandbb wandb tensorboardd",
         "cpu_devices": "-2 0 x 1e9 1000000000",
     }),
+    *flag_rows("train --workdir=w --branch_from=run", {"extend_tokens": NOT_A_COUNT}),
     *flag_rows(EVAL, {
         "tokens": NOT_A_COUNT,
         "lm_tokens": NOT_A_COUNT,
@@ -373,6 +396,8 @@ PYTHON = [
     *each(f"{TRAIN} --config=VALUE", ["nothing.py", "text.txt", "store", "opnai_topk", ":a",
           "openai_topk:nothing", "s3://a/b.py", "~nobody_is_here/a.py"], ""),
     *(Row(SWEEP, "", {"grid.py": GRID.format(text)}) for text in GRIDS.values()),
+    *(Row("train --workdir=w --branch_from=run --config.train.tokens=640", "lineage",
+          {"run/config.json": {"lineage": value}}) for value in (3, "x", [3], [{"run": 3}])),
     *rows(
         (f"{SWEEP} --config.sae.d_sae=32", "sae.d_sae"),
         ("sweep --workdir=store --config=grid.py", "store"),
@@ -510,6 +535,7 @@ RUN_FIELDS = {
         "runs": [[], {}, None, 3, {"ID": 3}, {"ID": {"config": 3}}, {"ID": {"swept": 3}},
                  {"../../up": {"swept": {}, "config": {}}}, {"ID": {"config": {"unknown": {}}}},
                  {"ID": {"swept": {"sae.d_seo": 3}}}, {"ID": {"config": {"sae": {"k": "x"}}}}],
+        "mesh": [3, None, {"dota": 1}, {"data": "x"}],
     },
 }  # fmt: skip
 

@@ -11,6 +11,7 @@ All of it is a function of the runs alone, so that every worker finds the same p
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterable, Sequence
 
@@ -21,11 +22,10 @@ from sae_jax.activations.sites import split_names
 from sae_jax.config import Config, DataConfig
 from sae_jax.train.pack import VARIED, get_field, set_fields
 from sae_jax.train.results import flops, run_id
-from sae_jax.train.schedule_steps import ScheduleSteps
+from sae_jax.train.schedule_steps import ScheduleSteps, count_steps, has_trunk, trunk_steps
 
-__all__ = ["VARIED", "Pack", "Pass", "make_passes"]
+__all__ = ["VARIED", "Pack", "Pass", "make_passes", "trunk_key"]
 
-_BRANCHING_SCHEDULES = ("linear_tail", "warmup_stable_decay")
 _WINDOW_BYTES = 16 << 30  # of host memory, for the two windows of a pass at 16 bits a number
 _LARGEST_SHARE = 1.2  # of the mean compute of a pass; above it the largest family is cut in two
 
@@ -90,11 +90,6 @@ class Pass:
     def flops(self) -> int:
         """The FLOPs of all packs."""
         return sum(pack.flops for pack in self.packs)
-
-
-def count_steps(run: Config) -> int:
-    """Returns the number of steps of a resolved run."""
-    return run.train.tokens // run.data.batch_size
 
 
 def reading(runs: Sequence[Config]) -> DataConfig:
@@ -177,7 +172,7 @@ def _sharing_key(run: Config) -> dict:
     key["given"] = [get_field(run, field) is None for field in VARIED]
     if not 0 <= run.train.seed < 2**31:  # what an int32, an argument of the program, holds
         key["train"]["seed"] = run.train.seed
-    if not _can_branch(run):
+    if not has_trunk(run) or run.train.branch_from:
         return key
     lengths = ScheduleSteps.from_config(run, count_steps(run))
     key["train"].pop("tokens")
@@ -189,9 +184,15 @@ def _sharing_key(run: Config) -> dict:
     return key
 
 
-def _can_branch(run: Config) -> bool:
-    """Whether nothing but the decay at its end depends on the run's number of steps."""
-    return run.optimizer.schedule in _BRANCHING_SCHEDULES and not run.sae.anneals
+@functools.lru_cache(maxsize=4096)
+def trunk_key(run: Config) -> str | None:
+    """Returns what two runs agree in that are the same until the first of them begins to decay.
+
+    It is None for a run without a trunk, and for one that begins at another's checkpoint.
+    """
+    if not has_trunk(run) or run.train.branch_from:
+        return None
+    return json.dumps([_sharing_key(run), _varied_values(run)], sort_keys=True)
 
 
 def _make_families(runs: list[Config]) -> list[_Family]:
@@ -227,12 +228,11 @@ def _make_packs(family: _Family, place: int) -> list[Pack]:
     parents = {_varied_values(run): i for i, run in enumerate(trunk.runs)}
     packs = [trunk]
     for runs in family[1:]:
-        steps = count_steps(runs[0])
         packs.append(
             Pack(
                 tuple(runs),
                 trunk=place,
-                start=steps - ScheduleSteps.from_config(runs[0], steps).decay,
+                start=trunk_steps(runs[0]),
                 parents=tuple(parents[_varied_values(run)] for run in runs),
             )
         )

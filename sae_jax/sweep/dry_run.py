@@ -10,7 +10,7 @@ from sae_jax.lm.live import open_stream
 from sae_jax.sae import SAEConfig
 from sae_jax.sweep import design
 from sae_jax.sweep import grid as grids
-from sae_jax.sweep.directory import Run, counted
+from sae_jax.sweep.directory import Run, counted, passes_of
 from sae_jax.train import results, short_runs
 
 _BYTES_PER_PARAMETER = 16  # float32: the parameter, its gradient, Adam's two moments
@@ -43,7 +43,7 @@ def describe(runs: list[Run], passes: int = 1) -> str:
     """Returns the passes, packs and runs of a sweep as lines of text, then what they cost together
     and one by one.
     """
-    todo = design.make_passes([run.config for run in runs], passes)
+    todo = passes_of(runs, passes)
     lines = []
     for work in todo:
         lines += _pass_lines(work, runs)

@@ -59,10 +59,9 @@ class PassStatus:
 def passes(directory: SweepDirectory, leases: Leases) -> list[PassStatus]:
     """Returns the status of each pass of a sweep."""
     by_id = {results.run_id(run.config): run for run in directory.runs}
-    todo = design.make_passes([run.config for run in directory.runs], directory.passes)
     return [
         _status(work, [by_id[results.run_id(config)] for config in work.runs], directory, leases)
-        for work in todo
+        for work in directory.work()
     ]
 
 

@@ -25,6 +25,7 @@ from sae_jax.train.preemption import PreemptedError, Preemption, StoppedWaiting
 from sae_jax.train.progress import Progress
 from sae_jax.train.recorder import Recorder
 from sae_jax.train.results import make_result
+from sae_jax.train.schedule_steps import kept_step
 from sae_jax.train.step import TrainState
 
 _EVAL_ROWS = 65_536
@@ -178,6 +179,7 @@ class PackInTraining:
         self._check, self._run_ended = check, run_ended
         self._config = recorders[0].config  # what does not differ between the runs
         self._resampling = resample.steps(self._config)
+        self._kept_step = kept_step(self._config)
         self._states: TrainState | None = None
         # The step that was dispatched and not yet waited for: (step, metrics, whether to log them).
         self._pending = None
@@ -262,16 +264,24 @@ class PackInTraining:
         self._pending = (self.step, metrics, log)
 
     def maybe_save(self, stop: bool) -> None:
-        """Saves a checkpoint of every run if one is due after this step, or if `stop` is true."""
+        """Saves a checkpoint of every run if one is due after this step, or if `stop` is true.
+
+        One is due, besides, where the learning rate begins to fall: longer runs begin with it.
+        """
         every = self._config.train.checkpoint_every
-        if self.step and (stop or self.step == self.steps or self.step % every == 0):
+        due = bool(self.step) and (stop or self.step == self.steps or self.step % every == 0)
+        if due or self.step and self.step == self._kept_step:
             if self._pending is not None:
-                self._pending = (*self._pending[:2], True)
-            self.await_step()  # ends the runs whose loss is not finite, before they are saved
+                step, metrics, log = self._pending
+                self._pending = (step, metrics, log or due)
+            self.await_step(check=True)  # ends the runs whose loss is not finite, unsaved
             self._save()
 
-    def await_step(self) -> None:
-        """Waits for the step that was dispatched last, and logs it if it is one to log."""
+    def await_step(self, check: bool = False) -> None:
+        """Waits for the step that was dispatched last, and logs it if it is one to log.
+
+        With `check` it ends runs whose loss was not finite, whether it is one to log or not.
+        """
         if self._pending is None:
             return
         step, metrics, log = self._pending
@@ -281,15 +291,16 @@ class PackInTraining:
         now = time.monotonic()
         if self._logged is None:  # the first step compiled; the rate is of the others
             self._logged = (step, now)
-        if not log:
+        if not (log or check):
             return
-        last_step, last_time = self._logged
-        rate = (step - last_step) / max(now - last_time, 1e-9) if step > last_step else None
-        self._logged = (step, now)
         values = {name: np.reshape(v, -1) for name, v in jax.device_get(metrics).items()}
         self._check_data(values["nonfinite_step"])
+        last_step, last_time = self._logged
+        rate = (step - last_step) / max(now - last_time, 1e-9) if step > last_step else None
+        if log:
+            self._logged = (step, now)
         for i, recorder in enumerate(self.recorders):
-            if not recorder.open:
+            if not recorder.open or not (log or values["nonfinite_step"][i] >= 0):
                 continue
             if values["nonfinite_step"][i] >= 0:
                 self._check()

@@ -11,7 +11,7 @@ from sae_jax import config as configs
 from sae_jax import sae as saes
 from sae_jax.config import Config
 from sae_jax.train import controls, short_runs
-from sae_jax.train.schedule_steps import dead_after_tokens
+from sae_jax.train.schedule_steps import count_steps, dead_after_tokens
 from sae_jax.train.step import Trainer, TrainState
 
 _NEAR_TARGET = 0.05  # relative: an L0 so near its target has reached it
@@ -25,7 +25,8 @@ def run_id(config: Config) -> str:
 
 def planned(config: Config) -> dict:
     """Returns the fields of result.json that the run's resolved config decides."""
-    tokens = config.train.tokens // config.data.batch_size * config.data.batch_size
+    tokens = count_steps(config) * config.data.batch_size
+    branch = {"branched_from": config.train.branch_from} if config.train.branch_from else {}
     return {
         "run_id": run_id(config),
         "architecture": config.sae.architecture,
@@ -39,6 +40,7 @@ def planned(config: Config) -> dict:
         "lr": config.optimizer.learning_rate,
         "tokens": tokens,
         **flops(config, tokens),
+        **branch,
     }
 
 

@@ -104,7 +104,7 @@ class Trainer:
         self._variance = variance
         self._k = k
         self._lengths = lengths or ScheduleSteps.from_config(config, steps)
-        self._idle_unit, self._dead_after = _idleness(config)
+        self._idle_unit, self._dead_after = idleness(config)
         self._architecture = saes.architecture(config.sae)
         if extra_loss is None and config.sae.extra_loss:
             extra_loss = attribute_of(config.sae.extra_loss, "sae.extra_loss")
@@ -302,7 +302,7 @@ class Trainer:
         )
 
 
-def _idleness(config: Config) -> tuple[int, int]:
+def idleness(config: Config) -> tuple[int, int]:
     """Returns how many tokens `TrainState.idle_tokens` counts as one, and at how many it is dead.
 
     A run's batches have all the same size, so that steps are as exact as tokens.
