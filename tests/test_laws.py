@@ -499,7 +499,6 @@ def test_d_and_n_that_vary_only_together(tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (["--law=chinchila"], "did you mean 'chinchilla'"),
         (["--estimator=hubert"], "did you mean 'huber'"),
         (["--loss=eval_fvu"], "--loss is 'eval_fvu'"),
         (["--holdout=25"], "--holdout=25"),
@@ -511,6 +510,11 @@ def test_d_and_n_that_vary_only_together(tmp_path, capsys):
 )
 def test_mistaken_flags_are_refused(tmp_path, capsys, flags, said):
     assert said in refusal(tmp_path, capsys, runs("chinchilla"), "chinchilla", *flags)
+
+
+def test_a_mistyped_law_is_refused_with_the_nearest(tmp_path, capsys):
+    said = refusal(tmp_path, capsys, runs("chinchilla"), "chinchila")
+    assert "did you mean 'chinchilla'" in said
 
 
 # A sweep, and the next run
