@@ -11,9 +11,9 @@ Three laws for all runs are compared too: one for all; one with common exponents
 floor are each group's own; and one for each group. The rise of the objective from one to the next,
 over the bootstrap's scale, is an F statistic.
 
-In 200 planted worlds of two groups of 25 runs the intervals of the difference held the truth, and
-the test said "differ" where nothing did, as often as the test at the end of tests/test_laws_by.py
-says.
+A test in tests/test_laws_by.py counts over 200 planted worlds, with a known difference and with
+none, how often the interval of the difference holds the truth and how often groups are said to
+differ.
 """
 
 import dataclasses

@@ -20,7 +20,7 @@ _NO_SETTINGS = ("run_id", "status", SOURCE, "dead_fraction")
 _QUANTITIES = ("d_sae", "tokens", "k")
 _OF_SWEEPS = (  # the settings in results.csv, beside the fields that the grid sets
     "architecture", "kind", "site", "d_in", "d_sae", "k", "sparsity_coefficient", "target_l0",
-    "seed", "lr", "tokens",
+    "seed", "lr", "tokens", "branched_from",
 )  # fmt: skip
 _OWN = 0.5  # the part of the runs with values of their own from which a column is no setting
 _PROPORTIONAL = 0.02  # relative: what rounding to whole batches leaves of proportionality
