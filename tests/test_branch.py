@@ -151,17 +151,18 @@ def test_an_extension_is_the_longer_run(store, tmp_path, architecture, fields):
 def test_an_extension_that_was_killed_is_the_longer_run(store, tmp_path):
     """Before its first checkpoint and after it; what goes on knows its directory alone."""
     train = {"log_every": 5, "checkpoint_every": 50, "keep_trunk": True}
-    config = base(store, data={"epochs": 10}, train=train | {"tokens": 200 * BATCH})
+    config = base(store, data={"epochs": 20}, train=train | {"tokens": 200 * BATCH})
     train_run(config, tmp_path / "run")
     longer, tokens = tmp_path / "longer", 1200 * BATCH
     program = [sys.executable, "-m", "sae_jax", "train", f"--workdir={longer}"]
     begin = [f"--branch_from={tmp_path / 'run'}", f"--extend_tokens={tokens}"]
-    for flags, far in ((begin, lambda: longer.exists()), ([], lambda: logged_step(longer) > 500)):
+    begun, far = (longer / "config.json").exists, lambda: logged_step(longer) > 500
+    for flags, until in ((begin, begun), ([], far)):
         process = launch([*program, *flags])
-        wait_until(far, process)
+        wait_until(until, process)
         process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL, "it ended before it was killed"
+        _, err = process.communicate()
+        assert process.returncode == -signal.SIGKILL, f"it ended before it was killed: {err}"
     code, _, err = finish_all([launch(program)])[0]
     assert code == 0, err
     train_run(from_the_beginning(read_config(longer)), tmp_path / "whole")

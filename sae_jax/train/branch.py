@@ -87,7 +87,7 @@ class Origin:
 
     @property
     def name(self) -> str:
-        """RUN/checkpoints/STEP."""
+        """The checkpoint as RUN/checkpoints/STEP, which is how a config names it."""
         return str(self.run / "checkpoints" / str(self.step))
 
     def branch(self) -> Config:
