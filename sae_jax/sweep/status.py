@@ -59,10 +59,9 @@ class PassStatus:
 def passes(directory: SweepDirectory, leases: Leases) -> list[PassStatus]:
     """Returns the status of each pass of a sweep."""
     by_id = {results.run_id(run.config): run for run in directory.runs}
-    todo = design.make_passes([run.config for run in directory.runs], directory.passes)
     return [
         _status(work, [by_id[results.run_id(config)] for config in work.runs], directory, leases)
-        for work in todo
+        for work in directory.work()
     ]
 
 
@@ -85,7 +84,20 @@ def view(directory: SweepDirectory, leases: Leases) -> str:
         lines += [
             f"  runs/{run.id}  {grids.describe(grids.without(run.swept, alike))}" for run in failed
         ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_missed_targets(directory)])
+
+
+def _missed_targets(directory: SweepDirectory) -> list[str]:
+    """Returns lines about the runs that missed their target L0; none where no run did."""
+    missed = directory.missed_targets()
+    if not missed:
+        return []
+    alike = grids.shared([run.swept for run in directory.runs])
+    lines = [
+        f"  runs/{run.id}  {grids.describe(grids.without(run.swept, alike))}: {sentence}"
+        for run, sentence in missed
+    ]
+    return ["", f"{counted(len(missed), 'run')} missed the target L0:", *lines]
 
 
 def _line(status: PassStatus) -> str:
