@@ -272,7 +272,7 @@ def test_a_sweep_takes_what_its_packs_take(monkeypatch):
 
 def test_a_harvest_takes_the_bytes_and_files_of_the_store(tmp_path):
     plan = harvests.harvest(
-        lm.DEMO_MODEL, ["resid_post.0", "mlp_act.0"], 3000, tmp_path / "s",
+        lm.DEMO_MODEL, ["blocks.0.hook_resid_post", "mlp_act.0"], 3000, tmp_path / "s",
         chips.describe("h100:1x8"), context_length=16,
     )  # fmt: skip
     model = lm.open_model(lm.DEMO_MODEL)
