@@ -232,13 +232,13 @@ def test_a_search_finds_what_brute_force_finds(monkeypatch, seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["relu", "topk"])
 def test_traced_and_compiled_estimates_agree(architecture):
-    config = a_config(architecture, 512, 4096, 128, data=2, model=4, zero=True)
-    topology = chips.Topology("h100:1x8", chips.CHIPS["h100"], jax.devices()[:8], 8)
+    config = a_config(architecture, 512, 4096, 128, data=2, model=2, zero=True)
+    topology = chips.Topology("h100:1x4", chips.CHIPS["h100"], jax.devices()[:4], 4)
     traced, compiled = screen(config, topology), estimate(config, topology)
     assert traced.flops == compiled.flops
     assert traced.seconds["network"] == pytest.approx(compiled.seconds["network"], rel=0.02)
     assert 0.5 < traced.memory_bytes / compiled.memory_bytes < 1.5
-    assert 0.25 < traced.total / compiled.total < 1.1
+    assert 0.25 < traced.total / compiled.total < 1.5
 
 
 def test_a_sweep_takes_what_its_packs_take(monkeypatch):
@@ -272,7 +272,7 @@ def test_a_sweep_takes_what_its_packs_take(monkeypatch):
 
 def test_a_harvest_takes_the_bytes_and_files_of_the_store(tmp_path):
     plan = harvests.harvest(
-        lm.DEMO_MODEL, ["resid_post.0", "mlp_act.0"], 3000, tmp_path / "s",
+        lm.DEMO_MODEL, ["blocks.0.hook_resid_post", "mlp_act.0"], 3000, tmp_path / "s",
         chips.describe("h100:1x8"), context_length=16,
     )  # fmt: skip
     model = lm.open_model(lm.DEMO_MODEL)

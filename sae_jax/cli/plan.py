@@ -187,8 +187,8 @@ def _plan_run(args, overrides: dict[str, str], searches: bool) -> int:
         print(as_json(table.as_dict(best, args.price) | {"suggestions": suggested}).rstrip())
     elif best is not None:
         print(table.text(best, args.price))
-        for suggestion in suggested.values():
-            print(f"\n{suggestion['words']}\n  {suggestion['command']}")
+        for command, words in {s["command"]: s["words"] for s in suggested.values()}.items():
+            print(f"\n{words}\n  {command}")
     if best is not None and best.fits:
         return 0
     if found.least_memory is None:
@@ -276,7 +276,8 @@ def _suggestions(args, overrides: dict[str, str], config: Config, found) -> dict
         "least_memory": ("The least memory", found.least_memory),
     }
     if found.fastest is not None and found.fastest is found.least_memory:
-        named = {"fastest": ("The fastest that fits, and the least memory", found.fastest)}
+        both = "The fastest that fits, and the least memory"
+        named = dict.fromkeys(named, (both, found.fastest))
     suggested = {}
     for name, (what, estimate) in named.items():
         if estimate is None:

@@ -101,7 +101,7 @@ def harvest(
     """
     if isinstance(texts, str | pathlib.Path):
         texts = read_texts([texts])
-    sites = tuple(dict.fromkeys(map(_our_name, split_names(sites))))
+    sites = tuple(dict.fromkeys(map(our_name, split_names(sites))))
     if live and scan_layers:
         raise UserError("a live store runs its model without a loop: leave out --scan_layers")
     if statistics_tokens is not None and (not live or statistics_tokens < 1):
@@ -299,7 +299,7 @@ def _spread_sample(meta, tokens: int | None, batch_size: int) -> dict[int, np.nd
     return {i: sequences[sequences // size == i] % size for i in set((sequences // size).tolist())}
 
 
-def _our_name(site: str) -> str:
+def our_name(site: str) -> str:
     """Returns a site's name, where it has TransformerLens' name or ours.
 
     Raises UserError for a hook of TransformerLens at a tensor that is none of ours.

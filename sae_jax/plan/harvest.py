@@ -18,7 +18,7 @@ from sae_jax.activations.meta import DTYPES, FORMAT_VERSION, SiteMeta, StoreMeta
 from sae_jax.activations.sites import split_names
 from sae_jax.activations.writer import layout
 from sae_jax.errors import UserError, choose
-from sae_jax.lm.harvest import DEFAULT_CONTEXT, TOKENS_PER_DEVICE
+from sae_jax.lm.harvest import DEFAULT_CONTEXT, TOKENS_PER_DEVICE, our_name
 from sae_jax.plan.chips import Topology
 from sae_jax.plan.table import cost_words
 
@@ -97,7 +97,8 @@ def harvest(
     if lm.is_torch(model):
         raise UserError(f"--model={model}: the FLOPs of a model that transformers runs are unknown")
     opened = lm.open_model(model, model_dtype)
-    widths = {site: opened.site_width(site) for site in split_names(sites)}
+    names = dict.fromkeys(map(our_name, split_names(sites)))
+    widths = {site: opened.site_width(site) for site in names}
     if not widths:
         raise UserError("no sites to harvest; name some, such as --sites=resid_post.0")
     length = context_length or min(opened.max_context, DEFAULT_CONTEXT)
@@ -109,16 +110,15 @@ def harvest(
     if not contexts:
         raise UserError(f"--tokens={tokens} are less than one context of {length}")
     meta = _meta(widths, dtype, contexts, length)
-    arrays = meta.arrays()
-    files = {name: _files(array) for name, array in arrays.items()}
-    shards = sum(count for count, _ in files.values())
+    arrays = meta.arrays().values()
+    shards = sum(map(_shards, arrays))
     shared_by, device_bytes = _placed(opened.config, length, model_dtype, topology)
     return HarvestPlan(
         topology=topology,
         out=str(out),
         contexts=contexts,
         context_length=length,
-        bytes=sum(size for _, size in files.values()),
+        bytes=sum(array.num_bytes for array in arrays),
         objects=shards + len(arrays),
         writes=shards + len(arrays) + meta.num_shards + 2,
         chunks=meta.num_chunks * len(widths),
@@ -202,15 +202,9 @@ def _meta(widths: dict[str, int], dtype: str, contexts: int, length: int) -> Sto
     )
 
 
-def _files(array: Array) -> tuple[int, int]:
-    """Returns how many shards an array has, and their bytes together."""
-    row_bytes = jnp.dtype(array.dtype).itemsize * math.prod(array.shape[1:])
-    chunks = -(-array.shape[0] // array.chunk_rows)
-    shards = -(-chunks // array.shard_chunks)
-    chunk_bytes = array.chunk_rows * row_bytes
-    _, first = next(array.file_sizes())
-    index = first - min(array.shard_chunks, chunks) * chunk_bytes
-    return shards, chunks * chunk_bytes + shards * index
+def _shards(array: Array) -> int:
+    """Returns how many files the rows of an array are in."""
+    return -(-array.shape[0] // (array.chunk_rows * array.shard_chunks))
 
 
 def _placed(
