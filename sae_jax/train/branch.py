@@ -87,7 +87,7 @@ class Origin:
 
     @property
     def name(self) -> str:
-        """RUN/checkpoints/STEP."""
+        """The path of the checkpoint, RUN/checkpoints/STEP."""
         return str(self.run / "checkpoints" / str(self.step))
 
     def branch(self) -> Config:
