@@ -47,6 +47,8 @@ def describe(runs: list[Run], passes: int = 1) -> str:
     lines = []
     for work in todo:
         lines += _pass_lines(work, runs)
+    if words := doubts(runs):
+        lines += ["", *words]
     together = sum((pass_cost(work) for work in todo), Cost())
     alone = sum((run_cost(run.config) for run in runs), Cost())
     memory = max(map(memory_per_device, todo))
@@ -62,8 +64,6 @@ def describe(runs: list[Run], passes: int = 1) -> str:
         "pass's runs, its batches and the largest latents, on a mesh of "
         f"run={mesh.run} data={mesh.data} model={mesh.model} (-1 taken for 1).",
     ]
-    if words := doubts(runs):
-        lines += ["", *words]
     return "\n".join(lines)
 
 
