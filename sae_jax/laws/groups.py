@@ -27,7 +27,8 @@ import scipy.stats
 
 from sae_jax import paths, plots, typeset
 from sae_jax.config import Config
-from sae_jax.errors import UserError, some
+from sae_jax.errors import UserError, choose, some
+from sae_jax.json_files import read_json
 from sae_jax.laws import api, fitting, group_figures, holdout, identifiability, isoflop, report
 from sae_jax.laws.estimators import Estimate, estimate
 from sae_jax.laws.laws import Law, Slope
@@ -35,7 +36,7 @@ from sae_jax.laws.results import Results
 from sae_jax.paths import AnyPath
 
 LEVEL = 0.05  # of the tests
-FILE, TABLE, FIGURE = "by.json", "by.csv", "by.png"
+FILES = ("by.json", "by.csv", "by.png")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +183,8 @@ class Groups:
         """
         out = paths.path(out)
         folders = {label: out / folder(self.by, label) for label in self.fits}
-        for each in (out, *folders.values()):
+        _check_out(out)
+        for each in folders.values():
             report.check_out(each)
         found = {label: fit.found for label, fit in self.fits.items()}
 
@@ -197,9 +199,9 @@ class Groups:
             refused += [f"{label}: {why}" for why in values["refused"]]
         table = self.table()
         rows = [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
-        paths.write(out / TABLE, typeset.as_csv(list(table), rows))
-        plots.save(group_figures.overview(found, self.by, self.exponents), out / FIGURE)
-        paths.save_json(self.summary(), out / FILE)
+        paths.write(out / "by.csv", typeset.as_csv(list(table), rows))
+        plots.save(group_figures.overview(found, self.by, self.exponents), out / "by.png")
+        paths.save_json(self.summary(), out / "by.json")
         for file, content in drawn.items():
             file.parent.mkdir(parents=True, exist_ok=True)
             paths.write(file, content)
@@ -217,6 +219,7 @@ def fit_by(runs, law: str, by: str | Sequence[str], **options) -> Groups:
 
     Raises UserError for an unknown column, and where no group identifies the law.
     """
+    choose(law, fitting.LAW_NAMES, "the law")
     runs = runs if isinstance(runs, Results) else api.read(runs)
     columns = by.split(",") if isinstance(by, str) else list(by)
     groups = runs.split(columns)
@@ -238,6 +241,14 @@ def fit_by(runs, law: str, by: str | Sequence[str], **options) -> Groups:
     exponents = _exponents(fits)
     differences = {name: compare(of) for name, of in exponents.items() if len(of) == len(fits) > 1}
     return Groups(by, law, fits, refused, exponents, differences, _models(fits))
+
+
+def _check_out(out: AnyPath) -> None:
+    """Raises UserError where `out` is a file, or holds files of another program under our names."""
+    report.check_out(out)
+    theirs = next((out / name for name in FILES if (out / name).exists()), None)
+    if theirs and (theirs.name != FILES[0] or "differences" not in read_json(theirs)):
+        raise UserError(f"{theirs} is not of sae-jax fit --by; give another --out")
 
 
 def folder(by: str, label: str) -> str:

@@ -1,4 +1,4 @@
-"""Which columns of a table are settings of its runs, and which of them vary beside a law.
+"""Tells which columns of a table are settings of its runs, and which vary beside a law.
 
 A law that is fitted to runs which differ in something it does not know follows their mixture. What
 a column is, its name tells in a sweep's results.csv. In other tables a column whose values repeat
