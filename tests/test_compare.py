@@ -139,7 +139,7 @@ def test_the_command_reads_evaluations_and_writes_figure_and_tables(sweep, tmp_p
     "flags, says",
     [
         ("--y=fvuu", "did you mean 'fvu'? it has d_sae, sparsity, seed, l0, fvu, probe_f1"),
-        ("--y=ce_recovered_zero", "sae-jax eval --run"),
+        ("--y=ce_recovered_zero", "sae-jax eval --model"),
         ("--x=eval_l1", "no column eval_l1"),
         ("--by=arch", "has no column arch; it has architecture, d_sae"),
         ("--alike=d_sea", "has no column d_sea"),

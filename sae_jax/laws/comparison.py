@@ -240,7 +240,8 @@ def _with_evaluations(title: str, rows: list[Row], wanted: list[str]) -> list[di
     wanted is no column of the results.
     """
     cells = [row for _, row in rows]
-    if all(name in cells[0] for name in wanted) or "run_id" not in cells[0]:
+    there = all(cells[0].keys() & {name, f"eval_{name}"} for name in wanted)
+    if there or "run_id" not in cells[0]:
         return cells
     joined = []
     for row in progress(cells, "reading eval.json of the runs", len(cells), "run"):
@@ -277,7 +278,7 @@ def _metric(
     what = f"no column {name}" if name else f"neither column {' nor '.join(usual)}"
     hint = f"{nearest(name, there)} " if name and "mean" in nearest(name, there) else ""
     if name and name.startswith(("ce_", "kl_")):
-        hint = "sae-jax eval --run=RUN --model=MODEL measures it for a run; "
+        hint = "sae-jax eval --model=MODEL measures it for runs; "
     raise UserError(f"--{flag}: {title} has {what} of numbers; {hint}it has {some(there, 40)}")
 
 

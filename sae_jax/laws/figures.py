@@ -125,9 +125,7 @@ def _log_axes(axes, x: str, y: str) -> None:
 
 def _compute(found) -> str:
     """Returns the label of the axis of compute."""
-    if "flops" in found.results.columns:
-        return labels.axis("flops")
-    return "compute (latents × tokens)"
+    return labels.compute("flops" in found.results.columns)
 
 
 def _loss(found) -> str:

@@ -4,7 +4,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from sae_jax.laws import predict
+from sae_jax.laws import labels, predict
 from sae_jax.laws.fitting import Fit
 from sae_jax.laws.isoflop import IsoflopFit
 from sae_jax.plots import INK, STYLE, log_ticks, plain
@@ -67,8 +67,8 @@ def _draw_laws(axes, found: dict[str, Fit | IsoflopFit], by: str) -> None:
     log_ticks(axes.xaxis)
     log_ticks(axes.yaxis)
     known = all("flops" in one.results.columns for one in found.values())
-    axes.set_xlabel("d_sae" if by_size else "compute, FLOPs" if known else "d_sae × tokens")
-    axes.set_ylabel(plain(next(iter(found.values())).results.loss_column))
+    axes.set_xlabel(labels.axis("d_sae") if by_size else labels.compute(known))
+    axes.set_ylabel(labels.axis(next(iter(found.values())).results.loss_column))
     axes.legend(loc="best", title=plain(by))
 
 

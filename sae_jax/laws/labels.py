@@ -34,6 +34,11 @@ def axis(column: str) -> str:
     return plain(f"{name} ({unit})" if unit else name)
 
 
+def compute(is_known: bool) -> str:
+    """Returns the label of an axis of compute, in FLOPs where what a token costs is known."""
+    return axis("flops") if is_known else "compute (latents × tokens)"
+
+
 def _label(column: str) -> tuple[str, str]:
     measured = _LABELS.get(column.removeprefix(_HELD_OUT), (column, ""))
     return _LABELS.get(column, measured)
