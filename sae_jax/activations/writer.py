@@ -11,6 +11,7 @@ import functools
 import hashlib
 import io
 import json
+import time
 
 import numpy as np
 
@@ -199,7 +200,7 @@ class StoreWriter:
         finite = {name: statistics.finite_rows(x) for name, x in values.items()}
         for rows_finite in finite.values():
             excluded[~rows_finite.reshape(excluded.shape)] |= NONFINITE
-        notes = {"excluded": excluded}
+        notes = {"excluded": excluded, "time": np.float64(time.time())}
         if values:
             notes["count"] = (excluded == 0).sum(axis=0)
         for name, x in values.items():

@@ -22,7 +22,11 @@ from absl import logging as absl_logging
 from sae_jax.errors import UserError, choose, one_line
 
 _MOST_CPU_DEVICES = 1024  # each is a few threads
-COMMANDS = """demo harvest store train eval sweep fit plan export import bench launch""".split()
+COMMANDS = (
+    """demo harvest store train eval sweep status fit plan export import bench launch""".split()
+)
+
+_TAKE_PATHS = ("status",)  # whose arguments without a flag are those of --path
 
 
 def entry() -> int:
@@ -100,7 +104,9 @@ def _run(name: str, rest: list[str]) -> int:
         print(_help(name, command, values))
         return 0
     positional = values([name, *others])[1:]
-    if positional:
+    if positional and name in _TAKE_PATHS:
+        values["path"].value = [*(values.path or []), *positional]
+    elif positional:
         raise UserError(f"unexpected argument {positional[0]!r}; flags are --name=value")
     if overrides and "config" not in values:
         raise UserError(

@@ -25,7 +25,7 @@ the same data become a pass, which reads the data once. Look at it first, then t
 
   sae-jax sweep --config=FILE.py --dry_run     runs, packs, FLOPs, bytes read, memory
   sae-jax sweep --config=FILE.py --workdir=S   train; the same command resumes it
-  sae-jax sweep --workdir=S --status           where it stands
+  sae-jax status S                             where it stands, its time left, its curves
 
 More workers: cut the work into --passes=N, and give the second command N times, on any hosts that
 see S. Each claims a pass by a lease; who dies is followed, from the last checkpoint, once its lease
@@ -53,7 +53,7 @@ def define(values: flags.FlagValues) -> None:
         "dry_run", False, "List what would be trained and what it costs.", flag_values=values
     )
     flags.DEFINE_bool(
-        "status", False, "Show where the sweep stands; refreshes results.csv.", flag_values=values
+        "status", False, "As sae-jax status SWEEP, and writes results.csv anew.", flag_values=values
     )
     flags.DEFINE_integer(
         "passes",
