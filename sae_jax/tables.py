@@ -2,6 +2,8 @@
 
 import csv
 import io
+import itertools
+from collections.abc import Iterable
 
 from sae_jax.errors import UserError, some
 from sae_jax.paths import AnyPath
@@ -38,3 +40,13 @@ def read_csv(file: AnyPath) -> list[tuple[int, dict[str, str]]]:
     except csv.Error as error:
         raise UserError(f"{file}, line {reader.line_num}: {error}") from None
     return rows
+
+
+def as_csv(rows: list[dict], columns: Iterable[str] = ()) -> str:
+    """Returns rows as the text of a .csv file: `columns` first, then what else the rows have."""
+    text = io.StringIO()
+    names = list(dict.fromkeys([*columns, *itertools.chain(*rows)]))
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -6,10 +6,8 @@ SWEEP/leases/        which worker trains which pass (leases.py)
 SWEEP/results.csv    a row for each run, in the grid's order
 """
 
-import csv
 import dataclasses
 import functools
-import io
 import itertools
 import os
 import socket
@@ -25,6 +23,7 @@ from sae_jax.json_files import checked, read_json
 from sae_jax.lm.live import open_stream
 from sae_jax.paths import AnyPath
 from sae_jax.sweep import grid as grids
+from sae_jax.tables import as_csv
 from sae_jax.train import preparation, results, watching
 from sae_jax.train.directory import environment
 
@@ -214,13 +213,9 @@ class SweepDirectory:
         watching.at_once(self._result, [run for run in self.runs if states[run.id] == "done"])
         rows = [self._row(run, states[run.id]) for run in self.runs]
         swept = grids.fields([run.swept for run in self.runs])
-        columns = dict.fromkeys(["run_id", "status", *swept, *itertools.chain(*rows)])
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(columns), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
         file = self.path / "results.csv"
-        paths.write(file, text.getvalue(), by=_this_process())
+        text = as_csv(rows, ["run_id", "status", *swept])
+        paths.write(file, text, by=_this_process())
         return file
 
     def _row(self, run: Run, state: str) -> dict:
