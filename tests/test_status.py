@@ -179,7 +179,7 @@ def test_the_time_left_of_a_sweep_counts_what_waits(store, tmp_path):
     # 30 of 50 steps at 10 a second by the one worker, and then the 50 of the pass that waits.
     assert "1 waiting, 1 started, 1 done; 1 running; 0:00:08 left" in shown
     shown = status.view(directory, leases.Leases(tmp_path / "S" / "leases"))
-    assert "0 running, 1 stale" in shown and "left" not in shown.splitlines()[0]
+    assert "0 running, 1 stale" in shown and " left" not in shown.splitlines()[0]
 
 
 @pytest.mark.slow
@@ -261,6 +261,7 @@ def test_the_page_reads_what_is_new(store, tmp_path, monkeypatch):
             with pytest.raises(urllib.error.HTTPError) as refused:
                 get(path, **headers)
             assert refused.value.code == code
+            refused.value.close()
 
 
 def test_of_long_curves_every_so_manieth_point_is_drawn(store, tmp_path, monkeypatch):
@@ -283,11 +284,12 @@ def test_a_taken_port_and_ctrl_c_are_one_line(store, tmp_path):
     )  # fmt: skip
     port = re.search(r"http://127.0.0.1:(\d+)", server.stdout.readline())[1]
     connection = http.client.HTTPConnection("127.0.0.1", int(port))
-    connection.request("GET", "/data.json")  # and the connection stays open
+    connection.request("GET", "/data.json")
     assert json.loads(connection.getresponse().read())["runs"][0]["step"] == 1
     with pytest.raises(UserError, match=f"port {port} of this machine is taken; give another"):
         live_page.open_server(watch.Watch([]), int(port))
-    server.send_signal(signal.SIGINT)
+    server.send_signal(signal.SIGINT)  # with the connection open
     _, err = server.communicate(timeout=60)
+    connection.close()
     assert (server.returncode, err.count("\n")) == (130, 1)
     assert "sae-jax status: interrupted" in err
