@@ -10,7 +10,8 @@ tokens. 4B tokens for 16,384 latents (the default), 16B for `:1m`, 8B for the si
 learning rate warms up by a cosine from a tenth; here it is linear from 0, over as many steps.
 
 `:tiny` is the recipe on a laptop, for the store of `sae-jax demo`. So few steps of 7e-5 would not
-move a threshold: learning rate, kernel and first threshold are larger there.
+move a threshold: learning rate, kernel and first threshold are larger there. A target_l0 needs a
+larger rate still, which --config.optimizer.learning_rate=none finds.
 """
 
 from sae_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig

@@ -19,7 +19,7 @@ if typing.TYPE_CHECKING:  # what an editor completes
     from sae_jax.activations import Store, write_store
     from sae_jax.config import Config, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
     from sae_jax.errors import UserError
-    from sae_jax.evaluate.api import evaluate
+    from sae_jax.evaluate.api import dead_latents, evaluate
     from sae_jax.interop import export, load
     from sae_jax.lm import harvest, open_store
     from sae_jax.sae import (
@@ -74,6 +74,7 @@ __all__ = [
     "TrainResult",
     "UserError",
     "activations",
+    "dead_latents",
     "evaluate",
     "export",
     "harvest",

@@ -53,7 +53,8 @@ class OptimizerConfig:
     """The settings of Adam and of the learning rate's schedule."""
 
     learning_rate: float | None = None
-    """Peak learning rate. None: the architecture's rule for its d_sae."""
+    """Peak learning rate. None: the architecture's rule for its d_sae; in a short run with a
+    target_l0 it is larger, so that the run reaches it."""
     schedule: str = "linear_tail"
     """Schedule of the learning rate: constant, cosine, linear_tail or warmup_stable_decay."""
     warmup_fraction: float = 0.02
@@ -83,6 +84,9 @@ class TrainConfig:
     """Seed of the fresh parameters."""
     init: str = ""
     """An SAE to start from, of any format that is read here. Empty: a fresh one."""
+    branch_from: str = ""
+    """A checkpoint to go on from, RUN/checkpoints/STEP, with its optimiser and its place in the
+    data. Empty: the run begins at step 0."""
     on_nonfinite: str = "stop"
     """What a NaN or infinite loss does: stop the run, or skip the step."""
     log_every: int = 50
@@ -91,6 +95,9 @@ class TrainConfig:
     """Steps between two checkpoints."""
     keep_checkpoints: int = 2
     """How many of the latest checkpoints are kept."""
+    keep_trunk: bool = True
+    """Whether the checkpoint where the learning rate begins to fall is saved and kept besides:
+    from it a longer run can go on."""
 
     def __post_init__(self):
         check_types(self, "train.")
@@ -151,6 +158,9 @@ def identity(config: Config) -> dict:
     """
     values = without_hardware(config)
     values.pop("architecture_file", None)
+    del values["train"]["keep_trunk"]
+    if not config.train.branch_from:  # runs of versions without it keep their ids
+        del values["train"]["branch_from"]
     return values
 
 

@@ -23,6 +23,8 @@ import os
 import pathlib
 import posixpath
 import re
+import sys
+import tempfile
 import textwrap
 
 import tensorstore as ts
@@ -348,6 +350,21 @@ def _create_without_links(file: pathlib.Path, data: str) -> bool:
     return True
 
 
+def move(folder: AnyPath, to: AnyPath) -> None:
+    """Moves a folder. In an object store its files are copied, and then removed.
+
+    Raises UserError, which says why, if it cannot be moved.
+    """
+    if isinstance(folder, ObjectPath):
+        for name in folder.files():
+            (to / name).write_bytes((folder / name).read_bytes())
+        folder.rmtree()
+        return
+    with explained(folder):
+        to.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(to)
+
+
 def save_json(values: dict, file) -> None:
     """Writes values as JSON, whole or not at all."""
     write(file, as_json(values))
@@ -388,10 +405,7 @@ def explanation(where, error: OSError | ValueError) -> str | None:
         return _local_explanation(where, error)
     error = str(error)
     scheme = str(where).partition("://")[0]
-    names = {
-        "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ~/.aws/credentials",
-        "gs": "GOOGLE_APPLICATION_CREDENTIALS, or gcloud auth application-default login",
-    }[scheme]
+    names = _CREDENTIALS[scheme]
     if "NoSuchBucket" in error or "bucket does not exist" in error:
         return f"{where}: there is no such bucket; make it, or correct its name"
     if "credentials" in error.lower() or "UNAUTHENTICATED" in error or "'401'" in error:
@@ -404,6 +418,11 @@ def explanation(where, error: OSError | ValueError) -> str | None:
         return f"{where}: cannot reach {what}; correct it or the network, and start again"
     return None
 
+
+_CREDENTIALS = {  # where they are looked for
+    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ~/.aws/credentials",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS, or gcloud auth application-default login",
+}
 
 _WHAT_TO_DO = {
     errno.EACCES: "give another place, or get the right to use this one",
@@ -453,12 +472,51 @@ def _spec(scheme: str, bucket: str) -> dict:
 @functools.cache
 def _open_bucket(scheme: str, bucket: str):
     """Opens a bucket, after a first look with few retries found it usable."""
-    with explained(f"{scheme}://{bucket}"):
-        spec = _spec(scheme, bucket)
-        context = ts.Context({f"{_DRIVERS[scheme]}_request_retries": _FIRST_LOOK})
-        look = ts.KvStore.open(spec, context=context).result()
-        look.list(_range("sae-jax-looks", "sae-jax-lookt")).result()
-        return ts.KvStore.open(spec, context=ts.Context(REQUESTS)).result()
+    where, log = f"{scheme}://{bucket}", []
+    spec = _spec(scheme, bucket)
+    try:
+        with explained(where), library_log(log):
+            context = ts.Context({f"{_DRIVERS[scheme]}_request_retries": _FIRST_LOOK})
+            look = ts.KvStore.open(spec, context=context).result()
+            look.list(_range("sae-jax-looks", "sae-jax-lookt")).result()
+    except UserError as error:
+        if "cannot reach" in str(error) and any("credentials" in line for line in log):
+            raise UserError(
+                f"{where}: found no credentials, and without them cannot reach the object store; "
+                f"set {_CREDENTIALS[scheme]}"
+            ) from error
+        raise
+    return ts.KvStore.open(spec, context=ts.Context(REQUESTS)).result()
+
+
+_LOG_LINE = re.compile(r"[IWEF]\d{4,} \d\d:\d\d:\d\d\.\d+ +\d+ ")
+
+
+@contextlib.contextmanager
+def library_log(lines: list[str]):
+    """Keeps from the terminal what TensorStore's C++ logs within, and adds it to `lines`.
+
+    TensorStore lists the places without credentials there, and has no switch for it. What others
+    write to standard error meanwhile is written when all is done. Yields `lines`.
+    """
+    try:
+        terminal = os.dup(2)
+    except OSError:  # there is no standard error
+        yield lines
+        return
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield lines
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
+            held.seek(0)
+            for line in held.read().decode(errors="replace").splitlines(keepends=True):
+                if _LOG_LINE.match(line):
+                    lines.append(line)
+                else:
+                    sys.stderr.write(line)
 
 
 @functools.cache

@@ -82,6 +82,8 @@ class TrainingBar:
         self._clock.tick(self._done)
         if line:
             shown = {n: _short(line[n]) for n in ("loss", "fvu", "l0", "dead_fraction")}
+            if line["dead_fraction"] is None:  # not known yet
+                del shown["dead_fraction"]
             self._bar.set_postfix(shown, refresh=False)
         self._bar.update(steps)
         now = time.monotonic()

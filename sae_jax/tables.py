@@ -1,11 +1,17 @@
-"""Reads tables: .csv files, which spreadsheets or other programs may have written."""
+"""Reads tables, .csv files which spreadsheets or other programs may have written, and chooses rows
+of them by conditions on their columns.
+"""
 
 import csv
+import dataclasses
 import io
 import itertools
+import math
+import operator
+import re
 from collections.abc import Iterable
 
-from sae_jax.errors import UserError, some
+from sae_jax.errors import UserError, choose, some
 from sae_jax.paths import AnyPath
 
 
@@ -50,3 +56,95 @@ def as_csv(rows: list[dict], columns: Iterable[str] = ()) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """A condition on the rows of a table, such as d_sae=16384 or eval_l0<60."""
+
+    column: str
+    sign: str
+    value: str
+
+    def __str__(self) -> str:
+        """Returns the condition as it is written."""
+        return f"{self.column}{self.sign}{self.value}"
+
+    def meets(self, row: dict) -> bool:
+        """Whether a row meets it. An empty cell meets only !=."""
+        cell = row[self.column]
+        if cell in (None, ""):
+            return self.sign == "!="
+        numbers = as_number(cell), as_number(self.value)
+        if None not in numbers:
+            return _OPERATORS[self.sign](*numbers)
+        return self.sign in ("=", "!=") and _OPERATORS[self.sign](str(cell), self.value)
+
+
+def conditions(terms: str, columns: Iterable[str]) -> list[Condition]:
+    """Returns the conditions that `terms` has with spaces between them.
+
+    Raises UserError for a term that cannot be read, and for an unknown column.
+
+    Args:
+      terms: such as "d_sae=16384 eval_l0<60". A term is the name of a column, one of = != < <= >
+        >=, and a value.
+      columns: the table's columns.
+    """
+    return [_parse(term, list(columns)) for term in terms.split()]
+
+
+def that_meet(rows: list[dict], terms: list[Condition], what: str) -> list[int]:
+    """Returns the places of the rows that meet every condition.
+
+    Args:
+      rows: the rows.
+      terms: the conditions.
+      what: the rows in words, for the message.
+
+    Raises UserError, which says how many rows meet each condition, if no row meets all.
+    """
+    found = [place for place, row in enumerate(rows) if all(term.meets(row) for term in terms)]
+    if not found:
+        counts = [f"{term} by {sum(term.meets(row) for row in rows)}" for term in terms]
+        raise UserError(
+            f"--select: none of the {len(rows)} {what} meets it; of its terms, {', '.join(counts)}"
+        )
+    return found
+
+
+def as_number(cell) -> float | None:
+    """Returns the number that a cell holds, None where it is none; 16_384 is one too."""
+    try:
+        return float(cell.replace("_", "") if isinstance(cell, str) else cell)
+    except (TypeError, ValueError, OverflowError):  # an integer of hundreds of digits
+        return None
+
+
+def _parse(term: str, columns: list[str]) -> Condition:
+    match = _TERM.fullmatch(term)
+    if not match:
+        raise UserError(
+            f"--select: {term!r} is not COLUMN, one of = != < <= > >=, and VALUE, as in "
+            '--select="d_sae=16384 eval_l0<60"'
+        )
+    column, sign, value = match.groups()
+    choose(column, columns, "--select: the column")
+    if sign in ("<", "<=", ">", ">=") and as_number(value) is None:
+        raise UserError(f"--select: {term} compares with {value!r}, which is no number")
+    return Condition(column, sign, value)
+
+
+def _same(a, b) -> bool:
+    return a == b if isinstance(a, str) else math.isclose(a, b, rel_tol=1e-9)
+
+
+_OPERATORS = {
+    "<=": operator.le,
+    ">=": operator.ge,
+    "!=": lambda a, b: not _same(a, b),
+    "<": operator.lt,
+    ">": operator.gt,
+    "=": _same,
+}
+_TERM = re.compile(rf"([\w.]+)({'|'.join(_OPERATORS)})(\S+)")

@@ -77,6 +77,7 @@ def flag_rows(command: str, bad: dict[str, str]) -> list[Row]:
 # --------------------------------------------------------------- what is given on the command line
 
 RUNS = "fit --results=table.csv --law=power --out=o"
+COMPARE = "compare --results=table.csv --x=flops --y=loss --out=o"
 TRAIN = "train --workdir=w --config.data.store=store"
 WHOLE_RUN = (
     f"{TRAIN} --config.train.tokens=640 --config.data.batch_size=64 "
@@ -113,13 +114,49 @@ COMMANDS = rows(
     ("status store --serve", "--serve"),
     ("sweep --status", "--workdir"),
     ("sweep --workdir=nothing --status", "nothing"),
+    ("sweep --workdir=nothing --rerun=failed", "nothing"),
+    ("sweep --workdir=sweep --rerun=failed", "has failed"),
+    ("sweep --workdir=sweep --rerun=", "has no run"),
+    ("sweep --workdir=sweep --drop=nothing", "nothing"),
+    ("sweep --workdir=sweep --drop=ID", "no run left"),
+    ("sweep --workdir=sweep --drop=ID --config=same.py", "--config"),
+    ("sweep --workdir=sweep --extend", "--config"),
+    ("sweep --workdir=sweep --extend --config=grid.py", "leaves out 1 run"),
+    ("sweep --workdir=sweep --config.sae.k=3", "sae.k"),
+    ("sweep --workdir=sweep --config.mesh.data=x", "mesh.data"),
+    ("train --workdir=w --extend_tokens=1e4", "--branch_from"),
+    ("train --workdir=run --extend_tokens=1e4", "--branch_from=run"),
+    ("train --workdir=run --branch_from=run", "no branch"),
+    ("train --workdir=w --branch_from=run --extend_tokens=64", "2 already"),
+    ("train --workdir=w --branch_from=run --extend_tokens=1e4 --config.sae.k=1", "sae.k"),
+    ("train --workdir=w --branch_from=run --extend_tokens=1e4 --config=config.py", "--config"),
+    ("train --workdir=w --branch_from=run/checkpoints/9 --config.train.tokens=640", "step 9"),
+    ("train --workdir=w --branch_from=run --config.train.tokens=64", "train.tokens"),
+    *((f"train --workdir=w --branch_from=run --config.train.tokens=640 --config.{field}", field[:6])
+      for field in ("sae.d_sae=64", "data.seed=1", "sae.normalize=none", "train.seed=2")),
+    *((f"train --workdir=w --branch_from={place}", place)
+      for place in ("nothing", "store", "text.txt", "ours", "s3x://a/b")),
     ("fit", "--results"),
     ("fit --results=table.csv", "--law"),
     ("fit --results=table.csv --law=power", "--out"),
     ("fit --results=table.csv --law=power --out=", "--out"),
     ("fit --law=power --out=o --results=", "--results"),
+    ("compare", "--results"),
+    ("compare --results=table.csv", "--out"),
+    (f"{COMPARE} --style=config.py", "--figure"),
+    (f"{COMPARE} --figure=o.pdf --style=config.py", "config.py"),
     (f"{RUNS} --config=config.py", "--predict_flops"),
     (f"{RUNS} --config.sae.k=3", "--predict_flops"),
+    (f"{RUNS} --law=power", "--law"),
+    (f"{TRAIN} --config.sae.k=3 --config.sae.k=4", "--config.sae.k"),
+    (f"{RUNS} --results=nothing.csv", "nothing.csv"),
+    (f"{RUNS} --select=flops>1e99", "flops>1e99"),
+    (f"{RUNS} --by=flops", "--by=flops"),
+    (f"{RUNS} --by=flops --panel=loss --figure=o.pdf", "--panel"),
+    *each(f"{RUNS} --select=VALUE", ["nothing=1", "flops", "loss<x"], "--select"),
+    *each(f"{RUNS} --by=VALUE", ["nothing", "flops,nothing", ","], "--by"),
+    *each(f"{RUNS} --predict_at=VALUE", ["flops", "flops=x", "flops=nan", "=3", ""],
+          "--predict_at"),
     ("harvest", "text"),
     ("harvest --text=text.txt --sites=resid_post.0", "out"),
     ("harvest --text=text.txt --out=o", "sites"),
@@ -165,6 +202,25 @@ COMMANDS = rows(
     ("plan --find=time --mesh=1,1,1", "--mesh"),
     ("plan --find=time", "--topology"),
     ("plan --find=luck", "find"),
+    ("plan --batch_sizes=64 --mesh=1,1,1", "--mesh"),
+    ("plan --batch_sizes=64", "--topology"),
+    ("plan --topology=h100:1x1 --batch_sizes=7", "virtual_shards"),
+    ("plan --topology=h100:1x1 --batch_sizes=x", "data.batch_size"),
+    ("plan --topology=h100:1x1 --dtypes=float8", "compute_dtype"),
+    ("plan --sites=resid_post.0", "--sites"),
+    ("plan --passes=2", "--passes"),
+    ("plan --config=grid.py", "--topology"),
+    ("plan --config=grid.py --topology=h100:1x2 --dtypes=bfloat16", "--dtypes"),
+    ("plan --sweep --topology=h100:1x2", "--config"),
+    ("plan --harvest --sites=resid_post.0", "--tokens"),
+    ("plan --harvest --tokens=1000", "--sites"),
+    ("plan --harvest --tokens=1000 --sites=nowhere.0 --model=model", "nowhere"),
+    ("plan --harvest --tokens=1 --sites=resid_post.0 --model=model", "--tokens"),
+    ("plan --harvest --tokens=1000 --sites=resid_post.0 --model=nothing", "nothing"),
+    ("plan --harvest --tokens=1000 --sites=resid_post.0 --model=torch:model", "torch:model"),
+    ("plan --harvest --tokens=1000 --sites=resid_post.0 --model=model --out=text.txt", "text.txt"),
+    ("plan --harvest --tokens=1000 --sites=resid_post.0 --model=model --dtype=x", "--dtype"),
+    ("plan --harvest --tokens=1000 --sites=resid_post.0 --config=grid.py", "--config"),
     ("plan --config=nothing.py", "nothing.py"),
     ("bench --reading --store=nothing", "nothing"),
     ("bench --harvest --model=nothing --text=text.txt", "nothing"),
@@ -207,6 +263,7 @@ FLAGS = [
         "log": "wandbb wandb tensorboardd",
         "cpu_devices": "-2 0 x 1e9 1000000000",
     }),
+    *flag_rows("train --workdir=w --branch_from=run", {"extend_tokens": NOT_A_COUNT}),
     *flag_rows(EVAL, {
         "tokens": NOT_A_COUNT,
         "lm_tokens": NOT_A_COUNT,
@@ -226,7 +283,9 @@ FLAGS = [
         "batch_size": NOT_WHOLE,
         "mesh_data": "-2 0 x 64",
         "mesh_model": "0 -1 x 64",
-        "statistics_tokens": NOT_WHOLE,
+        "statistics_tokens": NOT_A_COUNT,
+        "max_bytes": f"{NOT_A_COUNT} 1",
+        "sites": "blocks.0.hook_mlp_in blocks.0.attn.hook_q",
         "dtype": "float64 _",
         "model_dtype": "float16 _",
     }),
@@ -241,6 +300,9 @@ FLAGS = [
         "topology": "h100:0x8 h100:8x0 99999999x8 h100:99999999x8 h100:8x8x8 h100 h100: :8 x cpu:0 "
                     "cpu:-1 cpu:1e9 v5p:0x4x4 v5p:99999x99999x9 cpu:٣",
         "mesh": "1,1 1,1,1,1 a,b,c 0,1,1 1,-2,1 --1,1,1 ²,1,1 1,1,99999999999 _1",
+        "price": "-1 nan inf x",
+        "compiles": "-1 x",
+        "passes": NOT_WHOLE,
     }),
 ]  # fmt: skip
 
@@ -345,6 +407,8 @@ PYTHON = [
     *each(f"{TRAIN} --config=VALUE", ["nothing.py", "text.txt", "store", "opnai_topk", ":a",
           "openai_topk:nothing", "s3://a/b.py", "~nobody_is_here/a.py"], ""),
     *(Row(SWEEP, "", {"grid.py": GRID.format(text)}) for text in GRIDS.values()),
+    *(Row("train --workdir=w --branch_from=run --config.train.tokens=640", "lineage",
+          {"run/config.json": {"lineage": value}}) for value in (3, "x", [3], [{"run": 3}])),
     *rows(
         (f"{SWEEP} --config.sae.d_sae=32", "sae.d_sae"),
         ("sweep --workdir=store --config=grid.py", "store"),
@@ -482,6 +546,7 @@ RUN_FIELDS = {
         "runs": [[], {}, None, 3, {"ID": 3}, {"ID": {"config": 3}}, {"ID": {"swept": 3}},
                  {"../../up": {"swept": {}, "config": {}}}, {"ID": {"config": {"unknown": {}}}},
                  {"ID": {"swept": {"sae.d_seo": 3}}}, {"ID": {"config": {"sae": {"k": "x"}}}}],
+        "mesh": [3, None, {"dota": 1}, {"data": "x"}],
     },
 }  # fmt: skip
 
@@ -534,6 +599,10 @@ TABLES = {  # what is no table that a power law can be fitted to
     "constant": HEAD + "".join(f"{i + 1},2\n" for i in range(9)),
     "one_budget": HEAD + "".join(f"3,{i + 1}\n" for i in range(9)),
 }
+NO_TABLES = [
+    "empty", "head_only", "no_head", "short_row", "long_row", "long_cell", "twice", "other",
+    "latin", "utf16", "binary", "quote", "all_failed",
+]  # fmt: skip
 LINES = {
     "text": '{"flops": "x", "loss": 1}\n',
     "list": '[{"flops": 1}]\n',
@@ -616,7 +685,13 @@ DATA = [
     *rows(
         ("fit --law=power --results=table.csv --out=text.txt", "text.txt"),
         ("fit --law=power --results=table.csv --out=model/config.json", "config.json"),
+        ("compare --results=table.csv --x=flops --y=loss --out=text.txt", "text.txt"),
+        ("compare --results=sweep --y=nothing --out=o", "nothing"),
     ),
+    *each(f"{RUNS} --figure=VALUE", ["a.doc", "a", "a.pdf,b.txt", "store"], "--figure"),
+    *each(f"{RUNS} --figure=a.pdf --style=VALUE", ["table.csv", "nothing", "store", "tokens.npy",
+          "text.txt"], "--style"),
+    *(Row(COMPARE, "table.csv", {"table.csv": TABLES[name]}) for name in NO_TABLES),
     *each("export --results=sweep --format=saelens --out=o --select=VALUE", SELECTS, "--select"),
     *(Row("export --results=sweep --format=saelens --out=o", "", {"sweep/results.csv": text})
       for text in SWEEP_TABLES.values()),

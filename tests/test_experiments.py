@@ -55,7 +55,7 @@ def test_every_size_could_start(name):
         data, steps = config.data, config.train.tokens // config.data.batch_size
         assert steps >= 400, "too few to learn anything"
         assert data.batch_size % data.virtual_shards == 0
-        assert config.sae.dead_after_tokens < config.train.tokens
+        assert resolved.sae.dead_after_tokens < config.train.tokens
         if "tiny" in size:
             sites = [*data.site.split(","), *filter(None, [data.target_site])]
             assert set(sites) <= {demo.SITE, *demo.MORE_SITES}, "of the demo's store"
@@ -110,7 +110,9 @@ def sae_jax(directory, *arguments):
 def test_every_design_of_scaling_laws_could_start(design):
     spec = f"{ROOT / 'experiments' / 'scaling_laws.py'}:{design}"
     grid = call_in_file(spec, "get_sweep", "")
-    runs = [grids.apply(load_file(spec), swept) for swept in grid]
+    base = load_file(spec)
+    sae = dataclasses.replace(base.sae, dead_after_tokens=10**6)  # one for all, as `expand` gives
+    runs = [grids.apply(dataclasses.replace(base, sae=sae), swept) for swept in grid]
     data = data_like(runs[0])
     runs = [resolve(run, data) for run in runs]
     sizes = {run.sae.d_sae for run in runs}

@@ -1,6 +1,7 @@
 """What a notebook types: `sae_jax.train`, `evaluate`, `save`, `load`, on data of every kind."""
 
 import ast
+import dataclasses
 import importlib
 import itertools
 import json
@@ -52,7 +53,10 @@ def test_every_architecture_on_an_array(architecture, tmp_path):
     assert lines == result.metrics and lines[-1]["step"] == 12
     assert result.config.data.batch_size == 64 and result.result["tokens"] == 64 * 12
     assert np.isfinite(result.result["eval_fvu"]) and result.workdir is None
-    assert result.sae.config == result.config.sae and not result.sae.is_fresh()
+    window = result.sae.config.dead_after_tokens  # what was given: the run's default is the run's
+    assert window is None and result.config.sae.dead_after_tokens == 96
+    assert result.sae.config == dataclasses.replace(result.config.sae, dead_after_tokens=window)
+    assert not result.sae.is_fresh()
     assert_same_arrays(sae.parameters(), before)  # the one given stays as it is
     x = ROWS[:50]
     mse = np.mean(np.sum((x - result.sae(x)) ** 2, axis=1))

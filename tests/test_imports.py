@@ -27,6 +27,7 @@ ROWS = [
         "progress_bar",
         "python_files",
         "tables",
+        "typeset",
     },  # fmt: skip
     {"ops"},
     {"sae"},

@@ -15,7 +15,7 @@ import scipy.optimize
 
 from sae_jax import cli, config
 from sae_jax.config import Config, TrainConfig
-from sae_jax.laws import fit, isoflop, predict, results
+from sae_jax.laws import fitting, isoflop, predict, results
 from sae_jax.laws.estimators import ESTIMATORS, estimate, huber, last_delta, minimise
 from sae_jax.laws.frontier import Cost, Frontier
 from sae_jax.laws.intervals import bootstrap, public_intervals
@@ -68,8 +68,8 @@ def write(path, columns):
 def fitted(tmp_path, columns, law):
     """fit.json of a file with these columns, but for what the command adds."""
     file = write(tmp_path / "runs.csv", columns)
-    rows = results.read(file, fit.needed_columns(law))
-    return fit.fit(rows, law, fit.Options(resamples=100)).summary()
+    rows = results.read(file, fitting.needed_columns(law))
+    return fitting.fit(rows, law, fitting.Options(resamples=100)).summary()
 
 
 def commanded(tmp_path, columns, law, *flags):
@@ -124,7 +124,7 @@ def test_both_optima_of_the_chinchilla_replication(replication, estimator, param
 
 def test_the_replications_uncertainty(replication):
     """The bootstrap's SD of the frontier's exponent a; intervals about as wide as published."""
-    values = fit.fit(replication, "chinchilla", fit.Options()).summary()
+    values = fitting.fit(replication, "chinchilla", fitting.Options()).summary()
     assert 0.0185 <= values["bootstrap"]["sd"]["d_sae_exponent"] <= 0.0205
     for name, (low, high) in PUBLISHED.items():
         ours = values["ci95"][name]
@@ -238,7 +238,7 @@ def test_a_floor_that_is_not_there_is_0_with_a_one_sided_interval(law, estimator
     chinchilla = dict(noise=0.005, seed=1, params=TRUE["chinchilla"] | {"E": 0.0})
     columns = runs(law, **(power if law == "power" else chinchilla))
     rows = results.Results("runs", columns, np.arange(len(columns["loss"])), "loss")
-    found = fit.fit(rows, law, fit.Options(estimator=estimator, resamples=50)).summary()
+    found = fitting.fit(rows, law, fitting.Options(estimator=estimator, resamples=50)).summary()
     json.dumps(found, allow_nan=False)
     low, high = found["ci95"]["E"]
     assert found["params"]["E"] == low == 0.0 < high < 0.6 * columns["loss"].min()
@@ -499,7 +499,6 @@ def test_d_and_n_that_vary_only_together(tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (["--law=chinchila"], "did you mean 'chinchilla'"),
         (["--estimator=hubert"], "did you mean 'huber'"),
         (["--loss=eval_fvu"], "--loss is 'eval_fvu'"),
         (["--holdout=25"], "--holdout=25"),
@@ -511,6 +510,11 @@ def test_d_and_n_that_vary_only_together(tmp_path, capsys):
 )
 def test_mistaken_flags_are_refused(tmp_path, capsys, flags, said):
     assert said in refusal(tmp_path, capsys, runs("chinchilla"), "chinchilla", *flags)
+
+
+def test_a_mistyped_law_is_refused_with_the_nearest(tmp_path, capsys):
+    said = refusal(tmp_path, capsys, runs("chinchilla"), "chinchila")
+    assert "did you mean 'chinchilla'" in said
 
 
 # A sweep, and the next run
@@ -574,8 +578,8 @@ def test_the_prediction_of_every_law_that_has_one():
     for name, columns in rows.items():
         columns["flops"] = 768 * columns["d_sae"] * columns["tokens"]
         run = np.arange(len(columns["loss"]))
-        found = fit.fit(
-            results.Results("runs", columns, run, "loss"), name, fit.Options(resamples=50)
+        found = fitting.fit(
+            results.Results("runs", columns, run, "loss"), name, fitting.Options(resamples=50)
         )
         planned = predict.predict(found, 1e15)
         at = {part: np.array([planned[part]]) for part in ("d_sae", "tokens")}
@@ -587,7 +591,7 @@ def test_the_prediction_of_every_law_that_has_one():
 def test_isoflop_keeps_budgets_to_fit(world):
     rows = results.Results("runs", world, np.arange(len(world["loss"])), "loss")
     with pytest.raises(config.UserError, match="--holdout=5"):
-        isoflop.fit(rows, fit.Options(holdout=5))
+        isoflop.fit(rows, fitting.Options(holdout=5))
 
 
 @pytest.mark.parametrize("law", ["power", "chinchilla", "joint"])

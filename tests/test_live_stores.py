@@ -142,8 +142,11 @@ def test_a_streams_memory_does_not_grow_with_the_text(model, tmp_path):
 
 
 def test_statistics_of_a_sample(model, both, tmp_path):
-    """Spread over the text, in whole shards; what is excluded by token or position is the same."""
+    """Spread over the text, in whole contexts and no more than those; what is excluded by token or
+    position is the same."""
     total = both[0].num_rows
+    few = harvest(model, tmp_path / "few", live=True, statistics_tokens=5 * CONTEXT + 1)
+    assert 3 * CONTEXT < few.meta.sites[SITES[0]].rows_used <= 6 * (CONTEXT - 1)  # six without BOS
     sampled = harvest(model, tmp_path / "s", live=True, statistics_tokens=total // 4)
     site, full = sampled.meta.sites[SITES[0]], both[0].meta.sites[SITES[0]]
     assert 0.2 * total < site.rows_used < 0.5 * total < full.rows_used

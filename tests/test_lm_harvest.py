@@ -136,6 +136,20 @@ def test_mistakes_are_refused_before_anything_is_written(world, tmp_path, monkey
         ({"context_length": 0}, "context_length 0 is not between 2"),
         ({"batch_size": 6}, "batch_size 6 is not a multiple"),
         ({"tokens": 3}, "3 tokens are less than one context"),
+        (
+            {"max_bytes": 3},
+            "max_bytes 3 is too little for one context of 16 tokens of resid_post.0",
+        ),
+        (
+            {"sites": "blocks.0.ln2.hook_normalized"},
+            "no site: it is before the norm's weight, and ",
+        ),
+        ({"sites": "blocks.1.hook_mlp_in"}, "no site: it enters the MLP's norm, as resid_mid.1;"),
+        (
+            {"sites": "blocks.1.attn.hook_q"},
+            r"blocks.1.attn.hook_q is at no site; hooks that are: ",
+        ),
+        ({"sites": "blocks.2.hook_mlp_out"}, "unknown site 'mlp_out.2'"),
     ):
         with pytest.raises(UserError, match=message):
             harvest(world, out, **options)
@@ -157,10 +171,10 @@ def test_what_is_there_already_needs_no_room(world, tmp_path, monkeypatch):
 
     write_shard = StoreWriter.write_shard
 
-    def stop_after_two(writer, index, values):
+    def stop_after_two(writer, index, *values):
         if index == 2:
             raise Stopped
-        write_shard(writer, index, values)
+        write_shard(writer, index, *values)
 
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(StoreWriter, "write_shard", stop_after_two)
@@ -176,6 +190,32 @@ def test_what_is_there_already_needs_no_room(world, tmp_path, monkeypatch):
         else:
             with pytest.raises(UserError, match="fewer tokens or sites"):
                 harvest(world, out)
+
+
+def test_hooks_of_transformer_lens_are_sites():
+    """Each site has the hook that `hook_name` says, and no other hook is a site."""
+    for site in lm.SITES:
+        hook = lm.hook_name(f"{site}.11")
+        assert (hook is None) == (site == "mlp_in")
+        assert hook is None or lm.site_of_hook(hook) == f"{site}.11"
+    for hook in ("blocks.1.hook_mlp_in", "blocks.1.ln2.hook_normalized", "blocks.x.hook_mlp_out",
+                 "blocks.1.hook_mlp_out.x", "hook_embed", "resid_post.1"):  # fmt: skip
+        assert lm.site_of_hook(hook) is None
+
+
+@pytest.mark.parametrize("max_bytes, live", [(60_000, True), (250_000, False)])
+def test_max_bytes_is_the_most_that_a_store_takes(world, tmp_path, max_bytes, live):
+    harvest(world, tmp_path / "store", tokens=None, max_bytes=max_bytes, live=live)
+    size = sum(file.stat().st_size for file in (tmp_path / "store").rglob("*") if file.is_file())
+    assert 0.7 * max_bytes < size <= max_bytes
+
+
+def test_a_text_of_fewer_tokens_is_told(world, tmp_path, caplog):
+    hooks = "blocks.0.hook_resid_post,blocks.1.mlp.hook_post"
+    options = {"sites": hooks, "tokens": 10**8, "live": True, "statistics_tokens": 1}
+    store = harvest(world, tmp_path / "store", **options)
+    assert tuple(store.meta.sites) == SITES
+    assert "the text has 21,328 tokens, not the 100,000,000 of --tokens" in caplog.text
 
 
 def test_flops_are_those_of_the_layers_up_to_the_last_site(world):

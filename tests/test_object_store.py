@@ -119,6 +119,32 @@ def test_what_is_wrong_with_a_bucket_is_one_line(s3, monkeypatch, break_it, url,
     assert says in str(raised.value) and "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    "server,says",
+    [
+        (None, "there is no such bucket"),  # this server needs none
+        pytest.param("http://127.0.0.1:1", "found no credentials, .*; set AWS_ACCESS_KEY_ID and",
+                     marks=pytest.mark.slow),  # it tries for 1.5 s
+    ],
+)  # fmt: skip
+def test_missing_credentials_are_one_line_and_no_log(
+    s3, monkeypatch, tmp_path, capfd, server, says
+):
+    """TensorStore would list on standard error the files that it looked into; what others write
+    there meanwhile comes through."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server or s3)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UserError, match=says):
+        paths.path(f"s3://no-credentials{bool(server):d}/run").exists()
+    assert not capfd.readouterr().err
+    with paths.library_log([]) as log:
+        os.write(2, b"one\nE1130 07:38:48.776161    9767 common-io:5] Failed to open file\ntwo\n")
+    assert capfd.readouterr().err == "one\ntwo\n" and len(log) == 1
+
+
 def test_a_bucket_that_is_not_there_is_named_on_google_too(gcs):
     with pytest.raises(UserError, match="there is no such bucket; make it, or correct its name"):
         paths.write(paths.path("gs://absent/file"), "text")

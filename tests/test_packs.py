@@ -1,5 +1,6 @@
 """Runs trained together are the runs trained alone."""
 
+import collections
 import dataclasses
 import itertools
 import json
@@ -7,16 +8,26 @@ import json
 import jax
 import numpy as np
 import pytest
-from training import BATCH, make_config, make_store, metrics, saved_arrays
+from training import (
+    BATCH,
+    WIDTH,
+    assert_same_arrays,
+    make_config,
+    make_store,
+    metrics,
+    saved_arrays,
+    sparse_rows,
+)
 
 from sae_jax import config as configs
-from sae_jax.activations import open_stream
+from sae_jax.activations import Store, open_stream, write_store
 from sae_jax.errors import UserError
 from sae_jax.sae import ARCHITECTURES
-from sae_jax.sweep import grid
+from sae_jax.sweep import design, grid
 from sae_jax.sweep.design import VARIED, make_passes
 from sae_jax.sweep.pass_trainer import train_pass
 from sae_jax.train import pack, preparation
+from sae_jax.train.loop import TrainingData
 from sae_jax.train.mesh import BatchPlacement, make_mesh
 from sae_jax.train.pack import PackTrainer, get_field, get_run, put_run, set_fields
 from sae_jax.train.results import flops, run_id
@@ -197,6 +208,51 @@ def test_other_data_is_another_pass(store):
     assert [len(work.runs) for work in make_passes(runs)] == [1, 1]
 
 
+@pytest.fixture(scope="module")
+def two_sites(tmp_path_factory):
+    path = tmp_path_factory.mktemp("sites") / "store"
+    a, b = sparse_rows(8192), sparse_rows(8192, seed=1, width=24)
+    write_store(path, [{"a": a, "b": b.astype(np.float16)}], context_length=8)
+    return str(path)
+
+
+SITES = grid.sweep("data.site", ["a", "b"])
+TRANSCODER = [{"data.site": "a", "data.target_site": "b", "sae.kind": "transcoder"}]
+CROSSCODER = [{"data.site": "b,a", "sae.kind": "crosscoder"}]
+
+
+def runs_of_sites(store, assignments, **sections):
+    runs = [grid.apply(base(store, "topk", **sections), run) for run in assignments]
+    return [preparation.resolve(run, open_stream(run.data)) for run in runs]
+
+
+def test_sites_share_a_pass_up_to_a_windows_memory(two_sites, monkeypatch):
+    kinds = grid.product(grid.chain(SITES, TRANSCODER), grid.sweep("sae.k", [2, 4]))
+    runs = runs_of_sites(two_sites, kinds)
+    (work,) = make_passes(runs)
+    assert (sorted(work.data.site), work.data.target_site) == ([*",ab"], "")
+    assert [len(packed.runs) for packed in work.packs] == [2, 2, 2]
+    monkeypatch.setattr(design, "_WINDOW_BYTES", 4 * 1024 * (WIDTH + 24))  # a and b, then a with b
+    assert [len(p.packs) for p in make_passes(runs)] == [2, 1]
+    worlds = [dataclasses.replace(r.data, store="world:superposition") for r in runs]
+    of_worlds = [dataclasses.replace(r, data=d) for r, d in zip(runs, worlds, strict=True)]
+    assert len(make_passes(of_worlds)) == 3
+
+
+@pytest.mark.parametrize("assignment", [*SITES, *TRANSCODER, *CROSSCODER], ids=str)
+def test_what_is_taken_from_a_batch_of_all_sites_is_a_batch_of_ones_own(two_sites, assignment):
+    (run,) = runs_of_sites(two_sites, [assignment], mesh={"data": 4})
+    own = TrainingData.open(run, open_stream)
+    data = dataclasses.replace(run.data, site="a,b", target_site="")
+    whole = TrainingData(run, open_stream(data), None, make_mesh(run))
+    own.take_from(whole)
+    with jax.set_mesh(own.mesh):
+        for batch, want, _ in zip(whole.batches(3), own.batches(3), range(5), strict=False):
+            got = own.own(batch)
+            assert jax.typeof(got) == jax.typeof(want) and got.sharding == want.sharding
+            np.testing.assert_array_equal(*map(np.asarray, (got, want)))
+
+
 # ----------------------------------------------------------------------------- training
 
 
@@ -249,6 +305,36 @@ def test_each_run_is_as_if_it_had_been_alone(trained, tmp_path):
         for array, value in want.items():
             np.testing.assert_allclose(got[array], value, rtol=1e-3, atol=1e-5, err_msg=array)
         assert train_run(run, folder / name).result["run_id"] == name, "train takes it as its own"
+
+
+@pytest.mark.slow
+def test_sites_in_one_pass_are_read_once_and_train_as_in_passes_of_their_own(
+    two_sites, tmp_path, monkeypatch
+):
+    """Two sites of two dtypes, resampled once."""
+    reads = []
+    read_chunks = Store.read_chunks
+
+    def counting(store, sites, chunks, outs):
+        reads.extend((site, int(chunk)) for site in sites for chunk in chunks)
+        read_chunks(store, sites, chunks, outs)
+
+    monkeypatch.setattr(Store, "read_chunks", counting)
+    fields = {"resample_every_tokens": 25 * BATCH, "resample_times": 1, "b_dec_init": "mean"}
+    runs = runs_of_sites(two_sites, SITES, sae=fields)
+    for run in runs:
+        (work,) = make_passes([run])
+        assert work.data == run.data
+        train_pass(work, tmp_path / "alone")
+    alone = collections.Counter(reads)
+    reads.clear()
+    (work,) = make_passes(runs)
+    train_pass(work, tmp_path / "together")
+    assert collections.Counter(reads) == alone
+    assert_same_runs(results(tmp_path / "together"), results(tmp_path / "alone"), rel=0)
+    for run in runs:
+        folders = (tmp_path / how / run_id(run) for how in ("together", "alone"))
+        assert_same_arrays(*map(saved_arrays, folders))
 
 
 class CutError(Exception):

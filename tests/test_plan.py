@@ -7,6 +7,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,16 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from sae_jax import config as configs
+from sae_jax import lm
+from sae_jax.activations import StoreWriter
 from sae_jax.config import Config, DataConfig, MeshConfig
 from sae_jax.errors import UserError
 from sae_jax.ops.sharding import BATCH
-from sae_jax.plan import chips, hlo
-from sae_jax.plan.estimate import candidates, estimate, least_bytes, resolve
+from sae_jax.plan import chips, hlo, search, sweep
+from sae_jax.plan import harvest as harvests
+from sae_jax.plan import traced as traced_program
+from sae_jax.plan.estimate import Estimate, candidates, estimate, least_bytes, resolve, screen
 from sae_jax.plan.flops import matmul_flops
 from sae_jax.sae import by_name
 from sae_jax.train.mesh import make_mesh
@@ -63,6 +69,8 @@ def test_loops_slices_and_collectives_are_counted_as_often_as_they_run():
     assert matmul_flops(traced.jaxpr.jaxpr, mesh) == {"float32": 5 * 2 * 8 * 16 * 32}
     traffic = hlo.Program(traced.lower().compile().as_text()).traffic
     found = {(c.kind, c.group, c.bytes, c.times): c.sent for c in traffic.collectives}
+    screened = traced_program.read(traced.jaxpr.jaxpr, mesh)
+    assert {(c.kind, c.group, c.bytes, c.times): c.sent for c in screened.collectives} == found
     each = 8 * 32 * 4
     assert found == {
         ("all-reduce", (0, 1), each, 5): 5 * each,
@@ -70,6 +78,27 @@ def test_loops_slices_and_collectives_are_counted_as_often_as_they_run():
     }
     slices = 5 * 16 * 32 * 4  # of w; each once, not the whole w five times
     assert slices < traffic.memory_bytes < 3 * slices + 5 * 12 * each
+    assert slices < screened.memory_bytes < 3 * slices + 5 * 12 * each
+
+
+def test_the_tracer_counts_what_is_kept_and_passes_over_what_nobody_asks_for():
+    """Of x (64, 32): x @ w is read twice, once fused; a product that nothing needs is none."""
+    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+
+    @jax.jit
+    def inner(x, w):
+        return jnp.exp(x @ w), jnp.sin(x @ w.T)
+
+    def f(x, w):
+        wanted, _ = inner(x, w)
+        return wanted.sum(axis=0)
+
+    with jax.set_mesh(mesh):
+        traced = jax.jit(f).trace(jnp.zeros((64, 32)), jnp.zeros((32, 32)))
+    work = traced_program.read(traced.jaxpr.jaxpr, mesh)
+    x, w, out = 4 * 64 * 32, 4 * 32 * 32, 4 * 32
+    assert work.memory_bytes == (x + w + x) + (x + out)
+    assert work.temporary_bytes == x + out
 
 
 @pytest.mark.parametrize(
@@ -85,6 +114,11 @@ def test_loops_slices_and_collectives_are_counted_as_often_as_they_run():
 )
 def test_replica_groups_as_xla_prints_them(text, group):
     assert hlo.parse_group(text) == group
+
+
+def test_replica_groups_in_an_unknown_print_are_the_users_to_mend():
+    with pytest.raises(UserError, match=r"'x'.*another version of jax"):
+        hlo.parse_group(", replica_groups={'x'}")
 
 
 @pytest.mark.parametrize(
@@ -153,6 +187,124 @@ def test_unknown_topologies_are_named(name):
         chips.find(name)
 
 
+# ------------------------------------------------------------- searches, sweeps and harvests
+
+
+def an_estimate(config: Config, topology, seconds: float, total: int, compiled: bool) -> Estimate:
+    """One whose step takes so many seconds of products and bytes of memory."""
+    flops = Counter(float32=seconds * topology.chip.float32)
+    return Estimate(
+        config, topology, {}, {"temporaries": total}, total, flops, 0, compiled=compiled
+    )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_search_finds_what_brute_force_finds(monkeypatch, seed):
+    """The compiled estimates are 1 to 1.1 times (traced times 1.5): more meshes are compiled only
+    where they could be better, and those that do not fit are passed over."""
+    rng = np.random.default_rng(seed)
+    topology = chips.describe("h100:2x8")
+    tried = search.variants(a_config(d_sae=4096, batch=4096), 16, [4096, 8192])
+    assert len(tried) == 18
+    traced = {config: (rng.uniform(1, 5), rng.uniform(1e10, 9e10)) for config in tried}
+    real = {c: tuple(v * rng.uniform(1.5, 1.65) for v in traced[c]) for c in tried}
+    compiled = []
+
+    def compile_(config, topology):
+        compiled.append(config)
+        return an_estimate(config, topology, *real[config], compiled=True)
+
+    monkeypatch.setattr(search, "estimate", compile_)
+    monkeypatch.setattr(
+        search, "screen", lambda c, t: an_estimate(c, t, *traced[c], compiled=False)
+    )
+    found = search.search(tried, topology, most=len(tried))
+    fits = [c for c in tried if real[c][1] <= topology.capacity]
+    assert found.fastest.config == min(fits, key=lambda c: real[c][0] / c.data.batch_size)
+    assert found.least_memory.config == min(fits, key=lambda c: real[c][1])
+    assert len(compiled) == len(set(compiled)) < len(tried)
+    few = search.search(tried, topology, most=1)
+    assert few.fastest.compiled and few.fastest.fits
+    none = search.search(tried, topology, most=0)
+    assert not none.fastest.compiled and not none.compiled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["relu", "topk"])
+def test_traced_and_compiled_estimates_agree(architecture):
+    config = a_config(architecture, 512, 4096, 128, data=2, model=2, zero=True)
+    topology = chips.Topology("h100:1x4", chips.CHIPS["h100"], jax.devices()[:4], 4)
+    traced, compiled = screen(config, topology), estimate(config, topology)
+    assert traced.flops == compiled.flops
+    assert traced.seconds["network"] == pytest.approx(compiled.seconds["network"], rel=0.02)
+    assert 0.5 < traced.memory_bytes / compiled.memory_bytes < 1.5
+    assert 0.25 < traced.total / compiled.total < 1.5
+
+
+def test_a_sweep_takes_what_its_packs_take(monkeypatch):
+    """A step takes d_sae microseconds. Packs of 3 runs: on a mesh with two groups each takes two
+    rounds."""
+    topology = dataclasses.replace(chips.describe("h100:1x4"), devices=jax.devices()[:4])
+    monkeypatch.setattr(
+        sweep,
+        "screen",
+        lambda config, part: dataclasses.replace(
+            an_estimate(config, part, config.sae.d_sae * 1e-6, 0, compiled=False),
+            bytes={"parameters": config.sae.d_sae, "optimizer": 2 * config.sae.d_sae,
+                   "counters": 0, "batch": 7, "temporaries": 1000},
+        ),
+    )  # fmt: skip
+    base = a_config("topk", 4096, 1024)
+    fields = [{"sae.d_sae": d, "train.seed": seed} for d in (1024, 4096) for seed in range(3)]
+    runs = [configs.assign(base, {**f, "train.tokens": 4096 * 100}) for f in fields]
+    for groups, rounds in ((1, 3), (2, 2)):
+        mesh = MeshConfig(run=groups, data=4 // groups, model=1)
+        plan = sweep.plan(runs, topology, mesh, most=0)
+        assert plan.hours * 3600 == pytest.approx(rounds * 100 * (1024 + 4096) * 1e-6)
+        assert plan.device_hours == pytest.approx(4 * plan.hours)
+        assert plan.memory == rounds * 3 * (1024 + 4096) + rounds * 1000 + 7
+        assert (plan.passes, plan.packs, plan.tokens) == (1, 2, 4096 * 100)
+        assert plan.bytes_read == 4096 * 100 * 64 * 2
+    found = sweep.plan(runs, topology, None, most=0)
+    assert found.mesh.run == 2 and found.fits  # a step does not gain here by more devices
+    assert sweep.as_dict(found, price=2.0)["cost"] == 2 * found.device_hours
+
+
+def test_a_harvest_takes_the_bytes_and_files_of_the_store(tmp_path):
+    plan = harvests.harvest(
+        lm.DEMO_MODEL, ["blocks.0.hook_resid_post", "mlp_act.0"], 3000, tmp_path / "s",
+        chips.describe("h100:1x8"), context_length=16,
+    )  # fmt: skip
+    model = lm.open_model(lm.DEMO_MODEL)
+    widths = {site: model.site_width(site) for site in ("resid_post.0", "mlp_act.0")}
+    tokens = np.zeros((3000 // 16, 16), np.int32)
+    writer = StoreWriter.create_or_resume(
+        tmp_path / "s", sites=widths, num_sequences=len(tokens), context_length=16, tokens=tokens
+    )
+    for shard in writer.missing_shards():
+        rows = (shard.sequences.stop - shard.sequences.start) * 16
+        values = {site: np.ones((rows, width), np.float32) for site, width in widths.items()}
+        writer.write_shard(shard.index, values)
+    writer.finish()
+    files = [f for f in (tmp_path / "s").rglob("*") if f.is_file() and f.name != "meta.json"]
+    data = [f for f in files if f.name != "zarr.json"]
+    assert (plan.contexts, plan.tokens) == (187, 2992)
+    assert plan.objects == len(files)
+    assert plan.bytes == sum(f.stat().st_size for f in data)
+    assert plan.flops == 2992 * model.flops_per_token(tuple(widths), 16)
+    assert plan.seconds == pytest.approx(plan.flops / 8 / 67e12)
+    assert plan.fits and plan.mesh_model == 1
+    full = dataclasses.replace(plan, free=plan.bytes - 1)
+    assert not full.fits and "DOES NOT FIT" in harvests.text(full)
+
+
+def test_a_model_too_large_for_a_device_is_shared():
+    small = dataclasses.replace(chips.CHIPS["h100"], memory=4 * 2**20)
+    topology = dataclasses.replace(chips.describe("h100:1x8"), chip=small)
+    plan = harvests.harvest(lm.DEMO_MODEL, ["resid_post.0"], 10**6, "o", topology, context_length=2)
+    assert plan.mesh_model is None and not plan.fits  # the batch's activations alone are more
+
+
 # ------------------------------------------------------------------------- the command
 
 
@@ -168,16 +320,22 @@ PAPER = f"--config={HERE.parent / 'experiments' / 'scaling_monosemanticity.py'}"
 
 @pytest.mark.slow
 def test_a_mesh_that_does_not_fit_names_one_that_does():
-    refused = plan(f"{PAPER}:4m", "--topology=h100:4x8", "--mesh=1,4,8")
+    refused = plan(f"{PAPER}:4m", "--topology=h100:4x8", "--mesh=1,4,8", "--compiles=1")
     assert refused.returncode == 1, refused.stderr
     assert "DOES NOT FIT" in refused.stdout
-    named = refused.stderr.split("It would fit with ")[1].split(":")[0].split()
-    accepted = plan(f"{PAPER}:4m", "--topology=h100:4x8", *named, "--json")
+    words, command = refused.stdout.split("The fastest that fits")[1].split("\n  ")
+    assert words.startswith(", and the least memory: ")
+    assert command.startswith(f"sae-jax train {PAPER}:4m --config.mesh.data=1 ")
+    named = [word for word in command.split() if word.startswith("--config.mesh.")]
+    accepted = plan(f"{PAPER}:4m", "--topology=h100:4x8", *named, "--json", "--price=2.5")
     assert accepted.returncode == 0, accepted.stderr
     told = json.loads(accepted.stdout)
     assert told["fits"] and told["bytes"]["total"] < 60e9
-    steps = told["run"]["tokens"] // 4096
-    assert told["run"]["hours"] == pytest.approx(steps * told["seconds"]["step"] / 3600)
+    assert f"{told['seconds']['step'] * 1e3:.1f} ms a step" in words
+    run = told["run"]
+    assert run["hours"] == pytest.approx(run["tokens"] // 4096 * told["seconds"]["step"] / 3600)
+    assert run["cost"] == pytest.approx(2.5 * run["chip_hours"])
+    assert told["suggestions"] == {}
 
 
 @pytest.mark.slow
@@ -186,9 +344,10 @@ def test_find_takes_the_least_and_nothing_fits_is_said():
     assert found.returncode == 0, found.stderr
     rows = [line.split() for line in found.stderr.splitlines() if line[:6].strip().isdigit()]
     assert len(rows) == 5  # 4 x 1, 2 x 2 and 1 x 4, with and without ZeRO
-    least = min(rows, key=lambda row: float(row[3]))
-    told = json.loads(found.stdout)["mesh"]
-    assert [str(told["data"]), str(told["model"])] == least[:2]
+    least = min((row for row in rows if row[-1] == "compiled"), key=lambda row: float(row[5]))
+    told = json.loads(found.stdout)
+    assert [str(told["mesh"]["data"]), str(told["mesh"]["model"])] == least[:2]
+    assert told["bytes"]["total"] == told["suggestions"]["least_memory"]["bytes"]
     none = plan(f"{PAPER}:34m", "--topology=h100:1x8", "--find=time")
     assert none.returncode == 1
     assert "No mesh of 8 devices fits" in none.stderr
@@ -260,9 +419,11 @@ def test_weak_scaling_and_the_collectives_of_the_design(counts):
             assert size <= line["designed"].get(collective, 0), f"{collective} in {case}"
 
 
-def test_plan_is_of_one_run():
+def test_plan_is_of_one_run_with_tokens():
     with pytest.raises(UserError, match="one run"):
         resolve(dataclasses.replace(Config(), mesh=MeshConfig(run=2)), (64,))
+    with pytest.raises(UserError, match="batch_size must be 1 or more, not 0"):
+        resolve(dataclasses.replace(Config(), data=DataConfig(batch_size=0)), (64,))
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_the_next_runs_config_is_python_whatever_runs_and_folders_are_called(tmp
     out = tmp_path / folder
     out.mkdir()
     planned = dict(flops=1e9, d_sae=128, tokens=12800, loss=0.5, interval=[0.4, 0.6])
-    next_run.save(planned, "sweep", None, str(out))
+    next_run.save(planned, [run], None, str(out))
 
     file = out / next_run.FILE
     tree = ast.parse(file.read_bytes())

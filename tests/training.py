@@ -47,7 +47,9 @@ def make_config(store: str, architecture: str = "topk", steps: int = 50, **secti
             dead_after_tokens=2 * BATCH,
         ),
         data=DataConfig(store=store, batch_size=BATCH, virtual_shards=8, window_rows=1024),
-        train=TrainConfig(tokens=steps * BATCH, log_every=1, checkpoint_every=steps),
+        train=TrainConfig(
+            tokens=steps * BATCH, log_every=1, checkpoint_every=steps, keep_trunk=False
+        ),
         mesh=MeshConfig(data=1, model=1),
     )
     for name, fields in sections.items():

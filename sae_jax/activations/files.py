@@ -4,6 +4,7 @@ The other modules of this package name files relative to the store and leave pat
 """
 
 import contextlib
+import math
 import pathlib
 import shutil
 import textwrap
@@ -149,12 +150,26 @@ class Array:
 
         They are those of its shards. One at a time: a damaged shape may promise any number of them.
         """
-        chunk_bytes = self.chunk_rows * ts.dtype(self.dtype).numpy_dtype.itemsize
-        for extent in self.shape[1:]:
-            chunk_bytes *= extent
-        chunks = -(-self.shape[0] // self.chunk_rows)
-        index_bytes = _INDEX_BYTES_PER_CHUNK * self.shard_chunks + _CRC_BYTES
-        for shard, first in enumerate(range(0, chunks, self.shard_chunks)):
-            present = min(self.shard_chunks, chunks - first)
+        for shard, first in enumerate(range(0, self._chunks, self.shard_chunks)):
+            present = min(self.shard_chunks, self._chunks - first)
             key = "/".join(["c", str(shard), *["0"] * (len(self.shape) - 1)])
-            yield f"{self.name}/{key}", present * chunk_bytes + index_bytes
+            yield f"{self.name}/{key}", present * self._chunk_bytes + self._index_bytes
+
+    @property
+    def num_bytes(self) -> int:
+        """The size in bytes of all files of the array but its zarr.json."""
+        shards = -(-self._chunks // self.shard_chunks)
+        return self._chunks * self._chunk_bytes + shards * self._index_bytes
+
+    @property
+    def _chunks(self) -> int:
+        return -(-self.shape[0] // self.chunk_rows)
+
+    @property
+    def _chunk_bytes(self) -> int:
+        itemsize = ts.dtype(self.dtype).numpy_dtype.itemsize
+        return math.prod((self.chunk_rows, *self.shape[1:])) * itemsize
+
+    @property
+    def _index_bytes(self) -> int:
+        return _INDEX_BYTES_PER_CHUNK * self.shard_chunks + _CRC_BYTES

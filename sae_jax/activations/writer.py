@@ -39,6 +39,7 @@ SHARD_BYTES = 256 << 20
 MIN_CHUNKS = 256  # chunks of a small store, for fine-grained held-out sequences and shuffling
 MIN_SHARDS = 8  # shards of a small store, so that an interrupted harvest keeps most of its work
 _CHUNK_ROWS = (256, 4096)
+_JSON_BYTES = 1024  # of the zarr.json of an array, and more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +168,12 @@ class StoreWriter:
             if _notes_name(i) not in written
         ]
 
-    def write_shard(self, index: int, values: dict[str, np.ndarray] | None) -> None:
+    def write_shard(
+        self,
+        index: int,
+        values: dict[str, np.ndarray] | None,
+        sampled: np.ndarray | None = None,
+    ) -> None:
         """Writes one shard.
 
         Rows that are not finite in the store's dtype are marked as such.
@@ -176,6 +182,8 @@ class StoreWriter:
           index: the number of the shard.
           values: by site, activations (sequences of the shard * context_length, width) of any float
             type. None is for a live store: the shard has no part in the statistics.
+          sampled: for a live store, the numbers within the shard of the sequences that `values`
+            are of, the only ones with a part in the statistics. None: all.
 
         Raises UserError for an array of another shape.
         """
@@ -183,8 +191,10 @@ class StoreWriter:
         first = index * meta.shard_sequences
         stop = min(first + meta.shard_sequences, meta.num_sequences)
         rows = slice(first * meta.context_length, stop * meta.context_length)
+        sequences = slice(None) if sampled is None else sampled
+        count = (rows.stop - rows.start) if sampled is None else len(sampled) * meta.context_length
         names = sorted(meta.sites) if values is not None else []
-        values = {name: self._as_stored(name, values[name], rows) for name in names}
+        values = {name: self._as_stored(name, values[name], rows.start, count) for name in names}
         with paths.explained(self.path):
             pending = [
                 arrays[f"sites/{name}"].open(self.folder)[rows].write(x)
@@ -199,12 +209,14 @@ class StoreWriter:
             excluded[np.isin(tokens, meta.excluded_tokens)] |= SPECIAL_TOKEN
         finite = {name: statistics.finite_rows(x) for name, x in values.items()}
         for rows_finite in finite.values():
-            excluded[~rows_finite.reshape(excluded.shape)] |= NONFINITE
+            rows_finite = rows_finite.reshape(-1, meta.context_length)
+            excluded[sequences] |= np.where(rows_finite, 0, NONFINITE).astype(np.uint8)
         notes = {"excluded": excluded, "time": np.float64(time.time())}
+        used = excluded[sequences] == 0
         if values:
-            notes["count"] = (excluded == 0).sum(axis=0)
+            notes["count"] = used.sum(axis=0)
         for name, x in values.items():
-            sums = statistics.site_sums(x, excluded == 0, int((~finite[name]).sum()))
+            sums = statistics.site_sums(x, used, int((~finite[name]).sum()))
             notes |= {f"{name}/{key}": value for key, value in vars(sums).items()}
         if not meta.live:
             starts = range(0, excluded.size, meta.chunk_rows)
@@ -293,13 +305,13 @@ class StoreWriter:
     def _arrays(self):
         return self.meta.arrays()
 
-    def _as_stored(self, name: str, x: np.ndarray, rows: slice) -> np.ndarray:
+    def _as_stored(self, name: str, x: np.ndarray, first: int, count: int) -> np.ndarray:
         """Returns the values of a site in the store's dtype. Raises UserError for another shape."""
         site, x = self.meta.sites[name], np.asarray(x)
-        if x.shape != (rows.stop - rows.start, site.width):
+        if x.shape != (count, site.width):
             raise UserError(
-                f"site {name} got an array of shape {x.shape} for rows {rows.start} to {rows.stop} "
-                f"of {self.path}, which take ({rows.stop - rows.start}, {site.width})"
+                f"site {name} got an array of shape {x.shape} for {count} rows from row {first} of "
+                f"{self.path}, which take ({count}, {site.width})"
             )
         with np.errstate(over="ignore"):  # becomes infinity, which is then counted
             return np.ascontiguousarray(x, dtype=site.numpy_dtype)
@@ -385,6 +397,35 @@ def layout(site: SiteMeta, num_sequences: int, context_length: int) -> tuple[int
     chunks = -(-num_sequences // chunk)
     chunk_bytes = chunk * context_length * row_bytes
     return chunk, chunk * max(1, min(SHARD_BYTES // chunk_bytes, -(-chunks // MIN_SHARDS)))
+
+
+def most_sequences(
+    max_bytes: int, sites: dict[str, int], dtype: str, context_length: int, live: LiveMeta | None
+) -> int:
+    """Returns how many sequences a store can have whose files are `max_bytes` or less together.
+
+    It is 0 where not even one fits. The other arguments are those of
+    `StoreWriter.create_or_resume`.
+    """
+    metas = {name: SiteMeta(width, dtype) for name, width in sites.items()}
+    widest = max(metas.values(), key=lambda site: site.width)
+
+    def size(num_sequences):
+        chunk, shard = layout(widest, num_sequences, context_length)
+        meta = StoreMeta(
+            FORMAT_VERSION, True, context_length, num_sequences, chunk, shard, metas,
+            tokens_sha256="", live=live,
+        )  # fmt: skip
+        arrays = meta.arrays().values()
+        return sum(array.num_bytes for array in arrays) + _JSON_BYTES * (
+            len(arrays) + 4 + sum(sites.values()) // 32  # means, at about 20 bytes a number
+        )
+
+    fits, too_many = 0, max_bytes // context_length + 1  # a mask has a byte for each row
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        fits, too_many = (middle, too_many) if size(middle) <= max_bytes else (fits, middle)
+    return fits
 
 
 def _check_same(existing: StoreMeta, wanted: StoreMeta, folder: Folder) -> None:

@@ -114,7 +114,8 @@ def bench_config(
     config = Config()
     section = by_name(architecture).Config
     picks = {} if section.k is None else {"k": k}
-    sae = section(d_sae=d_sae, compute_dtype=compute_dtype, **picks)
+    # No latent of a bench is dead: its steps are those of a run whose latents live.
+    sae = section(d_sae=d_sae, compute_dtype=compute_dtype, dead_after_tokens=10**7, **picks)
     return dataclasses.replace(
         config,
         sae=saes.resolve(sae, d_in),

@@ -23,7 +23,7 @@ from sae_jax.errors import UserError, choose, one_line
 
 _MOST_CPU_DEVICES = 1024  # each is a few threads
 COMMANDS = (
-    """demo harvest store train eval sweep status fit plan export import bench launch""".split()
+    "demo harvest store train eval sweep status fit compare plan export import bench launch".split()
 )
 
 _TAKE_PATHS = ("status",)  # whose arguments without a flag are those of --path
@@ -103,6 +103,8 @@ def _run(name: str, rest: list[str]) -> int:
     if "-h" in others or "--help" in others:
         print(_help(name, command, values))
         return 0
+    for flag in values:
+        values[flag].allow_overwrite = False  # the one before would be ignored
     positional = values([name, *others])[1:]
     if positional and name in _TAKE_PATHS:
         values["path"].value = [*(values.path or []), *positional]
@@ -129,6 +131,11 @@ def _split_overrides(argv: list[str]) -> tuple[dict[str, str], list[str]]:
             path, equals, value = argument.removeprefix("--config.").partition("=")
             if not equals:
                 raise UserError(f"{argument} has no value; write {argument}=VALUE")
+            if path in overrides:
+                raise UserError(
+                    f"--config.{path} is given twice, as {overrides[path]!r} and {value!r}; give "
+                    "it once"
+                )
             overrides[path] = value
         else:
             others.append(argument)

@@ -8,6 +8,8 @@ from absl import flags
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 _MOST = 10**15  # more tokens than there are
 
+flags.disclaim_key_flags()  # --help shows them with those of the command
+
 
 class _Parser(flags.ArgumentParser):
     syntactic_help = "a number, such as 1000000, 1_000_000, 1e6 or 1M"

@@ -162,8 +162,7 @@ def training_config(store, path, site: str, d_sae: int, epochs: int, k: int, bat
     )
     tokens = stream.num_steps * batch_size
     return Config(
-        # So short a run would never call a latent dead by the default of 10M tokens.
-        sae=TopKConfig(d_sae=d_sae, k=k, dead_after_tokens=tokens // 8),
+        sae=TopKConfig(d_sae=d_sae, k=k),
         data=data,
         optimizer=OptimizerConfig(learning_rate=LEARNING_RATE),
         train=TrainConfig(tokens=tokens, log_every=10, checkpoint_every=200),

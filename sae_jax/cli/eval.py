@@ -14,9 +14,10 @@ On a run, the store, sites and held-out rows are the run's own:
 
   sae-jax eval --run=runs/a --model=stories260K
 
-writes runs/a/eval.json, eval_latents.npz (density, mean and maximal activation of every latent) and
-figures, and prints a table. Without --model there is no cross-entropy, except where the store is
-from the shipped model or from one on the hub. Any SAE that sae_jax reads, on tokens of your own:
+writes runs/a/eval.json, eval_latents.npz (density, mean and maximal activation of every latent),
+eval_dead_latents.txt (the indices of those that never fired) and figures, and prints a table.
+Without --model there is no cross-entropy, except where the store is from the shipped model or from
+one on the hub. Any SAE that sae_jax reads, on tokens of your own:
 
   sae-jax eval --sae=saelens_folder --model=stories260K --tokens_file=tokens.npz --out=eval.json
 
@@ -121,7 +122,7 @@ def _evaluate(args) -> None:
     from sae_jax.activations import is_world
     from sae_jax.config import DataConfig
     from sae_jax.evaluate import figures
-    from sae_jax.evaluate.report import evaluate, save
+    from sae_jax.evaluate.report import dead_latents_file, evaluate, save
     from sae_jax.train.directory import find_store, is_writer, read_config
 
     if bool(args.run) == bool(args.sae):
@@ -150,7 +151,7 @@ def _evaluate(args) -> None:
         return
     save(evaluation, out)
     files = figures.save_all(evaluation, out, path / "metrics.jsonl" if is_run else None)
-    print(f"Written: {', '.join(map(str, [out, *files]))}")
+    print(f"Written: {', '.join(map(str, [out, dead_latents_file(out), *files]))}")
 
 
 def _chosen(args) -> dict:

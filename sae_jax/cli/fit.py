@@ -1,20 +1,30 @@
 """Fits scaling laws to the results of runs: `sae-jax fit`."""
 
+import math
 import shlex
 
 from absl import flags
 
-from sae_jax.cli import counts
+from sae_jax.cli import counts, figure_flags
 from sae_jax.errors import UserError
+from sae_jax.tables import as_number
 
-SUMMARY = """Fit a scaling law to runs, with intervals, held-out error and the next run.
+SUMMARY = f"""Fit a scaling law to runs, with intervals, held-out error and the next run.
 
   sae-jax fit --results=sweeps/a --law=chinchilla --out=fits/a
   sae-jax fit --results=runs.csv --law=isoflop --loss=eval_fvu --out=fits/fvu --predict_flops=1e18
+  sae-jax fit --results=sweeps/a --results=sweeps/b --select="architecture=topk lr<0.01" \\
+      --law=openai_nk --predict_at="d_sae=16384 k=32" --out=fits/topk
+  sae-jax fit --results=sweeps/a --law=chinchilla --by=architecture --out=fits/by
 
 --results is a sweep's directory, a .csv or a .jsonl file, with columns d_sae, tokens, k, flops and
 loss (or eval_loss), as far as the law needs them; --d_sae=NAME and the like say what a foreign file
-calls them. Laws, for n latents, D tokens, C FLOPs:
+calls them. Of several the rows are joined. --select keeps the rows that meet all of its terms (a
+column, one of = != < <= > >=, a value). What varies among the runs and is not in the law is told.
+--by=architecture (or site, k, several with commas) fits a law to each group: OUT/by.png shows all,
+by.csv their parameters, by.json whether their exponents differ and how one law for all, common
+exponents and a law for each compare; OUT/architecture=topk and the like have each fit.
+Laws, for n latents, D tokens, C FLOPs:
 
   power       L = E + A C^-alpha, of the runs on the compute frontier
   isoflop     a parabola of log L in log n for each budget C; power laws of its minima in C
@@ -22,9 +32,19 @@ calls them. Laws, for n latents, D tokens, C FLOPs:
   openai_nk   L = exp(alpha + beta_k ln k + beta_n ln n + gamma ln k ln n) + exp(zeta + eta ln k)
   joint       openai_nk's n and k, and B D^-delta
 
-OUT gets fit.json (parameters, ci95, held-out error, frontier, warnings), fit.png and report.html;
-with --predict_flops also next_run.py, a config for sae-jax train. The published replication of
-Chinchilla (Besiroglu et al. 2024), whose file gives C = 6 n D instead of D:
+OUT gets fit.json (parameters, ci95, held-out error, frontier, warnings), fit.png, curve.csv
+(points, curve, band and residuals), table.md and table.tex (the numbers, to copy), report.html, and
+state.json, which `sae_jax.laws.load(OUT)` reads in Python; with --predict_flops also next_run.py, a
+config for sae-jax train.
+
+  sae-jax fit --results=sweeps/a --law=chinchilla --out=fits/a --figure=paper/sizes.pdf \\
+      --panel=optimal --style=paper/mine.mplstyle
+
+{figure_flags.HELP}
+--panel says which panel of fit.png it is; the first by default.
+
+The published replication of Chinchilla (Besiroglu et al. 2024), whose file gives C = 6 n D instead
+of D:
 
   sae-jax fit --results=chinchilla_replication.csv --law=chinchilla --out=fits/chinchilla \\
       --d_sae="Model Size" --flops="Training FLOP" --flops_factor=6 --drop_largest_losses=5
@@ -42,7 +62,15 @@ _RENAMES = {
 
 def define(values: flags.FlagValues) -> None:
     """Defines the flags of `sae-jax fit`."""
-    flags.DEFINE_string("results", None, "A .csv or .jsonl file, or SWEEP.", flag_values=values)
+    flags.DEFINE_multi_string(
+        "results", None, "A .csv or .jsonl file, or SWEEP", flag_values=values
+    )
+    flags.DEFINE_string(
+        "select", None, 'Of the rows, as in "architecture=topk k=32".', flag_values=values
+    )
+    flags.DEFINE_string(
+        "by", None, "A law for each value of this column, or columns.", flag_values=values
+    )
     flags.DEFINE_string(
         "law", None, "power, isoflop, chinchilla, openai_nk or joint.", flag_values=values
     )
@@ -96,6 +124,20 @@ def define(values: flags.FlagValues) -> None:
         "A budget: its best d_sae and tokens, the loss to expect, and next_run.py.",
         values,
     )
+    flags.DEFINE_multi_string(
+        "predict_at",
+        None,
+        'What a run would lose, as in "d_sae=16384 k=32 tokens=1e9" (what the law needs) or '
+        '"flops=1e18", the least of a budget',
+        flag_values=values,
+    )
+    figure_flags.define(values)
+    flags.DEFINE_string(
+        "panel",
+        None,
+        "What --figure shows: loss, optimal, size, surface, isoflop or residuals, as the law has.",
+        flag_values=values,
+    )
     flags.DEFINE_string(
         "config",
         None,
@@ -107,15 +149,15 @@ def define(values: flags.FlagValues) -> None:
 
 def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
     """Fits the law, writes the results to --out, and prints a summary."""
-    from sae_jax import paths
+    from sae_jax import laws, paths
     from sae_jax.errors import choose
-    from sae_jax.laws import fit, next_run, predict, report, results
+    from sae_jax.laws import fitting, next_run, report
     from sae_jax.laws.estimators import ESTIMATORS
 
     for name in ("results", "law", "out"):
-        if not args[name].value:
+        if args[name].value in (None, "", [""]):
             raise UserError(f"--{name} is needed; sae-jax fit --help has examples")
-    choose(args.law, fit.LAW_NAMES, "--law")
+    choose(args.law, fitting.LAW_NAMES, "--law")
     if args.estimator:
         choose(args.estimator, ESTIMATORS, "--estimator")
     for name in ("predict_flops", "flops_factor"):
@@ -126,22 +168,61 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
             )
     if (args.config or overrides) and args.predict_flops is None:
         raise UserError("--config is of the next run; add --predict_flops=C to plan one")
+    asked = [_assignments(text) for text in args.predict_at or []]
     base = next_run.base(args.config, overrides) if args.config or overrides else None
+    papers = figure_flags.read(args)
+    if args.panel and not papers:
+        raise UserError("--panel is of the figures of --figure=NAME.pdf; give one")
+    if args.panel and args.by:
+        raise UserError("--panel is of one law's figures; with --by it is the laws of all groups")
     report.check_out(args.out)
 
     names = {name: args[name].value for name in _RENAMES}
-    rows = results.read(args.results, fit.needed_columns(args.law), names, args.flops_factor)
-    rows = rows.without_largest_losses(args.drop_largest_losses)
-    options = fit.Options(args.estimator, args.holdout, args.bootstrap, args.seed)
-    found = fit.fit(rows.with_accounting(args.accounting), args.law, options)
-    planned = None
-    if args.predict_flops is not None:
-        planned = predict.predict(found, args.predict_flops)
-    accountings = fit.frontiers_by_accounting(rows, found, args.accounting, options)
-    values = report.summary(found, planned, accountings)
-    report.save(found, values, args.out)
-    print(report.text(values, args.out))
-    if planned and planned["d_sae"]:
-        next_run.save(planned, args.results, base, args.out)
-        file = shlex.quote(f"--config={paths.path(args.out) / next_run.FILE}")
-        print(f"next: sae-jax train {file} --workdir=runs/next")
+    runs = laws.read(
+        args.results, **names, flops_factor=args.flops_factor, select=args.select or ""
+    )
+    options = {
+        "estimator": args.estimator,
+        "accounting": args.accounting,
+        "holdout": args.holdout,
+        "drop_largest_losses": args.drop_largest_losses,
+        "resamples": args.bootstrap,
+        "seed": args.seed,
+    }
+    asked = {"flops": args.predict_flops, "start": base, "at": asked, "style": args.style}
+    if args.by:
+        groups = laws.fit_by(runs, args.law, args.by, **options)
+        refused = groups.save(args.out, papers=papers, **asked)
+        print(f"{groups.text()}\n\nwritten: {args.out}/by.json, by.csv, by.png, and each fit")
+    else:
+        found = laws.fit(runs, args.law, **options)
+        values = found.save(args.out, papers=papers, panel=args.panel, **asked)
+        refused = values["refused"]
+        print(report.text(values, args.out))
+        if (values["prediction"] or {}).get("d_sae"):
+            file = shlex.quote(f"--config={paths.path(args.out) / next_run.FILE}")
+            print(f"next: sae-jax train {file} --workdir=runs/next")
+    for file in papers:
+        print(f"written: {file}")
+    if refused:
+        raise UserError(f"{args.out} has the fit, but not all that was asked: {'; '.join(refused)}")
+
+
+def _assignments(text: str) -> dict[str, float]:
+    """Returns the numbers of NAME=NUMBER with spaces between them.
+
+    Raises UserError for what is none.
+    """
+    out = {}
+    for term in text.split():
+        name, _, value = term.partition("=")
+        number = as_number(value)
+        if not name or number is None or not math.isfinite(number) or name in out:
+            raise UserError(
+                f"--predict_at: {term!r} is not NAME=NUMBER, once for each name, as in "
+                '"d_sae=16384 k=32"'
+            )
+        out[name] = number
+    if not out:
+        raise UserError('--predict_at is empty; write NAME=NUMBER, as in "d_sae=16384 k=32"')
+    return out

@@ -20,16 +20,19 @@ matrix products take at the devices' published peak (on a CPU: at the rate of a 
 
 With --live the store keeps all but the activations: training and evaluation read it as any other,
 and have the model compute the rows as they go. The model runs once over all the text at first, for
-the statistics; --statistics_tokens makes that a sample.
+the statistics; --statistics_tokens makes that a sample of so many.
 
-Sites are NAME.LAYER, NAME being resid_pre, attn_out, resid_mid, mlp_in, mlp_act, mlp_out or
-resid_post. A model of a family that we do not know runs by transformers' own code (pip install
+Sites are NAME.LAYER, NAME being resid_pre, z, attn_out, resid_mid, mlp_in, mlp_act, mlp_out or
+resid_post; TransformerLens' names of the same tensors, such as blocks.2.hook_resid_post, stand for
+them. A model of a family that we do not know runs by transformers' own code (pip install
 "sae-jax[hf]") as --model=torch:DIRECTORY; its sites are these, where its modules show them, and
 any module by its path: hf:model.layers.3.mlp (what comes out of it), hf:model.layers.3.mlp:in.
 For example:
 
   sae-jax harvest --model=stories260K --text=stories.json --collapse_newlines \\
       --sites=resid_post.2,mlp_act.1 --context_length=128 --tokens=1000000 --out=stories_store
+  sae-jax harvest --model=hf://openai-community/gpt2 --text=datasets:NeelNanda/pile-10k \\
+      --sites=blocks.8.hook_resid_pre --max_bytes=200e9 --out=s3://bucket/gpt2_store
 """
 
 
@@ -68,6 +71,7 @@ def define(values: flags.FlagValues) -> None:
     string("out", None, "Directory of the store.", required=True)
     integer("context_length", None, "Tokens of a context, BOS included; the model's own, <= 1024.")
     counts.define("tokens", None, "Stop after so many tokens (1e9, 1B); all the text's.", values)
+    counts.define("max_bytes", None, "Stop where the store would have more bytes (50e9).", values)
     integer("batch_size", None, "Contexts in a batch; 2k tokens per CPU, 8k per other device.")
     string("dtype", "bfloat16", "Of the store: bfloat16, float16 or float32.")
     string("model_dtype", "float32", "In which the model computes: float32 or bfloat16.")
@@ -83,7 +87,9 @@ def define(values: flags.FlagValues) -> None:
         "live", False, "Store no activations: the model computes them whenever they are read.",
         flag_values=values,
     )  # fmt: skip
-    integer("statistics_tokens", None, "With --live: take the statistics from so many; all.")
+    counts.define(
+        "statistics_tokens", None, "With --live: take the statistics from so many; all.", values
+    )
     distributed.define(values)
 
 
@@ -128,6 +134,7 @@ def _harvest(args) -> None:
         sites=tuple(args.sites),
         context_length=args.context_length,
         tokens=args.tokens,
+        max_bytes=args.max_bytes,
         batch_size=args.batch_size,
         dtype=args.dtype,
         model_dtype=args.model_dtype,

@@ -4,6 +4,8 @@ import os
 
 from absl import flags
 
+flags.disclaim_key_flags()  # --help shows them with those of the command
+
 
 class _Parser(flags.ListParser):
     def parse(self, argument) -> list[str]:

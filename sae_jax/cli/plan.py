@@ -1,50 +1,68 @@
-"""Estimates what a run takes of each device, without the devices: `sae-jax plan`."""
+"""Tells what a run, a sweep or a harvest takes, and suggests a mesh: `sae-jax plan`."""
 
 import dataclasses
+import functools
 import re
+import shlex
 import sys
 
 from absl import flags
 
 from sae_jax import config as configs
+from sae_jax import python_files
+from sae_jax.cli import counts
 from sae_jax.config import Config
 from sae_jax.errors import UserError
 
-SUMMARY = """Tell what a run takes of each device, before there is one: memory, work, time.
+SUMMARY = """Tell what a run takes of each device, before there is one, and the mesh to take.
 
   sae-jax plan --config=scaling_monosemanticity:34m --topology=v5p:4x4x4 \\
       --mesh=1,1,64 --config.train.tokens=10e9
-  sae-jax plan --config=scaling_monosemanticity:4m --topology=h100:8x8 --find=time
+  sae-jax plan --config=scaling_monosemanticity:4m --topology=h100:8x8 --find=time --price=2.5
+  sae-jax plan --config=openai_topk --topology=h100:1x8 --batch_sizes=32768,131072 \\
+      --dtypes=float32,bfloat16                     the fastest of all these, by tokens/s
+  sae-jax plan --config=scaling_laws:frontier --topology=h100:1x8 --passes=6 --price=2.5
+                                                    a whole sweep: hours of devices, bytes, cost
+  sae-jax plan --harvest --model=hf://google/gemma-2-2b --sites=resid_post.12 --tokens=4e9 \\
+      --model_dtype=bfloat16 --topology=h100:1x8 --out=stores/gemma
 
 The training step is compiled ahead of time for the mesh: for a TPU slice by the TPU compiler (pip
 install "sae-jax[tpu]"; no TPU is needed), for GPUs by the CPU's, which fuses less, so that the
 traffic through memory is rather too high. Times are those of published peaks, without any latent
 dead. The width of the activations is the store's, or --config.sae.d_in.
 
-Exit codes: 0 it fits, 1 it does not, and a mesh that does is named, 2 a mistake in the input.
+Where a run does not fit, and with --find, every mesh is traced, which takes a second each, and only
+the best are compiled (--compiles): the fastest that fits and the one of least memory are named,
+each with the line to paste. Where a run fits but another mesh would be faster, that is said too.
+For a sweep --find=time looks for the mesh, and the data and model axes are those of one of the
+mesh's run groups.
+
+Exit codes: 0 it fits, 1 it does not, and what does is named, 2 a mistake in the input.
 """
 
 _DEFAULT_D_IN = 4096
+_WORTH_SAYING = 0.9  # a mesh that takes less than this part of the time is named
+_OF_HARVESTS = ("model", "sites", "tokens", "context_length", "dtype", "model_dtype", "out")
+_OF_SEARCHES = ("find", "batch_sizes", "dtypes")
+_OF_RUNS = ("config", "mesh", "compiles", "passes", "sweep", *_OF_SEARCHES)
 
 
 def define(values: flags.FlagValues) -> None:
     """Defines the flags of `sae-jax plan`."""
-    flags.DEFINE_string(
-        "config",
-        None,
-        "A recipe, NAME[:ARGUMENT], or FILE.py[:arg] with get_config(arg).",
-        flag_values=values,
-    )
-    flags.DEFINE_string(
+
+    def string(name, text):
+        flags.DEFINE_string(name, None, text, flag_values=values)
+
+    def names(name, text):
+        flags.DEFINE_list(name, None, text, flag_values=values)
+
+    string("config", "A recipe, NAME[:ARGUMENT], or FILE.py[:arg] with get_config(arg).")
+    string(
         "topology",
-        None,
         "v5p:4x4x4 (a TPU slice), h100:8x8 (nodes x GPUs of a node), or cpu:8. Default: so many "
         "CPUs as --mesh has devices.",
-        flag_values=values,
     )
-    flags.DEFINE_string(
-        "mesh", None, "RUN,DATA,MODEL; default: the config's mesh.", flag_values=values
-    )
+    string("mesh", "RUN,DATA,MODEL; default: the config's mesh.")
     flags.DEFINE_enum(
         "find",
         None,
@@ -53,37 +71,128 @@ def define(values: flags.FlagValues) -> None:
         "or time.",
         flag_values=values,
     )
+    names("batch_sizes", "Try these for data.batch_size too; the time is then that of a token.")
+    names("dtypes", "Try these for sae.compute_dtype too: float32,bfloat16.")
+    flags.DEFINE_integer(
+        "compiles",
+        4,
+        "The most meshes to compile for each suggestion, once one fits; 0: none, the traced "
+        "programs decide, in seconds.",
+        lower_bound=0,
+        flag_values=values,
+    )
+    counts.define_float(
+        "price", None, "Of a device for an hour: show costs.", values, lower_bound=0.0
+    )
+    flags.DEFINE_bool(
+        "sweep",
+        None,
+        "Whether to plan the sweep of the file's get_sweep(), or one run. Default: the sweep, if "
+        "the file has one.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "passes",
+        1,
+        "Of a sweep: its passes, as for sae-jax sweep.",
+        lower_bound=1,
+        flag_values=values,
+    )
+    flags.DEFINE_bool(
+        "harvest",
+        False,
+        "Plan a harvest; the flags below are those of sae-jax harvest.",
+        flag_values=values,
+    )
+    string("model", "Of a harvest: the model; its weights are not read.")
+    names("sites", "Of a harvest: what to harvest.")
+    counts.define("tokens", None, "Of a harvest: how many tokens (1e9, 1B).", values)
+    flags.DEFINE_integer(
+        "context_length",
+        None,
+        "Of a harvest: tokens of a context; the model's own, <= 1024.",
+        lower_bound=1,
+        flag_values=values,
+    )
+    string("dtype", "Of a harvest: that of the store, bfloat16 unless you say otherwise.")
+    string("model_dtype", "Of a harvest: in which the model computes; float32.")
+    string("out", "Of a harvest: the store's directory, on whose disk it must fit.")
     flags.DEFINE_bool("json", False, "Print JSON instead of a table.", flag_values=values)
 
 
 def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
-    """Prints the estimate, and returns 0 if the run fits the devices, else 1."""
+    """Prints the plan, and returns 0 if what is planned fits the devices, else 1."""
+    wrong, what = (_OF_RUNS, "a run") if args.harvest else (_OF_HARVESTS, "--harvest")
+    for name in wrong:
+        if args[name].present:
+            raise UserError(f"--{name} is for the plan of {what}: leave it out")
+    if args.harvest:
+        return _plan_harvest(args, overrides)
+    searched = next((name for name in _OF_SEARCHES if args[name].present), None)
+    if searched and args.mesh:
+        raise UserError(f"--{searched} tries every mesh: leave --mesh out")
+    if _is_sweep(args):
+        return _plan_sweep(args, overrides)
+    return _plan_run(args, overrides, searched is not None)
+
+
+# ------------------------------------------------------------------------------- one run
+
+
+def _plan_run(args, overrides: dict[str, str], searches: bool) -> int:
+    if args["passes"].present:
+        raise UserError("--passes is for the plan of a sweep, whose file has get_sweep()")
     config = configs.load_file(args.config) if args.config else Config()
     config = configs.override(config, overrides)
     if args.mesh:
         config = dataclasses.replace(config, mesh=_mesh(args.mesh, config.mesh.zero))
-    if args.find and args.mesh:
-        raise UserError("--find tries every mesh: leave --mesh out")
+
+    from absl import logging
 
     from sae_jax.paths import as_json
-    from sae_jax.plan import chips, table
+    from sae_jax.plan import chips, estimate, search, table
 
     name = args.topology or _cpus(config.mesh)
-    if args.find == "time" and name.startswith("cpu"):
-        raise UserError("--find=time needs a --topology of TPUs or GPUs")
+    by_memory = args.find == "memory"
+    if searches and not by_memory and name.startswith("cpu"):
+        raise UserError(
+            f"--{'find=time' if args.find else 'batch_sizes and --dtypes'} needs a --topology of "
+            "TPUs or GPUs"
+        )
+    batches = [_parsed(config, "data.batch_size", text) for text in args.batch_sizes or ()]
+    dtypes = [_parsed(config, "sae.compute_dtype", text) for text in args.dtypes or ()]
+    search.check_batch_sizes(config, batches)
     topology = chips.find(name)
     config = _resolve(config)
-    if args.find:
-        best = _find(config, topology, args.find)
-        if best is None:
-            print(_nothing_fits(config, topology), file=sys.stderr)
-            return 1
+
+    def find(most: int):
+        tried = search.variants(config, len(topology.devices), batches, dtypes)
+        return tried, search.search(tried, topology, most)
+
+    found = None
+    if searches:
+        tried, found = find(args.compiles)
+        best = found.least_memory if by_memory else found.fastest
+        print(_table(found), file=sys.stderr)
     else:
-        best = _estimate(config, topology)
-    print(as_json(table.as_dict(best)).rstrip() if args.json else table.text(best))
-    if best.fits:
+        logging.info("compiling the step for %d devices", len(topology.devices))
+        best = estimate.estimate(config, topology)
+        if not best.fits:
+            tried, found = find(args.compiles)
+        elif args.topology and topology.chip:
+            tried, found = find(0)
+            found = _if_faster(found, config)
+    suggested = _suggestions(args, overrides, config, found)
+    if best is not None and args.json:
+        print(as_json(table.as_dict(best, args.price) | {"suggestions": suggested}).rstrip())
+    elif best is not None:
+        print(table.text(best, args.price))
+        for command, words in {s["command"]: s["words"] for s in suggested.values()}.items():
+            print(f"\n{words}\n  {command}")
+    if best is not None and best.fits:
         return 0
-    print(_fitting_mesh(config, topology), file=sys.stderr)
+    if found.least_memory is None:
+        print(_nothing_fits(tried, found, topology), file=sys.stderr)
     return 1
 
 
@@ -99,6 +208,12 @@ def _cpus(mesh: configs.MeshConfig) -> str:
     return f"cpu:{max(1, mesh.data) * max(1, mesh.model)}"
 
 
+def _parsed(config: Config, field: str, text: str):
+    """Returns the value of a config's field that a text stands for."""
+    section, _, name = field.partition(".")
+    return getattr(getattr(configs.override(config, {field: text}), section), name)
+
+
 def _resolve(config: Config) -> Config:
     """Returns the config with all fields filled in, by the widths of its store if it has one."""
     from sae_jax.plan import estimate
@@ -108,10 +223,7 @@ def _resolve(config: Config) -> Config:
         from sae_jax.train import preparation
 
         return preparation.resolve(config, open_stream(config.data))
-    d_in = config.sae.d_in
-    if d_in is None:
-        d_in = _DEFAULT_D_IN
-        print(f"no store and no --config.sae.d_in: taken to be {d_in}", file=sys.stderr)
+    d_in = config.sae.d_in or _default_width()
     sites = config.sae.site_widths or (d_in,)
     target = None
     if config.sae.kind in ("transcoder", "skip_transcoder"):
@@ -119,59 +231,188 @@ def _resolve(config: Config) -> Config:
     return estimate.resolve(config, sites, target)
 
 
-def _estimate(config: Config, topology):
-    """Logs that the step is compiled, which takes seconds, and returns the estimate."""
-    from absl import logging
-
-    from sae_jax.plan import estimate
-
-    logging.info("compiling the step for %d devices", len(topology.devices))
-    return estimate.estimate(config, topology)
+@functools.cache  # said once, not for each run of a sweep
+def _default_width() -> int:
+    print(f"no store and no --config.sae.d_in: taken to be {_DEFAULT_D_IN}", file=sys.stderr)
+    return _DEFAULT_D_IN
 
 
-def _find(config: Config, topology, by: str):
-    """Prints the estimates of all meshes, and returns the best, or None if none fits."""
-    import tqdm
+def _table(found) -> str:
+    """Returns the meshes that were tried, the compiled estimates in place of the traced ones."""
+    from sae_jax.plan import table
 
-    from sae_jax.plan import estimate, table
-
-    tried = []
-    possible = [
-        c for c in estimate.candidates(config, len(topology.devices))
-        if estimate.least_bytes(c) <= topology.capacity
-    ]  # fmt: skip
-    for candidate in tqdm.tqdm(possible, desc="meshes", disable=not sys.stderr.isatty()):
-        tried.append(_estimate(candidate, topology))
-    print("\n".join([table.HEADER, *map(table.row, tried), ""]), file=sys.stderr)
-    fitting = [e for e in tried if e.fits]
-    return min(fitting, key=lambda e: e.total if by == "memory" else e.step_seconds, default=None)
+    compiled = {_tried(e.config): e for e in found.compiled}
+    shown = [compiled.get(_tried(e.config), e) for e in found.screened]
+    return "\n".join([table.HEADER, *map(table.row, shown), ""])
 
 
-def _fitting_mesh(config: Config, topology) -> str:
-    """Says which mesh fits this topology, with the fewest shards of the dictionary."""
-    from sae_jax.plan import estimate
+def _tried(config: Config) -> tuple:
+    """Returns in what the configs of a search differ."""
+    return config.mesh, config.data.batch_size, config.sae.compute_dtype
 
-    for candidate in estimate.candidates(config, len(topology.devices)):
-        if candidate.mesh == config.mesh or estimate.least_bytes(candidate) > topology.capacity:
+
+def _if_faster(found, config: Config):
+    """Returns `found`, or None where its fastest mesh is not much faster than the config's."""
+    from sae_jax.train.mesh import make_mesh
+
+    devices = found.screened[0].topology.devices if found.screened else []
+    sizes = dict(make_mesh(config, devices).shape) if found.fastest else {}
+    own = [e for e in found.screened if e.mesh == sizes and e.config.mesh.zero == config.mesh.zero]
+    if own and found.fastest.token_seconds < _WORTH_SAYING * own[0].token_seconds:
+        return dataclasses.replace(found, least_memory=None)
+    return None
+
+
+def _suggestions(args, overrides: dict[str, str], config: Config, found) -> dict[str, dict]:
+    """Returns what a search found, by name: the words that say what it is, the fields that differ
+    from the config, and the command to paste.
+    """
+    from sae_jax.plan import table
+
+    if found is None:
+        return {}
+    named = {
+        "fastest": ("The fastest that fits", found.fastest),
+        "least_memory": ("The least memory", found.least_memory),
+    }
+    if found.fastest is not None and found.fastest is found.least_memory:
+        both = "The fastest that fits, and the least memory"
+        named = dict.fromkeys(named, (both, found.fastest))
+    suggested = {}
+    for name, (what, estimate) in named.items():
+        if estimate is None:
             continue
-        found = _estimate(candidate, topology)
-        if found.fits:
-            mesh = candidate.mesh
-            zero = f" --config.mesh.zero={str(mesh.zero).lower()}"
-            return (
-                f"It would fit with --mesh=1,{mesh.data},{mesh.model}{zero}: "
-                f"{found.total / 1e9:.1f} GB of {topology.capacity / 1e9:.1f}."
-            )
-    return _nothing_fits(config, topology)
+        fields = _fields(estimate.config, config)
+        suggested[name] = {
+            "words": f"{what}: {table.short(estimate)}",
+            "fields": fields,
+            "command": _command("train", args, overrides, fields, estimate.config.data.store),
+            "bytes": estimate.total,
+            "step_seconds": estimate.step_seconds,
+        }
+    return suggested
 
 
-def _nothing_fits(config: Config, topology) -> str:
+def _fields(chosen: Config, config: Config) -> dict[str, object]:
+    """Returns the fields that a search chose: the mesh, and what else differs from the config."""
+    mesh = chosen.mesh
+    fields = {"mesh.data": mesh.data, "mesh.model": mesh.model, "mesh.zero": mesh.zero}
+    if mesh.run != 1:
+        fields = {"mesh.run": mesh.run} | fields
+    if chosen.data.batch_size != config.data.batch_size:
+        fields["data.batch_size"] = chosen.data.batch_size
+    if chosen.sae.compute_dtype != config.sae.compute_dtype:
+        fields["sae.compute_dtype"] = chosen.sae.compute_dtype
+    return fields
+
+
+def _command(name: str, args, overrides: dict, fields: dict, store: str) -> str:
+    """Returns the command that trains with what was chosen; STORE and DIRECTORY are to be filled
+    in.
+    """
+    values = {"mesh.run": None, **overrides} | fields
+    values |= {} if store else {"data.store": "STORE"}
+    shown = {k: str(v).lower() if isinstance(v, bool) else v for k, v in values.items()}
+    words = ["sae-jax", name, *([f"--config={args.config}"] if args.config else [])]
+    words += [f"--config.{k}={v}" for k, v in shown.items() if v is not None]
+    return shlex.join([*words, "--workdir=DIRECTORY"])
+
+
+def _nothing_fits(tried: list[Config], found, topology) -> str:
     from sae_jax.plan import estimate
 
-    count = len(topology.devices)
-    least = min(map(estimate.least_bytes, estimate.candidates(config, count)))
+    least = min(map(estimate.least_bytes, tried))
+    what = "parameters, Adam's moments and gradients alone take"
+    if least <= topology.capacity:
+        estimates = found.compiled or found.screened
+        least, what = min(e.total for e in estimates), "the least memory is"
     return (
-        f"No mesh of {count} devices fits: parameters, Adam's moments and gradients alone take "
-        f"{least / 1e9:.1f} GB of each, which have {topology.capacity / 1e9:.1f}. Take more "
-        "devices, or fewer latents."
+        f"No mesh of {len(topology.devices)} devices fits: {what} {least / 1e9:.1f} GB of each, "
+        f"which have {topology.capacity / 1e9:.1f}. Take more devices, or fewer latents."
     )
+
+
+# ------------------------------------------------------------------------------ a sweep
+
+
+def _is_sweep(args) -> bool:
+    """Whether a sweep is planned, and not one run."""
+    if args.sweep is not None or not args.config:
+        return bool(args.sweep)
+    file, _ = python_files.split(args.config)
+    return hasattr(python_files.load_module(file), "get_sweep")
+
+
+def _plan_sweep(args, overrides: dict[str, str]) -> int:
+    for name in ("batch_sizes", "dtypes"):
+        if args[name].present:
+            raise UserError(f"--{name} is for the plan of one run; a sweep's grid says what varies")
+    if args.find == "memory":
+        raise UserError("--find=memory is for the plan of one run; a sweep has --find=time")
+    if not args.config:
+        raise UserError("--sweep needs --config=FILE.py, which has get_sweep()")
+    if not args.topology or args.topology.lower().startswith("cpu"):
+        raise UserError(
+            "the plan of a sweep needs a --topology of TPUs or GPUs, those of one worker, such as "
+            "--topology=h100:1x8; --nosweep plans one run"
+        )
+
+    from sae_jax.paths import as_json
+    from sae_jax.plan import chips, sweep
+
+    topology = chips.find(args.topology)
+    runs = sweep.load(args.config, overrides, _resolve)
+    mesh = runs[0].mesh
+    if args.find:
+        mesh = None
+    elif args.mesh:
+        mesh = _mesh(args.mesh, mesh.zero)
+    plan = sweep.plan(runs, topology, mesh, args.passes, args.compiles)
+    if plan is None:
+        print(
+            f"No mesh of {len(topology.devices)} devices holds a pass of the sweep. Take more "
+            "devices, more --passes, or fewer latents.",
+            file=sys.stderr,
+        )
+        return 1
+    chosen = dataclasses.replace(runs[0], mesh=plan.mesh)
+    command = _command("sweep", args, overrides, _fields(chosen, runs[0]), runs[0].data.store)
+    if args.passes > 1:
+        command += f" --passes={args.passes}"
+    if args.json:
+        print(as_json(sweep.as_dict(plan, args.price) | {"command": command}).rstrip())
+    else:
+        print(f"{sweep.text(plan, args.price)}\n  {command}")
+    return 0 if plan.fits else 1
+
+
+# ------------------------------------------------------------------------------ a harvest
+
+
+def _plan_harvest(args, overrides: dict[str, str]) -> int:
+    if overrides:
+        raise UserError(f"a harvest has no config: leave --config.{next(iter(overrides))} out")
+    for name, value in {"sites": args.sites, "tokens": args.tokens}.items():
+        if not value or value == [""]:
+            raise UserError(f"--harvest needs --{name}; see sae-jax harvest --help")
+
+    from sae_jax import lm
+    from sae_jax.paths import as_json
+    from sae_jax.plan import chips, harvest
+
+    topology = chips.describe(args.topology or "cpu:1")
+    plan = harvest.harvest(
+        lm.DEMO_MODEL if args.model in (None, "demo") else args.model,
+        args.sites,
+        args.tokens,
+        args.out or ".",
+        topology,
+        context_length=args.context_length,
+        dtype=args.dtype or "bfloat16",
+        model_dtype=args.model_dtype or "float32",
+    )
+    if args.json:
+        print(as_json(harvest.as_dict(plan, args.price)).rstrip())
+    else:
+        print(harvest.text(plan, args.price))
+    return 0 if plan.fits else 1

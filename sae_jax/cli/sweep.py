@@ -1,11 +1,16 @@
 """Trains the runs of a sweep: `sae-jax sweep`."""
 
+import dataclasses
 import sys
+import typing
 
-from absl import flags
+from absl import flags, logging
 
 from sae_jax.cli import counts, distributed, logs
 from sae_jax.errors import UserError
+
+if typing.TYPE_CHECKING:
+    from sae_jax.sweep.directory import SweepDirectory
 
 SUMMARY = """Train many SAEs over one reading of the data; any number of workers share the work.
 
@@ -21,16 +26,32 @@ A sweep file has get_config(), as for `sae-jax train`, and get_sweep(), which sa
       )
 
 Runs of one shape and budget become a pack, one program that trains them side by side; packs over
-the same data become a pass, which reads the data once. Look at it first, then train it:
+the same rows of a store become a pass, which reads the data once. Their sites may differ, as in
+grid.sweep("data.site", ["resid_post.3", "resid_post.6"]): a pass reads each site once, and runs the
+model of a live store once for all. Look at it first, then train it:
 
   sae-jax sweep --config=FILE.py --dry_run     runs, packs, FLOPs, bytes read, memory
-  sae-jax sweep --config=FILE.py --workdir=S   train; the same command resumes it
+  sae-jax sweep --config=FILE.py --workdir=S   train
+  sae-jax sweep --workdir=S                    resume, or help: what it is is in S
   sae-jax status S                             where it stands, its time left, its curves
 
-More workers: cut the work into --passes=N, and give the second command N times, on any hosts that
+More workers: cut the work into --passes=N, and give the third command N times, on any hosts that
 see S. Each claims a pass by a lease; who dies is followed, from the last checkpoint, once its lease
-has run out. Runs are in S/runs, named by their configs, and never trained twice; S/results.csv has
-a row for each. With --log=wandb:PROJECT each is a run of its own in Weights & Biases, in a group
+has run out. Runs are in S/runs, by ids that their configs determine, and never trained twice;
+S/results.csv has a row for each, with a name such as d_sae=1024,seed=1.
+
+A sweep grows. Runs that are done stay as they are, and larger token budgets of them go on from
+where their learning rate began to fall:
+
+  sae-jax sweep --workdir=S --config=LARGER.py --extend    add the runs of a larger grid, and train
+  sae-jax sweep --workdir=S --config=LARGER.py --extend --dry_run    what that would add
+  sae-jax sweep --workdir=S --rerun=failed     train again what failed, or a run: --rerun=RUN
+  sae-jax sweep --workdir=S --drop=RUN         take a run out
+
+RUN is a name, or an id, or the beginning of one. What is dropped or done again is kept in
+S/dropped. Runs may also begin at a checkpoint: train.branch_from in the sweep file's config.
+
+With --log=wandb:PROJECT each is a run of its own in Weights & Biases, in a group
 named after S; with --log=tensorboard see all with tensorboard --logdir=S/runs.
 
 Exit codes: 0 all runs have ended, including those whose loss became NaN, which are named; 2 a
@@ -58,10 +79,25 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "passes",
         None,
-        "Parts that workers claim, 1 by default, for each data config. More passes, more workers; "
-        "each pass reads the data once.",
+        "Parts that workers claim, 1 by default, of all runs over the same rows. More passes, more "
+        "workers, less memory for each; each reads the data once.",
         lower_bound=1,
         flag_values=values,
+    )
+    flags.DEFINE_bool(
+        "extend",
+        False,
+        "Add the runs of a larger grid, that of --config, to the sweep in --workdir.",
+        flag_values=values,
+    )
+    flags.DEFINE_multi_string(
+        "rerun",
+        [],
+        "Train a run again, from its beginning; failed: all whose loss became NaN. Repeatable.",
+        flag_values=values,
+    )
+    flags.DEFINE_multi_string(
+        "drop", [], "Take a run out of the sweep, and end. Repeatable.", flag_values=values
     )
     counts.define_float(
         "lease_seconds",
@@ -79,26 +115,34 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
     """Works on the sweep, or shows what it is, and returns the exit code."""
     from sae_jax import paths
     from sae_jax.sweep import dry_run, leases, status
-    from sae_jax.sweep.directory import SweepDirectory, load
+    from sae_jax.sweep.directory import SweepDirectory
     from sae_jax.train import loggers, preemption
     from sae_jax.train.directory import is_writer
 
     path = paths.path(args.workdir) if args.workdir else None
-    if path is None and not args.dry_run:
+    if path is None and (not args.dry_run or args.extend):
         raise UserError("--workdir=SWEEP is needed: the directory of the sweep")
+    if args.extend and not args.config:
+        raise UserError("--extend needs --config=FILE.py, with the larger grid")
     if args.status:
         directory = SweepDirectory(path)
         print(status.view(directory, leases.Leases(path / "leases", args.lease_seconds)))
         print(f"\n{directory.write_results()}")
         return 0
-    if not args.config:
-        raise UserError("--config=FILE.py is needed: it has get_config() and get_sweep()")
-    runs = load(args.config, overrides)
     if args.dry_run:
-        print(dry_run.describe(runs, args.passes or 1))
+        print(_dry_run(args, overrides, path))
+        return 0
+    if args.drop or args.rerun:
+        _change(args, SweepDirectory(path))
+    if args.drop and not args.rerun:
+        print(SweepDirectory(path).write_results())
         return 0
     log_to = loggers.parse_log(args.log, path, is_sweep=True)
-    directory = SweepDirectory.start(path, runs, args.passes)
+    directory = _open(args, overrides, path)
+    names = {run.id: directory.name(run) for run in directory.runs}
+    log_to = dataclasses.replace(log_to, names=names)
+    for doubt in dry_run.doubts(directory.runs):
+        logging.warning("%s", doubt)
 
     from sae_jax.sweep import worker
 
@@ -112,3 +156,57 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
             print(status.view(directory, leases.Leases(path / "leases", args.lease_seconds)))
             print(f"\n{path / 'results.csv'}")
     return 0
+
+
+def _open(args: flags.FlagValues, overrides: dict[str, str], path) -> "SweepDirectory":
+    """Opens the directory of the sweep, which is made or made larger as the flags say."""
+    from sae_jax.sweep import changes
+    from sae_jax.sweep.directory import SweepDirectory, load
+
+    if args.config and not args.extend:
+        return SweepDirectory.start(path, load(args.config, overrides, path), args.passes)
+    directory = SweepDirectory(path)
+    directory.check_passes(args.passes)
+    if args.extend:
+        changes.extend(directory, load(args.config, overrides, path))
+    else:
+        directory.override(overrides)
+    return directory
+
+
+def _change(args: flags.FlagValues, directory: "SweepDirectory") -> None:
+    """Drops runs, and makes runs wait to be trained again."""
+    from sae_jax.sweep import changes
+
+    if args.config or args.distributed or args.coordinator:
+        raise UserError(
+            "--drop and --rerun are for one process and the sweep as it is in --workdir; leave out "
+            "--config and what joins processes, and start the workers then"
+        )
+    changes.check_nobody_works(directory, args.lease_seconds)
+    changes.drop(directory, args.drop)
+    changes.rerun(directory, args.rerun)
+
+
+def _dry_run(args: flags.FlagValues, overrides: dict[str, str], path) -> str:
+    """Returns what the sweep, or what a larger grid adds to it, would do and cost."""
+    from sae_jax.sweep import changes, dry_run
+    from sae_jax.sweep.directory import SweepDirectory, load
+
+    if not args.config and path is None:
+        raise UserError("--config=FILE.py is needed: it has get_config() and get_sweep()")
+    if not args.config:
+        directory = SweepDirectory(path)
+        return dry_run.describe(directory.runs, directory.passes)
+    runs = load(args.config, overrides, path)
+    if not args.extend:
+        return dry_run.describe(runs, args.passes or 1)
+    directory = SweepDirectory(path)
+    there = {run.id for run in directory.all_runs}
+    new = [run for run in changes.extended(directory, runs) if run.id not in there]
+    if not new:
+        return f"{path} has all runs of {args.config} already"
+    return (
+        dry_run.describe(new, directory.passes)
+        + "\nOf runs that are done, larger token budgets go on; what that saves is not counted."
+    )

@@ -5,10 +5,10 @@ import sys
 from absl import flags
 
 from sae_jax import config as configs
-from sae_jax.cli import distributed, logs
+from sae_jax.cli import counts, distributed, logs
 from sae_jax.errors import UserError
 
-SUMMARY = """Train a sparse autoencoder on an activation store; the same command resumes it.
+SUMMARY = """Train a sparse autoencoder on an activation store; --workdir alone resumes it.
 
   sae-jax train --workdir=runs/a --config=openai_topk \\
       --config.data.store=stores/gpt2 --config.sae.d_sae=16384 --config.train.tokens=100e6
@@ -20,14 +20,32 @@ SUMMARY = """Train a sparse autoencoder on an activation store; the same command
 
 Without --config it starts from the defaults. RUN gets config.json, metrics.jsonl, checkpoints/
 and, at the end, result.json. Stopped by SIGTERM or Ctrl-C, or killed, it goes on from its last
-checkpoint. Exit codes: 0 done, 2 a mistake in the input, 3 non-finite loss, 75 to be started again:
+checkpoint:
+
+  sae-jax train --workdir=runs/a       (its config.json says the rest; the mesh may change)
+
+A run that is there can be made longer, or be left for one with other settings. It stays as it is:
+
+  sae-jax train --workdir=runs/longer --branch_from=runs/a --extend_tokens=200e6
+      the run of 200M tokens, bit for bit what it had been from the beginning: it goes on from where
+      the learning rate of runs/a began to fall, a checkpoint that every run keeps
+  sae-jax train --workdir=runs/c --branch_from=runs/a/checkpoints/4000 \\
+      --config.optimizer.learning_rate=1e-4
+      goes on from a checkpoint with Adam's state and its place in the data, and with other settings
+
+Exit codes: 0 done, 2 a mistake in the input, 3 non-finite loss, 75 to be started again:
 stopped by SIGTERM after saving, or another process of the run has died, or a step hung.
 """
 
 
 def define(values: flags.FlagValues) -> None:
     """Defines the flags of `sae-jax train`."""
-    flags.DEFINE_string("workdir", None, "The run's directory, made if absent.", flag_values=values)
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "The run's directory, made if absent; alone, it resumes the run there.",
+        flag_values=values,
+    )
     flags.DEFINE_string(
         "config",
         None,
@@ -40,6 +58,19 @@ def define(values: flags.FlagValues) -> None:
         "Print the config with all that the data and the architecture decide, and end.",
         flag_values=values,
     )
+    flags.DEFINE_string(
+        "branch_from",
+        None,
+        "A checkpoint to go on from, RUN/checkpoints/STEP, or RUN for its latest. The config is "
+        "that run's, with the given --config fields changed.",
+        flag_values=values,
+    )
+    counts.define(
+        "extend_tokens",
+        None,
+        "Make the run that --branch_from names longer: so many tokens, from its beginning.",
+        values,
+    )
     logs.define(values)
     distributed.define(values)
 
@@ -48,13 +79,13 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
     """Trains the run, or shows its config, and returns the exit code."""
     if not args.workdir and not args.show:
         raise UserError("--workdir=RUN is needed: the directory to train in")
-    config = configs.load_file(args.config) if args.config else configs.Config()
-    config = configs.override(config, overrides)
+    config = _config(args, overrides)
     if args.show:
         return _show(config)
     if not config.data.store:
         raise UserError(
-            "no activations given; add --config.data.store=STORE (make one with: sae-jax harvest)"
+            f"{args.workdir} holds no run to resume, and no activations are given; add "
+            "--config.data.store=STORE (make one with: sae-jax harvest)"
         )
 
     import jax  # after the mistakes that need no device
@@ -80,6 +111,33 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
         if jax.process_index() == 0:
             print(as_json(result), end="")
     return 0
+
+
+def _config(args: flags.FlagValues, overrides: dict[str, str]) -> configs.Config:
+    """Returns the config that the flags ask for: of a file, of a run that is there, or a branch."""
+    if args.extend_tokens and (args.config or not args.branch_from):
+        there = args.workdir if args.workdir and not args.branch_from else "RUN"
+        raise UserError(
+            "--extend_tokens makes a longer run of one that is there, which stays as it is: give "
+            f"--branch_from={there}, a new --workdir for the longer one, and no --config"
+        )
+    if args.branch_from:
+        from sae_jax.train import branch
+
+        changes = {} if args.config else overrides
+        found = branch.find(args.branch_from, args.extend_tokens, changes, args.workdir)
+        if not args.config:
+            return found
+        begin = {"train.branch_from": found.train.branch_from}
+        return configs.override(configs.assign(configs.load_file(args.config), begin), overrides)
+    if args.config:
+        return configs.override(configs.load_file(args.config), overrides)
+
+    from sae_jax import paths
+    from sae_jax.train.directory import run_there
+
+    there = run_there(paths.path(args.workdir)) if args.workdir else None
+    return configs.override(there or configs.Config(), overrides)
 
 
 def _show(config: configs.Config) -> int:

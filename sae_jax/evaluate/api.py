@@ -1,4 +1,4 @@
-"""Evaluating from Python: `sae_jax.evaluate`."""
+"""Evaluating from Python: `sae_jax.evaluate` and `sae_jax.dead_latents`."""
 
 import pathlib
 from collections.abc import Sequence
@@ -14,6 +14,8 @@ from sae_jax.evaluate.report import evaluate as evaluate_source
 from sae_jax.evaluate.sources import HeldOutRows, ModelRows, check_model
 from sae_jax.evaluate.worlds import WorldRows
 from sae_jax.sae import SAE
+from sae_jax.train.checkpoints import load_sae
+from sae_jax.train.directory import find_store, read_config
 
 
 @known_arguments
@@ -90,6 +92,44 @@ def evaluate(
         names = site or tuple(array.meta.sites)
         source = HeldOutRows(array, names, tokens=tokens, holdout_fraction=None)
     return evaluate_source(sae, source, model, lm_tokens)
+
+
+@known_arguments
+def dead_latents(
+    sae: SAE | str | pathlib.Path,
+    data=None,
+    *,
+    store=None,
+    site: str | Sequence[str] = "",
+    tokens: int = 1_000_000,
+) -> np.ndarray:
+    """Returns the latents that fire on no row, by their indices in order, (dead,) int.
+
+        sae_jax.dead_latents("runs/a")
+
+    Args:
+      sae: an SAE, or the directory of a run. A run's rows are the held-out ones of its own store,
+        if no others are given.
+      data: an array (rows, d) of activations, or {site: array}, as for `evaluate`.
+      store: a store or its path, of which the held-out sequences count; or "world:NAME,...".
+      site: the site, or several in the SAE's order, as for `evaluate`.
+      tokens: about how many rows to look at, at most. A latent that fires on none of few rows may
+        be a rare one.
+
+    Raises UserError where there is no such run, and as `evaluate` does.
+    """
+    settings = {"store": store, "site": site}
+    if not isinstance(sae, SAE):
+        run = paths.path(sae)
+        sae, own = load_sae(run), find_store(run, read_config(run).data)
+        if data is None and store is None:
+            settings = {
+                "store": own.store,
+                "site": ",".join(filter(None, (own.site, own.target_site))),
+                "holdout_fraction": own.holdout_fraction,
+                "include_excluded": own.include_excluded,
+            }
+    return evaluate(sae, data, tokens=tokens, **settings).dead_latents
 
 
 def _on_tokens(model, token_ids, site, include_excluded: bool) -> ModelRows:

@@ -70,7 +70,8 @@ def training_curves(metrics_file) -> Figure:
             if scale == "log":
                 _log_scale(axes)
             else:
-                low, high = np.nanmin(values), np.nanmax(values)
+                known = values[np.isfinite(values)] if np.isfinite(values).any() else np.zeros(1)
+                low, high = known.min(), known.max()
                 margin = 0.08 * (high - low) or 0.1 * high or 1.0
                 axes.set_ylim(max(low - margin, 0), high + margin)
         return figure

@@ -102,6 +102,11 @@ class Evaluation:
         recovered = self.recovery.scalars if self.recovery else {}
         return self.rows.scalars | (self.spliced or {}) | recovered
 
+    @property
+    def dead_latents(self) -> np.ndarray:
+        """The latents that fired on none of the rows, by their indices in order, (dead,) int."""
+        return np.flatnonzero(self.rows.density == 0)
+
     def to_dict(self) -> dict:
         """Returns the evaluation without its arrays, as it is saved in JSON.
 
@@ -281,9 +286,9 @@ def _with_optimum(recovery: Recovery, sae: SAE, source: WorldRows, mse: float) -
 def save(evaluation: Evaluation, out) -> None:
     """Writes an evaluation to the JSON file `out`, and its arrays beside it.
 
-    The arrays are in `latents_file` and, for a synthetic world, in `recovery_file`. Raises
-    UserError if `out` holds anything but an evaluation with the same settings, and leaves it as it
-    is.
+    The arrays are in `latents_file` and, for a synthetic world, in `recovery_file`; the indices of
+    the dead latents are in `dead_latents_file`, one a line. Raises UserError if `out` holds
+    anything but an evaluation with the same settings, and leaves it as it is.
     """
     out = paths.path(out)
     read_saved(out, evaluation.settings)
@@ -293,6 +298,7 @@ def save(evaluation: Evaluation, out) -> None:
     _save_arrays(latents_file(out), arrays)
     if evaluation.recovery is not None:
         _save_arrays(recovery_file(out), evaluation.recovery.arrays())
+    paths.write(dead_latents_file(out), "".join(f"{i}\n" for i in evaluation.dead_latents))
     paths.save_json(evaluation.to_dict(), out)
 
 
@@ -366,6 +372,12 @@ def latents_file(out) -> AnyPath:
     """
     out = paths.path(out)
     return out.with_name(f"{out.stem}_latents.npz")
+
+
+def dead_latents_file(out) -> AnyPath:
+    """Returns the path of the text file of dead latents of the evaluation in `out`."""
+    out = paths.path(out)
+    return out.with_name(f"{out.stem}_dead_latents.txt")
 
 
 def recovery_file(out) -> AnyPath:

@@ -32,6 +32,7 @@ _RECIPE = {
     "schedule": "schedule of the learning rate",
     "normalize": "normalisation of activations",
     "seed": "seed",
+    "branched_from": "branched off",
 }
 _SOURCE = {
     "model_name": "language model",

@@ -13,7 +13,7 @@ from sae_jax.interop import sae_jax_format, saelens
 from sae_jax.interop.locate import locate
 from sae_jax.json_files import checked, read_json
 from sae_jax.lm import hook_name, hub_name
-from sae_jax.train.directory import find_store, read_config
+from sae_jax.train.directory import find_store, read_config, read_lineage
 
 _MEASURED = ("tokens", "eval_loss", "eval_fvu", "dead_fraction")
 _SAE = ("k", "sparsity_coefficient", "target_l0", "prefix_widths", "aux_coefficient", "normalize")
@@ -106,7 +106,7 @@ def _read_provenance(path: paths.AnyPath) -> dict:
         step = max((int(name) for name in names if name.isdecimal()), default=0)
     provenance = _site_provenance(data.site, data.target_site)
     provenance |= _store_provenance(find_store(run, data).store, data.site)
-    provenance["training"] = _recipe(config, step)
+    provenance["training"] = _recipe(config, step) | _lineage(run)
     if step == last:
         provenance |= _result_provenance(run) | _evaluation_provenance(run)
     return provenance
@@ -163,6 +163,16 @@ def _dataset(texts) -> str | None:
     """Returns the texts of harvest's --text, by the names that Hugging Face's `datasets` uses."""
     texts = [texts] if isinstance(texts, str) else texts or []
     return ",".join(text.removeprefix("datasets:") for text in texts) or None
+
+
+def _lineage(run: paths.AnyPath) -> dict:
+    """Returns {"branched_from": the runs that a branch goes back to}, or {} for other runs."""
+    texts = [
+        f"run {ancestor.run_id} at {ancestor.tokens:,} tokens"
+        + (f" ({', '.join(ancestor.changed)})" if ancestor.changed else "")
+        for ancestor in read_lineage(run)
+    ]
+    return {"branched_from": ", then ".join(texts)} if texts else {}
 
 
 def _recipe(config: Config, steps: int) -> dict:

@@ -26,6 +26,7 @@ import msgspec
 import numpy as np
 import safetensors.numpy
 
+from sae_jax import lm
 from sae_jax.errors import UserError
 from sae_jax.interop.weights import (
     check_shapes,
@@ -118,12 +119,7 @@ class _AnyCfg:
     normalize_activations: bool | str | None = None
 
 
-_SITES = {  # hook names: TransformerLens', and modules of Hugging Face's decoders
-    r"blocks\.(\d+)\.hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out)": r"\2.\1",
-    r"blocks\.(\d+)\.mlp\.hook_post": r"mlp_act.\1",
-    r"blocks\.(\d+)\.attn\.hook_z": r"z.\1",
-    r"(?:model\.layers|transformer\.h|gpt_neox\.layers)\.(\d+)": r"resid_post.\1",
-}
+_LAYER = r"(?:model\.layers|transformer\.h|gpt_neox\.layers)\.(\d+)"  # of Hugging Face's decoders
 
 
 def recognises(path: pathlib.Path) -> bool:
@@ -239,10 +235,9 @@ def site_of(hook: str) -> str | None:
 
     It is None for a hook that is no site of sae_jax.
     """
-    for pattern, ours in _SITES.items():
-        if match := re.fullmatch(pattern, hook):
-            return match.expand(ours)
-    return None
+    if layer := re.fullmatch(_LAYER, hook):
+        return f"resid_post.{layer[1]}"
+    return lm.site_of_hook(hook)
 
 
 def _read_cfg(directory: pathlib.Path) -> _Cfg:

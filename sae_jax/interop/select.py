@@ -1,22 +1,8 @@
 """Selects runs of a sweep by conditions on the columns of its results.csv."""
 
-import math
-import operator
-import re
-
 from sae_jax import paths
-from sae_jax.errors import UserError, choose
-from sae_jax.tables import read_csv
-
-_OPERATORS = {
-    "<=": operator.le,
-    ">=": operator.ge,
-    "!=": lambda a, b: not _same(a, b),
-    "<": operator.lt,
-    ">": operator.gt,
-    "=": lambda a, b: _same(a, b),
-}
-_TERM = re.compile(rf"([\w.]+)({'|'.join(_OPERATORS)})(\S+)")
+from sae_jax.errors import UserError
+from sae_jax.tables import conditions, read_csv, that_meet
 
 
 def select(sweep: paths.AnyPath, terms: str = "") -> list[dict[str, str]]:
@@ -27,8 +13,7 @@ def select(sweep: paths.AnyPath, terms: str = "") -> list[dict[str, str]]:
 
     Args:
       sweep: the sweep's directory.
-      terms: terms with spaces between them, such as "d_sae=16384 eval_l0<60". A term is the name of
-        a column, one of = != < <= > >=, and a value. An empty cell meets only !=.
+      terms: what `tables.conditions` reads, such as "d_sae=16384 eval_l0<60".
     """
     file = sweep / "results.csv"
     if not file.is_file():
@@ -39,17 +24,8 @@ def select(sweep: paths.AnyPath, terms: str = "") -> list[dict[str, str]]:
     done = [row for row in rows if row.get("status") == "done"]
     if not done:
         raise UserError(f"none of the {len(rows)} runs of {sweep} is done")
-    parsed = [_parse(term, list(rows[0])) for term in terms.split()]
-    found = [row for row in done if all(_meets(row, *term) for term in parsed)]
-    if not found:
-        counts = [
-            f"{''.join(term)} by {sum(_meets(row, *term) for row in done)}" for term in parsed
-        ]
-        raise UserError(
-            f"--select: none of the {len(done)} done runs of {sweep} meets it; of its terms, "
-            f"{', '.join(counts)}"
-        )
-    return found
+    parsed = conditions(terms, rows[0])
+    return [done[place] for place in that_meet(done, parsed, f"done runs of {sweep}")]
 
 
 def _rows(file: paths.AnyPath) -> list[dict[str, str]]:
@@ -58,38 +34,3 @@ def _rows(file: paths.AnyPath) -> list[dict[str, str]]:
     if rows and not {"run_id", "status"} <= rows[0].keys():
         raise UserError(f"{file} has no columns run_id and status, as a sweep's has")
     return rows
-
-
-def _parse(term: str, columns: list[str]) -> tuple[str, str, str]:
-    match = _TERM.fullmatch(term)
-    if not match:
-        raise UserError(
-            f"--select: {term!r} is not COLUMN, one of = != < <= > >=, and VALUE, as in "
-            '--select="d_sae=16384 eval_l0<60"'
-        )
-    column, sign, value = match.groups()
-    choose(column, columns, "--select: the column")
-    if sign in ("<", "<=", ">", ">=") and _number(value) is None:
-        raise UserError(f"--select: {term} compares with {value!r}, which is no number")
-    return column, sign, value
-
-
-def _meets(row: dict[str, str], column: str, sign: str, value: str) -> bool:
-    cell = row[column]
-    if not cell:
-        return sign == "!="
-    numbers = _number(cell), _number(value)
-    if None not in numbers:
-        return _OPERATORS[sign](*numbers)
-    return sign in ("=", "!=") and _OPERATORS[sign](cell, value)
-
-
-def _same(a, b) -> bool:
-    return a == b if isinstance(a, str) else math.isclose(a, b, rel_tol=1e-9)
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text.replace("_", ""))
-    except ValueError:
-        return None

@@ -74,15 +74,19 @@ class Estimate:
         return np.exp(self.law.log_loss(self.theta, columns))
 
 
-def estimate(law: Law, columns: Columns, loss: np.ndarray, estimator: str) -> Estimate:
+def estimate(
+    law: Law, columns: Columns, loss: np.ndarray, estimator: str, starts: np.ndarray | None = None
+) -> Estimate:
     """Fits `law` to losses (N,) at columns of N rows and returns its best parameters.
 
-    The fit starts from a grid of some hundred parameter vectors. All of them take 60 steps, and the
-    best 20 are minimised to full precision.
+    The fit starts from a grid of some hundred parameter vectors, or from the internal parameters
+    `starts` (S, P) where these are given. All of them take 60 steps, and the best 20 are minimised
+    to full precision.
     """
     problem = Problem.from_law(law, columns, loss)
     deltas = _DELTAS[estimator]
-    z = problem.coordinates(_starts(law, columns, loss))
+    starts = _starts(law, columns, loss) if starts is None else starts
+    z = problem.coordinates(starts)
     y_SxN = np.broadcast_to(problem.y_N, (len(z), len(loss)))
     z, value = minimise(problem, z, 1.0, y_SxN, deltas[0], steps=60, tolerance=1e-9)
     z = z[np.argsort(value)[:_FINALISTS]]

@@ -1,20 +1,24 @@
 """Figures of a fit: its data, its curve with a 95% band, and the points held out."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import matplotlib
 import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import NullLocator
 
-from sae_jax.laws.fit import Fit
+from sae_jax.errors import choose
+from sae_jax.laws import curves, labels
+from sae_jax.laws.curves import Band
+from sae_jax.laws.fitting import Fit
 from sae_jax.laws.holdout import groups
 from sae_jax.laws.isoflop import IsoflopFit
-from sae_jax.laws.results import distinct
-from sae_jax.plots import BLUE, INK, ORANGE, STYLE, plain
+from sae_jax.plots import STYLE, log_ticks
 
-_COLOURS = matplotlib.colormaps["viridis"].resampled(256)
+FIRST, SECOND = "C0", "C1"  # colours of the style's cycle
 _MOST_LINES = 9  # sizes or budgets that get a line
-_DRAWN_BEYOND = 3.0  # times the range of compute that is drawn
 
 
 def panels(found: Fit | IsoflopFit, planned: dict | None = None) -> dict[str, Figure]:
@@ -28,11 +32,11 @@ def panels(found: Fit | IsoflopFit, planned: dict | None = None) -> dict[str, Fi
       The figures by title.
     """
     out = {}
-    for title, draw in _panels(found):
+    for panel in _panels(found):
         with matplotlib.rc_context(STYLE):
             figure = Figure(figsize=(4.8, 3.6), layout="constrained")
-            draw(figure.subplots(), found, planned)
-            out[title] = figure
+            panel.draw(figure.subplots(), found, planned)
+            out[panel.title] = figure
     return out
 
 
@@ -44,92 +48,116 @@ def overview(found: Fit | IsoflopFit, planned: dict | None = None) -> Figure:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.4 * columns, 3.5 * rows), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False).flat
-        for (title, draw), one in zip(drawn, axes, strict=True):
-            draw(one, found, planned)
-            one.set_title(title)
+        for panel, one in zip(drawn, axes, strict=True):
+            panel.draw(one, found, planned)
+            one.set_title(panel.title)
         return figure
 
 
-def _panels(found: Fit | IsoflopFit):
-    """Returns (title, function that draws it on axes) of every panel of a fit."""
+def for_paper(found: Fit | IsoflopFit, planned: dict | None = None, panel: str | None = None):
+    """Draws one panel of a fit as a figure without a title, in the style that is set.
+
+    Args:
+      found: the fit.
+      planned: the prediction of `predict.predict`, drawn as a star; None for none.
+      panel: one that `check_panel` allows; the law's first by default.
+
+    Returns:
+      The figure.
+    """
+    drawn = {one.name: one for one in _panels(found)}
+    figure = Figure(layout="constrained")
+    (drawn[panel] if panel else next(iter(drawn.values()))).draw(figure.subplots(), found, planned)
+    return figure
+
+
+def check_panel(found: Fit | IsoflopFit, panel: str | None) -> None:
+    """Raises UserError, which names those that there are, unless the fit has such a panel."""
+    if panel is not None:
+        choose(panel, [one.name for one in _panels(found)], f"--panel of {found.name}")
+
+
+class _Panel(NamedTuple):
+    """A part of a fit's figure: its name for `--panel`, its title, and what draws it on axes."""
+
+    name: str
+    title: str
+    draw: Callable
+
+
+def _panels(found: Fit | IsoflopFit) -> list[_Panel]:
+    """Returns the panels of a fit, the one that tells most first."""
+    optimal = _Panel("optimal", "Compute-optimal size and tokens", _optimal_sizes)
+    residuals = _Panel("residuals", "Residuals", _residuals)
     if isinstance(found, IsoflopFit):
         return [
-            ("IsoFLOP curves and their minima", _isoflop_curves),
-            ("Loss at the minima", _loss_at_minima),
-            ("Compute-optimal size and tokens", _optimal_sizes),
-            ("Residuals of the minima", _minima_residuals),
+            _Panel("isoflop", "IsoFLOP curves and their minima", _isoflop_curves),
+            _Panel("loss", "Loss at the minima", _loss_at_minima),
+            optimal,
+            _Panel("residuals", "Residuals of the minima", _minima_residuals),
         ]
     if found.law.name == "power":
-        return [("Loss against compute", _power), ("Residuals", _residuals)]
+        return [_Panel("loss", "Loss against compute", _power), residuals]
     if found.law.name == "openai_nk":
         return [
-            ("Loss against dictionary size", _by_k),
-            ("L(n, k)", _surface),
-            ("Residuals", _residuals),
-        ]
-    out = []
-    if found.frontier is not None:
-        out = [
-            ("Loss against compute", _by_size),
-            ("Compute-optimal size and tokens", _optimal_sizes),
+            _Panel("size", "Loss against dictionary size", _by_k),
+            _Panel("surface", "L(n, k)", _surface),
+            residuals,
         ]
     if found.law.name == "joint":
-        out += [("Loss against dictionary size, most tokens", _by_k)]
+        size = _Panel("size", "Loss against dictionary size, most tokens", _by_k)
     else:
-        out += [("Loss against dictionary size, by budget", _by_budget)]
-    return [*out, ("Residuals", _residuals)]
+        size = _Panel("size", "Loss against dictionary size, by budget", _by_budget)
+    if found.frontier is None:
+        return [size, residuals]
+    return [_Panel("loss", "Loss against compute", _by_size), optimal, size, residuals]
 
 
 def _log_axes(axes, x: str, y: str) -> None:
-    """Makes both axes logarithmic, labels them, and thins out their ticks."""
+    """Makes both axes logarithmic and labels them."""
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel(x)
     axes.set_ylabel(y)
-    low, high = axes.get_ylim()
-    if high / low < 30:  # decades are too far apart to say where one is
-        near = high / low < 4
-        axes.yaxis.set_major_locator(MaxNLocator(6) if near else LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    log_ticks(axes.xaxis)
+    log_ticks(axes.yaxis)
 
 
 def _compute(found) -> str:
     """Returns the label of the axis of compute."""
-    return "compute, FLOPs" if "flops" in found.results.columns else "d_sae × tokens"
+    if "flops" in found.results.columns:
+        return labels.axis("flops")
+    return "compute (latents × tokens)"
 
 
 def _loss(found) -> str:
     """Returns the label of the axis of losses."""
-    return plain(found.results.loss_column)
-
-
-def _log_range(values: np.ndarray, beyond: float = 1.0, planned: dict | None = None) -> np.ndarray:
-    """Returns 100 values, evenly spaced in the logarithm, over the range of `values` and up to
-    `beyond` times its end.
-    """
-    high = values.max() * beyond
-    if planned:
-        high = max(high, 1.3 * planned["flops"])
-    return np.geomspace(values.min(), high, 100)
+    return labels.axis(found.results.loss_column)
 
 
 def _colour_scale(axes, values: np.ndarray, label: str):
     """Adds a colour bar for `values` and returns the function from value to colour."""
     low, high = values.min(), values.max()
     norm = LogNorm(low, high if high > low else low * 1.01)
+    colours = _colour_map()
     bar = axes.figure.colorbar(
-        matplotlib.cm.ScalarMappable(norm, _COLOURS), ax=axes, pad=0.02, aspect=30
+        matplotlib.cm.ScalarMappable(norm, colours), ax=axes, pad=0.02, aspect=30
     )
     bar.outline.set_visible(False)
-    if high < 100 * low:
-        bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        bar.ax.yaxis.set_minor_locator(NullLocator())
-        bar.ax.yaxis.set_major_formatter("{x:g}")
+    log_ticks(bar.ax.yaxis)
+    bar.ax.yaxis.set_minor_locator(NullLocator())
     bar.set_label(label)
-    return lambda value: _COLOURS(norm(value))
+    return lambda value: colours(norm(value))
+
+
+def _colour_map():
+    """Returns the style's colours for numbers (image.cmap): viridis unless a user's says others."""
+    return matplotlib.colormaps[matplotlib.rcParams["image.cmap"]]
+
+
+def _ink() -> str:
+    """Returns the style's colour of lines that stand for no value."""
+    return matplotlib.rcParams["text.color"]
 
 
 def _coarse_groups(values: np.ndarray) -> np.ndarray:
@@ -157,16 +185,11 @@ def _held_out(found: Fit) -> np.ndarray:
     return out
 
 
-def _draw_band(axes, x, at, draws, factor, colour=INK, label=None) -> None:
-    """Draws a curve and the 95% band of its draws (R, X), of which those that are not finite are
-    left out.
-    """
-    axes.plot(x, at, color=colour, linewidth=1.3, label=label, zorder=4)
-    draws = np.log(draws[np.isfinite(draws).all(axis=1)])
-    if len(draws):
-        low, high = np.percentile(draws, [2.5, 97.5], axis=0) - np.log(at)
-        ends = at * np.exp(factor * low), at * np.exp(factor * high)
-        axes.fill_between(x, *ends, color=colour, alpha=0.15, linewidth=0, zorder=1)
+def _draw_band(axes, x, band: Band, colour=None, label=None) -> None:
+    """Draws a curve and its band."""
+    colour = colour or _ink()
+    axes.plot(x, band.at, color=colour, label=label, zorder=4)
+    axes.fill_between(x, band.low, band.high, color=colour, alpha=0.15, linewidth=0, zorder=1)
 
 
 def _draw_planned(axes, x: str, y: str, planned: dict | None) -> None:
@@ -176,8 +199,8 @@ def _draw_planned(axes, x: str, y: str, planned: dict | None) -> None:
     if y == "loss":
         low, high = planned["interval"]
         error = [[max(planned[y] - low, 0)], [max(high - planned[y], 0)]]
-        axes.errorbar(planned[x], planned[y], error, color=ORANGE, capsize=2, linewidth=1)
-    axes.plot(planned[x], planned[y], "*", color=ORANGE, markersize=10, zorder=5, label="planned")
+        axes.errorbar(planned[x], planned[y], error, color=SECOND, capsize=2, linewidth=1)
+    axes.plot(planned[x], planned[y], "*", color=SECOND, markersize=10, zorder=5, label="planned")
 
 
 def _draw_legend(axes) -> None:
@@ -189,7 +212,7 @@ def _by_size(axes, found: Fit, planned) -> None:
     """Draws loss against compute: a line for each dictionary size, and the frontier."""
     columns, loss = found.results.columns, found.results.loss
     n, tokens, compute = columns["d_sae"], columns["tokens"], found.results.compute
-    colour = _colour_scale(axes, n, "d_sae")
+    colour = _colour_scale(axes, n, labels.axis("d_sae"))
     _draw_points(axes, compute, loss, [colour(size) for size in n], _held_out(found))
     group = _coarse_groups(n)
     for line in range(group.max() + 1):
@@ -201,10 +224,10 @@ def _by_size(axes, found: Fit, planned) -> None:
             at["k"] = np.full(50, found.k)
         cost = found.frontier.cost.flops(size, data)
         axes.plot(cost, found.estimate.loss(at), color=colour(size), linewidth=0.9, alpha=0.8)
-    budgets = _log_range(compute, _DRAWN_BEYOND, planned)
-    draws = found.frontiers().at(budgets)["loss"]
+    budgets = curves.budgets(compute, planned)
     label = "frontier" if found.k is None else f"frontier at k = {found.k:.3g}"
-    _draw_band(axes, budgets, found.at(budgets), draws, found.factor, label=f"{label}, 95% band")
+    band = curves.along_compute(found, budgets)["loss"]
+    _draw_band(axes, budgets, band, label=f"{label}, 95% band")
     _draw_planned(axes, "flops", "loss", planned)
     _log_axes(axes, _compute(found), _loss(found))
     _draw_legend(axes)
@@ -213,10 +236,10 @@ def _by_size(axes, found: Fit, planned) -> None:
 def _power(axes, found: Fit, planned) -> None:
     """Draws loss against compute with the power law."""
     compute, loss = found.results.compute, found.results.loss
-    _draw_points(axes, compute, loss, [BLUE] * len(loss), _held_out(found))
-    budgets = _log_range(compute, _DRAWN_BEYOND, planned)
-    draws = found.at(budgets, found.drawn.theta)
-    _draw_band(axes, budgets, found.at(budgets), draws, found.factor, label="fit, 95% band")
+    _draw_points(axes, compute, loss, [FIRST] * len(loss), _held_out(found))
+    budgets = curves.budgets(compute, planned)
+    band = curves.along_compute(found, budgets)["loss"]
+    _draw_band(axes, budgets, band, label="fit, 95% band")
     _draw_planned(axes, "flops", "loss", planned)
     _log_axes(axes, _compute(found), _loss(found))
     _draw_legend(axes)
@@ -224,25 +247,19 @@ def _power(axes, found: Fit, planned) -> None:
 
 def _optimal_sizes(axes, found: Fit | IsoflopFit, planned) -> None:
     """Draws n* and D* against compute."""
-    budgets = _log_range(found.results.compute, _DRAWN_BEYOND, planned)
-    if isinstance(found, IsoflopFit):
-        at, draws, factor = found.at(budgets), found.at(budgets, found.drawn), 1.0
-        curves = [(at[:, i], draws[..., i]) for i in (0, 1)]
-        for i, colour in ((0, BLUE), (1, ORANGE)):
-            axes.scatter(
-                found.minima.flops, np.exp(found.minima.log[:, i]), s=14, color=colour, zorder=3
-            )
-    else:
-        at, draws, factor = found.frontier.at(budgets), found.frontiers().at(budgets), found.factor
-        curves = [(at[name], draws[name]) for name in ("d_sae", "tokens")]
-    for (line, drawn), colour, name in zip(
-        curves, (BLUE, ORANGE), ("d_sae", "tokens"), strict=True
-    ):
-        exponent = np.polyfit(np.log(budgets), np.log(line), 1)[0]
-        _draw_band(axes, budgets, line, drawn, factor, colour, f"{name} ~ C^{exponent:.3f}")
+    isoflop = isinstance(found, IsoflopFit)
+    budgets = curves.budgets(found.minima.flops if isoflop else found.results.compute, planned)
+    bands = curves.along_compute(found, budgets)
+    for i, (name, colour) in enumerate((("d_sae", FIRST), ("tokens", SECOND))):
+        if isoflop:
+            best = np.exp(found.minima.log[:, i])
+            axes.scatter(found.minima.flops, best, s=14, color=colour, zorder=3)
+        exponent = np.polyfit(np.log(budgets), np.log(bands[name].at), 1)[0]
+        label = f"{labels.short(name)}, exponent {exponent:.3f}"
+        _draw_band(axes, budgets, bands[name], colour, label)
         if planned and planned.get(name):
             axes.plot(planned["flops"], planned[name], "*", color=colour, markersize=10, zorder=5)
-    _log_axes(axes, _compute(found), "d_sae, tokens")
+    _log_axes(axes, _compute(found), f"{labels.short('d_sae')}, tokens")
     _draw_legend(axes)
 
 
@@ -253,7 +270,7 @@ def _by_budget(axes, found: Fit, planned) -> None:
     colour = _colour_scale(axes, compute, _compute(found))
     group = _coarse_groups(compute)
     _draw_points(axes, n, found.results.loss, [colour(c) for c in compute], _held_out(found))
-    sizes = _log_range(n)
+    sizes = curves.log_range(n)
     for line in range(group.max() + 1):
         budget = np.exp(np.log(compute[group == line]).mean())
         cost = found.frontier.cost.flops(sizes, 1) if found.frontier else sizes
@@ -263,10 +280,10 @@ def _by_budget(axes, found: Fit, planned) -> None:
         if seen.sum() > 1:
             axes.plot(sizes[seen], found.estimate.loss(at), color=colour(budget), linewidth=0.9)
     if found.frontier is not None:
-        best = found.frontier.at(_log_range(compute))
-        axes.plot(best["d_sae"], best["loss"], color=INK, linewidth=1.3, linestyle="--")
+        best = found.frontier.at(curves.log_range(compute))
+        axes.plot(best["d_sae"], best["loss"], color=_ink(), linestyle="--")
     axes.set_xlim(sizes[0] / 1.2, sizes[-1] * 1.2)
-    _log_axes(axes, "d_sae", _loss(found))
+    _log_axes(axes, labels.axis("d_sae"), _loss(found))
 
 
 def _by_k(axes, found: Fit, planned) -> None:
@@ -274,7 +291,7 @@ def _by_k(axes, found: Fit, planned) -> None:
     tokens.
     """
     columns, loss = found.results.columns, found.results.loss
-    colour = _colour_scale(axes, columns["k"], "k")
+    colour = _colour_scale(axes, columns["k"], labels.axis("k"))
     shown = np.ones(len(loss), bool)
     if "tokens" in found.law.columns:
         shown = columns["tokens"] >= 0.999 * columns["tokens"].max()
@@ -282,62 +299,52 @@ def _by_k(axes, found: Fit, planned) -> None:
     _draw_points(
         axes, columns["d_sae"][shown], loss[shown], colours[shown], _held_out(found)[shown]
     )
-    sizes = _log_range(columns["d_sae"])
-    for k in distinct(columns["k"]):
-        at = {"d_sae": sizes, "k": np.full(100, k)}
-        if "tokens" in found.law.columns:
-            at["tokens"] = np.full(100, columns["tokens"].max())
-        axes.plot(sizes, found.estimate.loss(at), color=colour(k), linewidth=1.1)
-    _log_axes(axes, "d_sae", _loss(found))
+    for at, band in curves.along_size(found):
+        _draw_band(axes, at["d_sae"], band, colour(at["k"][0]))
+    _log_axes(axes, labels.axis("d_sae"), _loss(found))
 
 
 def _surface(axes, found: Fit, planned) -> None:
     """Draws the loss as a surface over d_sae and k."""
     columns = found.results.columns
-    n, k = np.meshgrid(_log_range(columns["d_sae"]), _log_range(columns["k"]))
+    n, k = np.meshgrid(curves.log_range(columns["d_sae"]), curves.log_range(columns["k"]))
     loss = found.estimate.loss({"d_sae": n.ravel(), "k": k.ravel()}).reshape(n.shape)
-    filled = axes.contourf(n, k, loss, 24, cmap=_COLOURS)
+    filled = axes.contourf(n, k, loss, 24, cmap=_colour_map())
     filled.set_rasterized(True)
     lines = axes.contour(n, k, loss, 8, colors="white", linewidths=0.6)
     axes.clabel(lines, fontsize=7, fmt="%.3g")
     axes.scatter(
-        columns["d_sae"], columns["k"], s=10, color="white", edgecolors=INK, linewidths=0.6
+        columns["d_sae"], columns["k"], s=10, color="white", edgecolors=_ink(), linewidths=0.6
     )
     axes.figure.colorbar(filled, ax=axes, pad=0.02, aspect=30).set_label(_loss(found))
-    _log_axes(axes, "d_sae", "k")
+    _log_axes(axes, labels.axis("d_sae"), labels.axis("k"))
 
 
 def _residuals(axes, found: Fit, planned) -> None:
     """Draws residuals against the fitted loss; those of held-out points are by the fit without
     them.
     """
-    fitted = found.estimate.loss(found.results.columns)
-    percent = 100 * (found.results.loss / fitted - 1)
+    expected = curves.expected(found)
+    percent = 100 * (found.results.loss / expected - 1)
     held = _held_out(found)
-    axes.axhline(0, color=INK, linewidth=0.7)
-    axes.scatter(fitted[~held], percent[~held], s=12, color=BLUE, label="fitted")
+    axes.axhline(0, color=_ink(), linewidth=0.7)
+    axes.scatter(expected[~held], percent[~held], s=12, color=FIRST, label="fitted")
     if held.any():
-        theta = found.law.internal(found.holdout["params"])
-        out = found.results.take(held)
-        expected = np.exp(found.law.log_loss(theta, out.columns))
         axes.scatter(
-            expected,
-            100 * (out.loss / expected - 1),
+            expected[held],
+            percent[held],
             s=14,
             facecolors="none",
-            edgecolors=ORANGE,
+            edgecolors=SECOND,
             linewidths=0.9,
             label="held out, by the fit without them",
         )
-    _residual_axes(axes, f"expected {_loss(found)}")
+    _residual_axes(axes, f"expected {labels.short(found.results.loss_column)}")
 
 
 def _residual_axes(axes, x: str, y: str = "seen over expected, %") -> None:
     axes.set_xscale("log")
-    low, high = axes.get_xlim()
-    axes.xaxis.set_major_locator(MaxNLocator(6) if high / low < 4 else LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_locator(NullLocator())
+    log_ticks(axes.xaxis)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     _draw_legend(axes)
@@ -358,20 +365,19 @@ def _isoflop_curves(axes, found: IsoflopFit, planned) -> None:
             np.exp(near), np.exp(curve.fitted(near)), color=own, linewidth=1.1, linestyle=style
         )
     best = np.exp(found.minima.log)
-    axes.plot(best[:, 0], best[:, 2], "x", color=INK, markersize=6, zorder=5, label="minimum")
-    _log_axes(axes, "d_sae", _loss(found))
+    axes.plot(best[:, 0], best[:, 2], "x", color=_ink(), markersize=6, zorder=5, label="minimum")
+    _log_axes(axes, labels.axis("d_sae"), _loss(found))
     _draw_legend(axes)
 
 
 def _loss_at_minima(axes, found: IsoflopFit, planned) -> None:
     """Draws the power law of the losses at the minima."""
-    budgets = _log_range(found.minima.flops, _DRAWN_BEYOND, planned)
+    budgets = curves.budgets(found.minima.flops, planned)
     held = np.isin(found.minima.flops, found.holdout["flops"])
     loss = np.exp(found.minima.log[:, 2])
-    _draw_points(axes, found.minima.flops, loss, [BLUE] * len(loss), held)
-    draws = found.at(budgets, found.drawn)[..., 2]
-    label = f"L* ~ C^{found.theta[2, 1]:.3f}, 95% band"
-    _draw_band(axes, budgets, found.at(budgets)[:, 2], draws, 1.0, label=label)
+    _draw_points(axes, found.minima.flops, loss, [FIRST] * len(loss), held)
+    label = f"exponent {found.theta[2, 1]:.3f}, 95% band"
+    _draw_band(axes, budgets, curves.along_compute(found, budgets)["loss"], label=label)
     _draw_planned(axes, "flops", "loss", planned)
     _log_axes(axes, _compute(found), _loss(found))
     _draw_legend(axes)
@@ -379,9 +385,9 @@ def _loss_at_minima(axes, found: IsoflopFit, planned) -> None:
 
 def _minima_residuals(axes, found: IsoflopFit, planned) -> None:
     """Draws how far the minima lie from their power laws."""
-    axes.axhline(0, color=INK, linewidth=0.7)
+    axes.axhline(0, color=_ink(), linewidth=0.7)
     expected = found.at(found.minima.flops)
-    for i, name, colour in ((0, "d_sae", BLUE), (2, "loss", ORANGE)):
+    for i, name, colour in ((0, "d_sae", FIRST), (2, "loss", SECOND)):
         percent = 100 * (np.exp(found.minima.log[:, i]) / expected[:, i] - 1)
         axes.plot(found.minima.flops, percent, "o", markersize=4, color=colour, label=name)
     _residual_axes(axes, _compute(found), "at the minimum over expected, %")

@@ -29,7 +29,7 @@ _INTERVALS = (
     "law's own Student interval where its scatter is more than those explain"
 )
 _QUANTITIES = ("d_sae", "tokens", "loss")
-_LINE = Law(
+LINE = Law(
     "line",
     "y = scale C^exponent",
     ("flops",),
@@ -82,7 +82,7 @@ class Minima:
     def lines(self, estimator: str) -> list[Estimate]:
         """Fits the power laws in C of n*, D* and L*, by one of `estimators.ESTIMATORS`."""
         columns = {"flops": self.flops}
-        return [estimate(_LINE, columns, np.exp(y), estimator) for y in self.log.T]
+        return [estimate(LINE, columns, np.exp(y), estimator) for y in self.log.T]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +114,11 @@ class IsoflopFit:
     def name(self) -> str:
         """The name of the law."""
         return NAME
+
+    @property
+    def varying(self) -> dict[str, dict]:
+        """The columns that vary among the fitted runs and that the law does not know."""
+        return self.results.varying(COLUMNS)
 
     @property
     def run_scatter(self) -> float:
@@ -173,6 +178,7 @@ class IsoflopFit:
             },
             "results": self.results.source,
             "loss": self.results.loss_column,
+            "varying": self.varying,
             "warnings": self.warnings,
         }
 

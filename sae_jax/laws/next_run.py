@@ -15,7 +15,7 @@ from sae_jax import paths
 from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.json_files import checked, read_json
-from sae_jax.laws import results
+from sae_jax.laws.results import distinct
 from sae_jax.paths import AnyPath
 from sae_jax.sae import MatryoshkaConfig
 from sae_jax.train.directory import find_store, read_config
@@ -48,15 +48,15 @@ def base(file: str | None, overrides: dict[str, str]) -> Config:
     return configs.override(configs.load_file(file) if file else Config(), overrides)
 
 
-def save(planned: dict, source: str, start: Config | None, out: str | AnyPath) -> Config:
+def save(planned: dict, folders: list[AnyPath], start: Config | None, out: str | AnyPath) -> Config:
     """Writes OUT/next_run.py, a config with the planned size, tokens and k.
 
-    All else is from `start`; without it from the sweep's run nearest to the plan, or else from the
-    defaults.
+    All else is from `start`; without it from the run nearest to the plan, where they are of
+    sweeps, or else from the defaults.
 
     Args:
       planned: the prediction of `predict.predict`.
-      source: what the law was fitted to, a table or a sweep's directory.
+      folders: the directories of the runs that the law was fitted to, where they are of sweeps.
       start: the config to start from, or None.
       out: the directory of the fit.
 
@@ -65,11 +65,10 @@ def save(planned: dict, source: str, start: Config | None, out: str | AnyPath) -
 
     Raises UserError where the sweep has no finished run.
     """
-    sweep = paths.path(source)
     low, high = planned["interval"]
     notes = [f"Expected loss {planned['loss']:.5g}, 95% of runs between {low:.5g} and {high:.5g}."]
-    if start is None and (sweep / "runs").is_dir():
-        start, note = _nearest(sweep, planned)
+    if start is None and folders:
+        start, note = _nearest(folders, planned)
         notes.append(note)
     elif start is None:
         start = Config()
@@ -127,18 +126,20 @@ class _Finished:
     k: _Positive | None = None
 
 
-def _nearest(sweep: AnyPath, planned: dict) -> tuple[Config, str]:
-    """Returns the config of the sweep's finished run that is nearest to the plan, and a note on it.
+def _nearest(folders: list[AnyPath], planned: dict) -> tuple[Config, str]:
+    """Returns the config of the finished run that is nearest to the plan, and a note on it.
 
     Its learning rate follows the sweep's own rule for the planned size, where there is one.
     """
     finished = {}
-    for run in sorted((sweep / "runs").iterdir(), key=str):
+    for run in sorted(folders, key=str):
         file = run / "result.json"
         if file.is_file():
             finished[run] = checked(read_json(file), _Finished, file)
     if not finished:
-        raise UserError(f"{sweep}/runs has no finished run to take the next one's config from")
+        raise UserError(
+            f"{folders[0].parent} has no finished run to take the next one's config from"
+        )
 
     def distance(result: _Finished) -> float:
         pairs = [(getattr(result, name), planned.get(name)) for name in ("d_sae", "tokens", "k")]
@@ -165,7 +166,7 @@ def _learning_rate(finished: list[_Finished], d_sae: int) -> tuple[float, float]
     """
     log_n = np.log([result.d_sae for result in finished])
     log_rate = np.log([result.lr for result in finished])
-    if len(results.distinct(np.exp(log_n))) < 2:
+    if len(distinct(np.exp(log_n))) < 2:
         return None
     slope, at_one = np.polyfit(log_n, log_rate, 1)
     if np.ptp(log_rate) < 1e-9 or np.abs(at_one + slope * log_n - log_rate).max() > 1e-6:

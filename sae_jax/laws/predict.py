@@ -1,20 +1,42 @@
-"""Predicts what a budget buys: the best dictionary size and tokens, and the loss to expect."""
+"""Predicts losses with intervals, and what a budget buys: the best dictionary size and tokens."""
+
+import dataclasses
 
 import numpy as np
 import scipy.stats
 
 from sae_jax.errors import UserError
-from sae_jax.laws.fit import Fit
+from sae_jax.laws.fitting import Fit
 from sae_jax.laws.intervals import widening
 from sae_jax.laws.isoflop import IsoflopFit
 
 _MULTIPLE = 64  # sizes are multiples of it for matrix units and for sharding; small ones, of 8
 _FAR_BEYOND = 3.0  # times the largest fitted budget; beyond it a prediction has a warning
+_NORMAL = scipy.stats.norm.ppf((np.arange(199) + 0.5) / 199)
 _INTERVAL = (
     "95% prediction interval of one more run: the bootstrap's parameters, widened for the degrees "
     "of freedom, and the scatter of the runs about the fit; or twice the rms error held out, if "
     "that is more"
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Losses:
+    """Losses that a law expects of M runs, with 95% intervals.
+
+    Attributes:
+      loss: the law's loss (M,).
+      low: the lower end of the interval of one more run's loss (M,).
+      high: the upper end of that.
+      law_low: the lower end of the interval of the law's own curve (M,), without a run's scatter.
+      law_high: the upper end of that.
+    """
+
+    loss: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    law_low: np.ndarray
+    law_high: np.ndarray
 
 
 def predict(found: Fit | IsoflopFit, flops: float) -> dict:
@@ -32,34 +54,90 @@ def predict(found: Fit | IsoflopFit, flops: float) -> dict:
 
     Raises UserError for a law without a compute-optimal frontier.
     """
+    size, tokens = None, None
+    columns = {"flops": np.array([flops])}
     if isinstance(found, IsoflopFit):
-        size, tokens, loss, interval = _predict_by_isoflop(found, flops)
-    elif found.law.name == "power":
-        size, tokens = None, None
-        columns = {"flops": np.array([flops])}
-        loss, interval = found.estimate.loss(columns)[0], _prediction_interval(found, columns)
-    elif found.frontier is not None:
-        size, tokens, loss, interval = _predict_on_frontier(found, flops)
-    else:
-        raise UserError(
-            f"--predict_flops: {found.law.name} as fitted has no compute-optimal frontier "
-            f"{'(it knows no tokens); fit --law=joint' if found.law.name == 'openai_nk' else ''}"
-        )
-    if found.holdout:  # a law that misses what it has not seen will miss the next run too
-        missed = np.exp(2 * found.holdout["rms_relative_error"])
-        interval = min(interval[0], loss / missed), max(interval[1], loss * missed)
+        n, data, _ = found.at(np.array([flops]))[0]
+        size = round_size(n)
+        tokens = int(data * n / size)
+    elif found.law.name != "power":
+        if found.frontier is None:
+            raise UserError(no_frontier(found))
+        size = round_size(found.frontier.at(np.array([flops]))["d_sae"][0])
+        tokens = int(flops / found.frontier.cost.flops(size, 1))
+        columns = {"d_sae": np.array([size]), "tokens": np.array([max(tokens, 1)])}
+        if found.k is not None:
+            columns["k"] = np.array([found.k])
+    expected = losses(found, columns)
     largest = float(found.results.compute.max())
     out = {
         "flops": float(flops),
         "d_sae": size,
         "tokens": tokens,
-        "loss": float(loss),
-        "interval": [float(end) for end in interval],
+        "loss": float(expected.loss[0]),
+        "interval": [float(expected.low[0]), float(expected.high[0])],
         "interval_is": _INTERVAL,
         "times_largest_budget": float(flops) / largest,
     }
     k = getattr(found, "k", None)
     return out if k is None else out | {"k": round(k)}
+
+
+def no_frontier(found: Fit) -> str:
+    """Returns why a fit does not say what a budget buys, and what it does say."""
+    if found.law.name == "openai_nk":
+        return (
+            "openai_nk knows no tokens, so it has no compute-optimal run; it predicts a loss at "
+            'given n and k, --predict_at="d_sae=16384 k=32", and --law=joint has a frontier'
+        )
+    at = " ".join(f"{name}=..." for name in found.law.columns)
+    return (
+        f"the loss of {found.law.name} as fitted does not fall in both d_sae and tokens, so it has "
+        f'no compute-optimal run; it predicts a loss at given values, --predict_at="{at}"'
+    )
+
+
+def losses(found: Fit | IsoflopFit, columns: dict[str, np.ndarray]) -> Losses:
+    """Returns the losses to expect at columns of M rows, those that the law needs.
+
+    Args:
+      found: the fit.
+      columns: values (M,) by our names; of isoflop, flops.
+    """
+    if isinstance(found, IsoflopFit):
+        at, moved, scatter, factor = _by_isoflop(found, columns["flops"])
+    else:
+        estimate, drawn = found.estimate, found.drawn
+        at = estimate.law.log_loss(estimate.theta, columns)
+        moved = estimate.law.log_loss(drawn.theta, columns) - at
+        z = estimate.problem.coordinates(estimate.theta)
+        scatter = estimate.problem.residuals(z, estimate.problem.y_N)[0][0]
+        factor = widening(drawn.runs, len(estimate.theta))
+    law_ends = np.exp(at + factor * np.percentile(moved, [2.5, 97.5], axis=0))
+    ends = [
+        # How far each draw of the parameters moves the loss, with how far each run lies off.
+        np.percentile(of[:, None] + scatter, [2.5, 97.5])
+        for of in moved.T
+    ]
+    low, high = np.exp(at + factor * np.array(ends).T)
+    loss = np.exp(at)
+    if found.holdout:  # a law that misses what it has not seen will miss the next run too
+        missed = np.exp(2 * found.holdout["rms_relative_error"])
+        low, high = np.minimum(low, loss / missed), np.maximum(high, loss * missed)
+    return Losses(loss, low, high, *law_ends)
+
+
+def _by_isoflop(found: IsoflopFit, flops: np.ndarray):
+    """Returns the log-losses (M,) by the power law of the minima, how far the resamples move them
+    (R, M), how far one run lies off (S,), and the factor of widening.
+    """
+    at = np.log(found.at(flops)[:, 2])
+    moved = np.log(found.at(flops, found.drawn)[..., 2]) - at
+    # One run scatters as runs about their parabola do, or as minima about their line.
+    scatter = max(found.lines[2].rms_log_error, found.run_scatter)
+    degrees = len(found.minima.used) - 2
+    factor = scipy.stats.t.ppf(0.975, degrees) / 1.96 * np.sqrt((degrees + 2) / degrees)
+    return at, moved, scatter * factor * _NORMAL, 1.0
 
 
 def warnings(prediction: dict) -> list[str]:
@@ -77,55 +155,3 @@ def round_size(size: float) -> int:
     """Rounds a dictionary size up to a multiple of 64, or of 8 below 512."""
     multiple = _MULTIPLE if size >= 8 * _MULTIPLE else 8
     return int(-(-size // multiple) * multiple)
-
-
-def _predict_on_frontier(found: Fit, flops: float):
-    """Returns (size, tokens, loss, interval) on the frontier of chinchilla or joint."""
-    cost = found.frontier.cost
-    size = round_size(found.frontier.at(np.array([flops]))["d_sae"][0])
-    tokens = int(flops / cost.flops(size, 1))
-    columns = {"d_sae": np.array([size]), "tokens": np.array([max(tokens, 1)])}
-    if found.k is not None:
-        columns["k"] = np.array([found.k])
-    return size, tokens, found.estimate.loss(columns)[0], _prediction_interval(found, columns)
-
-
-def _prediction_interval(found: Fit, columns) -> np.ndarray:
-    """Returns the 95% interval (2,) of the loss of one more run at `columns` of one row."""
-    estimate, drawn = found.estimate, found.drawn
-    at = estimate.law.log_loss(estimate.theta, columns)[0]
-    moved = estimate.law.log_loss(drawn.theta, columns)[:, 0] - at
-    z = estimate.problem.coordinates(estimate.theta)
-    residual = estimate.problem.residuals(z, estimate.problem.y_N)[0][0]
-    return _combine_with_scatter(at, moved, residual, widening(drawn.runs, len(estimate.theta)))
-
-
-def _combine_with_scatter(at: float, moved_R: np.ndarray, residual_N: np.ndarray, factor: float):
-    """Returns the 95% interval (2,) of a loss.
-
-    Args:
-      at: the fitted log-loss.
-      moved_R: how far each draw of the parameters moves it.
-      residual_N: how far each run lies from the fit. Every draw is combined with every run.
-      factor: the factor by which the interval is widened.
-    """
-    total = moved_R[:, None] + residual_N
-    return np.exp(at + factor * np.percentile(total, [2.5, 97.5]))
-
-
-def _predict_by_isoflop(found: IsoflopFit, flops: float):
-    """Returns (size, tokens, loss, interval) by the power laws of the minima."""
-    n, tokens, loss = found.at(np.array([flops]))[0]
-    size = round_size(n)
-    moved = np.log(found.at(np.array([flops]), found.drawn)[:, 0, 2] / loss)
-    # One run scatters as runs about their parabola do, or as minima about their line.
-    scatter = max(found.lines[2].rms_log_error, found.run_scatter)
-    degrees = len(found.minima.used) - 2
-    factor = scipy.stats.t.ppf(0.975, degrees) / 1.96 * np.sqrt((degrees + 2) / degrees)
-    normal = scatter * factor * scipy.stats.norm.ppf((np.arange(199) + 0.5) / 199)
-    return (
-        size,
-        int(tokens * n / size),
-        loss,
-        _combine_with_scatter(np.log(loss), moved, normal, 1.0),
-    )

@@ -1,23 +1,35 @@
-"""Reads the runs that a law is fitted to, from a table or a sweep, and checks them."""
+"""Reads the runs that a law is fitted to, from tables, sweeps or memory, and checks them."""
 
 import dataclasses
 import math
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from sae_jax import paths
 from sae_jax.errors import UserError, choose, some
 from sae_jax.json_files import parse_json
+from sae_jax.laws.settings import (
+    RATES,
+    SOURCE,
+    as_text,
+    in_order,
+    last_part,
+    settings,
+    shortened,
+    varying,
+)
 from sae_jax.paths import AnyPath
-from sae_jax.tables import read_csv
+from sae_jax.tables import as_number, conditions, read_csv, that_meet
 
 COLUMNS = ("d_sae", "tokens", "k", "flops", "loss")
 _OPTIONAL = ("dead_fraction", "flops_executed")
+SWEEP_FILE = "results.csv"
 ACCOUNTINGS = ("flops", "flops_executed")  # 12 n d a token; what the step executes
-_SETTINGS = ("architecture", "kind", "d_in", "sparsity_coefficient")  # alike in a law's runs
 _BOUNDS = 1e-100, 1e100  # of a value, so that products of a few are finite
-_LONGEST = 40  # characters of a value that a note shows
 _SAME = 1e-6  # relative: values of a column closer than this are one value
+
+Row = tuple[str, dict]  # where it is, in words, and its cells by the file's names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +37,15 @@ class Results:
     """The points that a law is fitted to, one to a row.
 
     Attributes:
-      source: the file or directory that they are from.
+      source: the file or directory that they are from; several with commas between them.
       columns: float64 values (N,) by our names, those of `COLUMNS` and a few more.
       run: the number (N,) of the run that each row belongs to.
       loss_column: what the file calls the loss.
       notes: what the user should know about rows that were left out.
+      cells: all columns (N,) by the file's names, each cell as it was read.
+      places: where each row (N,) is, in words.
+      names: what the file calls columns, by our names.
+      flops_factor: F of C = F n D, as the user gave it.
     """
 
     source: str
@@ -37,6 +53,10 @@ class Results:
     run: np.ndarray
     loss_column: str
     notes: tuple[str, ...] = ()
+    cells: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    places: np.ndarray = dataclasses.field(default_factory=lambda: np.array([], object))
+    names: dict[str, str] = dataclasses.field(default_factory=dict)
+    flops_factor: float | None = None
 
     def __len__(self) -> int:
         """Returns the number of rows."""
@@ -66,11 +86,73 @@ class Results:
         columns = self.columns | {"flops": self.columns[name]}
         return dataclasses.replace(self, columns=columns)
 
+    def require(self, needed: Iterable[str]) -> "Results":
+        """Returns these results if they have all columns of a law.
+
+        Raises UserError, with the row's place, for a column that is missing and for a value that is
+        no number, not finite or not positive.
+
+        Args:
+          needed: names of `COLUMNS`.
+        """
+        for name in needed:
+            if name not in self.columns:
+                source = self.names.get(name, name)
+                if source in self.cells:
+                    _read_column(self.cells[source], source, self.places, positive=True)
+                raise UserError(_missing_column(name, self.names, list(self.cells), self.source))
+        return self
+
+    def run_folders(self) -> list[AnyPath]:
+        """Returns the directory of each run, where they are of sweeps whose directories are there;
+        else none.
+        """
+        folders = []
+        for run_id, place in zip(self.cells.get("run_id", []), self.places, strict=False):
+            file = paths.path(place.rpartition(", line ")[0])
+            if file.name == SWEEP_FILE:
+                folders.append((file.parent / "runs", str(run_id)))
+        there = {every for every in {every for every, _ in folders} if every.is_dir()}
+        return [paths.inside(every, run_id) for every, run_id in folders if every in there]
+
+    def varying(self, columns: Iterable[str]) -> dict[str, dict]:
+        """Returns the file's columns that vary and that a law with these columns does not know.
+
+        They are told as `settings.varying` does.
+        """
+        known = {self.names.get(name, name): self.columns[name] for name in columns}
+        return varying(self.cells, self.names, known)
+
     def take(self, rows) -> "Results":
         """Returns the chosen rows, by a mask or indices; their runs are numbered anew."""
         columns = {name: values[rows] for name, values in self.columns.items()}
+        cells = {name: values[rows] for name, values in self.cells.items()}
         _, run = np.unique(self.run[rows], return_inverse=True)
-        return dataclasses.replace(self, columns=columns, run=run)
+        places = self.places[rows] if len(self.places) else self.places
+        return dataclasses.replace(self, columns=columns, run=run, cells=cells, places=places)
+
+    def split(self, by: Sequence[str]) -> dict[str, "Results"]:
+        """Returns the rows of each value of some columns, by the values with commas between them.
+
+        They are in ascending order, numbers before words. A column that only some groups fill, such
+        as k, is there in these.
+
+        Args:
+          by: the columns, by our names or the file's.
+
+        Raises UserError for an unknown column.
+        """
+        by = [column if column in self.cells else self.names.get(column, column) for column in by]
+        for column in by:
+            choose(column, self.cells, f"--by: the column of {self.source}")
+        texts = [[as_text(cell) for cell in self.cells[column]] for column in by]
+        values = np.array([", ".join(row) for row in zip(*texts, strict=True)])
+        groups = {}
+        for value in in_order(values):
+            group = self.take(values == value)
+            columns = _columns(group.cells, group.names, group.places, self.flops_factor)
+            groups[value] = dataclasses.replace(group, columns=columns)
+        return groups
 
     def without_largest_losses(self, count: int) -> "Results":
         """Returns the rows with losses strictly below the `count`-th largest (Besiroglu et al. 2024
@@ -91,64 +173,72 @@ class Results:
 
 
 def read(
-    path: str | AnyPath,
-    needed: tuple[str, ...],
+    source,
+    needed: Iterable[str] = (),
     names: dict[str, str] | None = None,
     flops_factor: float | None = None,
+    select: str = "",
 ) -> Results:
-    """Reads the rows of finished runs from a .csv or .jsonl file, or from SWEEP/results.csv.
+    """Reads the rows of finished runs.
 
     Rows of unfinished runs, exact repeats, and runs with a learning rate that is not the best of
-    their size and budget are left out, and `Results.notes` says so.
+    their size, budget and other settings are left out, and `Results.notes` says so.
 
     Args:
-      path: the file, or a sweep's directory.
+      source: a .csv or .jsonl file, a sweep's directory, a dict of columns, a data frame, or a list
+        of such, whose rows are joined.
       needed: which of `COLUMNS` must be there, besides the loss.
       names: what the file calls columns, by our names.
       flops_factor: F of C = F n D, from which a missing column of flops or tokens is computed. It
         is 12 d_in by default, where the file has that column.
+      select: conditions that rows must meet, such as "architecture=topk k=32"
+        (`tables.conditions`), by the file's names or ours.
 
-    Raises UserError, with the row's line, for a missing column and for a value that is no number,
-    not finite or not positive.
+    Raises UserError, with the row's place, for a missing column and for a value that is no number,
+    not finite or not positive, and where no row is left.
     """
-    file = paths.path(path)
-    if file.is_dir():
-        file = file / "results.csv"
-        if not file.is_file():
-            raise UserError(
-                f"{path} is a directory without results.csv; give a sweep's directory, or a .csv "
-                "or .jsonl file"
-            )
-    if not file.is_file():
-        raise UserError(f"--results: there is no file {path}")
-    rows = _read_rows(file)
-    notes = []
-    rows, note = _only_done(rows)
-    notes += note
-    rows, note = _without_repeats(rows)
-    notes += note
-    rows, note = _best_learning_rates(rows, names or {})
+    names = {name: column for name, column in (names or {}).items() if column}
+    title, rows, notes = finished(source, names, select)
+    rows, note = _best_learning_rates(rows, names)
     notes += note
     if not rows:
-        raise UserError(f"{file} has no rows of finished runs, so there is nothing to fit")
-    names = _resolve_names(rows, names or {}, file)
-    columns = {}
-    for name in (*COLUMNS, *_OPTIONAL):
-        source = names.get(name, name)
-        if source in rows[0][1] and (name in (*needed, "loss") or _is_numeric(rows, source)):
-            columns[name] = _read_column(rows, source, file, positive=name not in _OPTIONAL)
-    _add_derived(columns, rows, flops_factor, file)
-    missing = [name for name in (*needed, "loss") if name not in columns]
-    if missing:
-        raise UserError(_missing_column(missing[0], names, rows, file))
-    ids = [str(row.get("run_id") or f"line {line}") for line, row in rows]
-    notes += _differing_settings(rows, needed)
+        raise UserError(f"{title} has no rows of finished runs, so there is nothing to fit")
+    names = _resolve_names(rows, names, title)
+    places = np.array([place for place, _ in rows], object)
+    cells = {name: _column([row[name] for _, row in rows]) for name in rows[0][1]}
+    columns = _columns(cells, names, places, flops_factor)
     # The rows' order in the file is of no consequence, not even for the bootstrap's draws.
-    order = np.lexsort(tuple(columns.values()))
-    columns = {name: values[order] for name, values in columns.items()}
+    order = np.lexsort(tuple(columns.values())) if columns else np.arange(len(rows))
+    ids = [f"{row.get(SOURCE, '')} {row.get('run_id') or place}" for place, row in rows]
     seen: dict[str, int] = {}
     run = np.array([seen.setdefault(ids[row], len(seen)) for row in order])
-    return Results(str(path), columns, run, names["loss"], tuple(notes))
+    found = Results(
+        title, columns, run, names["loss"], tuple(notes), cells, places, names, flops_factor
+    )
+    found.require((*needed, "loss"))
+    cells, columns = (
+        {name: values[order] for name, values in every.items()} for every in (cells, columns)
+    )
+    return dataclasses.replace(found, columns=columns, cells=cells, places=places[order])
+
+
+def finished(
+    source, names: dict[str, str] | None = None, select: str = ""
+) -> tuple[str, list[Row], list[str]]:
+    """Returns a title of a source, as `read` takes it, the rows of its finished runs that meet
+    `select`, and notes on the others.
+
+    All rows have the same columns.
+    """
+    several = source if isinstance(source, list | tuple) else [source]
+    tables = [_rows(one) for one in several]
+    title = ", ".join(dict.fromkeys(title for title, _ in tables))
+    rows, notes = _join(tables)
+    for left in (_only_done, _without_repeats):
+        rows, note = left(rows)
+        notes += note
+    rows, note = _selected(rows, select, names or {}, title)
+    return title, rows, notes + note
 
 
 def distinct(values: np.ndarray) -> np.ndarray:
@@ -159,10 +249,50 @@ def distinct(values: np.ndarray) -> np.ndarray:
     return ordered[np.concatenate([[True], np.diff(ordered) > _SAME * ordered[1:]])]
 
 
-def _read_rows(file: AnyPath) -> list[tuple[int, dict]]:
-    """Returns (line of the file, row) of every row."""
+def _rows(source) -> tuple[str, list[Row]]:
+    """Returns a title of one source, and its rows."""
+    if isinstance(source, str) or hasattr(source, "read_bytes"):
+        file = _file(source)
+        return str(source), _rows_of_file(file)
+    if not hasattr(source, "keys") or not hasattr(source, "__getitem__"):
+        if not hasattr(source, "columns"):
+            kind = type(source).__name__
+            raise UserError(
+                f"results are a file, a sweep's directory, a dict of columns or a data frame, not "
+                f"{kind}"
+            )
+        source = {name: source[name] for name in source.columns}  # polars has no keys
+    columns = {_text(name): np.asarray(source[name], object).ravel() for name in source.keys()}
+    lengths = {len(values) for values in columns.values()}
+    if len(lengths) > 1:
+        numbers = some([str(length) for length in sorted(lengths)])
+        raise UserError(f"the table's columns have different lengths: {numbers}")
+    rows = zip(*columns.values(), strict=True)
+    return "the table", [
+        (f"the table, row {number}", {n: _cell(v) for n, v in zip(columns, row, strict=True)})
+        for number, row in enumerate(rows)
+    ]
+
+
+def _file(source: str | AnyPath) -> AnyPath:
+    """Returns the file of a table, or that of a sweep's directory."""
+    file = paths.path(source)
+    if file.is_dir():
+        file = file / SWEEP_FILE
+        if not file.is_file():
+            raise UserError(
+                f"{source} is a directory without results.csv; give a sweep's directory, or a .csv "
+                "or .jsonl file"
+            )
+    if not file.is_file():
+        raise UserError(f"--results: there is no file {source}")
+    return file
+
+
+def _rows_of_file(file: AnyPath) -> list[Row]:
+    """Returns the rows of a .csv or .jsonl file."""
     if file.suffix == ".csv":
-        return read_csv(file)
+        return [(f"{file}, line {line}", row) for line, row in read_csv(file)]
     if file.suffix != ".jsonl":
         raise UserError(f"{file} is neither .csv nor .jsonl; name it by what it is")
     rows = []
@@ -173,28 +303,55 @@ def _read_rows(file: AnyPath) -> list[tuple[int, dict]]:
             if not isinstance(row, dict):
                 raise UserError(f"{where} is not a JSON object of columns")
             # What is no number is text, as in a table, and text that can be written.
-            cells = {_text(name): _cell(value) for name, value in row.items()}
-            rows.append((number, cells))
+            rows.append((where, {_text(name): _cell(value) for name, value in row.items()}))
     return rows
 
 
 def _cell(value):
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if value is None or is_number else _text(value)
+    value = value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value
+    return None if value is None else _text(value)
 
 
 def _text(value) -> str:
     return str(value).encode(errors="backslashreplace").decode()
 
 
+def _column(cells: list) -> np.ndarray:
+    column = np.empty(len(cells), object)
+    column[:] = cells
+    return column
+
+
+def _join(tables: list[tuple[str, list[Row]]]) -> tuple[list[Row], list[str]]:
+    """Returns the rows of all tables, with the columns of all, and a note on runs that are in
+    several.
+
+    Of several tables each row says which it is of, in the column `SOURCE`.
+    """
+    columns = dict.fromkeys(name for _, rows in tables for _, row in rows for name in row)
+    joined, seen, repeats = [], {}, 0
+    for number, (title, rows) in enumerate(tables):
+        common = [name for name in columns if all(name in rows[0][1] for _, rows in tables if rows)]
+        for place, row in rows:
+            key = tuple(str(row.get(name)) for name in common)
+            if "run_id" in common and seen.setdefault(key, number) != number:
+                repeats += 1  # a sweep that was copied, or one that took another's runs over
+                continue
+            whole = {name: row.get(name) for name in columns}
+            joined.append((place, whole | {SOURCE: title} if len(tables) > 1 else whole))
+    return joined, [f"{repeats} runs are in several tables and count once"] if repeats else []
+
+
 def _only_done(rows):
     """Returns the rows of runs that are done, and a note on the others."""
     counts: dict[str, int] = {}
     kept = []
-    for line, row in rows:
+    for place, row in rows:
         status = row.get("status") or "done"
         if status == "done":
-            kept.append((line, row))
+            kept.append((place, row))
         else:
             counts[status] = counts.get(status, 0) + 1
     text = ", ".join(f"{count} {status}" for status, count in counts.items())
@@ -205,96 +362,99 @@ def _only_done(rows):
 def _without_repeats(rows):
     """Returns the rows without exact repeats, and a note on these."""
     seen, kept = set(), []
-    for line, row in rows:
+    for place, row in rows:
         key = tuple(sorted((name, str(value)) for name, value in row.items()))
         if key not in seen:
-            kept.append((line, row))
+            kept.append((place, row))
         seen.add(key)
     repeats = len(rows) - len(kept)
     return kept, [f"{repeats} rows repeat another row exactly and count once"] if repeats else []
 
 
+def _selected(rows, select: str, names: dict[str, str], title: str):
+    """Returns the rows that meet the conditions of `select`, and a note on the others."""
+    if not select.split() or not rows:
+        return rows, []
+    ours = {name: column for name, column in names.items() if column in rows[0][1]}
+    cells = [row | {name: row[column] for name, column in ours.items()} for _, row in rows]
+    terms = conditions(select, cells[0])
+    kept = that_meet(cells, terms, f"rows of {title}")
+    note = f"{len(kept)} of {len(rows)} rows are taken, as --select={select!r} asks"
+    return [rows[place] for place in kept], [note]
+
+
 def _best_learning_rates(rows, names: dict[str, str]):
-    """Returns for each size, budget and k the runs with the best learning rate, and a note on the
-    others.
+    """Returns for each size, budget and other settings the runs with the best learning rate, and a
+    note on the others.
 
     The others say what a wrong rate costs, not what the budget buys.
     """
-    size, data, k, loss = (names.get(name) or name for name in ("d_sae", "tokens", "k", "loss"))
+    size, data, loss = (names.get(name) or name for name in ("d_sae", "tokens", "loss"))
     if not rows or not {"lr", size, data} <= set(rows[0][1]):
         return rows, []
     loss = loss if loss in rows[0][1] else "eval_loss"
+    columns = {name: [row[name] for _, row in rows] for name in rows[0][1]}
+    apart = settings(columns, names | {"loss": loss})
+    apart = [name for name in apart if last_part(name) not in (*RATES, "seed")]
     cells: dict[tuple, dict] = {}
-    for line, row in rows:
-        cell = tuple(row.get(name) for name in (size, data, k, "sparsity_coefficient"))
-        cells.setdefault(cell, {}).setdefault(row.get("lr"), []).append((line, row))
+    for place, row in rows:
+        cell = tuple(as_text(row[name]) for name in dict.fromkeys((size, data, *apart)))
+        cells.setdefault(cell, {}).setdefault(row.get("lr"), []).append((place, row))
     kept = []
     for rates in cells.values():
-        losses = {rate: [_number(row.get(loss)) for _, row in of] for rate, of in rates.items()}
+        losses = {rate: [as_number(row.get(loss)) for _, row in of] for rate, of in rates.items()}
         known = [v is not None and math.isfinite(v) for of in losses.values() for v in of]
         if len(rates) == 1 or not all(known):
             kept += [row for of in rates.values() for row in of]
         else:
             kept += rates[min(losses, key=lambda rate: np.mean(losses[rate]))]
     left = len(rows) - len(kept)
+    place_of = {place: number for number, (place, _) in enumerate(rows)}
     note = f"{left} runs are left out, another learning rate being better for their size and budget"
-    return sorted(kept, key=lambda row: row[0]), [note] if left else []
+    return sorted(kept, key=lambda row: place_of[row[0]]), [note] if left else []
 
 
-def _differing_settings(rows, needed) -> list[str]:
-    """Returns notes on settings in which the runs differ, and which the law does not know."""
-    out = []
-    for name in (*_SETTINGS, *(() if "k" in needed else ("k",))):
-        values = {str(row.get(name)) for _, row in rows if row.get(name) not in (None, "")}
-        if len(values) > 1:
-            shown = some([_shortened(value) for value in sorted(values)], 4)
-            out.append(f"the runs differ in {name} ({shown}), which this law does not know")
-    return out
-
-
-def _shortened(text: str) -> str:
-    """Returns a text of a table on one line, cut where it is long."""
-    text = " ".join(text.split())
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
-
-
-def _resolve_names(rows, names: dict[str, str], file) -> dict[str, str]:
+def _resolve_names(rows, names: dict[str, str], title: str) -> dict[str, str]:
     """Returns what the file calls each of our columns, as the user says or by default."""
     present = list(rows[0][1])
-    resolved = {name: name for name in COLUMNS} | {n: c for n, c in names.items() if c}
-    if not names.get("loss") and "loss" not in present:
-        resolved["loss"] = "eval_loss"  # what result.json calls it
     for name, column in names.items():
-        if column:
-            try:
-                choose(column, present, f"the column of {file} for --{name}")
-            except UserError as error:
-                raise UserError(str(error)) from None
+        choose(column, present, f"the column of {title} for --{name}")
+    resolved = {name: name for name in (*COLUMNS, *_OPTIONAL)} | names
+    if "loss" not in names and "loss" not in present:
+        resolved["loss"] = "eval_loss"  # what result.json calls it
     return resolved
 
 
-def _is_numeric(rows, name: str) -> bool:
-    """Whether an unasked-for column is full of numbers, so that it can be used."""
-    return all(_number(row.get(name)) is not None for _, row in rows)
+def _columns(cells, names, places, flops_factor: float | None) -> dict[str, np.ndarray]:
+    """Returns the numbers (N,) of our columns that are there, whole and usable, or that follow from
+    others.
+    """
+    columns = {}
+    for name in (*COLUMNS, *_OPTIONAL):
+        source = names[name]
+        if source in cells and (name == "loss" or _is_usable(cells[source], name)):
+            columns[name] = _read_column(cells[source], source, places, name not in _OPTIONAL)
+    _add_derived(columns, cells, flops_factor)
+    return columns
 
 
-def _number(value) -> float | None:
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):  # an integer of hundreds of digits
-        return None
+def _is_usable(cells: np.ndarray, name: str) -> bool:
+    """Whether a column is full of numbers that a law can use."""
+    numbers = [as_number(cell) for cell in cells]
+    if None in numbers or not np.isfinite(numbers).all():
+        return False
+    return name in _OPTIONAL or _BOUNDS[0] <= min(numbers) <= max(numbers) <= _BOUNDS[1]
 
 
-def _read_column(rows, name: str, file, positive: bool) -> np.ndarray:
-    """Returns the numbers (N,) of a column. Raises UserError that names the first bad line."""
+def _read_column(cells, name: str, places, positive: bool) -> np.ndarray:
+    """Returns the numbers (N,) of a column. Raises UserError that names the first bad row."""
     values = []
-    for line, row in rows:
-        value = _number(row.get(name))
-        where = f"{file}, line {line}: {name}"
+    for place, cell in zip(places, cells, strict=True):
+        value = as_number(cell)
+        where = f"{place}: {name}"
         if value is None:
-            shown = row.get(name)
-            shown = "empty" if shown in (None, "") else repr(_shortened(str(shown)))
-            raise UserError(f"{where} is {shown}; every row needs a number there")
+            text = "empty" if cell is None or cell == "" else repr(shortened(as_text(cell)))
+            raise UserError(f"{where} is {text}; every row needs a number there")
         if not math.isfinite(value):
             raise UserError(
                 f"{where} is {value}; remove the row, or mark the run in a column `status` as "
@@ -308,10 +468,10 @@ def _read_column(rows, name: str, file, positive: bool) -> np.ndarray:
     return np.array(values)
 
 
-def _add_derived(columns, rows, factor: float | None, file) -> None:
+def _add_derived(columns, cells, factor: float | None) -> None:
     """Adds flops or tokens to the columns where the others tell it."""
-    if factor is None and "d_in" in rows[0][1]:
-        widths = distinct(_read_column(rows, "d_in", file, positive=True))
+    if factor is None and "d_in" in cells and _is_usable(cells["d_in"], "d_in"):
+        widths = distinct(np.array([as_number(cell) for cell in cells["d_in"]]))
         factor = 12 * widths[0] if len(widths) == 1 else None
     if factor is None or "d_sae" not in columns:
         return
@@ -321,12 +481,13 @@ def _add_derived(columns, rows, factor: float | None, file) -> None:
         columns["tokens"] = columns["flops"] / (factor * columns["d_sae"])
 
 
-def _missing_column(name: str, names, rows, file) -> str:
+def _missing_column(name: str, names: dict[str, str], present: list[str], title: str) -> str:
     """Returns the message for a column that is not there."""
-    present = ", ".join(rows[0][1])
+    there = ", ".join(present)
     if name == "loss":
-        return f"{file} has no column loss or eval_loss; say --loss=COLUMN (it has {present})"
+        return f"{title} has no column loss or eval_loss; say --loss=COLUMN (it has {there})"
     hint = f"say --{name}=COLUMN if it is called otherwise"
     if name in ("tokens", "flops"):
         hint += ", or --flops_factor=F where C = F * d_sae * tokens gives it from the others"
-    return f"{file} has no column {names[name]}, which this law needs; {hint} (it has {present})"
+    missing = names.get(name, name)
+    return f"{title} has no column {missing}, which this law needs; {hint} (it has {there})"

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from sae_jax.laws import agreement
+from sae_jax.laws import agreement, settings
 from sae_jax.laws.intervals import FAR
 
 _WIDE = 10.0  # ratio of the ends of a scale's interval
@@ -24,6 +24,7 @@ def warnings(fit, cost) -> list[str]:
       cost: the cost of its runs; None where the results do not tell it.
     """
     out = list(fit.results.notes)
+    out += settings.warnings(fit.name, fit.varying)
     out += _at_bound(fit)
     out += _weakly_identified(fit)
     out += _disagreeing_estimators(fit)
@@ -59,6 +60,7 @@ def isoflop_warnings(fit) -> list[str]:
     """Returns the warnings of an IsoflopFit."""
     minima = fit.minima
     out = list(fit.results.notes)
+    out += settings.warnings(fit.name, fit.varying)
     reasons = dict.fromkeys(curve.rejected for curve in minima.curves if curve.rejected)
     for reason in reasons:
         budgets = [f"{curve.flops:.3g}" for curve in minima.curves if curve.rejected == reason]

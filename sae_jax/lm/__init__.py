@@ -9,6 +9,7 @@ from sae_jax.lm.architecture import (
     hook_name,
     init,
     layout,
+    site_of_hook,
     site_width,
 )
 from sae_jax.lm.bridge import TorchModel, is_torch
@@ -62,6 +63,7 @@ __all__ = [
     "read_texts",
     "reconstruct",
     "save_model",
+    "site_of_hook",
     "site_width",
     "standard_library",
     "text_files",

@@ -23,6 +23,7 @@ norm's weight and bias, whether it folds these into the MLP or not.
 
 import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,7 @@ _HOOKS = {
     "resid_post": "hook_resid_post",
 }
 SITES = tuple(_HOOKS)
+_SITE_OF_HOOK = {hook: site for site, hook in _HOOKS.items() if hook}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,3 +296,13 @@ def hook_name(site: str) -> str | None:
     name, _, layer = site.rpartition(".")
     hook = _HOOKS.get(name) if layer.isdecimal() else None
     return hook and f"blocks.{layer}.{hook}"
+
+
+def site_of_hook(hook: str) -> str | None:
+    """Returns the site that has the tensor of TransformerLens' hook, such as resid_post.3.
+
+    It is None for a hook at another tensor, and for a name that is none of TransformerLens'.
+    """
+    layer_and_hook = re.fullmatch(r"blocks\.([0-9]+)\.(.+)", hook)
+    site = layer_and_hook and _SITE_OF_HOOK.get(layer_and_hook[2])
+    return site and f"{site}.{layer_and_hook[1]}"

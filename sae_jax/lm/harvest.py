@@ -19,10 +19,12 @@ from jax.experimental import multihost_utils
 
 from sae_jax import paths
 from sae_jax.activations import LiveMeta, Store, StoreWriter
+from sae_jax.activations.files import Folder
 from sae_jax.activations.sites import split_names
+from sae_jax.activations.writer import most_sequences
 from sae_jax.config import difference
 from sae_jax.errors import UserError, known_arguments
-from sae_jax.lm.architecture import hook_name
+from sae_jax.lm.architecture import SITES, hook_name, site_of_hook
 from sae_jax.lm.directory import hub_name
 from sae_jax.lm.documents import read_texts
 from sae_jax.lm.language_model import in_batches
@@ -35,6 +37,11 @@ DEFAULT_CONTEXT = 1024  # where the model allows it
 TOKENS_PER_DEVICE = 8192  # of a batch along `data`
 TOKENS_PER_CPU = 2048  # about 1.5 times as fast there as 16k: attention scores stay in cache
 _LOG_EVERY = 10.0  # seconds
+_OTHER_TENSORS = {  # hooks of TransformerLens beside sites, and what is there
+    "hook_mlp_in": ": it enters the MLP's norm, as resid_mid.{layer}; mlp_in.{layer} leaves it",
+    "ln2.hook_normalized": ": it is before the norm's weight, and mlp_in.{layer} is after it",
+    "mlp.hook_pre": ": it enters the activation function, and mlp_act.{layer} leaves it",
+}
 
 
 @known_arguments
@@ -46,6 +53,7 @@ def harvest(
     sites: str | Sequence[str],
     context_length: int | None = None,
     tokens: int | None = None,
+    max_bytes: int | None = None,
     batch_size: int | None = None,
     dtype: str = "bfloat16",
     model_dtype: str = "float32",
@@ -64,15 +72,19 @@ def harvest(
     they are packed, and 4 after.
 
     Raises UserError, before the model runs, for an unknown site, for text that fills no context,
-    for a store made from other text or another model, and for a disk that cannot hold the result.
+    for a store made from other text or another model, for a disk that cannot hold the result, and
+    for an object store that cannot be used.
 
     Args:
       model_dir: the model, as `open_model` takes it.
       texts: the documents, or the path of a file or folder of them (`read_texts`).
       out: the store's directory.
-      sites: the site to harvest, or several.
+      sites: the site to harvest, or several, by our names or TransformerLens'
+        (blocks.3.hook_resid_post), which become ours.
       context_length: tokens of a context, BOS included. None: the model's own, at most 1024.
-      tokens: how many tokens to harvest at most. None: all of the text.
+      tokens: how many tokens to harvest at most. None: all of the text. A text that has fewer is
+        warned of before the model runs.
+      max_bytes: how many bytes the files of the finished store may have together. None: any number.
       batch_size: contexts in a batch, over the mesh's axis `data`. None: `default_batch`.
       dtype: the type of the store, bfloat16, float16 or float32.
       model_dtype: the type in which the model computes, float32 or bfloat16.
@@ -82,16 +94,19 @@ def harvest(
         used. None: a product is timed here.
       live: whether the store keeps no activations, so that the model computes them whenever they
         are read (`lm.live`).
-      statistics_tokens: how many tokens, or a few more, the statistics of a live store are taken
-        from, spread over the text. None: all. Rows that are left out for their norm or for NaN are
-        found among these.
+      statistics_tokens: how many tokens, rounded up to whole contexts, the statistics of a live
+        store are taken from, spread over the text. None: all. Rows that are left out for their norm
+        or for NaN are found among these.
       scan_layers: whether the layers before the first site are compiled as one loop.
     """
     if isinstance(texts, str | pathlib.Path):
         texts = read_texts([texts])
-    sites = tuple(split_names(sites))
+    sites = tuple(dict.fromkeys(map(our_name, split_names(sites))))
     if live and scan_layers:
         raise UserError("a live store runs its model without a loop: leave out --scan_layers")
+    if statistics_tokens is not None and (not live or statistics_tokens < 1):
+        raise UserError(f"statistics_tokens {statistics_tokens} is for live stores, and 1 or more")
+    Folder(out)  # an object store that cannot be used is found before anything is computed
     model = open_model(model_dir, model_dtype, mesh or local_mesh(), scan_layers)
     mesh = model.mesh or local_mesh(jax.local_devices()[:1])
     tokenizer = model.tokenizer
@@ -105,7 +120,16 @@ def harvest(
             f"context_length {context_length} is not between 2 and the model's {model.max_context}"
         )
     batch_size = _batch_size(batch_size, context_length, mesh)
-    tokens_NxT = pack(_with_progress(texts), tokenizer, context_length, tokens)
+    limit = tokens
+    if max_bytes is not None:
+        fit = _tokens_in(max_bytes, widths, dtype, context_length, live)
+        limit = fit if tokens is None else min(tokens, fit)
+    tokens_NxT = pack(_with_progress(texts), tokenizer, context_length, limit)
+    if limit is not None and limit == tokens and len(tokens_NxT) < tokens // context_length:
+        logging.warning(
+            "the text has %s tokens, not the %s of --tokens; all of them are harvested",
+            f"{tokens_NxT.size:,}", f"{tokens:,}",
+        )  # fmt: skip
     if tokens_NxT.max() >= model.vocab_size:
         raise UserError(
             f"the tokenizer of {model_dir} gives token {tokens_NxT.max()}, but the model has "
@@ -117,14 +141,12 @@ def harvest(
         "hooks": {site: hook_name(site) for site in sites},  # TransformerLens' names
         "layers_module": model.layers_module,
     }
-    if statistics_tokens is not None and (not live or statistics_tokens < 1):
-        raise UserError(f"statistics_tokens {statistics_tokens} is for live stores, and 1 or more")
     function = {"model_fingerprint": model.fingerprint, "model_dtype": model_dtype}
     made_by, shared_by = None, mesh.shape["model"]
     if live:
         known["statistics"] = "of all rows" if not statistics_tokens else (
-            f"of {statistics_tokens:,} tokens or a little more, in whole shards spread evenly, as "
-            "are the exclusions by norm; rows with NaN elsewhere are not known"
+            f"of {statistics_tokens:,} tokens, rounded up to whole contexts, spread evenly, as are "
+            "the exclusions by norm; rows with NaN elsewhere are not known"
         )  # fmt: skip
         made_by = LiveMeta(model.spec, *function.values(), batch_size, shared_by, statistics_tokens)
     row_bytes = 0 if live else sum(widths.values()) * jnp.dtype(dtype).itemsize
@@ -152,8 +174,8 @@ def harvest(
         for shard in writer.missing_shards()
         if shard.index % jax.process_count() == jax.process_index()
     ]
-    if statistics_tokens:
-        sampled = _spread_shards(writer.meta, statistics_tokens)
+    sampled = _spread_sample(writer.meta, statistics_tokens, batch_size)
+    if sampled is not None:
         for shard in mine:
             if shard.index not in sampled:
                 writer.write_shard(shard.index, None)
@@ -162,7 +184,7 @@ def harvest(
         run = model.runner(tuple(widths), jnp.dtype(dtype))
         needed = model.flops_per_token(tuple(widths), context_length)
         floor = needed and needed / (peak_flops or matmul_rate(mesh, model_dtype))
-        write_shards(writer, mine, tokens_NxT, batch_size, run, floor)
+        write_shards(writer, mine, tokens_NxT, batch_size, run, floor, sampled)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("harvest: all shards are written")
         if jax.process_index() == 0:
@@ -173,7 +195,15 @@ def harvest(
     return open_store(out)
 
 
-def write_shards(writer, shards, tokens_NxT, batch_size: int, run, floor: float | None) -> None:
+def write_shards(
+    writer,
+    shards,
+    tokens_NxT,
+    batch_size: int,
+    run,
+    floor: float | None,
+    sampled: dict[int, np.ndarray] | None = None,
+) -> None:
     """Computes and writes shards of a store.
 
     The device computes a batch while the host copies the batch before it, and while a thread
@@ -186,18 +216,25 @@ def write_shards(writer, shards, tokens_NxT, batch_size: int, run, floor: float 
       batch_size: contexts in a batch.
       run: the model's `runner`.
       floor: the least seconds that a token can take, or None if it is not known.
+      sampled: for a live store, by the index of each shard the numbers within it of the sequences
+        that the model runs on. None: all.
     """
     context_length = tokens_NxT.shape[1]
     dtypes = {site: jnp.dtype(meta.dtype) for site, meta in writer.meta.sites.items()}
     widths = {site: meta.width for site, meta in writer.meta.sites.items()}
     row_bytes = sum(width * dtypes[site].itemsize for site, width in widths.items())
-    total = sum(shard.sequences.stop - shard.sequences.start for shard in shards)
+    if sampled is None:
+        total = sum(shard.sequences.stop - shard.sequences.start for shard in shards)
+    else:
+        total = sum(len(sampled[shard.index]) for shard in shards)
     with concurrent.futures.ThreadPoolExecutor(1) as pool, _Progress(
         total * context_length, row_bytes, floor
     ) as progress:  # fmt: skip
         written = None
         for shard in shards:
+            chosen = None if sampled is None else sampled[shard.index]
             sequences = tokens_NxT[shard.sequences]
+            sequences = sequences if chosen is None else sequences[chosen]
             values = {
                 site: np.empty((*sequences.shape, width), dtypes[site])
                 for site, width in widths.items()
@@ -210,7 +247,7 @@ def write_shards(writer, shards, tokens_NxT, batch_size: int, run, floor: float 
             if written:
                 _await(written)
             rows = {site: array.reshape(-1, widths[site]) for site, array in values.items()}
-            written = pool.submit(writer.write_shard, shard.index, rows)
+            written = pool.submit(writer.write_shard, shard.index, rows, chosen)
         _await(written)
 
 
@@ -243,10 +280,51 @@ def _batch_size(batch_size: int | None, context_length: int, mesh: jax.sharding.
     return batch_size
 
 
-def _spread_shards(meta, tokens: int) -> set[int]:
-    """Returns the indices of shards, spread evenly over a store, that hold so many tokens."""
-    count = min(-(-tokens // (meta.shard_sequences * meta.context_length)), meta.num_shards)
-    return {i * meta.num_shards // count for i in range(count)}
+def _spread_sample(meta, tokens: int | None, batch_size: int) -> dict[int, np.ndarray] | None:
+    """Returns sequences that hold so many tokens, spread evenly over a store: by the index of the
+    shard their numbers within it.
+
+    They come from no more shards than give a batch each, since a batch of few sequences takes as
+    long as a full one. Returns None for all, where `tokens` is None.
+    """
+    if tokens is None:
+        return None
+    size = meta.shard_sequences
+    count = min(-(-tokens // meta.context_length), meta.num_sequences)
+    shards = min(-(-count // min(batch_size, size)), meta.num_shards)
+    chosen = np.arange(shards) * meta.num_shards // shards
+    sequences = (chosen[:, None] * size + np.arange(size)).reshape(-1)
+    sequences = sequences[sequences < meta.num_sequences]
+    sequences = sequences[np.arange(count) * len(sequences) // count]
+    return {i: sequences[sequences // size == i] % size for i in set((sequences // size).tolist())}
+
+
+def our_name(site: str) -> str:
+    """Returns a site's name, where it has TransformerLens' name or ours.
+
+    Raises UserError for a hook of TransformerLens at a tensor that is none of ours.
+    """
+    if not site.startswith("blocks."):
+        return site
+    ours = site_of_hook(site)
+    if ours is None:
+        layer, _, hook = site.removeprefix("blocks.").partition(".")
+        what = _OTHER_TENSORS.get(hook, "").format(layer=layer)
+        hooks = [hook for name in SITES if (hook := hook_name(f"{name}.{layer}"))]
+        raise UserError(f"{site} is at no site{what}; hooks that are: {', '.join(hooks)}")
+    return ours
+
+
+def _tokens_in(max_bytes: int, widths: dict, dtype: str, context_length: int, live: bool) -> int:
+    """Returns how many tokens a store of `max_bytes` holds. Raises UserError where none fit."""
+    made_by = LiveMeta("", "", "", 1) if live else None
+    sequences = most_sequences(max_bytes, widths, dtype, context_length, made_by)
+    if not sequences:
+        raise UserError(
+            f"max_bytes {max_bytes:,} is too little for one context of {context_length} tokens of "
+            f"{', '.join(widths)}; give more, or fewer sites"
+        )
+    return sequences * context_length
 
 
 def _check_disk(out, num_tokens: int, row_bytes: int) -> None:

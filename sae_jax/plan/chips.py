@@ -81,7 +81,7 @@ class Topology:
     Attributes:
       name: the name, as `--topology` gives it.
       chip: the kind of chip; None for CPUs.
-      devices: the devices to compile for.
+      devices: the devices to compile for; None for each where nothing is compiled.
       per_node: how many of them share a node.
     """
 
@@ -93,7 +93,7 @@ class Topology:
     @property
     def is_tpu(self) -> bool:
         """Whether the devices are TPUs."""
-        return self.devices[0].platform == "tpu"
+        return self.chip is not None and self.chip.network_rate == math.inf
 
     @property
     def capacity(self) -> float:
@@ -127,6 +127,20 @@ def find(name: str) -> Topology:
 
     Raises UserError for other names, and where the TPU compiler is not installed.
     """
+    topology = describe(name)
+    jax.config.update("jax_platforms", "cpu")
+    if topology.is_tpu:
+        return dataclasses.replace(topology, devices=_tpu_devices(name))
+    # CPUs stand for the GPUs: XLA compiles for a GPU only where there is one.
+    jax.config.update("jax_num_cpu_devices", len(topology.devices))
+    return dataclasses.replace(topology, devices=jax.devices())
+
+
+def describe(name: str) -> Topology:
+    """Returns the topology of a name, as `find` takes it, without devices. It does not use JAX.
+
+    Raises UserError for a name that is none.
+    """
     kind, _, shape = name.lower().partition(":")
     if kind not in (*CHIPS, "cpu") or not re.fullmatch(r"[0-9]{1,9}(x[0-9]{1,9})*", shape):
         raise UserError(
@@ -137,19 +151,18 @@ def find(name: str) -> Topology:
     count = math.prod(sizes)
     if not 1 <= count <= _MOST_DEVICES:
         raise UserError(f"--topology={name} has {count} devices; it must be 1 to {_MOST_DEVICES:,}")
-    chip = CHIPS.get(kind)
-    jax.config.update("jax_platforms", "cpu")
-    if chip is not None and chip.network_rate == math.inf:
-        return Topology(name, chip, _tpu_devices(name), per_node=count)
-    if chip is not None and len(sizes) > 2:
+    topology = Topology(name, CHIPS.get(kind), [None] * count, per_node=count)
+    if topology.is_tpu:
+        return topology
+    if topology.chip is not None and len(sizes) > 2:
         raise UserError(f"--topology={name}: GPUs are nodes x GPUs of a node, such as {kind}:8x8")
-    # CPUs stand for the GPUs: XLA compiles for a GPU only where there is one.
-    jax.config.update("jax_num_cpu_devices", count)
-    return Topology(name, chip, jax.devices(), per_node=sizes[-1])
+    return dataclasses.replace(topology, per_node=sizes[-1])
 
 
 def _tpu_devices(name: str) -> list:
     """Returns the devices of a TPU slice, described by the TPU compiler."""
+    # Several processes may compile at a time, since none of them uses a TPU.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     # Without these the TPU library asks a metadata server what this machine is.
     os.environ |= {
         "TPU_SKIP_MDS_QUERY": "1",

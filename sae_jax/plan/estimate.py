@@ -1,4 +1,8 @@
-"""Estimates what a training step takes of each device of a mesh, from the step compiled for it."""
+"""Estimates what a training step takes of each device of a mesh.
+
+`estimate` compiles the step for the mesh, which takes seconds to minutes. `screen` traces it, which
+takes a second, and is for telling which of many meshes are worth compiling.
+"""
 
 import contextlib
 import dataclasses
@@ -17,6 +21,7 @@ from sae_jax.ops.sharding import BATCH, as_for_accelerators
 from sae_jax.plan.chips import Topology
 from sae_jax.plan.flops import matmul_flops
 from sae_jax.plan.hlo import Collective, Program
+from sae_jax.plan.traced import read
 from sae_jax.train import optimizer
 from sae_jax.train.mesh import make_mesh
 from sae_jax.train.step import Trainer, TrainState
@@ -36,6 +41,7 @@ class Estimate:
       memory_bytes: bytes read from and written to memory; None where the compiler found no room.
       collectives: the collectives that the step executes.
       compiler_seconds: the TPU compiler's own estimate of the time; None elsewhere.
+      compiled: whether a compiler has seen the step, or only the tracer.
     """
 
     config: Config
@@ -47,12 +53,14 @@ class Estimate:
     memory_bytes: int | None = None
     collectives: tuple[Collective, ...] = ()
     compiler_seconds: float | None = None
+    compiled: bool = True
 
     @property
     def fits(self) -> bool:
         """Whether the step fits in memory. On a TPU that is the compiler's verdict."""
-        compiled = self.flops is not None
-        return compiled and (self.topology.is_tpu or self.total <= self.topology.capacity)
+        if self.compiled and (self.flops is None or self.topology.is_tpu):
+            return self.flops is not None
+        return self.total <= self.topology.capacity
 
     @property
     def seconds(self) -> dict[str, float] | None:
@@ -76,6 +84,11 @@ class Estimate:
         times = self.seconds
         return times and max(times["products"], times["memory"]) + times["network"]
 
+    @property
+    def token_seconds(self) -> float | None:
+        """The seconds of a step for each token of its batch; None where peaks are unknown."""
+        return self.step_seconds and self.step_seconds / self.config.data.batch_size
+
     def axes(self, collective: Collective) -> tuple[str, ...]:
         """Returns the mesh axes that a collective runs over."""
         sizes = tuple(self.mesh.values())
@@ -91,25 +104,8 @@ def estimate(config: Config, topology: Topology) -> Estimate:
 
     No array is made. Raises UserError where the mesh is not of the topology's size.
     """
-    mesh = make_mesh(config, topology.devices)
-    if mesh.size != len(topology.devices):
-        raise UserError(
-            f"the mesh has {mesh.size} devices, and {topology.name} has {len(topology.devices)}; "
-            "give axes whose product that is"
-        )
-    trainer = Trainer(
-        config, steps=max(1, config.train.tokens // config.data.batch_size), variance=1.0
-    )
+    known, traced, mesh = _trace(config, topology)
     with jax.set_mesh(mesh), _tracing_for(topology):
-        state = trainer.abstract()
-        rows = jax.ShapeDtypeStruct(
-            (config.data.batch_size, _row_width(config)),
-            jnp.bfloat16,
-            sharding=NamedSharding(mesh, BATCH),
-        )
-        traced = trainer.step.trace(state, rows)
-        sizes = _state_bytes(state) | {"batch": _shard_bytes(rows)}
-        known = Estimate(config, topology, dict(mesh.shape), sizes, sum(sizes.values()))
         try:
             compiled = traced.lower().compile()
         except jax.errors.JaxRuntimeError as error:
@@ -118,7 +114,7 @@ def estimate(config: Config, topology: Topology) -> Estimate:
                 raise
             return dataclasses.replace(known, total=round(float(found.group(1)) * 2**30))
     memory = compiled.memory_analysis()
-    sizes |= {
+    sizes = known.bytes | {
         "temporaries": memory.temp_size_in_bytes,
         "program": memory.generated_code_size_in_bytes,
     }
@@ -137,16 +133,70 @@ def estimate(config: Config, topology: Topology) -> Estimate:
     )
 
 
+def screen(config: Config, topology: Topology) -> Estimate:
+    """Traces the training step of a resolved config for a topology and returns what it takes.
+
+    Products and collectives are those that `estimate` finds; the traffic through memory and the
+    temporaries are rougher. Raises UserError where the mesh is not of the topology's size.
+    """
+    known, traced, mesh = _trace(config, topology)
+    work = read(traced.jaxpr.jaxpr, mesh)
+    return dataclasses.replace(
+        known,
+        bytes=known.bytes | {"temporaries": work.temporary_bytes},
+        total=known.total + work.temporary_bytes,
+        flops=matmul_flops(traced.jaxpr.jaxpr, mesh),
+        memory_bytes=work.memory_bytes,
+        collectives=work.collectives,
+        compiled=False,
+    )
+
+
+def _trace(config: Config, topology: Topology) -> tuple:
+    """Returns what is known of a step before it is compiled, the traced step, and its mesh."""
+    mesh = make_mesh(config, topology.devices)
+    if mesh.size != len(topology.devices):
+        raise UserError(
+            f"the mesh has {mesh.size} devices, and {topology.name} has {len(topology.devices)}; "
+            "give axes whose product that is"
+        )
+    trainer = Trainer(
+        config, steps=max(1, config.train.tokens // config.data.batch_size), variance=1.0
+    )
+    with jax.set_mesh(mesh), _tracing_for(topology):
+        state = trainer.abstract()
+        rows = jax.ShapeDtypeStruct(
+            (config.data.batch_size, row_width(config)),
+            jnp.bfloat16,
+            sharding=NamedSharding(mesh, BATCH),
+        )
+        traced = trainer.step.trace(state, rows)
+    sizes = _state_bytes(state) | {"batch": _shard_bytes(rows)}
+    known = Estimate(config, topology, dict(mesh.shape), sizes, sum(sizes.values()))
+    return known, traced, mesh
+
+
 def least_bytes(config: Config) -> int:
     """Returns the bytes of a device that no compiler can avoid.
 
-    They are those of parameters, moments, gradients, and what ZeRO gathers. The config's mesh has
-    no -1.
+    They are those of the state, of gradients, and what ZeRO gathers. The config's mesh has no -1.
     """
-    sae, mesh = config.sae, config.mesh
-    one = 4 * (sae.d_in + sae.d_out) * sae.d_sae // mesh.model
-    state = 3 * one // (mesh.data if mesh.zero else 1)
-    return state + one + (one if mesh.zero and mesh.data > 1 else 0)
+    mesh = config.mesh
+    one = _matrix_bytes(config)
+    return least_state_bytes(config) + one + (one if mesh.zero and mesh.data > 1 else 0)
+
+
+def least_state_bytes(config: Config) -> int:
+    """Returns the bytes of a device's part of the parameters and Adam's moments of them, but for
+    vectors.
+    """
+    return 3 * _matrix_bytes(config) // (config.mesh.data if config.mesh.zero else 1)
+
+
+def _matrix_bytes(config: Config) -> int:
+    """Returns the bytes of a shard of the encoder and the decoder."""
+    sae = config.sae
+    return 4 * (sae.d_in + sae.d_out) * sae.d_sae // config.mesh.model
 
 
 def candidates(config: Config, count: int) -> list[Config]:
@@ -174,9 +224,11 @@ def resolve(config: Config, widths: tuple[int, ...], target: int | None = None) 
       widths: the widths of the sites that it reads.
       target: the width of the site that a transcoder reconstructs.
 
-    Raises UserError for a config with several runs along its mesh.
+    Raises UserError for a config with several runs along its mesh, and for a batch without tokens.
     """
     optimizer.check(config.optimizer)
+    if config.data.batch_size < 1:
+        raise UserError(f"data.batch_size must be 1 or more, not {config.data.batch_size}")
     if config.mesh.run != 1:
         raise UserError(
             "plan is for one run: its groups of devices along mesh.run need the same each; give "
@@ -193,7 +245,7 @@ def _tracing_for(topology: Topology):
     return as_for_accelerators() if is_gpu else contextlib.nullcontext()
 
 
-def _row_width(config: Config) -> int:
+def row_width(config: Config) -> int:
     """Returns the columns of a batch: the input's, and a transcoder's target's."""
     sae = config.sae
     return sae.d_in + (sae.d_out if sae.kind in ("transcoder", "skip_transcoder") else 0)

@@ -37,15 +37,15 @@ def _product_flops(equation, mesh) -> int:
     """Returns the FLOPs of one product on one device."""
     (contracted, _), _ = equation.params["dimension_numbers"]
     left, out = equation.invars[0].aval, equation.outvars[0].aval
-    axes = [_axes_of_dimension(left, i) for i in contracted] + [
-        _axes_of_dimension(out, i) for i in range(out.ndim)
+    axes = [axes_of_dimension(left, i) for i in contracted] + [
+        axes_of_dimension(out, i) for i in range(out.ndim)
     ]
     shards = math.prod(mesh.shape[axis] for group in axes for axis in group)
     depth = math.prod(left.shape[i] for i in contracted)
     return 2 * depth * math.prod(out.shape) // shards
 
 
-def _axes_of_dimension(aval, i: int) -> tuple[str, ...]:
+def axes_of_dimension(aval, i: int) -> tuple[str, ...]:
     """Returns the mesh axes that shard dimension i."""
     spec = aval.sharding.spec
     axes = spec[i] if i < len(spec) else None

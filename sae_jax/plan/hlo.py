@@ -12,6 +12,8 @@ import re
 
 import numpy as np
 
+from sae_jax.errors import UserError
+
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 _BITS = {"pred": 8, "token": 0, "opaque": 0, "f8e4m3fn": 8, "f8e5m2": 8, "bf16": 16}
@@ -176,7 +178,7 @@ class Program:
 
     def _read_bytes(self, value: _Instruction, computation: str) -> int:
         """Returns the bytes that a fusion reads of `value`, one of its operands."""
-        total = 0
+        total = rows = 0
         for user in self._computations[computation].values():
             if value.name not in user.operands:
                 continue
@@ -189,13 +191,15 @@ class Program:
                 inner = self._computations[called].values()
                 taken = [i for i in inner if i.opcode == "parameter" and i.arguments in places]
                 total += sum(self._read_bytes(i, called) for i in taken)
-            elif user.opcode in ("dynamic-slice", "slice", "gather") and first:
+            elif user.opcode == "gather" and first:
+                rows += _type_bytes(user.type)  # some of them several times
+            elif user.opcode in ("dynamic-slice", "slice") and first:
                 total += _type_bytes(user.type)
             elif user.opcode in ("dynamic-update-slice", "scatter") and first:
                 pass  # in place
             else:
-                return _type_bytes(value.type)
-        return min(total, _type_bytes(value.type))
+                return _type_bytes(value.type) + rows
+        return min(total, _type_bytes(value.type)) + rows
 
 
 def _written_bytes(result: _Instruction, inner: dict) -> int:
@@ -236,7 +240,10 @@ def _make_collective(instruction: _Instruction, kind: str) -> Collective:
 
 
 def parse_group(attributes: str) -> tuple[int, ...]:
-    """Returns the group of device 0, from any of the ways in which XLA prints replica groups."""
+    """Returns the group of device 0, from any of the ways in which XLA prints replica groups.
+
+    Raises UserError for a way that is not known.
+    """
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return _numbers(found.group(1))
     if found := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes):
@@ -252,7 +259,10 @@ def parse_group(attributes: str) -> tuple[int, ...]:
         ids = _device_ids(source or str(math.prod(sizes.values())), order).reshape(*sizes.values())
         names = re.findall(r"'(\w+)'", along)
         return tuple(ids[tuple(slice(None) if n in names else 0 for n in sizes)].ravel().tolist())
-    raise NotImplementedError(f"replica groups printed as in {attributes[:200]}")
+    raise UserError(
+        "the XLA that is installed prints the groups of a collective in a way that sae-jax plan "
+        f"does not read ({attributes.strip(', ')[:200]}); plan with another version of jax"
+    )
 
 
 def _device_ids(source: str, order: str | None) -> np.ndarray:
@@ -312,4 +322,7 @@ def _find_closing(text: str, start: int) -> int:
         depth += {"(": 1, ")": -1}.get(text[i], 0)
         if not depth:
             return i + 1
-    raise ValueError(f"unbalanced: {text[:200]}")
+    raise UserError(
+        "the XLA that is installed prints its programs in a way that sae-jax plan does not read "
+        f"({text[:200]}); plan with another version of jax"
+    )

@@ -1,40 +1,64 @@
-"""Shows an estimate as text and as JSON values."""
+"""Shows estimates as text and as JSON values."""
 
 from sae_jax.plan.estimate import Estimate
 
 
-def text(estimate: Estimate) -> str:
-    """Returns everything about one mesh as lines of text."""
+def text(estimate: Estimate, price: float | None = None) -> str:
+    """Returns everything about one mesh as lines of text.
+
+    `price` is that of a device for an hour; with None nothing is said of costs.
+    """
     return "\n".join(
         [
             *_header_lines(estimate),
             *_memory_lines(estimate),
             *_work_lines(estimate),
-            *_run_lines(estimate),
+            *_run_lines(estimate, price),
         ]
     )
 
 
 def row(estimate: Estimate) -> str:
     """Returns one mesh as a line under `HEADER`."""
-    mesh = estimate.mesh
+    mesh, config = estimate.mesh, estimate.config
     step = estimate.step_seconds
+    times = f"{step * 1e3:11.1f}{1 / estimate.token_seconds:14,.0f}" if step else f"{'':25}"
     return (
-        f"{mesh['data']:6}{mesh['model']:7}  {'yes' if estimate.config.mesh.zero else 'no':6}"
-        f"{estimate.total / 1e9:10.2f}  {'yes' if estimate.fits else 'no':6}"
-        + (f"{step * 1e3:10.1f}" if step else f"{'':>10}")
+        f"{mesh['data']:6}{mesh['model']:7}  {'yes' if config.mesh.zero else 'no':6}"
+        f"{config.data.batch_size:9}  {config.sae.compute_dtype:9}"
+        f"{estimate.total / 1e9:10.2f}  {'yes' if estimate.fits else 'no':6}{times}  "
+        + ("compiled" if estimate.compiled else "traced")
     )
 
 
-HEADER = f"{'data':>6}{'model':>7}  {'ZeRO':6}{'GB':>10}  {'fits':6}{'ms a step':>10}"
+HEADER = (
+    f"{'data':>6}{'model':>7}  {'ZeRO':6}{'batch':>9}  {'dtype':9}{'GB':>10}  {'fits':6}"
+    f"{'ms a step':>11}{'tokens/s':>14}"
+)
 
 
-def as_dict(estimate: Estimate) -> dict:
+def short(estimate: Estimate) -> str:
+    """Returns the time and the memory of one mesh as a few words."""
+    step, topology = estimate.step_seconds, estimate.topology
+    words = (
+        [f"{step * 1e3:.1f} ms a step, {1 / estimate.token_seconds:,.0f} tokens/s"] if step else []
+    )
+    room = f" of {topology.capacity / 1e9:.1f}" if topology.chip else ""
+    words.append(f"{estimate.total / 1e9:.1f}{room} GB")
+    return ", ".join(words) + ("" if estimate.compiled else ", by the traced program")
+
+
+def as_dict(estimate: Estimate, price: float | None = None) -> dict:
     """Returns the content of `--json`: bytes, FLOPs and seconds of one device and one step, and of
     the whole run.
+
+    `price` is that of a device for an hour; with None there is no cost.
     """
     times = estimate.seconds
     out = {
+        "compiled": estimate.compiled,
+        "batch_size": estimate.config.data.batch_size,
+        "compute_dtype": estimate.config.sae.compute_dtype,
         "topology": estimate.topology.name,
         "devices": len(estimate.topology.devices),
         "mesh": estimate.mesh | {"zero": estimate.config.mesh.zero},
@@ -53,7 +77,7 @@ def as_dict(estimate: Estimate) -> dict:
         ],
         "seconds": times and times | {"step": estimate.step_seconds},
         "compiler_seconds": estimate.compiler_seconds,
-        "run": times and _run_hours(estimate),
+        "run": times and run_hours(estimate, price),
     }  # fmt: skip
 
 
@@ -119,7 +143,7 @@ def _work_lines(estimate: Estimate) -> list[str]:
     return [*lines, ""]
 
 
-def _run_lines(estimate: Estimate) -> list[str]:
+def _run_lines(estimate: Estimate, price: float | None) -> list[str]:
     """Returns the lines on the times of a step and of the whole run; none where peaks are
     unknown.
     """
@@ -127,24 +151,28 @@ def _run_lines(estimate: Estimate) -> list[str]:
     if times is None:
         return []
     parts = ", ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in times.items())
-    total = _run_hours(estimate)
+    total = run_hours(estimate, price)
     own = estimate.compiler_seconds
     return [
         f"Step at the published peaks: {estimate.step_seconds * 1e3:.1f} ms ({parts})"
         + (f"; {own * 1e3:.1f} by the compiler, which takes a loop for one pass" if own else ""),
-        f"{estimate.config.data.batch_size / estimate.step_seconds:,.0f} tokens/s; "
+        f"{1 / estimate.token_seconds:,.0f} tokens/s; "
         f"{total['tokens']:.4g} tokens: {total['hours']:,.1f} h, "
-        f"{total['chip_hours']:,.0f} chip-hours ({total['chip_hours'] / 24:,.1f} chip-days)",
+        f"{total['chip_hours']:,.0f} chip-hours ({total['chip_hours'] / 24:,.1f} chip-days)"
+        + cost_words(total.get("cost"), price),
         "The peaks are a bound: a real step takes longer.",
     ]
 
 
-def _run_hours(estimate: Estimate) -> dict[str, float]:
-    """Returns the tokens, hours and chip-hours of the whole run."""
+def run_hours(estimate: Estimate, price: float | None) -> dict[str, float]:
+    """Returns the tokens, hours, chip-hours and, with a price, the cost of the whole run."""
     batch, tokens = estimate.config.data.batch_size, estimate.config.train.tokens
     hours = tokens // batch * estimate.step_seconds / 3600
-    return {
-        "tokens": tokens,
-        "hours": hours,
-        "chip_hours": hours * len(estimate.topology.devices),
-    }
+    chip_hours = hours * len(estimate.topology.devices)
+    total = {"tokens": tokens, "hours": hours, "chip_hours": chip_hours}
+    return total if price is None else total | {"cost": chip_hours * price}
+
+
+def cost_words(cost: float | None, price: float | None) -> str:
+    """Returns what a cost is, as the end of a line; nothing without a price."""
+    return "" if cost is None else f", cost {cost:,.2f} at {price:g} a device-hour"

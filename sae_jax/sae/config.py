@@ -40,8 +40,9 @@ class SAEConfig:
     """Dead latents that the auxiliary loss picks for each token. None: d_out / 2."""
     aux_coefficient: float = 0.0
     """Coefficient of the auxiliary loss, which revives dead latents. 0: there is none."""
-    dead_after_tokens: int = 10_000_000
-    """A latent that has not fired for so many tokens is dead."""
+    dead_after_tokens: int | None = None
+    """A latent that has not fired for so many tokens is dead. None: an eighth of the run's tokens,
+    at most 10 million."""
     resample_every_tokens: int = 0
     """Tokens between two resamplings of dead latents. 0: they are not resampled."""
     resample_times: int = 4

@@ -4,25 +4,29 @@ A pack is a set of runs that one program trains (`train.pack`): they have one sh
 Packs of different budgets that are the same until the shorter ones begin to decay share a trunk:
 the longest pack is trained, and each shorter one branches off from its state (Hagele et al. 2024,
 "Scaling laws and compute-optimal training beyond fixed training durations"). A pass is a set of
-packs that read the same data, once; a worker claims it as a whole.
+packs that read the same rows of a store, once, each pack the sites of its own; a worker claims it
+as a whole.
 
 All of it is a function of the runs alone, so that every worker finds the same passes.
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterable, Sequence
 
 from sae_jax import config as configs
 from sae_jax import sae as saes
-from sae_jax.config import Config
+from sae_jax.activations import is_world
+from sae_jax.activations.sites import split_names
+from sae_jax.config import Config, DataConfig
 from sae_jax.train.pack import VARIED, get_field, set_fields
 from sae_jax.train.results import flops, run_id
-from sae_jax.train.schedule_steps import ScheduleSteps
+from sae_jax.train.schedule_steps import ScheduleSteps, count_steps, has_trunk, trunk_steps
 
-__all__ = ["VARIED", "Pack", "Pass", "make_passes"]
+__all__ = ["VARIED", "Pack", "Pass", "make_passes", "trunk_key"]
 
-_BRANCHING_SCHEDULES = ("linear_tail", "warmup_stable_decay")
+_WINDOW_BYTES = 16 << 30  # of host memory, for the two windows of a pass at 16 bits a number
 _LARGEST_SHARE = 1.2  # of the mean compute of a pass; above it the largest family is cut in two
 
 
@@ -73,6 +77,11 @@ class Pass:
         return tuple(run for pack in self.packs for run in pack.runs)
 
     @property
+    def data(self) -> DataConfig:
+        """The data section that reads the sites of all runs."""
+        return reading(self.runs)
+
+    @property
     def steps(self) -> int:
         """The number of steps of the longest run."""
         return max(pack.steps for pack in self.packs)
@@ -83,24 +92,35 @@ class Pass:
         return sum(pack.flops for pack in self.packs)
 
 
-def count_steps(run: Config) -> int:
-    """Returns the number of steps of a resolved run."""
-    return run.train.tokens // run.data.batch_size
+def reading(runs: Sequence[Config]) -> DataConfig:
+    """Returns the data section that reads what all of some runs of a pass read, each site once."""
+    data = runs[0].data
+    if len(set(map(_sites, runs))) == 1:
+        return data
+    union = dict.fromkeys(site for run in runs for site in _sites(run))
+    return dataclasses.replace(data, site=",".join(union), target_site="")
+
+
+def _sites(run: Config) -> tuple[str, ...]:
+    """Returns the sites that a resolved run reads, its target's last."""
+    target = [run.data.target_site] if run.data.target_site else []
+    return (*split_names(run.data.site), *target)
 
 
 def make_passes(runs: Sequence[Config], passes: int = 1) -> list[Pass]:
     """Groups resolved runs into passes over the data.
 
-    Runs with the same data config share a pass. Further passes cut its work for more workers, and
-    each reads the data once.
+    Runs whose data configs differ in nothing but the sites share a pass, up to as many sites as
+    memory may hold windows of. Further passes cut its work for more workers, and each reads the
+    data once.
 
     Args:
       runs: resolved configs.
-      passes: the number of passes for each data config. They have about equal compute, and are
-        fewer where there are not as many runs.
+      passes: the number of passes for each reading. They have about equal compute, and are fewer
+        where there are not as many runs.
     """
     made = []
-    for group in _group_by(runs, lambda run: configs.to_dict(run)["data"]):
+    for group in _readings(runs):
         families: list[_Family] = []
         for alike in _group_by(group, _sharing_key):
             families += _make_families(alike)
@@ -110,6 +130,31 @@ def make_passes(runs: Sequence[Config], passes: int = 1) -> list[Pass]:
                 packs += _make_packs(family, len(packs))
             made.append(Pass(_pass_name(packs), tuple(packs)))
     return made
+
+
+def _readings(runs: Sequence[Config]) -> list[list[Config]]:
+    """Groups the runs that one reading of the data serves."""
+    groups = []
+    for alike in _group_by(runs, _rows_key):
+        left = 0
+        for of_sites in _group_by(alike, _sites):
+            sae = of_sites[0].sae
+            width = sae.d_in + (sae.d_out if of_sites[0].data.target_site else 0)
+            if width > left:
+                groups.append([])
+                left = _WINDOW_BYTES // (2 * 2 * of_sites[0].data.window_rows)
+            groups[-1] += of_sites
+            left -= width
+    return groups
+
+
+def _rows_key(run: Config) -> dict:
+    """Returns what says which rows a run reads, as JSON values: its data config without the sites.
+
+    A synthetic world computes its rows, which reading together would not spare.
+    """
+    data = configs.to_dict(run)["data"]
+    return data if is_world(run.data.store) else data | {"site": "", "target_site": ""}
 
 
 # Runs that share a trunk: a list of runs for each budget, the largest budget first. Each run of a
@@ -127,7 +172,7 @@ def _sharing_key(run: Config) -> dict:
     key["given"] = [get_field(run, field) is None for field in VARIED]
     if not 0 <= run.train.seed < 2**31:  # what an int32, an argument of the program, holds
         key["train"]["seed"] = run.train.seed
-    if not _can_branch(run):
+    if not has_trunk(run) or run.train.branch_from:
         return key
     lengths = ScheduleSteps.from_config(run, count_steps(run))
     key["train"].pop("tokens")
@@ -139,9 +184,15 @@ def _sharing_key(run: Config) -> dict:
     return key
 
 
-def _can_branch(run: Config) -> bool:
-    """Whether nothing but the decay at its end depends on the run's number of steps."""
-    return run.optimizer.schedule in _BRANCHING_SCHEDULES and not run.sae.anneals
+@functools.lru_cache(maxsize=4096)
+def trunk_key(run: Config) -> str | None:
+    """Returns what two runs agree in that are the same until the first of them begins to decay.
+
+    It is None for a run without a trunk, and for one that begins at another's checkpoint.
+    """
+    if not has_trunk(run) or run.train.branch_from:
+        return None
+    return json.dumps([_sharing_key(run), _varied_values(run)], sort_keys=True)
 
 
 def _make_families(runs: list[Config]) -> list[_Family]:
@@ -177,12 +228,11 @@ def _make_packs(family: _Family, place: int) -> list[Pack]:
     parents = {_varied_values(run): i for i, run in enumerate(trunk.runs)}
     packs = [trunk]
     for runs in family[1:]:
-        steps = count_steps(runs[0])
         packs.append(
             Pack(
                 tuple(runs),
                 trunk=place,
-                start=steps - ScheduleSteps.from_config(runs[0], steps).decay,
+                start=trunk_steps(runs[0]),
                 parents=tuple(parents[_varied_values(run)] for run in runs),
             )
         )

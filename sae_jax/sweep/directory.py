@@ -1,7 +1,8 @@
 """A sweep: the runs of a grid, and the directory where workers train them.
 
-SWEEP/sweep.json     the grid: every run's id, config and swept fields; passes; versions
+SWEEP/sweep.json     the grid: every run's id, config and swept fields; passes; mesh; versions
 SWEEP/runs/RUN_ID/   a run's directory, as `sae-jax train` makes it; failed.json if it diverged
+SWEEP/dropped/       directories of runs that were dropped, or are done again
 SWEEP/leases/        which worker trains which pass (leases.py)
 SWEEP/results.csv    a row for each run, in the grid's order
 """
@@ -11,30 +12,35 @@ import functools
 import itertools
 import os
 import socket
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import msgspec
 
 from sae_jax import config as configs
 from sae_jax import paths
-from sae_jax.config import Config
+from sae_jax.config import Config, MeshConfig
 from sae_jax.errors import UserError, some
 from sae_jax.json_files import checked, read_json
 from sae_jax.lm.live import open_stream
 from sae_jax.paths import AnyPath
+from sae_jax.sweep import design
 from sae_jax.sweep import grid as grids
+from sae_jax.sweep.design import Pass
 from sae_jax.tables import as_csv
 from sae_jax.train import preparation, results, watching
+from sae_jax.train.branch import Origin
 from sae_jax.train.directory import environment
 
 _VOLATILE = ("wall_seconds", "devices")  # differ with who did the work, and how often it was killed
 _HOW_TO_CHANGE = (
-    "use another --workdir; or, to change this sweep, end its workers, delete {file} and start "
-    "again: runs that are finished stand, whatever grid they are in"
+    "use another --workdir; or --extend to add runs, --drop=RUN to take one out; or, to change "
+    "this sweep altogether, end its workers, delete {file} and start again: runs that are finished "
+    "stand, whatever grid they are in"
 )
 
-
-_OURS = ("leases", "runs", "tensorboard", "wandb")  # what a sweep without its sweep.json may have
+# What a sweep without its sweep.json may have.
+_OURS = ("dropped", "leases", "runs", "tensorboard", "wandb")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +49,8 @@ class _RunEntry:
 
     swept: dict[str, Any]
     config: dict[str, Any]
+    round: Annotated[int, msgspec.Meta(ge=0)] = 0
+    dropped: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +59,7 @@ class _SweepFile:
 
     passes: Annotated[int, msgspec.Meta(ge=1)]
     runs: Annotated[dict[str, _RunEntry], msgspec.Meta(min_length=1)]
+    mesh: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +70,16 @@ class Run:
       id: the run's name, which its config determines.
       config: the resolved config.
       swept: the fields that the grid sets, with their values.
+      round: how often the sweep had been extended before the run came in. Runs of one round are
+        trained together.
+      dropped: whether the run was taken out.
     """
 
     id: str
     config: Config
     swept: grids.Assignment
+    round: int = 0
+    dropped: bool = False
 
 
 def counted(number: int, what: str) -> str:
@@ -74,12 +88,14 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else plural}"
 
 
-def load(spec: str, overrides: dict[str, str]) -> list[Run]:
+def load(spec: str, overrides: dict[str, str], path: AnyPath | None = None) -> list[Run]:
     """Reads the runs of a sweep file.
 
     Args:
       spec: "FILE.py" or "FILE.py:ARG"; the file has get_config and get_sweep.
       overrides: values of the base config's fields, as text.
+      path: the directory of the sweep. If it was started, its runs tell when a latent is dead where
+        the file leaves it open, as `expand` says, so that a larger grid has the same runs.
 
     Raises UserError for a mistake in any run's config. No device is used.
     """
@@ -98,7 +114,9 @@ def load(spec: str, overrides: dict[str, str]) -> list[Run]:
                 f"--config.{field} has no effect: the sweep sets {field} for each run; change it "
                 f"in {spec}, or leave the override out"
             )
-    return expand(base, grid)
+    there = path is not None and (path / "sweep.json").is_file()
+    windows = SweepDirectory(path).windows if there else set()
+    return expand(base, grid, windows.pop() if len(windows) == 1 else None)
 
 
 def _is_grid(value) -> bool:
@@ -107,13 +125,16 @@ def _is_grid(value) -> bool:
     return bool(value) and all(isinstance(field, str) for run in value for field in run)
 
 
-def expand(base: Config, grid: grids.Grid) -> list[Run]:
+def expand(base: Config, grid: grids.Grid, window: int | None = None) -> list[Run]:
     """Returns the runs of `grid` over the config `base`, each resolved against its data.
+
+    Runs that leave open when a latent is dead all have `window`, or by default that of the smallest
+    budget among them. So budgets compare, and can share a trunk.
 
     Raises UserError, which names the run, for a run that cannot be trained.
     """
-    streams = functools.lru_cache(open_stream)
-    runs: dict[str, Run] = {}
+    streams, origins = functools.lru_cache(open_stream), functools.lru_cache(Origin.open)
+    resolved, windows = [], []
     for number, swept in enumerate(grid, 1):
         try:
             config = grids.apply(base, swept)
@@ -123,14 +144,27 @@ def expand(base: Config, grid: grids.Grid) -> list[Run]:
                     "--config.data.store=STORE (make one with: sae-jax harvest)"
                 )
             if config.train.init:
-                raise UserError("train.init is for sae-jax train; a sweep's runs begin fresh")
+                raise UserError(
+                    "train.init is for sae-jax train; a sweep's runs begin fresh, or at a "
+                    "checkpoint: train.branch_from"
+                )
             stream = streams(config.data)
+            leaves_open = config.sae.dead_after_tokens is None
             config = preparation.resolve(config, stream)
             preparation.count_steps(config, stream)
             preparation.check_variances(config, stream)
+            if config.train.branch_from:
+                origins(config.train.branch_from).check(config, stream.fingerprint)
         except UserError as error:
             where = f"run {number} of {len(grid)} ({grids.describe(swept)})"
             raise UserError(f"{where}: {error}") from error
+        resolved.append((config, leaves_open))
+        windows += [config.sae.dead_after_tokens] if leaves_open else []
+    runs: dict[str, Run] = {}
+    for swept, (config, leaves_open) in zip(grid, resolved, strict=True):
+        if leaves_open:
+            sae = dataclasses.replace(config.sae, dead_after_tokens=window or min(windows))
+            config = dataclasses.replace(config, sae=sae)
         run = Run(results.run_id(config), config, swept)
         if run.id in runs:
             raise UserError(
@@ -141,13 +175,24 @@ def expand(base: Config, grid: grids.Grid) -> list[Run]:
     return list(runs.values())
 
 
+def passes_of(runs: Sequence[Run], passes: int) -> list[Pass]:
+    """Groups runs into passes, those of each round apart: what has begun stays as it is.
+
+    `passes` is the number of passes for each data config.
+    """
+    rounds = sorted({run.round for run in runs})
+    configs_of = {number: [r.config for r in runs if r.round == number] for number in rounds}
+    return [work for number in rounds for work in design.make_passes(configs_of[number], passes)]
+
+
 class SweepDirectory:
     """A sweep's directory, and what the files in it say of its runs.
 
     Attributes:
       path: the directory.
-      passes: the number of passes for each data config.
-      runs: the runs, in the grid's order.
+      passes: the number of passes for each reading of the data (`design.make_passes`).
+      runs: the runs, in the grid's order, without those that were dropped.
+      all_runs: the runs with those.
     """
 
     def __init__(self, path: AnyPath):
@@ -158,8 +203,16 @@ class SweepDirectory:
             raise UserError(f"{path} holds no sweep (no sweep.json); start one with --config")
         values = checked(read_json(file), _SweepFile, file)
         self.passes: int = values.passes
-        self._results: dict[str, dict] = {}  # results of runs that are done, read once
-        self.runs = [_from_json(run_id, run, file) for run_id, run in values.runs.items()]
+        mesh = configs.from_dict(values.mesh, MeshConfig, f"{file}: mesh.")
+        runs = [_from_json(run_id, run, mesh, file) for run_id, run in values.runs.items()]
+        self._set(runs)
+
+    def _set(self, runs: Sequence[Run]) -> None:
+        self.all_runs = list(runs)
+        self._results: dict[str, dict] = {}  # of runs that are done, read once
+        self.runs = [run for run in runs if not run.dropped]
+        names = grids.names([run.swept for run in runs])
+        self._names = {run.id: name for run, name in zip(runs, names, strict=True)}
 
     @classmethod
     def start(cls, path: AnyPath, runs: list[Run], passes: int | None = None):
@@ -168,8 +221,8 @@ class SweepDirectory:
         Args:
           path: the directory.
           runs: the sweep's runs.
-          passes: the number of passes for each data config. None keeps that of an existing sweep,
-            and is 1 for a new one.
+          passes: the number of passes for each reading of the data. None keeps that of an existing
+            sweep, and is 1 for a new one.
 
         Raises UserError, which shows the difference, where the directory holds another sweep.
         """
@@ -178,9 +231,59 @@ class SweepDirectory:
             _make(file, runs, passes or 1)
         there = cls(path)
         there._check_same(runs, passes)
-        by_id = {run.id: run for run in runs}  # with this worker's hardware
-        there.runs = [by_id[run.id] for run in there.runs]
+        there.use_hardware(runs)
         return there
+
+    def override(self, overrides: dict[str, str]) -> None:
+        """Makes this worker train the runs on other hardware, given as text: {"mesh.data": "4"}.
+
+        Raises UserError for other fields than those of the mesh.
+        """
+        for field in overrides:
+            if not field.startswith("mesh."):
+                raise UserError(
+                    f"--config.{field} would change the runs of {self.path}; without --config "
+                    "only fields of the mesh may change"
+                )
+        self._set(
+            [
+                dataclasses.replace(run, config=configs.override(run.config, overrides))
+                for run in self.all_runs
+            ]
+        )
+
+    def name(self, run: Run) -> str:
+        """Returns a run's name for people: the fields by which it differs from the others."""
+        return self._names[run.id]
+
+    @property
+    def windows(self) -> set[int | None]:
+        """The different values of sae.dead_after_tokens among all runs."""
+        return {run.config.sae.dead_after_tokens for run in self.all_runs}
+
+    def done(self) -> list[Run]:
+        """Returns the runs that are done."""
+        return [run for run in self.runs if self.state(run) == "done"]
+
+    def work(self) -> list[Pass]:
+        """Returns the passes of the sweep."""
+        return passes_of(self.runs, self.passes)
+
+    def rewrite(self, runs: Sequence[Run]) -> None:
+        """Writes sweep.json anew, with these runs."""
+        values = _to_json(runs, self.passes)
+        paths.write(self.path / "sweep.json", paths.as_json(values), by=_this_process())
+        self._set(runs)
+
+    def use_hardware(self, runs: Sequence[Run]) -> None:
+        """Takes over the mesh of runs with the same ids."""
+        by_id = {run.id: run.config for run in runs}
+        self._set(
+            [
+                dataclasses.replace(run, config=by_id.get(run.id, run.config))
+                for run in self.all_runs
+            ]
+        )
 
     def run_path(self, run: Run) -> AnyPath:
         """Returns the directory of a run."""
@@ -204,25 +307,37 @@ class SweepDirectory:
     def write_results(self) -> AnyPath:
         """Writes results.csv and returns its path.
 
-        It has a row for each run, in the grid's order: the run's state, what the grid sets, and the
-        columns of result.json. Of a run without a result it has what the config says. Columns that
-        depend on the workers are left out, so that the file is the same, byte for byte, whoever did
-        the work.
+        It has a row for each run, in the grid's order: its name, its state, what the grid sets, and
+        the columns of result.json. Of a run without a result it has what the config says. Columns
+        that depend on the workers are left out, so that the file is the same, byte for byte,
+        whoever did the work.
         """
         states = self.states()
         watching.at_once(self._result, [run for run in self.runs if states[run.id] == "done"])
         rows = [self._row(run, states[run.id]) for run in self.runs]
         swept = grids.fields([run.swept for run in self.runs])
         file = self.path / "results.csv"
-        text = as_csv(rows, ["run_id", "status", *swept])
+        text = as_csv(rows, ["run_id", "name", "status", *swept])
         paths.write(file, text, by=_this_process())
         return file
 
+    def missed_targets(self, states: dict[str, str]) -> list[tuple[Run, str]]:
+        """Returns the runs that ended away from their target L0, with a sentence about each.
+
+        `states` are those of `states()`.
+        """
+        done = [run for run in self.runs if states[run.id] == "done"]
+        found = watching.at_once(self._result, done)
+        sentences = [(run, results.missed_target(r)) for run, r in zip(done, found, strict=True)]
+        return [(run, sentence) for run, sentence in sentences if sentence]
+
     def _row(self, run: Run, state: str) -> dict:
         """Returns the row of a run in results.csv."""
-        row = {"run_id": run.id, "status": state, **run.swept, **results.planned(run.config)}
+        row = {"run_id": run.id, "name": self.name(run), "status": state, **run.swept}
+        row |= results.planned(run.config)
         if state == "done":
             row |= self._result(run) | {"run_id": run.id}
+        row["warnings"] = "; ".join(row.get("warnings", ()))
         return {name: value for name, value in row.items() if name not in _VOLATILE}
 
     def _result(self, run: Run) -> dict:
@@ -234,16 +349,20 @@ class SweepDirectory:
     def _check_same(self, runs: list[Run], passes: int | None) -> None:
         """Raises UserError where this sweep does not have these runs, or these passes."""
         how = _HOW_TO_CHANGE.format(file=self.path / "sweep.json")
-        there = {run.id: run for run in self.runs}
-        here = {run.id: run for run in runs}
+        there, here = {run.id for run in self.all_runs}, {run.id for run in runs}
         differences = _differences(
-            [run for run_id, run in there.items() if run_id not in here],
-            [run for run_id, run in here.items() if run_id not in there],
+            [run for run in self.runs if run.id not in here],
+            [run for run in runs if run.id not in there],
         )
         if differences:
             raise UserError(
                 f"{self.path} holds a sweep of another grid ({'; '.join(differences)}); {how}"
             )
+        self.check_passes(passes)
+
+    def check_passes(self, passes: int | None) -> None:
+        """Raises UserError where this sweep is cut into another number of passes."""
+        how = _HOW_TO_CHANGE.format(file=self.path / "sweep.json")
         if passes not in (None, self.passes):
             raise UserError(
                 f"{self.path} holds a sweep cut into --passes={self.passes}, not {passes}; leave "
@@ -277,15 +396,22 @@ def _make(file: AnyPath, runs: list[Run], passes: int) -> None:
             "--workdir a new or empty directory"
         )
     path.mkdir(parents=True, exist_ok=True)
-    values = {
+    paths.create(file, paths.as_json(_to_json(runs, passes)), by=_this_process())
+
+
+def _to_json(runs: Sequence[Run], passes: int) -> dict:
+    """Returns the content of sweep.json."""
+    entries = {}
+    for run in runs:
+        entry = {"swept": run.swept, "config": configs.without_hardware(run.config)}
+        entry |= {"round": run.round} if run.round else {}
+        entries[run.id] = entry | ({"dropped": True} if run.dropped else {})
+    return {
         "passes": passes,
-        "runs": {
-            run.id: {"swept": run.swept, "config": configs.without_hardware(run.config)}
-            for run in runs
-        },
+        "runs": entries,
+        "mesh": dataclasses.asdict(runs[0].config.mesh),
         "environment": environment(),
     }
-    paths.create(file, paths.as_json(values), by=_this_process())
 
 
 def _strangers(path: AnyPath) -> list[str]:
@@ -300,12 +426,14 @@ def _strangers(path: AnyPath) -> list[str]:
     )
 
 
-def _from_json(run_id: str, entry: _RunEntry, file: AnyPath) -> Run:
+def _from_json(run_id: str, entry: _RunEntry, mesh: MeshConfig, file: AnyPath) -> Run:
     """Returns a run from its entry in `file`, sweep.json."""
     try:
         paths.inside(file.parent / "runs", run_id)
         swept = {field: configs.typed_field(field, v) for field, v in entry.swept.items()}
-        return Run(run_id, configs.from_dict(entry.config, folder=file.parent), swept)
+        config = configs.from_dict(entry.config, folder=file.parent)
+        config = dataclasses.replace(config, mesh=mesh)
+        return Run(run_id, config, swept, entry.round, entry.dropped)
     except UserError as error:
         raise UserError(f"{file}, run {run_id!r}: {error}") from error
 

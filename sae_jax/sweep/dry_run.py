@@ -5,13 +5,13 @@ import functools
 
 from sae_jax import sae as saes
 from sae_jax.activations import is_world
-from sae_jax.config import Config
+from sae_jax.config import Config, DataConfig
 from sae_jax.lm.live import open_stream
 from sae_jax.sae import SAEConfig
 from sae_jax.sweep import design
 from sae_jax.sweep import grid as grids
-from sae_jax.sweep.directory import Run, counted
-from sae_jax.train import results
+from sae_jax.sweep.directory import Run, counted, passes_of
+from sae_jax.train import results, short_runs
 
 _BYTES_PER_PARAMETER = 16  # float32: the parameter, its gradient, Adam's two moments
 _BATCHES = 3  # on a device: the one in use as it came and in float32, and the next
@@ -43,7 +43,7 @@ def describe(runs: list[Run], passes: int = 1) -> str:
     """Returns the passes, packs and runs of a sweep as lines of text, then what they cost together
     and one by one.
     """
-    todo = design.make_passes([run.config for run in runs], passes)
+    todo = passes_of(runs, passes)
     lines = []
     for work in todo:
         lines += _pass_lines(work, runs)
@@ -62,14 +62,30 @@ def describe(runs: list[Run], passes: int = 1) -> str:
         "pass's runs, its batches and the largest latents, on a mesh of "
         f"run={mesh.run} data={mesh.data} model={mesh.model} (-1 taken for 1).",
     ]
+    if words := doubts(runs):
+        lines += ["", *words]
     return "\n".join(lines)
+
+
+def doubts(runs: list[Run]) -> list[str]:
+    """Returns what runs of their length will not do, in words: a sentence for each field that asks.
+
+    It is the first such run's, with the number of runs that it concerns.
+    """
+    by_field: dict[str, list[str]] = {}
+    for run in runs:
+        for field, sentence in short_runs.doubts(run.config).items():
+            by_field.setdefault(field, []).append(sentence)
+    return [
+        f"{len(found)} of {counted(len(runs), 'run')}: {found[0]}" for found in by_field.values()
+    ]
 
 
 def _pass_lines(work: design.Pass, runs: list[Run]) -> list[str]:
     """Returns the lines of a pass, its packs and their runs."""
     by_id = {run.id: run for run in runs}
     everywhere = grids.shared([run.swept for run in runs])
-    data = work.runs[0].data
+    data = work.data
     lines = [
         f"{work.name}: {counted(len(work.runs), 'run')} in {counted(len(work.packs), 'pack')}, "
         f"{work.steps:,} steps of {data.batch_size:,} tokens of {data.store} {data.site}"
@@ -99,26 +115,27 @@ def _run_line(run: Run, own: grids.Assignment) -> str:
 def run_cost(config: Config, start: int = 0) -> Cost:
     """Returns the cost of a run from step `start` on, where it leaves a trunk."""
     tokens = results.planned(config)["tokens"] - start * config.data.batch_size
-    return Cost(tokens, tokens * row_bytes(config), **results.flops(config, tokens))
+    return Cost(tokens, tokens * row_bytes(config.data), **results.flops(config, tokens))
 
 
 def pass_cost(work: design.Pass) -> Cost:
     """Returns the cost of all runs of a pass, which share its reading of the data."""
-    longest = max((run_cost(config) for config in work.runs), key=lambda cost: cost.tokens)
+    tokens = max(run_cost(config).tokens for config in work.runs)
     costs = (run_cost(config, pack.start) for pack in work.packs for config in pack.runs)
     return dataclasses.replace(
-        sum(costs, Cost()), tokens=longest.tokens, bytes_read=longest.bytes_read
+        sum(costs, Cost()), tokens=tokens, bytes_read=tokens * row_bytes(work.data)
     )
 
 
-def row_bytes(config: Config) -> int:
+def row_bytes(data: DataConfig) -> int:
     """Returns the bytes that are read for a token; 0 for a synthetic world, which computes its
     rows.
     """
-    if is_world(config.data.store):
+    if is_world(data.store):
         return 0
-    stream = _cached_stream(config.data)
-    return stream.width * stream.sites.dtype.itemsize
+    sites = _cached_stream(data).sites
+    metas = (sites.store.meta.sites[name] for name in sites.names)
+    return sum(meta.width * meta.numpy_dtype.itemsize for meta in metas)
 
 
 def memory_per_device(work: design.Pass) -> float:

@@ -10,7 +10,9 @@ value of another type, for a field that two combined grids both set, and for an 
 comes twice.
 """
 
+import collections
 import itertools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -90,6 +92,34 @@ def describe(assignment: Assignment) -> str:
         for field, value in assignment.items()
     ]
     return " ".join(words) or "the base config"
+
+
+def names(grid: Grid) -> list[str]:
+    """Returns a short name for each run, such as "d_sae=1024,seed=1".
+
+    It has the fields, in the grid's order, that tell the runs from each other, and no more. A name
+    needs no quotes in a shell. Assignments of the grid must differ.
+    """
+    kept: list[str] = []
+    groups = 1
+    for field in fields(grid):
+        values = {tuple(repr(run.get(f)) for f in (*kept, field)) for run in grid}
+        if len(values) > groups:
+            kept, groups = [*kept, field], len(values)
+    short = [field.rpartition(".")[2] for field in kept]
+    labels = {f: s if short.count(s) == 1 else f for f, s in zip(kept, short, strict=True)}
+    made = [
+        ",".join(f"{labels[f]}={_plain(run[f])}" for f in kept if f in run) or "base"
+        for run in grid
+    ]
+    alike = collections.Counter(made)  # texts that differ in characters that names do not have
+    return [name if alike[name] == 1 else f"{name}.{i}" for i, name in enumerate(made)]
+
+
+def _plain(value) -> str:
+    """Returns a value as text without what a shell or a file's name would not take."""
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return re.sub(r"[^\w.+-]+", "_", text)
 
 
 # ------------------------------------------------------------- designs of the papers

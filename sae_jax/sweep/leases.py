@@ -109,6 +109,12 @@ class Leases:
         found = at_once(lambda name: self._holder(name, newest[name]), held)
         return dict.fromkeys(newest) | dict(zip(held, found, strict=True))
 
+    def living(self) -> list[Holder]:
+        """Returns who holds something, of all names, and may be alive."""
+        names = {entry.rpartition(".")[0] for entry in self._files.names()} - {""}
+        holders = [self.holder(name) for name in sorted(names)]
+        return [holder for holder in holders if holder is not None and holder.alive]
+
     def _holder(self, name: str, generation: int) -> Holder | None:
         looked = self._files.look(f"{name}.{generation}")
         if looked is None:

@@ -45,19 +45,18 @@ class PassStatus:
         return self.holder is not None and not self.holder.silent
 
 
-def passes(directory: SweepDirectory, leases: Leases) -> list[PassStatus]:
-    """Returns the status of each pass of a sweep.
+def passes(directory: SweepDirectory, leases: Leases, states: dict[str, str]) -> list[PassStatus]:
+    """Returns the status of each pass of a sweep, whose runs are in these `directory.states()`.
 
-    In an object store it takes two requests for each run, or three, side by side.
+    In an object store it takes a request or two for each run that has begun, side by side.
     """
     by_id = {run.id: run for run in directory.runs}
-    states = directory.states()
     begun = [run for run in directory.runs if states[run.id] != "waiting"]
     lines = watching.at_once(
         lambda run: watching.last_line(directory.run_path(run) / "metrics.jsonl"), begun
     )
     last = dict.fromkeys(by_id, Line()) | dict(zip([run.id for run in begun], lines, strict=True))
-    todo = design.make_passes([run.config for run in directory.runs], directory.passes)
+    todo = directory.work()
     runs = {work.name: [by_id[results.run_id(config)] for config in work.runs] for work in todo}
     ended = {
         name: all(states[run.id] in ("done", "failed") for run in of_pass)
@@ -83,7 +82,8 @@ def seconds_left(all_passes: list[PassStatus]) -> float | None:
 
 def view(directory: SweepDirectory, leases: Leases) -> str:
     """Returns the whole sweep in a few lines of text."""
-    all_passes = passes(directory, leases)
+    states = directory.states()
+    all_passes = passes(directory, leases, states)
     total = sum((status.states for status in all_passes), collections.Counter())
     counts = ", ".join(f"{total[state]} {state}" for state in STATES if total[state])
     lines = [
@@ -108,7 +108,20 @@ def view(directory: SweepDirectory, leases: Leases) -> str:
         lines += [
             f"  runs/{run.id}  {grids.describe(grids.without(run.swept, alike))}" for run in failed
         ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_missed_targets(directory, states)])
+
+
+def _missed_targets(directory: SweepDirectory, states: dict[str, str]) -> list[str]:
+    """Returns lines about the runs that missed their target L0; none where no run did."""
+    missed = directory.missed_targets(states)
+    if not missed:
+        return []
+    alike = grids.shared([run.swept for run in directory.runs])
+    lines = [
+        f"  runs/{run.id}  {grids.describe(grids.without(run.swept, alike))}: {sentence}"
+        for run, sentence in missed
+    ]
+    return ["", f"{counted(len(missed), 'run')} missed the target L0:", *lines]
 
 
 def _line(status: PassStatus) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
+from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.sweep import design, pass_trainer
 from sae_jax.sweep.directory import SweepDirectory, counted
@@ -77,7 +78,7 @@ class _Worker:
         self._progress, self._log_to = progress, log_to
         self._directory = directory
         self._leases = leases
-        self.passes = design.make_passes([run.config for run in directory.runs], directory.passes)
+        self.passes = directory.work()
         self._run_by_id = {run.id: run for run in directory.runs}
         self._waits = 0
         self._next_line = 0.0
@@ -123,6 +124,7 @@ class _Worker:
                 self.write_results,
                 self._progress,
                 self._log_to,
+                self._done_besides(work),
             )
         except (LeaseLostError, UserError) as error:
             # Two owners of one directory trip over each other's files: that is no mistake.
@@ -146,6 +148,11 @@ class _Worker:
     def write_results(self) -> None:
         if is_writer():
             self._directory.write_results()
+
+    def _done_besides(self, work: design.Pass) -> list[Config]:
+        """Returns the runs of other passes that are done."""
+        own = {results.run_id(config) for config in work.runs}
+        return [run.config for run in self._directory.done() if run.id not in own]
 
     def _ended(self, work: design.Pass) -> bool:
         runs = (self._run_by_id[results.run_id(config)] for config in work.runs)

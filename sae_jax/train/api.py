@@ -16,6 +16,7 @@ from sae_jax.config import Config, DataConfig, typed_field
 from sae_jax.errors import UserError, known_arguments
 from sae_jax.sae import SAE, SAEConfig, architecture
 from sae_jax.sae.config import TRANSCODERS
+from sae_jax.train import branch
 from sae_jax.train.checkpoints import load_sae
 from sae_jax.train.loggers import parse_log
 from sae_jax.train.recorder import OnMetrics, Recorder
@@ -53,8 +54,8 @@ class TrainResult:
 
 @known_arguments
 def train(
-    sae: SAE | SAEConfig,
-    data,
+    sae: SAE | SAEConfig | None = None,
+    data=None,
     *,
     tokens: int | float | None = None,
     workdir: str | pathlib.Path | None = None,
@@ -67,6 +68,8 @@ def train(
     extra_loss: Callable | None = None,
     log: str = "",
     config: Config | None = None,
+    branch_from: str | pathlib.Path | None = None,
+    extend_tokens: int | float | None = None,
 ) -> TrainResult:
     """Trains an SAE on activations, and returns a new one; the one given stays as it is.
 
@@ -94,17 +97,28 @@ def train(
         `train.step.Trainer`).
       log: where the lines go besides, such as "wandb:PROJECT,tensorboard" (extra [log]).
       config: everything else (schedule, checkpoints, mesh, ...), whose `sae` section is ignored.
+      branch_from: a checkpoint to go on from, "RUN/checkpoints/STEP", or "RUN" for its latest, with
+        Adam's state and its place in the data. What is not given is as in that run: `data`,
+        `tokens`, and `sae`, for which a config may be given that changes, say, the sparsity.
+      extend_tokens: makes the run that `branch_from` names longer: so many rows, from its
+        beginning. It goes on from where that run's learning rate began to fall.
 
     Raises UserError for data or settings that do not fit; NonFiniteError if the loss became NaN;
     PreemptedError after SIGTERM, when the run is saved.
     """
+    origin = None
+    if branch_from is not None or extend_tokens is not None:
+        origin = _branch(branch_from, extend_tokens, workdir, sae, tokens, config)
+        sae, config = sae or origin.sae, origin
+        data = origin.data.store if data is None else data
+        tokens = origin.train.tokens if tokens is None else tokens
     if not isinstance(sae, SAE | SAEConfig):
         raise UserError(
             f"train takes an SAE, such as sae_jax.TopK(d_in=768, d_sae=24_576, k=32), or its "
             f"config; got {type(sae).__name__}"
         )
     base = config or Config()
-    if base.train.init:
+    if base.train.init and origin is None:
         raise UserError("train.init is for the command line; here, give the SAE itself to train")
     asked = {"batch_size": batch_size, "epochs": epochs, "holdout_fraction": holdout_fraction}
     asked |= {"seed": seed}
@@ -141,13 +155,31 @@ def train(
         extra_loss=extra_loss,
         log_to=parse_log(log, workdir),
     )
+    trained = _trained(recorder) if workdir is None else load_sae(paths.path(workdir))
     return TrainResult(
-        sae=_trained(recorder) if workdir is None else load_sae(paths.path(workdir)),
+        sae=_with_window(trained, sae_config.dead_after_tokens),
         metrics=recorder.read_lines(),
         result=recorder.result,
         config=recorder.config,
         workdir=None if workdir is None else str(workdir),
     )
+
+
+def _branch(branch_from, extend_tokens, workdir, sae, tokens, config: Config | None) -> Config:
+    """The config of a branch that changes nothing else, or of the longer run."""
+    if branch_from is None:
+        raise UserError("extend_tokens makes a run longer; say with branch_from= which")
+    if isinstance(sae, SAE) or config is not None:
+        raise UserError(
+            "a branch has the parameters and the config of the run that it leaves; in place of "
+            f"{'an SAE' if isinstance(sae, SAE) else 'config='} give what changes: the config of "
+            "an SAE, learning_rate=, tokens="
+        )
+    if extend_tokens is not None:
+        if tokens is not None or sae is not None:
+            raise UserError("extend_tokens= changes the tokens alone; leave sae and tokens= out")
+        extend_tokens = typed_field("train.tokens", extend_tokens)
+    return branch.find(str(branch_from), extend_tokens, {}, workdir)
 
 
 def _open(data, section: DataConfig, tokens: int | None, fit_batch: bool):
@@ -216,6 +248,15 @@ def _all_tokens(section: DataConfig, open_streams: Callable) -> int:
     if is_world(section.store):
         raise UserError("a world's rows never end; say with tokens= on how many to train")
     return open_streams(section).num_steps * section.batch_size
+
+
+def _with_window(sae: SAE, dead_after_tokens: int | None) -> SAE:
+    """Returns the SAE with the window of dead latents that its user gave, if any.
+
+    The default follows from a run's length, so that another training of the SAE has its own.
+    """
+    config = dataclasses.replace(sae.config, dead_after_tokens=dead_after_tokens)
+    return sae.from_parameters(config, sae.parameters(), sae.scale, sae.target_scale)
 
 
 def _trained(recorder: Recorder) -> SAE:

@@ -11,6 +11,7 @@ import dataclasses
 import pathlib
 import sys
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,10 +22,11 @@ from sae_jax import sae as saes
 from sae_jax.config import Config
 from sae_jax.errors import UserError, on_one_line, some
 from sae_jax.json_files import checked
-from sae_jax.paths import AnyPath, ObjectPath
+from sae_jax.paths import AnyPath, ObjectPath, explained
 from sae_jax.train.checksums import checksums
 from sae_jax.train.directory import read_config
-from sae_jax.train.object_checkpoints import ObjectCheckpointer
+from sae_jax.train.object_checkpoints import ObjectCheckpointer, latest_besides, whole_steps
+from sae_jax.train.schedule_steps import kept_step
 from sae_jax.train.step import TrainState
 
 _MEANING = ("architecture", "kind", "d_in", "d_out", "d_sae", "k")
@@ -50,17 +52,19 @@ class Checkpoints:
     half-written is no checkpoint, and is removed when this is made.
     """
 
-    def __init__(self, run: AnyPath, keep: int, config: Config | None = None):
+    def __init__(self, run: AnyPath, keep: int | None, config: Config | None = None):
         """Opens the checkpoints of a run.
 
         Args:
           run: the run's directory.
-          keep: how many checkpoints stay, the latest.
+          keep: how many checkpoints stay, the latest. Besides them stays that of the end of the
+            run's trunk, where longer runs begin. With None nothing is saved or removed.
           config: the run's config, which those that are read must agree with. None: any.
         """
         self._run, self._config = run, config
         self._directory = run / "checkpoints"
-        self._checkpointer = _checkpointer(self._directory, keep)
+        always = None if config is None else kept_step(config)
+        self._checkpointer = _checkpointer(self._directory, keep, always)
 
     @property
     def latest_step(self) -> int | None:
@@ -174,6 +178,20 @@ def load_sae(run: AnyPath, step: int | None = None, trust_code: bool = True) -> 
         ) from None
 
 
+def saved_steps(run: AnyPath) -> list[int]:
+    """Returns the steps that a run has checkpoints of, in ascending order.
+
+    No device is touched. Raises UserError if the directory cannot be read.
+    """
+    directory = run / "checkpoints"
+    if isinstance(directory, ObjectPath):
+        return whole_steps(directory, directory.files())
+    if not directory.is_dir():
+        return []
+    with explained(directory):  # what is half-written has another name
+        return sorted(int(folder.name) for folder in directory.iterdir() if folder.name.isdecimal())
+
+
 def _meaning(config: Config) -> dict:
     return {name: getattr(config.sae, name) for name in _MEANING}
 
@@ -236,26 +254,40 @@ def _barrier(*, key: str, timeout_ms: int) -> None:
     multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
+@dataclasses.dataclass(frozen=True)
+class _LatestBesides:
+    """Tells Orbax which checkpoints stay: the `keep` latest and, besides, that of a step."""
+
+    keep: int
+    always: int | None
+
+    def should_preserve(self, checkpoints: Sequence, *, context) -> list[bool]:
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = latest_besides(steps, self.keep, self.always)
+        return [step in kept for step in steps]
+
+
 class _OrbaxCheckpointer:
     """Does what `ObjectCheckpointer` does, in a local directory.
 
     Orbax gives a checkpoint that is being written a temporary name.
     """
 
-    def __init__(self, directory: pathlib.Path, keep: int | None):
+    def __init__(self, directory: pathlib.Path, keep: int | None, always: int | None):
         context = ocp.Context()
         waiting = dataclasses.replace(context.asynchronous.v0(), barrier_sync_fn=_barrier)
         context.asynchronous.v0 = lambda: waiting  # version 1 has no option for it
-        policies = {
-            "preservation_policy": ocp.training.preservation_policies.LatestN(keep),
-            "save_decision_policy": ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            "cleanup_tmp_directories": True,
-        }
+        policies = {}
+        if keep is not None:
+            policies = {
+                "preservation_policy": _LatestBesides(keep, always),
+                "save_decision_policy": ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+                "cleanup_tmp_directories": True,
+            }
         directory, self._saving = directory.absolute(), None
         try:
-            self._checkpointer = ocp.training.Checkpointer(
-                directory, context=context, **(policies if keep else {})
-            )
+            self._checkpointer = ocp.training.Checkpointer(directory, context=context, **policies)
         except (ValueError, RecursionError) as error:  # it looks into all checkpoints
             damaged = next((f for f in directory.iterdir() if not _has_metadata(f)), directory)
             raise UserError(
@@ -315,13 +347,16 @@ def _has_metadata(folder: pathlib.Path) -> bool:
     return True
 
 
-def _checkpointer(directory: AnyPath, keep: int | None) -> ObjectCheckpointer | _OrbaxCheckpointer:
-    """Returns the checkpointer of a directory, which keeps the `keep` latest checkpoints.
+def _checkpointer(
+    directory: AnyPath, keep: int | None, always: int | None = None
+) -> ObjectCheckpointer | _OrbaxCheckpointer:
+    """Returns the checkpointer of a directory.
 
-    With keep=None it only reads, and removes nothing.
+    It keeps the `keep` latest checkpoints and, besides, that of the step `always`. With keep=None
+    it only reads, and removes nothing.
     """
     kind = ObjectCheckpointer if isinstance(directory, ObjectPath) else _OrbaxCheckpointer
-    return kind(directory, keep)
+    return kind(directory, keep, always)
 
 
 def _as_dict(state: TrainState) -> dict:

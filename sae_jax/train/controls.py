@@ -91,6 +91,11 @@ def next_log_coefficient(
     return jnp.clip(new + change, -_MAX_LOG_COEFFICIENT, _MAX_LOG_COEFFICIENT)
 
 
+def is_limited(log_coefficient: float) -> bool:
+    """Returns whether the controller can move the coefficient no further in one direction."""
+    return abs(log_coefficient) >= _MAX_LOG_COEFFICIENT * (1 - 1e-6)
+
+
 def _log_error(l0: jax.Array, target: float) -> jax.Array:
     return jnp.clip(jnp.log(jnp.maximum(l0, 1e-6) / target), -_MAX_ERROR, _MAX_ERROR)
 

@@ -6,6 +6,7 @@ import os
 import pathlib
 import socket
 import subprocess
+from collections.abc import Sequence
 
 import jax
 from jax.experimental import multihost_utils
@@ -15,18 +16,19 @@ from sae_jax import paths
 from sae_jax.activations import is_world
 from sae_jax.config import Config, DataConfig
 from sae_jax.errors import UserError
-from sae_jax.json_files import read_json
+from sae_jax.json_files import checked, read_json
 from sae_jax.paths import AnyPath, ObjectPath
 from sae_jax.train import agreement, metrics
 
 _PACKAGES = """sae-jax jax jaxlib flax optax orbax-checkpoint grain tensorstore numpy""".split()
-_FINGERPRINT, _DIRECTORY = "data_fingerprint", "directory"
+_FINGERPRINT, _DIRECTORY, _LINEAGE = "data_fingerprint", "directory", "lineage"
 
 
 class RunDirectory:
     """The directory of a run.
 
-    RUN/config.json     the resolved config; with what it began: packages, fingerprint of the data
+    RUN/config.json     the resolved config; with what it began: packages, fingerprint of the data,
+                        and of a branch its lineage
     RUN/metrics.jsonl   a line for each logged step
     RUN/result.json     what the run came to, once it has ended
     RUN/failed.json     why a run of a sweep was given up
@@ -43,6 +45,7 @@ class RunDirectory:
         config: Config,
         data_fingerprint: str | None = None,
         check_shared: bool = True,
+        lineage: Sequence[dict] = (),
     ):
         """Makes the directory, or finds the interrupted run of the same config in it.
 
@@ -54,6 +57,7 @@ class RunDirectory:
           config: the resolved config.
           data_fingerprint: that of the stream; None where it is not known.
           check_shared: whether to check that all processes see what process 0 writes there.
+          lineage: of a branch, what `branch.Origin.lineage` says.
 
         Raises UserError if the directory holds something else, or a run on other data, or is not
         shared by all processes.
@@ -78,6 +82,7 @@ class RunDirectory:
             around = environment()
             around |= {_FINGERPRINT: data_fingerprint, _DIRECTORY: os.getcwd()}
             values = configs.to_dict(config) | {"environment": around}
+            values |= {_LINEAGE: list(lineage)} if lineage else {}
             by = f".{socket.gethostname()}.{os.getpid()}"
             if not paths.create(path / "config.json", paths.as_json(values), by):
                 # Another program was faster.
@@ -100,10 +105,11 @@ class RunDirectory:
         if is_writer():
             paths.save_json(failure, self.path / "failed.json")
 
-    def copy_metrics(self, other: "RunDirectory", step: int) -> None:
-        """Copies the metrics of another run up to `step`, as the first of this one's."""
-        if is_writer():
-            paths.write(self._metrics_path, metrics.lines_until(other._metrics_path, step))
+    def copy_metrics(self, other: AnyPath, step: int) -> None:
+        """Copies the metrics of the run at `other` up to `step`, as the first of this one's."""
+        file = other / "metrics.jsonl"
+        if is_writer() and file.is_file():
+            paths.write(self._metrics_path, metrics.lines_until(file, step))
 
     def read_metrics(self) -> list[dict]:
         """Returns the lines of metrics.jsonl, oldest first."""
@@ -162,11 +168,57 @@ def read_config(path: AnyPath, trust_code: bool = True) -> Config:
     if not file.is_file():
         raise UserError(f"{path} is not a run: it has no config.json")
     values = read_json(file)
-    values.pop("environment", None)
+    for name in ("environment", _LINEAGE):
+        values.pop(name, None)
     try:
         return configs.from_dict(values, folder=path, trust_code=trust_code)
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
+
+
+def run_there(path: AnyPath) -> Config | None:
+    """Returns the config of the run at `path`, with a path of its store that holds from here.
+
+    It is None where there is no run. Raises UserError if its config cannot be read.
+    """
+    if not (path / "config.json").is_file():
+        return None
+    config = read_config(path)
+    return dataclasses.replace(config, data=find_store(path, config.data))
+
+
+@dataclasses.dataclass(frozen=True)
+class Ancestor:
+    """A run that another has branched off from.
+
+    Attributes:
+      run: its directory, as it was named.
+      run_id: its id.
+      step: the step of the checkpoint.
+      tokens: the tokens up to there.
+      changed: what the branch changed, a line for each field.
+    """
+
+    run: str
+    run_id: str
+    step: int
+    tokens: int
+    changed: list[str]
+
+
+def read_lineage(run: AnyPath) -> list[Ancestor]:
+    """Returns the runs that the one at `run` goes back to, the eldest first; [] for most.
+
+    Raises UserError if config.json cannot be read, or says it otherwise than it must.
+    """
+    file = run / "config.json"
+    return checked(read_json(file).get(_LINEAGE, []), list[Ancestor], f"{file}: lineage")
+
+
+def data_fingerprint(run: AnyPath) -> str | None:
+    """Returns the fingerprint of the data that a run began with, None where it was not noted."""
+    around = read_json(run / "config.json").get("environment")
+    return around.get(_FINGERPRINT) if isinstance(around, dict) else None
 
 
 def find_store(run: AnyPath, data: DataConfig) -> DataConfig:
@@ -208,21 +260,20 @@ def _is_temporary(name: str) -> bool:
     return name.startswith("config.json.") and name.endswith(".tmp")
 
 
-def _check_same(path: AnyPath, config: Config, data_fingerprint: str | None) -> Config:
+def _check_same(path: AnyPath, config: Config, fingerprint: str | None) -> Config:
     """Returns the config that the run at `path` began with, whose store may since have moved.
 
     Raises UserError, which says what differs, if it is another run. A run of an earlier version,
     which has no fingerprint of its data, has a store at one place only.
     """
     found = read_config(path)
-    around = read_json(path / "config.json").get("environment")
-    began_with = around.get(_FINGERPRINT) if isinstance(around, dict) else None
-    if began_with is not None and began_with == data_fingerprint:
+    began_with = data_fingerprint(path)
+    if began_with is not None and began_with == fingerprint:
         store = found.data.store
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, store=store))
     changed = configs.difference(configs.identity(found), configs.identity(config))
-    known = None not in (began_with, data_fingerprint)
-    if known and not changed and began_with != data_fingerprint:
+    known = None not in (began_with, fingerprint)
+    if known and not changed and began_with != fingerprint:
         raise UserError(
             f"{path} holds a run on other data: {config.data.store} is not the store that it began "
             "with, though it lies there; use another --workdir, or put that store back"

@@ -39,8 +39,8 @@ def check_memory(config: Config, mesh: jax.sharding.Mesh) -> None:
 
 
 @contextlib.contextmanager
-def lack_of_memory_named() -> Iterator[None]:
-    """Turns a lack of memory into a UserError that says what to do."""
+def lack_of_memory_named(advice: str = "") -> Iterator[None]:
+    """Turns a lack of memory into a UserError that says what to do, `advice` first."""
     try:
         yield
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
@@ -48,7 +48,7 @@ def lack_of_memory_named() -> Iterator[None]:
             raise
         raise UserError(
             f"there is not enough memory for this run ({str(error).splitlines()[0]:.120}); "
-            f"{_ADVICE}, or lower data.batch_size (sae-jax plan says what a run takes)"
+            f"{advice}{_ADVICE}, or lower data.batch_size (sae-jax plan says what a run takes)"
         ) from error
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import importlib.util
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from absl import logging
@@ -48,11 +48,13 @@ class Log:
         there.
       tensorboard: whether event files are written into the run's directory.
       group: the group of a sweep's runs in Weights & Biases.
+      names: the names of a sweep's runs there, by their ids; else a run has its directory's.
     """
 
     project: str | None = None
     tensorboard: bool = False
     group: str | None = None
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def parse_log(spec: str, workdir: str | AnyPath | None = None, *, is_sweep: bool = False) -> Log:
@@ -194,7 +196,7 @@ class _Wandb:
                 project=project,
                 entity=entity[0] if entity else None,
                 id=run_id(config),
-                name=path.absolute().name if path is not None else None,
+                name=log.names.get(run_id(config), path and path.absolute().name),
                 group=log.group,
                 config=configs.to_dict(config),
                 dir=str(path) if local else None,

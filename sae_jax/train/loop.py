@@ -5,10 +5,13 @@ pack may branch off from the states of another, its trunk.
 """
 
 import contextlib
+import functools
+import itertools
 import time
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
@@ -22,13 +25,14 @@ from sae_jax.train.preemption import PreemptedError, Preemption, StoppedWaiting
 from sae_jax.train.progress import Progress
 from sae_jax.train.recorder import Recorder
 from sae_jax.train.results import make_result
+from sae_jax.train.schedule_steps import kept_step
 from sae_jax.train.step import TrainState
 
 _EVAL_ROWS = 65_536
 
 
 class TrainingData:
-    """What all packs read: batches from a stream, held-out rows, and the mesh to place them on."""
+    """What packs read: batches from a stream, held-out rows, and the mesh to place them on."""
 
     def __init__(self, config: Config, stream, heldout, mesh: jax.sharding.Mesh):
         """Takes what `open` opens. `heldout` is None where nothing is held out."""
@@ -36,6 +40,7 @@ class TrainingData:
         self.store = config.data.store
         self.placement = BatchPlacement(mesh, config.data.batch_size)
         self._b_dec: dict[tuple, np.ndarray] = {}
+        self._columns: tuple[tuple[int, int], ...] | None = None
 
     @classmethod
     def open(cls, config: Config, open_stream: Callable) -> "TrainingData":
@@ -55,6 +60,24 @@ class TrainingData:
         """
         return map(self.placement.place, self.stream.batches(step, self.placement.rows))
 
+    def take_from(self, other: "TrainingData") -> None:
+        """Makes `own` take the rows from batches of other data, with these sites among its own."""
+        names, widths = other.stream.site_names, other.stream.site_widths
+        if names == self.stream.site_names:
+            return
+        stops = dict(zip(names, itertools.accumulate(widths), strict=True))
+        own = zip(self.stream.site_names, self.stream.site_widths, strict=True)
+        self._columns = tuple((stops[name] - width, stops[name]) for name, width in own)
+
+    def own(self, batch: jax.Array) -> jax.Array:
+        """Returns these data's rows (B, width) of a batch of the data that they are taken from.
+
+        They are what a batch of their own stream would be, bit for bit.
+        """
+        if self._columns is None:
+            return batch
+        return _take_columns(batch, self._columns, self.stream.sites.dtype)
+
     def initial_b_dec(self, config: Config) -> np.ndarray:
         """Returns the b_dec (d_out,) that a run begins with, in the units of the data.
 
@@ -66,25 +89,41 @@ class TrainingData:
         return self._b_dec[kind]
 
     def heldout_means(self, evaluate: Callable[[jax.Array], dict[str, jax.Array]]) -> dict:
-        """Returns eval_loss, eval_fvu and eval_l0, by name, over up to 65,536 held-out rows.
+        """Returns eval_loss, eval_fvu, eval_l0 and eval_dead_fraction, by name.
 
-        `evaluate` returns these means for a batch. Where it returns arrays, with a value for each
-        run, they become lists. All are None where nothing is held out.
+        They are over up to 65,536 held-out rows. The last is the part of the latents that fire on
+        none of them. `evaluate` returns the other means and `fired` for a batch, as
+        `Trainer.heldout_means` does. Where it returns arrays with a value for each run, the means
+        become lists. All are None where nothing is held out.
         Raises UserError if they are NaN because the store is damaged.
         """
         names = ("eval_loss", "eval_fvu", "eval_l0")
         if self.heldout is None:
-            return dict.fromkeys(names)
+            return dict.fromkeys((*names, "eval_dead_fraction"))
         batch = self.heldout.batch_size
         placement = BatchPlacement(self.mesh, batch)
         count = max(1, min(self.heldout.steps_per_epoch, _EVAL_ROWS // batch))
         batches = map(placement.place, self.heldout.batches(0, placement.rows))
-        batch_means = jax.device_get([evaluate(next(batches)) for _ in range(count)])
+        batch_means, fired = [], np.zeros((), bool)
+        for _ in range(count):
+            means = jax.device_get(evaluate(next(batches)))
+            fired = fired | means.pop("fired")
+            batch_means.append(means)
         means = {n: np.mean([np.float64(m[n]) for m in batch_means], axis=0) for n in names}
+        means["eval_dead_fraction"] = 1 - np.mean(fired, axis=-1)
         if not all(np.isfinite(value).all() for value in means.values()):
             for step in range(count):
                 self.heldout.check_step(step)
         return {name: value.tolist() for name, value in means.items()}
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _take_columns(batch: jax.Array, columns: tuple[tuple[int, int], ...], dtype) -> jax.Array:
+    """Returns some columns, given by where they start and stop, in a dtype that holds them exactly.
+
+    Sites of several dtypes are read as float32.
+    """
+    return jnp.concatenate([batch[:, slice(*c)].astype(dtype) for c in columns], axis=1)
 
 
 class PackInTraining:
@@ -140,6 +179,7 @@ class PackInTraining:
         self._check, self._run_ended = check, run_ended
         self._config = recorders[0].config  # what does not differ between the runs
         self._resampling = resample.steps(self._config)
+        self._kept_step = kept_step(self._config)
         self._states: TrainState | None = None
         # The step that was dispatched and not yet waited for: (step, metrics, whether to log them).
         self._pending = None
@@ -209,11 +249,13 @@ class PackInTraining:
     def advance(self, rows: jax.Array) -> None:
         """Dispatches a step on a batch (B, width), then waits for the step before.
 
+        The batch is of the data that the pack's are taken from, with all their sites.
+
         So the device never idles, and never holds more than two batches.
         """
         if self._logged is None:
             self._progress.rest()  # it compiles
-        self._states, metrics = self._trainer.step(self._states, rows)
+        self._states, metrics = self._trainer.step(self._states, self._data.own(rows))
         self.step += 1
         if self.step in self._resampling:
             self._resample()
@@ -222,16 +264,24 @@ class PackInTraining:
         self._pending = (self.step, metrics, log)
 
     def maybe_save(self, stop: bool) -> None:
-        """Saves a checkpoint of every run if one is due after this step, or if `stop` is true."""
+        """Saves a checkpoint of every run if one is due after this step, or if `stop` is true.
+
+        One is due, besides, where the learning rate begins to fall: longer runs begin with it.
+        """
         every = self._config.train.checkpoint_every
-        if self.step and (stop or self.step == self.steps or self.step % every == 0):
+        due = bool(self.step) and (stop or self.step == self.steps or self.step % every == 0)
+        if due or self.step and self.step == self._kept_step:
             if self._pending is not None:
-                self._pending = (*self._pending[:2], True)
-            self.await_step()  # ends the runs whose loss is not finite, before they are saved
+                step, metrics, log = self._pending
+                self._pending = (step, metrics, log or due)
+            self.await_step(check=True)  # ends the runs whose loss is not finite, unsaved
             self._save()
 
-    def await_step(self) -> None:
-        """Waits for the step that was dispatched last, and logs it if it is one to log."""
+    def await_step(self, check: bool = False) -> None:
+        """Waits for the step that was dispatched last, and logs it if it is one to log.
+
+        With `check` it ends runs whose loss was not finite, whether it is one to log or not.
+        """
         if self._pending is None:
             return
         step, metrics, log = self._pending
@@ -241,15 +291,16 @@ class PackInTraining:
         now = time.monotonic()
         if self._logged is None:  # the first step compiled; the rate is of the others
             self._logged = (step, now)
-        if not log:
+        if not (log or check):
             return
-        last_step, last_time = self._logged
-        rate = (step - last_step) / max(now - last_time, 1e-9) if step > last_step else None
-        self._logged = (step, now)
         values = {name: np.reshape(v, -1) for name, v in jax.device_get(metrics).items()}
         self._check_data(values["nonfinite_step"])
+        last_step, last_time = self._logged
+        rate = (step - last_step) / max(now - last_time, 1e-9) if step > last_step else None
+        if log:
+            self._logged = (step, now)
         for i, recorder in enumerate(self.recorders):
-            if not recorder.open:
+            if not recorder.open or not (log or values["nonfinite_step"][i] >= 0):
                 continue
             if values["nonfinite_step"][i] >= 0:
                 self._check()
@@ -321,7 +372,7 @@ def train_packs(
 
     Args:
       packs: trunks before their branches.
-      data: what all of them read.
+      data: what is read for all of them, which the data of each pack are, or are taken from.
       name: what a progress bar calls the work.
       progress: what a watchdog reads.
 

@@ -14,6 +14,7 @@ files. What a killed process left has none, and is removed by the next process.
 import collections
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -56,20 +57,22 @@ class ObjectCheckpointer:
       steps: the steps that there are checkpoints of, in ascending order.
     """
 
-    def __init__(self, directory: ObjectPath, keep: int | None):
-        """Opens `directory`, of whose checkpoints the `keep` latest stay.
+    def __init__(self, directory: ObjectPath, keep: int | None, always: int | None = None):
+        """Opens `directory`.
 
-        With keep=None it only reads, and removes nothing.
+        Of its checkpoints the `keep` latest stay, and besides them that of the step `always`. With
+        keep=None it only reads, and removes nothing.
         """
         self._directory = directory
-        self._keep = keep
+        self._keep, self._always = keep, always
         self._manager = serialization.GlobalAsyncCheckpointManager(timeout_secs=_PATIENCE)
         self._saving: int | None = None
         self._about: dict = {}  # of the checkpoint that is being saved
-        sizes = collections.Counter(file.partition("/")[0] for file in directory.files())
-        self.steps = sorted(int(name) for name in sizes if self._is_whole(name, sizes[name]))
+        files = directory.files()
+        self.steps = whole_steps(directory, files)
         if keep and jax.process_index() == 0:
-            for name in sizes.keys() - set(map(str, self.steps)):
+            folders = {file.partition("/")[0] for file in files}
+            for name in folders.difference(map(str, self.steps)):
                 (directory / name).rmtree()
 
     def save(self, step: int, tree: dict, about: dict | None = None) -> None:
@@ -99,7 +102,7 @@ class ObjectCheckpointer:
         saving, self._saving = self._saving, None
         self._manager.wait_until_finished()
         if saving is not None:
-            self.steps = [*self.steps, saving][-self._keep :]
+            self.steps = self._kept(saving)
 
     def load(self, step: int, like: dict) -> dict:
         """Returns the arrays of a checkpoint that the tree `like` names, on its shardings."""
@@ -114,12 +117,12 @@ class ObjectCheckpointer:
 
     def about(self, step: int) -> dict:
         """Returns what was saved with a checkpoint; of an earlier version, nothing."""
-        return self._complete(step).about
+        return _read_complete(self._directory, step).about
 
     def shapes(self, step: int) -> dict:
         """Returns the tree of a checkpoint, with a jax.ShapeDtypeStruct for each array."""
         tree: dict = {}
-        for name, (shape, dtype) in self._complete(step).arrays.items():
+        for name, (shape, dtype) in _read_complete(self._directory, step).arrays.items():
             *folders, leaf = name.split("/")
             branch = tree
             for folder in folders:
@@ -146,29 +149,13 @@ class ObjectCheckpointer:
         arrays = {name: [about["shape"], about["data_type"]] for name, about in metadata.items()}
         complete = {"arrays": arrays, "files": len(files), "about": self._about}
         paths.save_json(complete, folder / "complete.json")
-        for old in [*self.steps, step][: -self._keep]:
+        for old in set(self.steps).difference(self._kept(step)):
             (self._directory / str(old) / "complete.json").unlink()
             (self._directory / str(old)).rmtree()
 
-    def _is_whole(self, name: str, files: int) -> bool:
-        """Whether the folder `name`, which has so many files, is a checkpoint."""
-        try:
-            complete = self._complete(name)
-        except FileNotFoundError:
-            return False
-        if files - 1 < complete.files:
-            logging.warning(
-                "%s/%s lacks files and is no checkpoint any more", self._directory, name
-            )
-            return False
-        return True
-
-    def _complete(self, step: int | str) -> _Complete:
-        file = self._directory / str(step) / "complete.json"
-        try:
-            return checked(parse_json(file.read_bytes(), file), _Complete, file)
-        except UserError as error:
-            raise UserError(f"{error}; remove {file.parent} to go on without it") from None
+    def _kept(self, saved: int) -> list[int]:
+        """Returns the steps whose checkpoints stay when `saved` has been saved."""
+        return latest_besides([*self.steps, saved], self._keep, self._always)
 
     def _spec(self, step: int, name: str) -> dict:
         return {
@@ -177,6 +164,41 @@ class ObjectCheckpointer:
             # All is read or written once.
             "context": {"cache_pool": {"total_bytes_limit": 0}} | paths.REQUESTS,
         }
+
+
+def whole_steps(directory: ObjectPath, files: Sequence[str]) -> list[int]:
+    """Returns the steps of the checkpoints in a folder that have all their files, ascending.
+
+    `files` are the files in it.
+    """
+    sizes = collections.Counter(file.partition("/")[0] for file in files)
+    return sorted(int(name) for name in sizes if _is_whole(directory, name, sizes[name]))
+
+
+def _is_whole(directory: ObjectPath, name: str, files: int) -> bool:
+    """Whether the folder `name`, which has so many files, is a checkpoint."""
+    try:
+        complete = _read_complete(directory, name)
+    except FileNotFoundError:
+        return False
+    if files - 1 < complete.files:
+        logging.warning("%s/%s lacks files and is no checkpoint any more", directory, name)
+        return False
+    return True
+
+
+def _read_complete(directory: ObjectPath, step: int | str) -> _Complete:
+    file = directory / str(step) / "complete.json"
+    try:
+        return checked(parse_json(file.read_bytes(), file), _Complete, file)
+    except UserError as error:
+        raise UserError(f"{error}; remove {file.parent} to go on without it") from None
+
+
+def latest_besides(steps: Sequence[int], keep: int, always: int | None) -> list[int]:
+    """Returns the `keep` latest steps in the order of `steps` and, besides, the step `always`."""
+    latest = [step for step in steps if step != always][-keep:]
+    return [step for step in steps if step == always or step in latest]
 
 
 def _named(tree: dict) -> dict[str, jax.Array]:

@@ -11,12 +11,16 @@ from sae_jax.activations import Stream, WorldStream
 from sae_jax.activations.statistics import finite_rows
 from sae_jax.config import Config
 from sae_jax.errors import UserError, choose
+from sae_jax.sae import SAEConfig
 from sae_jax.train import optimizer
 from sae_jax.train.median import geometric_median
+from sae_jax.train.schedule_steps import dead_after_tokens
 
 _MOST = 2**31  # of what is counted in int32
 _MOST_SEEDS = 2**32  # those that JAX tells from each other
 _NO_VARIANCE = 1e-10  # of the mean squared norm: what rounding leaves of none in 10^9 rows
+_TRAVEL = 4.0  # of a parameter in a run with target_l0, at least: its steps times their length
+_MOST_TURN = 0.1  # radians a step
 _MEDIAN_ROWS = 32_768  # sample for the geometric median (Gao et al. 2024, A.1)
 
 
@@ -33,16 +37,32 @@ def resolve(config: Config, stream: Stream | WorldStream) -> Config:
         data = dataclasses.replace(data, site=",".join(inputs), target_site=target_name)
         *widths, target = widths
     sae = saes.resolve(config.sae, tuple(widths), target)
+    sae = dataclasses.replace(sae, dead_after_tokens=dead_after_tokens(config))
     adam = config.optimizer
     if adam.learning_rate is None:
-        rate = saes.architecture(sae).learning_rate(sae.d_sae)
-        adam = dataclasses.replace(adam, learning_rate=rate)
+        adam = dataclasses.replace(adam, learning_rate=_learning_rate(config, sae))
     choose(config.train.on_nonfinite, ("stop", "skip"), "train.on_nonfinite")
     for name in ("tokens", "log_every", "checkpoint_every", "keep_checkpoints"):
         if getattr(config.train, name) < 1:
             raise UserError(f"train.{name} must be 1 or more, not {getattr(config.train, name)}")
     _check_sizes(config)
     return dataclasses.replace(config, sae=sae, data=data, optimizer=adam)
+
+
+def _learning_rate(config: Config, sae: SAEConfig) -> float:
+    """Returns the default peak learning rate of a run with the resolved section `sae`.
+
+    It is the architecture's, which is that of long runs. A step of Adam moves a weight by the
+    learning rate at most, whatever the penalty's coefficient. So a shorter run that aims at an L0
+    gets a larger rate: large enough for biases and thresholds to go from half the latents firing to
+    a few, which is some standard deviations, and small enough that a step turns a row of the
+    encoder (of norm 1) by no more than `_MOST_TURN`.
+    """
+    rate = saes.architecture(sae).learning_rate(sae.d_sae)
+    if sae.target_l0 is None:
+        return rate
+    steps = max(1, config.train.tokens // config.data.batch_size)
+    return max(rate, min(_TRAVEL / steps, _MOST_TURN / math.sqrt(sae.d_in)))
 
 
 def _check_sizes(config: Config) -> None:

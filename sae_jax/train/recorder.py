@@ -8,10 +8,12 @@ from absl import logging
 
 from sae_jax.config import Config
 from sae_jax.paths import AnyPath
+from sae_jax.train import metrics
 from sae_jax.train.checkpoints import Checkpoints
 from sae_jax.train.directory import RunDirectory, is_writer
 from sae_jax.train.loggers import Log, Logger, open_loggers
-from sae_jax.train.results import metrics_line
+from sae_jax.train.results import metrics_line, missed_target
+from sae_jax.train.schedule_steps import count_steps
 from sae_jax.train.step import TrainState
 
 OnMetrics = Callable[[dict], None]
@@ -51,6 +53,7 @@ class Recorder:
         """
         self.config = config
         self._lines: list[dict] = []
+        self._adopted: TrainState | None = None
         self.last_line: dict | None = None
         self.result: dict | None = None
         self.state: TrainState | None = None
@@ -64,9 +67,27 @@ class Recorder:
         """Whether the run is still to be trained."""
         return self.result is None and not self.failed
 
+    def adopt(self, state: TrainState, step: int, run: AnyPath) -> None:
+        """Takes over the state of another run, as the checkpoint that this one goes on from.
+
+        Args:
+          state: the state after `step`.
+          step: how many steps the other run has done.
+          run: its directory, from which the lines of metrics up to there are taken.
+        """
+        self.checkpoint_steps, self._adopted = (step,), state
+        file = run / "metrics.jsonl"
+        self._lines = metrics.read_lines(file, step) if file.is_file() else []
+
+    def restore(self, like: TrainState, step: int) -> TrainState:
+        """Returns the state of a checkpoint, with the shapes and shardings of `like`."""
+        del like, step  # it was adopted as it is, and nothing else holds its memory
+        state, self._adopted = self._adopted, None
+        return state
+
     def start(self, step: int) -> None:
         """Prepares to record the metrics of the steps after `step`."""
-        self._open_loggers(step, None, list)
+        self._open_loggers(step, None, self.read_lines)
 
     def log(self, step: int, values: dict[str, float], steps_per_second: float | None) -> None:
         """Records a step's metrics.
@@ -121,6 +142,12 @@ class Recorder:
         """Keeps the result of the run, which has now ended, and its last state."""
         self.result, self.state = result, state
         self._close_loggers()
+        self._say_if_missed("")
+
+    def _say_if_missed(self, where: str) -> None:
+        """Warns if the run that has ended did not reach its target L0."""
+        if is_writer() and (missed := missed_target(self.result)):
+            logging.warning("%s%s", where, missed)
 
     def read_lines(self) -> list[dict]:
         """Returns all lines of metrics so far, oldest first."""
@@ -164,6 +191,7 @@ class RunRecorder(Recorder):
         data_fingerprint: str | None = None,
         keep: int | None = None,
         one_of_many: bool = False,
+        lineage: Sequence[dict] = (),
     ):
         """Makes the directory, or finds the interrupted run of the same config in it.
 
@@ -176,11 +204,14 @@ class RunRecorder(Recorder):
           keep: how many checkpoints stay, by default the config's number.
           one_of_many: whether other runs go on when this one fails. Whoever trains them has checked
             that all processes share the directory that the runs are in.
+          lineage: of a branch, what `branch.Origin.lineage` says.
 
         Raises UserError if the directory holds something else.
         """
         super().__init__(config, on_metrics, log_to)
-        self.directory = RunDirectory(path, config, data_fingerprint, check_shared=not one_of_many)
+        self.directory = RunDirectory(
+            path, config, data_fingerprint, check_shared=not one_of_many, lineage=lineage
+        )
         self.config = self.directory.config
         self.result = self.directory.result
         self.failed = self.directory.failure is not None
@@ -193,10 +224,9 @@ class RunRecorder(Recorder):
         return self._checkpoints.steps
 
     def restore(self, like: TrainState, step: int) -> TrainState:
-        """Returns the state of a checkpoint, with the shapes and shardings of `like`."""
         state = self._checkpoints.restore(like, step)
         if not self._one_of_many:
-            steps = self.config.train.tokens // self.config.data.batch_size
+            steps = count_steps(self.config)
             logging.info("resumed %s at step %d of %d", self.directory.path, step, steps)
         return state
 
@@ -207,7 +237,12 @@ class RunRecorder(Recorder):
 
     def copy_metrics(self, other: "RunRecorder", step: int) -> None:
         """Copies the metrics of another run up to `step`, from which this run branches off."""
-        self.directory.copy_metrics(other.directory, step)
+        self.directory.copy_metrics(other.directory.path, step)
+
+    def adopt(self, state: TrainState, step: int, run: AnyPath) -> None:
+        self.directory.copy_metrics(run, step)
+        self.save(state, step)
+        self.finish_saving()
 
     def _keep(self, line: dict) -> None:
         self.directory.log(line)
@@ -238,6 +273,7 @@ class RunRecorder(Recorder):
         self.result = result
         self.directory.save_result(result)
         self._close_loggers()
+        self._say_if_missed(f"{self.directory.path}: ")
 
     def read_lines(self) -> list[dict]:
         return self.directory.read_metrics()

@@ -10,7 +10,11 @@ import jax.numpy as jnp
 from sae_jax import config as configs
 from sae_jax import sae as saes
 from sae_jax.config import Config
+from sae_jax.train import controls, short_runs
+from sae_jax.train.schedule_steps import count_steps, dead_after_tokens
 from sae_jax.train.step import Trainer, TrainState
+
+_NEAR_TARGET = 0.05  # relative: an L0 so near its target has reached it
 
 
 def run_id(config: Config) -> str:
@@ -21,7 +25,8 @@ def run_id(config: Config) -> str:
 
 def planned(config: Config) -> dict:
     """Returns the fields of result.json that the run's resolved config decides."""
-    tokens = config.train.tokens // config.data.batch_size * config.data.batch_size
+    tokens = count_steps(config) * config.data.batch_size
+    branch = {"branched_from": config.train.branch_from} if config.train.branch_from else {}
     return {
         "run_id": run_id(config),
         "architecture": config.sae.architecture,
@@ -30,10 +35,12 @@ def planned(config: Config) -> dict:
         "d_sae": config.sae.d_sae,
         "k": config.sae.k,
         "sparsity_coefficient": config.sae.sparsity_coefficient,
+        "target_l0": config.sae.target_l0,
         "seed": config.train.seed,
         "lr": config.optimizer.learning_rate,
         "tokens": tokens,
         **flops(config, tokens),
+        **branch,
     }
 
 
@@ -58,10 +65,13 @@ def metrics_line(
     Args:
       config: the resolved config.
       step: how many steps the run has done.
-      values: the metrics of the step; those that are not finite become null.
+      values: the metrics of the step; those that are not finite become null, and dead_fraction
+        too, as long as no latent can have been idle for `sae.dead_after_tokens`.
       steps_per_second: the speed, None where it is not known.
     """
     tokens = step * config.data.batch_size
+    if tokens - config.data.batch_size < dead_after_tokens(config):  # those before the step
+        values = values | {"dead_fraction": None}
     return {
         "step": step,
         "tokens": tokens,
@@ -83,16 +93,57 @@ def make_result(
         become null, since JSON has no such number.
       seconds: how long this program has trained it.
     """
-    dead = trainer.dead(state)
-    means = {n: v if v is not None and math.isfinite(v) else None for n, v in means.items()}
-    return {
-        **planned(trainer.config),
-        "sparsity_coefficient": _last_coefficient(trainer.config, state),
-        **{name: _finite(value) for name, value in means.items()},
-        "dead_fraction": float(jnp.mean(dead.astype(jnp.float32))),
+    config, dead = trainer.config, trainer.dead(state)
+    plan = planned(config)
+    means = {name: _finite(value) for name, value in means.items()}
+    known = plan["tokens"] >= dead_after_tokens(config)
+    result = {
+        **plan,
+        "sparsity_coefficient": _last_coefficient(config, state),
+        **means,
+        **_target(config, state, means["eval_l0"]),
+        "dead_fraction": float(jnp.mean(dead.astype(jnp.float32))) if known else None,
+        "dead_after_tokens": dead_after_tokens(config),
         "wall_seconds": seconds,
         "devices": jax.sharding.get_mesh().size,
     }
+    missed = missed_target(result)
+    result["warnings"] = [*short_runs.doubts(config).values(), *([missed] if missed else [])]
+    return result
+
+
+def _target(config: Config, state: TrainState, eval_l0: float | None) -> dict[str, bool | None]:
+    """Returns whether target_l0 was reached, and whether its coefficient is at a limit.
+
+    Both are None where the config has no such thing. Without held-out rows the L0 is the last
+    step's.
+    """
+    reached = limited = None
+    if config.sae.target_l0 is not None:
+        l0 = float(state.last_l0) if eval_l0 is None else eval_l0
+        reached = abs(l0 / config.sae.target_l0 - 1) <= _NEAR_TARGET
+    if config.sae.adapts_to_target_l0:
+        limited = controls.is_limited(float(state.log_coefficient))
+    return {"target_reached": reached, "coefficient_at_limit": limited}
+
+
+def missed_target(result: dict) -> str | None:
+    """Returns a sentence about a target L0 that a run missed, or None where it did not.
+
+    `result` is the content of its result.json.
+    """
+    if result.get("target_reached") is not False:
+        return None
+    l0 = result["eval_l0"]
+    ended = "its last step's L0 is not" if l0 is None else f"the run ended at {l0:.3g}"
+    if result["coefficient_at_limit"]:
+        how = (
+            f"its coefficient is at a limit, {result['sparsity_coefficient']:.3g}: begin with "
+            "another sae.sparsity_coefficient, or raise optimizer.learning_rate"
+        )
+    else:
+        how = "train longer, or raise optimizer.learning_rate"
+    return f"sae.target_l0 is {result['target_l0']:g}, but {ended}; {how}"
 
 
 def _finite(value: float | None) -> float | None:

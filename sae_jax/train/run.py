@@ -13,8 +13,10 @@ from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.lm.live import open_stream
 from sae_jax.sae import SAE
-from sae_jax.train import agreement, preparation, resample
-from sae_jax.train.directory import environment
+from sae_jax.train import agreement, preparation, resample, short_runs
+from sae_jax.train.branch import Origin
+from sae_jax.train.checkpoints import saved_steps
+from sae_jax.train.directory import environment, is_writer
 from sae_jax.train.limits import check_memory, in_32_bits, lack_of_memory_named
 from sae_jax.train.loggers import Log
 from sae_jax.train.loop import PackInTraining, TrainingData, train_packs
@@ -74,6 +76,7 @@ def train_run(
     preparation.check_variances(config, stream)
     data = TrainingData.open(config, open_stream)
     check_memory(config, data.mesh)
+    origin = _origin(config, workdir, stream)
     if workdir is None:
         recorder = Recorder(config, on_metrics, log_to)
     else:
@@ -83,6 +86,7 @@ def train_run(
             on_metrics=on_metrics,
             log_to=log_to,
             data_fingerprint=stream.fingerprint,
+            lineage=origin.lineage(config) if origin else (),
         )
     with (
         jax.set_mesh(data.mesh),
@@ -93,7 +97,10 @@ def train_run(
         if recorder.result is not None:
             logging.info("%s is finished; its result stands", workdir)
             return recorder
-        if config.train.init and not recorder.checkpoint_steps:
+        if is_writer():
+            for doubt in short_runs.doubts(config).values():
+                logging.warning("%s", doubt)
+        if config.train.init and not recorder.checkpoint_steps and origin is None:
             start = load_sae(config.train.init)
         if start is not None:
             agreement.check_same(
@@ -101,8 +108,11 @@ def train_run(
                 "SAE to start from",
             )
         _, _, variance = preparation.normalisation(config, data.stream)
+        trainer = Trainer(recorder.config, steps, variance, extra_loss=extra_loss)
+        if origin is not None:
+            recorder.adopt(origin.restore(trainer, variance), origin.step, origin.run)
         pack = PackInTraining(
-            SingleTrainer(Trainer(recorder.config, steps, variance, extra_loss=extra_loss)),
+            SingleTrainer(trainer),
             [recorder],
             data,
             progress,
@@ -110,6 +120,15 @@ def train_run(
         )
         train_packs([pack], data, "train", progress)
     return recorder
+
+
+def _origin(config: Config, workdir: str | paths.AnyPath | None, stream) -> Origin | None:
+    """Returns what a run branches off from, None where it has checkpoints of its own, or begins."""
+    if not config.train.branch_from or workdir is not None and saved_steps(paths.path(workdir)):
+        return None
+    origin = Origin.open(config.train.branch_from)
+    origin.check(config, stream.fingerprint)
+    return origin
 
 
 def _begin_with(sae: SAE, config: Config, state: TrainState) -> TrainState:

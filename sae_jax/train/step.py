@@ -15,7 +15,7 @@ from sae_jax.ops.sharding import PER_LATENT, out_sharding, zero_gather, zero_sha
 from sae_jax.python_files import attribute_of
 from sae_jax.sae import SAE, Losses, LossInputs
 from sae_jax.train import controls, optimizer
-from sae_jax.train.schedule_steps import ScheduleSteps
+from sae_jax.train.schedule_steps import ScheduleSteps, dead_after_tokens
 
 _NEVER = -1
 _LARGEST = 2**31 - 1  # int32
@@ -104,7 +104,7 @@ class Trainer:
         self._variance = variance
         self._k = k
         self._lengths = lengths or ScheduleSteps.from_config(config, steps)
-        self._idle_unit, self._dead_after = _idleness(config)
+        self._idle_unit, self._dead_after = idleness(config)
         self._architecture = saes.architecture(config.sae)
         if extra_loss is None and config.sae.extra_loss:
             extra_loss = attribute_of(config.sae.extra_loss, "sae.extra_loss")
@@ -276,7 +276,8 @@ class Trainer:
     def heldout_means(self, state: TrainState, rows: jax.Array) -> dict[str, jax.Array]:
         """Returns eval_loss, eval_fvu and eval_l0, by name: means over a batch (B, width).
 
-        The SAE is used as after training, and the sparsity coefficient is the last step's.
+        The SAE is used as after training, and the sparsity coefficient is the last step's. `fired`
+        is there too: the latents (d_sae,) that fired on any row, on every device.
         """
         sae, x, y = self.scaled(state, rows)
         nothing_dead = jnp.zeros(self.config.sae.d_sae, bool, out_sharding=out_sharding(PER_LATENT))
@@ -286,6 +287,7 @@ class Trainer:
             "eval_loss": losses.total,
             "eval_fvu": losses.mse / self._variance,
             "eval_l0": losses.l0,
+            "fired": jax.reshard(losses.fired, PartitionSpec(None)),
         }
 
     def _row_losses(self, state: TrainState, rows: jax.Array) -> jax.Array:
@@ -300,11 +302,11 @@ class Trainer:
         )
 
 
-def _idleness(config: Config) -> tuple[int, int]:
+def idleness(config: Config) -> tuple[int, int]:
     """Returns how many tokens `TrainState.idle_tokens` counts as one, and at how many it is dead.
 
     A run's batches have all the same size, so that steps are as exact as tokens.
     """
-    tokens, batch = config.sae.dead_after_tokens, config.data.batch_size
+    tokens, batch = dead_after_tokens(config), config.data.batch_size
     unit = 1 if tokens <= _LARGEST - batch else batch
     return unit, min(-(-tokens // unit), _LARGEST)  # no run has so many steps

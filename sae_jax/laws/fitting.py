@@ -96,9 +96,25 @@ class Fit:
         return self.law.name
 
     @property
+    def estimator(self) -> str:
+        """The estimator, one of `estimators.ESTIMATORS`."""
+        return self.estimate.estimator
+
+    @property
+    def varying(self) -> dict[str, dict]:
+        """The columns that vary among the fitted runs and that the law does not know."""
+        return self.results.varying(self.law.columns)
+
+    @property
     def factor(self) -> float:
         """The factor by which deviations of the bootstrap are widened (`intervals.widening`)."""
         return widening(self.drawn.runs, len(self.estimate.theta))
+
+    def at_k(self, k: float) -> "Fit":
+        """Returns the fit of the joint law with its frontier at another k."""
+        cost = self.frontier.cost if self.frontier else Cost(1.0)
+        frontier = Frontier.from_law(self.law, self.estimate.theta, cost, k)
+        return dataclasses.replace(self, k=k, frontier=frontier if frontier.exists else None)
 
     def spread(self, values: np.ndarray, at: np.ndarray) -> np.ndarray:
         """Returns the 95% interval (2, ...) of a quantity whose fitted value is `at` and whose
@@ -158,6 +174,7 @@ class Fit:
             },
             "results": self.results.source,
             "loss": self.results.loss_column,
+            "varying": self.varying,
             "warnings": self.warnings,
         }
 
@@ -189,8 +206,9 @@ def fit(results: Results, name: str, options: Options) -> "Fit | isoflop.Isoflop
     Returns:
       A Fit, or an IsoflopFit for the law "isoflop".
 
-    Raises UserError where the results cannot identify the law.
+    Raises UserError where the results lack a column of the law, or cannot identify it.
     """
+    results.require(needed_columns(name))
     if name == isoflop.NAME:
         found = isoflop.fit(results, options)
         return dataclasses.replace(found, warnings=cautions.isoflop_warnings(found))
@@ -202,18 +220,7 @@ def fit(results: Results, name: str, options: Options) -> "Fit | isoflop.Isoflop
     best = estimate(law, results.columns, results.loss, estimator)
     drawn = bootstrap(best, results.run, options.resamples, options.seed)
     held, error = hold_out(results, law, estimator, options.holdout)
-    k = None
-    if law.name == "joint":
-        k = float(np.exp(np.median(np.log(results.columns["k"]))))
-    cost = (
-        Cost.from_columns(results.columns)
-        if {"d_sae", "tokens", "flops"} <= set(results.columns)
-        else None
-    )
-    frontier = None
-    if law.name in ("chinchilla", "joint"):
-        frontier = Frontier.from_law(law, best.theta, cost or Cost(1.0), k)
-        frontier = frontier if frontier.exists else None
+    k, frontier, cost = frontier_of(results, law, best.theta)
     found = Fit(
         results=results,
         estimate=best,
@@ -233,6 +240,28 @@ def fit(results: Results, name: str, options: Options) -> "Fit | isoflop.Isoflop
     return dataclasses.replace(
         found, warnings=[*([selection] if selection else []), *cautions.warnings(found, cost)]
     )
+
+
+def frontier_of(results: Results, law: Law, theta: np.ndarray):
+    """Returns what a fitted law has for a frontier.
+
+    Args:
+      results: the runs.
+      law: the law.
+      theta: its internal parameters (P,).
+
+    Returns:
+      The k at which the joint law's frontier is taken, the middle one of the runs; the frontier;
+      and the cost of the runs. Each is None where there is none.
+    """
+    cost = None
+    if {"d_sae", "tokens", "flops"} <= set(results.columns):
+        cost = Cost.from_columns(results.columns)
+    if law.name not in ("chinchilla", "joint"):
+        return None, None, cost
+    k = float(np.exp(np.median(np.log(results.columns["k"])))) if law.name == "joint" else None
+    frontier = Frontier.from_law(law, theta, cost or Cost(1.0), k)
+    return k, frontier if frontier.exists else None, cost
 
 
 def frontiers_by_accounting(

@@ -1,0 +1,336 @@
+"""Compares runs by two of their metrics, such as FVU against L0, group by group.
+
+Runs that differ by their seed alone are one setting, whose metrics have a mean and a spread. The
+settings of a group that no other setting of it beats in both metrics are its frontier, and groups
+are compared where they have the same L0, by their frontiers in between.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from sae_jax import paths, plots, typeset
+from sae_jax.errors import UserError, choose, known_arguments, nearest, some
+from sae_jax.json_files import read_json
+from sae_jax.laws import comparison_figure, labels
+from sae_jax.laws.alike import (
+    Setting,
+    between,
+    columns_apart,
+    differences,
+    groups,
+    make_settings,
+    mean,
+    sd,
+    shared_places,
+)
+from sae_jax.laws.results import Row, finished
+from sae_jax.laws.settings import SOURCE, as_text
+from sae_jax.paths import AnyPath
+from sae_jax.progress_bar import progress
+from sae_jax.tables import as_number
+from sae_jax.typeset import Math
+
+FILES = ("compare.csv", "compare.png", "table.md", "table.tex")
+BEST = ("low", "high")
+_GROUPS = ("architecture", "kind", SOURCE, "site", "d_sae", "k")  # the first that varies
+# Words in the name of a metric that say which values are better.
+_LOW = {"fvu", "loss", "mse", "spliced", "kl", "dead", "l0", "l1", "error", "perplexity"}
+_HIGH = {
+    "recovered", "explained", "cosine", "accuracy", "acc", "auc", "auroc", "f1", "mcc", "mmcs",
+    "precision", "recall", "r2",
+}  # fmt: skip
+_SECTIONS = ("reconstruction", "sparsity", "language_model", "recovery")  # of eval.json
+_MOST_GROUPS = 24
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Groups of runs, compared by `compare`.
+
+    Attributes:
+      source: what the runs are from.
+      x: the column of the first metric, of which less is better.
+      y: that of the second.
+      best: whether "low" or "high" values of y are better.
+      by: the columns that make the groups.
+      groups: the names of the groups, in order.
+      settings: the settings of every group, in order of x.
+      at: the values of x at which groups are compared.
+      values: for each group and value of `at` the y of each seed's frontier there; an empty array
+        where the group has no runs on both sides of it.
+      notes: what was left out, and what to doubt.
+    """
+
+    source: str
+    x: str
+    y: str
+    best: str
+    by: tuple[str, ...]
+    groups: tuple[str, ...]
+    settings: tuple[Setting, ...]
+    at: tuple[float, ...]
+    values: dict[str, tuple[np.ndarray, ...]]
+    notes: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        """The table and the notes, which is what a notebook shows."""
+        return "\n".join([self.as_markdown(), *(f"note: {note}" for note in self.notes)])
+
+    @property
+    def rows(self) -> list[dict]:
+        """A dict for each setting, as compare.csv has it: its group and settings, the number of its
+        runs, mean and standard deviation of x and y, and whether it is on the frontier.
+        """
+        return [
+            {"group": setting.group}
+            | setting.cells
+            | {"runs": len(setting.x)}
+            | {self.x: mean(setting.x), f"{self.x}_sd": sd(setting.x)}
+            | {self.y: mean(setting.y), f"{self.y}_sd": sd(setting.y)}
+            | {"frontier": int(setting.on_frontier)}
+            for setting in self.settings
+        ]
+
+    def as_markdown(self) -> str:
+        """Returns the groups at equal x, and the settings on the frontiers, as Markdown tables."""
+        return "\n".join(typeset.as_markdown(*table) for table in self._tables())
+
+    def as_latex(self) -> str:
+        """Returns the same tables as LaTeX, which needs the package booktabs."""
+        made = "\n".join(typeset.as_latex(*table) for table in self._tables())
+        return "% needs \\usepackage{booktabs}; means and standard deviations over seeds\n" + made
+
+    def figure(self):
+        """Returns the figure, drawn in the style that is set (`plots.paper`)."""
+        return comparison_figure.draw(self)
+
+    def save(
+        self, out: str | AnyPath, figures: Sequence[str] = (), style: str | None = None
+    ) -> None:
+        """Writes compare.csv, compare.png, table.md and table.tex to a directory.
+
+        Args:
+          out: the directory, made if absent.
+          figures: more files for the figure, which end in .pdf, .svg or .png.
+          style: a matplotlib style for the figures, one that `plots.paper` takes.
+
+        Raises UserError, before anything is written, where `out` holds files of others, and where
+        the figure cannot be drawn in that style.
+        """
+        out = paths.path(out)
+        check_out(out)
+        drawn = {
+            file: plots.rendered(self.figure, str(file), style)
+            for file in (*map(paths.path, figures), out / "compare.png")
+        }
+        names = dict.fromkeys(name for row in self.rows for name in row)
+        out.mkdir(parents=True, exist_ok=True)
+        paths.write(out / "compare.csv", typeset.as_csv(list(names), self.rows))
+        paths.write(out / "table.md", self.as_markdown())
+        paths.write(out / "table.tex", self.as_latex())
+        for file, content in drawn.items():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            paths.write(file, content)
+
+    def _tables(self) -> list[tuple[list[str], list[list[str]]]]:
+        """Returns the head and the cells of each table."""
+        x, y = labels.short(self.x), labels.short(self.y)
+        tables = []
+        if self.at:
+            head = ["", *(f"{y} at {x} = {place:g}" for place in self.at)]
+            body = [[group, *map(_cell, self.values[group])] for group in self.groups]
+            tables.append((head, body))
+        best = [setting for setting in self.settings if setting.on_frontier]
+        telling = [
+            name
+            for name in dict.fromkeys(name for setting in best for name in setting.cells)
+            if name not in self.by and len({setting.cells.get(name) for setting in best}) > 1
+        ]
+        head = ["frontier", *map(labels.short, telling), "runs", x, y]
+        body = [
+            [setting.group]
+            + [setting.cells.get(name, "none").replace("none", "") for name in telling]
+            + [str(len(setting.x)), _cell(setting.x), _cell(setting.y)]
+            for setting in best
+        ]
+        return [*tables, (head, body)]
+
+
+@known_arguments
+def compare(
+    results,
+    y: str | None = None,
+    x: str | None = None,
+    *,
+    by: str | Sequence[str] | None = None,
+    select: str = "",
+    best: str | None = None,
+    at: Sequence[float] | None = None,
+    alike: str | Sequence[str] | None = None,
+) -> Comparison:
+    """Compares groups of finished runs by two metrics.
+
+    Args:
+      results: what `sae_jax.laws.read` takes: a sweep, a table, or several.
+      y: a column, such as eval_fvu (the default), a probing score, or, of sweeps, a number in the
+        runs' eval.json, such as ce_recovered_zero.
+      x: a column of which less is better; L0 by default.
+      by: the column or columns (with commas between them) whose values make the groups; by default
+        the first of architecture, kind, results (the table), site, d_sae and k that varies.
+      select: conditions that runs must meet, such as "d_sae=16384 eval_l0<60".
+      best: whether "low" or "high" values of y are better; by default what its name says.
+      at: values of x at which groups are compared; by default powers of two that all groups reach.
+      alike: the columns in which runs of one setting are alike; by default all that are settings
+        but for seeds. Without it and without a column of seeds every run is a setting of its own.
+
+    Raises UserError for a column that is not there, and where no run has both metrics.
+    """
+    title, rows, notes = finished(results, select=select)
+    if not rows:
+        raise UserError(f"{title} has no rows of finished runs, so there is nothing to compare")
+    rows = _with_evaluations(title, rows, [name for name in (x, y) if name])
+    x = _metric(rows, x, ("eval_l0", "l0"), "x", title)
+    y = _metric(rows, y, ("eval_fvu", "fvu"), "y", title)
+    best = choose(best, BEST, "--best") if best else _direction(y)
+    rows, note = _measured(rows, (x, y), title)
+    notes += note
+    cells = {name: [row[name] for row in rows] for name in rows[0]}
+    by = _grouping(cells, by, title)
+    order = groups(cells, by)
+    if len(order) > _MOST_GROUPS:
+        raise UserError(
+            f"--by={','.join(by)} makes {len(order)} groups, and more than {_MOST_GROUPS} cannot "
+            "be told apart; choose another column, or --select some"
+        )
+    if alike is None:
+        apart = columns_apart(cells, (x, y))
+    else:
+        apart = list(_names(alike, cells, "alike", title))
+    made = make_settings(rows, by, apart, (x, y), best, alone=alike is None)
+    made.sort(key=lambda setting: (order.index(setting.group), mean(setting.x)))
+    notes += differences(made, by, best)
+    at = shared_places(made, order) if at is None else tuple(map(float, at))
+    logs = best == "low" and all((setting.y > 0).all() for setting in made)
+    values = {
+        group: tuple(between([s for s in made if s.group == group], place, logs) for place in at)
+        for group in order
+    }
+    return Comparison(title, x, y, best, by, tuple(order), tuple(made), at, values, tuple(notes))
+
+
+def check_out(out: str | AnyPath) -> None:
+    """Raises UserError where a comparison's directory cannot be made, or holds files of another
+    program under the names of a comparison's.
+    """
+    out = paths.path(out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out={out} is a file; give a directory")
+    theirs = next((out / name for name in FILES if (out / name).exists()), None)
+    ours = theirs and theirs.name == "compare.csv" and theirs.read_bytes().startswith(b"group,")
+    if theirs and not ours:
+        raise UserError(f"{theirs} is not of sae-jax compare; give another --out")
+
+
+def _with_evaluations(title: str, rows: list[Row], wanted: list[str]) -> list[dict]:
+    """Returns the rows' cells, with the numbers of the runs' eval.json where a metric that is
+    wanted is no column of the results.
+    """
+    cells = [row for _, row in rows]
+    if all(name in cells[0] for name in wanted) or "run_id" not in cells[0]:
+        return cells
+    joined = []
+    for row in progress(cells, "reading eval.json of the runs", len(cells), "run"):
+        runs = paths.path(row.get(SOURCE) or title) / "runs"
+        file = paths.inside(runs, str(row["run_id"])) / "eval.json"
+        evaluation = read_json(file, default={})
+        sections = [evaluation.get(name) for name in _SECTIONS]
+        numbers = {
+            name: value
+            for section in sections
+            if isinstance(section, dict)
+            for name, value in section.items()
+            if isinstance(value, int | float)
+        }
+        joined.append(numbers | row)
+    names = dict.fromkeys(name for row in joined for name in row)
+    return [{name: row.get(name) for name in names} for row in joined]
+
+
+def _metric(
+    rows: list[dict], name: str | None, usual: tuple[str, ...], flag: str, title: str
+) -> str:
+    """Returns the column of a metric, as the user says or the first of the usual ones that is
+    there.
+
+    Raises UserError, which names the columns of numbers that there are.
+    """
+    there = [
+        column for column in rows[0] if any(as_number(row[column]) is not None for row in rows)
+    ]
+    for column in (name, f"eval_{name}") if name else usual:
+        if column in there:
+            return column
+    what = f"no column {name}" if name else f"neither column {' nor '.join(usual)}"
+    hint = f"{nearest(name, there)} " if name and "mean" in nearest(name, there) else ""
+    if name and name.startswith(("ce_", "kl_")):
+        hint = "sae-jax eval --run=RUN --model=MODEL measures it for a run; "
+    raise UserError(f"--{flag}: {title} has {what} of numbers; {hint}it has {some(there, 40)}")
+
+
+def _direction(y: str) -> str:
+    """Returns which values of a metric are better, as its name says."""
+    words = set(re.split(r"[^a-z0-9]+", y.lower()))
+    for best, known in (("high", _HIGH), ("low", _LOW)):  # recovered loss is a good thing
+        if words & known:
+            return best
+    raise UserError(f"whether more or less of {y} is better is not known; say --best=high or low")
+
+
+def _measured(rows: list[dict], metrics: tuple[str, str], title: str):
+    """Returns the rows with numbers of both metrics in place of their cells, and a note on the
+    others.
+    """
+    kept = []
+    for row in rows:
+        numbers = {name: as_number(row[name]) for name in metrics}
+        if all(value is not None and math.isfinite(value) for value in numbers.values()):
+            kept.append(row | numbers)
+    if not kept:
+        raise UserError(f"{title} has no run with numbers of both {' and '.join(metrics)}")
+    left = len(rows) - len(kept)
+    note = f"{left} of {len(rows)} runs are left out, without {' or '.join(metrics)}"
+    return kept, [note] if left else []
+
+
+def _names(columns: str | Sequence[str], cells: dict, flag: str, title: str) -> tuple[str, ...]:
+    """Returns the columns that a flag names. Raises UserError, which names those that there are."""
+    columns = columns.split(",") if isinstance(columns, str) else columns
+    for name in columns:
+        if name not in cells:
+            raise UserError(
+                f"--{flag}: {title} has no column {name}; it has {some(list(cells), 40)}"
+            )
+    return tuple(columns)
+
+
+def _grouping(cells: dict, by, title: str) -> tuple[str, ...]:
+    """Returns the columns that make the groups."""
+    if by:
+        return _names(by, cells, "by", title)
+    varies = [name for name in _GROUPS if name in cells and len(set(map(as_text, cells[name]))) > 1]
+    return tuple(varies[:1])
+
+
+def _cell(values: np.ndarray) -> Math:
+    """Returns mean and standard deviation for a table, the latter to two digits."""
+    if not len(values):
+        return Math("")
+    middle, spread = mean(values), sd(values)
+    if not spread:
+        return Math(f"{middle:.4g}")
+    decimals = max(0, 1 - math.floor(math.log10(spread)))
+    return Math(f"{middle:.{decimals}f} ± {spread:.{decimals}f}")

@@ -1,0 +1,463 @@
+"""One law for each group of runs, and whether their exponents differ.
+
+Each group is fitted alone. The exponents of two groups are compared by the interval of their
+difference, which is made of their own intervals (Zou & Donner 2008, the method of variance
+estimates recovery): d - sqrt(l1^2 + u2^2) to d + sqrt(u1^2 + l2^2), l and u being the lower and
+upper deviations. These come from the bootstrap over runs (`intervals`), so that each group keeps
+its own noise, and are not symmetric where the law bends. Degrees of freedom are Welch's, and more
+than two groups are tested together by his analysis of variance (Welch 1951).
+
+Three laws for all runs are compared too: one for all; one with common exponents, whose scales and
+floor are each group's own; and one for each group. The rise of the objective from one to the next,
+over the bootstrap's scale, is an F statistic.
+
+A test in tests/test_laws_by.py counts over 200 planted worlds, with a known difference and with
+none, how often the interval of the difference holds the truth and how often groups are said to
+differ.
+"""
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import scipy.stats
+
+from sae_jax import paths, plots, typeset
+from sae_jax.config import Config
+from sae_jax.errors import UserError, choose, some
+from sae_jax.json_files import read_json
+from sae_jax.laws import api, fitting, group_figures, holdout, identifiability, isoflop, report
+from sae_jax.laws.estimators import Estimate, estimate
+from sae_jax.laws.laws import Law, Slope
+from sae_jax.laws.results import Results
+from sae_jax.paths import AnyPath
+
+LEVEL = 0.05  # of the tests
+FILES = ("by.json", "by.csv", "by.png")
+
+
+@dataclasses.dataclass(frozen=True)
+class Exponent:
+    """One exponent of one group: its value, its 95% interval and the degrees of freedom of that."""
+
+    value: float
+    low: float
+    high: float
+    degrees: int
+
+    @property
+    def deviations(self) -> tuple[float, float]:
+        """The standard deviations below and above the value."""
+        t = scipy.stats.t.ppf(0.975, self.degrees)
+        return max(self.value - self.low, 0.0) / t, max(self.high - self.value, 0.0) / t
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """A law fitted to each group of runs.
+
+    Attributes:
+      by: the columns that tell the groups, with commas between them.
+      law: the name of the law.
+      fits: the fit of each group, by its label.
+      refused: why a group has no fit, by its label.
+      exponents: by exponent, its value and interval in each group.
+      differences: by exponent, `p`, the probability of groups that differ so much where the
+        exponents are one; `differ`, whether that is below 5%; and `pairs`, with `of` (two labels),
+        `difference`, `ci95` and `p` of each.
+      models: one law, common exponents, and one law for each group: `model`, `parameters`,
+        `objective`, `rms_log_error`, `holdout` (the rms relative error held out, None where too few
+        points are left), and `p`, the probability of such a gain over the model before where there
+        is nothing to gain. Empty for isoflop.
+    """
+
+    by: str
+    law: str
+    fits: dict[str, api.LawFit]
+    refused: dict[str, str]
+    exponents: dict[str, dict[str, Exponent]]
+    differences: dict[str, dict]
+    models: list[dict]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What to doubt, in words."""
+        out = [f"{self.by} {label} is left out: {why}" for label, why in self.refused.items()]
+        if len(self.fits) < 2:
+            out.append("one group is fitted, so there is nothing to compare")
+        return out
+
+    def table(self) -> dict[str, list]:
+        """Returns the parameters and exponents of all groups as columns: `group`, `parameter`,
+        `value`, `low`, `high`.
+        """
+        rows = []
+        for label, fit in self.fits.items():
+            ci95 = fit.ci95
+            rows += [(label, name, value, *ci95[name]) for name, value in fit.params.items()]
+            rows += [
+                (label, name, of[label].value, of[label].low, of[label].high)
+                for name, of in self.exponents.items()
+                if name not in fit.params and label in of
+            ]
+        names = ("group", "parameter", "value", "low", "high")
+        return {name: [row[place] for row in rows] for place, name in enumerate(names)}
+
+    def summary(self) -> dict:
+        """Returns the content of by.json."""
+        return {
+            "by": self.by,
+            "law": self.law,
+            "groups": {
+                label: {
+                    "directory": folder(self.by, label),
+                    "params": fit.params,
+                    "ci95": fit.ci95,
+                    "n_points": len(fit.found.results),
+                    "rms_log_error": fit.summary()["rms_log_error"],
+                }
+                for label, fit in self.fits.items()
+            },
+            "differences": self.differences,
+            "models": self.models,
+            "warnings": self.warnings,
+        }
+
+    def text(self) -> str:
+        """Returns what a user wants to know first, as lines for a terminal."""
+        lines, table = [f"{self.law} by {self.by}", ""], self.table()
+        width = max(16, *(len(label) + 2 for label in self.fits))
+        for name in dict.fromkeys(table["parameter"]):
+            lines.append(f"  {name}")
+            for label, parameter, value, low, high in zip(*table.values(), strict=True):
+                if parameter == name:
+                    lines.append(f"    {label:{width}}{value:<12.5g}95% {low:.5g} to {high:.5g}")
+        for name, one in self.differences.items():
+            verdict = "differ" if one["differ"] else "do not differ for certain"
+            lines.append(f"{name}: the groups {verdict} (p = {one['p']:.2g})")
+            for pair in one["pairs"]:
+                low, high = pair["ci95"]
+                lines.append(
+                    f"    {' - '.join(pair['of'])}: {pair['difference']:+.4g}, 95% {low:+.4g} to "
+                    f"{high:+.4g}"
+                )
+        for model in self.models:
+            held = "" if model["holdout"] is None else f", held out {model['holdout']:.2%}"
+            gain = (
+                "" if model["p"] is None else f"; better than the one before: p = {model['p']:.2g}"
+            )
+            lines.append(
+                f"{model['model']}: {model['parameters']} parameters, rms error of log-loss "
+                f"{model['rms_log_error']:.3g}{held}{gain}"
+            )
+        return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
+
+    def save(
+        self,
+        out: str | AnyPath,
+        flops: float | None = None,
+        start: Config | None = None,
+        at: Sequence[dict[str, float]] = (),
+        papers: Sequence[str] = (),
+        style: str | None = None,
+    ) -> list[str]:
+        """Writes by.json, by.csv, by.png, and the fit of each group to a directory of its own.
+
+        Args:
+          out: the directory, made if absent.
+          flops: as of `LawFit.save`.
+          start: as of `LawFit.save`.
+          at: as of `LawFit.save`.
+          papers: files that end in .pdf, .svg or .png, for the laws of all groups in the look of
+            `plots.paper`.
+          style: the user's matplotlib style for these.
+
+        Returns:
+          What the groups' laws cannot say of `flops` and `at`, in words.
+
+        Raises UserError, before anything is written, where a directory is not that of a fit, and
+        where the figures cannot be drawn.
+        """
+        out = paths.path(out)
+        folders = {label: out / folder(self.by, label) for label in self.fits}
+        _check_out(out)
+        for each in folders.values():
+            report.check_out(each)
+        found = {label: fit.found for label, fit in self.fits.items()}
+
+        def draw():
+            return group_figures.laws_alone(found, self.by)
+
+        drawn = {paths.path(file): plots.rendered(draw, file, style) for file in papers}
+        out.mkdir(parents=True, exist_ok=True)
+        refused = []
+        for label, fit in self.fits.items():
+            values = fit.save(folders[label], flops, start, at)
+            refused += [f"{label}: {why}" for why in values["refused"]]
+        table = self.table()
+        rows = [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
+        paths.write(out / "by.csv", typeset.as_csv(list(table), rows))
+        plots.save(group_figures.overview(found, self.by, self.exponents), out / "by.png")
+        paths.save_json(self.summary(), out / "by.json")
+        for file, content in drawn.items():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            paths.write(file, content)
+        return refused
+
+
+def fit_by(runs, law: str, by: str | Sequence[str], **options) -> Groups:
+    """Fits a law to each group of runs, and compares them.
+
+    Args:
+      runs: what `api.read` returned, or what it reads.
+      law: the name of the law.
+      by: the column, or columns, whose values tell the groups, such as "architecture".
+      **options: those of `api.fit`.
+
+    Raises UserError for an unknown column, and where no group identifies the law.
+    """
+    choose(law, fitting.LAW_NAMES, "the law")
+    runs = runs if isinstance(runs, Results) else api.read(runs)
+    columns = by.split(",") if isinstance(by, str) else list(by)
+    groups = runs.split(columns)
+    fits, refused = {}, {}
+    for label, group in groups.items():
+        try:
+            fits[label] = api.fit(group, law, **options)
+        except UserError as error:
+            if len(groups) == 1:
+                raise
+            refused[label] = str(error)
+    by = ",".join(columns)
+    if not fits:
+        label, why = next(iter(refused.items()))
+        raise UserError(
+            f"--by={by}: none of the {len(groups)} groups identifies the law ({some(list(groups))}"
+            f"); {label}: {why}"
+        )
+    exponents = _exponents(fits)
+    differences = {name: compare(of) for name, of in exponents.items() if len(of) == len(fits) > 1}
+    return Groups(by, law, fits, refused, exponents, differences, _models(fits))
+
+
+def _check_out(out: AnyPath) -> None:
+    """Raises UserError where `out` is a file, or holds files of another program under our names."""
+    report.check_out(out)
+    theirs = next((out / name for name in FILES if (out / name).exists()), None)
+    if theirs and (theirs.name != FILES[0] or "differences" not in read_json(theirs)):
+        raise UserError(f"{theirs} is not of sae-jax fit --by; give another --out")
+
+
+def folder(by: str, label: str) -> str:
+    """Returns the name of a group's directory."""
+    return re.sub(r"[^\w.=+-]+", "_", f"{by}={label}")[:100]
+
+
+def compare(exponents: dict[str, Exponent]) -> dict:
+    """Tests whether an exponent differs between groups.
+
+    Args:
+      exponents: that of each group, by label.
+
+    Returns:
+      `p`, `differ` and `pairs`, as `Groups.differences` has them.
+    """
+    pairs = []
+    for (one, a), (other, b) in itertools.combinations(exponents.items(), 2):
+        (below_a, above_a), (below_b, above_b) = a.deviations, b.deviations
+        difference = a.value - b.value
+        variances = a.deviations[0] ** 2 + a.deviations[1] ** 2, sum(s**2 for s in b.deviations)
+        parts = variances[0] ** 2 / a.degrees + variances[1] ** 2 / b.degrees
+        degrees = sum(variances) ** 2 / parts if parts else a.degrees + b.degrees
+        t = scipy.stats.t.ppf(0.975, degrees)
+        low, high = math.hypot(below_a, above_b), math.hypot(above_a, below_b)
+        pairs.append(
+            {
+                "of": [one, other],
+                "difference": difference,
+                "ci95": [difference - t * low, difference + t * high],
+                "p": _two_sided(difference, low if difference > 0 else high, degrees),
+            }
+        )
+    p = pairs[0]["p"] if len(pairs) == 1 else _welch(list(exponents.values()))
+    return {"p": p, "differ": p < LEVEL, "pairs": pairs}
+
+
+def _two_sided(difference: float, deviation: float, degrees: float) -> float:
+    if deviation == 0:
+        return 1.0 if difference == 0 else 0.0
+    return float(2 * scipy.stats.t.sf(abs(difference) / deviation, degrees))
+
+
+def _welch(exponents: list[Exponent]) -> float:
+    """Returns the probability that groups of one exponent would differ so much (Welch 1951)."""
+    values = np.array([exponent.value for exponent in exponents])
+    sides = np.array([exponent.deviations for exponent in exponents])
+    degrees = np.array([exponent.degrees for exponent in exponents])
+    deviations = np.maximum(sides.mean(axis=1), 1e-12)
+    for _ in range(2):  # the deviation on the side of the mean, which it decides
+        weights = deviations**-2
+        mean = (weights * values).sum() / weights.sum()
+        deviations = np.maximum(np.where(values > mean, sides[:, 0], sides[:, 1]), 1e-12)
+    count = len(values)
+    spread = (weights * (values - mean) ** 2).sum() / (count - 1)
+    lacking = ((1 - weights / weights.sum()) ** 2 / degrees).sum()
+    f = spread / (1 + 2 * (count - 2) / (count**2 - 1) * lacking)
+    return float(scipy.stats.f.sf(f, count - 1, (count**2 - 1) / (3 * lacking)))
+
+
+def _exponents(fits: dict[str, api.LawFit]) -> dict[str, dict[str, Exponent]]:
+    """Returns the exponents of each group by name: those of the law, and those in compute."""
+    out: dict[str, dict[str, Exponent]] = {}
+    for label, fit in fits.items():
+        found, summary = fit.found, fit.summary()
+        if isinstance(found, isoflop.IsoflopFit):
+            names, degrees = list(fit.exponents), len(found.minima.used) - 2
+        else:
+            names = [slope.name for term in found.law.terms for slope in term.slopes]
+            degrees = found.drawn.runs - len(found.estimate.theta)
+        known = {name: (summary["params"][name], summary["ci95"][name]) for name in names}
+        if found.name in ("chinchilla", "joint"):  # that of `power` is its parameter
+            frontier = summary["frontier"]["ci95"]
+            known |= {n: (fit.exponents[n], frontier[n]) for n in fit.exponents if n in frontier}
+        for name, (value, (low, high)) in known.items():
+            out.setdefault(name, {})[label] = Exponent(value, low, high, max(degrees, 1))
+    return out
+
+
+def _models(fits: dict[str, api.LawFit]) -> list[dict]:
+    """Returns one law, common exponents and one law for each group, as `Groups.models` has them."""
+    found = [fit.found for fit in fits.values()]
+    if len(found) < 2 or isinstance(found[0], isoflop.IsoflopFit):
+        return []
+    law, estimator = found[0].law, found[0].estimator
+    columns = {
+        name: np.concatenate([one.results.columns[name] for one in found])
+        for name in dict.fromkeys((*law.columns, *_budget_columns(found), "loss"))
+    }
+    group = np.repeat(np.arange(len(found)), [len(one.results) for one in found])
+    columns |= {name: np.where(group == place, math.e, 1.0) for place, name in _marks(found)}
+    common = _with_own_scales(law, found)
+    thetas = [one.estimate.theta for one in found]
+
+    one = estimate(law, columns, columns["loss"], estimator)
+    shared = _fit_common(common, law, columns, estimator, [*thetas, one.theta], thetas)
+    held = _held_out(found, law, common, columns, group, thetas, estimator)
+    freedom = [max(each.drawn.runs - len(law.parameters), 1) for each in found]
+    scale = np.average([each.drawn.scale for each in found], weights=freedom)
+    size = len(columns["loss"])
+    apart = math.sqrt(sum(len(e.results) * e.estimate.rms_log_error**2 for e in found) / size)
+    models = [
+        ("one law for all", len(law.parameters), one.objective, one.rms_log_error),
+        ("common exponents", len(common.parameters), shared.objective, shared.rms_log_error),
+        (
+            "a law for each",
+            len(found) * len(law.parameters),
+            sum(each.estimate.objective for each in found),
+            apart,
+        ),
+    ]
+    out = []
+    for (name, parameters, objective, rms), error in zip(models, held, strict=True):
+        p = None
+        if out:
+            more = parameters - out[-1]["parameters"]
+            gain = max(out[-1]["objective"] - objective, 0.0)
+            degrees = sum(freedom) + len(found) * len(law.parameters) - parameters
+            f = 2 * gain / (scale * more) if scale > 0 else math.inf
+            p = float(scipy.stats.f.sf(f, more, degrees))
+        out.append(
+            {
+                "model": name,
+                "parameters": parameters,
+                "objective": float(objective),
+                "rms_log_error": float(rms),
+                "holdout": error,
+                "p": p,
+            }
+        )
+    return out
+
+
+def _budget_columns(found: list[fitting.Fit]) -> list[str]:
+    """Returns the columns that tell budgets and that all groups have."""
+    names = ("d_sae", "tokens", "flops")
+    return [name for name in names if all(name in one.results.columns for one in found)]
+
+
+def _marks(found: list[fitting.Fit]) -> list[tuple[int, str]]:
+    """Returns the number of each group but the first, and the column that marks it.
+
+    The column is e in its rows and 1 elsewhere, so that its logarithm is the group's indicator.
+    """
+    return [(place, f"group {place}") for place in range(1, len(found))]
+
+
+def _with_own_scales(law: Law, found: list[fitting.Fit]) -> Law:
+    """Returns a law whose exponents all groups share, with a scale of each term for each group."""
+    terms = tuple(
+        dataclasses.replace(
+            term,
+            slopes=(*term.slopes, *(Slope(f"{term.scale} {n}", (n,)) for _, n in _marks(found))),
+        )
+        for term in law.terms
+    )
+    marks = tuple(name for _, name in _marks(found))
+    return dataclasses.replace(law, columns=(*law.columns, *marks), terms=terms)
+
+
+def _fit_common(
+    common: Law, law: Law, columns, estimator: str, starts: list[np.ndarray], thetas
+) -> Estimate:
+    """Fits the law with common exponents, from each of the given parameters of the simple law.
+
+    Args:
+      common: the law with common exponents.
+      law: the simple law.
+      columns: the runs' columns, with the groups' marks.
+      estimator: one of `estimators.ESTIMATORS`.
+      starts: internal parameters of the simple law, whose exponents are starts.
+      thetas: those of each group, whose scales are.
+    """
+    begun = []
+    for start in starts:
+        for own in (thetas, [start] * len(thetas)):
+            parts = []
+            for term in range(len(law.terms)):
+                at = np.flatnonzero(law.term_of == term)
+                first = own[0][at[0]]
+                more = [np.clip(theta[at[0]] - first, -50, 50) for theta in own[1:]]
+                parts += [first, *start[at[1:]], *more]
+            begun.append(parts)
+    return estimate(common, columns, columns["loss"], estimator, np.array(begun, float))
+
+
+def _held_out(found, law, common, columns, group, thetas, estimator) -> list[float | None]:
+    """Returns the rms relative errors of the three models on the largest budgets, fitted without
+    them; None where a group has too few points left.
+    """
+    every = Results("all groups", columns, np.arange(len(group)), "loss")
+    try:
+        kept, held, _ = holdout.split(every, law.columns, None)
+        for place in range(len(found)):
+            identifiability.check(law, every.take(kept[group[kept] == place]))
+    except UserError:
+        return [None] * 3
+    rest = {name: values[kept] for name, values in columns.items()}
+    out = {name: values[held] for name, values in columns.items()}
+    one = estimate(law, rest, rest["loss"], estimator)
+    shared = _fit_common(common, law, rest, estimator, [*thetas, one.theta], thetas)
+    apart = np.empty(len(held))
+    for place in range(len(found)):
+        mine, theirs = group[kept] == place, group[held] == place
+        part = {name: values[mine] for name, values in rest.items()}
+        alone = estimate(law, part, part["loss"], estimator)
+        if theirs.any():
+            apart[theirs] = alone.loss({name: values[theirs] for name, values in out.items()})
+    return [
+        float(np.sqrt(np.mean((expected / out["loss"] - 1) ** 2)))
+        for expected in (one.loss(out), shared.loss(out), apart)
+    ]

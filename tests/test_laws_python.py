@@ -1,0 +1,126 @@
+"""The laws in Python: what a fit says is what the command says, and a saved fit says the same."""
+
+import numpy as np
+import pytest
+from test_laws import LAWS, TRUE, runs, world_loss
+
+from sae_jax import laws
+from sae_jax.errors import UserError
+from sae_jax.laws import saved
+
+AT = {  # what each law needs for a loss
+    "power": dict(C=[1e13, 1e14]),
+    "chinchilla": dict(n=[1000, 30_000], D=[1e7, 1e9]),
+    "openai_nk": dict(n=[1000, 30_000], k=[16, 16]),
+    "joint": dict(n=[1000, 30_000], D=[1e7, 1e9], k=[16, 16]),
+    "isoflop": dict(C=[1e10, 1e12]),
+}
+
+
+def table(law):
+    if law != "isoflop":
+        columns = runs(law, noise=0.003)
+        if "tokens" in columns:
+            columns["flops"] = 768 * columns["d_sae"] * columns["tokens"]
+        return columns
+    budgets, shifts = np.meshgrid(1e6 * 4.0 ** np.arange(5), 2.0 ** np.arange(-2, 3))
+    n = np.round(0.5 * budgets**0.4 * shifts).ravel()
+    columns = {"d_sae": n, "tokens": budgets.ravel() / n, "flops": 768 * budgets.ravel()}
+    return columns | {"loss": world_loss(n, columns["tokens"])}
+
+
+@pytest.fixture(scope="module", params=[*LAWS, "isoflop"])
+def fitted(request):
+    return laws.fit(table(request.param), request.param, resamples=50)
+
+
+@pytest.fixture(scope="module")
+def chinchilla():
+    return laws.fit(table("chinchilla"), "chinchilla", resamples=50)
+
+
+def test_a_saved_fit_says_the_same(tmp_path, fitted):
+    saved.save(fitted.runs, fitted.accounting, fitted.options, fitted.found, tmp_path)
+    loaded = laws.load(tmp_path)
+    assert loaded.summary() == fitted.summary()
+    at = AT[fitted.law]
+    for name, value in vars(fitted.loss(**at)).items():
+        np.testing.assert_array_equal(getattr(loaded.loss(**at), name), value)
+    if fitted.law != "openai_nk":
+        assert loaded.optimal(1e15) == fitted.optimal(1e15)
+    (tmp_path / saved.FILE).write_text((tmp_path / saved.FILE).read_text().replace("huber", "hub"))
+    with pytest.raises(UserError, match="is damaged"):
+        laws.load(tmp_path)
+
+
+def test_losses_lie_in_their_intervals_in_every_form(fitted):
+    at = AT[fitted.law]
+    found = fitted.loss(**at)
+    assert (found.low <= found.law_low).all() and (found.law_low <= found.loss).all()
+    assert (found.loss <= found.law_high).all() and (found.law_high <= found.high).all()
+    if fitted.law in TRUE:
+        columns = {{"n": "d_sae", "D": "tokens", "C": "flops"}.get(n, n): v for n, v in at.items()}
+        law = LAWS[fitted.law]
+        true = np.exp(law.log_loss(law.internal(TRUE[fitted.law]), columns))
+        assert ((found.low <= true) & (true <= found.high)).all()
+    one = fitted.loss(**{name: values[1] for name, values in at.items()})
+    assert isinstance(one.loss, float) and one.low == found.low[1]
+    square = fitted.loss(**{name: np.array(values)[:, None] for name, values in at.items()})
+    assert square.high.shape == (2, 1)
+    as_table = fitted.loss({"other": ["a", "b"], **at})
+    assert list(as_table) == ["other", *at, *vars(found)]
+    np.testing.assert_array_equal(as_table["loss"], found.loss)
+
+
+def test_a_budgets_best_run(fitted):
+    if fitted.law == "openai_nk":
+        with pytest.raises(UserError, match="knows no tokens.*--predict_at"):
+            fitted.optimal(1e15)
+        return
+    budgets = np.array([[1e13, 1e14], [1e15, 1e16]])
+    best = fitted.optimal(budgets)
+    assert best["loss"].shape == (2, 2) and best["interval"].shape == (2, 2, 2)
+    assert best["loss"][1, 0] == fitted.optimal(1e15)["loss"]
+    if fitted.law != "power":
+        np.testing.assert_allclose(768 * best["d_sae"] * best["tokens"], budgets, rtol=0.02)
+    assert fitted.loss(C=1e15).loss == pytest.approx(best["loss"][1, 0], rel=0.01)
+
+
+def test_a_joint_law_is_asked_at_any_k():
+    found = laws.fit(table("joint"), "joint", resamples=50)
+    few, many = (found.optimal(1e15, k=k) for k in (8, 64))
+    assert few["k"] == 8 and few["loss"] > many["loss"]
+    assert few["loss"] == pytest.approx(found.loss(n=few["d_sae"], D=few["tokens"], k=8).loss)
+
+
+@pytest.mark.parametrize(
+    "ask, words",
+    [
+        (lambda f: f.loss(n=5), "needs d_sae and tokens, not d_sae"),
+        (lambda f: f.loss(), "not nothing"),
+        (lambda f: f.loss(m=5), "the argument is 'm'"),
+        (lambda f: f.loss(n=-5, D=1), "d_sae must be of positive numbers"),
+        (lambda f: f.loss(n="many", D=1), "d_sae is 'many'"),
+        (lambda f: f.loss(n=[1, 2], D=[1, 2, 3]), "shapes do not go together"),
+        (lambda f: f.loss({"n": [1], "k": [2]}), "needs d_sae and tokens"),
+        (lambda f: f.optimal(float("nan")), "C must be of positive"),
+        (lambda f: f.optimal(1e12, k=3), "k is of the joint law"),
+        (lambda f: laws.fit(f.runs, "chinchila"), "did you mean 'chinchilla'"),
+        (lambda f: laws.fit(f.runs, "chinchilla", resample=50), "'resample'; did you mean"),
+        (lambda f: laws.fit(f.runs, "openai_nk"), "no column k, which this law needs"),
+        (lambda f: laws.load("nowhere"), "nowhere has no state.json"),
+    ],
+)
+def test_questions_without_an_answer(chinchilla, ask, words):
+    with pytest.raises(UserError, match=words):
+        ask(chinchilla)
+
+
+def test_data_frames(chinchilla):
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(table("chinchilla"))
+    assert laws.fit(frame, "chinchilla", resamples=50).params == chinchilla.params
+    asked = pandas.DataFrame({"n": [1000, 2000], "D": [1e7, 1e8]})
+    found = chinchilla.loss(asked)
+    assert isinstance(found, pandas.DataFrame)
+    assert found["loss"].tolist() == chinchilla.loss(n=asked["n"], D=asked["D"]).loss.tolist()

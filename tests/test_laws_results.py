@@ -1,0 +1,160 @@
+"""What a law is fitted to: tables that are joined and selected from, and what varies in them."""
+
+import json
+
+import numpy as np
+import pytest
+from test_laws import SIZES, TOKENS, grid, runs, write
+
+from sae_jax import cli, laws
+from sae_jax.errors import UserError
+from sae_jax.laws import settings
+
+
+def said(columns, law, **named):
+    """What a fit says of columns that vary."""
+    rows = laws.read(columns, **named)
+    known = {"power": ("flops",), "chinchilla": ("d_sae", "tokens"), "openai_nk": ("d_sae", "k")}
+    found = rows.varying(known.get(law, ("d_sae", "tokens")))
+    return found, "\n".join(settings.warnings(law, found))
+
+
+def test_every_column_that_varies_beside_the_law_is_named():
+    """Whatever it is called: but not what the law's own columns give, nor repetitions."""
+    columns = runs("chinchilla") | {
+        "sparsity": np.tile([16, 8, 128, 32, 64], 5),
+        "architecture": np.where(np.arange(25) % 2, "relu", "topk"),
+        "seed": np.arange(25) % 3,
+        "same": np.full(25, 7),
+        "l0": np.random.default_rng(0).uniform(3, 60, 25),
+    }
+    columns["lr"] = 1e-3 * (columns["d_sae"] / 512) ** -0.5
+    columns["train.tokens"] = columns["tokens"] + 37
+    columns["C"] = 768 * columns["d_sae"] * columns["tokens"]
+    for named in ({}, {"k": "sparsity", "flops": "C"}):
+        found, text = said(columns, "chinchilla", **named)
+        assert found["sparsity"]["values"] == ["8", "16", "32", "64", "128"]
+        assert found["seed"]["is"] == "repetition" and found["lr"]["follows"] == "d_sae"
+        assert set(found) == {"sparsity", "architecture", "seed", "l0", "lr"}
+        assert "differ in sparsity (8, 16, 32, 64, 128); in architecture (relu, topk)" in text
+        assert "change lr (" in text and "with d_sae" in text and "its own l0 (" in text
+        assert "seed" not in text and "same" not in text
+
+
+@pytest.mark.parametrize(
+    "law, columns, name",
+    [
+        ("openai_nk", grid(d_sae=SIZES, k=[8.0, 16.0], tokens=TOKENS[:2]), "tokens"),
+        ("power", grid(d_sae=SIZES[:3], tokens=TOKENS, flops=[1.0]), "d_sae"),
+        ("isoflop", grid(d_sae=SIZES, tokens=TOKENS, k=[8.0, 16.0]), "k"),
+    ],
+)
+def test_quantities_that_a_law_does_not_know_are_named(law, columns, name):
+    columns["loss"] = columns["d_sae"] ** -0.3
+    columns["flops"] = columns["d_sae"] * columns["tokens"]
+    found, text = said(columns, law)
+    assert found[name]["is"] == "setting" and f"{name} (" in text
+
+
+def test_a_sweeps_own_measurements_are_no_settings():
+    columns = runs("chinchilla") | {"run_id": [f"r{i}" for i in range(25)], "status": ["done"] * 25}
+    columns |= {"architecture": ["topk"] * 25, "eval_l0": np.arange(25.0), "odd": np.arange(25) % 2}
+    columns["sae.knee"] = ["", *[0.1] * 24]
+    assert said(columns, "chinchilla")[0] == {
+        "sae.knee": {"is": "setting", "follows": None, "values": ["0.1", "none"]}
+    }
+
+
+def test_tables_are_joined_and_selected_from(tmp_path):
+    """A row of each file; a run that two sweeps have counts once, others of its name do not."""
+    columns = runs("chinchilla") | {"run_id": np.arange(25).astype(str)}
+    first = write(tmp_path / "a.csv", columns)
+    part = {name: values[:5] for name, values in columns.items()}
+    second = write(tmp_path / "b.csv", part | {"extra": ["x"] * 5})
+    other = write(tmp_path / "c.csv", part | {"loss": 2 * part["loss"]})
+    rows = laws.read([str(first), second, other])
+    assert len(rows) == 30 and rows.run.max() == 29
+    assert "5 runs are in several tables" in "".join(rows.notes)
+    assert laws.read([first, other], select=f"results={other}").loss.min() == 2 * min(part["loss"])
+
+    foreign = {"Model Size": columns["d_sae"], "loss": columns["loss"]}
+    chosen = laws.read(foreign, d_sae="Model Size", select="d_sae>600 d_sae!=2048")
+    assert set(chosen.columns["d_sae"]) == {1024, 4096, 8192}
+    with pytest.raises(UserError, match="none of the 25 rows.*d_sae>1e9 by 0"):
+        laws.read(columns, select="d_sae>1e9")
+    with pytest.raises(UserError, match="did you mean 'd_sae'"):
+        laws.read(columns, select="d_sea>1e9")
+
+
+def test_the_best_learning_rate_is_that_of_each_setting():
+    """An architecture is not left out because another does better at another rate."""
+    columns = runs("chinchilla")
+    two = {name: np.tile(values, 2) for name, values in columns.items()}
+    two |= {"architecture": np.repeat(["topk", "relu"], 25), "lr": np.repeat([1e-3, 3e-3], 25)}
+    two["loss"] = two["loss"] * np.repeat([1.0, 1.2], 25)
+    assert len(laws.read(two)) == 50
+
+
+def test_a_column_that_some_runs_have_is_there_in_their_group():
+    columns = runs("chinchilla") | {"architecture": np.repeat(["topk", "relu"], [15, 10])}
+    columns["k"] = np.array([*[32] * 15, *[None] * 10], object)
+    groups = laws.read(columns).split(["architecture"])
+    assert list(groups) == ["relu", "topk"]
+    assert "k" not in groups["relu"].columns and (groups["topk"].columns["k"] == 32).all()
+    with pytest.raises(UserError, match="did you mean 'architecture'"):
+        laws.read(columns).split(["architectur"])
+    with pytest.raises(UserError, match="row .*: k is empty"):
+        laws.fit(columns, "openai_nk")
+
+
+@pytest.mark.parametrize(
+    "source, words",
+    [
+        ({"d_sae": [1, 2], "loss": [1.0]}, "different lengths"),
+        ({"d_sae": [1, 2], "loss": [1.0, float("nan")]}, "the table, row 1: loss is nan"),
+        ({"loss": ["", ""]}, "row 0: loss is empty"),
+        (7, "a data frame, not int"),
+        ({}, "no rows"),
+        ([], "no rows"),
+    ],
+)
+def test_tables_that_are_none(source, words):
+    with pytest.raises(UserError, match=words):
+        laws.read(source)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--law=power", "--law=chinchilla"],
+        ["--seed=0", "--seed=0"],
+        ["--config.sae.k=3", "--config.sae.k=4"],
+    ],
+)
+def test_a_flag_that_would_be_ignored_is_refused(capsys, flags):
+    assert cli.main(["fit", "--results=a.csv", *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert flags[0].partition("=")[0] in line
+    assert "already defined" in line or "given twice" in line
+
+
+@pytest.mark.slow
+def test_the_command_joins_selects_and_says_what_it_cannot(tmp_path, capsys):
+    """openai_nk has no frontier: the fit is written, losses are predicted, and then it is said."""
+    columns = runs("openai_nk", noise=0.002)
+    half = {name: values[:10] for name, values in columns.items()}
+    rest = {name: values[10:] for name, values in columns.items()}
+    files = [write(tmp_path / "a.csv", half), write(tmp_path / "b.csv", rest)]
+    out = tmp_path / "fit"
+    flags = [*(f"--results={file}" for file in files), "--law=openai_nk", f"--out={out}"]
+    flags += ["--select=k<64", "--predict_at=d_sae=20000 k=16", "--predict_flops=1e15"]
+    assert cli.main(["fit", *flags]) == 2
+    said = capsys.readouterr()
+    (line,) = said.err.splitlines()
+    assert "has the fit, but not all" in line and "knows no tokens" in line
+    values = json.loads((out / "fit.json").read_text())
+    assert values["n_points"] == 15 and values["refused"] and values["prediction"] is None
+    (predicted,) = values["predictions"]
+    assert f"at d_sae=20000 k=16: loss {predicted['loss']:.5g}, 95% of runs" in said.out
+    found = laws.load(out)
+    assert found.loss(n=20000, k=16).low == predicted["low"]

@@ -1,0 +1,219 @@
+"""Sweeps that grow, and shrink: what is done stays, and what is new goes on from it."""
+
+import csv
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+from training import assert_same_arrays, make_config, make_store, metrics, saved_arrays
+
+from sae_jax import cli
+from sae_jax.config import to_dict
+from sae_jax.sweep import grid
+from sae_jax.sweep.directory import SweepDirectory, load
+from sae_jax.sweep.leases import Leases
+from sae_jax.train.results import planned
+
+BUDGETS = """return grid.product(
+    grid.budgets({}, batch_size=64, warmup_tokens=320),
+    grid.sweep("train.seed", range({})),
+)"""
+SMALL, LARGE = BUDGETS.format([1920, 2560], 2), BUDGETS.format([1920, 2560, 5120], 3)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("store") / "store")
+
+
+def write_sweep(place: pathlib.Path, store: str, body: str, **train) -> str:
+    train = {"log_every": 5, "checkpoint_every": 20, "keep_trunk": True} | train
+    values = to_dict(make_config(store, steps=40, train=train))
+    place.write_text(
+        "from sae_jax.config import Config, from_dict\n"
+        "from sae_jax.sweep import grid\n"
+        f"def get_config(): return from_dict({values!r})\n"
+        f"def get_sweep(): {body}\n"
+    )
+    return str(place)
+
+
+@pytest.fixture(scope="module")
+def done(store, tmp_path_factory):
+    """A finished sweep of two budgets and two seeds."""
+    folder = tmp_path_factory.mktemp("sweeps")
+    file = write_sweep(folder / "small.py", store, SMALL)
+    assert cli.main(["sweep", f"--config={file}", f"--workdir={folder / 'S'}"]) == 0
+    return folder / "S"
+
+
+@pytest.fixture
+def sweep(done, tmp_path):
+    return shutil.copytree(done, tmp_path / "S")
+
+
+@pytest.fixture
+def pretended(store, tmp_path):
+    """A sweep that looks finished."""
+    file = write_sweep(tmp_path / "small.py", store, SMALL)
+    directory = SweepDirectory.start(tmp_path / "S", load(file, {}))
+    for run in directory.runs:
+        path = directory.run_path(run)
+        path.mkdir(parents=True)
+        (path / "result.json").write_text(json.dumps(planned(run.config)))
+    directory.write_results()
+    return tmp_path / "S"
+
+
+def command(*flags) -> int:
+    return cli.main(["sweep", *map(str, flags)])
+
+
+def refused(capsys, *flags) -> str:
+    capsys.readouterr()
+    assert command(*flags) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("sae-jax sweep: error: ") and err.count("\n") == 1
+    return err
+
+
+def rows(sweep) -> list[dict]:
+    return list(csv.DictReader((sweep / "results.csv").read_text().splitlines()))
+
+
+def contents(sweep) -> dict[str, bytes]:
+    """All files of the runs, by their paths."""
+    files = [file for file in (sweep / "runs").rglob("*") if file.is_file()]
+    return {str(file.relative_to(sweep)): file.read_bytes() for file in files}
+
+
+@pytest.mark.slow
+def test_the_directory_alone_resumes(sweep, done, tmp_path):
+    victim = SweepDirectory(sweep).runs[0]
+    shutil.rmtree(sweep / "runs" / victim.id)
+    (sweep / "results.csv").unlink()
+    assert command(f"--workdir={sweep}", "--config.mesh.data=1") == 0
+    assert (sweep / "results.csv").read_bytes() == (done / "results.csv").read_bytes()
+    assert_same_arrays(*(saved_arrays(s / "runs" / victim.id) for s in (sweep, done)))
+
+
+@pytest.mark.slow
+def test_a_larger_grid_goes_on_from_what_is_done(sweep, store, tmp_path, capsys):
+    file = write_sweep(tmp_path / "large.py", store, LARGE)
+    before = contents(sweep)
+    flags = [f"--config={file}", f"--workdir={sweep}", "--extend"]
+    assert command(*flags, "--dry_run") == 0
+    assert "5 runs one by one" in capsys.readouterr().out
+    assert command(*flags) == 0
+    after = contents(sweep)
+    assert {name: after[name] for name in before} == before
+    assert [row["status"] for row in rows(sweep)] == ["done"] * 9
+    names = [row["name"] for row in rows(sweep)]
+    assert names[:2] == ["tokens=1920,seed=0", "tokens=1920,seed=1"] and len(set(names)) == 9
+    new = {SweepDirectory(sweep).name(r): r for r in SweepDirectory(sweep).runs if r.round}
+    assert set(new) == {
+        *("tokens=1920,seed=2", "tokens=2560,seed=2"),
+        *(f"tokens=5120,seed={seed}" for seed in range(3)),
+    }
+    file = write_sweep(tmp_path / "long.py", store, BUDGETS.format([5120], 2))
+    assert command(f"--config={file}", f"--workdir={tmp_path / 'long'}") == 0
+    for name, begins in (("tokens=5120,seed=1", False), ("tokens=5120,seed=2", True)):
+        run = sweep / "runs" / new[name].id
+        config = json.loads((run / "config.json").read_text())
+        assert ("lineage" in config) != begins
+        if not begins:
+            assert config["lineage"][0]["step"] == 32
+            assert_same_arrays(saved_arrays(run), saved_arrays(tmp_path / "long/runs" / run.name))
+    assert command(*flags) == 0, "and again, it changes nothing"
+    assert contents(sweep) == after
+    assert command(f"--workdir={sweep}") == 0
+    assert contents(sweep) == after
+
+
+def test_a_grid_that_leaves_out_what_has_begun(pretended, store, tmp_path, capsys):
+    before = contents(pretended), (pretended / "sweep.json").read_bytes()
+    file = write_sweep(tmp_path / "other.py", store, BUDGETS.format([2560, 5120], 3))
+    err = refused(capsys, f"--config={file}", f"--workdir={pretended}", "--extend")
+    assert "leaves out 2 runs" in err and "tokens=1920,seed=0 (done)" in err and "--drop" in err
+    assert (contents(pretended), (pretended / "sweep.json").read_bytes()) == before
+
+
+def test_a_run_is_dropped(pretended, store, tmp_path):
+    before = rows(pretended)
+    run = SweepDirectory(pretended).runs[2]
+    assert command(f"--workdir={pretended}", "--drop=tokens=2560,seed=0") == 0
+    assert rows(pretended) == [row for row in before if row["run_id"] != run.id]
+    assert (pretended / "dropped" / run.id / "result.json").is_file()
+    file = write_sweep(tmp_path / "small.py", store, SMALL)
+    assert command(f"--config={file}", f"--workdir={pretended}") == 0, "it stays dropped"
+    assert len(rows(pretended)) == 3
+
+
+@pytest.mark.slow
+def test_what_failed_and_what_was_dropped_is_done_again(sweep, done):
+    failed, dropped = SweepDirectory(sweep).runs[1:3]
+    path = sweep / "runs" / failed.id
+    (path / "result.json").unlink()
+    (path / "failed.json").write_text("{}\n")
+    assert command(f"--workdir={sweep}", f"--drop={dropped.id}") == 0
+    assert command(f"--workdir={sweep}", "--rerun=failed", f"--rerun={dropped.id[:6]}") == 0
+    assert (sweep / "dropped" / failed.id / "failed.json").is_file()
+    assert [row["status"] for row in rows(sweep)] == ["done"] * 4
+    for run in (failed, dropped):
+        got, want = (saved_arrays(s / "runs" / run.id) for s in (sweep, done))
+        for name in want:
+            np.testing.assert_allclose(got[name], want[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_runs_begin_at_a_checkpoint(done, store, tmp_path):
+    """A sweep of learning rates from one checkpoint of a run."""
+    run = SweepDirectory(done).runs[2]
+    start = done / "runs" / run.id / "checkpoints" / "20"
+    body = "return grid.sweep('optimizer.learning_rate', [1e-3, 1e-4])"
+    file = write_sweep(tmp_path / "rates.py", store, body, branch_from=str(start))
+    assert command(f"--config={file}", f"--workdir={tmp_path / 'S'}") == 0
+    for row in rows(tmp_path / "S"):
+        assert row["branched_from"] == str(start) and row["status"] == "done"
+        branch = tmp_path / "S" / "runs" / row["run_id"]
+        assert [line["step"] for line in metrics(branch)] == [*range(5, 41, 5)]
+        assert metrics(branch)[:4] == metrics(done / "runs" / run.id)[:4]
+        assert json.loads((branch / "config.json").read_text())["lineage"][0]["run_id"] == run.id
+
+
+@pytest.mark.parametrize("flags,words", [
+    (["--rerun=failed"], ["has failed"]),
+    (["--rerun=seed=0"], ["no run 'seed=0'", "did you mean"]),
+    (["--drop=zzz"], ["no run 'zzz'"]),
+    (["--extend"], ["--config"]),
+    (["--config.sae.k=3"], ["sae.k", "mesh"]),
+    (["--config=x.py", "--drop=a"], ["leave out --config"]),
+    (["--passes=2"], ["--passes=1, not 2"]),
+])  # fmt: skip
+def test_mistakes(pretended, capsys, flags, words):
+    before = contents(pretended), (pretended / "sweep.json").read_bytes()
+    err = refused(capsys, f"--workdir={pretended}", *flags)
+    for word in words:
+        assert word in err
+    assert (contents(pretended), (pretended / "sweep.json").read_bytes()) == before
+
+
+def test_while_a_worker_is_at_it_no_run_is_taken_away(pretended, capsys):
+    with Leases(pretended / "leases", 60).claim("pass-x"):
+        err = refused(capsys, f"--workdir={pretended}", "--drop=tokens=1920,seed=0")
+    assert "works on" in err and "SIGTERM" in err
+
+
+def test_names_are_short_and_differ():
+    rates = grid.sweep("optimizer.learning_rate", [1e-3, 3e-4])
+    seeds = grid.zipped(grid.sweep("train.seed", [0, 1]), grid.sweep("data.seed", [5, 6]))
+    made = grid.product(grid.sweep("sae.k", [8]), rates, seeds)
+    assert grid.names(made) == [
+        f"learning_rate={rate},seed={seed}" for rate in ("0.001", "0.0003") for seed in (0, 1)
+    ]
+    assert grid.names(grid.sweep("data.site", ["a b", "a/b"])) == ["site=a_b.0", "site=a_b.1"]
+    assert grid.names([{}]) == ["base"]
+    both = grid.product(grid.sweep("train.seed", [0, 1]), grid.sweep("data.seed", [0, 1]))
+    assert grid.names(both)[1] == "train.seed=0,data.seed=1"
