@@ -171,11 +171,16 @@ class ObjectPath:
         """Whether it is a folder with files."""
         return bool(self.files())
 
-    def files(self) -> list[str]:
-        """Returns the names, relative to this folder, of all files in it and below."""
+    def files(self, after: str = "") -> list[str]:
+        """Returns the names, relative to this folder, of all files in it and below.
+
+        With `after`, the name of a folder in it, only those that follow that folder's in order: a
+        store lists a thousand names at a request, and a folder may have many more.
+        """
         prefix = f"{self.key}/" if self.key else ""
-        end = f"{self.key}0" if self.key else ""  # "0" follows "/"
-        return [key.removeprefix(prefix) for key in self._list(prefix, end)]
+        start = f"{prefix}{after}0" if after else prefix  # "0" follows "/"
+        end = f"{self.key}0" if self.key else ""
+        return [key.removeprefix(prefix) for key in self._list(start, end)]
 
     def iterdir(self):
         """Yields the paths of the files and folders in this folder."""
@@ -202,6 +207,32 @@ class ObjectPath:
             found = self._bucket().read(self.key).result()
         if found.state != "value":
             raise FileNotFoundError(2, "no such object", str(self))
+        return found.value, found.stamp.generation
+
+    def read_part(
+        self, part: slice, unless: bytes | None = None
+    ) -> tuple[bytes | None, bytes | None]:
+        """Returns some bytes of the file, and its generation, in one request.
+
+        Args:
+          part: which bytes, `slice(first, None)` or `slice(-count, None)`.
+          unless: a generation that need not be read again.
+
+        Returns:
+          (None, unless) where the file still has that generation; (None, None) where the file is
+          too short for the part, or is not there.
+        """
+        try:
+            found = self._bucket().read(self.key, byte_range=part, if_not_equal=unless).result()
+        except ValueError as error:
+            if "OUT_OF_RANGE" in str(error):
+                return None, None
+            with explained(self):
+                raise
+        if found.state == "unspecified":
+            return None, unless
+        if found.state == "missing":
+            return None, None
         return found.value, found.stamp.generation
 
     def write_bytes(self, data: bytes) -> None:

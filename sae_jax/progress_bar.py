@@ -3,6 +3,7 @@
 Only process 0 of a program shows anything.
 """
 
+import datetime
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -24,12 +25,40 @@ def progress(items: Iterable, what: str, total: int | None = None, unit: str = "
 
 def _with_lines(items: Iterable, what: str, total: int | None, unit: str) -> Iterator:
     """Yields `items`, and logs now and then how many are done."""
+    clock = _Clock(0)
     next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
     for done, item in enumerate(items):
+        clock.tick(done)
         if time.monotonic() > next_line:
             next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
-            logging.info("%s: %s %ss done", what, f"{done} of {total}" if total else done, unit)
+            of = f" of {total}" if total else ""
+            left = clock.left(done, total) if total else ""
+            logging.info("%s: %s%s %ss done%s", what, done, of, unit, left)
         yield item
+
+
+class _Clock:
+    """Tells the time left from the speed since the first step, which may have been compiled."""
+
+    def __init__(self, done: int):
+        self._begin, self._seconds = done, None
+
+    def tick(self, done: int) -> None:
+        """Notes that `done` are done."""
+        if done > self._begin and self._seconds is None:
+            self._begin, self._seconds = done, time.monotonic()
+
+    def left(self, done: int, total: int) -> str:
+        """Returns ", 0:03:20 left", or nothing where it is not known yet."""
+        if self._seconds is None or done <= self._begin:
+            return ""
+        seconds = (total - done) * (time.monotonic() - self._seconds) / (done - self._begin)
+        return f", {duration(seconds)} left"
+
+
+def duration(seconds: float) -> str:
+    """Returns a time as text, such as "0:03:20" and "2 days, 4:00:00"."""
+    return str(datetime.timedelta(seconds=round(seconds)))
 
 
 class TrainingBar:
@@ -39,6 +68,7 @@ class TrainingBar:
         self._name, self._done, self._total = name, done, total
         self._bar = make_bar(total=total, initial=done, unit="step", desc=name)
         self._next_line = 0.0
+        self._clock = _Clock(done)
 
     def __enter__(self) -> "TrainingBar":
         return self
@@ -49,6 +79,7 @@ class TrainingBar:
     def advance(self, steps: int, line: dict | None = None) -> None:
         """Counts `steps` more. `line` is the last line of metrics, where there is one run."""
         self._done += steps
+        self._clock.tick(self._done)
         if line:
             shown = {n: _short(line[n]) for n in ("loss", "fvu", "l0", "dead_fraction")}
             if line["dead_fraction"] is None:  # not known yet
@@ -64,6 +95,7 @@ class TrainingBar:
             if line:
                 text += "".join(f" {name} {value}" for name, value in shown.items())
                 text += f" {line['tokens_per_second'] or 0:.0f} tokens/s"
+            text += self._clock.left(self._done, self._total)
             logging.info("%s", text)
 
 

@@ -5,6 +5,7 @@ of them by conditions on their columns.
 import csv
 import dataclasses
 import io
+import itertools
 import math
 import operator
 import re
@@ -45,6 +46,16 @@ def read_csv(file: AnyPath) -> list[tuple[int, dict[str, str]]]:
     except csv.Error as error:
         raise UserError(f"{file}, line {reader.line_num}: {error}") from None
     return rows
+
+
+def as_csv(rows: list[dict], columns: Iterable[str] = ()) -> str:
+    """Returns rows as the text of a .csv file: `columns` first, then what else the rows have."""
+    text = io.StringIO()
+    names = list(dict.fromkeys([*columns, *itertools.chain(*rows)]))
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 @dataclasses.dataclass(frozen=True)

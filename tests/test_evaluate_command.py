@@ -1,5 +1,7 @@
 """sae-jax eval: SAELens' own figures, runs, what it writes and what it refuses."""
 
+import collections
+import dataclasses
 import json
 import pathlib
 
@@ -8,14 +10,19 @@ import pytest
 import world
 
 from sae_jax import interop, lm
-from sae_jax.activations import write_store
+from sae_jax.activations import Sites, write_store
 from sae_jax.cli import main
 from sae_jax.config import Config, DataConfig, TrainConfig
 from sae_jax.errors import UserError
 from sae_jax.evaluate import report
 from sae_jax.evaluate.metrics import measure_rows
 from sae_jax.evaluate.sources import HeldOutRows, ModelRows
+from sae_jax.laws import results
 from sae_jax.sae import TopKConfig
+from sae_jax.sweep import grid
+from sae_jax.sweep.directory import SweepDirectory, expand
+from sae_jax.tables import read_csv
+from sae_jax.train.directory import read_config
 from sae_jax.train.run import train_run
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
@@ -147,6 +154,84 @@ def test_runs_of_several_sites_are_evaluated_from_their_config(demo, tmp_path, k
     assert report.load(tmp_path / "run" / "eval.json").to_dict() == found
 
 
+@pytest.fixture(scope="module")
+def sweep(demo, tmp_path_factory):
+    """Of four runs: two of mlp_act.0, of which one is larger, and two of resid_post.0."""
+    _, _, run = demo
+    base = read_config(run)
+    place = tmp_path_factory.mktemp("sweep") / "S"
+    grids = [
+        grid.product(grid.sweep("data.site", [site]), grid.zipped(grid.sweep("sae.d_sae", widths),
+                                                                grid.sweep("sae.k", [4, 8])))
+        for site, widths in ((SITE, [64, 96]), ("resid_post.0", [32, 64]))
+    ]  # fmt: skip
+    base = dataclasses.replace(base, sae=TopKConfig(d_sae=64, k=4))
+    directory = SweepDirectory.start(place, expand(base, grid.chain(*grids)))
+    for one in directory.runs:
+        train_run(one.config, directory.run_path(one))
+    directory.write_results()
+    return directory
+
+
+@pytest.mark.slow
+def test_many_runs_share_one_reading_of_the_rows_and_of_the_model(
+    demo, sweep, tmp_path, capsys, monkeypatch
+):
+    model, _, _ = demo
+    counts = collections.Counter()
+
+    def counted(cls, name):
+        function = getattr(cls, name)
+
+        def call(self, *values, **named):
+            counts[name] += 1
+            return function(self, *values, **named)
+
+        monkeypatch.setattr(cls, name, call)
+
+    counted(Sites, "read_chunks")
+    counted(type(lm.open_model(model)), "forward")
+    flags = [f"--model={model}", "--lm_tokens=128"]
+    alone = {}
+    for run in sweep.runs:
+        out = tmp_path / f"{run.id}.json"
+        assert main(["eval", f"--run={sweep.run_path(run)}", f"--out={out}", *flags]) == 0
+        alone[run.id] = json.loads(out.read_text())
+    one_by_one = counts.copy()
+    counts.clear()
+    command = ["eval", f"--results={sweep.path}", *flags]
+    assert main([*command, "--select=data.site=mlp_act.0"]) == 0
+    assert 2 * counts["read_chunks"] == one_by_one["read_chunks"] // 2
+    assert counts["forward"] / (one_by_one["forward"] // 2) == (3 + 2) / (4 + 4)
+    assert len(read_csv(sweep.path / "evals.csv")) == 2
+    capsys.readouterr()
+    assert main(command) == 0
+    assert "eval.json of 2 runs, 2 were there" in capsys.readouterr().out
+    counts.clear()
+    assert main(command) == 0 and not counts, "all were there"
+
+    rows = {row["run_id"]: row for _, row in read_csv(sweep.path / "evals.csv")}
+    assert len(rows) == 4
+    for run in sweep.runs:
+        found = json.loads((sweep.run_path(run) / "eval.json").read_text())
+        for part in ("reconstruction", "language_model"):
+            assert found[part] == pytest.approx(alone[run.id][part], rel=1e-4, abs=1e-6)
+        assert found["settings"] == alone[run.id]["settings"]
+        row = rows[run.id]
+        assert float(row["eval_fvu"]) == found["reconstruction"]["fvu"]
+        assert float(row["eval_ce_recovered_zero"]) == found["language_model"]["ce_recovered_zero"]
+        assert row["status"] == "done" and row["d_sae"] == str(run.config.sae.d_sae)
+        assert report.load(sweep.run_path(run) / "eval.json").to_dict() == found
+    table = results.read(sweep.path / "evals.csv", ("d_sae",), {"loss": "eval_fvu"})
+    assert len(table) == 4
+
+    assert main([*command, "--include_excluded"]) == 2
+    assert "holds another evaluation (positions:" in capsys.readouterr().err
+    assert main([*command, "--include_excluded", f"--out={tmp_path / 'all'}"]) == 0
+    assert (tmp_path / "all" / sweep.runs[0].id / "eval.json").is_file()
+    assert len(read_csv(tmp_path / "all" / "evals.csv")) == 4
+
+
 def test_an_evaluation_reads_back(demo):
     model, _, run = demo
     assert main(["eval", f"--run={run}", f"--model={model}"]) == 0
@@ -204,6 +289,9 @@ def test_rows_of_the_model_are_rows_of_the_store(demo):
     "arguments, complaint",
     [
         ([], "give either --run=RUN or --sae=PATH"),
+        (["--run={run}", "--select=k=3"], "--select chooses among the runs of --results=SWEEP"),
+        (["--results={run}", "--run={run}"], "--run is of one SAE, and --results of many"),
+        (["--results={run}"], "there is no"),
         (["--run={run}", "--sae={run}"], "give either --run=RUN or --sae=PATH"),
         (["--run={model}/nowhere"], "no SAE at"),
         (["--run={run}", "--store={model}"], "no activation store at"),

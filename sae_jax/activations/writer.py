@@ -11,6 +11,7 @@ import functools
 import hashlib
 import io
 import json
+import time
 
 import numpy as np
 
@@ -210,7 +211,7 @@ class StoreWriter:
         for rows_finite in finite.values():
             rows_finite = rows_finite.reshape(-1, meta.context_length)
             excluded[sequences] |= np.where(rows_finite, 0, NONFINITE).astype(np.uint8)
-        notes = {"excluded": excluded}
+        notes = {"excluded": excluded, "time": np.float64(time.time())}
         used = excluded[sequences] == 0
         if values:
             notes["count"] = used.sum(axis=0)

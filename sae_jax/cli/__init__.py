@@ -23,8 +23,10 @@ from sae_jax.errors import UserError, choose, one_line
 
 _MOST_CPU_DEVICES = 1024  # each is a few threads
 COMMANDS = (
-    """demo harvest store train eval sweep fit compare plan export import bench launch""".split()
+    "demo harvest store train eval sweep status fit compare plan export import bench launch".split()
 )
+
+_TAKE_PATHS = ("status",)  # whose arguments without a flag are those of --path
 
 
 def entry() -> int:
@@ -104,7 +106,9 @@ def _run(name: str, rest: list[str]) -> int:
     for flag in values:
         values[flag].allow_overwrite = False  # the one before would be ignored
     positional = values([name, *others])[1:]
-    if positional:
+    if positional and name in _TAKE_PATHS:
+        values["path"].value = [*(values.path or []), *positional]
+    elif positional:
         raise UserError(f"unexpected argument {positional[0]!r}; flags are --name=value")
     if overrides and "config" not in values:
         raise UserError(

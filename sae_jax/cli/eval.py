@@ -6,6 +6,7 @@ import sys
 from absl import flags
 
 from sae_jax.cli import counts, distributed, path_lists
+from sae_jax.errors import UserError
 
 SUMMARY = """Evaluate an SAE, alone and inside its language model.
 
@@ -19,6 +20,16 @@ Without --model there is no cross-entropy, except where the store is from the sh
 one on the hub. Any SAE that sae_jax reads, on tokens of your own:
 
   sae-jax eval --sae=saelens_folder --model=stories260K --tokens_file=tokens.npz --out=eval.json
+
+Of a sweep, all done runs that meet every term of --select (as of `sae-jax export`):
+
+  sae-jax eval --results=sweeps/a --select="d_sae=16384 k<64" --model=stories260K
+
+writes RUN/eval.json and eval_latents.npz of each, and sweeps/a/evals.csv: results.csv with more
+columns, eval_fvu, eval_l0, eval_ce_recovered_zero and the like, which `sae-jax fit
+--results=sweeps/a/evals.csv` reads. Runs on the same sites share one reading of the rows, and of a
+batch the runs of the language model but for one with each SAE in its place. The same command again
+goes on where it was; what is evaluated with these settings is left as it is.
 
 A run on a synthetic world (config.data.store=world:...) is evaluated on rows of the world that it
 did not train on, with how much of the world's features it found.
@@ -36,6 +47,8 @@ def define(values: flags.FlagValues) -> None:
         flags.DEFINE_string(name, None, text, flag_values=values)
 
     string("run", "Directory of a run.")
+    string("results", "A sweep, of which many runs are evaluated.")
+    string("select", 'Of the sweep, as in "d_sae=16384 k=32"; all that are done.')
     string("sae", "Any SAE instead: what sae_jax.load reads, such as hf://ORG/REPOSITORY/FOLDER.")
     string("kind", "Of a Gemma Scope file, which does not say it: autoencoder or transcoder.")
     string("store", "Evaluate on this store's held-out rows; the run's.")
@@ -79,7 +92,11 @@ def define(values: flags.FlagValues) -> None:
     )  # fmt: skip
     string("sequences", "START:STOP of --tokens_file or --text for the SAE alone; all.")
     string("lm_sequences", "START:STOP for the language model's part; as --sequences.")
-    string("out", "Where the JSON goes; RUN/eval.json, and nowhere for --sae.")
+    string(
+        "out",
+        "Where the JSON goes; RUN/eval.json, and nowhere for --sae. With --results a "
+        "directory, for RUN_ID/eval.json of each and evals.csv.",
+    )
     distributed.define(values)
 
 
@@ -90,9 +107,10 @@ def run(args, overrides) -> int:
 
     try:
         with distributed.joined(args, stops_at_a_step=False):
-            _evaluate(args)
+            _evaluate_sweep(args) if args.results else _evaluate(args)
     except preemption.PreemptedError:
-        print("sae-jax eval: stopped by SIGTERM; nothing was written", file=sys.stderr)
+        left = "start it again to go on" if args.results else "nothing was written"
+        print(f"sae-jax eval: stopped by SIGTERM; {left}", file=sys.stderr)
         return preemption.EXIT_CODE
     return 0
 
@@ -103,44 +121,24 @@ def _evaluate(args) -> None:
     from sae_jax import interop, lm, paths
     from sae_jax.activations import is_world
     from sae_jax.config import DataConfig
-    from sae_jax.errors import UserError
     from sae_jax.evaluate import figures
     from sae_jax.evaluate.report import dead_latents_file, evaluate, save
-    from sae_jax.evaluate.sources import check_model
     from sae_jax.train.directory import find_store, is_writer, read_config
 
     if bool(args.run) == bool(args.sae):
-        raise UserError("give either --run=RUN or --sae=PATH")
+        raise UserError("give either --run=RUN or --sae=PATH, or --results=SWEEP")
+    if args.select:
+        raise UserError("--select chooses among the runs of --results=SWEEP; give that too")
     named = args.run or args.sae
-    slices = _slice(args.sequences, "--sequences"), _slice(args.lm_sequences, "--lm_sequences")
-    if slices != (None, None) and not (args.tokens_file or args.text):
-        raise UserError("--sequences and --lm_sequences are of --tokens_file or --text; give one")
     path = interop.locate(named)
     sae = interop.load(named, kind=args.kind)
     is_run = interop.format_of(path) is None and (path / "config.json").is_file()
     data = find_store(path, read_config(path).data) if is_run else DataConfig()
-    chosen = {
-        name: getattr(args, name)
-        for name in ("store", "site", "target_site", "holdout_fraction", "include_excluded")
-        if getattr(args, name) is not None
-    }
-    data = dataclasses.replace(data, **chosen)
+    data = dataclasses.replace(data, **_chosen(args))
     if not data.site and not is_run:
         data = dataclasses.replace(data, site=interop.site(path) or "")
-    store = lm.open_store(data.store) if data.store and not is_world(data.store) else None
-    directory = _model(args.model, store)
-    model = None
-    if directory is not None:
-        model = lm.open_model(directory, args.model_dtype)
-        if store is not None and not (args.tokens_file or args.text):
-            check_model(store, model)
-    source = _source(args, data, store, model, *slices)
-    settings = {
-        "sae": named if paths.is_remote(named) else str(path.absolute()),
-        "model": directory and str(directory),
-    }
-    if model is not None:
-        settings["model_dtype"] = args.model_dtype
+    source, model, settings = _open(args, data, lm.open_model)
+    settings = {"sae": named if paths.is_remote(named) else str(path.absolute()), **settings}
     out = args.out or (path / "eval.json" if args.run else None)
     evaluation = evaluate(sae, source, model, args.lm_tokens, settings)
     if not is_writer():
@@ -154,6 +152,131 @@ def _evaluate(args) -> None:
     save(evaluation, out)
     files = figures.save_all(evaluation, out, path / "metrics.jsonl" if is_run else None)
     print(f"Written: {', '.join(map(str, [out, dead_latents_file(out), *files]))}")
+
+
+def _chosen(args) -> dict:
+    """Returns the fields of a run's data section that the flags give."""
+    names = ("store", "site", "target_site", "holdout_fraction", "include_excluded")
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def _open(args, data, open_model) -> tuple:
+    """Returns (source, model or None, settings): what to evaluate on, as the flags and `data` say.
+
+    `open_model` is `lm.open_model`.
+    """
+    from sae_jax import lm
+    from sae_jax.activations import is_world
+    from sae_jax.evaluate.sources import check_model
+
+    slices = _slice(args.sequences, "--sequences"), _slice(args.lm_sequences, "--lm_sequences")
+    if slices != (None, None) and not (args.tokens_file or args.text):
+        raise UserError("--sequences and --lm_sequences are of --tokens_file or --text; give one")
+    store = lm.open_store(data.store) if data.store and not is_world(data.store) else None
+    directory = _model(args.model, store)
+    model = None
+    if directory is not None:
+        model = open_model(directory, args.model_dtype)
+        if store is not None and not (args.tokens_file or args.text):
+            check_model(store, model)
+    settings = {"model": directory and str(directory)}
+    if model is not None:
+        settings["model_dtype"] = args.model_dtype
+    return _source(args, data, store, model, *slices), model, settings
+
+
+def _evaluate_sweep(args) -> None:
+    """Evaluates the runs of a sweep that the flags select, and writes the table of them."""
+    import dataclasses
+    import functools
+
+    from sae_jax import interop, lm, paths
+    from sae_jax.evaluate import many, report
+    from sae_jax.interop.select import select
+    from sae_jax.sweep.directory import SweepDirectory
+    from sae_jax.train.directory import find_store, is_writer
+
+    for name in ("run", "sae", "kind"):
+        if getattr(args, name):
+            raise UserError(f"--{name} is of one SAE, and --results of many; leave one out")
+    sweep = paths.path(args.results)
+    rows = {row["run_id"]: row for row in select(sweep, args.select or "")}
+    directory = SweepDirectory(sweep)
+    runs = {run.id: run for run in directory.runs}
+    if strange := sorted(rows.keys() - runs.keys()):
+        raise UserError(f"{sweep}/results.csv has a run {strange[0]!r} that sweep.json has not")
+    out = paths.path(args.out) if args.out else None
+    groups: dict[tuple, list[str]] = {}
+    for run_id in rows:
+        config = runs[run_id].config
+        data = dataclasses.replace(config.data, **_chosen(args))
+        same = (data.store, data.site, data.target_site, data.holdout_fraction)
+        groups.setdefault((config.sae.kind, *same, data.include_excluded), []).append(run_id)
+    open_model = functools.cache(lm.open_model)
+    work, done = [], {}
+    for (kind, *_), names in groups.items():
+        first = runs[names[0]]
+        data = find_store(directory.run_path(first), first.config.data)
+        source, model, about = _open(args, dataclasses.replace(data, **_chosen(args)), open_model)
+        jobs = []
+        for name in names:
+            path = directory.run_path(runs[name]).absolute()
+            jobs.append(
+                many.Job(
+                    name,
+                    runs[name].config.sae,
+                    functools.partial(interop.load, path),
+                    (out / name if out else path) / "eval.json",
+                    report.full_settings(
+                        kind, source, model, args.lm_tokens, {"sae": str(path), **about}
+                    ),
+                )
+            )
+        done |= many.read_done(jobs)
+        work.append(([job for job in jobs if job.name not in done], source, model))
+    there = len(done)
+    table = (out or sweep) / "evals.csv"
+    for jobs, source, model in work:
+        for found in many.evaluate_jobs(jobs, source, model, args.lm_tokens):
+            done |= found
+            if is_writer():
+                _write_table(table, rows, done)
+    if not is_writer():
+        return
+    _write_table(table, rows, done)
+    print(_shown(runs, done))
+    print(f"Written: {table}; eval.json of {len(done) - there} runs, {there} were there")
+
+
+def _write_table(file, rows: dict[str, dict], done: dict[str, dict]) -> None:
+    """Writes the table, with what is in it of other runs."""
+    from sae_jax import paths
+    from sae_jax.evaluate.many import columns
+    from sae_jax.tables import as_csv, read_csv
+
+    before = [row for _, row in read_csv(file)] if file.is_file() else []
+    new = {name: rows[name] | columns(done[name]) for name in rows if name in done}
+    kept = [row for row in before if row.get("run_id") not in new]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    paths.write(file, as_csv([*kept, *new.values()]))
+
+
+def _shown(runs: dict, done: dict[str, dict]) -> str:
+    """Returns a few columns of all runs for people."""
+    from sae_jax.evaluate.many import columns
+    from sae_jax.sweep import grid
+
+    shown = ["eval_fvu", "eval_l0", "eval_dead_fraction", "eval_ce_recovered_zero", "eval_mcc"]
+    values = {name: columns(found) for name, found in done.items()}
+    shown = [name for name in shown if any(name in found for found in values.values())]
+    alike = grid.shared([runs[name].swept for name in done])
+    lines = [f"{'run':18}" + "".join(f"{name.removeprefix('eval_'):>18}" for name in shown)]
+    for name, found in values.items():
+        cells = (found.get(column) for column in shown)
+        text = "".join(f"{'' if cell is None else f'{cell:.5g}':>18}" for cell in cells)
+        swept = grid.describe(grid.without(runs[name].swept, alike))
+        lines.append(f"{name:18}{text}  {swept}".rstrip())
+    return "\n".join(lines)
 
 
 def _model(asked: str | None, store):
@@ -176,7 +299,6 @@ def _source(args, data, store, model, sequences: slice | None, lm_sequences: sli
     """Returns what to evaluate on: the user's tokens or text if given, else the store or world."""
     from sae_jax import lm
     from sae_jax.activations import is_world
-    from sae_jax.errors import UserError
     from sae_jax.evaluate.sources import HeldOutRows, ModelRows, read_tokens
     from sae_jax.evaluate.worlds import WorldRows
 
@@ -230,7 +352,6 @@ def _source(args, data, store, model, sequences: slice | None, lm_sequences: sli
 
 
 def _slice(text: str | None, flag: str) -> slice | None:
-    from sae_jax.errors import UserError
 
     if text is None:
         return None

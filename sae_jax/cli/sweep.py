@@ -33,7 +33,7 @@ model of a live store once for all. Look at it first, then train it:
   sae-jax sweep --config=FILE.py --dry_run     runs, packs, FLOPs, bytes read, memory
   sae-jax sweep --config=FILE.py --workdir=S   train
   sae-jax sweep --workdir=S                    resume, or help: what it is is in S
-  sae-jax sweep --workdir=S --status           where it stands
+  sae-jax status S                             where it stands, its time left, its curves
 
 More workers: cut the work into --passes=N, and give the third command N times, on any hosts that
 see S. Each claims a pass by a lease; who dies is followed, from the last checkpoint, once its lease
@@ -74,7 +74,7 @@ def define(values: flags.FlagValues) -> None:
         "dry_run", False, "List what would be trained and what it costs.", flag_values=values
     )
     flags.DEFINE_bool(
-        "status", False, "Show where the sweep stands; refreshes results.csv.", flag_values=values
+        "status", False, "As sae-jax status SWEEP, and writes results.csv anew.", flag_values=values
     )
     flags.DEFINE_integer(
         "passes",

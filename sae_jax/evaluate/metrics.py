@@ -25,7 +25,7 @@ on how the SAE splits length between encoder, decoder and normalisation.
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +70,13 @@ def measure_rows(sae: SAE, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> 
 
     Raises UserError if no row counts.
     """
+    return measure_rows_of([sae], batches)[0]
+
+
+def measure_rows_of(
+    saes: Sequence[SAE], batches: Iterable[tuple[np.ndarray, np.ndarray]]
+) -> list[RowMetrics]:
+    """Returns `measure_rows` of each SAE. The batches are read, and put on the device, once."""
     batches = iter(batches)
     first = next((batch for batch in batches if batch[1].any()), None)
     mean = None if first is None else np.asarray(first[0], np.float32)[first[1]].mean(axis=0)
@@ -78,24 +85,39 @@ def measure_rows(sae: SAE, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> 
         raise UserError("there are no rows to evaluate on: all of them are excluded")
     # The mean of the first batch is subtracted from all rows, so that the variance is not the
     # difference of two large sums.
-    _, shift = sae.split(mean)
-    totals = add_up(
-        batch_sums(sae, jnp.asarray(rows), jnp.asarray(used), jnp.asarray(shift))
+    shifts = [sae.split(mean)[1] for sae in saes]
+    totals = add_up_each(
+        _sums_of_each(saes, jnp.asarray(rows), jnp.asarray(used), shifts)
         for rows, used in itertools.chain([] if first is None else [first], batches)
     )
-    return _finish(totals, shift.astype(np.float64), sae.config.site_widths or (len(shift),))
+    return [
+        _finish(sums, shift.astype(np.float64), sae.config.site_widths or (len(shift),))
+        for sae, sums, shift in zip(saes, totals, shifts, strict=True)
+    ]
 
 
-def add_up(steps: Iterable[dict[str, jax.Array]]) -> dict[str, np.ndarray]:
+def _sums_of_each(saes, rows: jax.Array, used: jax.Array, shifts) -> list[dict[str, jax.Array]]:
+    return [
+        batch_sums(sae, rows, used, jnp.asarray(shift))
+        for sae, shift in zip(saes, shifts, strict=True)
+    ]
+
+
+def add_up_each(steps: Iterable[Sequence[dict[str, jax.Array]]]) -> list[dict[str, np.ndarray]]:
     """Adds up sums by name, over steps and over all processes, in float64 on the host.
 
-    Of values named `max_*` the maximum is taken. A step's sums are read after the next step was
-    dispatched, so that the device does not wait.
+    A step has a dict of sums for each SAE, and so has the result. Of values named `max_*` the
+    maximum is taken. A step's sums are read after the next step was dispatched, so that the device
+    does not wait.
     """
-    return add_up_all(from_all(add_up_all(_one_behind(steps))))
+    own: list[dict[str, np.ndarray]] = []
+    for sums in _one_behind(steps):
+        own = [add_up_all(pair) for pair in zip(own or [{}] * len(sums), sums, strict=True)]
+    shares = [share for share in from_all(own) if share]
+    return [add_up_all(parts) for parts in zip(*shares, strict=True)]
 
 
-def _one_behind(steps: Iterable[dict[str, jax.Array]]) -> Iterator[dict[str, np.ndarray]]:
+def _one_behind(steps: Iterable[Sequence[dict]]) -> Iterator[list[dict[str, np.ndarray]]]:
     """Yields each step's sums on the host after the next step was dispatched."""
     pending = None
     for sums in steps:

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import math
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from sae_jax import lm, paths
 from sae_jax.config import difference
 from sae_jax.errors import UserError
-from sae_jax.evaluate.metrics import RowMetrics, measure_rows
+from sae_jax.evaluate.metrics import RowMetrics, measure_rows_of
 from sae_jax.evaluate.padding import tokenizer_of
 from sae_jax.evaluate.recovery import Recovery, measure_recovery
 from sae_jax.evaluate.sources import (
@@ -19,7 +20,7 @@ from sae_jax.evaluate.sources import (
     check_sites,
     input_and_target_sites,
 )
-from sae_jax.evaluate.spliced import measure_spliced
+from sae_jax.evaluate.spliced import measure_spliced_of
 from sae_jax.evaluate.worlds import WorldRows
 from sae_jax.json_files import checked, read_json
 from sae_jax.numpy_files import read_npz
@@ -67,7 +68,7 @@ _RECOVERY = {
     "mse_over_optimal": ("mean squared error / the least", ""),
 }
 _ARRAYS = ("density", "mean_activation", "max_activation", "mean", "site_fvu")
-_SPARSITY = ("l0", "l1", "dead_fraction")
+SPARSITY = ("l0", "l1", "dead_fraction")
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -118,9 +119,9 @@ class Evaluation:
         return {
             "settings": self.settings,
             "rows": self.rows.rows,
-            "reconstruction": _finite({n: v for n, v in scalars.items() if n not in _SPARSITY}),
+            "reconstruction": _finite({n: v for n, v in scalars.items() if n not in SPARSITY}),
             "sparsity": {
-                **{n: scalars[n] for n in _SPARSITY},
+                **{n: scalars[n] for n in SPARSITY},
                 "d_sae": len(self.rows.density),
                 "density_histogram": {
                     "log10_edges": _HISTOGRAM_EDGES.tolist(),
@@ -180,30 +181,92 @@ def evaluate(
     Raises UserError if the source's sites do not have the SAE's number and widths, or if a model is
     given and the source has no tokens.
     """
-    check_sites(sae, source)
-    size = min(max(128, _LATENTS // sae.config.d_sae), 8192)
-    batches = source.batches(size)
-    what = f"evaluating on {source.num_rows:,} rows"
-    rows = measure_rows(sae, progress(batches, what, source.num_batches(size)))
-    inputs, targets = input_and_target_sites(sae, source.site_names)
-    by_site = {site: {"fvu": float(v)} for site, v in zip(targets, rows.site_fvu, strict=True)}
-    spliced = None
-    if model is not None:
-        sequences = source.sequences(spliced_tokens, tokenizer_of(model))
-        if sequences is None:
-            raise UserError("the store has no tokens to run a language model on; leave out --model")
-        tokens, used, is_text = sequences
-        found = measure_spliced(sae, model, source.site_names, tokens, used, rows.mean, is_text)
-        spliced = {
-            name: type(value)(np.mean([at_site[name] for at_site in found.values()]))
-            for name, value in found[targets[0]].items()
-        }
-        by_site = {site: by_site[site] | found[site] for site in targets}
+    about = full_settings(sae.config.kind, source, model, spliced_tokens, settings)
+    return evaluate_each([sae], source, model, spliced_tokens, [about])[0]
+
+
+def full_settings(
+    kind: str,
+    source: HeldOutRows | ModelRows,
+    model: lm.LanguageModel | None,
+    spliced_tokens: int,
+    settings: dict | None = None,
+) -> dict:
+    """Returns the settings of an evaluation of an SAE of this kind, with what they are to say
+    besides; the other arguments are those of `evaluate`."""
+    inputs, targets = input_and_target_sites(kind, source.site_names)
     settings = {**(settings or {}), "site": ",".join(inputs), **source.settings}
     if inputs != targets:
         settings["target_site"] = targets[0]
     if model is not None:
         settings["spliced_tokens"] = spliced_tokens
+    return settings
+
+
+def evaluate_each(
+    saes: Sequence[SAE],
+    source: HeldOutRows | ModelRows,
+    model: lm.LanguageModel | None,
+    spliced_tokens: int,
+    settings: Sequence[dict],
+) -> list[Evaluation]:
+    """Returns the evaluation of each of several SAEs, all of one kind and of the same sites.
+
+    They share one reading of the rows, and but for one run of each in place of its site the runs of
+    the language model. The metrics are those of `evaluate`, except that batches are as small as the
+    largest SAE needs them, which may change the rounding.
+
+    Args:
+      saes: the SAEs.
+      source: as for `evaluate`, as the next two are.
+      model: the language model, or None.
+      spliced_tokens: about how many tokens to run it on.
+      settings: those of each evaluation, from `full_settings`.
+
+    Raises UserError as `evaluate` does.
+    """
+    for sae in saes:
+        check_sites(sae, source)
+    size = min(max(128, _LATENTS // max(sae.config.d_sae for sae in saes)), 8192)
+    what = f"evaluating {len(saes):,} SAEs" if len(saes) > 1 else "evaluating"
+    batches = progress(
+        source.batches(size), f"{what} on {source.num_rows:,} rows", source.num_batches(size)
+    )
+    rows = measure_rows_of(saes, batches)
+    _, targets = input_and_target_sites(saes[0].config.kind, source.site_names)
+    spliced = [None] * len(saes)
+    if model is not None:
+        sequences = source.sequences(spliced_tokens, tokenizer_of(model))
+        if sequences is None:
+            raise UserError("the store has no tokens to run a language model on; leave out --model")
+        tokens, used, is_text = sequences
+        # The mean is that of the targets, which are the same for all.
+        spliced = measure_spliced_of(
+            saes, model, source.site_names, tokens, used, rows[0].mean, is_text
+        )
+    return [
+        _evaluation(sae, source, about, of_rows, at_sites, targets)
+        for sae, about, of_rows, at_sites in zip(saes, settings, rows, spliced, strict=True)
+    ]
+
+
+def _evaluation(
+    sae: SAE,
+    source,
+    settings: dict,
+    rows: RowMetrics,
+    at_sites: dict[str, dict[str, float]] | None,
+    targets: Sequence[str],
+) -> Evaluation:
+    """Returns what was measured of one SAE, `at_sites` inside the language model or None."""
+    by_site = {site: {"fvu": float(v)} for site, v in zip(targets, rows.site_fvu, strict=True)}
+    spliced = None
+    if at_sites is not None:
+        spliced = {
+            name: type(value)(np.mean([at_site[name] for at_site in at_sites.values()]))
+            for name, value in at_sites[targets[0]].items()
+        }
+        by_site = {site: by_site[site] | at_sites[site] for site in targets}
     by_site = by_site if len(targets) > 1 else {}
     recovery = None
     if isinstance(source, WorldRows) and jax.process_index() == 0:
@@ -228,7 +291,7 @@ def save(evaluation: Evaluation, out) -> None:
     anything but an evaluation with the same settings, and leaves it as it is.
     """
     out = paths.path(out)
-    _check_out(out, evaluation.settings)
+    read_saved(out, evaluation.settings)
     out.parent.mkdir(parents=True, exist_ok=True)
     rows = evaluation.rows
     arrays = {name: getattr(rows, name).astype(np.float32) for name in _ARRAYS}
@@ -283,16 +346,22 @@ def load(file) -> Evaluation:
     return Evaluation(saved.settings, rows, spliced, sites, recovery)
 
 
-def _check_out(out: AnyPath, settings: dict) -> None:
-    """Raises UserError if `out` holds anything but an evaluation with these settings."""
+def read_saved(out: AnyPath, settings: dict) -> dict | None:
+    """Returns the content of the JSON file `out`, as `Evaluation.to_dict` made it with these
+    settings; None where there is no file.
+
+    Raises UserError if `out` holds anything else.
+    """
     if not out.exists():
-        return
+        return None
     try:
-        found = checked(read_json(out), _Saved, out).settings
+        found = read_json(out)
+        saved = checked(found, _Saved, out)
     except UserError:
         raise UserError(f"{out} exists and is no evaluation; choose another --out") from None
-    if changes := difference(found, settings):
+    if changes := difference(saved.settings, settings):
         raise UserError(f"{out} holds another evaluation ({changes[0]}); choose another --out")
+    return found
 
 
 def latents_file(out) -> AnyPath:

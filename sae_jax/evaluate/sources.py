@@ -277,12 +277,12 @@ def check_sites(sae: SAE, source: HeldOutRows | ModelRows) -> None:
         )
 
 
-def input_and_target_sites(sae: SAE, sites: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
-    """Returns which of the sites `sae` reads, and which it predicts.
+def input_and_target_sites(kind: str, sites: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """Returns which of the sites an SAE of this kind reads, and which it predicts.
 
     `sites` are in the order of a row's columns: a transcoder's target is the last.
     """
-    return (sites[:-1], sites[-1:]) if sae.config.kind in TRANSCODERS else (sites, sites)
+    return (sites[:-1], sites[-1:]) if kind in TRANSCODERS else (sites, sites)
 
 
 def read_tokens(path) -> np.ndarray:

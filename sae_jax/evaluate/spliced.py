@@ -22,7 +22,7 @@ import numpy as np
 from sae_jax import lm
 from sae_jax.errors import UserError
 from sae_jax.evaluate.batching import pad_rows, sequences_at_once
-from sae_jax.evaluate.metrics import add_up
+from sae_jax.evaluate.metrics import add_up_each
 from sae_jax.evaluate.processes import own_share
 from sae_jax.evaluate.sources import input_and_target_sites
 from sae_jax.progress_bar import progress
@@ -53,6 +53,23 @@ def measure_spliced(
     for X in zero and mean, and the numbers of positions that were `replaced` and that `predicted`
     a token. Raises UserError if no replaced position predicts a token.
     """
+    return measure_spliced_of([sae], model, sites, tokens, replaced, mean, is_text)[0]
+
+
+def measure_spliced_of(
+    saes: Sequence[SAE],
+    model: lm.LanguageModel,
+    sites: Sequence[str],
+    tokens: np.ndarray,
+    replaced: np.ndarray,
+    mean: np.ndarray,
+    is_text: np.ndarray | None = None,
+) -> list[dict[str, dict[str, float]]]:
+    """Returns `measure_spliced` of each SAE; all of them have the same kind and sites.
+
+    On a batch the model runs untouched, with zero and with mean ablation once for all SAEs, and
+    once more for each SAE.
+    """
     predicts = replaced.copy()  # a position that counts, before a token that does
     predicts[:, -1] = False
     if is_text is not None:
@@ -61,16 +78,16 @@ def measure_spliced(
         raise UserError("there is no position to splice the SAE in at: all of them are excluded")
     share = -(-len(tokens) // jax.process_count())
     size = sequences_at_once(model.vocab_size, share, tokens.shape[1])
-    inputs, targets = input_and_target_sites(sae, sites)
+    inputs, targets = input_and_target_sites(saes[0].config.kind, sites)
     mean = jnp.asarray(mean, jnp.float32)
-    found, first = {}, 0
+    found, first = [{} for _ in saes], 0
     for site in targets:
         columns = (first, first + model.site_width(site))
         starts = own_share(range(0, len(tokens), size))
-        totals = add_up(
+        totals = add_up_each(
             _batch_sums(
                 model,
-                sae,
+                saes,
                 jnp.asarray(pad_rows(tokens[start : start + size], size)),
                 jnp.asarray(pad_rows(replaced[start : start + size], size)),
                 jnp.asarray(pad_rows(predicts[start : start + size], size)),
@@ -81,35 +98,43 @@ def measure_spliced(
             )
             for start in progress(starts, f"splicing the SAE into its model at {site}")
         )
-        found[site] = _finish({name: float(value) for name, value in totals.items()})
+        for of_sae, sums in zip(found, totals, strict=True):
+            of_sae[site] = _finish({name: float(value) for name, value in sums.items()})
         first = columns[1]
     return found
 
 
 def _batch_sums(
-    model, sae, tokens_BxT, replaced_BxT, predicts_BxT, mean_D, inputs, site, columns
-) -> dict:
-    """Returns a batch's sums for one target site, which has `columns` (first, stop) of the d_out.
+    model, saes, tokens_BxT, replaced_BxT, predicts_BxT, mean_D, inputs, site, columns
+) -> list[dict]:
+    """Returns each SAE's sums of a batch for one target site, which has `columns` (first, stop) of
+    the d_out.
 
-    The model runs four times, one after the other, because a batch of its logits is large.
+    The model runs one time after the other, because a batch of its logits is large.
     """
     clean, tapped = model.forward(tokens_BxT, taps=inputs)
+    inputs_BxTxD = [tapped[name] for name in inputs]
+    del tapped
 
-    def losses(logits):
-        return _losses(clean, logits, tokens_BxT, replaced_BxT, predicts_BxT)
+    def with_in_place(name, new_BxTxD):
+        edits = {site: lm.at(replaced_BxT, lm.put(new_BxTxD))}
+        logits, _ = model.forward(tokens_BxT, edits=edits)
+        ce, kl = _losses(clean, logits, tokens_BxT, replaced_BxT, predicts_BxT)
+        return {f"ce_{name}": ce, f"kl_{name}": kl}
 
-    y_hat_BxTxD = _reconstruction(sae, [tapped[name] for name in inputs], columns)
-    mean_BxTxD = jnp.broadcast_to(mean_D[slice(*columns)], y_hat_BxTxD.shape)
-    new = {"spliced": y_hat_BxTxD, "zero": jnp.zeros_like(mean_BxTxD), "mean": mean_BxTxD}
-    sums = {
+    spliced = [
+        with_in_place("spliced", _reconstruction(sae, inputs_BxTxD, columns)) for sae in saes
+    ]
+    shape_BxTxD = (*tokens_BxT.shape, columns[1] - columns[0])
+    mean_BxTxD = jnp.broadcast_to(mean_D[slice(*columns)], shape_BxTxD)
+    shared = {
         "replaced": jnp.sum(replaced_BxT),
         "predicted": jnp.sum(predicts_BxT),
-        "ce_clean": losses(clean)[0],
+        "ce_clean": _losses(clean, clean, tokens_BxT, replaced_BxT, predicts_BxT)[0],
+        **with_in_place("zero", jnp.zeros_like(mean_BxTxD)),
+        **with_in_place("mean", mean_BxTxD),
     }
-    for name, new_BxTxD in new.items():
-        logits, _ = model.forward(tokens_BxT, edits={site: lm.at(replaced_BxT, lm.put(new_BxTxD))})
-        sums[f"ce_{name}"], sums[f"kl_{name}"] = losses(logits)
-    return sums
+    return [shared | of_sae for of_sae in spliced]
 
 
 @functools.partial(jax.jit, static_argnames="columns")

@@ -7,10 +7,8 @@ SWEEP/leases/        which worker trains which pass (leases.py)
 SWEEP/results.csv    a row for each run, in the grid's order
 """
 
-import csv
 import dataclasses
 import functools
-import io
 import itertools
 import os
 import socket
@@ -29,11 +27,11 @@ from sae_jax.paths import AnyPath
 from sae_jax.sweep import design
 from sae_jax.sweep import grid as grids
 from sae_jax.sweep.design import Pass
-from sae_jax.train import preparation, results
+from sae_jax.tables import as_csv
+from sae_jax.train import preparation, results, watching
 from sae_jax.train.branch import Origin
 from sae_jax.train.directory import environment
 
-STATES = ("waiting", "started", "done", "failed")
 _VOLATILE = ("wall_seconds", "devices")  # differ with who did the work, and how often it was killed
 _HOW_TO_CHANGE = (
     "use another --workdir; or --extend to add runs, --drop=RUN to take one out; or, to change "
@@ -292,16 +290,19 @@ class SweepDirectory:
         return paths.inside(self.path / "runs", run.id)
 
     def state(self, run: Run) -> str:
-        """Returns one of STATES for a run.
+        """Returns one of `watching.STATES` for a run.
 
         The leases tell who trains a run that has been started, if anyone.
         """
-        if self._result(run) is not None:
-            return "done"
-        for name, state in {"failed.json": "failed", "config.json": "started"}.items():
-            if (self.run_path(run) / name).is_file():
-                return state
-        return "waiting"
+        return "done" if run.id in self._results else watching.state(self.run_path(run))
+
+    def states(self) -> dict[str, str]:
+        """Returns one of `watching.STATES` for every run, by its id.
+
+        All are looked at side by side.
+        """
+        found = watching.at_once(self.state, self.runs)
+        return {run.id: state for run, state in zip(self.runs, found, strict=True)}
 
     def write_results(self) -> AnyPath:
         """Writes results.csv and returns its path.
@@ -311,26 +312,27 @@ class SweepDirectory:
         that depend on the workers are left out, so that the file is the same, byte for byte,
         whoever did the work.
         """
-        rows = [self._row(run) for run in self.runs]
+        states = self.states()
+        watching.at_once(self._result, [run for run in self.runs if states[run.id] == "done"])
+        rows = [self._row(run, states[run.id]) for run in self.runs]
         swept = grids.fields([run.swept for run in self.runs])
-        columns = dict.fromkeys(["run_id", "name", "status", *swept, *itertools.chain(*rows)])
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(columns), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
         file = self.path / "results.csv"
-        paths.write(file, text.getvalue(), by=_this_process())
+        text = as_csv(rows, ["run_id", "name", "status", *swept])
+        paths.write(file, text, by=_this_process())
         return file
 
-    def missed_targets(self) -> list[tuple[Run, str]]:
-        """Returns the runs that ended away from their target L0, with a sentence about each."""
-        done = [run for run in self.runs if self.state(run) == "done"]
-        sentences = [(run, results.missed_target(self._result(run))) for run in done]
+    def missed_targets(self, states: dict[str, str]) -> list[tuple[Run, str]]:
+        """Returns the runs that ended away from their target L0, with a sentence about each.
+
+        `states` are those of `states()`.
+        """
+        done = [run for run in self.runs if states[run.id] == "done"]
+        found = watching.at_once(self._result, done)
+        sentences = [(run, results.missed_target(r)) for run, r in zip(done, found, strict=True)]
         return [(run, sentence) for run, sentence in sentences if sentence]
 
-    def _row(self, run: Run) -> dict:
+    def _row(self, run: Run, state: str) -> dict:
         """Returns the row of a run in results.csv."""
-        state = self.state(run)
         row = {"run_id": run.id, "name": self.name(run), "status": state, **run.swept}
         row |= results.planned(run.config)
         if state == "done":
@@ -338,14 +340,11 @@ class SweepDirectory:
         row["warnings"] = "; ".join(row.get("warnings", ()))
         return {name: value for name, value in row.items() if name not in _VOLATILE}
 
-    def _result(self, run: Run) -> dict | None:
-        """Returns the result of a run that is done, which does not change any more; None for other
-        runs.
-        """
+    def _result(self, run: Run) -> dict:
+        """Returns the result of a run that is done, which does not change any more."""
         if run.id not in self._results:
-            if found := read_json(self.run_path(run) / "result.json", default={}):
-                self._results[run.id] = found
-        return self._results.get(run.id)
+            self._results[run.id] = read_json(self.run_path(run) / "result.json")
+        return self._results[run.id]
 
     def _check_same(self, runs: list[Run], passes: int | None) -> None:
         """Raises UserError where this sweep does not have these runs, or these passes."""

@@ -1,15 +1,16 @@
 """The files of leases, in a directory or an object store: created exclusively, and touched.
 
 LEASES/NAME.GENERATION   the text that it was created with; in an object store also a line
-                         that changes with every touch
+                         that changes with every touch and ends with the owner's time
 LEASES/clock             only in a directory: touched to ask the file system for the time
 """
 
 import os
 import pathlib
+import re
 import time
 import uuid
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from sae_jax import paths
 from sae_jax.paths import ObjectPath
@@ -32,6 +33,21 @@ class Claim(Protocol):
 
     def release(self) -> None:
         """Marks the file as given back, for good."""
+
+
+class Look(NamedTuple):
+    """What one look at a file tells.
+
+    Attributes:
+      age: the seconds since its last touch; None at a first look into an object store.
+      text: what it was created with.
+      told: the age by the clocks of the owner and of this host, either of which may be wrong; None
+        where the file does not say it.
+    """
+
+    age: float | None
+    text: str
+    told: float | None = None
 
 
 class LocalFiles:
@@ -60,9 +76,8 @@ class LocalFiles:
         os.write(file, text.encode())
         return _LocalClaim(name, file)
 
-    def look(self, name: str) -> tuple[float, str] | None:
-        """Returns the seconds since the last touch of a file, and its text; None where it was given
-        back.
+    def look(self, name: str) -> Look | None:
+        """Returns what a file tells; None where it was given back.
 
         Raises UserError if the file, or the one that tells the disk's clock, cannot be used.
         """
@@ -75,7 +90,7 @@ class LocalFiles:
             clock.touch()
             now = clock.stat().st_mtime
         with paths.explained(path):
-            return max(0.0, now - beat), path.read_text(errors="replace")
+            return Look(max(0.0, now - beat), path.read_text(errors="replace"))
 
 
 class _LocalClaim:
@@ -113,11 +128,8 @@ class ObjectFiles:
         claim = _ObjectClaim(self._directory / name, text)
         return claim if claim.beat() else None
 
-    def look(self, name: str) -> tuple[float | None, str] | None:
-        """Returns the age of a file in seconds, and its text; None where it was given back.
-
-        At the first look at a file its age is None.
-        """
+    def look(self, name: str) -> Look | None:
+        """Returns what a file tells; None where it was given back."""
         data = (self._directory / name).read_bytes()
         if data == _GIVEN_BACK:
             return None
@@ -126,8 +138,10 @@ class ObjectFiles:
         if before != data:
             self._seen[name] = (data, now)
             since = now
-        text = data.decode(errors="replace").partition("\n")[0]
-        return None if before is None else now - since, text
+        text, _, beat = data.decode(errors="replace").partition("\n")
+        _, _, clock = beat.partition(" ")
+        told = max(0.0, time.time() - int(clock)) if re.fullmatch("[0-9]{1,15}", clock) else None
+        return Look(None if before is None else now - since, text, told)
 
 
 class _ObjectClaim:
@@ -138,7 +152,7 @@ class _ObjectClaim:
         self._generation: bytes | None = None
 
     def beat(self) -> bool:
-        return self._write(f"{self._text}\n{uuid.uuid4()}".encode())
+        return self._write(f"{self._text}\n{uuid.uuid4()} {time.time():.0f}".encode())
 
     def release(self) -> None:
         self._write(_GIVEN_BACK)

@@ -23,12 +23,14 @@ import os
 import re
 import socket
 import threading
+from collections.abc import Iterable
 
 from absl import logging
 
 from sae_jax.errors import UserError
 from sae_jax.paths import AnyPath, ObjectPath
 from sae_jax.sweep.lease_files import Claim, LocalFiles, ObjectFiles
+from sae_jax.train.watching import at_once
 
 
 class LeaseLostError(Exception):
@@ -45,16 +47,23 @@ class Holder:
       owner: its host and process.
       age: seconds since its last heartbeat; None at the first look into an object store, which
         cannot tell.
-      alive: whether its lease has not run out.
+      alive: whether its lease has not run out, as far as that can be told.
+      told: the age by the clocks of both hosts, where `age` is not known; None where there is none.
+      silent: whether it seems dead: it is not alive, or would not be if those clocks are right.
+        That is for people to read, and no reason to take its work over.
     """
 
     owner: str
     age: float | None
     alive: bool
+    told: float | None = None
+    silent: bool = False
 
     @property
     def heard_of(self) -> str:
         """Says in words when the last heartbeat was."""
+        if self.age is None and self.told is not None:
+            return f"heard of {self.told:.0f} s ago by its clock"
         if self.age is None:
             return "alive or dead, which one look at an object store cannot tell"
         return f"heard of {self.age:.0f} s ago"
@@ -77,7 +86,7 @@ class Leases:
 
     def claim(self, name: str) -> "Lease | None":
         """Returns the lease of `name`, whose heartbeat has begun; None if another worker has it."""
-        generation = self._newest(name)
+        generation = _newest(name, self._files.names())
         if generation and (holder := self._holder(name, generation)) and holder.alive:
             return None
         owner = f"{socket.gethostname()} process {os.getpid()}"
@@ -90,8 +99,15 @@ class Leases:
         """Returns who holds `name`; None where nobody has claimed it, or its last owner gave it
         back.
         """
-        generation = self._newest(name)
-        return self._holder(name, generation) if generation else None
+        return self.holders([name])[name]
+
+    def holders(self, names: Iterable[str]) -> dict[str, Holder | None]:
+        """Returns `holder` of each name, after one listing of the files."""
+        files = self._files.names()
+        newest = {name: _newest(name, files) for name in names}
+        held = [name for name in newest if newest[name]]
+        found = at_once(lambda name: self._holder(name, newest[name]), held)
+        return dict.fromkeys(newest) | dict(zip(held, found, strict=True))
 
     def living(self) -> list[Holder]:
         """Returns who holds something, of all names, and may be alive."""
@@ -103,19 +119,15 @@ class Leases:
         looked = self._files.look(f"{name}.{generation}")
         if looked is None:
             return None
-        age, text = looked
-        seconds, _, owner = text.partition(" ")
+        seconds, _, owner = looked.text.partition(" ")
         lasts = self._seconds  # where it is empty, in the moment in which it is made, or damaged
         with contextlib.suppress(ValueError):
             if 0 < float(seconds) < math.inf:
                 lasts = float(seconds)
-        return Holder(owner or "?", age, not (age or 0) > lasts)
-
-    def _newest(self, name: str) -> int:
-        """Returns the newest generation of `name`, counted from 1; 0 where there is none."""
-        parts = [entry.rpartition(".") for entry in self._files.names()]
-        numbers = (number for before, _, number in parts if before == name)
-        return max((int(n) for n in numbers if re.fullmatch("[0-9]{1,18}", n)), default=0)
+        age, told = looked.age, looked.told
+        alive = not (age or 0) > lasts
+        silent = not alive or (age is None and (told or 0) > lasts)
+        return Holder(owner or "?", age, alive, told, silent)
 
 
 class Lease:
@@ -162,3 +174,10 @@ class Lease:
                 self._claim.beat()
             except (OSError, UserError) as error:  # away for a moment; `lost` will tell
                 logging.warning("no heartbeat of %s: %s", self._claim.name, error)
+
+
+def _newest(name: str, files: Iterable[str]) -> int:
+    """Returns the newest generation of `name`, counted from 1; 0 where there is none."""
+    parts = [file.rpartition(".") for file in files]
+    numbers = (number for before, _, number in parts if before == name)
+    return max((int(n) for n in numbers if re.fullmatch("[0-9]{1,18}", n)), default=0)

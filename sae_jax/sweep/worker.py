@@ -93,7 +93,12 @@ class _Worker:
         return _from_process_0(index), lease
 
     def _claim(self) -> tuple[int, Lease | None]:
-        open_passes = [i for i, work in enumerate(self.passes) if not self._ended(work)]
+        states = self._directory.states()
+        open_passes = [
+            i
+            for i, work in enumerate(self.passes)
+            if any(states[results.run_id(run)] in ("waiting", "started") for run in work.runs)
+        ]
         for i in open_passes:
             lease = self._leases.claim(self.passes[i].name)
             if lease and not self._ended(self.passes[i]):

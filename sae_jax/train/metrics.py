@@ -20,14 +20,14 @@ def lines_until(file: AnyPath, step: int) -> str:
     """Returns the text of `file` up to `step`, without a last line that was cut by a kill."""
     kept = []
     for line in _text(file).splitlines(keepends=True):
-        if (values := _parsed(line)) and values["step"] <= step:
+        if (values := parsed(line)) and values["step"] <= step:
             kept.append(line)
     return "".join(kept)
 
 
 def read_lines(file: AnyPath, step: float = math.inf) -> list[dict]:
     """Returns the lines of `file` up to `step`, oldest first, without those that were cut."""
-    lines = map(_parsed, _text(file).splitlines())
+    lines = map(parsed, _text(file).splitlines())
     return [values for values in lines if values and values["step"] <= step]
 
 
@@ -35,7 +35,7 @@ def _text(file: AnyPath) -> str:
     return file.read_bytes().decode(errors="replace")  # a line that is no text is left out
 
 
-def _parsed(line: str) -> dict | None:
+def parsed(line: str | bytes) -> dict | None:
     """Returns what a line holds, or None for one that was cut or is no line of metrics."""
     try:
         values = parse_json(line, "a line")

@@ -37,7 +37,7 @@ from sae_jax.laws import results as tables
 from sae_jax.sweep import design, grid, status
 from sae_jax.sweep import directory as sweeps
 from sae_jax.sweep.leases import Leases
-from sae_jax.train import checkpoints, results
+from sae_jax.train import checkpoints, results, watching
 from sae_jax.train.directory import RunDirectory, read_config
 from sae_jax.train.mesh import make_mesh
 from sae_jax.train.run import train_run
@@ -342,7 +342,7 @@ def _read_run(folder: pathlib.Path, scratch: pathlib.Path) -> Arrays:
     assert directory.failure is None or isinstance(directory.failure, dict)
     directory.read_metrics()
     directory.lines_until(2)
-    status.last_line(folder / "metrics.jsonl")
+    watching.last_line(folder / "metrics.jsonl")
     return {name: np.asarray(value) for name, value in sae.parameters().items()}
 
 

@@ -1,0 +1,304 @@
+"""`sae-jax status`: where runs, sweeps and stores stand, and the page of their curves."""
+
+import contextlib
+import http.client
+import io
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+import uuid
+
+import faulty_server
+import numpy as np
+import pytest
+import s3_server
+from training import make_config, make_store, sparse_rows
+
+from sae_jax import paths
+from sae_jax.activations import progress
+from sae_jax.activations.writer import StoreWriter
+from sae_jax.cli import main
+from sae_jax.config import to_dict
+from sae_jax.errors import UserError
+from sae_jax.sweep import grid, leases, live_page, status, watch
+from sae_jax.sweep.directory import SweepDirectory, expand
+from sae_jax.train import watching
+from sae_jax.train.results import planned
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(params=["here", "s3"])
+def place(request, tmp_path):
+    """A new folder on this machine, and one in an object store."""
+    if request.param == "here":
+        return tmp_path / "place"
+    request.getfixturevalue("s3")
+    return paths.path(s3_server.BUCKET) / str(uuid.uuid4())
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("store") / "store")
+
+
+def write(file, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    paths.write(file, text)
+
+
+def line(step: int, **values) -> str:
+    values = {"loss": 100 / step, "tokens": 64 * step, "tokens_per_second": 640.0} | values
+    return json.dumps({"step": step} | values) + "\n"
+
+
+def make_run(path, config, *steps: int, **files: dict) -> None:
+    write(path / "config.json", json.dumps(to_dict(config)))
+    write(path / "metrics.jsonl", "".join(map(line, steps)))
+    for name, values in files.items():
+        write(path / f"{name}.json", json.dumps(values))
+
+
+def test_growing_metrics_are_read_once(place):
+    """What is new, and all of it again where a run goes on from a checkpoint."""
+    file = place / "metrics.jsonl"
+    metrics = watching.GrowingMetrics(file)
+
+    def read():
+        lines, restarted = metrics.read_new()
+        return [values["step"] for values in lines], restarted
+
+    assert read() == ([], False)
+    whole = "".join(map(line, range(1, 8)))
+    write(file, whole + '{"step": 8, "lo')
+    assert read() == ([1, 2, 3, 4, 5, 6, 7], False)
+    assert read() == ([], False)
+    write(file, whole + line(8) + "no line\n" + line(9))
+    assert read() == ([8, 9], False)
+    write(file, whole)
+    assert read() == ([1, 2, 3, 4, 5, 6, 7], True), "shorter"
+    write(file, whole.replace("640", "641") + line(8))
+    assert read() == ([1, 2, 3, 4, 5, 6, 7, 8], True), "longer, and written anew"
+    write(file, whole.replace("640", "641") + line(8) + line(9))
+    assert read() == ([9], False)
+
+
+def test_a_run_is_done_failed_going_on_or_stale(store, tmp_path, capsys):
+    config = make_config(store, steps=50)
+    runs = {name: tmp_path / "runs" / name for name in ("done", "failed", "going", "stale")}
+    make_run(runs["done"], config, 50, result={"eval_loss": 1.0})
+    make_run(runs["failed"], config, 5, failed={"reason": "the loss became NaN"})
+    make_run(runs["going"], config, 10, 20)
+    make_run(runs["stale"], config, 25)
+    for file in runs["stale"].iterdir():
+        os.utime(file, (time.time() - 3600,) * 2)
+    assert main(["status", str(tmp_path / "runs")]) == 0
+    shown = dict(
+        text.split("/runs/")[1].split(": ", 1) for text in capsys.readouterr().out.splitlines()
+    )
+    assert shown["done"] == "done, step 50 of 50, loss 2"
+    assert shown["failed"] == "failed, step 5 of 50, loss 20: the loss became NaN"
+    assert shown["going"] == "started, step 20 of 50, loss 5, 0:00:03 left, written 0:00:00 ago"
+    assert "written 1:00:00 ago: stale, start it again" in shown["stale"]
+    assert "left" not in shown["stale"]
+
+
+def test_a_store_tells_its_speed_and_what_is_left(place):
+    writer = StoreWriter.create_or_resume(
+        str(place), sites={"x": 16}, num_sequences=64, context_length=8, dtype="float32"
+    )
+    shards = writer.missing_shards()
+    assert len(shards) == 8
+    rows = sparse_rows(512)
+    for shard in shards[:3]:
+        block = rows[shard.sequences.start * 8 : shard.sequences.stop * 8]
+        writer.write_shard(shard.index, {"x": block})
+    begin = time.time()
+    for number in range(3):  # one every 10 s, the last 5 s ago
+        _date(place / "written" / f"{number:06d}.npz", begin - 25 + 10 * number)
+    found = progress.read_progress(place)
+    assert (found.shards, found.rows, found.stale) == (3, 192, False)
+    assert found.rows_per_second == pytest.approx(6.4)
+    assert found.seconds_left == pytest.approx(50)
+    assert found.silent == pytest.approx(5, abs=4)
+    for number in range(3):
+        _date(place / "written" / f"{number:06d}.npz", begin - 1025 + 10 * number)
+    found = progress.read_progress(place)
+    assert found.stale and found.seconds_left is None
+
+
+def _date(notes, when: float) -> None:
+    """Gives the notes of a shard the time at which they were written."""
+    if isinstance(notes, pathlib.Path):
+        os.utime(notes, (when, when))
+        return
+    arrays = dict(np.load(io.BytesIO(notes.read_bytes()))) | {"time": np.float64(when)}
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    notes.write_bytes(buffer.getvalue())
+
+
+def test_an_object_stores_lease_tells_by_its_clock_who_is_silent(s3):
+    place = paths.path(s3_server.BUCKET) / str(uuid.uuid4())
+    with leases.Leases(place, 60).claim("a"):
+        held = leases.Leases(place, 60).holder("a")
+        assert held.alive and not held.silent and "by its clock" in held.heard_of
+        text, _, beat = (place / "a.1").read_text().partition("\n")
+        told = f"{beat.split(' ')[0]} {time.time() - 90:.0f}"
+        (place / "a.1").write_bytes(f"{text}\n{told}".encode())
+        held = leases.Leases(place, 60).holder("a")
+        assert held.alive, "a clock is no reason to take work over"
+        assert held.silent and held.told == pytest.approx(90, abs=3)
+
+
+def pretend(place, store, seeds: int = 3) -> SweepDirectory:
+    """A sweep of which each third run is done, each third under way, and each third waits."""
+    runs = expand(make_config(store), grid.sweep("data.seed", range(seeds)))
+    directory = SweepDirectory.start(place, runs)
+    for number, run in enumerate(directory.runs):
+        path = directory.run_path(run)
+        if number % 3 == 0:
+            make_run(path, run.config, *range(1, 51), result=planned(run.config))
+        if number % 3 == 1:
+            make_run(path, run.config, *range(1, 21))
+    return directory
+
+
+def test_the_time_left_of_a_sweep_counts_what_waits(store, tmp_path):
+    directory = pretend(tmp_path / "S", store)
+    with leases.Leases(tmp_path / "S" / "leases").claim(f"pass-{directory.runs[1].id}"):
+        shown = status.view(directory, leases.Leases(tmp_path / "S" / "leases"))
+    # 30 of 50 steps at 10 a second by the one worker, and then the 50 of the pass that waits.
+    assert "1 waiting, 1 started, 1 done; 1 running; 0:00:08 left" in shown
+    shown = status.view(directory, leases.Leases(tmp_path / "S" / "leases"))
+    assert "0 running, 1 stale" in shown and " left" not in shown.splitlines()[0]
+
+
+@pytest.mark.slow
+def test_looks_at_a_sweep_in_an_object_store_cost_few_requests(s3, store, monkeypatch):
+    monkeypatch.setattr(watch, "_SECONDS", {True: 0.0})
+    place = paths.path(s3_server.BUCKET) / str(uuid.uuid4())
+    directory = pretend(place, store, seeds=12)
+    with faulty_server.serve(s3, 0.0) as requests:
+        paths.path(place).is_file()  # opens the bucket
+
+        def cost(look) -> int:
+            before = len(requests)
+            look()
+            return len(requests) - before
+
+        of_status = cost(lambda: status.view(directory, leases.Leases(place / "leases")))
+        # The states, the metrics of what began, the leases, and the results of what is done.
+        assert of_status <= 12 + 2 * 8 + 1 + 2 * 4
+        watched = watch.Watch(
+            [watch.Watched(run.id, directory.run_path(run), 50) for run in directory.runs]
+        )
+        assert cost(lambda: watched.since(0)) <= 2 * 12
+        assert cost(lambda: watched.since(0)) <= 2 * 8, "never again for what is done"
+        going = directory.run_path(directory.runs[1]) / "metrics.jsonl"
+        write(going, going.read_text() + line(21))
+        watched.since(0)
+        assert cost(lambda: watched.since(0)) <= 2 * 8 - 1, "no state of what grew"
+
+
+@contextlib.contextmanager
+def served(runs, monkeypatch):
+    """Yields a function that gets a path of the page."""
+    monkeypatch.setattr(watch, "_SECONDS", {False: 0.0})
+    server, address = live_page.open_server(watch.Watch(runs), 0)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+
+    def get(path: str, **headers: str):
+        request = urllib.request.Request(address + path, headers=headers)
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return answer.headers, answer.read()
+
+    try:
+        yield get
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def test_the_page_reads_what_is_new(store, tmp_path, monkeypatch):
+    run = tmp_path / "<b>run</b>"
+    make_run(run, make_config(store, steps=50), 1, 2)
+    with served([watch.Watched(run.name, run, 50, "k=<i>2</i>")], monkeypatch) as get:
+        headers, page = get("/")
+        assert "default-src 'none'" in headers["Content-Security-Policy"]
+        assert b"://" not in page and b"innerHTML" not in page, "one page, of text"
+
+        def news(since: int):
+            found = json.loads(get(f"/data.json?since={since}")[1])
+            (of_run,) = found["runs"]
+            at = found["columns"].index("step")
+            return found, of_run, [values[at] for values in of_run["lines"]]
+
+        first, of_run, steps = news(0)
+        assert (of_run["name"], of_run["swept"]) == (run.name, "k=<i>2</i>")
+        assert (of_run["state"], of_run["step"], of_run["steps"]) == ("started", 2, 50)
+        assert of_run["left"] == pytest.approx(4.8) and of_run["reset"] and steps == [1, 2]
+        write(run / "metrics.jsonl", "".join(map(line, (1, 2, 3))))
+        second, of_run, steps = news(first["revision"])
+        assert not of_run["reset"] and steps == [3]
+        assert news(second["revision"])[2] == []
+        write(run / "metrics.jsonl", line(1, loss=3.0) + line(4, loss=None))
+        third, of_run, steps = news(second["revision"])
+        assert of_run["reset"] and steps == [1, 4]
+        write(run / "result.json", "{}")
+        news(0), news(0)
+        assert news(third["revision"])[1]["state"] == "done"
+        for path, headers, code in (("/x", {}, 404), ("/", {"Host": "evil.example"}, 403)):
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                get(path, **headers)
+            assert refused.value.code == code
+            refused.value.close()
+
+
+def test_of_long_curves_every_so_manieth_point_is_drawn(store, tmp_path, monkeypatch):
+    make_run(tmp_path / "run", make_config(store), *range(1, 5001))
+    with served([watch.Watched("run", tmp_path / "run", 50)], monkeypatch) as get:
+        (run,) = json.loads(get("/data.json?since=0")[1])["runs"]
+    steps = [values[0] for values in run["lines"]]
+    assert run["step"] == 5000 and 1000 <= len(steps) <= 2000
+    assert set(np.diff(steps)) == {4}
+
+
+@pytest.mark.slow
+def test_a_taken_port_and_ctrl_c_are_one_line(store, tmp_path):
+    make_run(tmp_path / "run", make_config(store), 1)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    program = [sys.executable, "-m", "sae_jax", "status", str(tmp_path / "run")]
+    server = subprocess.Popen(
+        [*program, "--serve=0"], env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        _ask_and_interrupt(server)
+    finally:
+        server.kill()
+        server.communicate()
+
+
+def _ask_and_interrupt(server: subprocess.Popen) -> None:
+    port = re.search(r"http://127.0.0.1:(\d+)", server.stdout.readline())[1]
+    connection = http.client.HTTPConnection("127.0.0.1", int(port))
+    connection.request("GET", "/data.json")
+    assert json.loads(connection.getresponse().read())["runs"][0]["step"] == 1
+    with pytest.raises(UserError, match=f"port {port} of this machine is taken; give another"):
+        live_page.open_server(watch.Watch([]), int(port))
+    server.send_signal(signal.SIGINT)  # with the connection open
+    _, err = server.communicate(timeout=60)
+    connection.close()
+    assert (server.returncode, err.count("\n")) == (130, 1)
+    assert "sae-jax status: interrupted" in err
