@@ -297,7 +297,7 @@ def _traced(
         packs=sum(len(each.packs) for each in work),
         shapes=tuple(sorted(shapes.values(), key=lambda shape: -shape.seconds)),
         tokens=sum(tokens),
-        bytes_read=sum(count * _row_bytes(run) for count, run in zip(tokens, longest, strict=True)),
+        bytes_read=sum(n * _row_bytes(each) for n, each in zip(tokens, work, strict=True)),
         memory=memory,
     )
 
@@ -388,8 +388,8 @@ def _step_flops(config: Config) -> int:
     return flops(config, config.data.batch_size)["flops_executed"]
 
 
-def _row_bytes(config: Config) -> int:
-    """Returns the bytes that are read for a token: of the store, or of one in bfloat16."""
-    if config.data.store:
-        return dry_run.row_bytes(config)
-    return _ROW_BYTES * row_width(config)
+def _row_bytes(work: design.Pass) -> int:
+    """Returns the bytes that a pass reads for a token: of the store, or of one in bfloat16."""
+    if work.data.store:
+        return dry_run.row_bytes(work.data)
+    return _ROW_BYTES * max(map(row_width, work.runs))
