@@ -212,7 +212,7 @@ def test_other_data_is_another_pass(store):
 def two_sites(tmp_path_factory):
     path = tmp_path_factory.mktemp("sites") / "store"
     a, b = sparse_rows(8192), sparse_rows(8192, seed=1, width=24)
-    write_store(path, [{"a": a, "b": b.astype(np.float16)}], context_length=8)
+    write_store(path, [{"a": a, "b": b}], context_length=8)
     return str(path)
 
 
@@ -311,7 +311,7 @@ def test_each_run_is_as_if_it_had_been_alone(trained, tmp_path):
 def test_sites_in_one_pass_are_read_once_and_train_as_in_passes_of_their_own(
     two_sites, tmp_path, monkeypatch
 ):
-    """Two sites of two dtypes, resampled once."""
+    """Two sites of two widths, whose dead latents are resampled once."""
     reads = []
     read_chunks = Store.read_chunks
 
