@@ -167,8 +167,16 @@ def test_results_that_are_not_finite_are_still_json():
 # ------------------------------------------------------------------------- 64 bits
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+IN_CI = ("relu", "batchtopk")
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        pytest.param(a, marks=pytest.mark.slow if a in IN_CI else pytest.mark.long)
+        for a in ARCHITECTURES
+    ],
+)
 def test_training_where_jax_has_64_bits(architecture, tmp_path):
     """The same run, bit for bit, with AuxK and resampling; and it is resumed, and loads."""
     sae = {"resample_every_tokens": 4 * BATCH, "resample_times": 1}

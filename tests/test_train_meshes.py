@@ -86,6 +86,7 @@ def test_checkpoint_restores_on_every_mesh(runs, store, source, target):
             np.testing.assert_array_equal(array, saved[f"['parameters']['{name}']"])
 
 
+@pytest.mark.slow
 def test_run_that_moves_from_mesh_to_mesh(runs, store, tmp_path, monkeypatch):
     stops = iter([17, 33])
     for mesh in [(2, 2), (1, 4), (4, 1)]:
