@@ -244,8 +244,17 @@ def test_an_evaluation_reads_back(demo):
 def test_another_evaluation_is_not_overwritten_and_the_same_one_may_be(demo, tmp_path, capsys):
     out = tmp_path / "eval.json"
     command = ["eval", f"--run={demo[2]}", f"--out={out}"]
-    assert main(command) == 0 and main(command) == 0
+    assert main(command) == 0
     before = out.read_bytes()
+    found = json.loads(before)
+    settings = found["settings"]
+    assert settings["step"] == 20 and settings["result"]
+    assert report.read_saved(out, settings) == found
+    # One of a checkpoint before, or of the run that was there before, is no longer one of this run.
+    for other in ({"result": "of before"}, {"step": 5, "result": None}):
+        out.write_text(json.dumps(found | {"settings": settings | other}))
+        assert report.read_saved(out, settings) is None
+    assert main(command) == 0 and out.read_bytes() == before
     assert main([*command, "--include_excluded"]) == 2
     assert "holds another evaluation (positions:" in capsys.readouterr().err
     assert out.read_bytes() == before

@@ -47,7 +47,8 @@ class Job:
 def read_done(jobs: list[Job]) -> dict[str, dict]:
     """Returns the evaluations that are there already, as `Evaluation.to_dict` has them, by name.
 
-    Raises UserError where a job's file holds anything but an evaluation with its settings.
+    One of an earlier checkpoint of the run is not. Raises UserError where a job's file holds
+    anything but an evaluation with its settings.
     """
     found = at_once(lambda job: report.read_saved(job.out, job.settings), jobs)
     return {job.name: saved for job, saved in zip(jobs, found, strict=True) if saved}
