@@ -257,29 +257,30 @@ def _evaluate_sweep(args) -> None:
         work.append(([job for job in jobs if job.name not in done], source, model))
     there = len(done)
     table = (out or sweep) / "evals.csv"
+    finished = {name for name, state in directory.states().items() if state == "done"}
     for jobs, source, model in work:
         for found in many.evaluate_jobs(jobs, source, model, args.lm_tokens):
             done |= found
             if is_writer():
-                _write_table(table, rows, done)
+                _write_table(table, rows, done, finished)
     if not is_writer():
         return
-    _write_table(table, rows, done)
+    _write_table(table, rows, done, finished)
     print(_shown(runs, done))
     print(f"Written: {table}; eval.json of {len(done) - there} runs, {there} were there")
 
 
-def _write_table(file, rows: dict[str, dict], done: dict[str, dict]) -> None:
-    """Writes the table, with what is in it of other runs."""
+def _write_table(file, rows: dict[str, dict], done: dict[str, dict], finished: set[str]) -> None:
+    """Writes the table, with what is in it of other runs that are finished."""
     from sae_jax import paths
     from sae_jax.evaluate.many import columns
     from sae_jax.tables import as_csv, read_csv
 
     before = [row for _, row in read_csv(file)] if file.is_file() else []
     new = {name: rows[name] | columns(done[name]) for name in rows if name in done}
-    kept = [row for row in before if row.get("run_id") not in new]
+    kept = [row for row in before if row.get("run_id") in finished - new.keys()]
     file.parent.mkdir(parents=True, exist_ok=True)
-    paths.write(file, as_csv([*kept, *new.values()]))
+    paths.write(file, as_csv([*kept, *new.values()]), by=paths.this_process())
 
 
 def _shown(runs: dict, done: dict[str, dict]) -> str:
@@ -373,7 +374,6 @@ def _source(args, data, store, model, sequences: slice | None, lm_sequences: sli
 
 
 def _slice(text: str | None, flag: str) -> slice | None:
-
     if text is None:
         return None
     match = re.fullmatch(r"([0-9]{1,15}):([0-9]{1,15})", text)
