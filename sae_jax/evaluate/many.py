@@ -70,6 +70,7 @@ def evaluate_jobs(jobs: list[Job], source, model, spliced_tokens: int) -> Iterat
         if is_writer():
             pairs = zip(evaluations, part, strict=True)
             at_once(lambda pair: report.save(pair[0], pair[1].out), pairs)
+        del saes  # before those of the next part are read
         yield {job.name: found.to_dict() for job, found in zip(part, evaluations, strict=True)}
 
 
