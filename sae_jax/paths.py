@@ -23,9 +23,12 @@ import os
 import pathlib
 import posixpath
 import re
+import socket
 import sys
 import tempfile
 import textwrap
+import threading
+import time
 
 import tensorstore as ts
 
@@ -278,7 +281,7 @@ class ObjectPath:
             return [key.decode() for key in self._bucket().list(_range(start, end)).result()]
 
     def _bucket(self):
-        return _open_bucket(self.scheme, self.bucket)
+        return _open_bucket_once(self.scheme, self.bucket)
 
 
 AnyPath = pathlib.Path | ObjectPath
@@ -289,7 +292,7 @@ def kvstore(folder: ObjectPath, name: str = "") -> dict:
 
     Raises UserError, before anything is tried at length, where the bucket cannot be used.
     """
-    _open_bucket(folder.scheme, folder.bucket)
+    _open_bucket_once(folder.scheme, folder.bucket)
     prefix = f"{folder.key}/" if folder.key else ""
     return _spec(folder.scheme, folder.bucket) | {"path": prefix + name}
 
@@ -312,6 +315,11 @@ def write(file, data: str | bytes, by: str = "") -> None:
     with explained(file):
         temporary.write_bytes(data)
         temporary.replace(file)
+
+
+def this_process() -> str:
+    """Returns a name of this process, for `write` and `create`, that no other process has."""
+    return f".{socket.gethostname()}.{os.getpid()}"
 
 
 def create(file, data: str, by: str) -> bool:
@@ -467,6 +475,29 @@ def _spec(scheme: str, bucket: str) -> dict:
     if "AWS_ACCESS_KEY_ID" in os.environ:  # else ~/.aws, a role, the instance
         spec["aws_credentials"] = {"type": "environment"}
     return spec
+
+
+_opening = threading.Lock()
+_failures: dict[tuple[str, str], tuple[float, UserError]] = {}
+
+
+def _open_bucket_once(scheme: str, bucket: str):
+    """Opens a bucket, or returns it where it is open.
+
+    One thread at a time does, since each diverts what the process writes to standard error, and a
+    cache alone would let them all begin. Those that have waited for one that failed do not try
+    again, one after the other.
+    """
+    began = time.monotonic()
+    with _opening:
+        when, failure = _failures.get((scheme, bucket), (-math.inf, None))
+        if when > began:
+            raise UserError(str(failure)) from failure
+        try:
+            return _open_bucket(scheme, bucket)
+        except UserError as error:
+            _failures[scheme, bucket] = time.monotonic(), error
+            raise
 
 
 @functools.cache

@@ -203,7 +203,9 @@ def test_many_runs_share_one_reading_of_the_rows_and_of_the_model(
     assert main([*command, "--select=data.site=mlp_act.0"]) == 0
     assert 2 * counts["read_chunks"] == one_by_one["read_chunks"] // 2
     assert counts["forward"] / (one_by_one["forward"] // 2) == (3 + 2) / (4 + 4)
-    assert len(read_csv(sweep.path / "evals.csv")) == 2
+    table = sweep.path / "evals.csv"
+    assert len(read_csv(table)) == 2
+    table.write_text(table.read_text().replace(sweep.runs[0].id, "dropped"))  # it has no run
     capsys.readouterr()
     assert main(command) == 0
     assert "eval.json of 2 runs, 2 were there" in capsys.readouterr().out
@@ -222,8 +224,7 @@ def test_many_runs_share_one_reading_of_the_rows_and_of_the_model(
         assert float(row["eval_ce_recovered_zero"]) == found["language_model"]["ce_recovered_zero"]
         assert row["status"] == "done" and row["d_sae"] == str(run.config.sae.d_sae)
         assert report.load(sweep.run_path(run) / "eval.json").to_dict() == found
-    table = results.read(sweep.path / "evals.csv", ("d_sae",), {"loss": "eval_fvu"})
-    assert len(table) == 4
+    assert len(results.read(table, ("d_sae",), {"loss": "eval_fvu"})) == 4
 
     assert main([*command, "--include_excluded"]) == 2
     assert "holds another evaluation (positions:" in capsys.readouterr().err
@@ -244,8 +245,17 @@ def test_an_evaluation_reads_back(demo):
 def test_another_evaluation_is_not_overwritten_and_the_same_one_may_be(demo, tmp_path, capsys):
     out = tmp_path / "eval.json"
     command = ["eval", f"--run={demo[2]}", f"--out={out}"]
-    assert main(command) == 0 and main(command) == 0
+    assert main(command) == 0
     before = out.read_bytes()
+    found = json.loads(before)
+    settings = found["settings"]
+    assert settings["step"] == 20 and settings["result"]
+    assert report.read_saved(out, settings) == found
+    # One of a checkpoint before, or of the run that was there before, is no longer one of this run.
+    for other in ({"result": "of before"}, {"step": 5, "result": None}):
+        out.write_text(json.dumps(found | {"settings": settings | other}))
+        assert report.read_saved(out, settings) is None
+    assert main(command) == 0 and out.read_bytes() == before
     assert main([*command, "--include_excluded"]) == 2
     assert "holds another evaluation (positions:" in capsys.readouterr().err
     assert out.read_bytes() == before

@@ -25,7 +25,7 @@ from sae_jax.evaluate import report
 from sae_jax.evaluate.sources import HeldOutRows
 from sae_jax.interop import FORMATS, Hub
 from sae_jax.interop.many import width_name
-from sae_jax.interop.select import select
+from sae_jax.interop.select import select, still_done
 from sae_jax.train.run import train_run
 
 EXPRESSED_BY = {"sparsify": "topk", "gemma_scope": "jumprelu", "gemma_scope_2": "batchtopk"}
@@ -120,11 +120,12 @@ def test_names_in_a_card_stay_names(tmp_path):
 
 
 def hostile_sweep(tmp_path, run_id="a"):
-    """A sweep of one run that is done, of which only the config is there."""
+    """A sweep of one run that is done, of which the checkpoint is not there."""
     sweep = tmp_path / "sweep"
     (sweep / "runs" / "a").mkdir(parents=True)
     config = make_config("store", steps=2)
     (sweep / "runs" / "a" / "config.json").write_text(json.dumps(to_dict(config)))
+    (sweep / "runs" / "a" / "result.json").write_text("{}")
     write_results(sweep, [ROWS[0] | {"run_id": run_id}])
     return sweep
 
@@ -229,6 +230,16 @@ def test_select(tmp_path, terms, runs):
 def test_a_selection_of_nothing_is_explained(tmp_path, terms, complaint):
     with pytest.raises(UserError, match=complaint):
         select(write_results(tmp_path, ROWS), terms)
+
+
+def test_of_a_sweep_only_runs_that_are_done_now_are_taken(tmp_path):
+    """Until a rerun is done results.csv speaks of the run that was there before."""
+    sweep = hostile_sweep(tmp_path)
+    rows = select(write_results(sweep, ROWS))
+    assert [row["run_id"] for row in still_done(sweep, rows)] == ["a"]
+    (sweep / "runs" / "a" / "result.json").unlink()
+    with pytest.raises(UserError, match="none of the 3 runs that .* is done now"):
+        still_done(sweep, rows)
 
 
 def test_widths_are_named_as_in_gemma_scope():

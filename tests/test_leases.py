@@ -3,6 +3,7 @@
 One contract for a directory and for an object store."""
 
 import collections
+import errno
 import os
 import pathlib
 import signal
@@ -268,3 +269,16 @@ def test_what_is_no_file_of_a_lease_is_named(tmp_path, name, kind):
         return
     with pytest.raises(UserError, match=f"{tmp_path}/{name}"):
         Leases(tmp_path, 30).claim("a")
+
+
+def test_who_works_on_a_sweep_is_shown_to_those_who_may_only_read_it(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    leases = Leases(tmp_path / "leases")
+    with leases.claim("a"):
+        monkeypatch.setattr(pathlib.Path, "touch", refuse)
+        assert leases.holder("a").alive
+        for decides in (lambda: leases.claim("a"), leases.living):
+            with pytest.raises(UserError, match="clock: Permission denied"):
+                decides()

@@ -149,6 +149,7 @@ def test_mistakes_are_refused_before_anything_is_written(world, tmp_path, monkey
             {"sites": "blocks.1.attn.hook_q"},
             r"blocks.1.attn.hook_q is at no site; hooks that are: ",
         ),
+        ({"sites": "blocks.x.hook_resid_post"}, r"is at no site; hooks that are: .*blocks.0.hook"),
         ({"sites": "blocks.2.hook_mlp_out"}, "unknown site 'mlp_out.2'"),
     ):
         with pytest.raises(UserError, match=message):

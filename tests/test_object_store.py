@@ -1,6 +1,7 @@
 """Stores, runs and sweeps in object stores: against a real server that speaks S3 (moto's), and, in
 so far as it is other code (TensorStore's driver), against a stand-in for Google's."""
 
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 
@@ -143,6 +145,29 @@ def test_missing_credentials_are_one_line_and_no_log(
     with paths.library_log([]) as log:
         os.write(2, b"one\nE1130 07:38:48.776161    9767 common-io:5] Failed to open file\ntwo\n")
     assert capfd.readouterr().err == "one\ntwo\n" and len(log) == 1
+
+
+def test_threads_that_open_a_bucket_at_once_do_it_once(monkeypatch):
+    """What the process writes to standard error is diverted meanwhile, for all threads."""
+    looks, meeting = [], threading.Barrier(8)
+
+    def look(*_):
+        looks.append(1)
+        time.sleep(0.1)
+        raise UserError("cannot reach it")
+
+    def ask(_):
+        meeting.wait()
+        with pytest.raises(UserError, match="cannot reach it"):
+            paths.path("s3://nowhere/a").is_file()
+
+    monkeypatch.setattr(paths, "_open_bucket", look)
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        list(threads.map(ask, range(8)))
+    assert len(looks) == 1
+    with pytest.raises(UserError):
+        paths.path("s3://nowhere/a").is_file()
+    assert len(looks) == 2, "tried again at the next occasion"
 
 
 def test_a_bucket_that_is_not_there_is_named_on_google_too(gcs):

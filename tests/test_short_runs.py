@@ -165,6 +165,8 @@ def test_dead_latents_on_held_out_rows(tmp_path, architecture):
         return np.flatnonzero(~(np.asarray(sae.encode(rows)) > 0).any(axis=0))
 
     dead = sae_jax.dead_latents(tmp_path / "run")
+    again = sae_jax.dead_latents(tmp_path / "run", store=store)  # of the same held-out rows
+    np.testing.assert_array_equal(again, dead)
     np.testing.assert_array_equal(dead, never_fire(8))
     assert recorder.result["eval_dead_fraction"] == pytest.approx(len(never_fire(BATCH)) / 128)
     assert 0 < len(dead) < 128

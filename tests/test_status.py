@@ -265,10 +265,63 @@ def test_the_page_reads_what_is_new(store, tmp_path, monkeypatch):
             refused.value.close()
 
 
+def test_a_run_that_cannot_be_read_keeps_no_other_waiting(store, tmp_path, monkeypatch):
+    monkeypatch.setattr(watch, "_SECONDS", {False: 0.0})
+    runs = [watch.Watched(name, tmp_path / name, 50) for name in ("away", "there")]
+    for run in runs:
+        make_run(run.path, make_config(store, steps=50), 1)
+    away = runs[0].path / "metrics.jsonl"
+    away.rename(away.with_name("moved"))
+    away.mkdir()
+    watched = watch.Watch(runs)
+    found = watched.since(0)
+    assert f"cannot read {away}" in found["problem"]
+    assert [run["step"] for run in found["runs"]] == [0, 1]
+    away.rmdir()
+    away.with_name("moved").rename(away)
+    found = watched.since(found["revision"], found["server"])
+    assert not found["problem"]
+    assert [len(run["lines"]) for run in found["runs"]] == [1, 0]
+    found = watched.since(found["revision"], "another server's")
+    assert [(len(run["lines"]), run["reset"]) for run in found["runs"]] == [(1, True)] * 2
+
+
+def test_what_is_no_number_to_draw_is_left_out(store, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    make_run(run, make_config(store, steps=50), 1)
+    odd = line(2, loss=float("nan"), fvu=float("inf"), tokens_per_second=1e-310)
+    odd = odd.replace("Infinity", "1e999")
+    write(run / "metrics.jsonl", line(1) + odd)
+    with served([watch.Watched("run", run, 50)], monkeypatch) as get:
+        found = json.loads(get("/data.json")[1])
+        (of_run,) = found["runs"]
+        last = dict(zip(found["columns"], of_run["last"], strict=True))
+        assert (last["step"], last["loss"], last["fvu"], of_run["left"]) == (2, None, None, None)
+        write(run / "metrics.jsonl", line(1) + odd + line(10**400))
+        (of_run,) = json.loads(get("/data.json")[1])["runs"]
+        assert (of_run["step"], of_run["left"]) == (0, None) and len(of_run["lines"]) == 3
+    assert not capsys.readouterr().err
+
+
+def test_a_closed_tab_is_no_error_and_another_is_one_line(caplog, capsys):
+    server, _ = live_page.open_server(watch.Watch([]), 0)
+    with server:
+        for error in (BrokenPipeError(32, "Broken pipe"), ValueError("two\nlines")):
+            try:
+                raise error
+            except Exception:
+                server.handle_error(None, None)
+    assert [record.getMessage() for record in caplog.records] == [
+        "the page of the curves: two lines"
+    ]
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_of_long_curves_every_so_manieth_point_is_drawn(store, tmp_path, monkeypatch):
     make_run(tmp_path / "run", make_config(store), *range(1, 5001))
     with served([watch.Watched("run", tmp_path / "run", 50)], monkeypatch) as get:
         (run,) = json.loads(get("/data.json?since=0")[1])["runs"]
+    assert run["last"][0] == 5000, "whatever is drawn"
     steps = [values[0] for values in run["lines"]]
     assert run["step"] == 5000 and 1000 <= len(steps) <= 2000
     assert set(np.diff(steps)) == {4}

@@ -130,15 +130,20 @@ def _evaluate(args) -> None:
     if args.select:
         raise UserError("--select chooses among the runs of --results=SWEEP; give that too")
     named = args.run or args.sae
-    path = interop.locate(named)
-    sae = interop.load(named, kind=args.kind)
+    path, about = interop.locate(named), {}
     is_run = interop.format_of(path) is None and (path / "config.json").is_file()
+    if is_run:
+        checkpoint, about = _latest(path)
+        sae = interop.load(checkpoint, kind=args.kind)
+    else:
+        sae = interop.load(named, kind=args.kind)
     data = find_store(path, read_config(path).data) if is_run else DataConfig()
     data = dataclasses.replace(data, **_chosen(args))
     if not data.site and not is_run:
         data = dataclasses.replace(data, site=interop.site(path) or "")
     source, model, settings = _open(args, data, lm.open_model)
-    settings = {"sae": named if paths.is_remote(named) else str(path.absolute()), **settings}
+    name = named if paths.is_remote(named) else str(path.absolute())
+    settings = {"sae": name, **about, **settings}
     out = args.out or (path / "eval.json" if args.run else None)
     evaluation = evaluate(sae, source, model, args.lm_tokens, settings)
     if not is_writer():
@@ -152,6 +157,20 @@ def _evaluate(args) -> None:
     save(evaluation, out)
     files = figures.save_all(evaluation, out, path / "metrics.jsonl" if is_run else None)
     print(f"Written: {', '.join(map(str, [out, dead_latents_file(out), *files]))}")
+
+
+def _latest(run) -> tuple:
+    """Returns the path of a run's latest checkpoint, and the settings that tell it from others.
+
+    The checkpoint is named, so that one that the run saves meanwhile is not taken for it.
+    """
+    from sae_jax.evaluate.report import checkpoint_settings
+    from sae_jax.train.checkpoints import saved_steps
+
+    steps = saved_steps(run)
+    if not steps:
+        raise UserError(f"{run} holds no checkpoint yet; train it first")
+    return run / "checkpoints" / str(steps[-1]), checkpoint_settings(run, steps[-1])
 
 
 def _chosen(args) -> dict:
@@ -192,15 +211,17 @@ def _evaluate_sweep(args) -> None:
 
     from sae_jax import interop, lm, paths
     from sae_jax.evaluate import many, report
-    from sae_jax.interop.select import select
+    from sae_jax.interop.select import select, still_done
     from sae_jax.sweep.directory import SweepDirectory
     from sae_jax.train.directory import find_store, is_writer
+    from sae_jax.train.watching import at_once
 
     for name in ("run", "sae", "kind"):
         if getattr(args, name):
             raise UserError(f"--{name} is of one SAE, and --results of many; leave one out")
     sweep = paths.path(args.results)
-    rows = {row["run_id"]: row for row in select(sweep, args.select or "")}
+    selected = still_done(sweep, select(sweep, args.select or ""))
+    rows = {row["run_id"]: row for row in selected}
     directory = SweepDirectory(sweep)
     runs = {run.id: run for run in directory.runs}
     if strange := sorted(rows.keys() - runs.keys()):
@@ -219,46 +240,47 @@ def _evaluate_sweep(args) -> None:
         data = find_store(directory.run_path(first), first.config.data)
         source, model, about = _open(args, dataclasses.replace(data, **_chosen(args)), open_model)
         jobs = []
-        for name in names:
-            path = directory.run_path(runs[name]).absolute()
+        places = [directory.run_path(runs[name]).absolute() for name in names]
+        latest = at_once(_latest, places)
+        for name, path, (checkpoint, which) in zip(names, places, latest, strict=True):
+            settings = {"sae": str(path), **which, **about}
             jobs.append(
                 many.Job(
                     name,
                     runs[name].config.sae,
-                    functools.partial(interop.load, path),
+                    functools.partial(interop.load, checkpoint),
                     (out / name if out else path) / "eval.json",
-                    report.full_settings(
-                        kind, source, model, args.lm_tokens, {"sae": str(path), **about}
-                    ),
+                    report.full_settings(kind, source, model, args.lm_tokens, settings),
                 )
             )
         done |= many.read_done(jobs)
         work.append(([job for job in jobs if job.name not in done], source, model))
     there = len(done)
     table = (out or sweep) / "evals.csv"
+    finished = {name for name, state in directory.states().items() if state == "done"}
     for jobs, source, model in work:
         for found in many.evaluate_jobs(jobs, source, model, args.lm_tokens):
             done |= found
             if is_writer():
-                _write_table(table, rows, done)
+                _write_table(table, rows, done, finished)
     if not is_writer():
         return
-    _write_table(table, rows, done)
+    _write_table(table, rows, done, finished)
     print(_shown(runs, done))
     print(f"Written: {table}; eval.json of {len(done) - there} runs, {there} were there")
 
 
-def _write_table(file, rows: dict[str, dict], done: dict[str, dict]) -> None:
-    """Writes the table, with what is in it of other runs."""
+def _write_table(file, rows: dict[str, dict], done: dict[str, dict], finished: set[str]) -> None:
+    """Writes the table, with what is in it of other runs that are finished."""
     from sae_jax import paths
     from sae_jax.evaluate.many import columns
     from sae_jax.tables import as_csv, read_csv
 
     before = [row for _, row in read_csv(file)] if file.is_file() else []
     new = {name: rows[name] | columns(done[name]) for name in rows if name in done}
-    kept = [row for row in before if row.get("run_id") not in new]
+    kept = [row for row in before if row.get("run_id") in finished - new.keys()]
     file.parent.mkdir(parents=True, exist_ok=True)
-    paths.write(file, as_csv([*kept, *new.values()]))
+    paths.write(file, as_csv([*kept, *new.values()]), by=paths.this_process())
 
 
 def _shown(runs: dict, done: dict[str, dict]) -> str:
@@ -352,7 +374,6 @@ def _source(args, data, store, model, sequences: slice | None, lm_sequences: sli
 
 
 def _slice(text: str | None, flag: str) -> slice | None:
-
     if text is None:
         return None
     match = re.fullmatch(r"([0-9]{1,15}):([0-9]{1,15})", text)

@@ -74,8 +74,7 @@ def evaluate(
     elif isinstance(store, str) and is_world(store):
         source = WorldRows(DataConfig(store=store, site=_joined(site)), tokens=tokens)
     elif store is not None:
-        if isinstance(store, str | pathlib.Path | paths.ObjectPath):
-            store = lm.open_store(store)
+        store = _opened(store)
         if model is not None:
             check_model(store, model)
         source = HeldOutRows(
@@ -109,7 +108,8 @@ def dead_latents(
 
     Args:
       sae: an SAE, or the directory of a run. A run's rows are the held-out ones of its own store,
-        if no others are given.
+        if no others are given, of its own sites, and with or without positions that are excluded as
+        it was trained.
       data: an array (rows, d) of activations, or {site: array}, as for `evaluate`.
       store: a store or its path, of which the held-out sequences count; or "world:NAME,...".
       site: the site, or several in the SAE's order, as for `evaluate`.
@@ -122,14 +122,32 @@ def dead_latents(
     if not isinstance(sae, SAE):
         run = paths.path(sae)
         sae, own = load_sae(run), find_store(run, read_config(run).data)
-        if data is None and store is None:
+        if data is None:
+            store = own.store if store is None else _opened(store)
             settings = {
-                "store": own.store,
-                "site": ",".join(filter(None, (own.site, own.target_site))),
+                "store": store,
+                "site": site or _own_sites(own, store),
                 "holdout_fraction": own.holdout_fraction,
                 "include_excluded": own.include_excluded,
             }
     return evaluate(sae, data, tokens=tokens, **settings).dead_latents
+
+
+def _opened(store):
+    """Returns a store that may be given by its path; a world stays its name."""
+    is_path = isinstance(store, str | pathlib.Path | paths.ObjectPath)
+    return lm.open_store(store) if is_path and not is_world(str(store)) else store
+
+
+def _own_sites(data: DataConfig, store) -> str:
+    """Returns a run's sites; "", for the only one, where another store or a world has none of such
+    names."""
+    sites = ",".join(filter(None, (data.site, data.target_site)))
+    if isinstance(store, str):
+        same = store == data.store or is_world(data.store)
+    else:
+        same = set(sites.split(",")) <= store.meta.sites.keys()
+    return sites if same else ""
 
 
 def _on_tokens(model, token_ids, site, include_excluded: bool) -> ModelRows:

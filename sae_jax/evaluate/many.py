@@ -47,7 +47,8 @@ class Job:
 def read_done(jobs: list[Job]) -> dict[str, dict]:
     """Returns the evaluations that are there already, as `Evaluation.to_dict` has them, by name.
 
-    Raises UserError where a job's file holds anything but an evaluation with its settings.
+    One of an earlier checkpoint of the run is not. Raises UserError where a job's file holds
+    anything but an evaluation with its settings.
     """
     found = at_once(lambda job: report.read_saved(job.out, job.settings), jobs)
     return {job.name: saved for job, saved in zip(jobs, found, strict=True) if saved}
@@ -69,6 +70,7 @@ def evaluate_jobs(jobs: list[Job], source, model, spliced_tokens: int) -> Iterat
         if is_writer():
             pairs = zip(evaluations, part, strict=True)
             at_once(lambda pair: report.save(pair[0], pair[1].out), pairs)
+        del saes  # before those of the next part are read
         yield {job.name: found.to_dict() for job, found in zip(part, evaluations, strict=True)}
 
 

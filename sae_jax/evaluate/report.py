@@ -1,6 +1,7 @@
 """Runs an evaluation as a whole, and prints, saves and loads it."""
 
 import dataclasses
+import hashlib
 import io
 import math
 from collections.abc import Sequence
@@ -69,6 +70,7 @@ _RECOVERY = {
 }
 _ARRAYS = ("density", "mean_activation", "max_activation", "mean", "site_fvu")
 SPARSITY = ("l0", "l1", "dead_fraction")
+_WHICH = ("step", "result")  # the settings that change as a run is trained on, or again
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -288,7 +290,8 @@ def save(evaluation: Evaluation, out) -> None:
 
     The arrays are in `latents_file` and, for a synthetic world, in `recovery_file`; the indices of
     the dead latents are in `dead_latents_file`, one a line. Raises UserError if `out` holds
-    anything but an evaluation with the same settings, and leaves it as it is.
+    anything but an evaluation with the same settings, and leaves it as it is. One of the same run
+    at another step, or before it was trained again, is replaced.
     """
     out = paths.path(out)
     read_saved(out, evaluation.settings)
@@ -348,7 +351,8 @@ def load(file) -> Evaluation:
 
 def read_saved(out: AnyPath, settings: dict) -> dict | None:
     """Returns the content of the JSON file `out`, as `Evaluation.to_dict` made it with these
-    settings; None where there is no file.
+    settings; None where there is no file, or one of the same run at another step, or before it was
+    trained again.
 
     Raises UserError if `out` holds anything else.
     """
@@ -359,9 +363,22 @@ def read_saved(out: AnyPath, settings: dict) -> dict | None:
         saved = checked(found, _Saved, out)
     except UserError:
         raise UserError(f"{out} exists and is no evaluation; choose another --out") from None
-    if changes := difference(saved.settings, settings):
+    changes = difference(_without_checkpoint(saved.settings), _without_checkpoint(settings))
+    if changes:
         raise UserError(f"{out} holds another evaluation ({changes[0]}); choose another --out")
-    return found
+    return None if difference(saved.settings, settings) else found
+
+
+def checkpoint_settings(run: AnyPath, step: int) -> dict:
+    """Returns the settings that tell a run's checkpoint from those before it, and from those that
+    the same run had before it was trained again: the step, and a hash of result.json."""
+    file = run / "result.json"
+    result = hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else None
+    return {"step": step, "result": result}
+
+
+def _without_checkpoint(settings: dict) -> dict:
+    return {name: value for name, value in settings.items() if name not in _WHICH}
 
 
 def latents_file(out) -> AnyPath:

@@ -21,7 +21,7 @@ from sae_jax import interop, paths
 from sae_jax.errors import UserError
 from sae_jax.interop.card import Hub, collection_card
 from sae_jax.interop.provenance import read_provenance
-from sae_jax.interop.select import select
+from sae_jax.interop.select import select, still_done
 from sae_jax.json_files import checked, read_json
 from sae_jax.train.directory import read_config
 
@@ -75,7 +75,7 @@ def export_many(
       model: the language model, for `interop.export`.
     """
     hub = hub or Hub()
-    names = [row["run_id"] for row in select(sweep, terms)]
+    names = [row["run_id"] for row in still_done(sweep, select(sweep, terms))]
     runs = {name: paths.inside(sweep / "runs", name) for name in names}
     for run in runs.values():
         interop.check_expressible(read_config(run).sae, format)

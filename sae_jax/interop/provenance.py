@@ -67,6 +67,7 @@ class _Evaluation:
     sparsity: dict[str, Any] | None = None
     language_model: dict[str, Any] | None = None
     rows: int | None = None
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def read_provenance(path) -> dict:
@@ -108,7 +109,7 @@ def _read_provenance(path: paths.AnyPath) -> dict:
     provenance |= _store_provenance(find_store(run, data).store, data.site)
     provenance["training"] = _recipe(config, step) | _lineage(run)
     if step == last:
-        provenance |= _result_provenance(run) | _evaluation_provenance(run)
+        provenance |= _result_provenance(run) | _evaluation_provenance(run, step)
     return provenance
 
 
@@ -119,10 +120,13 @@ def _result_provenance(run: paths.AnyPath) -> dict:
     return _without_none(values | {name: result.get(name) for name in _MEASURED})
 
 
-def _evaluation_provenance(run: paths.AnyPath) -> dict:
-    """Returns {"evaluation": the metrics of the run's eval.json}, or {} if it has none."""
+def _evaluation_provenance(run: paths.AnyPath, step: int) -> dict:
+    """Returns {"evaluation": the metrics of the run's eval.json}, or {} if it has none of the
+    checkpoint at `step`. (Those made before the step was noted are taken to be of it.)"""
     file = run / "eval.json"
     evaluation = checked(read_json(file, default={}), _Evaluation, file)
+    if evaluation.settings.get("step", step) != step:
+        return {}
     values = {
         name: (getattr(evaluation, section) or {}).get(name)
         for section, names in _EVALUATED.items()

@@ -3,6 +3,7 @@
 from sae_jax import paths
 from sae_jax.errors import UserError
 from sae_jax.tables import conditions, read_csv, that_meet
+from sae_jax.train.watching import at_once, state
 
 
 def select(sweep: paths.AnyPath, terms: str = "") -> list[dict[str, str]]:
@@ -26,6 +27,22 @@ def select(sweep: paths.AnyPath, terms: str = "") -> list[dict[str, str]]:
         raise UserError(f"none of the {len(rows)} runs of {sweep} is done")
     parsed = conditions(terms, rows[0])
     return [done[place] for place in that_meet(done, parsed, f"done runs of {sweep}")]
+
+
+def still_done(sweep: paths.AnyPath, rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Returns the rows of `select` whose runs are done now, too.
+
+    Until results.csv is written anew it calls a run done that is being trained again. Raises
+    UserError if none of them is done.
+    """
+    states = at_once(lambda row: state(paths.inside(sweep / "runs", row["run_id"])), rows)
+    done = [row for row, now in zip(rows, states, strict=True) if now == "done"]
+    if not done:
+        raise UserError(
+            f"none of the {len(rows)} runs that {sweep}/results.csv calls done is done now; "
+            "wait until they are trained again"
+        )
+    return done
 
 
 def _rows(file: paths.AnyPath) -> list[dict[str, str]]:

@@ -310,6 +310,7 @@ def our_name(site: str) -> str:
     if ours is None:
         layer, _, hook = site.removeprefix("blocks.").partition(".")
         what = _OTHER_TENSORS.get(hook, "").format(layer=layer)
+        layer = layer if layer.isdecimal() else "0"
         hooks = [hook for name in SITES if (hook := hook_name(f"{name}.{layer}"))]
         raise UserError(f"{site} is at no site{what}; hooks that are: {', '.join(hooks)}")
     return ours

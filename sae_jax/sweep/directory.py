@@ -10,8 +10,6 @@ SWEEP/results.csv    a row for each run, in the grid's order
 import dataclasses
 import functools
 import itertools
-import os
-import socket
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -277,7 +275,7 @@ class SweepDirectory:
     def rewrite(self, runs: Sequence[Run]) -> None:
         """Writes sweep.json anew, with these runs."""
         values = _to_json(runs, self.passes)
-        paths.write(self.path / "sweep.json", paths.as_json(values), by=_this_process())
+        paths.write(self.path / "sweep.json", paths.as_json(values), by=paths.this_process())
         self._set(runs)
 
     def use_hardware(self, runs: Sequence[Run]) -> None:
@@ -323,7 +321,7 @@ class SweepDirectory:
         swept = grids.fields([run.swept for run in self.runs])
         file = self.path / "results.csv"
         text = as_csv(rows, ["run_id", "name", "status", *swept])
-        paths.write(file, text, by=_this_process())
+        paths.write(file, text, by=paths.this_process())
         return file
 
     def missed_targets(self, states: dict[str, str]) -> list[tuple[Run, str]]:
@@ -401,7 +399,7 @@ def _make(file: AnyPath, runs: list[Run], passes: int) -> None:
             "--workdir a new or empty directory"
         )
     path.mkdir(parents=True, exist_ok=True)
-    paths.create(file, paths.as_json(_to_json(runs, passes)), by=_this_process())
+    paths.create(file, paths.as_json(_to_json(runs, passes)), by=paths.this_process())
 
 
 def _to_json(runs: Sequence[Run], passes: int) -> dict:
@@ -441,8 +439,3 @@ def _from_json(run_id: str, entry: _RunEntry, mesh: MeshConfig, file: AnyPath) -
         return Run(run_id, config, swept, entry.round, entry.dropped)
     except UserError as error:
         raise UserError(f"{file}, run {run_id!r}: {error}") from error
-
-
-def _this_process() -> str:
-    """Returns a suffix for temporary files that no other process uses."""
-    return f".{socket.gethostname()}.{os.getpid()}"

@@ -104,21 +104,24 @@ class Leases:
         return self.holders([name])[name]
 
     def holders(self, names: Iterable[str]) -> dict[str, Holder | None]:
-        """Returns `holder` of each name, after one listing of the files."""
+        """Returns `holder` of each name, after one listing of the files, for people to read: of
+        leases that may not be written to it is by this host's clock."""
         files = self._files.names()
         newest = {name: _newest(name, files) for name in names}
         held = [name for name in newest if newest[name]]
-        found = at_once(lambda name: self._holder(name, newest[name]), held)
+        found = at_once(lambda name: self._holder(name, newest[name], to_show=True), held)
         return dict.fromkeys(newest) | dict(zip(held, found, strict=True))
 
     def living(self) -> list[Holder]:
         """Returns who holds something, of all names, and may be alive."""
-        names = {entry.rpartition(".")[0] for entry in self._files.names()} - {""}
-        holders = [self.holder(name) for name in sorted(names)]
+        files = self._files.names()
+        names = {entry.rpartition(".")[0] for entry in files} - {""}
+        newest = {name: _newest(name, files) for name in sorted(names)}
+        holders = [self._holder(name, number) for name, number in newest.items() if number]
         return [holder for holder in holders if holder is not None and holder.alive]
 
-    def _holder(self, name: str, generation: int) -> Holder | None:
-        looked = self._files.look(f"{name}.{generation}")
+    def _holder(self, name: str, generation: int, to_show: bool = False) -> Holder | None:
+        looked = self._files.look(f"{name}.{generation}", to_show)
         if looked is None:
             return None
         seconds, _, owner = looked.text.partition(" ")

@@ -4,9 +4,12 @@ import errno
 import http.server
 import json
 import pathlib
+import sys
 import urllib.parse
 
-from sae_jax.errors import UserError
+from absl import logging
+
+from sae_jax.errors import UserError, on_one_line
 from sae_jax.sweep.watch import Watch
 
 _HOST = "127.0.0.1"
@@ -30,7 +33,7 @@ def open_server(watch: Watch, port: int) -> tuple[http.server.HTTPServer, str]:
     Raises UserError if the port cannot be used.
     """
     try:
-        server = http.server.ThreadingHTTPServer((_HOST, port), _handler(watch))
+        server = _Server((_HOST, port), _handler(watch))
     except OSError as error:
         taken = error.errno == errno.EADDRINUSE
         why = "is taken" if taken else f"cannot be used ({error.strerror})"
@@ -38,8 +41,17 @@ def open_server(watch: Watch, port: int) -> tuple[http.server.HTTPServer, str]:
             f"--serve: port {port} of this machine {why}; give another one, such as "
             f"--serve={port % 65535 + 1}, or --serve=0 for any that is free"
         ) from None
-    server.daemon_threads = True
     return server, f"http://{_HOST}:{server.server_port}"
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request, client_address) -> None:
+        """Logs in one line what kept a request from being answered, but for a tab that closed."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, ConnectionError):
+            logging.error("the page of the curves: %s", on_one_line(error))
 
 
 def _handler(watch: Watch) -> type[http.server.BaseHTTPRequestHandler]:
@@ -55,8 +67,10 @@ def _handler(watch: Watch) -> type[http.server.BaseHTTPRequestHandler]:
             elif url.path == "/":
                 self._answer(200, "text/html; charset=utf-8", _PAGE.read_bytes())
             elif url.path == "/data.json":
-                since = urllib.parse.parse_qs(url.query).get("since", ["0"])[-1]
-                news = watch.since(int(since) if since.isdecimal() and len(since) < 16 else 0)
+                asked = urllib.parse.parse_qs(url.query)
+                since = asked.get("since", ["0"])[-1]
+                since = int(since) if since.isdecimal() and len(since) < 16 else 0
+                news = watch.since(since, asked.get("server", [None])[-1])
                 data = json.dumps(news, allow_nan=False, separators=(",", ":")).encode()
                 self._answer(200, "application/json", data)
             else:

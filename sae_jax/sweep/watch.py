@@ -5,6 +5,7 @@ still at the last look, its state is asked for, too; what has ended is never ask
 """
 
 import dataclasses
+import secrets
 import threading
 import time
 
@@ -14,6 +15,7 @@ from sae_jax.train import watching
 from sae_jax.train.watching import GrowingMetrics, at_once
 
 _SECONDS = {False: 2.0, True: 20.0}  # between looks, at local runs and at those in object stores
+_MOST = 1e100  # a number beyond it is no metric, and would overflow in what is computed of it
 _POINTS, _POINTS_OF_RUN = 100_000, (100, 2000)  # what a browser draws at once; least and most
 
 
@@ -49,26 +51,34 @@ class Watch:
         self._revision = 0
         self._next_look = 0.0
         self._problem = ""
+        self._server = secrets.token_hex(8)
 
-    def since(self, revision: int) -> dict:
+    def since(self, revision: int, server: str | None = None) -> dict:
         """Returns what is new since a revision, 0 for everything, after a look if one is due.
 
+        Args:
+          revision: what the last answer said, as the next is; that of another server is no
+            revision of this one, and then everything is returned.
+          server: None for this one.
+
         Returns:
+          server: a name of this one, to tell it from another at the same port.
           revision: the one to ask for next.
           seconds: when to ask next.
           problem: why the last look failed, "" if it did not.
           columns: the names of the metrics.
           runs: for each run its name, swept, state, step, steps, quiet (seconds without anything
-            new), left (seconds) and lines, each a list of values in the order of the columns; with
-            `reset` true the lines before are void.
+            new), left (seconds), last, the values of the last line in the order of the columns, and
+            lines, a list of such for each to draw; with `reset` true the lines before are void.
         """
         with self._lock:
             if time.monotonic() >= self._next_look:
                 self._look()
                 self._next_look = time.monotonic() + self._interval
-            if not 0 <= revision <= self._revision:  # of a server before this one
+            if server not in (None, self._server) or not 0 <= revision <= self._revision:
                 revision = 0
             return {
+                "server": self._server,
                 "revision": self._revision,
                 "seconds": self._interval,
                 "problem": self._problem,
@@ -79,15 +89,10 @@ class Watch:
     def _look(self) -> None:
         self._revision += 1
         going = [curve for curve in self._curves if not curve.ended]
-        try:
-            at_once(_Curve.ask_state, [curve for curve in going if curve.stood_still])
-            news = at_once(lambda curve: curve.metrics.read_new(), going)
-        except (UserError, OSError) as error:  # away for a moment; the next look will tell
-            self._problem = str(error)
-            return
-        self._problem = ""
-        for curve, (lines, restarted) in zip(going, news, strict=True):
-            curve.add(lines, restarted, self._revision)
+        problems = at_once(_Curve.look, going)
+        self._problem = next(filter(None, problems), "")
+        for curve in going:
+            curve.add_news(self._revision)
 
 
 class _Curve:
@@ -95,8 +100,9 @@ class _Curve:
 
     def __init__(self, run: Watched, points: int, columns: dict[str, int]):
         self._run, self._most, self._columns = run, points, columns
-        self.metrics = GrowingMetrics(run.path / "metrics.jsonl")
-        self.stood_still = True
+        self._metrics = GrowingMetrics(run.path / "metrics.jsonl")
+        self._news: tuple[list[dict], bool] | None = None  # None: it could not be read
+        self._stood_still = True
         self.ended = False
         self._state = "waiting"
         self._changed = time.monotonic()
@@ -106,23 +112,40 @@ class _Curve:
         self._stride, self._seen, self._reset = 1, 0, revision
         self._lines: list[tuple[int, list]] = []  # with the revision of each
         self._last: dict = {}
+        self._last_values: list = []
 
-    def ask_state(self) -> None:
-        self._state = watching.state(self._run.path)
-        if (silent := watching.silent(self._run.path)) is not None:
-            self._changed = time.monotonic() - silent
+    def look(self) -> str:
+        """Reads what is new, for `add_news`, and returns why it cannot be read, "" if it can.
 
-    def add(self, lines: list[dict], restarted: bool, revision: int) -> None:
+        A run that is away for a moment keeps none of the others waiting.
+        """
+        self._news = None
+        try:
+            if self._stood_still:
+                self._state = watching.state(self._run.path)
+                if (silent := watching.silent(self._run.path)) is not None:
+                    self._changed = time.monotonic() - silent
+            self._news = self._metrics.read_new()
+        except (UserError, OSError) as error:
+            return str(error)
+        return ""
+
+    def add_news(self, revision: int) -> None:
+        """Adds what the last look has read, as new in this revision."""
+        if self._news is None:
+            return
+        lines, restarted = self._news
         # A run whose state was asked for before its metrics were read has no more to come.
         self.ended = self._state in ("done", "failed")
-        self.stood_still = not lines
+        self._stood_still = not lines
         if lines:
             self._changed = time.monotonic()
             self._state = "started" if not self.ended else self._state
         if restarted:
             self._forget(revision)
+        if lines:
+            self._last, self._last_values = lines[-1], self._values(lines[-1])
         for line in lines:
-            self._last = line
             if self._seen % self._stride == 0:
                 self._lines.append((revision, self._values(line)))
             self._seen += 1
@@ -131,34 +154,38 @@ class _Curve:
             self._stride, self._reset = 2 * self._stride, revision
 
     def _values(self, line: dict) -> list:
-        numbers = {n: v for n, v in line.items() if type(v) in (int, float) or v is None}
+        numbers = {n: _number(v) for n, v in line.items() if type(v) in (int, float) or v is None}
         for name in numbers:
             self._columns.setdefault(name, len(self._columns))
         return [_short(numbers.get(name)) for name in self._columns]
 
     def since(self, revision: int) -> dict:
         reset = revision < self._reset or revision == 0
-        step = self._last.get("step", 0)
         fresh = [values for at, values in self._lines if reset or at > revision]
         return {
             "name": self._run.name,
             "swept": self._run.swept,
             "state": self._state,
-            "step": step,
+            "step": _number(self._last.get("step")) or 0,
             "steps": self._run.steps,
             "quiet": round(time.monotonic() - self._changed),
             "left": self._seconds_left(),
             "reset": reset,
+            "last": self._last_values,
             "lines": fresh,
         }
 
     def _seconds_left(self) -> float | None:
-        step, tokens = self._last.get("step"), self._last.get("tokens")
-        rate = self._last.get("tokens_per_second")
-        numbers = all(type(value) in (int, float) and value > 0 for value in (step, tokens, rate))
-        if self._state != "started" or not numbers:
+        names = ("step", "tokens", "tokens_per_second")
+        step, tokens, rate = (_number(self._last.get(name)) or 0 for name in names)
+        if self._state != "started" or not min(step, tokens, rate) > 0:
             return None
-        return max(0, self._run.steps - step) * tokens / step / rate
+        return _number(max(0, self._run.steps - step) * tokens / step / rate)
+
+
+def _number(value) -> int | float | None:
+    """Returns a number that can be drawn; None for any other value, as for NaN and infinity."""
+    return value if type(value) in (int, float) and -_MOST < value < _MOST else None
 
 
 def _short(value: float | None) -> float | None:

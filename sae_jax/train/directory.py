@@ -4,7 +4,6 @@ import dataclasses
 import importlib.metadata
 import os
 import pathlib
-import socket
 import subprocess
 from collections.abc import Sequence
 
@@ -83,7 +82,7 @@ class RunDirectory:
             around |= {_FINGERPRINT: data_fingerprint, _DIRECTORY: os.getcwd()}
             values = configs.to_dict(config) | {"environment": around}
             values |= {_LINEAGE: list(lineage)} if lineage else {}
-            by = f".{socket.gethostname()}.{os.getpid()}"
+            by = paths.this_process()
             if not paths.create(path / "config.json", paths.as_json(values), by):
                 # Another program was faster.
                 self.config = _check_same(path, config, data_fingerprint)
