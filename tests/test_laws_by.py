@@ -70,21 +70,21 @@ def test_a_law_for_each_group():
 
 def test_the_intervals_of_isoflops_exponents_carry_over_to_their_difference():
     """Where degrees are many, half widths add in quadrature."""
-    random, columns = np.random.default_rng(0), {"d_sae": [], "tokens": [], "loss": []}
-    for budget in 2 * [1e15, 1e16, 1e17]:
+    random, columns = np.random.default_rng(1), {"d_sae": [], "tokens": [], "loss": []}
+    for budget in 2 * [1e14, 1e15, 1e16, 1e17, 1e18]:
         n = (0.26 * budget / 6) ** 0.5 * 2.0 ** np.arange(-3, 4)
         loss = 1.0 + 40 * n**-0.3 + 60 * (budget / (6 * n)) ** -0.3
         columns["d_sae"] += list(n)
         columns["tokens"] += list(budget / (6 * n))
         columns["loss"] += list(loss * np.exp(0.002 * random.standard_normal(len(n))))
-    columns["architecture"] = np.repeat(["topk", "relu"], 21)
+    columns["architecture"] = np.repeat(["topk", "relu"], 35)
     table = laws.read(columns, flops_factor=6)
     found = laws.fit_by(table, "isoflop", "architecture", resamples=400)
     carried = 0
     for name, difference in found.differences.items():
         (pair,) = difference["pairs"]
         both = found.exponents[name].values()
-        if min(one.degrees for one in both) > 4:  # of runs about parabolas, not of three budgets
+        if min(one.degrees for one in both) > 4:  # of runs about parabolas, not of five budgets
             half = (pair["ci95"][1] - pair["ci95"][0]) / 2
             added = np.hypot(*[(one.high - one.low) / 2 for one in both])
             assert 0.85 * added < half < 1.05 * added, name
