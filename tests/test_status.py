@@ -100,15 +100,20 @@ def test_a_run_is_done_failed_going_on_or_stale(store, tmp_path, capsys):
     make_run(runs["stale"], config, 25)
     for file in runs["stale"].iterdir():
         os.utime(file, (time.time() - 3600,) * 2)
+    write(tmp_path / "runs" / "a_model" / "config.json", '{"model_type": "llama"}')
+    write(tmp_path / "runs" / "tool" / "meta.json", '{"title": "x"}')
     assert main(["status", str(tmp_path / "runs")]) == 0
     shown = dict(
-        text.split("/runs/")[1].split(": ", 1) for text in capsys.readouterr().out.splitlines()
+        text.split("/runs/", 1)[1].split(": ", 1) for text in capsys.readouterr().out.splitlines()
     )
     assert shown["done"] == "done, step 50 of 50, loss 2"
     assert shown["failed"] == "failed, step 5 of 50, loss 20: the loss became NaN"
     assert shown["going"] == "started, step 20 of 50, loss 5, 0:00:03 left, written 0:00:00 ago"
     assert "written 1:00:00 ago: stale, start it again" in shown["stale"]
     assert "left" not in shown["stale"]
+    assert "missing required field `train`" in shown["a_model"], "what is no run stops nothing"
+    assert "is not a store's" in shown["tool"]
+    assert main(["status", str(tmp_path / "runs" / "a_model")]) == 2
 
 
 def test_a_store_tells_its_speed_and_what_is_left(place):
