@@ -68,6 +68,40 @@ def test_a_law_for_each_group():
     assert len(table["group"]) == 6 and set(table["parameter"]) == {"A", "alpha", "E"}
 
 
+def test_the_intervals_of_isoflops_exponents_carry_over_to_their_difference():
+    """Where degrees are many, half widths add in quadrature."""
+    random, columns = np.random.default_rng(0), {"d_sae": [], "tokens": [], "loss": []}
+    for budget in 2 * [1e15, 1e16, 1e17]:
+        n = (0.26 * budget / 6) ** 0.5 * 2.0 ** np.arange(-3, 4)
+        loss = 1.0 + 40 * n**-0.3 + 60 * (budget / (6 * n)) ** -0.3
+        columns["d_sae"] += list(n)
+        columns["tokens"] += list(budget / (6 * n))
+        columns["loss"] += list(loss * np.exp(0.002 * random.standard_normal(len(n))))
+    columns["architecture"] = np.repeat(["topk", "relu"], 21)
+    table = laws.read(columns, flops_factor=6)
+    found = laws.fit_by(table, "isoflop", "architecture", resamples=400)
+    carried = 0
+    for name, difference in found.differences.items():
+        (pair,) = difference["pairs"]
+        both = found.exponents[name].values()
+        if min(one.degrees for one in both) > 4:  # of runs about parabolas, not of three budgets
+            half = (pair["ci95"][1] - pair["ci95"][0]) / 2
+            added = np.hypot(*[(one.high - one.low) / 2 for one in both])
+            assert 0.85 * added < half < 1.05 * added, name
+            carried += 1
+    assert carried
+
+
+def test_groups_whose_names_are_one_directorys_have_two(tmp_path):
+    columns = two_groups("power", noise=0.001)
+    names = {"topk": "mlp/out.0", "relu": "mlp_out.0"}
+    columns["site"] = [names[each] for each in columns.pop("architecture")]
+    found = laws.fit_by(columns, "power", "site", resamples=50)
+    found.save(tmp_path / "fits")
+    written = [json.loads(f.read_text()) for f in (tmp_path / "fits").glob("*/fit.json")]
+    assert len(written) == 2 and written[0]["params"] != written[1]["params"]
+
+
 def test_groups_with_common_exponents():
     """They are found together more exactly, and no test says that they differ."""
     found = laws.fit_by(two_groups("power", E=0.2, A=80.0), "power", "architecture", resamples=50)

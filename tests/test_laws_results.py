@@ -95,6 +95,22 @@ def test_the_best_learning_rate_is_that_of_each_setting():
     assert len(laws.read(two)) == 50
 
 
+def test_the_best_learning_rate_where_the_coefficient_is_moved():
+    """What it ended at is each run's own, and sets none of them apart."""
+    columns = {
+        "d_sae": [64, 64, 128, 128], "tokens": [1e6] * 4, "lr": [1e-3, 1e-4] * 2,
+        "target_l0": [8] * 4, "sparsity_coefficient": [0.31, 0.47, 0.29, 0.52],
+        "loss": [0.5, 0.6, 0.4, 0.5],
+    }  # fmt: skip
+    found = laws.read(columns)
+    assert sorted(found.columns["loss"]) == [0.4, 0.5]
+    assert "2 runs are left out, another learning rate being better" in found.notes[0]
+
+
+def test_long_whole_numbers_are_told_apart():
+    assert settings.as_text(20240101) != settings.as_text(20240102)
+
+
 def test_a_column_that_some_runs_have_is_there_in_their_group():
     columns = runs("chinchilla") | {"architecture": np.repeat(["topk", "relu"], [15, 10])}
     columns["k"] = np.array([*[32] * 15, *[None] * 10], object)

@@ -151,6 +151,18 @@ def test_a_run_is_dropped(pretended, store, tmp_path):
     assert len(rows(pretended)) == 3
 
 
+def test_a_change_that_would_make_runs_begin_anew_is_refused(store, tmp_path, capsys):
+    """Without seed 0, seed 1 would come into the pass of seed 2, which stopped at another step."""
+    file = write_sweep(tmp_path / "small.py", store, "return grid.sweep('train.seed', range(4))")
+    directory = SweepDirectory.start(tmp_path / "S", load(file, {}), 2)
+    for run in directory.runs:
+        directory.run_path(run).mkdir(parents=True)
+        (directory.run_path(run) / "config.json").write_text("{}")
+    before = (tmp_path / "S" / "sweep.json").read_bytes()
+    assert "begin anew" in refused(capsys, f"--workdir={tmp_path / 'S'}", "--drop=seed=0")
+    assert (tmp_path / "S" / "sweep.json").read_bytes() == before
+
+
 @pytest.mark.slow
 def test_what_failed_and_what_was_dropped_is_done_again(sweep, done):
     failed, dropped = SweepDirectory(sweep).runs[1:3]

@@ -168,7 +168,7 @@ def _open(args: flags.FlagValues, overrides: dict[str, str], path) -> "SweepDire
     directory = SweepDirectory(path)
     directory.check_passes(args.passes)
     if args.extend:
-        changes.extend(directory, load(args.config, overrides, path))
+        changes.extend(directory, load(args.config, overrides, path), args.lease_seconds)
     else:
         directory.override(overrides)
     return directory

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sae_jax.errors import UserError, some
-from sae_jax.laws.settings import RATES, as_text, in_order, last_part, settings
+from sae_jax.laws.settings import RATES, TARGETS, as_text, in_order, last_part, settings
 from sae_jax.tables import as_number
 
 # What a frontier is a path through, which groups need not have alike.
@@ -100,8 +100,9 @@ def make_settings(
     for number, row in enumerate(rows):
         group = group_name(by, [as_text(row[name]) for name in by])
         cells = {name: as_text(row[name]) for name in dict.fromkeys((*by, *apart))}
-        adapted = any(row.get(name) not in (None, "") for name in ("target_l0", "sae.target_l0"))
-        if adapted:  # what the coefficient ended at is the run's, not its setting's
+        adapted = any(row.get(name) not in (None, "") for name in TARGETS)
+        # What the coefficient ended at is the run's, not its setting's.
+        if adapted and "sparsity_coefficient" not in by:
             cells.pop("sparsity_coefficient", None)
         own = number if alone and not drawn else None
         runs.setdefault((group, tuple(cells.items()), own), []).append(row)

@@ -314,6 +314,8 @@ def _positive(name: str, value) -> np.ndarray:
         numbers = np.asarray(value, float)
     except (TypeError, ValueError):
         raise UserError(f"{name} is {value!r}; it must be a number or an array") from None
+    if not numbers.size:
+        raise UserError(f"{name} is empty; give a number or more")
     if not ((numbers >= _LEAST) & (numbers <= _MOST)).all():
         raise UserError(f"{name} must be of positive numbers, {_LEAST:g} to {_MOST:g}")
     return numbers

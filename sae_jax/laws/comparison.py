@@ -331,7 +331,7 @@ def _cell(values: np.ndarray) -> Math:
     if not len(values):
         return Math("")
     middle, spread = mean(values), sd(values)
-    if not spread:
+    if not spread or spread <= 1e-12 * abs(middle):  # rounding's
         return Math(f"{middle:.4g}")
     decimals = max(0, 1 - math.floor(math.log10(spread)))
     return Math(f"{middle:.{decimals}f} ± {spread:.{decimals}f}")

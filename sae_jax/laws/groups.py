@@ -36,6 +36,7 @@ from sae_jax.laws.results import Results
 from sae_jax.paths import AnyPath
 
 LEVEL = 0.05  # of the tests
+_LEAST_DEVIATION = 1e-9  # of an exponent: what the search for the least objective leaves
 FILES = ("by.json", "by.csv", "by.png")
 
 
@@ -83,6 +84,16 @@ class Groups:
     models: list[dict]
 
     @property
+    def folders(self) -> dict[str, str]:
+        """The name of each group's directory, by label."""
+        names = {label: folder(self.by, label) for label in self.fits}
+        taken = list(names.values())
+        return {
+            label: name if taken.count(name) == 1 else f"{name}.{number}"
+            for number, (label, name) in enumerate(names.items(), 1)
+        }
+
+    @property
     def warnings(self) -> list[str]:
         """What to doubt, in words."""
         out = [f"{self.by} {label} is left out: {why}" for label, why in self.refused.items()]
@@ -113,7 +124,7 @@ class Groups:
             "law": self.law,
             "groups": {
                 label: {
-                    "directory": folder(self.by, label),
+                    "directory": self.folders[label],
                     "params": fit.params,
                     "ci95": fit.ci95,
                     "n_points": len(fit.found.results),
@@ -182,7 +193,7 @@ class Groups:
         where the figures cannot be drawn.
         """
         out = paths.path(out)
-        folders = {label: out / folder(self.by, label) for label in self.fits}
+        folders = {label: out / name for label, name in self.folders.items()}
         _check_out(out)
         for each in folders.values():
             report.check_out(each)
@@ -197,11 +208,11 @@ class Groups:
         for label, fit in self.fits.items():
             values = fit.save(folders[label], flops, start, at)
             refused += [f"{label}: {why}" for why in values["refused"]]
+        paths.save_json(self.summary(), out / "by.json")  # first: it says whose the others are
         table = self.table()
         rows = [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
         paths.write(out / "by.csv", typeset.as_csv(list(table), rows))
         plots.save(group_figures.overview(found, self.by, self.exponents), out / "by.png")
-        paths.save_json(self.summary(), out / "by.json")
         for file, content in drawn.items():
             file.parent.mkdir(parents=True, exist_ok=True)
             paths.write(file, content)
@@ -274,6 +285,7 @@ def compare(exponents: dict[str, Exponent]) -> dict:
         degrees = sum(variances) ** 2 / parts if parts else a.degrees + b.degrees
         t = scipy.stats.t.ppf(0.975, degrees)
         low, high = math.hypot(below_a, above_b), math.hypot(above_a, below_b)
+        low, high = max(low, _LEAST_DEVIATION), max(high, _LEAST_DEVIATION)
         pairs.append(
             {
                 "of": [one, other],
@@ -287,8 +299,6 @@ def compare(exponents: dict[str, Exponent]) -> dict:
 
 
 def _two_sided(difference: float, deviation: float, degrees: float) -> float:
-    if deviation == 0:
-        return 1.0 if difference == 0 else 0.0
     return float(2 * scipy.stats.t.sf(abs(difference) / deviation, degrees))
 
 
@@ -297,11 +307,11 @@ def _welch(exponents: list[Exponent]) -> float:
     values = np.array([exponent.value for exponent in exponents])
     sides = np.array([exponent.deviations for exponent in exponents])
     degrees = np.array([exponent.degrees for exponent in exponents])
-    deviations = np.maximum(sides.mean(axis=1), 1e-12)
+    deviations = np.maximum(sides.mean(axis=1), _LEAST_DEVIATION)
     for _ in range(2):  # the deviation on the side of the mean, which it decides
         weights = deviations**-2
         mean = (weights * values).sum() / weights.sum()
-        deviations = np.maximum(np.where(values > mean, sides[:, 0], sides[:, 1]), 1e-12)
+        deviations = np.maximum(np.where(values > mean, sides[:, 0], sides[:, 1]), _LEAST_DEVIATION)
     count = len(values)
     spread = (weights * (values - mean) ** 2).sum() / (count - 1)
     lacking = ((1 - weights / weights.sum()) ** 2 / degrees).sum()
@@ -315,16 +325,17 @@ def _exponents(fits: dict[str, api.LawFit]) -> dict[str, dict[str, Exponent]]:
     for label, fit in fits.items():
         found, summary = fit.found, fit.summary()
         if isinstance(found, isoflop.IsoflopFit):
-            names, degrees = list(fit.exponents), len(found.minima.used) - 2
+            names, degrees = list(fit.exponents), found.degrees
         else:
             names = [slope.name for term in found.law.terms for slope in term.slopes]
-            degrees = found.drawn.runs - len(found.estimate.theta)
+            degrees = [found.drawn.runs - len(found.estimate.theta)]
         known = {name: (summary["params"][name], summary["ci95"][name]) for name in names}
         if found.name in ("chinchilla", "joint"):  # that of `power` is its parameter
             frontier = summary["frontier"]["ci95"]
             known |= {n: (fit.exponents[n], frontier[n]) for n in fit.exponents if n in frontier}
-        for name, (value, (low, high)) in known.items():
-            out.setdefault(name, {})[label] = Exponent(value, low, high, max(degrees, 1))
+        each = degrees if len(degrees) == len(known) else degrees * len(known)
+        for (name, (value, (low, high))), of in zip(known.items(), each, strict=True):
+            out.setdefault(name, {})[label] = Exponent(value, low, high, max(of, 1))
     return out
 
 
@@ -366,9 +377,8 @@ def _models(fits: dict[str, api.LawFit]) -> list[dict]:
         if out:
             more = parameters - out[-1]["parameters"]
             gain = max(out[-1]["objective"] - objective, 0.0)
-            degrees = sum(freedom) + len(found) * len(law.parameters) - parameters
             f = 2 * gain / (scale * more) if scale > 0 else math.inf
-            p = float(scipy.stats.f.sf(f, more, degrees))
+            p = float(scipy.stats.f.sf(f, more, sum(freedom)))
         out.append(
             {
                 "model": name,
@@ -443,7 +453,10 @@ def _held_out(found, law, common, columns, group, thetas, estimator) -> list[flo
     try:
         kept, held, _ = holdout.split(every, law.columns, None)
         for place in range(len(found)):
-            identifiability.check(law, every.take(kept[group[kept] == place]))
+            left = kept[group[kept] == place]
+            if not len(left):
+                return [None] * 3
+            identifiability.check(law, every.take(left))
     except UserError:
         return [None] * 3
     rest = {name: values[kept] for name, values in columns.items()}

@@ -99,6 +99,7 @@ class IsoflopFit:
       holdout: the error at the largest budgets of the law fitted without them.
       alternatives: the lines by the other estimators.
       warnings: what to doubt about the fit, in words.
+      degrees: the degrees of freedom of each line's intervals; None in a fit that was loaded.
     """
 
     results: Results
@@ -109,6 +110,7 @@ class IsoflopFit:
     holdout: dict | None
     alternatives: dict[str, list[Estimate]]
     warnings: list[str]
+    degrees: list[int] | None = None
 
     @property
     def name(self) -> str:
@@ -195,15 +197,17 @@ def fit(results: Results, options) -> IsoflopFit:
     minima = Minima.from_results(results)
     estimator = options.estimator or "log_least_squares"
     lines = minima.lines(estimator)
+    drawn, degrees = _resample_lines(minima, lines, options)
     return IsoflopFit(
         results=results,
         estimator=estimator,
         minima=minima,
         lines=lines,
-        drawn=_resample_lines(minima, lines, options),
+        drawn=drawn,
         holdout=_hold_out(minima, estimator, options.holdout),
         alternatives={other: minima.lines(other) for other in ESTIMATORS if other != estimator},
         warnings=[],
+        degrees=degrees,
     )
 
 
@@ -247,8 +251,10 @@ def _hold_out(minima: Minima, estimator: str, count: int | None) -> dict:
     }
 
 
-def _resample_lines(minima: Minima, lines: list[Estimate], options) -> np.ndarray:
-    """Returns the parameters (R, 3, 2) of the lines in resamples."""
+def _resample_lines(minima: Minima, lines: list[Estimate], options) -> tuple[np.ndarray, list[int]]:
+    """Returns the parameters (R, 3, 2) of the lines in resamples, and each line's degrees of
+    freedom: of the budgets about it, or of the runs about the parabolas where these explain it.
+    """
     random = np.random.default_rng(options.seed)
     theta = np.array([line.theta for line in lines])
     log_c = np.log(minima.flops)
@@ -265,7 +271,10 @@ def _resample_lines(minima: Minima, lines: list[Estimate], options) -> np.ndarra
     student = np.sqrt(random.chisquare(degrees, (options.resamples, 1, 1)) / degrees)
     normal = random.standard_normal((options.resamples, len(log_c), 3)) * scatter / student
     by_scatter = np.einsum("rbi,pb->rip", normal, to_line_2xB)
-    return theta + np.where((scatter > explained)[:, None], by_scatter, by_runs)
+    is_scattered = scatter > explained
+    of_runs = sum(int(curve.near.sum()) - 3 for curve in minima.used)
+    drawn = theta + np.where(is_scattered[:, None], by_scatter, by_runs)
+    return drawn, np.where(is_scattered, degrees, max(of_runs, 1)).tolist()
 
 
 def _moved_minima(minima: Minima, count: int, random) -> np.ndarray:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from sae_jax import pages, paths, plots, typeset
 from sae_jax.errors import UserError
 from sae_jax.json_files import read_json
-from sae_jax.laws import copyable, curves, figures, predict
+from sae_jax.laws import copyable, curves, figures, predict, saved
 from sae_jax.paths import AnyPath
 
 FILES = ("fit.json", "fit.png", "curve.csv", "table.md", "table.tex", "report.html", "state.json")
@@ -88,6 +88,7 @@ def save(
 
     drawn = {paths.path(file): plots.rendered(draw, file, style) for file in papers}
     out.mkdir(parents=True, exist_ok=True)
+    saved.forget(out)  # the law of another fit
     paths.save_json(values, out / "fit.json")
     plots.save(figures.overview(found, planned), out / "fit.png")
     rows = curves.table(found, planned)

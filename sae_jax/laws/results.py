@@ -12,6 +12,7 @@ from sae_jax.json_files import parse_json
 from sae_jax.laws.settings import (
     RATES,
     SOURCE,
+    TARGETS,
     as_text,
     in_order,
     last_part,
@@ -398,7 +399,10 @@ def _best_learning_rates(rows, names: dict[str, str]):
     apart = [name for name in apart if last_part(name) not in (*RATES, "seed")]
     cells: dict[tuple, dict] = {}
     for place, row in rows:
-        cell = tuple(as_text(row[name]) for name in dict.fromkeys((size, data, *apart)))
+        adapted = any(row.get(name) not in (None, "") for name in TARGETS)
+        # What the coefficient ended at is the run's, not its setting's.
+        own = [n for n in apart if not (adapted and n == "sparsity_coefficient")]
+        cell = tuple(as_text(row[name]) for name in dict.fromkeys((size, data, *own)))
         cells.setdefault(cell, {}).setdefault(row.get("lr"), []).append((place, row))
     kept = []
     for rates in cells.values():

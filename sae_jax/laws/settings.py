@@ -16,8 +16,10 @@ from sae_jax.tables import as_number
 
 SOURCE = "results"  # the column that says which of several tables a row is of
 RATES = ("lr", "learning_rate")
+TARGETS = ("target_l0", "sae.target_l0")
 _NO_SETTINGS = ("run_id", "status", SOURCE, "dead_fraction")
 _QUANTITIES = ("d_sae", "tokens", "k")
+_MADE_WITH = ("k", "target_l0", "sparsity_coefficient", *RATES)
 _OF_SWEEPS = (  # the settings in results.csv, beside the fields that the grid sets
     "architecture", "kind", "site", "d_in", "d_sae", "k", "sparsity_coefficient", "target_l0",
     "seed", "lr", "tokens", "branched_from",
@@ -33,13 +35,14 @@ Cells = Mapping[str, Sequence]
 def as_text(cell) -> str:
     """Returns a cell as text on one line.
 
-    Numbers that are equal have one text; an empty cell is "none".
+    Numbers that are equal to six digits have one text, whole ones if they are equal; an empty cell
+    is "none".
     """
     if cell is None or cell == "":
         return "none"
     number = as_number(cell)
     if number is not None and math.isfinite(number):
-        return f"{number:.6g}"
+        return str(int(number)) if number.is_integer() and abs(number) < 2**53 else f"{number:.6g}"
     return " ".join(str(cell).split())
 
 
@@ -68,7 +71,7 @@ def varying(cells: Cells, names: dict[str, str], known: dict[str, np.ndarray]) -
     """Returns the columns that vary and that a law does not know, as fit.json shows them.
 
     Left out are the columns that the law's own give: those proportional to one of them or to a
-    product of them.
+    product of them, unless they say how a dictionary is made (k, a target, a learning rate).
 
     Args:
       cells: the columns (N,) of the fitted runs by the file's names.
@@ -81,10 +84,13 @@ def varying(cells: Cells, names: dict[str, str], known: dict[str, np.ndarray]) -
       that decides the value, None where none does.
     """
     out = {}
+    ours = {column: name for name, column in names.items()}
     for name, kind in _kinds(cells, names).items():
         texts = [as_text(cell) for cell in cells[name]]
         numbers = [as_number(cell) for cell in cells[name]]
-        if name in known or (None not in numbers and _is_given(np.array(numbers), known)):
+        is_made = last_part(ours.get(name, name)) in _MADE_WITH
+        is_given = not is_made and None not in numbers and _is_given(np.array(numbers), known)
+        if name in known or is_given:
             continue
         follows = [column for column, values in known.items() if _decides(values, texts, numbers)]
         if any(last_part(name) == last_part(column) for column in follows):
@@ -153,7 +159,8 @@ def _kinds(cells: Cells, names: dict[str, str]) -> dict[str, str]:
         values = {as_text(cell) for cell in column}
         if len(values) > 1:
             its_own = len(values) > max(_OWN * len(column), 2)
-            is_setting = not its_own or name in (*_OF_SWEEPS, *ours)
+            by_grid = is_sweep and "." in name
+            is_setting = not its_own or by_grid or name in (*_OF_SWEEPS, *ours)
             out[name] = "setting" if is_setting else "measured"
     return out
 

@@ -140,11 +140,15 @@ def plan(
         for candidate in progress(_meshes(work, topology), "tracing every mesh", unit="program")
     ]
     order = sorted(tried, key=lambda plan: plan.hours)
+    too_large = None  # by what the compiler says
     for found in progress(order, "tracing all shapes on the best meshes", unit="program"):
         whole = _traced(work, topology, found.mesh)
         if whole.fits:
-            return _confirmed(whole, work, most)
-    return None
+            confirmed = _confirmed(whole, work, most)
+            if confirmed.fits:
+                return confirmed
+            too_large = too_large or confirmed
+    return too_large
 
 
 def text(plan: SweepPlan, price: float | None = None) -> str:

@@ -14,8 +14,9 @@ from absl import logging
 from sae_jax import paths
 from sae_jax.errors import UserError, nearest, some
 from sae_jax.sweep import design
-from sae_jax.sweep.directory import Run, SweepDirectory, counted
+from sae_jax.sweep.directory import Run, SweepDirectory, counted, passes_of
 from sae_jax.sweep.leases import Leases
+from sae_jax.train.results import run_id
 
 _FAILED = "failed"  # in place of a run's name: all that have failed
 
@@ -29,8 +30,9 @@ def check_nobody_works(directory: SweepDirectory, lease_seconds: float) -> None:
     leases = Leases(directory.path / "leases", lease_seconds)
     holders = leases.living()
     if any(holder.age is None for holder in holders):
-        logging.info("looking for %.0f s whether somebody works on this sweep", lease_seconds)
-        time.sleep(lease_seconds + 1)
+        seconds = max(holder.lasts for holder in holders)
+        logging.info("looking for %.0f s whether somebody works on this sweep", seconds)
+        time.sleep(seconds + 1)
         holders = leases.living()
     if holders:
         raise UserError(
@@ -70,13 +72,21 @@ def extended(directory: SweepDirectory, runs: list[Run]) -> list[Run]:
         begins = design.trunk_key(run.config) not in trunks
         known = there.get(run.id, dataclasses.replace(run, round=number + begins))
         merged.append(dataclasses.replace(run, round=known.round, dropped=known.dropped))
+    places = {run.id: place for place, run in enumerate(directory.all_runs)}
+    merged.sort(key=lambda run: places.get(run.id, len(places)))  # the passes before keep names
     return merged + [run for run in directory.all_runs if run.dropped and run.id not in here]
 
 
-def extend(directory: SweepDirectory, runs: list[Run]) -> None:
-    """Makes the grid of a sweep larger, as `extended` says, or leaves it if it is that already."""
+def extend(directory: SweepDirectory, runs: list[Run], lease_seconds: float) -> None:
+    """Makes the grid of a sweep larger, as `extended` says, or leaves it if it is that already.
+
+    Raises UserError where it leaves runs out while somebody works on the sweep.
+    """
     before, runs = {run.id for run in directory.all_runs}, extended(directory, runs)
     after = {run.id for run in runs}
+    if before - after:  # the passes that are left may have other names, by which they are leased
+        check_nobody_works(directory, lease_seconds)
+        _check_passes_hold(directory, runs, after - before)
     directory.use_hardware(runs)
     if after != before:
         directory.rewrite(runs)
@@ -100,7 +110,10 @@ def drop(directory: SweepDirectory, names: Sequence[str]) -> None:
 
 
 def rerun(directory: SweepDirectory, names: Sequence[str]) -> None:
-    """Makes runs wait to be trained again, from the beginning; dropped ones come back.
+    """Makes runs wait to be trained again; dropped ones come back.
+
+    They are trained from the beginning, or go on from the trunk that a done run of another budget
+    shares with them.
 
     Their directories go to SWEEP/dropped. Raises UserError for a name that is none.
     """
@@ -137,14 +150,41 @@ def _find_one(directory: SweepDirectory, text: str, runs: Sequence[Run]) -> Run:
     return means[0]
 
 
+def _check_passes_hold(directory: SweepDirectory, runs: list[Run], ids: set[str]) -> None:
+    """Raises UserError where a pass of `runs` would join runs that have begun in several passes.
+
+    Such runs have no checkpoint in common, so that they would begin anew.
+    """
+    before = {run_id(config): work.name for work in directory.work() for config in work.runs}
+    for work in passes_of([run for run in runs if not run.dropped], directory.passes):
+        begun = [
+            run
+            for run in runs
+            if run.id not in ids
+            and run.id in {run_id(config) for config in work.runs}
+            and directory.state(run) == "started"
+        ]
+        if len({before[run.id] for run in begun}) > 1:
+            raise UserError(
+                f"{some([run.id for run in begun], 3)} of {directory.path} have begun in several "
+                "passes, and would have to begin anew in one; start the sweep again and let them "
+                "end first"
+            )
+
+
 def _next_round(directory: SweepDirectory) -> int:
     return 1 + max(run.round for run in directory.all_runs)
 
 
 def _change(directory: SweepDirectory, ids: set[str], **fields) -> None:
-    """Changes fields of runs in sweep.json, and then puts their directories aside."""
+    """Changes fields of runs in sweep.json, and then puts their directories aside.
+
+    Raises UserError where runs that have begun, and are not among these, would lose what they have.
+    """
     runs = directory.all_runs
-    directory.rewrite([dataclasses.replace(r, **fields) if r.id in ids else r for r in runs])
+    changed = [dataclasses.replace(r, **fields) if r.id in ids else r for r in runs]
+    _check_passes_hold(directory, changed, ids)
+    directory.rewrite(changed)
     for run in runs:
         if run.id in ids and (place := directory.run_path(run)).is_dir():
             aside, number = directory.path / "dropped" / run.id, 1

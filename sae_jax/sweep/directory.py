@@ -27,7 +27,7 @@ from sae_jax.sweep import grid as grids
 from sae_jax.sweep.design import Pass
 from sae_jax.tables import as_csv
 from sae_jax.train import preparation, results, watching
-from sae_jax.train.branch import Origin
+from sae_jax.train.branch import Origin, split
 from sae_jax.train.directory import environment
 
 _VOLATILE = ("wall_seconds", "devices")  # differ with who did the work, and how often it was killed
@@ -152,6 +152,11 @@ def expand(base: Config, grid: grids.Grid, window: int | None = None) -> list[Ru
             preparation.count_steps(config, stream)
             preparation.check_variances(config, stream)
             if config.train.branch_from:
+                if split(config.train.branch_from)[1] is None:
+                    raise UserError(
+                        f"train.branch_from is {config.train.branch_from}, and a sweep needs a "
+                        "step, at which all its runs begin: RUN/checkpoints/STEP"
+                    )
                 origins(config.train.branch_from).check(config, stream.fingerprint)
         except UserError as error:
             where = f"run {number} of {len(grid)} ({grids.describe(swept)})"

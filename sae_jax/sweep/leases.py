@@ -49,6 +49,7 @@ class Holder:
         cannot tell.
       alive: whether its lease has not run out, as far as that can be told.
       told: the age by the clocks of both hosts, where `age` is not known; None where there is none.
+      lasts: the seconds after its last heartbeat in which its lease runs out.
       silent: whether it seems dead: it is not alive, or would not be if those clocks are right.
         That is for people to read, and no reason to take its work over.
     """
@@ -56,6 +57,7 @@ class Holder:
     owner: str
     age: float | None
     alive: bool
+    lasts: float
     told: float | None = None
     silent: bool = False
 
@@ -130,7 +132,7 @@ class Leases:
         age, told = looked.age, looked.told
         alive = not (age or 0) > lasts
         silent = not alive or (age is None and (told or 0) > lasts)
-        return Holder(owner or "?", age, alive, told, silent)
+        return Holder(owner or "?", age, alive, lasts, told, silent)
 
 
 class Lease:

@@ -153,8 +153,7 @@ def _origins(
     """
     fresh = [i for i, run in enumerate(pack.runs) if not saved_steps(runs_directory / run_id(run))]
     if branch_from := pack.runs[0].train.branch_from:
-        origin = Origin.open(branch_from)
-        return dict.fromkeys(fresh, origin)
+        return dict.fromkeys(fresh, Origin.open(branch_from)) if fresh else {}
     choices = {
         i: _same_until(pack.runs[i], runs_directory, others, fingerprint) for i in fresh if others
     }

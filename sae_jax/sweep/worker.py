@@ -146,8 +146,8 @@ class _Worker:
             raise PreemptedError(0)
 
     def write_results(self) -> None:
-        if is_writer():
-            self._directory.write_results()
+        if is_writer():  # of the grid as it is now, which may have grown
+            SweepDirectory(self._directory.path).write_results()
 
     def _done_besides(self, work: design.Pass) -> list[Config]:
         """Returns the runs of other passes that are done."""

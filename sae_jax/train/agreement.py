@@ -67,6 +67,7 @@ def described(config: Config) -> dict:
     values["sae"]["extra_loss"] = function
     values["data"].pop("store")
     values["train"].pop("init")
+    values["train"].pop("branch_from")
     return values
 
 

@@ -53,13 +53,13 @@ def _learning_rate(config: Config, sae: SAEConfig) -> float:
     """Returns the default peak learning rate of a run with the resolved section `sae`.
 
     It is the architecture's, which is that of long runs. A step of Adam moves a weight by the
-    learning rate at most, whatever the penalty's coefficient. So a shorter run that aims at an L0
-    gets a larger rate: large enough for biases and thresholds to go from half the latents firing to
-    a few, which is some standard deviations, and small enough that a step turns a row of the
-    encoder (of norm 1) by no more than `_MOST_TURN`.
+    learning rate at most, whatever the penalty's coefficient. So a shorter run whose coefficient
+    is moved to reach an L0 gets a larger rate: large enough for biases and thresholds to go from
+    half the latents firing to a few, which is some standard deviations, and small enough that a
+    step turns a row of the encoder (of norm 1) by no more than `_MOST_TURN`.
     """
     rate = saes.architecture(sae).learning_rate(sae.d_sae)
-    if sae.target_l0 is None:
+    if not sae.adapts_to_target_l0:
         return rate
     steps = max(1, config.train.tokens // config.data.batch_size)
     return max(rate, min(_TRAVEL / steps, _MOST_TURN / math.sqrt(sae.d_in)))
