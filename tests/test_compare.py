@@ -117,6 +117,15 @@ def sweep(tmp_path):
     return tmp_path / "sweep"
 
 
+def test_an_evaluation_of_a_run_that_had_not_ended_does_not_count(sweep, tmp_path, capsys):
+    file = sweep / "runs/run3/eval.json"
+    early = json.loads(file.read_text()) | {"settings": {"step": 5, "result": None}}
+    file.write_text(json.dumps(early))
+    flags = [f"--results={sweep}", "--y=ce_recovered_zero", f"--out={tmp_path / 'out'}"]
+    assert cli.main(["compare", *flags]) == 0
+    assert "note: 2 of 24 runs are left out" in capsys.readouterr().out
+
+
 def test_the_command_reads_evaluations_and_writes_figure_and_tables(sweep, tmp_path, capsys):
     out, paper = tmp_path / "out", tmp_path / "paper/ce.pdf"
     flags = [f"--results={sweep}", "--y=ce_recovered_zero", f"--out={out}", "--at=16,32"]

@@ -347,6 +347,10 @@ def test_metadata_of_a_run_on_a_harvested_store(tmp_path):
     assert cli("import", f"--path={tmp_path / 'out'}", f"--out={imported}") == 0
     assert interop.read_provenance(imported)["dataset_path"] == str(text)
 
+    evaluation = json.loads((run / "eval.json").read_text())
+    evaluation["settings"]["step"] = 5  # as if it had been made while the run was trained
+    (run / "eval.json").write_text(json.dumps(evaluation))
+    assert "evaluation" not in interop.read_provenance(run)
     (run / "checkpoints" / "10").rename(run / "checkpoints" / "5")  # as if the run had not ended
     about = interop.read_provenance(run)
     assert about == interop.read_provenance(run / "checkpoints" / "5")

@@ -100,15 +100,20 @@ def test_a_run_is_done_failed_going_on_or_stale(store, tmp_path, capsys):
     make_run(runs["stale"], config, 25)
     for file in runs["stale"].iterdir():
         os.utime(file, (time.time() - 3600,) * 2)
+    write(tmp_path / "runs" / "a_model" / "config.json", '{"model_type": "llama"}')
+    write(tmp_path / "runs" / "tool" / "meta.json", '{"title": "x"}')
     assert main(["status", str(tmp_path / "runs")]) == 0
     shown = dict(
-        text.split("/runs/")[1].split(": ", 1) for text in capsys.readouterr().out.splitlines()
+        text.split("/runs/", 1)[1].split(": ", 1) for text in capsys.readouterr().out.splitlines()
     )
     assert shown["done"] == "done, step 50 of 50, loss 2"
     assert shown["failed"] == "failed, step 5 of 50, loss 20: the loss became NaN"
     assert shown["going"] == "started, step 20 of 50, loss 5, 0:00:03 left, written 0:00:00 ago"
     assert "written 1:00:00 ago: stale, start it again" in shown["stale"]
     assert "left" not in shown["stale"]
+    assert "missing required field `train`" in shown["a_model"], "what is no run stops nothing"
+    assert "is not a store's" in shown["tool"]
+    assert main(["status", str(tmp_path / "runs" / "a_model")]) == 2
 
 
 def test_a_store_tells_its_speed_and_what_is_left(place):
@@ -133,14 +138,48 @@ def test_a_store_tells_its_speed_and_what_is_left(place):
         _date(place / "written" / f"{number:06d}.npz", begin - 1025 + 10 * number)
     found = progress.read_progress(place)
     assert found.stale and found.seconds_left is None
+    for number in range(3):  # 10 minutes each, of which a rest of 12 hours between is no part
+        writer.write_shard(3 + number, {"x": rows[:64]})
+    for number, minutes in enumerate((765, 755, 745, 25, 15, 5)):
+        _date(place / "written" / f"{number:06d}.npz", begin - 60 * minutes)
+    found = progress.read_progress(place)
+    assert found.rows_per_second == pytest.approx(64 / 600) and not found.stale
+    if isinstance(place, pathlib.Path):
+        return
+    for number in range(6):  # as writers of before left them
+        _date(place / "written" / f"{number:06d}.npz", None)
+    found = progress.read_progress(place)
+    assert (found.rows, found.silent, found.stale) == (384, None, False)
 
 
-def _date(notes, when: float) -> None:
-    """Gives the notes of a shard the time at which they were written."""
+def test_a_store_may_be_finished_while_it_is_looked_at(tmp_path, monkeypatch):
+    writer = StoreWriter.create_or_resume(
+        str(tmp_path), sites={"x": 16}, num_sequences=8, context_length=8, dtype="float32"
+    )
+    rows = sparse_rows(64)
+    for shard in writer.missing_shards():
+        size = shard.sequences.stop - shard.sequences.start
+        writer.write_shard(shard.index, {"x": rows[: 8 * size]})
+
+    def finish(folder, notes):
+        writer.finish()
+        raise UserError("the notes are gone")
+
+    monkeypatch.setattr(progress, "_times", finish)
+    found = progress.read_progress(tmp_path)
+    assert found.meta.complete and found.rows == 64
+    monkeypatch.undo()
+    assert progress.read_progress(tmp_path).rows == 64
+
+
+def _date(notes, when: float | None) -> None:
+    """Gives the notes of a shard the time at which they were written, None for none."""
     if isinstance(notes, pathlib.Path):
         os.utime(notes, (when, when))
         return
-    arrays = dict(np.load(io.BytesIO(notes.read_bytes()))) | {"time": np.float64(when)}
+    arrays = dict(np.load(io.BytesIO(notes.read_bytes())))
+    arrays.pop("time")
+    arrays |= {} if when is None else {"time": np.float64(when)}
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     notes.write_bytes(buffer.getvalue())

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import pathlib
 import time
 
@@ -12,7 +13,7 @@ from sae_jax.errors import UserError
 from sae_jax.numpy_files import read_npz
 
 _RECENT = 9  # shards, of which the speed is taken
-_STALE_SECONDS, _STALE_SHARDS = 300.0, 10.0  # silence that a harvest which goes on does not keep
+_STALE_SECONDS, _STALE_GAPS = 300.0, 10.0  # silence that a harvest which goes on does not keep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,14 +24,17 @@ class StoreProgress:
       meta: its meta.json.
       shards: how many shards are written.
       rows_per_second: the speed of the last few shards, of all writers together; None where there
-        are too few.
-      silent: the seconds since a shard was written; None before there is one.
+        are too few, and for a live store that computes only some of its shards.
+      silent: the seconds since a shard was written; None before there is one, and where the writers
+        have not noted it.
+      longest_gap: the most seconds between two of the last few shards while they were written.
     """
 
     meta: StoreMeta
     shards: int
     rows_per_second: float | None = None
     silent: float | None = None
+    longest_gap: float = 0.0
 
     @property
     def rows(self) -> int:
@@ -39,13 +43,10 @@ class StoreProgress:
 
     @property
     def stale(self) -> bool:
-        """Whether nobody seems to write: it has been silent for longer than ten shards take."""
+        """Whether nobody seems to write: it has been silent for ten times as long as before."""
         if self.meta.complete or self.silent is None:
             return False
-        shard = 0.0
-        if self.rows_per_second:
-            shard = self.meta.num_rows / self.meta.num_shards / self.rows_per_second
-        return self.silent > max(_STALE_SECONDS, _STALE_SHARDS * shard)
+        return self.silent > max(_STALE_SECONDS, _STALE_GAPS * self.longest_gap)
 
     @property
     def seconds_left(self) -> float | None:
@@ -64,18 +65,35 @@ def read_progress(path) -> StoreProgress:
     meta = read_meta(folder)
     if meta is None:
         raise UserError(f"no activation store at {folder.path}: {folder.path}/meta.json is missing")
+    if not meta.complete:
+        notes, times, failure = [], [], None
+        try:
+            notes = sorted(name for name in folder.sizes("written") if name.endswith(".npz"))
+            times = sorted(_times(folder, notes))
+        except UserError as error:
+            failure = error
+        if times:
+            return _with_speed(meta, len(notes), times[-_RECENT:])
+        meta = read_meta(folder) or meta  # notes are removed when the store is finished
     if meta.complete:
         return StoreProgress(meta, meta.num_shards)
-    notes = sorted(name for name in folder.sizes("written") if name.endswith(".npz"))
-    times = sorted(_times(folder, notes))
-    if not times:
-        return StoreProgress(meta, 0)
-    recent = times[-_RECENT:]
-    seconds = recent[-1] - recent[0]
+    if failure:
+        raise failure
+    return StoreProgress(meta, len(notes))
+
+
+def _with_speed(meta: StoreMeta, shards: int, times: list[float]) -> StoreProgress:
+    """Returns how far a store is whose last few shards were written at these times."""
+    gaps = sorted(after - before for before, after in itertools.pairwise(times))
+    # The time for which nobody wrote is no part of the speed. It is told by the next longest gap,
+    # and not by a typical one: of several writers at once most gaps are next to nothing.
+    if len(gaps) > 1 and gaps[-1] > max(_STALE_SECONDS, _STALE_GAPS * gaps[-2]):
+        gaps.pop()
     rate = None
-    if seconds > 0:
-        rate = (len(recent) - 1) * meta.num_rows / meta.num_shards / seconds
-    return StoreProgress(meta, len(notes), rate, max(0.0, time.time() - recent[-1]))
+    if sum(gaps) > 0 and not (meta.live and meta.live.statistics_tokens):
+        rate = len(gaps) * meta.num_rows / meta.num_shards / sum(gaps)
+    silent = max(0.0, time.time() - times[-1])
+    return StoreProgress(meta, shards, rate, silent, max(gaps, default=0.0))
 
 
 def _times(folder: Folder, notes: list[str]) -> list[float]:

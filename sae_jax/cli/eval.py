@@ -29,7 +29,8 @@ writes RUN/eval.json and eval_latents.npz of each, and sweeps/a/evals.csv: resul
 columns, eval_fvu, eval_l0, eval_ce_recovered_zero and the like, which `sae-jax fit
 --results=sweeps/a/evals.csv` reads. Runs on the same sites share one reading of the rows, and of a
 batch the runs of the language model but for one with each SAE in its place. The same command again
-goes on where it was; what is evaluated with these settings is left as it is.
+goes on where it was; what is evaluated with these settings is left as it is, unless the run was
+trained further since, or again.
 
 A run on a synthetic world (config.data.store=world:...) is evaluated on rows of the world that it
 did not train on, with how much of the world's features it found.

@@ -1,5 +1,8 @@
 """Tells where runs, sweeps and stores stand: `sae-jax status`."""
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 from absl import flags
 
 from sae_jax.errors import UserError
@@ -60,6 +63,7 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
     """Prints the status of each path, or serves the page of their curves until Ctrl-C."""
     del overrides
     from sae_jax import paths
+    from sae_jax.train.watching import at_once
 
     if not args.path or not all(args.path):
         raise UserError("name a run, a sweep or a store, as in: sae-jax status runs/a")
@@ -67,23 +71,49 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
     if args.serve is not None:
         _serve(places, args.serve)
         return
-    for place, kind in places:
-        print({"sweep": _sweep, "store": _store, "run": _run}[kind](place))
+    show = {"sweep": _sweep, "store": _store, "run": _run}
+    for text in at_once(lambda place: _unless_strange(place, show[place.kind]), places):
+        if isinstance(text, Exception):
+            raise text
+        print(text)
 
 
-def _places(path) -> list[tuple]:
-    """Returns (path, kind) of what is at a path, or of all that are in the directory there."""
+class _Place(NamedTuple):
+    """A run, a sweep or a store; `named` by the user, or found in a directory that is."""
+
+    path: Any
+    kind: str
+    named: bool
+
+
+def _unless_strange(place: _Place, look: Callable) -> Any:
+    """Returns what a look at a place returns, or the exception that it raises.
+
+    A directory may have another program's files in it, of the same names as ours. Of these it
+    returns a line that says so.
+    """
+    try:
+        return look(place.path)
+    except (UserError, OSError) as error:
+        return error if place.named else f"{place.path}: {error}"
+
+
+def _places(path) -> list[_Place]:
+    """Returns what is at a path, or all that are in the directory there."""
+    from sae_jax.train.watching import at_once
+
     if found := _kind(path):
-        return [(path, found)]
+        return [_Place(path, found, named=True)]
     if not path.exists():
         raise UserError(f"there is no {path}; name a run, a sweep or a store")
-    inside = [(entry, _kind(entry)) for entry in sorted(_entries(path), key=str)]
+    entries = sorted(_entries(path), key=str)
+    inside = list(zip(entries, at_once(_kind, entries), strict=True))
     if not any(kind for _, kind in inside):
         raise UserError(
             f"{path} is neither a run (config.json), a sweep (sweep.json) nor a store (meta.json), "
             "and has none of them in it"
         )
-    return [(entry, kind) for entry, kind in inside if kind]
+    return [_Place(entry, kind, named=False) for entry, kind in inside if kind]
 
 
 def _entries(path) -> list:
@@ -140,11 +170,19 @@ def _store(path) -> str:
     return f"{text}: stale, start the same harvest again to go on" if found.stale else text
 
 
-def _serve(places: list[tuple], port: int) -> None:
+def _serve(places: list[_Place], port: int) -> None:
     from sae_jax.sweep import live_page
     from sae_jax.sweep.watch import Watch
 
-    runs = [run for place, kind in places for run in _watched(place, kind)]
+    runs = []
+    for place in places:
+        found = _unless_strange(place, lambda path, kind=place.kind: _watched(path, kind))
+        if isinstance(found, Exception):
+            raise found
+        if isinstance(found, str):
+            print(found)
+        else:
+            runs += found
     if not runs:
         raise UserError("--serve shows the curves of runs and sweeps, and here are only stores")
     server, address = live_page.open_server(Watch(runs), port)

@@ -248,6 +248,9 @@ def _with_evaluations(title: str, rows: list[Row], wanted: list[str]) -> list[di
         runs = paths.path(row.get(SOURCE) or title) / "runs"
         file = paths.inside(runs, str(row["run_id"])) / "eval.json"
         evaluation = read_json(file, default={})
+        about = evaluation.get("settings")
+        if isinstance(about, dict) and about.get("result", "") is None:
+            evaluation = {}  # it is of a checkpoint before the run had its result
         sections = [evaluation.get(name) for name in _SECTIONS]
         numbers = {
             name: value
