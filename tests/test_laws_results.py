@@ -117,6 +117,8 @@ def test_a_column_that_some_runs_have_is_there_in_their_group():
     groups = laws.read(columns).split(["architecture"])
     assert list(groups) == ["relu", "topk"]
     assert "k" not in groups["relu"].columns and (groups["topk"].columns["k"] == 32).all()
+    columns |= {"data.site": np.repeat(["a", "b"], [15, 10])}
+    assert list(laws.read(columns).split(["site"])) == ["a", "b"]
     with pytest.raises(UserError, match="did you mean 'architecture'"):
         laws.read(columns).split(["architectur"])
     with pytest.raises(UserError, match="row .*: k is empty"):

@@ -93,7 +93,8 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_multi_string(
         "rerun",
         [],
-        "Train a run again, from its beginning; failed: all whose loss became NaN. Repeatable.",
+        "Train a run again, from its beginning, or from the trunk of a run of another budget that "
+        "is done; failed: all whose loss became NaN. Repeatable.",
         flag_values=values,
     )
     flags.DEFINE_multi_string(

@@ -28,7 +28,7 @@ from sae_jax.laws.alike import (
     shared_places,
 )
 from sae_jax.laws.results import Row, finished
-from sae_jax.laws.settings import SOURCE, as_text
+from sae_jax.laws.settings import SOURCE, as_text, meant_column
 from sae_jax.paths import AnyPath
 from sae_jax.progress_bar import progress
 from sae_jax.tables import as_number
@@ -313,6 +313,7 @@ def _measured(rows: list[dict], metrics: tuple[str, str], title: str):
 def _names(columns: str | Sequence[str], cells: dict, flag: str, title: str) -> tuple[str, ...]:
     """Returns the columns that a flag names. Raises UserError, which names those that there are."""
     columns = columns.split(",") if isinstance(columns, str) else columns
+    columns = [meant_column(name, cells) for name in columns]
     for name in columns:
         if name not in cells:
             raise UserError(
@@ -325,7 +326,8 @@ def _grouping(cells: dict, by, title: str) -> tuple[str, ...]:
     """Returns the columns that make the groups."""
     if by:
         return _names(by, cells, "by", title)
-    varies = [name for name in _GROUPS if name in cells and len(set(map(as_text, cells[name]))) > 1]
+    known = [name for name in (meant_column(name, cells) for name in _GROUPS) if name in cells]
+    varies = [name for name in known if len(set(map(as_text, cells[name]))) > 1]
     return tuple(varies[:1])
 
 

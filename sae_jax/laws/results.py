@@ -16,6 +16,7 @@ from sae_jax.laws.settings import (
     as_text,
     in_order,
     last_part,
+    meant_column,
     settings,
     shortened,
     varying,
@@ -143,10 +144,11 @@ class Results:
 
         Raises UserError for an unknown column.
         """
-        by = [column if column in self.cells else self.names.get(column, column) for column in by]
-        for column in by:
-            choose(column, self.cells, f"--by: the column of {self.source}")
-        texts = [[as_text(cell) for cell in self.cells[column]] for column in by]
+        by = [name if name in self.cells else self.names.get(name, name) for name in by]
+        by = [meant_column(name, self.cells) for name in by]
+        for name in by:
+            choose(name, self.cells, f"--by: the column of {self.source}")
+        texts = [[as_text(cell) for cell in self.cells[name]] for name in by]
         values = np.array([", ".join(row) for row in zip(*texts, strict=True)])
         groups = {}
         for value in in_order(values):

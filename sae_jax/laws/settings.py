@@ -143,6 +143,14 @@ def last_part(name: str) -> str:
     return name.rpartition(".")[2]
 
 
+def meant_column(name: str, cells: Iterable[str]) -> str:
+    """Returns the column that a name means: the one of that name, or else the only one, such as
+    data.site, of which it is the last part. Where there is none, it returns the name.
+    """
+    ends = [each for each in cells if last_part(each) == name]
+    return ends[0] if name not in cells and len(ends) == 1 else name
+
+
 def _kinds(cells: Cells, names: dict[str, str]) -> dict[str, str]:
     """Returns "setting" or "measured" for each column that varies and may be a setting."""
     is_sweep = {"run_id", "status", "architecture"} <= set(cells)
