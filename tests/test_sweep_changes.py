@@ -132,6 +132,22 @@ def test_a_larger_grid_goes_on_from_what_is_done(sweep, store, tmp_path, capsys)
     assert contents(sweep) == after
 
 
+@pytest.mark.slow
+def test_several_larger_and_smaller_budgets_share_a_trunk_again(sweep, store, tmp_path):
+    """The trunk goes on from where the smallest new budget leaves it, or before."""
+    file = write_sweep(
+        tmp_path / "more.py", store, BUDGETS.format([1280, 1920, 2560, 5120, 7680], 2)
+    )
+    assert command(f"--config={file}", f"--workdir={sweep}", "--extend") == 0
+    new = {SweepDirectory(sweep).name(r): r.id for r in SweepDirectory(sweep).runs if r.round}
+    assert len(new) == 6
+    file = write_sweep(tmp_path / "whole.py", store, BUDGETS.format([1280, 5120, 7680], 2))
+    assert command(f"--config={file}", f"--workdir={tmp_path / 'whole'}") == 0
+    for run_id in new.values():
+        found = saved_arrays(sweep / "runs" / run_id)
+        assert_same_arrays(found, saved_arrays(tmp_path / "whole" / "runs" / run_id))
+
+
 def test_a_grid_that_leaves_out_what_has_begun(pretended, store, tmp_path, capsys):
     before = contents(pretended), (pretended / "sweep.json").read_bytes()
     file = write_sweep(tmp_path / "other.py", store, BUDGETS.format([2560, 5120], 3))

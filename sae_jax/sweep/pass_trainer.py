@@ -77,9 +77,11 @@ def train_pass(
             data_of_sites[config.data] = TrainingData.open(config, open_stream)
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         packs: list[PackInTraining] = []
-        for pack in work.packs:
+        for place, pack in enumerate(work.packs):
             data = data_of_sites[pack.runs[0].data]
-            origins = _origins(pack, runs_directory, others, data.stream.fingerprint)
+            leaves = [branch.start for branch in work.packs if branch.trunk == place]
+            most = min(leaves, default=pack.steps)
+            origins = _origins(pack, runs_directory, others, data.stream.fingerprint, most)
             recorders = [
                 RunRecorder(
                     run,
@@ -145,32 +147,44 @@ def _data_of_all(
 
 
 def _origins(
-    pack: design.Pack, runs_directory: AnyPath, others: Sequence[Config], fingerprint: str
+    pack: design.Pack,
+    runs_directory: AnyPath,
+    others: Sequence[Config],
+    fingerprint: str,
+    most: int,
 ) -> dict[int, Origin]:
     """Returns the checkpoints of other runs that runs of a pack begin with, by the runs' numbers.
 
-    Runs that have checkpoints of their own are left out. All others begin at one step.
+    Runs that have checkpoints of their own are left out. All others begin at one step, at `most` or
+    before, where the first branch leaves them. Branches of the pass begin with their trunk.
     """
     fresh = [i for i, run in enumerate(pack.runs) if not saved_steps(runs_directory / run_id(run))]
     if branch_from := pack.runs[0].train.branch_from:
         return dict.fromkeys(fresh, Origin.open(branch_from)) if fresh else {}
+    if pack.trunk is not None:
+        return {}
     choices = {
-        i: _same_until(pack.runs[i], runs_directory, others, fingerprint) for i in fresh if others
+        i: _same_until(pack.runs[i], runs_directory, others, fingerprint, most)
+        for i in fresh
+        if others
     }
     steps = set.intersection(*map(set, choices.values())) if choices else set()
     return {i: choices[i][max(steps)] for i in choices if steps}
 
 
 def _same_until(
-    run: Config, runs_directory: AnyPath, others: Sequence[Config], fingerprint: str
+    run: Config, runs_directory: AnyPath, others: Sequence[Config], fingerprint: str, most: int
 ) -> dict[int, Origin]:
-    """Returns the checkpoints of other runs up to which `run` is the same as they, by step."""
+    """Returns the checkpoints of other runs up to which `run` is the same as they, by step: those
+    of steps up to `most`.
+    """
     found: dict[int, Origin] = {}
     key = design.trunk_key(run)
     for other in others if key else ():
         if design.trunk_key(other) != key:
             continue
-        path, until = runs_directory / run_id(other), min(trunk_steps(run), trunk_steps(other))
+        path = runs_directory / run_id(other)
+        until = min(trunk_steps(run), trunk_steps(other), most)
         if data_fingerprint(path) == fingerprint:
             steps = [step for step in saved_steps(path) if step <= until]
             found |= {step: Origin(path, step, other) for step in steps}
