@@ -50,14 +50,14 @@ def passes(directory: SweepDirectory, leases: Leases, states: dict[str, str]) ->
 
     In an object store it takes a request or two for each run that has begun, side by side.
     """
-    by_id = {run.id: run for run in directory.runs}
+    by_config = {results.run_id(run.config): run for run in directory.runs}
     begun = [run for run in directory.runs if states[run.id] != "waiting"]
     lines = watching.at_once(
         lambda run: watching.last_line(directory.run_path(run) / "metrics.jsonl"), begun
     )
-    last = dict.fromkeys(by_id, Line()) | dict(zip([run.id for run in begun], lines, strict=True))
+    last = dict.fromkeys(states, Line()) | dict(zip([run.id for run in begun], lines, strict=True))
     todo = directory.work()
-    runs = {work.name: [by_id[results.run_id(config)] for config in work.runs] for work in todo}
+    runs = {work.name: [by_config[results.run_id(config)] for config in work.runs] for work in todo}
     ended = {
         name: all(states[run.id] in ("done", "failed") for run in of_pass)
         for name, of_pass in runs.items()
