@@ -393,7 +393,10 @@ def _make(file: AnyPath, runs: list[Run], passes: int) -> None:
     path = file.parent
     if path.exists() and not path.is_dir():
         raise UserError(f"--workdir {path} is a file; give a new or empty directory")
-    if path.exists() and (strange := _strangers(path)):
+    strange = _strangers(path) if path.exists() else []
+    if file.exists():  # another worker has just made it
+        return
+    if strange:
         raise UserError(
             f"{path} is not empty and holds no sweep (no sweep.json; {some(strange, 3)}); give "
             "--workdir a new or empty directory"
