@@ -55,10 +55,10 @@ def serve(address: str, share: float, seconds: float = 0.0, status: int = 503, s
                 self.close_connection = True
                 return
             connection = http.client.HTTPConnection(upstream.hostname, upstream.port)
-            connection.request(self.command, self.path, body, dict(self.headers))
-            found = connection.getresponse()
-            self.answer(found.status, dict(found.getheaders()), found.read())
-            connection.close()
+            with contextlib.closing(connection):
+                connection.request(self.command, self.path, body, dict(self.headers))
+                found = connection.getresponse()
+                self.answer(found.status, dict(found.getheaders()), found.read())
 
         def answer(self, status, headers, body):
             self.send_response(status)

@@ -119,5 +119,6 @@ def serve():
         yield
     finally:
         server.shutdown()
+        server.server_close()
         for name in environment:
             del os.environ[name]
