@@ -290,8 +290,9 @@ def test_rows_of_the_model_are_rows_of_the_store(demo):
         excluded_positions=store.meta.excluded_positions,
     )  # fmt: skip
     assert (rows.sequences(10**6)[1] == used).all()
-    read = measure_rows(sae, heldout.batches(500)).scalars
-    computed = measure_rows(sae, rows.batches(500)).scalars
+    (read,) = measure_rows([sae], heldout.batches(500))
+    (computed,) = measure_rows([sae], rows.batches(500))
+    read, computed = read.scalars, computed.scalars
     assert computed == pytest.approx(read, rel=0.02)  # the store is bfloat16
 
 

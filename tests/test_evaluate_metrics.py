@@ -14,6 +14,12 @@ D_OUT = 7  # of transcoders
 SITE_WIDTHS = (5, 7)  # of crosscoders
 
 
+def measure(sae, batches):
+    """The metrics of one SAE."""
+    (found,) = measure_rows([sae], batches)
+    return found
+
+
 def make_sae(kind="autoencoder", scale=1.7, architecture="relu", seed=0):
     fields = {"topk": {"k": 5, "apply_b_dec_to_input": False}, "relu": {}}[architecture]
     config = by_name(architecture).Config(kind=kind, d_sae=N, **fields)
@@ -117,7 +123,7 @@ def test_metrics_are_their_formulas_however_the_rows_are_cut(name, sizes):
     sae = make_sae(kind, architecture=architecture)
     x, used = rows_and_mask(width=D + D_OUT if "transcoder" in kind else D)
     used[:1] = False  # a first batch in which nothing counts
-    metrics = measure_rows(sae, batches(x, used, sizes))
+    metrics = measure(sae, batches(x, used, sizes))
     scalars, density, mean_activation, max_activation, mean, site_fvu = reference(sae, x, used)
     assert metrics.rows == used.sum()
     assert metrics.scalars == pytest.approx(scalars, rel=2e-5)
@@ -131,7 +137,7 @@ def test_metrics_are_their_formulas_however_the_rows_are_cut(name, sizes):
 def test_fvu_stays_exact_where_the_mean_is_a_thousand_times_the_spread():
     sae = make_sae(scale=0.01)
     x, used = rows_and_mask(mean=3000.0)
-    metrics = measure_rows(sae, batches(x, used, (250,) * 4))
+    metrics = measure(sae, batches(x, used, (250,) * 4))
     assert metrics.scalars["fvu"] == pytest.approx(reference(sae, x, used)[0]["fvu"], rel=1e-4)
 
 
@@ -139,16 +145,16 @@ def test_rows_that_do_not_count_may_hold_anything():
     sae = make_sae()
     x, used = rows_and_mask()
     spoiled = np.where(used[:, None], x, np.nan)
-    clean = measure_rows(sae, batches(x, used, (500, 500)))
-    assert measure_rows(sae, batches(spoiled, used, (500, 500))).scalars == clean.scalars
+    clean = measure(sae, batches(x, used, (500, 500)))
+    assert measure(sae, batches(spoiled, used, (500, 500))).scalars == clean.scalars
 
 
 def test_bfloat16_rows_are_taken_as_the_numbers_that_they_are():
     sae = make_sae()
     x, used = rows_and_mask()
     x = x.astype(ml_dtypes.bfloat16)
-    exact = measure_rows(sae, batches(x.astype(np.float32), used, (ROWS,)))
-    assert measure_rows(sae, batches(x, used, (ROWS,))).scalars == exact.scalars
+    exact = measure(sae, batches(x.astype(np.float32), used, (ROWS,)))
+    assert measure(sae, batches(x, used, (ROWS,))).scalars == exact.scalars
 
 
 def identity_sae():
@@ -165,7 +171,7 @@ def identity_sae():
 
 def test_a_perfect_sae():
     x, used = rows_and_mask(mean=0.0)
-    scalars = measure_rows(identity_sae(), batches(x, used, (ROWS,))).scalars
+    scalars = measure(identity_sae(), batches(x, used, (ROWS,))).scalars
     perfect = {"fvu": 0, "mse": 0, "cosine_similarity": 1, "norm_ratio": 1, "l0": D}
     perfect |= {"relative_reconstruction_bias": 1, "explained_variance": 1}
     assert {name: scalars[name] for name in perfect} == pytest.approx(perfect, abs=1e-6)
@@ -176,7 +182,7 @@ def test_an_sae_that_gives_the_mean_has_fvu_one_and_is_all_dead():
     sae = identity_sae()
     sae.w_enc[...] *= 0
     sae.b_dec[...] = jnp.asarray(x[used].mean(0))
-    metrics = measure_rows(sae, batches(x, used, (ROWS,)))
+    metrics = measure(sae, batches(x, used, (ROWS,)))
     assert metrics.scalars["fvu"] == pytest.approx(1, rel=1e-5)
     assert metrics.scalars["dead_fraction"] == 1
     assert metrics.scalars["l0"] == metrics.scalars["l1"] == 0
@@ -185,9 +191,9 @@ def test_an_sae_that_gives_the_mean_has_fvu_one_and_is_all_dead():
 def test_no_rows_is_a_mistake_in_words():
     x, used = rows_and_mask()
     with pytest.raises(UserError, match="no rows to evaluate"):
-        measure_rows(make_sae(), batches(x, used & False, (ROWS,)))
+        measure(make_sae(), batches(x, used & False, (ROWS,)))
 
 
 def test_activations_of_another_width_are_refused():
     with pytest.raises(UserError, match=f"width 9 .* d_in {D}"):
-        measure_rows(make_sae(), [(np.ones((4, 9), np.float32), np.ones(4, bool))])
+        measure(make_sae(), [(np.ones((4, 9), np.float32), np.ones(4, bool))])

@@ -47,7 +47,8 @@ def make_sae(gain=1.0, b_dec=0.0):
 def measure(sae, model, tokens, where, mean=None):
     """At the only site, with zero for the mean."""
     mean = np.zeros(D) if mean is None else mean
-    return measure_spliced(sae, model, (SITE,), tokens, where, mean)[SITE]
+    (found,) = measure_spliced([sae], model, (SITE,), tokens, where, mean)
+    return found[SITE]
 
 
 def test_a_perfect_sae_recovers_everything(model, tokens):
@@ -174,7 +175,8 @@ def test_a_transcoder_replaces_its_target_by_what_it_makes_of_its_input(mlp_mode
     sae.w_dec[...] *= 0.4
     where = np.random.default_rng(5).random(some_tokens.shape) < 0.6
     mean = np.random.default_rng(6).normal(size=D)
-    found = measure_spliced(sae, mlp_model, (MLP_IN, MLP_OUT), some_tokens, where, mean)[MLP_OUT]
+    sites = (MLP_IN, MLP_OUT)
+    found = measure_spliced([sae], mlp_model, sites, some_tokens, where, mean)[0][MLP_OUT]
     seen = {}
 
     def look(x):

@@ -174,7 +174,7 @@ def test_epochs_named_in_the_message_are_enough(store, tmp_path):
     enough = dataclasses.replace(config.data, epochs=epochs)
     config = dataclasses.replace(config, data=enough)
     stream = open_stream(config.data)
-    assert preparation.count_steps(config, stream) == 300
+    assert preparation.checked_steps(config, stream) == 300
     assert epochs == 3
 
 

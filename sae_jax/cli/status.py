@@ -18,7 +18,7 @@ Of a run it shows state, step and loss; of a sweep these of each pass, who train
 have failed; of a store that is being harvested the rows that are there. The time left is at the
 speed of the last lines, or shards. Stale is what nobody has written to for longer than who is at
 work would leave it: the same command as before goes on with it. When a run by itself was written,
-an object store does not tell; --serve does after a while. Nothing is written.
+an object store does not tell; --serve does after a while. Nothing of theirs is changed.
 
 --serve opens http://127.0.0.1:PORT until Ctrl-C; from elsewhere, ssh -L 8421:127.0.0.1:8421 HOST.
 While the page is open it reads what is new: local runs every 2 seconds, those in an object store

@@ -61,22 +61,18 @@ class RowMetrics:
     site_fvu: np.ndarray
 
 
-def measure_rows(sae: SAE, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> RowMetrics:
-    """Returns the metrics of `sae` over the rows of `batches`.
+def measure_rows(
+    saes: Sequence[SAE], batches: Iterable[tuple[np.ndarray, np.ndarray]]
+) -> list[RowMetrics]:
+    """Returns the metrics of each of `saes` over the rows of `batches`.
 
     A batch is a pair of rows (B, width) of any float type, with the columns of a stream, and a mask
-    (B,) of the rows that count. Where there are several processes, each gives its own share of the
-    batches, and all get the same metrics. Batches of one size compile once.
+    (B,) of the rows that count. The batches are read, and put on the device, once. Where there are
+    several processes, each gives its own share of the batches, and all get the same metrics.
+    Batches of one size compile once.
 
     Raises UserError if no row counts.
     """
-    return measure_rows_of([sae], batches)[0]
-
-
-def measure_rows_of(
-    saes: Sequence[SAE], batches: Iterable[tuple[np.ndarray, np.ndarray]]
-) -> list[RowMetrics]:
-    """Returns `measure_rows` of each SAE. The batches are read, and put on the device, once."""
     batches = iter(batches)
     first = next((batch for batch in batches if batch[1].any()), None)
     mean = None if first is None else np.asarray(first[0], np.float32)[first[1]].mean(axis=0)

@@ -12,7 +12,7 @@ import numpy as np
 from sae_jax import lm, paths
 from sae_jax.config import difference
 from sae_jax.errors import UserError
-from sae_jax.evaluate.metrics import RowMetrics, measure_rows_of
+from sae_jax.evaluate.metrics import RowMetrics, measure_rows
 from sae_jax.evaluate.padding import tokenizer_of
 from sae_jax.evaluate.recovery import Recovery, measure_recovery
 from sae_jax.evaluate.sources import (
@@ -21,7 +21,7 @@ from sae_jax.evaluate.sources import (
     check_sites,
     input_and_target_sites,
 )
-from sae_jax.evaluate.spliced import measure_spliced_of
+from sae_jax.evaluate.spliced import measure_spliced
 from sae_jax.evaluate.worlds import WorldRows
 from sae_jax.json_files import checked, read_json
 from sae_jax.numpy_files import read_npz
@@ -234,7 +234,7 @@ def evaluate_each(
     batches = progress(
         source.batches(size), f"{what} on {source.num_rows:,} rows", source.num_batches(size)
     )
-    rows = measure_rows_of(saes, batches)
+    rows = measure_rows(saes, batches)
     _, targets = input_and_target_sites(saes[0].config.kind, source.site_names)
     spliced = [None] * len(saes)
     if model is not None:
@@ -243,7 +243,7 @@ def evaluate_each(
             raise UserError("the store has no tokens to run a language model on; leave out --model")
         tokens, used, is_text = sequences
         # The mean is that of the targets, which are the same for all.
-        spliced = measure_spliced_of(
+        spliced = measure_spliced(
             saes, model, source.site_names, tokens, used, rows[0].mean, is_text
         )
     return [

@@ -30,33 +30,6 @@ from sae_jax.sae import SAE
 
 
 def measure_spliced(
-    sae: SAE,
-    model: lm.LanguageModel,
-    sites: Sequence[str],
-    tokens: np.ndarray,
-    replaced: np.ndarray,
-    mean: np.ndarray,
-    is_text: np.ndarray | None = None,
-) -> dict[str, dict[str, float]]:
-    """Returns the metrics of each target site, by the site's name.
-
-    Args:
-      sae: the SAE.
-      model: its language model.
-      sites: the SAE's sites, a transcoder's target last.
-      tokens: token ids (sequences, T).
-      replaced: the positions whose activations are replaced, (sequences, T) bool.
-      mean: the mean of the targets (d_out,), for mean ablation.
-      is_text: which tokens are text, (sequences, T) bool; no others are to be predicted. None: all.
-
-    The metrics are `ce_clean`, `ce_X` and `kl_X` for X in spliced, zero and mean, `ce_recovered_X`
-    for X in zero and mean, and the numbers of positions that were `replaced` and that `predicted`
-    a token. Raises UserError if no replaced position predicts a token.
-    """
-    return measure_spliced_of([sae], model, sites, tokens, replaced, mean, is_text)[0]
-
-
-def measure_spliced_of(
     saes: Sequence[SAE],
     model: lm.LanguageModel,
     sites: Sequence[str],
@@ -65,10 +38,23 @@ def measure_spliced_of(
     mean: np.ndarray,
     is_text: np.ndarray | None = None,
 ) -> list[dict[str, dict[str, float]]]:
-    """Returns `measure_spliced` of each SAE; all of them have the same kind and sites.
+    """Returns the metrics of each target site, by the site's name, for each SAE.
 
     On a batch the model runs untouched, with zero and with mean ablation once for all SAEs, and
     once more for each SAE.
+
+    Args:
+      saes: the SAEs; all of them have the same kind and sites.
+      model: their language model.
+      sites: the SAEs' sites, a transcoder's target last.
+      tokens: token ids (sequences, T).
+      replaced: the positions whose activations are replaced, (sequences, T) bool.
+      mean: the mean of the targets (d_out,), for mean ablation.
+      is_text: which tokens are text, (sequences, T) bool; no others are to be predicted. None: all.
+
+    The metrics are `ce_clean`, `ce_X` and `kl_X` for X in spliced, zero and mean, `ce_recovered_X`
+    for X in zero and mean, and the numbers of positions that were `replaced` and that `predicted`
+    a token. Raises UserError if no replaced position predicts a token.
     """
     predicts = replaced.copy()  # a position that counts, before a token that does
     predicts[:, -1] = False

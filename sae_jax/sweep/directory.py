@@ -149,7 +149,7 @@ def expand(base: Config, grid: grids.Grid, window: int | None = None) -> list[Ru
             stream = streams(config.data)
             leaves_open = config.sae.dead_after_tokens is None
             config = preparation.resolve(config, stream)
-            preparation.count_steps(config, stream)
+            preparation.checked_steps(config, stream)
             preparation.check_variances(config, stream)
             if config.train.branch_from:
                 if split(config.train.branch_from)[1] is None:

@@ -10,6 +10,7 @@ and result. Either command can go on with a run of the other's.
 import contextlib
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Sequence
 
 import jax
@@ -71,7 +72,7 @@ def train_pass(
     data_of_sites: dict[DataConfig, TrainingData] = {}
     for pack in work.packs:
         config = pack.runs[0]
-        preparation.count_steps(config, stream)
+        preparation.checked_steps(config, stream)
         check_memory(config, make_mesh(config))
         if config.data not in data_of_sites:
             data_of_sites[config.data] = TrainingData.open(config, open_stream)
@@ -81,7 +82,7 @@ def train_pass(
             data = data_of_sites[pack.runs[0].data]
             leaves = [branch.start for branch in work.packs if branch.trunk == place]
             most = min(leaves, default=pack.steps)
-            origins = _origins(pack, runs_directory, others, data.stream.fingerprint, most)
+            origins = _agreed_origins(pack, runs_directory, others, data.stream.fingerprint, most)
             recorders = [
                 RunRecorder(
                     run,
@@ -144,6 +145,20 @@ def _data_of_all(
     for run in runs:
         data_of_sites[run.data].take_from(whole)
     return whole
+
+
+def _agreed_origins(pack: design.Pack, runs_directory: AnyPath, *more) -> dict[int, Origin]:
+    """Returns the `_origins` that process 0 finds, which sees first what other workers finish."""
+
+    def found() -> str:
+        origins = _origins(pack, runs_directory, *more)
+        return json.dumps([(i, origin.run.name, origin.step) for i, origin in origins.items()])
+
+    branch_from = pack.runs[0].train.branch_from
+    return {
+        i: Origin.open(branch_from or str(runs_directory / name / "checkpoints" / str(step)))
+        for i, name, step in json.loads(agreement.from_process_0(found))
+    }
 
 
 def _origins(

@@ -54,6 +54,16 @@ def check_same(own: Callable[[], dict], what: str) -> None:
             )
 
 
+def from_process_0(own: Callable[[], str]) -> str:
+    """Returns a text that process 0 decides, in all processes.
+
+    Args:
+      own: returns it. Only process 0 calls it.
+    """
+    is_first = jax.process_index() == 0
+    return _gather(own() if is_first else "")[0] if jax.process_count() > 1 else own()
+
+
 def described(config: Config) -> dict:
     """Returns the plain values of a config that all processes must have.
 

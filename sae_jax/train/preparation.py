@@ -14,7 +14,7 @@ from sae_jax.errors import UserError, choose
 from sae_jax.sae import SAEConfig
 from sae_jax.train import optimizer
 from sae_jax.train.median import geometric_median
-from sae_jax.train.schedule_steps import dead_after_tokens
+from sae_jax.train.schedule_steps import count_steps, dead_after_tokens
 
 _MOST = 2**31  # of what is counted in int32
 _MOST_SEEDS = 2**32  # those that JAX tells from each other
@@ -61,7 +61,7 @@ def _learning_rate(config: Config, sae: SAEConfig) -> float:
     rate = saes.architecture(sae).learning_rate(sae.d_sae)
     if not sae.adapts_to_target_l0:
         return rate
-    steps = max(1, config.train.tokens // config.data.batch_size)
+    steps = max(1, count_steps(config))
     return max(rate, min(_TRAVEL / steps, _MOST_TURN / math.sqrt(sae.d_in)))
 
 
@@ -78,7 +78,7 @@ def _check_sizes(config: Config) -> None:
         raise UserError(
             f"sae.k times data.batch_size must be below 2^31, not {picked:,}; lower one of them"
         )
-    steps = config.train.tokens // config.data.batch_size
+    steps = count_steps(config)
     if steps >= _MOST:
         raise UserError(
             f"train.tokens {config.train.tokens} are {steps} steps of data.batch_size "
@@ -86,7 +86,7 @@ def _check_sizes(config: Config) -> None:
         )
 
 
-def count_steps(config: Config, stream: Stream | WorldStream) -> int:
+def checked_steps(config: Config, stream: Stream | WorldStream) -> int:
     """Returns the number of the run's steps. Raises UserError if the data have fewer batches."""
     batch, tokens = config.data.batch_size, config.train.tokens
     if tokens < batch:

@@ -65,7 +65,7 @@ def train_run(
     stream = open_stream(config.data)
     agreement.check_same(lambda: {"fingerprint": agreement.data_fingerprint(stream)}, "store")
     config = preparation.resolve(config, stream)
-    steps = preparation.count_steps(config, stream)
+    steps = preparation.checked_steps(config, stream)
     if isinstance(stream, IterableStream) and any(step <= steps for step in resample.steps(config)):
         raise UserError(
             "dead latents are resampled by rows that are read again, but these activations come "

@@ -6,7 +6,7 @@ import jax
 
 from sae_jax.config import Config
 
-_DECAYING = ("linear_tail", "warmup_stable_decay")
+DECAYING = ("linear_tail", "warmup_stable_decay")  # the schedules
 _DEAD_AFTER = 10_000_000  # tokens, in long runs (Gao et al. 2024; Templeton et al. 2024)
 _DEAD_AFTER_PART = 8  # of the tokens of a shorter one
 
@@ -55,7 +55,7 @@ def has_trunk(config: Config) -> bool:
     Until its decay begins such a run is the same as a longer one, if the warm-ups of both have
     equal numbers of steps. What they have in common is called their trunk.
     """
-    return config.optimizer.schedule in _DECAYING and not config.sae.anneals
+    return config.optimizer.schedule in DECAYING and not config.sae.anneals
 
 
 def trunk_steps(config: Config) -> int | None:

@@ -6,13 +6,12 @@ to no step at all, and Adam's steps, whose length is the learning rate, may not 
 
 from sae_jax.config import Config
 from sae_jax.train import resample
-from sae_jax.train.schedule_steps import ScheduleSteps, dead_after_tokens
+from sae_jax.train.schedule_steps import DECAYING, ScheduleSteps, count_steps, dead_after_tokens
 
 _LEAST_TRAVEL = 0.1  # of a parameter: its steps times their length, at which little is learnt yet
 _LEAST_TRAVEL_TO_TARGET = 1.0  # from half the latents firing to a few
 _LEAST_STEPS_TO_TARGET = 100
 _LEAST_PART_AT_END = 0.05  # of a run, in which k is what it was annealed to
-_DECAYING = ("linear_tail", "warmup_stable_decay")
 
 
 def doubts(config: Config) -> dict[str, str]:
@@ -20,7 +19,7 @@ def doubts(config: Config) -> dict[str, str]:
 
     Each is one sentence, with what to set instead. It is empty where the run is long enough.
     """
-    steps = config.train.tokens // config.data.batch_size
+    steps = count_steps(config)
     lengths = ScheduleSteps.from_config(config, steps)
     return (
         _learning_rate(config, lengths)
@@ -47,7 +46,7 @@ def _learning_rate(config: Config, lengths: ScheduleSteps) -> dict[str, str]:
             f"optimizer.warmup_fraction {adam.warmup_fraction:.3g} is none of {lengths.steps} "
             "steps: the learning rate does not warm up"
         )
-    if adam.schedule in _DECAYING and round(adam.decay_fraction * lengths.steps) < 1:
+    if adam.schedule in DECAYING and round(adam.decay_fraction * lengths.steps) < 1:
         out["optimizer.decay_fraction"] = (
             f"optimizer.decay_fraction {adam.decay_fraction:.3g} is none of {lengths.steps} steps: "
             f"the learning rate never decays, though optimizer.schedule is {adam.schedule}"
