@@ -32,8 +32,9 @@ def _with_lines(items: Iterable, what: str, total: int | None, unit: str) -> Ite
         if time.monotonic() > next_line:
             next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
             of = f" of {total}" if total else ""
+            counted = "" if unit == "it" else f" {unit}s"  # tqdm's name for what has none
             left = clock.left(done, total) if total else ""
-            logging.info("%s: %s%s %ss done%s", what, done, of, unit, left)
+            logging.info("%s: %s%s%s done%s", what, done, of, counted, left)
         yield item
 
 

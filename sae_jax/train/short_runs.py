@@ -98,9 +98,10 @@ def _dead_latents(config: Config, steps: int) -> dict[str, str]:
     if window >= tokens:
         idle = ["AuxK does nothing"] if sae.aux_coefficient else []
         idle += ["resampling does nothing"] if sae.resample_every_tokens else []
+        so = " and ".join([*idle, "dead_fraction is null"])
         return {
             "sae.dead_after_tokens": f"sae.dead_after_tokens {window} is no less than the run's "
-            f"{tokens} tokens, so {', '.join([*idle, 'dead_fraction is null'])}; leave it out for "
+            f"{tokens} tokens, so {so}; leave it out for "
             "an eighth of the run"
         }
     asked = resample.steps(config)
