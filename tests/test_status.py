@@ -374,7 +374,6 @@ def test_a_taken_port_and_ctrl_c_are_one_line(store, tmp_path):
     server = subprocess.Popen(
         [*program, "--serve=0"], env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a background
     )  # fmt: skip
     try:
         _ask_and_interrupt(server)
