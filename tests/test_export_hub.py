@@ -225,6 +225,10 @@ def test_select(tmp_path, terms, runs):
         ("architecture<topk", "no number"),
         ("architecture=topk eval_l0>60", "architecture=topk by 2, eval_l0>60 by 1"),
         ("status=failed", "none of the 3 done runs"),
+        ("architecture=topk, sae.k=32", "'architecture=topk,' ends with a comma; spaces alone"),
+        ("architecture=topk,sae.k=32", "by 0 .spaces separate terms, not commas"),
+        ("architecture=tpk", "architecture=tpk by 0 .did you mean 'topk'"),
+        ("sae.k=33 architecture=topk", "sae.k=33 by 0 .there are 8, 32"),
     ],
 )  # fmt: skip
 def test_a_selection_of_nothing_is_explained(tmp_path, terms, complaint):

@@ -25,12 +25,16 @@ Of a sweep, all done runs that meet every term of --select (as of `sae-jax expor
 
   sae-jax eval --results=sweeps/a --select="d_sae=16384 k<64" --model=stories260K
 
-writes RUN/eval.json and eval_latents.npz of each, and sweeps/a/evals.csv: results.csv with more
-columns, eval_fvu, eval_l0, eval_ce_recovered_zero and the like, which `sae-jax fit
---results=sweeps/a/evals.csv` reads. Runs on the same sites share one reading of the rows, and of a
-batch the runs of the language model but for one with each SAE in its place. The same command again
-goes on where it was; what is evaluated with these settings is left as it is, unless the run was
-trained further since, or again.
+writes RUN/eval.json, eval_latents.npz and eval_dead_latents.txt of each, and sweeps/a/evals.csv:
+results.csv with more columns, eval_fvu, eval_l0, eval_ce_recovered_zero and the like, which
+`sae-jax fit --results=sweeps/a/evals.csv` reads. eval_rows says on how many held-out rows these
+are; eval_loss is still the run's own, of up to 65,536. Runs on the same sites share one reading of
+the rows, and of a batch the runs of the language model but for one with each SAE in its place. The
+same command again goes on where it was; what is evaluated with these settings is left as it is,
+unless the run was trained further since, or again. What has other settings is refused, unless
+--overwrite is given, which makes evaluations of different --tokens alike:
+
+  sae-jax eval --results=sweeps/a --tokens=200e3 --overwrite
 
 A run on a synthetic world (config.data.store=world:...) is evaluated on rows of the world that it
 did not train on, with how much of the world's features it found.
@@ -98,6 +102,10 @@ def define(values: flags.FlagValues) -> None:
         "Where the JSON goes; RUN/eval.json, and nowhere for --sae. With --results a "
         "directory, for RUN_ID/eval.json of each and evals.csv.",
     )
+    flags.DEFINE_bool(
+        "overwrite", False, "Replace an evaluation with other settings that is there.",
+        flag_values=values,
+    )  # fmt: skip
     distributed.define(values)
 
 
@@ -155,7 +163,7 @@ def _evaluate(args) -> None:
     if out is None:
         print("Nothing was written; --out=FILE.json keeps it.")
         return
-    save(evaluation, out)
+    save(evaluation, out, args.overwrite)
     files = figures.save_all(evaluation, out, path / "metrics.jsonl" if is_run else None)
     print(f"Written: {', '.join(map(str, [out, dead_latents_file(out), *files]))}")
 
@@ -214,6 +222,7 @@ def _evaluate_sweep(args) -> None:
     from sae_jax.evaluate import many, report
     from sae_jax.interop.select import select, still_done
     from sae_jax.sweep.directory import SweepDirectory
+    from sae_jax.tables import unlike_evaluations
     from sae_jax.train.directory import find_store, is_writer
     from sae_jax.train.watching import at_once
 
@@ -252,6 +261,7 @@ def _evaluate_sweep(args) -> None:
                     functools.partial(interop.load, checkpoint),
                     (out / name if out else path) / "eval.json",
                     report.full_settings(kind, source, model, args.lm_tokens, settings),
+                    args.overwrite,
                 )
             )
         done |= many.read_done(jobs)
@@ -259,29 +269,49 @@ def _evaluate_sweep(args) -> None:
     there = len(done)
     table = (out or sweep) / "evals.csv"
     finished = {name for name, state in directory.states().items() if state == "done"}
+
+    @functools.cache
+    def is_there(name: str) -> bool:
+        path = directory.run_path(runs[name]) if name in finished else None
+        return path is not None and report.is_of((out / name if out else path) / "eval.json", path)
+
     for jobs, source, model in work:
         for found in many.evaluate_jobs(jobs, source, model, args.lm_tokens):
             done |= found
             if is_writer():
-                _write_table(table, rows, done, finished)
+                _write_table(table, rows, done, is_there)
     if not is_writer():
         return
-    _write_table(table, rows, done, finished)
+    written = _write_table(table, rows, done, is_there)
     print(_shown(runs, done))
     print(f"Written: {table}; eval.json of {len(done) - there} runs, {there} were there")
+    if unlike := unlike_evaluations(written):
+        print(f"note: of {table}, {unlike}; one --tokens with --overwrite makes them alike")
 
 
-def _write_table(file, rows: dict[str, dict], done: dict[str, dict], finished: set[str]) -> None:
-    """Writes the table, with what is in it of other runs that are finished."""
+def _write_table(file, rows: dict[str, dict], done: dict[str, dict], is_there) -> list[dict]:
+    """Writes the table, and returns its rows, with what is in it of other runs.
+
+    Args:
+      file: the table.
+      rows: those of results.csv, by the run's id.
+      done: the evaluations, by the run's id.
+      is_there: whether a run, by its id, is finished and has an evaluation of what it is now.
+    """
     from sae_jax import paths
     from sae_jax.evaluate.many import columns
     from sae_jax.tables import as_csv, read_csv
+    from sae_jax.train.watching import at_once
 
     before = [row for _, row in read_csv(file)] if file.is_file() else []
     new = {name: rows[name] | columns(done[name]) for name in rows if name in done}
-    kept = [row for row in before if row.get("run_id") in finished - new.keys()]
+    others = [row for row in before if row.get("run_id") not in new]
+    there = at_once(lambda row: is_there(row.get("run_id")), others)
+    kept = [row for row, is_kept in zip(others, there, strict=True) if is_kept]
+    written = [*kept, *new.values()]
     file.parent.mkdir(parents=True, exist_ok=True)
-    paths.write(file, as_csv([*kept, *new.values()]), by=paths.this_process())
+    paths.write(file, as_csv(written), by=paths.this_process())
+    return written
 
 
 def _shown(runs: dict, done: dict[str, dict]) -> str:

@@ -30,7 +30,7 @@ from sae_jax.laws.results import Row, finished
 from sae_jax.laws.settings import SOURCE, TARGETS, as_text, meant_column
 from sae_jax.paths import AnyPath
 from sae_jax.progress_bar import progress
-from sae_jax.tables import as_number
+from sae_jax.tables import as_number, unlike_evaluations
 from sae_jax.typeset import Math
 
 FILES = ("compare.csv", "compare.png", "table.md", "table.tex", "frontier.tex")
@@ -222,7 +222,8 @@ def compare(
     title, rows, notes = finished(results, select=select)
     if not rows:
         raise UserError(f"{title} has no rows of finished runs, so there is nothing to compare")
-    rows = _with_evaluations(title, rows, [name for name in (x, y) if name])
+    rows, note = _with_evaluations(title, rows, [name for name in (x, y) if name])
+    notes += note
     x = _metric(rows, x, _L0, "x", title)
     y = _metric(rows, y, ("eval_fvu", "fvu"), "y", title)
     best = choose(best, BEST, "--best") if best else _direction(y)
@@ -264,15 +265,17 @@ def check_out(out: str | AnyPath) -> None:
         raise UserError(f"{theirs} is not of sae-jax compare; give another --out")
 
 
-def _with_evaluations(title: str, rows: list[Row], wanted: list[str]) -> list[dict]:
+def _with_evaluations(
+    title: str, rows: list[Row], wanted: list[str]
+) -> tuple[list[dict], list[str]]:
     """Returns the rows' cells, with the numbers of the runs' eval.json where a metric that is
-    wanted is no column of the results.
+    wanted is no column of the results, and a note where these are of different numbers of rows.
     """
     cells = [row for _, row in rows]
     there = all(cells[0].keys() & {name, f"eval_{name}"} for name in wanted)
     if there or "run_id" not in cells[0]:
-        return cells
-    joined = []
+        return cells, []
+    joined, counts = [], []
     for row in progress(cells, "reading eval.json of the runs", len(cells), "run"):
         runs = paths.path(row.get(SOURCE) or title) / "runs"
         file = paths.inside(runs, str(row["run_id"])) / "eval.json"
@@ -289,8 +292,11 @@ def _with_evaluations(title: str, rows: list[Row], wanted: list[str]) -> list[di
             if isinstance(value, int | float)
         }
         joined.append(numbers | row)
+        counts.append({"eval_rows": evaluation.get("rows")})
     names = dict.fromkeys(name for row in joined for name in row)
-    return [{name: row.get(name) for name in names} for row in joined]
+    unlike = unlike_evaluations(counts)
+    notes = [f"of eval.json, {unlike}"] if unlike else []
+    return [{name: row.get(name) for name in names} for row in joined], notes
 
 
 def _metric(
