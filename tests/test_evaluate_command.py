@@ -258,7 +258,7 @@ def test_evaluations_of_different_rows_are_told_apart_and_made_alike(demo, tmp_p
     code, said, rows = evaluate("--select=train.seed=1", "--tokens=64")
     few = json.loads((second / "eval.json").read_text())["rows"]
     assert rows == {"0": str(every), "1": str(few)} and few < every / 2
-    assert f"held-out rows, {few} (1 runs), {every} (1 runs)" in said and "--overwrite" in said
+    assert f"held-out rows, {few} (1 runs), {every:,} (1 runs)" in said and "--overwrite" in said
     code, said, _ = evaluate("--tokens=64")
     assert code == 2 and "or measure it anew with --overwrite" in said
     code, said, rows = evaluate("--tokens=64", "--overwrite")
