@@ -363,7 +363,7 @@ def test_metadata_of_a_run_on_a_harvested_store(tmp_path):
 
 
 @pytest.mark.slow
-def test_many_of_a_sweep(tmp_path, monkeypatch, capsys):
+def test_many_of_a_sweep(tmp_path, monkeypatch, capsys, caplog):
     """Three runs of one width and L0; the first export stopped after one."""
     store = make_store(tmp_path / "store")
     config = make_config(store, steps=2, sae={"aux_coefficient": 0.0, "d_sae": 1088})
@@ -404,11 +404,18 @@ def test_many_of_a_sweep(tmp_path, monkeypatch, capsys):
         result = json.loads((sweep / "runs" / sae["run_id"] / "result.json").read_text())
         assert (sae["l0"], sae["fvu"]) == (result["eval_l0"], result["eval_fvu"])
         assert sae["ce_recovered"] is None and sae["architecture"] == "topk"
+        assert sae["rows"] == result["eval_rows"] > 20
         theirs = sae_jax.load(out / sae["path"])
         ours = sae_jax.load(sweep / "runs" / sae["run_id"])
         np.testing.assert_allclose(theirs(x), ours(x), atol=1e-4)
         assert f"]({sae['path']})" in (out / "README.md").read_text()
     assert "The sae_jax authors" in (out / "README.md").read_text()
+    evaluation = {"rows": 20, "reconstruction": {"fvu": 0.5}, "settings": {"step": 2}}
+    (sweep / "runs" / saes[0]["run_id"] / "eval.json").write_text(json.dumps(evaluation))
+    assert cli(*export) == 0
+    (index,) = json.loads((out / "index.json").read_text())["saes"][:1]
+    assert (index["fvu"], index["rows"]) == (0.5, 20)
+    assert "different numbers of held-out rows, 20 (1 runs)" in caplog.text
     capsys.readouterr()
     assert cli(*export[:2], "--format=openai", f"--out={tmp_path / 'no'}") == 2
     assert "openai cannot express a topk" in capsys.readouterr().err
