@@ -74,6 +74,7 @@ def test_a_score_of_which_more_is_better():
     with pytest.raises(UserError, match="--best=high or low"):
         compare(columns, "odd")
     worst = compare(columns, "odd", best="high")
+    assert "end before the largest L0 (relu 8.8 of 70.4, topk 8 of 64)" in worst.notes[-1]
     assert sum(s.on_frontier for s in worst.settings) == 2  # the sparsest of each is best in both
 
 
@@ -120,9 +121,12 @@ def test_a_cell_of_fewer_seeds_says_so_and_an_empty_one_why():
     assert "the frontier has no value at L0 = 9: its frontier is at 4 to 8" in found.notes[0]
     with pytest.raises(UserError, match="--at=1,16: no group's frontier is at such L0 .4 to 8."):
         compare(fewer, at=[1, 16])
-    other = at_targets([32, 32, 32, 64, 64, 64], [0.1] * 6, architecture=["topk"] * 6)
+    other = at_targets([32, 32, 32, 64, 64, 64], columns["eval_fvu"], architecture=["topk"] * 6)
     apart = compare({name: [*columns[name], *other[name]] for name in columns})
-    assert apart.at == () and "frontiers share no L0 (jumprelu 4 to 8, topk 32)" in apart.notes[-1]
+    assert (
+        apart.at == ()
+        and "frontiers share no L0 (jumprelu 4 to 8, topk 32 to 64)" in apart.notes[-1]
+    )
 
 
 def test_of_runs_with_one_l0_the_best_are_the_frontier():

@@ -25,7 +25,7 @@ from sae_jax.laws.alike import (
     mean,
     sd,
 )
-from sae_jax.laws.equal_x import REACHED, at_place, not_reached, shared_places
+from sae_jax.laws.equal_x import REACHED, at_place, not_reached, off_frontier, shared_places
 from sae_jax.laws.results import Row, finished
 from sae_jax.laws.settings import SOURCE, TARGETS, as_text, meant_column
 from sae_jax.paths import AnyPath
@@ -249,6 +249,7 @@ def compare(
     logs = best == "low" and all((setting.y > 0).all() for setting in made)
     values = {group: tuple(at_place(made, group, place, logs) for place in at) for group in order}
     notes += not_reached(values, at, made, labels.short(x), given)
+    notes += off_frontier(made, order, labels.short(x), labels.short(y))
     return Comparison(title, x, y, best, by, tuple(order), tuple(made), at, values, tuple(notes))
 
 

@@ -109,6 +109,30 @@ def not_reached(
     return notes
 
 
+def off_frontier(made: list[Setting], names: list[str], what: str, y: str) -> list[str]:
+    """Returns a note on groups with settings beyond the end of their frontier, which no table at
+    equal x has: there more x makes y no better.
+
+    Args:
+      made: the settings.
+      names: the groups.
+      what: what x is called.
+      y: what y is called.
+    """
+    short = []
+    for group in names:
+        line = _line(made, group)
+        most = max(mean(setting.x) for setting in made if setting.group == group)
+        if line and most > mean(line[-1].x) * (1 + REACHED):
+            short.append(f"{group} {mean(line[-1].x):.3g} of {most:.3g}".strip())
+    if not short:
+        return []
+    return [
+        f"the frontiers end before the largest {what} ({some(short)}), beyond which no setting has "
+        f"a better {y}; compare.csv has all"
+    ]
+
+
 def _line(made: list[Setting], group: str) -> list[Setting]:
     """Returns the settings on a group's frontier in order of x, as far as x has a logarithm."""
     line = [s for s in made if s.group == group and s.on_frontier and (s.x > 0).all()]
