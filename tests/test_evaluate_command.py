@@ -253,12 +253,15 @@ def test_evaluations_of_different_rows_are_told_apart_and_made_alike(demo, tmp_p
         return code, said.out + said.err, {row["train.seed"]: row["eval_rows"] for row in rows}
 
     code, said, rows = evaluate("--select=train.seed=0")
-    assert code == 0 and "note:" not in said
+    assert code == 0 and "note:" not in said and said.splitlines()[1].endswith("  seed=0")
     every = json.loads((first / "eval.json").read_text())["rows"]
     code, said, rows = evaluate("--select=train.seed=1", "--tokens=64")
     few = json.loads((second / "eval.json").read_text())["rows"]
     assert rows == {"0": str(every), "1": str(few)} and few < every / 2
     assert f"held-out rows, {few} (1 runs), {every:,} (1 runs)" in said and "--overwrite" in said
+    assert "it is a directory" in evaluate(f"--out={tmp_path}/all.json")[1]
+    assert main(["eval", f"--run={place.path}"]) == 2
+    assert "is a sweep, of which a run is wanted" in capsys.readouterr().err
     code, said, _ = evaluate("--tokens=64")
     assert code == 2 and "or measure it anew with --overwrite" in said
     code, said, rows = evaluate("--tokens=64", "--overwrite")

@@ -131,7 +131,14 @@ def _evaluate(args) -> None:
     from sae_jax.activations import is_world
     from sae_jax.config import DataConfig
     from sae_jax.evaluate import figures
-    from sae_jax.evaluate.report import dead_latents_file, evaluate, save
+    from sae_jax.evaluate.report import (
+        dead_latents_file,
+        evaluate,
+        full_settings,
+        read_saved,
+        save,
+    )
+    from sae_jax.evaluate.sources import check_sites
     from sae_jax.train.directory import find_store, is_writer, read_config
 
     if bool(args.run) == bool(args.sae):
@@ -154,6 +161,10 @@ def _evaluate(args) -> None:
     name = named if paths.is_remote(named) else str(path.absolute())
     settings = {"sae": name, **about, **settings}
     out = args.out or (path / "eval.json" if args.run else None)
+    if out is not None:  # so that it is refused before the work
+        check_sites(sae, source)
+        about = full_settings(sae.config.kind, source, model, args.lm_tokens, settings)
+        read_saved(paths.path(out), about, args.overwrite)
     evaluation = evaluate(sae, source, model, args.lm_tokens, settings)
     if not is_writer():
         return
@@ -229,6 +240,8 @@ def _evaluate_sweep(args) -> None:
     for name in ("run", "sae", "kind"):
         if getattr(args, name):
             raise UserError(f"--{name} is of one SAE, and --results of many; leave one out")
+    if args.out and args.out.endswith(".json"):
+        raise UserError(f"--out={args.out}: with --results it is a directory, of many files")
     sweep = paths.path(args.results)
     selected = still_done(sweep, select(sweep, args.select or ""))
     rows = {row["run_id"]: row for row in selected}
@@ -283,7 +296,7 @@ def _evaluate_sweep(args) -> None:
     if not is_writer():
         return
     written = _write_table(table, rows, done, is_there)
-    print(_shown(runs, done))
+    print(_shown({run.id: directory.name(run) for run in directory.runs}, done))
     print(f"Written: {table}; eval.json of {len(done) - there} runs, {there} were there")
     if unlike := unlike_evaluations(written):
         print(f"note: of {table}, {unlike}; one --tokens with --overwrite makes them alike")
@@ -314,21 +327,18 @@ def _write_table(file, rows: dict[str, dict], done: dict[str, dict], is_there) -
     return written
 
 
-def _shown(runs: dict, done: dict[str, dict]) -> str:
-    """Returns a few columns of all runs for people."""
+def _shown(names: dict[str, str], done: dict[str, dict]) -> str:
+    """Returns a few columns of all runs for people, whose names are by the run's id."""
     from sae_jax.evaluate.many import columns
-    from sae_jax.sweep import grid
 
     shown = ["eval_fvu", "eval_l0", "eval_dead_fraction", "eval_ce_recovered_zero", "eval_mcc"]
     values = {name: columns(found) for name, found in done.items()}
     shown = [name for name in shown if any(name in found for found in values.values())]
-    alike = grid.shared([runs[name].swept for name in done])
     lines = [f"{'run':18}" + "".join(f"{name.removeprefix('eval_'):>18}" for name in shown)]
-    for name, found in values.items():
+    for run_id, found in values.items():
         cells = (found.get(column) for column in shown)
         text = "".join(f"{'' if cell is None else f'{cell:.5g}':>18}" for cell in cells)
-        swept = grid.describe(grid.without(runs[name].swept, alike))
-        lines.append(f"{name:18}{text}  {swept}".rstrip())
+        lines.append(f"{run_id:18}{text}  {names[run_id]}")
     return "\n".join(lines)
 
 
