@@ -73,7 +73,10 @@ def test_doubts_of_a_sweep_are_one_line_for_each_field():
     base = assign(make_config(WORLD, steps=100), {"sae.dead_after_tokens": 10**7})
     runs = expand(base, grid.sweep("train.tokens", [100 * BATCH, 10**6 * BATCH, 200 * BATCH]))
     (line,) = dry_run.doubts(runs)
-    assert line.startswith("2 of 3 runs: sae.dead_after_tokens 10000000 is no less than")
+    said = f"2 of 3 runs, such as train.tokens={100 * BATCH}: sae.dead_after_tokens 10000000 is no"
+    assert line.startswith(said)
+    (line,) = dry_run.doubts(runs[:1])
+    assert line.startswith("1 of 1 run: sae.dead_after_tokens 10000000 is no less than")
 
 
 # -------------------------------------------------------------------------- targets
