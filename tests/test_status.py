@@ -116,6 +116,11 @@ def test_a_run_is_done_failed_going_on_or_stale(store, tmp_path, capsys):
     assert "missing required field `train`" in shown["a_model"], "what is no run stops nothing"
     assert "is not a store's" in shown["tool"]
     assert main(["status", str(tmp_path / "runs" / "a_model")]) == 2
+    (tmp_path / "up" / "further").mkdir(parents=True)
+    (tmp_path / "runs").rename(tmp_path / "up" / "further" / "runs")
+    capsys.readouterr()
+    assert main(["status", str(tmp_path / "up")]) == 2
+    assert f"one further down, such as {tmp_path}/up/further" in capsys.readouterr().err
 
 
 def test_a_store_tells_its_speed_and_what_is_left(place):
@@ -187,14 +192,45 @@ def _date(notes, when: float | None) -> None:
     notes.write_bytes(buffer.getvalue())
 
 
+@pytest.mark.slow
+def test_the_silent_are_told_from_the_first_look_on(s3, caplog):
+    """Who is dead by its own clock, whatever this reader has seen of it, and who follows it."""
+    place = paths.path(s3_server.BUCKET) / str(uuid.uuid4())
+    reader = leases.Leases(place, 60)
+    dead = leases.Leases(place, 0.6)._files.create("a.1", "0.6 host 7")
+    _write_beat(place / "a.1", 14)
+    for _ in range(2):
+        held = reader.holder("a")
+        assert held.alive and held.silent and held.heard_of == "heard of 14 s ago by its clock"
+    assert reader.claim("a") is None
+    time.sleep(0.7)
+    with caplog.at_level("INFO"), reader.claim("a"):
+        assert re.search("took over a from host 7, heard of 1[45] s ago", caplog.text)
+    caplog.clear()
+    with caplog.at_level("INFO"), reader.claim("a"), reader.claim("b"):
+        assert not caplog.text, "it was given back"
+    beaten = leases.Leases(place, 60)
+    with reader.claim("c") as lease:
+        beaten.holder("c")
+        lease._claim.beat()
+        _write_beat(place / "c.1", 90)
+        held = beaten.holder("c")
+        assert held.told is None and not held.silent, "a touch that was seen is no matter of clocks"
+    del dead
+
+
+def _write_beat(file, seconds: float) -> None:
+    """Makes a lease say that its last heartbeat was so many seconds ago."""
+    text, _, beat = file.read_text().partition("\n")
+    file.write_bytes(f"{text}\n{beat.split(' ')[0]} {time.time() - seconds:.0f}".encode())
+
+
 def test_an_object_stores_lease_tells_by_its_clock_who_is_silent(s3):
     place = paths.path(s3_server.BUCKET) / str(uuid.uuid4())
     with leases.Leases(place, 60).claim("a"):
         held = leases.Leases(place, 60).holder("a")
         assert held.alive and not held.silent and "by its clock" in held.heard_of
-        text, _, beat = (place / "a.1").read_text().partition("\n")
-        told = f"{beat.split(' ')[0]} {time.time() - 90:.0f}"
-        (place / "a.1").write_bytes(f"{text}\n{told}".encode())
+        _write_beat(place / "a.1", 90)
         held = leases.Leases(place, 60).holder("a")
         assert held.alive, "a clock is no reason to take work over"
         assert held.silent and held.told == pytest.approx(90, abs=3)
@@ -218,9 +254,11 @@ def test_the_time_left_of_a_sweep_counts_what_waits(store, tmp_path):
     with leases.Leases(tmp_path / "S" / "leases").claim(f"pass-{directory.runs[1].id}"):
         shown = status.view(directory, leases.Leases(tmp_path / "S" / "leases"))
     # 30 of 50 steps at 10 a second by the one worker, and then the 50 of the pass that waits.
-    assert "1 waiting, 1 started, 1 done; 1 running; 0:00:08 left" in shown
+    assert "1 done; of those started 1 in training; 0:00:08 left" in shown
+    assert "1 waiting, 1 started, 1 done" in shown and "range of last losses" in shown
     shown = status.view(directory, leases.Leases(tmp_path / "S" / "leases"))
-    assert "0 running, 1 stale" in shown and " left" not in shown.splitlines()[0]
+    assert "0 in training, 1 stale: a worker that is there takes over" in shown
+    assert " left" not in shown.splitlines()[0]
 
 
 @pytest.mark.slow
