@@ -61,7 +61,8 @@ With --log=wandb:PROJECT each is a run of its own in Weights & Biases, in a grou
 named after S; with --log=tensorboard see all with tensorboard --logdir=S/runs.
 
 Exit codes: 0 all runs have ended, including those whose loss became NaN, which are named; 2 a
-mistake in the input; 75 to be started again (SIGTERM; a dead process, a step that hangs).
+mistake in the input; 75 to be started again (SIGTERM; a dead process, a step that hangs); 130
+Ctrl-C.
 """
 
 

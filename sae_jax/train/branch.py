@@ -296,6 +296,12 @@ def extension(name: str, tokens: int, overrides: dict[str, str]) -> Config:
             "trained from the beginning; all else is the same",
             some(means),
         )
+    changed = configs.difference(configs.to_dict(config), configs.to_dict(longer))
+    logging.info(
+        "the longer run keeps the steps of the warm-up and sae.dead_after_tokens %d; it changes %s",
+        longer.sae.dead_after_tokens,
+        some(changed),
+    )
     return Origin(run, max(trunk), longer).branch()
 
 
