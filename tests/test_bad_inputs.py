@@ -119,6 +119,8 @@ COMMANDS = rows(
     ("sweep --workdir=sweep --rerun=", "has no run"),
     ("sweep --workdir=sweep --drop=nothing", "nothing"),
     ("sweep --workdir=sweep --drop=ID", "no run left"),
+    ("sweep --workdir=sweep --drop=ID --rerun=ID", "both name"),
+    ("sweep --workdir=sweep --drop=d_sae=64", "of d_sae there is 128"),
     ("sweep --workdir=sweep --drop=ID --config=same.py", "--config"),
     ("sweep --workdir=sweep --extend", "--config"),
     ("sweep --workdir=sweep --extend --config=grid.py", "leaves out 1 run"),
