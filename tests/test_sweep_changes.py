@@ -164,9 +164,9 @@ def test_a_run_is_dropped(pretended, store, tmp_path, capsys):
     assert command(f"--workdir={pretended}", "--drop=seed=0,tokens=2560") == 0
     said, name = capsys.readouterr().out, "tokens=2560,seed=0"
     assert f"dropped {name} ({run.id}): what it had is in {pretended / 'dropped' / run.id}" in said
-    assert f"--rerun={name} trains it again" in said
+    assert f"--restore={name} brings it back, --rerun={name} trains it again" in said
     err = refused(capsys, f"--workdir={pretended}", f"--drop={name}")
-    assert f"{name} ({run.id}) is dropped already; --rerun={name} brings it back" in err
+    assert f"{name} ({run.id}) is dropped already; --restore={name} brings it back" in err
     assert rows(pretended) == [row for row in before if row["run_id"] != run.id]
     assert (pretended / "dropped" / run.id / "result.json").is_file()
     file = write_sweep(tmp_path / "small.py", store, SMALL)
@@ -174,7 +174,31 @@ def test_a_run_is_dropped(pretended, store, tmp_path, capsys):
     assert len(rows(pretended)) == 3
     capsys.readouterr()
     assert command(f"--config={file}", f"--workdir={pretended}", "--extend", "--dry_run") == 0
-    assert f"was dropped and stays so: {name}; --rerun=RUN" in capsys.readouterr().out
+    assert f"was dropped and stays so: {name}; --restore=RUN" in capsys.readouterr().out
+
+
+def test_a_dropped_run_comes_back_as_it_was(pretended, capsys):
+    before = contents(pretended), (pretended / "sweep.json").read_bytes(), rows(pretended)
+    run = SweepDirectory(pretended).runs[2]
+    assert "no run of it is dropped" in refused(capsys, f"--workdir={pretended}", "--restore=x")
+    shutil.copytree(pretended / "runs" / run.id, pretended / "dropped" / run.id)
+    (pretended / "dropped" / run.id / "result.json").unlink()  # of a time before
+    for number in (1, 2):  # and again
+        assert command(f"--workdir={pretended}", f"--drop={run.id}") == 0
+        assert (pretended / "dropped" / f"{run.id}-2" / "result.json").is_file(), number
+        assert command(f"--workdir={pretended}", "--restore=tokens=2560") == 0
+        assert f"restored tokens=2560,seed=0 ({run.id}): done" in capsys.readouterr().out
+        after = contents(pretended), (pretended / "sweep.json").read_bytes(), rows(pretended)
+        assert after == before
+    other = SweepDirectory(pretended).runs[0]
+    (pretended / "runs" / other.id / "result.json").unlink()
+    assert command(f"--workdir={pretended}", f"--drop={other.id}") == 0
+    err = refused(capsys, f"--workdir={pretended}", f"--restore={other.id}")
+    assert "had not ended when it was dropped" in err and "--rerun=tokens=1920,seed=0" in err
+    err = refused(
+        capsys, f"--workdir={pretended}", "--restore=seed=0", "--rerun=tokens=1920,seed=0"
+    )
+    assert "two of --drop, --rerun and --restore name tokens=1920,seed=0" in err
 
 
 @pytest.fixture
@@ -321,7 +345,7 @@ def test_runs_begin_at_a_checkpoint(done, store, tmp_path):
     (["--rerun=failed"], ["has failed"]),
     (["--rerun=seed=0"], ["'seed=0' means 2 runs", "tokens=1920,seed=0 (", "more of its fields"]),
     (["--drop=zzz"], ["no run 'zzz'", "as in tokens=1920,seed=0"]),
-    (["--drop=tokens=1920,seed=0", "--rerun=seed=0,tokens=1920"], ["--drop and --rerun both name"]),
+    (["--drop=tokens=1920,seed=0", "--rerun=seed=0,tokens=1920"], ["two of --drop, --rerun and"]),
     (["--drop=tokens=1920,seed=0", "--rerun=zzz"], ["no run 'zzz'"]),
     (["--extend"], ["--config"]),
     (["--config.sae.k=3"], ["sae.k", "mesh"]),

@@ -46,16 +46,16 @@ where their learning rate began to fall:
   sae-jax sweep --workdir=S --config=LARGER.py --extend    add the runs of a larger grid, and train
   sae-jax sweep --workdir=S --config=LARGER.py --extend --dry_run    what that would add
   sae-jax sweep --workdir=S --rerun=failed     train again what failed, or a run: --rerun=RUN
-  sae-jax sweep --workdir=S --drop=RUN         take a run out
+  sae-jax sweep --workdir=S --drop=RUN         take a run out; --restore=RUN brings it back
 
 Larger budgets go on where warm-ups have equal steps, as grid.budgets([1e6, 4e6], batch_size=2048,
 warmup_tokens=1e5) makes them; a warmup_fraction alone is a part of each. Which begin anew, and why,
 is said. In a sweep dead_after_tokens is by default that of its smallest budget.
 
 RUN is a name, its fields in any order, or an id; the beginning of one, or some fields, are enough
-where they are those of one run. What is dropped or done again is kept in S/dropped; --rerun brings
-it back, trained again. Runs may also begin at a checkpoint: train.branch_from in the sweep file's
-config, which is theirs in all else, too.
+where they are those of one run. What is dropped or done again is kept in S/dropped. Runs may also
+begin at a checkpoint: train.branch_from in the sweep file's config, which is theirs in all else,
+too.
 
 With --log=wandb:PROJECT each is a run of its own in Weights & Biases, in a group
 named after S; with --log=tensorboard see all with tensorboard --logdir=S/runs.
@@ -110,6 +110,13 @@ def define(values: flags.FlagValues) -> None:
         "Take a run out of the sweep, and end, unless --rerun names others. Repeatable.",
         flag_values=values,
     )
+    flags.DEFINE_multi_string(
+        "restore",
+        [],
+        "Bring a run back that was dropped, as it was, and end, unless --rerun names others. "
+        "Repeatable.",
+        flag_values=values,
+    )
     counts.define_float(
         "lease_seconds",
         60.0,
@@ -143,9 +150,9 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
     if args.dry_run:
         print(_dry_run(args, overrides, path))
         return 0
-    if args.drop or args.rerun:
+    if args.drop or args.rerun or args.restore:
         print("\n".join(_change(args, SweepDirectory(path))), flush=True)
-    if args.drop and not args.rerun:
+    if (args.drop or args.restore) and not args.rerun:
         print(SweepDirectory(path).write_results())
         return 0
     log_to = loggers.parse_log(args.log, path, is_sweep=True)
@@ -190,16 +197,16 @@ def _open(args: flags.FlagValues, overrides: dict[str, str], path) -> "SweepDire
 
 
 def _change(args: flags.FlagValues, directory: "SweepDirectory") -> list[str]:
-    """Drops runs, makes runs wait to be trained again, and returns a line about each."""
+    """Drops runs, restores them, makes them wait to be trained again; returns a line for each."""
     from sae_jax.sweep import changes
 
     if args.config or args.distributed or args.coordinator:
         raise UserError(
-            "--drop and --rerun are for one process and the sweep as it is in --workdir; leave out "
-            "--config and what joins processes, and start the workers then"
+            "--drop, --restore and --rerun are for one process and the sweep as it is in "
+            "--workdir; leave out --config and what joins processes, and start the workers then"
         )
     changes.check_nobody_works(directory, args.lease_seconds)
-    return changes.change(directory, args.drop, args.rerun)
+    return changes.change(directory, args.drop, args.rerun, args.restore)
 
 
 def _dry_run(args: flags.FlagValues, overrides: dict[str, str], path) -> str:
@@ -214,9 +221,12 @@ def _dry_run(args: flags.FlagValues, overrides: dict[str, str], path) -> str:
     if path is None:
         raise UserError("--config=FILE.py is needed: it has get_config() and get_sweep()")
     directory = _open(args, overrides, path)
-    left = {run.id for run in directory.runs} - directory.ended()
-    ended = len(directory.runs) - len(left)
-    words = [f"{ended} of {len(directory.runs)} runs of {path} have ended"] if ended else []
+    states = directory.states()
+    left = {run_id for run_id, state in states.items() if state in ("waiting", "started")}
+    ended, begun = len(states) - len(left), sum(state == "started" for state in states.values())
+    words = [f"{ended} of {len(states)} runs of {path} have ended"] if ended else []
+    if begun:
+        words.append(f"{begun} have begun; what they have is not subtracted below")
     if not left:
         return f"{words[0]}; nothing is left to train"
     return "\n".join([*words, dry_run.describe(directory.runs, directory.passes, left)])

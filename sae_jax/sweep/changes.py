@@ -5,7 +5,9 @@ the passes of the runs before are the same as they were. Whoever makes sweep.jso
 a run again, must know that no worker is at it (`check_nobody_works`).
 """
 
+import collections
 import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -22,6 +24,7 @@ from sae_jax.sweep import grid as grids
 from sae_jax.sweep.directory import Run, SweepDirectory, counted, passes_of
 from sae_jax.sweep.leases import Leases
 from sae_jax.sweep.run_names import find
+from sae_jax.train import watching
 from sae_jax.train.results import run_id
 from sae_jax.train.schedule_steps import ScheduleSteps, count_steps, has_trunk, trunk_steps
 
@@ -114,7 +117,7 @@ def extension_notes(directory: SweepDirectory, runs: list[Run]) -> list[str]:
         notes.append(
             f"{counted(len(dropped), 'run')} of the grid {'was' if len(dropped) == 1 else 'were'} "
             f"dropped and {'stays' if len(dropped) == 1 else 'stay'} so: {some(dropped, 4)}; "
-            "--rerun=RUN brings one back"
+            "--restore=RUN brings one back"
         )
     there, trunks = {run.id for run in directory.all_runs}, _trunks(directory)
     shorter = {_without_budget(run.config): run.config for run in directory.done()}
@@ -189,41 +192,55 @@ def _why_anew(before: Config, config: Config) -> str:
 
 
 def change(
-    directory: SweepDirectory, drop: Sequence[str] = (), rerun: Sequence[str] = ()
+    directory: SweepDirectory,
+    drop: Sequence[str] = (),
+    rerun: Sequence[str] = (),
+    restore: Sequence[str] = (),
 ) -> list[str]:
-    """Takes runs out of a sweep, and makes others wait to be trained again.
+    """Takes runs out of a sweep, makes others wait to be trained again, and restores dropped ones.
 
-    Dropped ones that are to be trained again come back. They are trained from the beginning, or go
-    on from the trunk that a done run of another budget shares with them. Directories of all that is
-    changed go to SWEEP/dropped.
+    Dropped ones that are to be trained again come back, too. They are trained from the beginning,
+    or go on from the trunk that a done run of another budget shares with them. Directories of what
+    is dropped or trained again go to SWEEP/dropped.
 
     Returns a line about each run: its name, and where what it had is kept.
 
-    Raises UserError for a name that is none, for a run that is named for both, and if no run would
-    be left. Nothing is changed then.
+    Raises UserError for a name that is none, for a run that is named for two of these, for one that
+    had not ended when it was dropped and is to be restored, and if no run would be left. Nothing is
+    changed then.
     """
     out, again = find(directory, drop, directory.runs), find(directory, rerun, directory.all_runs)
-    if both := [directory.name(run) for run in out if run.id in {run.id for run in again}]:
+    back = find(directory, restore, [run for run in directory.all_runs if run.dropped])
+    asked = [directory.name(run) for run in (*out, *again, *back)]
+    if twice := [name for name, number in collections.Counter(asked).items() if number > 1]:
         raise UserError(
-            f"--drop and --rerun both name {some(both, 4)}; a run is taken out or trained again"
+            f"two of --drop, --rerun and --restore name {some(twice, 4)}; a run is taken out, "
+            "trained again, or brought back as it was"
         )
-    left = {run.id for run in (*directory.runs, *again)} - {run.id for run in out}
+    kept = {run.id: _kept(directory, run) for run in back}
+    left = {run.id for run in (*directory.runs, *again, *back)} - {run.id for run in out}
     if not left:
         raise UserError(f"{directory.path} would have no run left; remove the directory instead")
     new = {run.id: dataclasses.replace(run, dropped=True) for run in out}
     number = _next_round(directory)
     new |= {run.id: dataclasses.replace(run, dropped=False, round=number) for run in again}
-    changed = [new.get(run.id, run) for run in directory.all_runs]
-    _check_passes_hold(directory, changed, set(new))
-    directory.rewrite(changed)
+    restored = {run.id: dataclasses.replace(run, dropped=False) for run in back}
+    changed = [(new | restored).get(run.id, run) for run in directory.all_runs]
+    _check_passes_hold(directory, changed, set(new | restored))
     lines = []
+    for run in restored.values():  # before sweep.json calls it a run that would wait
+        if kept[run.id] != (place := directory.run_path(run)):
+            paths.move(kept[run.id], place)
+        lines.append(f"restored {directory.name(run)} ({run.id}): {directory.state(run)}")
+    directory.rewrite(changed)
     for run in new.values():
         aside, name = _put_aside(directory, run), directory.name(run)
-        kept = f"what it had is in {aside}" if aside else "it had not begun"
+        had = f"what it had is in {aside}" if aside else "it had not begun"
         if run.dropped:
-            lines.append(f"dropped {name} ({run.id}): {kept}; --rerun={name} trains it again")
+            how = f"--restore={name} brings it back, --rerun={name} trains it again"
+            lines.append(f"dropped {name} ({run.id}): {had}; {how}")
         else:
-            lines.append(f"to be trained again: {name} ({run.id}); {kept}")
+            lines.append(f"to be trained again: {name} ({run.id}); {had}")
     return lines
 
 
@@ -255,12 +272,32 @@ def _next_round(directory: SweepDirectory) -> int:
 
 def _put_aside(directory: SweepDirectory, run: Run) -> AnyPath | None:
     """Moves a run's directory to SWEEP/dropped, and returns where it is; None if there is none."""
-    place = directory.run_path(run)
-    aside, number = directory.path / "dropped" / run.id, 1
+    place, there = directory.run_path(run), _asides(directory, run)
     if not place.is_dir():
-        return aside if aside.is_dir() else None  # since it was dropped before
-    while aside.exists():
-        number += 1
-        aside = aside.with_name(f"{run.id}-{number}")
+        return there[-1] if there else None  # since it was dropped before
+    aside = directory.path / "dropped" / (f"{run.id}-{len(there) + 1}" if there else run.id)
     paths.move(place, aside)
     return aside
+
+
+def _asides(directory: SweepDirectory, run: Run) -> list[AnyPath]:
+    """Returns where the directories of a run are that were put aside, the last one at the end."""
+    first = directory.path / "dropped" / run.id
+    names = (first.with_name(f"{run.id}-{number}") for number in itertools.count(2))
+    return list(itertools.takewhile(lambda path: path.exists(), itertools.chain([first], names)))
+
+
+def _kept(directory: SweepDirectory, run: Run) -> AnyPath:
+    """Returns where a dropped run is: also where it was, if dropping or restoring it was cut short.
+
+    Raises UserError if it had not ended.
+    """
+    places = [*_asides(directory, run)[-1:], directory.run_path(run)]
+    ended = [place for place in places if watching.state(place) in ("done", "failed")]
+    if not ended:
+        name = directory.name(run)
+        raise UserError(
+            f"{name} had not ended when it was dropped, and can only be trained again: "
+            f"--rerun={name}"
+        )
+    return ended[-1]

@@ -28,7 +28,7 @@ def find(directory: SweepDirectory, names: Sequence[str], runs: Sequence[Run]) -
     found: dict[str, Run] = {}
     for text in names:
         if text == FAILED:
-            means = [run for run in directory.runs if directory.state(run) == FAILED]
+            means = [run for run in runs if directory.state(run) == FAILED]
             if not means:
                 raise UserError(f"no run of {directory.path} has failed")
         else:
@@ -100,12 +100,14 @@ def _begins(name: str, text: str) -> bool:
 
 def _hint(directory: SweepDirectory, text: str, runs: Sequence[Run]) -> str:
     """Returns what a text that names no run can have meant, and how runs are named."""
+    if not runs:
+        return "no run of it is dropped"
     how = f"a run is named as in {directory.name(runs[0])}, or by its id; results.csv has them all"
     given = _fields(text)
     for run in directory.all_runs:
         name = directory.name(run)
         if run.dropped and (text in (run.id, name) or (given and _agrees(run, given))):
-            return f"{name} ({run.id}) is dropped already; --rerun={name} brings it back"
+            return f"{name} ({run.id}) is dropped already; --restore={name} brings it back"
     if not given:
         if difflib.get_close_matches(text, [FAILED], cutoff=0.5):
             return nearest(text, [FAILED])
