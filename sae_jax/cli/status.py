@@ -120,8 +120,8 @@ def _places(path) -> list[_Place]:
 
 def _further_down(entries: list) -> str:
     """Returns a hint for a message: a directory to name instead, "" where there are none."""
-    folders = [entry for entry in entries if entry.is_dir()]
-    return f"; name one further down, such as {folders[0]}" if folders else ""
+    folder = next((entry for entry in entries if entry.is_dir()), None)
+    return f"; name one further down, such as {folder}" if folder else ""
 
 
 def _entries(path) -> list:
