@@ -179,6 +179,15 @@ def test_a_table_that_is_none_of_a_sweep(tmp_path, data, complaint):
         select(tmp_path)
 
 
+def test_where_there_is_no_sweep_no_command_is_offered_that_cannot_help(tmp_path):
+    for place, said in ((tmp_path / "S", "there is no"), (tmp_path, "holds no sweep")):
+        with pytest.raises(UserError, match=f"{said}.*; give the --workdir of one"):
+            select(place)
+    (tmp_path / "sweep.json").write_text("{}")
+    with pytest.raises(UserError, match="--status writes it"):
+        select(tmp_path)
+
+
 def test_a_table_may_begin_with_a_mark(tmp_path):
     file = write_results(tmp_path, ROWS) / "results.csv"
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())

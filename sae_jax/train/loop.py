@@ -396,9 +396,8 @@ def train_packs(
         return
     first = min(pack.step for pack in active if not pack.waiting_for_trunk)
     last = max(pack.until for pack in active)
-    done = sum(pack.start if pack.waiting_for_trunk else pack.step for pack in active)
     batches = data.batches(first)
-    with Preemption() as preemption, TrainingBar(name, done, sum(p.until for p in active)) as bar:
+    with Preemption() as preemption, TrainingBar(name, first, last) as bar:
         for step in range(first, last):
             rows = None
             batch = f"the batch of step {step + 1}, from {data.store}"
@@ -419,7 +418,7 @@ def train_packs(
             stop = preemption.reached(step + 1)
             for pack in moving:
                 pack.maybe_save(stop)
-            bar.advance(len(moving), _last_line(packs))
+            bar.advance(1, _last_line(packs))
             if stop:
                 _stop(moving)
                 raise PreemptedError(step + 1)
