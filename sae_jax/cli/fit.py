@@ -22,8 +22,9 @@ loss (or eval_loss), as far as the law needs them; --d_sae=NAME and the like say
 calls them. Of several the rows are joined. --select keeps the rows that meet all of its terms (a
 column, one of = != < <= > >=, a value). What varies among the runs and is not in the law is told.
 --by=architecture (or site, k, several with commas) fits a law to each group: OUT/by.png shows all,
-by.csv their parameters, by.json whether their exponents differ and how one law for all, common
-exponents and a law for each compare; OUT/architecture=topk and the like have each fit.
+by.csv, table.md and table.tex their parameters, by.json whether their exponents differ and how one
+law for all, common exponents and a law for each compare; OUT/architecture=topk and the like have
+each fit. Settings in which the groups differ beside that are told.
 Laws, for n latents, D tokens, C FLOPs:
 
   power       L = E + A C^-alpha, of the runs on the compute frontier

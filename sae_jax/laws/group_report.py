@@ -108,8 +108,8 @@ def text(values: dict) -> str:
             )
         if len(one["pairs"]) > 1:
             lines.append(
-                f"    (95% for each of {len(one['pairs'])} pairs, not for all of them together; p is "
-                "of all groups at once)"
+                f"    (95% for each of {len(one['pairs'])} pairs, not for all of them together; p "
+                "is of all groups at once)"
             )
     for model in values["models"]:
         held = "" if model["holdout"] is None else f", held out {model['holdout']:.2%}"

@@ -463,7 +463,7 @@ def _read_column(cells, name: str, places, positive: bool) -> np.ndarray:
             raise UserError(f"{where} is {text}; every row needs a number there")
         if not math.isfinite(value):
             raise UserError(
-                f'{where} is {value}; leave the row out, as by --select="{name}<1e9", or mark '
+                f'{where} is {value}; leave the row out, as by --select="{name}<1e99", or mark '
                 "the run in a column `status` as failed"
             )
         if positive and value <= 0:
