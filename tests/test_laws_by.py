@@ -98,14 +98,37 @@ def test_the_intervals_of_isoflops_exponents_carry_over_to_their_difference():
     assert carried
 
 
-def test_groups_whose_names_are_one_directorys_have_two(tmp_path):
+def test_what_groups_write(tmp_path):
+    """Groups whose names are one directory's have two; each predicts, with its doubts; nothing of
+    an earlier fit's groups stays, but what others put there."""
     columns = two_groups("power", noise=0.001)
     names = {"topk": "mlp/out.0", "relu": "mlp_out.0"}
     columns["site"] = [names[each] for each in columns.pop("architecture")]
     found = laws.fit_by(columns, "power", "site", resamples=50)
-    found.save(tmp_path / "fits")
-    written = [json.loads(f.read_text()) for f in (tmp_path / "fits").glob("*/fit.json")]
+    out = tmp_path / "fits"
+    for old in ("k=8", "k=16"):
+        (out / old).mkdir(parents=True)
+        (out / old / "fit.json").write_text("{}")
+    (out / "k=8/mine.txt").write_text("mine")
+    before = {"differences": {}, "groups": {old: {"directory": old} for old in ("k=8", "k=16")}}
+    (out / "by.json").write_text(json.dumps(before))
+    values = found.save(out, flops=1e18, at=[{"C": 1e13}])
+    assert [each.name for each in (out / "k=8").iterdir()] == ["mine.txt"]
+    assert not (out / "k=16").exists()
+    written = [json.loads(f.read_text()) for f in out.glob("*/fit.json")]
     assert len(written) == 2 and written[0]["params"] != written[1]["params"]
+    text = group_report.text(values)
+    for label, fit in found.fits.items():
+        assert f"{label}: for 1e+18 FLOPs: loss {fit.loss(C=1e18).loss:.5g}" in text
+        assert f"{label}: at C=1e+13: loss {fit.loss(C=1e13).loss:.5g}" in text
+    assert "warning: the prediction is for 3.91e+03 times the largest budget" in text
+    markdown, latex = ((out / f"table.{end}").read_text() for end in ("md", "tex"))
+    assert f"{found.fits['mlp/out.0'].params['alpha']:.4g} [" in markdown
+    assert r"$\alpha$" in latex and r"\bottomrule" in latex
+    with pytest.raises(UserError, match="has fits by groups .by.json."):
+        found.fits["mlp/out.0"].save(out)
+    with pytest.raises(UserError, match="has a fit of all runs .fit.json."):
+        found.save(next(out.glob("*/fit.json")).parent)
 
 
 @pytest.mark.parametrize(
@@ -124,32 +147,6 @@ def test_groups_that_differ_in_more_than_tells_them(more, said):
     parts = laws.read(columns).split(["architecture"])
     found = group_report.apart(parts, ["flops"], "architecture")
     assert said in found[0] if said else not found
-
-
-def test_what_groups_predict_and_what_an_earlier_fit_leaves(tmp_path):
-    """Predictions of each group with their doubts; no file of another fit stays beside them."""
-    columns = two_groups("power", noise=0.001) | {"site": np.tile(["a", "b", "c"], 6)}
-    runs = laws.read(columns)
-    values = laws.fit_by(runs, "power", "site", resamples=50).save(tmp_path)
-    (tmp_path / "site=a/mine.txt").write_text("mine")
-    found = laws.fit_by(runs, "power", "architecture", resamples=50)
-    values = found.save(tmp_path, flops=1e18, at=[{"C": 1e13}])
-    assert sorted(each.name for each in tmp_path.iterdir() if each.is_dir()) == [
-        "architecture=relu", "architecture=topk", "site=a"
-    ]  # fmt: skip
-    assert [each.name for each in (tmp_path / "site=a").iterdir()] == ["mine.txt"]
-    text = group_report.text(values)
-    for label, fit in found.fits.items():
-        assert f"{label}: for 1e+18 FLOPs: loss {fit.loss(C=1e18).loss:.5g}" in text
-        assert f"{label}: at C=1e+13: loss {fit.loss(C=1e13).loss:.5g}" in text
-    assert "warning: the prediction is for 3.91e+03 times the largest budget" in text
-    markdown, latex = ((tmp_path / f"table.{end}").read_text() for end in ("md", "tex"))
-    assert f"{found.fits['relu'].params['alpha']:.4g} [" in markdown and "topk" in markdown
-    assert r"$\alpha$" in latex and r"\bottomrule" in latex
-    with pytest.raises(UserError, match="has fits by groups .by.json."):
-        found.fits["topk"].save(tmp_path)
-    with pytest.raises(UserError, match="has a fit of all runs .fit.json."):
-        found.save(tmp_path / "architecture=topk")
 
 
 def test_three_groups_pairs_are_said_to_be_uncorrected():

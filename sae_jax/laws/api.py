@@ -307,7 +307,7 @@ class LawFit:
         for ours in wanted:
             if len(called[ours]) > 1:
                 raise UserError(f"loss: {' and '.join(called[ours])} are both {ours}; give one")
-        given = {ours: _positive(called[ours][0], at[called[ours][0]]) for ours in wanted}
+        given = {ours: _positive(ours, at[called[ours][0]]) for ours in wanted}
         try:
             values = np.broadcast_arrays(*given.values())
         except ValueError:
