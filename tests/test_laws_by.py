@@ -12,7 +12,7 @@ from test_laws import LAWS, TRUE, runs, write
 
 from sae_jax import cli, laws
 from sae_jax.errors import UserError
-from sae_jax.laws import groups
+from sae_jax.laws import group_report, groups
 from sae_jax.laws.estimators import estimate
 from sae_jax.laws.intervals import bootstrap, public_intervals
 
@@ -50,9 +50,13 @@ def test_a_law_for_each_group():
     columns = two_groups("power", noise=0.001, alpha=0.3, A=900.0, E=0.2)
     more = {name: [*values, *values[:2]] for name, values in columns.items()}
     more["architecture"][-2:] = ["gated"] * 2
+    more["depth"] = [1, 2] * 10
     found = laws.fit_by(more, "power", "architecture", resamples=50)
     assert list(found.fits) == ["relu", "topk"] and list(found.refused) == ["gated"]
     assert "architecture gated is left out" in found.warnings[0]
+    assert "the runs differ in depth (1, 2)" in "".join(found.fits["topk"].warnings)
+    assert sum("the runs differ in depth (1, 2)" in said for said in found.warnings) == 1
+    assert "alpha: the groups differ" in repr(found)
     alone = laws.fit({n: v[:9] for n, v in columns.items()}, "power", resamples=50)
     assert found.fits["topk"].params == pytest.approx(alone.params)
     alpha = found.differences["alpha"]
@@ -64,6 +68,8 @@ def test_a_law_for_each_group():
     assert one["objective"] >= common["objective"] >= each["objective"]
     assert common["p"] < 0.01 and each["p"] < 0.01
     assert each["holdout"] < common["holdout"] < one["holdout"]
+    assert type(alpha["p"]) is type(pair["difference"]) is float
+    assert {type(label) for label in (*pair["of"], *found.fits)} == {str}
     table = found.table()
     assert len(table["group"]) == 6 and set(table["parameter"]) == {"A", "alpha", "E"}
 
@@ -92,14 +98,66 @@ def test_the_intervals_of_isoflops_exponents_carry_over_to_their_difference():
     assert carried
 
 
-def test_groups_whose_names_are_one_directorys_have_two(tmp_path):
+def test_what_groups_write(tmp_path):
+    """Groups whose names are one directory's have two; each predicts, with its doubts; nothing of
+    an earlier fit's groups stays, but what others put there."""
     columns = two_groups("power", noise=0.001)
     names = {"topk": "mlp/out.0", "relu": "mlp_out.0"}
     columns["site"] = [names[each] for each in columns.pop("architecture")]
     found = laws.fit_by(columns, "power", "site", resamples=50)
-    found.save(tmp_path / "fits")
-    written = [json.loads(f.read_text()) for f in (tmp_path / "fits").glob("*/fit.json")]
+    out = tmp_path / "fits"
+    for old in ("k=8", "k=16"):
+        (out / old).mkdir(parents=True)
+        (out / old / "fit.json").write_text("{}")
+    (out / "k=8/mine.txt").write_text("mine")
+    before = {"differences": {}, "groups": {old: {"directory": old} for old in ("k=8", "k=16")}}
+    (out / "by.json").write_text(json.dumps(before))
+    values = found.save(out, flops=1e18, at=[{"C": 1e13}])
+    assert [each.name for each in (out / "k=8").iterdir()] == ["mine.txt"]
+    assert not (out / "k=16").exists()
+    written = [json.loads(f.read_text()) for f in out.glob("*/fit.json")]
     assert len(written) == 2 and written[0]["params"] != written[1]["params"]
+    text = group_report.text(values)
+    for label, fit in found.fits.items():
+        assert f"{label}: for 1e+18 FLOPs: loss {fit.loss(C=1e18).loss:.5g}" in text
+        assert f"{label}: at C=1e+13: loss {fit.loss(C=1e13).loss:.5g}" in text
+    assert "warning: the prediction is for 3.91e+03 times the largest budget" in text
+    markdown, latex = ((out / f"table.{end}").read_text() for end in ("md", "tex"))
+    assert f"{found.fits['mlp/out.0'].params['alpha']:.4g} [" in markdown
+    assert r"$\alpha$" in latex and r"\bottomrule" in latex
+    with pytest.raises(UserError, match="has fits by groups .by.json."):
+        found.fits["mlp/out.0"].save(out)
+    with pytest.raises(UserError, match="has a fit of all runs .fit.json."):
+        found.save(next(out.glob("*/fit.json")).parent)
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        # Which k a group has may be why its law differs; mixed alike it is no difference.
+        ({"sparsity": np.repeat([16, 32], 9)}, "in sparsity (relu: 32; topk: 16)"),
+        ({"sparsity": np.r_[np.repeat(16, 9), np.tile([16, 16, 32], 3)]}, "relu: 16, 32; topk: 16"),
+        ({"sparsity": np.tile([16, 32, 32], 6)}, None),
+        # What names the groups again, or what a group does not have, is what the groups are.
+        ({"kind": np.repeat(["topk", "relu"], 9), "k": np.repeat([32, None], 9)}, None),
+    ],
+)
+def test_groups_that_differ_in_more_than_tells_them(more, said):
+    columns = two_groups("power", noise=0.001) | more
+    parts = laws.read(columns).split(["architecture"])
+    found = group_report.apart(parts, ["flops"], "architecture")
+    assert said in found[0] if said else not found
+
+
+def test_three_groups_pairs_are_said_to_be_uncorrected():
+    exponents = {
+        str(i): groups.Exponent(0.1 * i, 0.1 * i - 0.05, 0.1 * i + 0.05, 9) for i in (1, 2, 3)
+    }
+    one = {"alpha": groups.compare(exponents)}
+    values = {"law": "power", "by": "k", "groups": {"1": {"numbers": {}, "prediction": None}}}
+    values["groups"]["1"]["predictions"] = []
+    values |= {"differences": one, "models": [], "warnings": []}
+    assert "95% for each of 3 pairs, not for all of them together" in group_report.text(values)
 
 
 def test_groups_with_common_exponents():

@@ -70,6 +70,10 @@ def test_losses_lie_in_their_intervals_in_every_form(fitted):
     as_table = fitted.loss({"other": ["a", "b"], **at})
     assert list(as_table) == ["other", *at, *vars(found)]
     np.testing.assert_array_equal(as_table["loss"], found.loss)
+    beside = fitted.loss({"loss": [7, 8], **at})  # what the runs lost stays
+    assert beside["loss"] == [7, 8]
+    np.testing.assert_array_equal(beside["loss_expected"], found.loss)
+    assert all(f"  {name} " in repr(fitted) for name in fitted.params)
 
 
 def test_a_budgets_best_run(fitted):
@@ -83,7 +87,36 @@ def test_a_budgets_best_run(fitted):
     assert best["loss"][1, 0] == fitted.optimal(1e15)["loss"]
     if fitted.law != "power":
         np.testing.assert_allclose(768 * best["d_sae"] * best["tokens"], budgets, rtol=0.02)
+        for name in ("d_sae", "tokens"):
+            low, high = fitted.optimal(1e13)[f"{name}_interval"]
+            assert 0.9 * low <= best[name][0, 0] <= 1.1 * high  # sizes are rounded up
     assert fitted.loss(C=1e15).loss == pytest.approx(best["loss"][1, 0], rel=0.01)
+
+
+def test_how_far_beyond_the_runs_a_law_is_asked(tmp_path, chinchilla):
+    n, D = (chinchilla.runs.columns[name] for name in ("d_sae", "tokens"))
+    inside = chinchilla.loss(n=n, D=D)
+    assert (inside.beyond == 1).all() and not chinchilla.optimal(1e12)["warnings"]
+    assert chinchilla.loss(n=n.max(), D=50 * D.max()).beyond == pytest.approx(50)
+    assert chinchilla.loss(n=n.min() / 8, D=D[0]).beyond == pytest.approx(8)
+    (said,) = chinchilla.optimal(1e30)["warnings"]
+    assert "times the largest budget" in said and "largest tokens" in said
+    asked = [{"n": 8 * n.max(), "D": D.min() / 5}, {"C": 1e13}, {"n": n[0], "D": D[0]}]
+    (tmp_path / "fit.json").write_text('{"law": "joint"}')
+    (tmp_path / "next_run.py").write_text("of another fit")
+    values = chinchilla.save(tmp_path, at=asked)
+    assert not (tmp_path / "next_run.py").exists()
+    assert [len(one["warnings"]) for one in values["predictions"]] == [1, 0, 0]
+    assert "8 times the largest d_sae and 1/5 of the smallest tokens" in values["warnings"][-1]
+
+
+def test_a_law_is_asked_by_the_names_of_its_table():
+    columns = table("chinchilla")
+    columns |= {"n": columns.pop("tokens"), "Size": columns.pop("d_sae")}
+    found = laws.fit(laws.read(columns, tokens="n", d_sae="Size"), "chinchilla", resamples=50)
+    assert found.loss(n=1e8, Size=1000) == found.loss(tokens=1e8, d_sae=1000)
+    with pytest.raises(UserError, match="tokens and n are both tokens"):
+        found.loss(tokens=1e8, n=1e8, d_sae=1000)
 
 
 def test_a_joint_law_is_asked_at_any_k():

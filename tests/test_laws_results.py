@@ -8,7 +8,7 @@ from test_laws import SIZES, TOKENS, grid, runs, write
 
 from sae_jax import cli, laws
 from sae_jax.errors import UserError
-from sae_jax.laws import settings
+from sae_jax.laws import holdout, settings
 
 
 def said(columns, law, **named):
@@ -63,6 +63,29 @@ def test_a_sweeps_own_measurements_are_no_settings():
     assert said(columns, "chinchilla")[0] == {
         "sae.knee": {"is": "setting", "follows": None, "values": ["0.1", "none"]}
     }
+
+
+def test_the_axes_of_a_law_of_compute_are_no_doubt():
+    """Sizes and tokens vary along it, and what follows these; each is named once."""
+    columns = grid(d_sae=SIZES, tokens=TOKENS)
+    columns |= {"sae.d_sae": columns["d_sae"], "train.tokens": columns["tokens"] + 37}
+    columns |= {"lr": columns["d_sae"] ** -0.5, "architecture": np.tile(["a", "b"], 13)[:25]}
+    columns |= {"sae.architecture": columns["architecture"], "k": columns["d_sae"] % 7}
+    columns |= {"flops": columns["d_sae"] * columns["tokens"], "loss": columns["d_sae"] ** -0.3}
+    found, text = said(columns, "power")
+    assert set(found) == {"d_sae", "tokens", "lr", "architecture", "k"}
+    follows = {name: column["follows"] for name, column in found.items()}
+    assert follows["d_sae"] == follows["tokens"] == "flops" and follows["lr"] == "d_sae"
+    differ, change = text.splitlines()
+    assert "architecture (a, b)" in differ and "tokens" not in differ and "select" not in change
+
+
+@pytest.mark.parametrize("count, words", [(1, "the largest of 5"), (2, "the 2 largest of 5")])
+def test_what_is_held_out_is_told_in_words(count, words):
+    columns = {"flops": 10.0 ** np.arange(5), "loss": np.arange(1.0, 6)}
+    _, held, what = holdout.split(laws.read(columns), ("flops",), count)
+    points = "1 point " if count == 1 else "2 points "
+    assert len(held) == count and words in what and points in what
 
 
 def test_tables_are_joined_and_selected_from(tmp_path):
@@ -152,7 +175,7 @@ def test_a_column_that_some_runs_have_is_there_in_their_group():
     "source, words",
     [
         ({"d_sae": [1, 2], "loss": [1.0]}, "different lengths"),
-        ({"d_sae": [1, 2], "loss": [1.0, float("nan")]}, "the table, row 1: loss is nan"),
+        ({"d_sae": [1, 2], "loss": [1.0, float("nan")]}, "row 1: loss is nan.*--select=.loss<1e99"),
         ({"loss": ["", ""]}, "row 0: loss is empty"),
         (7, "a data frame, not int"),
         ({}, "no rows"),
@@ -177,6 +200,14 @@ def test_a_flag_that_would_be_ignored_is_refused(capsys, flags):
     (line,) = capsys.readouterr().err.splitlines()
     assert flags[0].partition("=")[0] in line
     assert "already defined" in line or "given twice" in line
+
+
+def test_a_prediction_at_what_is_no_quantity_is_refused_before_the_fit(capsys):
+    flags = ["--results=absent.csv", "--law=power", "--out=fit", "--d_sae=params"]
+    assert cli.main(["fit", *flags, "--predict_at=params=3 tks=4"]) == 2
+    assert "--predict_at: the name is 'tks'" in capsys.readouterr().err
+    assert cli.main(["fit", *flags, "--predict_at=params=3 tokens=4"]) == 2
+    assert "there is no file absent.csv" in capsys.readouterr().err
 
 
 @pytest.mark.slow

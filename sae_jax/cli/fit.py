@@ -22,8 +22,9 @@ loss (or eval_loss), as far as the law needs them; --d_sae=NAME and the like say
 calls them. Of several the rows are joined. --select keeps the rows that meet all of its terms (a
 column, one of = != < <= > >=, a value). What varies among the runs and is not in the law is told.
 --by=architecture (or site, k, several with commas) fits a law to each group: OUT/by.png shows all,
-by.csv their parameters, by.json whether their exponents differ and how one law for all, common
-exponents and a law for each compare; OUT/architecture=topk and the like have each fit.
+by.csv, table.md and table.tex their parameters, by.json whether their exponents differ and how one
+law for all, common exponents and a law for each compare; OUT/architecture=topk and the like have
+each fit. Settings in which the groups differ beside that are told.
 Laws, for n latents, D tokens, C FLOPs:
 
   power       L = E + A C^-alpha, of the runs on the compute frontier
@@ -149,9 +150,9 @@ def define(values: flags.FlagValues) -> None:
 
 def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
     """Fits the law, writes the results to --out, and prints a summary."""
-    from sae_jax import laws, paths
+    from sae_jax import laws
     from sae_jax.errors import choose
-    from sae_jax.laws import fitting, next_run, report
+    from sae_jax.laws import fitting, group_report, next_run, outputs, report
     from sae_jax.laws.estimators import ESTIMATORS
 
     for name in ("results", "law", "out"):
@@ -168,16 +169,16 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
             )
     if (args.config or overrides) and args.predict_flops is None:
         raise UserError("--config is of the next run; add --predict_flops=C to plan one")
-    asked = [_assignments(text) for text in args.predict_at or []]
+    names = {name: args[name].value for name in _RENAMES}
+    asked = [_assignments(text, names) for text in args.predict_at or []]
     base = next_run.base(args.config, overrides) if args.config or overrides else None
     papers = figure_flags.read(args)
     if args.panel and not papers:
         raise UserError("--panel is of the figures of --figure=NAME.pdf; give one")
     if args.panel and args.by:
         raise UserError("--panel is of one law's figures; with --by it is the laws of all groups")
-    report.check_out(args.out)
+    (outputs.check_groups if args.by else outputs.check_fit)(args.out)
 
-    names = {name: args[name].value for name in _RENAMES}
     runs = laws.read(
         args.results, **names, flops_factor=args.flops_factor, select=args.select or ""
     )
@@ -191,28 +192,46 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
     }
     asked = {"flops": args.predict_flops, "start": base, "at": asked, "style": args.style}
     if args.by:
-        groups = laws.fit_by(runs, args.law, args.by, **options)
-        refused = groups.save(args.out, papers=papers, **asked)
-        print(f"{groups.text()}\n\nwritten: {args.out}/by.json, by.csv, by.png, and each fit")
+        found = laws.fit_by(runs, args.law, args.by, **options)
+        values = found.save(args.out, papers=papers, **asked)
+        print(group_report.text(values))
+        print(f"\nwritten: {args.out}/{', '.join(outputs.GROUPS)}, and the fit of each group")
+        for of in values["groups"].values():
+            _say_next(of, f"{args.out}/{of['directory']}", f"runs/{of['directory']}")
     else:
         found = laws.fit(runs, args.law, **options)
         values = found.save(args.out, papers=papers, panel=args.panel, **asked)
-        refused = values["refused"]
-        print(report.text(values, args.out))
-        if (values["prediction"] or {}).get("d_sae"):
-            file = shlex.quote(f"--config={paths.path(args.out) / next_run.FILE}")
-            print(f"next: sae-jax train {file} --workdir=runs/next")
+        print(f"{report.text(values)}\n\nwritten: {args.out}/{', '.join(outputs.FIT)}")
+        _say_next(values, args.out, "runs/next")
     for file in papers:
         print(f"written: {file}")
-    if refused:
-        raise UserError(f"{args.out} has the fit, but not all that was asked: {'; '.join(refused)}")
+    if values["refused"]:
+        refused = "; ".join(values["refused"])
+        raise UserError(f"{args.out} has the fit, but not all that was asked: {refused}")
 
 
-def _assignments(text: str) -> dict[str, float]:
+def _say_next(values: dict, out: str, workdir: str) -> None:
+    """Prints the command of the next run where a fit planned one."""
+    from sae_jax import paths
+    from sae_jax.laws import next_run
+
+    if (values["prediction"] or {}).get("d_sae"):
+        file = shlex.quote(f"--config={paths.path(out) / next_run.FILE}")
+        print(f"next: sae-jax train {file} {shlex.quote(f'--workdir={workdir}')}")
+
+
+def _assignments(text: str, names: dict[str, str | None]) -> dict[str, float]:
     """Returns the numbers of NAME=NUMBER with spaces between them.
 
-    Raises UserError for what is none.
+    Raises UserError for what is none, and for a name that is neither ours nor the table's.
+
+    Args:
+      text: what the user wrote.
+      names: what the table calls columns, by our names, where it is not the same.
     """
+    from sae_jax.errors import choose
+    from sae_jax.laws.api import quantity_names
+
     out = {}
     for term in text.split():
         name, _, value = term.partition("=")
@@ -222,7 +241,7 @@ def _assignments(text: str) -> dict[str, float]:
                 f"--predict_at: {term!r} is not NAME=NUMBER, once for each name, as in "
                 '"d_sae=16384 k=32"'
             )
-        out[name] = number
+        out[choose(name, list(quantity_names(names)), "--predict_at: the name")] = number
     if not out:
         raise UserError('--predict_at is empty; write NAME=NUMBER, as in "d_sae=16384 k=32"')
     return out

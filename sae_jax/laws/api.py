@@ -134,6 +134,10 @@ class LawFit:
     options: fitting.Options
     found: fitting.Fit | IsoflopFit
 
+    def __repr__(self) -> str:
+        """The parameters with their intervals and what to doubt, which is what a notebook shows."""
+        return report.text(report.summary(self.found, None, {}))
+
     @property
     def law(self) -> str:
         """The name of the law."""
@@ -173,27 +177,31 @@ class LawFit:
           table: a dict of columns or a data frame with what the law needs, by our names or those of
             the runs' table; in place of `at`.
           **at: what the law needs, each a number or an array: n (or d_sae), D (or tokens), k, C (or
-            flops). With C alone it is the least loss that the budget buys.
+            flops), or what the runs' table calls them. With C alone it is the least loss that the
+            budget buys.
 
         Returns:
           `predict.Losses`: loss; low and high, the interval of one more run; law_low and law_high,
-          that of the law's curve. Each is a float where all of `at` are numbers, else an array. For
-          a table: the same kind of table, with these as columns.
+          that of the law's curve; beyond, how many times farther out than the runs it is asked (1
+          within them). Each is a float where all of `at` are numbers, else an array. For a table:
+          the same kind of table, with these as columns; one that the table has already, such as
+          its runs' own loss, stays as it is, and the law's is loss_expected.
 
         Raises UserError where the law needs something else, or cannot say it.
         """
-        if table is not None:
-            theirs = {column: ours for ours, column in self.runs.names.items()} | _SHORT
-            names = list(getattr(table, "columns", table))
-            there = {theirs.get(name, name): table[name] for name in names}
-            if set(self._needed) <= set(there):
-                there = {name: there[name] for name in self._needed}
-            columns = {name: values for name, values in there.items() if name in _QUANTITIES}
-            expected = dataclasses.asdict(self._losses(columns))
-            return type(table)({name: table[name] for name in names} | expected)
-        for name in at:
-            choose(name, (*_SHORT, *_QUANTITIES), "loss: the argument")
-        return self._losses({_SHORT.get(name, name): value for name, value in at.items()})
+        if table is None:
+            called = quantity_names(self.runs.names)
+            for name in at:
+                choose(name, list(called), "loss: the argument")
+            return self._losses(self._columns(at))
+        names = list(getattr(table, "columns", table))
+        rows = {name: table[name] for name in names}
+        expected = dataclasses.asdict(self._losses(self._columns(rows, is_table=True)))
+        ours = {name: f"{name}_expected" if name in names else name for name in expected}
+        if again := set(ours.values()) & set(names):
+            raise UserError(f"loss: the table has a column {min(again)} already; leave it out")
+        added = {ours[name]: values for name, values in expected.items()}
+        return type(table)(rows | added)
 
     def optimal(self, C, k: float | None = None) -> dict:
         """Returns the compute-optimal run of a budget.
@@ -204,8 +212,9 @@ class LawFit:
 
         Returns:
           A dict: d_sae, rounded up to a multiple of 64 (of 8 below 512), tokens, loss, interval
-          (the 95% interval of one more run's loss), times_largest_budget and more. For an array of
-          budgets each is an array, with the intervals (..., 2).
+          (the 95% interval of one more run's loss), d_sae_interval and tokens_interval (those of
+          the best size and tokens), times_largest_budget, warnings and more. For an array of
+          budgets each is an array, with the intervals (..., 2), and there are no warnings.
 
         Raises UserError for a law without a compute-optimal frontier.
         """
@@ -221,7 +230,7 @@ class LawFit:
         return {
             name: np.reshape([one[name] for one in planned], budgets.shape + np.shape(value))
             for name, value in planned[0].items()
-            if name != "interval_is"
+            if name not in ("interval_is", "warnings")
         }
 
     def save(
@@ -261,6 +270,8 @@ class LawFit:
         for values in at:
             try:
                 predictions.append({"at": values, **dataclasses.asdict(self.loss(**values))})
+                asked = {name: float(value[0]) for name, value in self._columns(values)[0].items()}
+                predictions[-1]["warnings"] = predict.warnings(self.found, asked)
             except UserError as error:
                 refused.append(str(error))
         options, accounting = self.options, self.accounting
@@ -277,23 +288,45 @@ class LawFit:
         """What the law needs to say a loss."""
         return ("flops",) if self.law == "isoflop" else self.found.law.columns
 
-    def _losses(self, at: dict) -> Losses:
-        """Returns the losses at values by our names, each a number or an array."""
-        at = {name: _positive(name, value) for name, value in at.items()}
+    def _columns(
+        self, at: dict, is_table: bool = False
+    ) -> tuple[dict[str, np.ndarray], tuple[int, ...]]:
+        """Returns the columns (M,) by our names at which a loss is asked, and the shape of M.
+
+        Args:
+          at: numbers or arrays by our names or those of the runs' table.
+          is_table: whether they are columns of a table, which may have more than the law needs.
+        """
+        called: dict[str, list[str]] = {}
+        known = quantity_names(self.runs.names)
+        for name in at:
+            if name in known:
+                called.setdefault(known[name], []).append(name)
+        is_enough = is_table and set(self._needed) <= set(called)
+        wanted = self._needed if is_enough else tuple(called)
+        for ours in wanted:
+            if len(called[ours]) > 1:
+                raise UserError(f"loss: {' and '.join(called[ours])} are both {ours}; give one")
+        given = {ours: _positive(ours, at[called[ours][0]]) for ours in wanted}
         try:
-            values = np.broadcast_arrays(*at.values())
+            values = np.broadcast_arrays(*given.values())
         except ValueError:
-            shapes = ", ".join(f"{name} {np.shape(value)}" for name, value in at.items())
+            shapes = ", ".join(f"{name} {np.shape(value)}" for name, value in given.items())
             raise UserError(f"loss: the shapes do not go together: {shapes}") from None
         shape = values[0].shape if values else ()
-        columns = {name: value.ravel() for name, value in zip(at, values, strict=True)}
+        columns = {name: value.ravel() for name, value in zip(given, values, strict=True)}
         if set(columns) == {"flops"} and "flops" not in self._needed:
-            columns = self._cheapest(columns["flops"])
+            return columns | self._cheapest(columns["flops"]), shape
         if set(columns) != set(self._needed):
             raise UserError(
                 f"loss: {self.law} needs {' and '.join(self._needed)}, not "
-                f"{' and '.join(at) or 'nothing'}"
+                f"{' and '.join(given) or 'nothing'}"
             )
+        return columns, shape
+
+    def _losses(self, asked: tuple[dict[str, np.ndarray], tuple[int, ...]]) -> Losses:
+        """Returns the losses at what `_columns` returned."""
+        columns, shape = asked
         expected = dataclasses.asdict(predict.losses(self.found, columns))
         shaped = {name: value.reshape(shape) for name, value in expected.items()}
         return Losses(**{n: v if shape else float(v) for n, v in shaped.items()})
@@ -306,6 +339,16 @@ class LawFit:
         columns = {name: best[name] for name in ("d_sae", "tokens")}
         k = self.found.k
         return columns if k is None else columns | {"k": np.full(len(flops), k)}
+
+
+def quantity_names(names: dict[str, str]) -> dict[str, str]:
+    """Returns our name of each quantity by every name that it goes by.
+
+    Args:
+      names: what a table calls columns, by our names.
+    """
+    ours = _SHORT | {name: name for name in _QUANTITIES}
+    return ours | {names[name]: name for name in _QUANTITIES if names.get(name)}
 
 
 def _positive(name: str, value) -> np.ndarray:

@@ -45,7 +45,7 @@ def rows(values: dict) -> list[tuple[str, str, str]]:
     fit.json.
     """
     out = [
-        (Math(_SYMBOLS.get(name, name)), digits(value), interval(values["ci95"][name]))
+        (label_of(name, True), digits(value), interval(values["ci95"][name]))
         for name, value in values["params"].items()
     ]
     frontier = values["frontier"]
@@ -61,11 +61,17 @@ def rows(values: dict) -> list[tuple[str, str, str]]:
         at = f"at {planned['flops']:.4g} FLOPs"
         for name, what in (("d_sae", "best dictionary size"), ("tokens", "best tokens")):
             if planned[name]:
-                out.append((f"{what} {at}", digits(planned[name]), ""))
+                ends = interval(planned[f"{name}_interval"])
+                out.append((f"{what} {at}", digits(planned[name]), ends))
         out.append(
             (f"loss {at}, of one run", digits(planned["loss"]), interval(planned["interval"]))
         )
     return out
+
+
+def label_of(name: str, is_parameter: bool) -> str:
+    """Returns what a table calls a parameter of a law, or an exponent of its frontier."""
+    return Math(_SYMBOLS.get(name, name)) if is_parameter else _EXPONENTS.get(name, name)
 
 
 def digits(value: float) -> Math:

@@ -57,8 +57,11 @@ def _draw_laws(axes, found: dict[str, Fit | IsoflopFit], by: str) -> None:
         x = results.columns["d_sae"] if by_size else results.compute
         axes.scatter(x, results.loss, s=12, color=colours[label], alpha=0.5, linewidths=0)
         line = np.geomspace(x.min(), x.max(), 60)
-        expected = predict.losses(one, _columns(one, line, by_size))
-        axes.plot(line, expected.loss, color=colours[label], label=plain(label))
+        columns = _columns(one, line, by_size)
+        middle = {name: columns[name][0] for name in ("tokens", "k") if by_size and name in columns}
+        at = "".join(f", {name} {value:.3g}" for name, value in middle.items())
+        expected = predict.losses(one, columns)
+        axes.plot(line, expected.loss, color=colours[label], label=plain(label + at))
         axes.fill_between(
             line, expected.law_low, expected.law_high, color=colours[label], alpha=0.15, linewidth=0
         )

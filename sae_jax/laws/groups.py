@@ -26,15 +26,13 @@ import scipy.stats
 from sae_jax import paths, plots, typeset
 from sae_jax.config import Config
 from sae_jax.errors import UserError, choose, some
-from sae_jax.json_files import read_json
-from sae_jax.laws import api, fitting, group_figures, isoflop, report
+from sae_jax.laws import api, fitting, group_figures, group_report, isoflop, outputs, report
 from sae_jax.laws.common_exponents import models
 from sae_jax.laws.results import Results
 from sae_jax.paths import AnyPath
 
 LEVEL = 0.05  # of the tests
 _LEAST_DEVIATION = 1e-9  # of an exponent: what the search for the least objective leaves
-FILES = ("by.json", "by.csv", "by.png")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +63,7 @@ class Groups:
       exponents: by exponent, its value and interval in each group.
       differences: by exponent, `p`, the probability of groups that differ so much where the
         exponents are one; `differ`, whether that is below 5%; and `pairs`, with `of` (two labels),
-        `difference`, `ci95` and `p` of each.
+        `difference`, `ci95` and `p` of each, which are not corrected for the number of pairs.
       models: one law, common exponents, and one law for each group: `model`, `parameters`,
         `objective`, `rms_log_error`, `holdout` (the rms relative error held out, None where too few
         points are left), and `p`, the probability of such a gain over the model before where there
@@ -92,11 +90,12 @@ class Groups:
 
     @property
     def warnings(self) -> list[str]:
-        """What to doubt, in words."""
-        out = [f"{self.by} {label} is left out: {why}" for label, why in self.refused.items()]
-        if len(self.fits) < 2:
-            out.append("one group is fitted, so there is nothing to compare")
-        return out
+        """What to doubt, in words: of the groups, and of the fit of each."""
+        return self._warnings({label: fit.warnings for label, fit in self.fits.items()})
+
+    def __repr__(self) -> str:
+        """What `sae-jax fit --by` prints, which is what a notebook shows."""
+        return group_report.text(self.summary())
 
     def table(self) -> dict[str, list]:
         """Returns the parameters and exponents of all groups as columns: `group`, `parameter`,
@@ -114,54 +113,42 @@ class Groups:
         names = ("group", "parameter", "value", "low", "high")
         return {name: [row[place] for row in rows] for place, name in enumerate(names)}
 
-    def summary(self) -> dict:
-        """Returns the content of by.json."""
+    def summary(self, told: dict[str, dict] | None = None) -> dict:
+        """Returns the content of by.json.
+
+        Args:
+          told: what `LawFit.save` returned for each group, by its label; without it there are no
+            predictions.
+        """
+        told = told or {
+            label: report.summary(fit.found, None, {}) for label, fit in self.fits.items()
+        }
+        numbers: dict[str, dict] = {label: {} for label in told}
+        for label, name, *ends in zip(*self.table().values(), strict=True):
+            numbers[label][name] = ends
+        same = ("params", "ci95", "n_points", "rms_log_error", "prediction", "predictions")
         return {
             "by": self.by,
             "law": self.law,
             "groups": {
-                label: {
-                    "directory": self.folders[label],
-                    "params": fit.params,
-                    "ci95": fit.ci95,
-                    "n_points": len(fit.found.results),
-                    "rms_log_error": fit.summary()["rms_log_error"],
-                }
-                for label, fit in self.fits.items()
+                label: {"directory": self.folders[label], "numbers": numbers[label]}
+                | {name: values[name] for name in same}
+                for label, values in told.items()
             },
             "differences": self.differences,
             "models": self.models,
-            "warnings": self.warnings,
+            "warnings": self._warnings({label: of["warnings"] for label, of in told.items()}),
+            "refused": [f"{label}: {why}" for label, of in told.items() for why in of["refused"]],
         }
 
-    def text(self) -> str:
-        """Returns what a user wants to know first, as lines for a terminal."""
-        lines, table = [f"{self.law} by {self.by}", ""], self.table()
-        width = max(16, *(len(label) + 2 for label in self.fits))
-        for name in dict.fromkeys(table["parameter"]):
-            lines.append(f"  {name}")
-            for label, parameter, value, low, high in zip(*table.values(), strict=True):
-                if parameter == name:
-                    lines.append(f"    {label:{width}}{value:<12.5g}95% {low:.5g} to {high:.5g}")
-        for name, one in self.differences.items():
-            verdict = "differ" if one["differ"] else "do not differ for certain"
-            lines.append(f"{name}: the groups {verdict} (p = {one['p']:.2g})")
-            for pair in one["pairs"]:
-                low, high = pair["ci95"]
-                lines.append(
-                    f"    {' - '.join(pair['of'])}: {pair['difference']:+.4g}, 95% {low:+.4g} to "
-                    f"{high:+.4g}"
-                )
-        for model in self.models:
-            held = "" if model["holdout"] is None else f", held out {model['holdout']:.2%}"
-            gain = (
-                "" if model["p"] is None else f"; better than the one before: p = {model['p']:.2g}"
-            )
-            lines.append(
-                f"{model['model']}: {model['parameters']} parameters, rms error of log-loss "
-                f"{model['rms_log_error']:.3g}{held}{gain}"
-            )
-        return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
+    def _warnings(self, of_fits: dict[str, list[str]]) -> list[str]:
+        """Returns what to doubt, of which the groups' fits say `of_fits`."""
+        out = [f"{self.by} {label} is left out: {why}" for label, why in self.refused.items()]
+        if len(self.fits) < 2:
+            out.append("one group is fitted, so there is nothing to compare")
+        columns = fitting.needed_columns(self.law)
+        runs = {label: fit.runs for label, fit in self.fits.items()}
+        return [*out, *group_report.apart(runs, columns, self.by), *group_report.merged(of_fits)]
 
     def save(
         self,
@@ -171,8 +158,11 @@ class Groups:
         at: Sequence[dict[str, float]] = (),
         papers: Sequence[str] = (),
         style: str | None = None,
-    ) -> list[str]:
-        """Writes by.json, by.csv, by.png, and the fit of each group to a directory of its own.
+    ) -> dict:
+        """Writes by.json, by.csv, by.png, table.md and table.tex, and the fit of each group to a
+        directory of its own.
+
+        The fits of an earlier fit's groups that are none of this are removed.
 
         Args:
           out: the directory, made if absent.
@@ -184,16 +174,17 @@ class Groups:
           style: the user's matplotlib style for these.
 
         Returns:
-          What the groups' laws cannot say of `flops` and `at`, in words.
+          The content of by.json. What the groups' laws cannot say of `flops` and `at` is in its
+          `refused`, in words.
 
         Raises UserError, before anything is written, where a directory is not that of a fit, and
         where the figures cannot be drawn.
         """
         out = paths.path(out)
         folders = {label: out / name for label, name in self.folders.items()}
-        _check_out(out)
+        outputs.check_groups(out)
         for each in folders.values():
-            report.check_out(each)
+            outputs.check_fit(each)
         found = {label: fit.found for label, fit in self.fits.items()}
 
         def draw():
@@ -201,19 +192,20 @@ class Groups:
 
         drawn = {paths.path(file): plots.rendered(draw, file, style) for file in papers}
         out.mkdir(parents=True, exist_ok=True)
-        refused = []
-        for label, fit in self.fits.items():
-            values = fit.save(folders[label], flops, start, at)
-            refused += [f"{label}: {why}" for why in values["refused"]]
-        paths.save_json(self.summary(), out / "by.json")  # first: it says whose the others are
+        outputs.forget_groups(out, set(self.folders.values()))
+        told = {n: fit.save(folders[n], flops, start, at) for n, fit in self.fits.items()}
+        values = self.summary(told)
+        paths.save_json(values, out / "by.json")  # first: it says whose the others are
         table = self.table()
         rows = [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
         paths.write(out / "by.csv", typeset.as_csv(list(table), rows))
         plots.save(group_figures.overview(found, self.by, self.exponents), out / "by.png")
+        paths.write(out / "table.md", group_report.as_markdown(values))
+        paths.write(out / "table.tex", group_report.as_latex(values))
         for file, content in drawn.items():
             file.parent.mkdir(parents=True, exist_ok=True)
             paths.write(file, content)
-        return refused
+        return values
 
 
 def fit_by(runs, law: str, by: str | Sequence[str], **options) -> Groups:
@@ -230,7 +222,7 @@ def fit_by(runs, law: str, by: str | Sequence[str], **options) -> Groups:
     choose(law, fitting.LAW_NAMES, "the law")
     runs = runs if isinstance(runs, Results) else api.read(runs)
     columns = by.split(",") if isinstance(by, str) else list(by)
-    groups = runs.split(columns)
+    groups = {str(label): group for label, group in runs.split(columns).items()}
     fits, refused = {}, {}
     for label, group in groups.items():
         try:
@@ -253,14 +245,6 @@ def fit_by(runs, law: str, by: str | Sequence[str], **options) -> Groups:
     )
 
 
-def _check_out(out: AnyPath) -> None:
-    """Raises UserError where `out` is a file, or holds files of another program under our names."""
-    report.check_out(out)
-    theirs = next((out / name for name in FILES if (out / name).exists()), None)
-    if theirs and (theirs.name != FILES[0] or "differences" not in read_json(theirs)):
-        raise UserError(f"{theirs} is not of sae-jax fit --by; give another --out")
-
-
 def folder(by: str, label: str) -> str:
     """Returns the name of a group's directory."""
     return re.sub(r"[^\w.=+-]+", "_", f"{by}={label}")[:100]
@@ -278,7 +262,7 @@ def compare(exponents: dict[str, Exponent]) -> dict:
     pairs = []
     for (one, a), (other, b) in itertools.combinations(exponents.items(), 2):
         (below_a, above_a), (below_b, above_b) = a.deviations, b.deviations
-        difference = a.value - b.value
+        difference = float(a.value - b.value)
         variances = a.deviations[0] ** 2 + a.deviations[1] ** 2, sum(s**2 for s in b.deviations)
         parts = variances[0] ** 2 / a.degrees + variances[1] ** 2 / b.degrees
         degrees = sum(variances) ** 2 / parts if parts else a.degrees + b.degrees
@@ -289,12 +273,12 @@ def compare(exponents: dict[str, Exponent]) -> dict:
             {
                 "of": [one, other],
                 "difference": difference,
-                "ci95": [difference - t * low, difference + t * high],
+                "ci95": [float(difference - t * low), float(difference + t * high)],
                 "p": _two_sided(difference, low if difference > 0 else high, degrees),
             }
         )
     p = pairs[0]["p"] if len(pairs) == 1 else _welch(list(exponents.values()))
-    return {"p": p, "differ": p < LEVEL, "pairs": pairs}
+    return {"p": p, "differ": bool(p < LEVEL), "pairs": pairs}
 
 
 def _two_sided(difference: float, deviation: float, degrees: float) -> float:

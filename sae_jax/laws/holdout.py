@@ -71,5 +71,7 @@ def split(results: Results, needed: tuple[str, ...], count: int | None):
     unit = {"compute": "FLOPs", "d_sae": "latents"}.get(name, "")
     low, high = values[held].min(), values[held].max()
     span = f"{low:.3g}" if high <= low * (1 + SAME_BUDGET) else f"{low:.3g} to {high:.3g}"
-    what = f"the {count} largest of {total} values of {name}: {held.sum()} points at {span} {unit}"
+    which = "the largest" if count == 1 else f"the {count} largest"
+    points = "1 point" if held.sum() == 1 else f"{held.sum()} points"
+    what = f"{which} of {total} values of {name}: {points} at {span} {unit}"
     return np.flatnonzero(~held), np.flatnonzero(held), what.strip()

@@ -241,9 +241,10 @@ def _hold_out(minima: Minima, estimator: str, count: int | None) -> dict:
     theta = np.array([line.theta for line in kept.lines(estimator)])
     expected = theta[:, 0] + theta[:, 1] * np.log(held.flops)[:, None]
     errors = np.sqrt(np.mean((np.exp(expected - held.log) - 1) ** 2, axis=0))
+    which = "minimum of the largest" if count == 1 else f"minima of the {count} largest"
     span = " and ".join(f"{flops:.3g}" for flops in held.flops)
     return {
-        "what": f"the minima of the {count} largest of {total} budgets, at {span} FLOPs",
+        "what": f"the {which} of {total} budgets, at {span} FLOPs",
         "rms_relative_error": float(errors[2]),
         "d_sae_rms_relative_error": float(errors[0]),
         "tokens_rms_relative_error": float(errors[1]),

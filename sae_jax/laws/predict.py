@@ -6,12 +6,13 @@ import numpy as np
 import scipy.stats
 
 from sae_jax.errors import UserError
+from sae_jax.laws import curves
 from sae_jax.laws.fitting import Fit
 from sae_jax.laws.intervals import widening
 from sae_jax.laws.isoflop import IsoflopFit
 
 _MULTIPLE = 64  # sizes are multiples of it for matrix units and for sharding; small ones, of 8
-_FAR_BEYOND = 3.0  # times the largest fitted budget; beyond it a prediction has a warning
+_FAR_BEYOND = 3.0  # times the largest fitted value; beyond it a prediction has a warning
 _NORMAL = scipy.stats.norm.ppf((np.arange(199) + 0.5) / 199)
 _INTERVAL = (
     "95% prediction interval of one more run: the bootstrap's parameters, widened for the degrees "
@@ -30,6 +31,9 @@ class Losses:
       high: the upper end of that.
       law_low: the lower end of the interval of the law's own curve (M,), without a run's scatter.
       law_high: the upper end of that.
+      beyond: how many times what was asked lies beyond the runs that were fitted (M,), in the
+        quantity that is furthest out: the value over the largest, or the smallest over the value; 1
+        within them.
     """
 
     loss: np.ndarray
@@ -37,6 +41,7 @@ class Losses:
     high: np.ndarray
     law_low: np.ndarray
     law_high: np.ndarray
+    beyond: np.ndarray
 
 
 def predict(found: Fit | IsoflopFit, flops: float) -> dict:
@@ -49,13 +54,14 @@ def predict(found: Fit | IsoflopFit, flops: float) -> dict:
     Returns:
       A dict: `flops`; `d_sae`, rounded up to a multiple of 64 (of 8 below 512); `tokens`; `loss`;
       `interval`, the 95% interval of one more run's loss; `interval_is`, what that means;
-      `times_largest_budget`; and `k` for the joint law. The power law has None for d_sae and
-      tokens.
+      `d_sae_interval` and `tokens_interval`, those of the best size and tokens by the law, None
+      where no draw of the bootstrap has a frontier; `times_largest_budget`; `warnings`; and `k` for
+      the joint law. The power law has None for d_sae, tokens and their intervals.
 
     Raises UserError for a law without a compute-optimal frontier.
     """
     size, tokens = None, None
-    columns = {"flops": np.array([flops])}
+    budget = columns = {"flops": np.array([flops])}
     if isinstance(found, IsoflopFit):
         n, data, _ = found.at(np.array([flops]))[0]
         size = round_size(n)
@@ -70,6 +76,8 @@ def predict(found: Fit | IsoflopFit, flops: float) -> dict:
             columns["k"] = np.array([found.k])
     expected = losses(found, columns)
     largest = float(found.results.compute.max())
+    k = getattr(found, "k", None)
+    asked = {"flops": float(flops), "d_sae": size, "tokens": tokens, "k": k}
     out = {
         "flops": float(flops),
         "d_sae": size,
@@ -77,10 +85,23 @@ def predict(found: Fit | IsoflopFit, flops: float) -> dict:
         "loss": float(expected.loss[0]),
         "interval": [float(expected.low[0]), float(expected.high[0])],
         "interval_is": _INTERVAL,
+        **_intervals(found, budget["flops"]),
         "times_largest_budget": float(flops) / largest,
+        "warnings": warnings(found, {name: v for name, v in asked.items() if v is not None}),
     }
-    k = getattr(found, "k", None)
     return out if k is None else out | {"k": round(k)}
+
+
+def _intervals(found: Fit | IsoflopFit, flops: np.ndarray) -> dict[str, list[float] | None]:
+    """Returns the 95% intervals of the best size and tokens of one budget (1,)."""
+    bands = curves.along_compute(found, flops)
+    out = {}
+    for name in ("d_sae", "tokens"):
+        ends = (
+            [float(bands[name].low[0]), float(bands[name].high[0])] if name in bands else [np.nan]
+        )
+        out[f"{name}_interval"] = ends if np.isfinite(ends).all() else None
+    return out
 
 
 def no_frontier(found: Fit) -> str:
@@ -102,7 +123,8 @@ def losses(found: Fit | IsoflopFit, columns: dict[str, np.ndarray]) -> Losses:
 
     Args:
       found: the fit.
-      columns: values (M,) by our names; of isoflop, flops.
+      columns: values (M,) by our names; of isoflop, flops. More than the law needs only counts for
+        how far beyond the runs they are.
     """
     if isinstance(found, IsoflopFit):
         at, moved, scatter, factor = _by_isoflop(found, columns["flops"])
@@ -124,7 +146,19 @@ def losses(found: Fit | IsoflopFit, columns: dict[str, np.ndarray]) -> Losses:
     if found.holdout:  # a law that misses what it has not seen will miss the next run too
         missed = np.exp(2 * found.holdout["rms_relative_error"])
         low, high = np.minimum(low, loss / missed), np.maximum(high, loss * missed)
-    return Losses(loss, low, high, *law_ends)
+    beyond = np.max([_beyond(found, name, values) for name, values in columns.items()], axis=0)
+    return Losses(loss, low, high, *law_ends, beyond)
+
+
+def _beyond(found: Fit | IsoflopFit, name: str, values: np.ndarray) -> np.ndarray:
+    """Returns how many times values of a column lie beyond those that were fitted; 1 within."""
+    fitted = _fitted(found, name)
+    return np.maximum(1.0, np.maximum(values / fitted.max(), fitted.min() / values))
+
+
+def _fitted(found: Fit | IsoflopFit, name: str) -> np.ndarray:
+    """Returns the values (N,) of a column that a law was fitted to."""
+    return found.results.compute if name == "flops" else found.results.columns[name]
 
 
 def _by_isoflop(found: IsoflopFit, flops: np.ndarray):
@@ -140,14 +174,29 @@ def _by_isoflop(found: IsoflopFit, flops: np.ndarray):
     return at, moved, scatter * factor * _NORMAL, 1.0
 
 
-def warnings(prediction: dict) -> list[str]:
-    """Returns a warning, if any, that a prediction lies far beyond the budgets that were fitted."""
-    times = prediction["times_largest_budget"]
-    if times <= _FAR_BEYOND:
+def warnings(found: Fit | IsoflopFit, asked: dict[str, float]) -> list[str]:
+    """Returns a warning, if any, that a prediction lies far beyond the runs that were fitted.
+
+    Args:
+      found: the fit.
+      asked: the values of one run by our names.
+    """
+    far = []
+    for name, value in asked.items():
+        times = float(_beyond(found, name, np.float64(value)))
+        if times > _FAR_BEYOND:
+            what = "budget" if name == "flops" else found.results.names.get(name, name)
+            is_more = value > _fitted(found, name).max()
+            far.append(
+                f"{times:.3g} times the largest {what}"
+                if is_more
+                else f"1/{times:.3g} of the smallest {what}"
+            )
+    if not far:
         return []
     return [
-        f"the prediction is for {times:.3g} times the largest budget that was fitted; no law is "
-        "known to hold so far, and its interval does not include the law's being wrong"
+        f"the prediction is for {' and '.join(far)} that was fitted; no law is known to hold so "
+        "far, and its interval does not include the law's being wrong"
     ]
 
 

@@ -12,24 +12,8 @@ import pathlib
 from collections.abc import Sequence
 
 from sae_jax import pages, paths, plots, typeset
-from sae_jax.errors import UserError
-from sae_jax.json_files import read_json
-from sae_jax.laws import copyable, curves, figures, predict, saved
+from sae_jax.laws import copyable, curves, figures, outputs
 from sae_jax.paths import AnyPath
-
-FILES = ("fit.json", "fit.png", "curve.csv", "table.md", "table.tex", "report.html", "state.json")
-
-
-def check_out(out: str | AnyPath) -> None:
-    """Raises UserError where the fit's directory cannot be made, or holds files of another program
-    under the names of a fit's.
-    """
-    out = paths.path(out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out={out} is a file; give a directory")
-    theirs = next((out / name for name in FILES if (out / name).exists()), None)
-    if theirs and (theirs.name != "fit.json" or "law" not in read_json(theirs)):
-        raise UserError(f"{theirs} is not of sae-jax fit; give another --out")
 
 
 def summary(
@@ -45,14 +29,14 @@ def summary(
       found: a Fit or an IsoflopFit.
       planned: the prediction of `predict.predict`, or None.
       accountings: the result of `fitting.frontiers_by_accounting`.
-      predictions: losses at given values, each a dict of `at`, which holds these by name, and the
-        fields of `predict.Losses`.
+      predictions: losses at given values, each a dict of `at`, which holds these by name, the
+        fields of `predict.Losses`, and `warnings`.
       refused: what was asked and the law does not say, in words.
     """
     values = found.summary() | {"accountings": accountings, "prediction": planned}
     values |= {"predictions": list(predictions), "refused": list(refused)}
-    if planned:
-        values["warnings"] = values["warnings"] + predict.warnings(planned)
+    told = [*([planned] if planned else []), *predictions]
+    values["warnings"] = [*values["warnings"], *(each for one in told for each in one["warnings"])]
     return values
 
 
@@ -79,7 +63,7 @@ def save(
     law has no such panel, or the figures cannot be drawn in that style.
     """
     out = paths.path(out)
-    check_out(out)
+    outputs.check_fit(out)
     figures.check_panel(found, panel)
     planned = values["prediction"]
 
@@ -88,7 +72,7 @@ def save(
 
     drawn = {paths.path(file): plots.rendered(draw, file, style) for file in papers}
     out.mkdir(parents=True, exist_ok=True)
-    saved.forget(out)  # the law of another fit
+    outputs.forget_fit(out)
     paths.save_json(values, out / "fit.json")
     plots.save(figures.overview(found, planned), out / "fit.png")
     rows = curves.table(found, planned)
@@ -102,7 +86,7 @@ def save(
         paths.write(file, content)
 
 
-def text(values: dict, out: str | AnyPath) -> str:
+def text(values: dict) -> str:
     """Returns what a user wants to know first, as lines for a terminal."""
     lines = [f"{values['law']}: {values['formula']}", ""]
     for name, value in values["params"].items():
@@ -120,11 +104,20 @@ def text(values: dict, out: str | AnyPath) -> str:
     if None not in shown.values():
         n, tokens = shown.values()
         lines.append(f"compute-optimal: n* ~ C^{n:.3f}, D* ~ C^{tokens:.3f}")
+    lines += predictions(values)
+    return "\n".join([*lines, *(f"warning: {warning}" for warning in values["warnings"])])
+
+
+def predictions(values: dict) -> list[str]:
+    """Returns a line for each prediction that was asked for."""
+    lines = []
     if planned := values["prediction"]:
         low, high = planned["interval"]
         what = ""
         if planned["d_sae"]:  # power says how much loss, not of which size
-            what = f"{planned['d_sae']} latents, {planned['tokens']:,} tokens, "
+            ends = (_ends(planned[f"{name}_interval"]) for name in ("d_sae", "tokens"))
+            latents, tokens = ends
+            what = f"{planned['d_sae']} latents{latents}, {planned['tokens']:,} tokens{tokens}, "
         lines.append(
             f"for {planned['flops']:.4g} FLOPs: {what}loss {planned['loss']:.5g}, 95% of runs "
             f"{low:.5g} to {high:.5g}"
@@ -135,8 +128,11 @@ def text(values: dict, out: str | AnyPath) -> str:
             f"at {at}: loss {one['loss']:.5g}, 95% of runs {one['low']:.5g} to {one['high']:.5g}; "
             f"the law {one['law_low']:.5g} to {one['law_high']:.5g}"
         )
-    lines += [f"warning: {warning}" for warning in values["warnings"]]
-    return "\n".join([*lines, "", f"written: {out}/{', '.join(FILES)}"])
+    return lines
+
+
+def _ends(interval: list[float] | None) -> str:
+    return f" (95% {interval[0]:.4g} to {interval[1]:.4g})" if interval else ""
 
 
 def _page(found, values: dict) -> str:

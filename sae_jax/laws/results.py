@@ -480,8 +480,8 @@ def _read_column(cells, name: str, places, positive: bool) -> np.ndarray:
             raise UserError(f"{where} is {text}; every row needs a number there")
         if not math.isfinite(value):
             raise UserError(
-                f"{where} is {value}; remove the row, or mark the run in a column `status` as "
-                "failed"
+                f'{where} is {value}; leave the row out, as by --select="{name}<1e99", or mark '
+                "the run in a column `status` as failed"
             )
         if positive and value <= 0:
             raise UserError(f"{where} is {value:g}; laws are of positive quantities only")

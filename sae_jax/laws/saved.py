@@ -110,11 +110,6 @@ def save(runs: Results, accounting: str, options: fitting.Options, found, out) -
     paths.write(paths.path(out) / FILE, paths.as_json(values, indent=None))
 
 
-def forget(out) -> None:
-    """Removes a directory's state.json, where another fit is about to be written."""
-    (paths.path(out) / FILE).unlink(missing_ok=True)
-
-
 def load(out: paths.AnyPath):
     """Reads the fit in a directory.
 

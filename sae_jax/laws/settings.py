@@ -71,7 +71,9 @@ def varying(cells: Cells, names: dict[str, str], known: dict[str, np.ndarray]) -
     """Returns the columns that vary and that a law does not know, as fit.json shows them.
 
     Left out are the columns that the law's own give: those proportional to one of them or to a
-    product of them, unless they say how a dictionary is made (k, a target, a learning rate).
+    product of them, unless they say how a dictionary is made (k, a target, a learning rate). A
+    column that a table has twice, as sae.d_sae beside d_sae, is told once. A law of compute alone
+    is of sizes and tokens that vary along it, so that these follow compute.
 
     Args:
       cells: the columns (N,) of the fitted runs by the file's names.
@@ -85,15 +87,25 @@ def varying(cells: Cells, names: dict[str, str], known: dict[str, np.ndarray]) -
     """
     out = {}
     ours = {column: name for name, column in names.items()}
+    compute = names.get("flops", "flops")
+    axes = (
+        [names.get(name, name) for name in ("d_sae", "tokens")] if set(known) == {compute} else []
+    )
+    deciding = {name: _numbers(cells[name]) for name in axes if name in cells}
+    deciding = known | {name: values for name, values in deciding.items() if values is not None}
     for name, kind in _kinds(cells, names).items():
         texts = [as_text(cell) for cell in cells[name]]
         numbers = [as_number(cell) for cell in cells[name]]
         is_made = last_part(ours.get(name, name)) in _MADE_WITH
         is_given = not is_made and None not in numbers and _is_given(np.array(numbers), known)
-        if name in known or is_given:
+        if name in known or is_given or _is_twice(name, cells):
             continue
-        follows = [column for column, values in known.items() if _decides(values, texts, numbers)]
-        if any(last_part(name) == last_part(column) for column in follows):
+        follows = [
+            column for column, values in deciding.items() if _decides(values, texts, numbers)
+        ]
+        if name in axes:
+            follows = [compute]
+        elif any(last_part(name) == last_part(column) for column in follows):
             continue  # train.tokens beside tokens, which are whole batches
         kind = "repetition" if last_part(name) == "seed" else kind
         out[name] = {"is": kind, "follows": follows[0] if follows else None}
@@ -171,6 +183,24 @@ def _kinds(cells: Cells, names: dict[str, str]) -> dict[str, str]:
             is_setting = not its_own or by_grid or name in (*_OF_SWEEPS, *ours)
             out[name] = "setting" if is_setting else "measured"
     return out
+
+
+def _numbers(column: Sequence) -> np.ndarray | None:
+    """Returns the cells (N,) of a column as numbers; None where one is none."""
+    numbers = [as_number(cell) for cell in column]
+    return None if None in numbers else np.array(numbers)
+
+
+def _is_twice(name: str, cells: Cells) -> bool:
+    """Whether a column such as sae.d_sae says what the one of its last part, d_sae, says."""
+    other = last_part(name)
+    if other == name or other not in cells:
+        return False
+    texts, others = ([as_text(cell) for cell in cells[each]] for each in (name, other))
+    numbers = _numbers(cells[other])
+    return texts == others or (
+        numbers is not None and _decides(numbers, texts, [as_number(cell) for cell in cells[name]])
+    )
 
 
 def _is_given(values: np.ndarray, known: dict[str, np.ndarray]) -> bool:
