@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from sae_jax import config as configs
 from sae_jax import lm
 from sae_jax.activations import StoreWriter
+from sae_jax.cli import main
 from sae_jax.config import Config, DataConfig, MeshConfig
 from sae_jax.errors import UserError
 from sae_jax.ops.sharding import BATCH
@@ -419,9 +420,14 @@ def test_weak_scaling_and_the_collectives_of_the_design(counts):
             assert size <= line["designed"].get(collective, 0), f"{collective} in {case}"
 
 
-def test_plan_is_of_one_run_with_tokens():
-    with pytest.raises(UserError, match="one run"):
-        resolve(dataclasses.replace(Config(), mesh=MeshConfig(run=2)), (64,))
+def test_groups_of_devices_are_a_sweeps(capsys):
+    config = dataclasses.replace(Config(), mesh=MeshConfig(run=2))
+    assert resolve(config, (64,)).mesh.run == 2, "as a sweep without a store has it"
+    assert main(["plan", "--mesh=2,1,1", "--config.sae.d_in=64"]) == 2
+    assert "the plan of one run has no use for mesh.run" in capsys.readouterr().err
+
+
+def test_plan_is_of_a_run_with_tokens():
     with pytest.raises(UserError, match="batch_size must be 1 or more, not 0"):
         resolve(dataclasses.replace(Config(), data=DataConfig(batch_size=0)), (64,))
 
