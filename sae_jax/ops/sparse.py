@@ -115,7 +115,7 @@ def _encode_backward(k, aux_k, compute_dtype, saved, cotangents):
             return _scatter_rows(terms, n), d_b
 
         d_w, d_b = in_parts(main, packs, gradients)
-        return psum(d_w, "data").T, psum(d_b, "data")
+        return _transposed(psum(d_w, "data"), main.indices), psum(d_b, "data")
 
     def inputs(w_enc, main, aux, packs):
         d_x = _decode(main, packs, w_enc.T)
@@ -379,6 +379,17 @@ def _decode(code: Code, packs, w_Nxd):
         )
 
     return in_parts(code, packs, decode)
+
+
+def _transposed(a: jax.Array, indices: jax.Array) -> jax.Array:
+    """Returns the transpose of a gradient, on a CPU as an array in memory.
+
+    XLA would read the columns of `a` there in each of the passes that the norm and the optimiser
+    make over it. It fuses nothing into a branch, such as this one, which is always taken.
+    """
+    if not on_cpu() or not indices.size:
+        return a.T
+    return jax.lax.cond(indices.ravel()[0] >= 0, lambda: a.T, lambda: jnp.zeros_like(a.T))
 
 
 def _sum_weighted_rows(values_Bxk, indices_Bxk, w_Nxd):
