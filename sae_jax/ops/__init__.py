@@ -7,8 +7,8 @@ Every operation takes global arrays and states its own collectives. It equals it
 from sae_jax.ops.batch_topk import batch_top_k
 from sae_jax.ops.dense import Activated, dense_autoencode
 from sae_jax.ops.prefixes import decode_groups
+from sae_jax.ops.shares import Code
 from sae_jax.ops.sparse import (
-    Code,
     encode_top_k,
     fired_latents,
     keep_top_k,

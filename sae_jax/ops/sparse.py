@@ -1,11 +1,10 @@
 """Encodes to k latents a token and decodes from them, without a dense (B, d_sae) gradient.
 
 Every shard of the dictionary has k slots a token. A slot whose latent is not among the global top k
-has the value 0.
+has the value 0. What is done for every slot is done for a shard's share of them (`ops.shares`).
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +26,7 @@ from sae_jax.ops.sharding import (
     shard_count,
     shard_index,
 )
+from sae_jax.ops.shares import Code, fits, in_parts, used_slots
 from sae_jax.ops.topk import top_k
 
 _CPU_SLICE_ROWS = 256  # tokens whose pre-activations stay in a CPU's cache
@@ -34,18 +34,6 @@ _CPU_PRODUCT_ROWS = 16  # tokens whose picked decoder rows stay in a CPU's cache
 _SLICE_BYTES = 2**30  # the most bytes of either at once on other devices
 _FEW_CANDIDATES = 256  # up to so many candidates of a token over all shards are gathered
 _UNROLL = 32  # latents whose decoder rows are added in one fused pass
-
-
-class Code(NamedTuple):
-    """The latents that were picked for each token, in slots (B, shards * k).
-
-    Attributes:
-      values: the picked values, float32.
-      indices: the picked latents, int32, counted within the slot's shard.
-    """
-
-    values: jax.Array
-    indices: jax.Array
 
 
 # ---------------------------------------------------------------------------------- encode
@@ -95,55 +83,56 @@ def _encode_forward(x, w_enc, b_enc, dead, k, aux_k, compute_dtype):
 
         n = w_enc.shape[1]
         main, aux = _in_batch_slices(encode_slice, x, n)
+        code, kept = _keep_winners(*main, n)
+        winners = code._replace(counts=used_slots(kept)), kept
         if aux is None:
-            return _keep_winners(*main, n), None
+            return winners, None
         none = Code(jnp.zeros_like(aux[0]), aux[1]), jnp.zeros(aux[0].shape, bool)
-        return _keep_winners(*main, n), branch(
-            any_dead, lambda: _keep_winners(*aux, n), lambda: none
-        )
+        return winners, branch(any_dead, lambda: _keep_winners(*aux, n), lambda: none)
 
     specs = (BATCH, ENCODER, PER_LATENT, PER_LATENT, P())
     codes, kept = _transpose_pairs(per_shard(local, specs, CODE)(x, w_enc, b_enc, dead, any_dead))
-    indices = [code and code.indices for code in codes]
-    return codes, (x, w_enc, b_enc, any_dead, indices, kept)
+    slots = [code and code._replace(values=None) for code in codes]
+    return codes, (x, w_enc, b_enc, any_dead, slots, kept)
 
 
 def _encode_backward(k, aux_k, compute_dtype, saved, cotangents):
-    x, w_enc, b_enc, any_dead, indices, kept = saved
-    d_pre = [
-        code and jnp.where(mask, code.values, 0.0)
-        for code, mask in zip(cotangents, kept, strict=True)
-    ]
+    x, w_enc, b_enc, any_dead, slots, kept = saved
+    main, aux = (
+        slot and slot._replace(values=jnp.where(mask, code.values, 0.0))
+        for slot, mask, code in zip(slots, kept, cotangents, strict=True)
+    )
+    packs = fits(main)
 
-    def weights(x, w_enc, any_dead, indices, d_pre):
+    def weights(x, w_enc, any_dead, main, aux, packs):
         n = w_enc.shape[1]
-        codes = _codes_with_flags(d_pre, indices, any_dead)
-        d_b = sum(jnp.zeros(n, jnp.float32).at[i].add(d) for d, i, _ in codes)
-        terms = [(d, i, x, wanted) for d, i, wanted in codes]
-        return psum(_scatter_rows(terms, n), "data").T, psum(d_b, "data")
 
-    def inputs(w_enc, any_dead, indices, d_pre):
-        codes = _codes_with_flags(d_pre, indices, any_dead)
-        return psum(sum(_sum_weighted_rows(d, i, w_enc.T) for d, i, _ in codes), "model")
+        def gradients(parts):
+            terms = [(p.values, p.indices, p.of_tokens(x), True) for p in parts]
+            if aux is not None:
+                terms.append((aux.values, aux.indices, x, any_dead))
+            d_b = sum(jnp.zeros(n, jnp.float32).at[i].add(d) for d, i, *_ in terms)
+            return _scatter_rows(terms, n), d_b
 
-    code_specs = (P(), CODE, CODE)
-    d_w, d_b = per_shard(weights, (BATCH, ENCODER, *code_specs), (ENCODER, PER_LATENT))(
-        x, w_enc, any_dead, indices, d_pre
+        d_w, d_b = in_parts(main, packs, gradients)
+        return _transposed(psum(d_w, "data"), main.indices), psum(d_b, "data")
+
+    def inputs(w_enc, main, aux, packs):
+        d_x = _decode(main, packs, w_enc.T)
+        if aux is not None:
+            d_x += _sum_weighted_rows(aux.values, aux.indices, w_enc.T)
+        return psum(d_x, "model")
+
+    specs = (CODE, CODE, P())
+    d_w, d_b = per_shard(weights, (BATCH, ENCODER, P(), *specs), (ENCODER, PER_LATENT))(
+        x, w_enc, any_dead, main, aux, packs
     )
     # XLA drops this where x is data and nobody asks.
-    d_x = per_shard(inputs, (ENCODER, *code_specs), BATCH)(w_enc, any_dead, indices, d_pre)
+    d_x = per_shard(inputs, (ENCODER, *specs), BATCH)(w_enc, main, aux, packs)
     return d_x.astype(x.dtype), d_w.astype(w_enc.dtype), d_b.astype(b_enc.dtype), None
 
 
 encode_top_k.defvjp(_encode_forward, _encode_backward)
-
-
-def _codes_with_flags(values, indices, any_dead):
-    """Returns (values, indices, whether they count) of the main code, and of the auxiliary code if
-    there is one.
-    """
-    main = (values[0], indices[0], True)
-    return [main] if any_dead is None else [main, (values[1], indices[1], any_dead)]
 
 
 def _candidates(product_BxN, bias_N, k: int):
@@ -204,9 +193,8 @@ def _wins_globally(values_Bxk, indices_Bxk, n: int):
         return _wins_by_search(values_Bxk, indices_Bxk + shard_index("model") * n, n * shards)
     # Shards are in order of their latents, so that here too ties go to the lower one.
     _, winners = jax.lax.top_k(gather_last(values_Bxk, "model"), k)
-    mine = winners - shard_index("model") * k
-    slot = jnp.arange(k, dtype=mine.dtype)
-    return (mine[:, :, None] == slot).any(axis=1)
+    mine = winners // k == shard_index("model")
+    return jnp.arange(k) < mine.sum(axis=1, keepdims=True)  # a shard's winners are its first ones
 
 
 def _wins_by_search(values_Bxk, latents_Bxk, d_sae: int):
@@ -308,39 +296,49 @@ def sparse_decode(code: Code, aux: Code | None, any_dead, w_dec):
 def _decode_forward(code, aux, any_dead, w_dec):
     any_dead = None if any_dead is None else in_any_run(any_dead)
 
-    def local(code, aux, any_dead, w_dec):
-        x_hat = _sum_weighted_rows(*code, w_dec)
+    packs = fits(code)
+
+    def local(code, aux, any_dead, packs, w_dec):
+        x_hat = _decode(code, packs, w_dec)
         if aux is None:
             return psum(x_hat, "model"), None
         aux_hat = branch(
             any_dead,
-            lambda: psum(_sum_weighted_rows(*aux, w_dec), "model"),
+            lambda: psum(_sum_weighted_rows(aux.values, aux.indices, w_dec), "model"),
             lambda: jnp.zeros_like(x_hat),
         )
         return psum(x_hat, "model"), aux_hat
 
-    decoded = per_shard(local, (CODE, CODE, P(), DECODER), BATCH)(code, aux, any_dead, w_dec)
-    return decoded, (code, aux, any_dead, w_dec)
+    saved = code, aux, any_dead, packs, w_dec
+    return per_shard(local, (CODE, CODE, P(), P(), DECODER), BATCH)(*saved), saved
 
 
 def _decode_backward(saved, cotangents):
-    code, aux, any_dead, w_dec = saved
+    w_dec = saved[-1]
 
-    def local(code, aux, any_dead, w_dec, d_x_hat, d_aux_hat):
-        n = w_dec.shape[0]
-        d_code = Code(_products_with_rows(d_x_hat, code.indices, w_dec), None)
-        terms = [(*code, d_x_hat, True)]
+    def local(code, aux, any_dead, packs, w_dec, d_x_hat, d_aux_hat):
+        def gradients(parts):
+            d_values = jnp.zeros_like(code.values)
+            for part in parts:
+                products = _products_with_rows(part.of_tokens(d_x_hat), part.indices, w_dec)
+                d_values = part.set_slots(d_values, products)
+            terms = [(p.values, p.indices, p.of_tokens(d_x_hat), True) for p in parts]
+            if aux is not None:
+                terms.append((aux.values, aux.indices, d_aux_hat, any_dead))
+            return Code(d_values, None), _scatter_rows(terms, w_dec.shape[0])
+
+        d_code, d_w = in_parts(code, packs, gradients)
+        d_w = psum(d_w, "data")
         if aux is None:
-            return d_code, None, psum(_scatter_rows(terms, n), "data")
+            return d_code, None, d_w
         d_aux_values = jax.lax.cond(
             any_dead,
             lambda: _products_with_rows(d_aux_hat, aux.indices, w_dec),
             lambda: jnp.zeros_like(aux.values),
         )
-        terms.append((*aux, d_aux_hat, any_dead))
-        return d_code, Code(d_aux_values, None), psum(_scatter_rows(terms, n), "data")
+        return d_code, Code(d_aux_values, None), d_w
 
-    specs = (CODE, CODE, P(), DECODER, BATCH, BATCH)
+    specs = (CODE, CODE, P(), P(), DECODER, BATCH, BATCH)
     d_code, d_aux, d_w = per_shard(local, specs, (CODE, CODE, DECODER))(*saved, *cotangents)
     return d_code, d_aux, None, d_w.astype(w_dec.dtype)
 
@@ -351,15 +349,47 @@ sparse_decode.defvjp(_decode_forward, _decode_backward)
 def fired_latents(code: Code, d_sae: int):
     """Returns which latents (d_sae,) bool have a positive value anywhere in a code."""
 
-    def local(code):
-        n = d_sae // shard_count("model")
-        fired = jnp.zeros(n, jnp.int32).at[code.indices].max((code.values > 0).astype(jnp.int32))
-        return psum(fired, "data") > 0
+    def local(code, packs):
+        def fired(parts):
+            total = jnp.zeros(d_sae // shard_count("model"), jnp.int32)
+            for part in parts:
+                total = total.at[part.indices].max((part.values > 0).astype(jnp.int32))
+            return total
 
-    return per_shard(local, (CODE,), PER_LATENT)(code)
+        return psum(in_parts(code, packs, fired), "data") > 0
+
+    return per_shard(local, (CODE, P()), PER_LATENT)(code, fits(code))
 
 
 # ------------------------------------------------------------------------- on one device
+
+
+def _decode(code: Code, packs, w_Nxd):
+    """Returns the sum over a shard's slots of values * w[indices], (B, d).
+
+    `packs` is what `shares.fits` returns of the whole code.
+    """
+
+    tokens = code.values.shape[0]
+
+    def decode(parts):
+        return sum(
+            part.sum_by_token(_sum_weighted_rows(part.values, part.indices, w_Nxd), tokens)
+            for part in parts
+        )
+
+    return in_parts(code, packs, decode)
+
+
+def _transposed(a: jax.Array, indices: jax.Array) -> jax.Array:
+    """Returns the transpose of a gradient, on a CPU as an array in memory.
+
+    XLA would read the columns of `a` there in each of the passes that the norm and the optimiser
+    make over it. It fuses nothing into a branch, such as this one, which is always taken.
+    """
+    if not on_cpu() or not indices.size:
+        return a.T
+    return jax.lax.cond(indices.ravel()[0] >= 0, lambda: a.T, lambda: jnp.zeros_like(a.T))
 
 
 def _sum_weighted_rows(values_Bxk, indices_Bxk, w_Nxd):

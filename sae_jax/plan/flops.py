@@ -12,7 +12,8 @@ def matmul_flops(jaxpr: core.Jaxpr, mesh: jax.sharding.Mesh) -> Counter:
     """Returns the FLOPs of a program's matrix products on one device, by the name of their dtype.
 
     A multiply and an add are two. Loops count as often as they run. Of the branches of a condition
-    the cheapest counts: the others are for dead latents, of which a healthy run has none.
+    the cheapest counts: the others are for dead latents, of which a healthy run has none, and for
+    codes of which one shard has far more than its share.
 
     Where the program is written per shard (`jax.shard_map`), shapes are a device's own. Elsewhere
     the operands' shardings divide the work.

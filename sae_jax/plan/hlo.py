@@ -2,7 +2,8 @@
 
 It is read from the text of the optimised HLO, because XLA's own cost analysis takes the body of a
 loop for one pass. Where a program branches, the branch with the least traffic counts: the others
-are for dead latents, of which a healthy run has none.
+are for dead latents, of which a healthy run has none, and for codes of which one shard has far more
+than its share.
 """
 
 import dataclasses
