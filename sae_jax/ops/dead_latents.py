@@ -169,7 +169,7 @@ def _backward(activation, k, compute_dtype, saved, d_decoded):
         d_decoded = d_decoded.astype(compute_dtype)
         x = x.astype(compute_dtype)
 
-        def add_block(i, gradients):
+        def find_block(i, found):
             values, d_pre = pre_gradient(i, picks, w_dec, d_decoded)
             block = (
                 matmul_f32(d_pre.astype(compute_dtype).T, x),
@@ -177,23 +177,21 @@ def _backward(activation, k, compute_dtype, saved, d_decoded):
                 matmul_f32(values.astype(compute_dtype).T, d_decoded),
             )
             return jax.tree.map(
-                lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, i, 0),
-                gradients,
-                block,
+                lambda all, part: jax.lax.dynamic_update_index_in_dim(all, part, i, 0), found, block
             )
 
-        shape, n = picks.latents.shape, w_dec.shape[0]
+        def add_block(i, gradients):
+            return jax.tree.map(
+                lambda g, all: g.at[picks.latents[i]].add(all[i], mode="drop"), gradients, found
+            )
+
+        used, shape = picks.used[0], picks.latents.shape
         widths = (x.shape[1],), (), (w_dec.shape[1],)
-        gradients = tuple(jnp.zeros((*shape, *width), jnp.float32) for width in widths)
-        gradients = jax.lax.fori_loop(0, picks.used[0], add_block, gradients)
-        gradients = branch(any_dead, lambda: psum(gradients, "data"), lambda: gradients)
-        latents = picks.latents.reshape(-1)
-        d_w_enc, d_b, d_w_dec = (
-            jnp.zeros((n, *g.shape[2:]), jnp.float32)
-            .at[latents]
-            .add(g.reshape(-1, *g.shape[2:]), mode="drop")
-            for g in gradients
-        )
+        found = tuple(jax.lax.empty((*shape, *width), jnp.float32) for width in widths)
+        found = jax.lax.fori_loop(0, used, find_block, found)
+        found = branch(any_dead, lambda: psum(found, "data"), lambda: found)
+        gradients = tuple(jnp.zeros((w_dec.shape[0], *width), jnp.float32) for width in widths)
+        d_w_enc, d_b, d_w_dec = jax.lax.fori_loop(0, used, add_block, gradients)
         return d_w_enc.T, d_b, d_w_dec
 
     def inputs(w_enc, w_dec, picks, any_dead, d_decoded):
