@@ -73,7 +73,7 @@ class TopK(SAE):
         slots = min(4 * most if config.multi_topk else most, config.d_sae)
         w_dec = self.w_dec[...]
         x_in, bias = self.encoder_input(x)
-        few = many = aux = any_many = None
+        few = many = any_many = None
         if config.aux_coefficient:
             few, many = ops.few_and_many(inputs.dead, config.aux_k)
         code, aux = ops.encode_top_k(
