@@ -1,5 +1,7 @@
 """Every operation equals its plain reference, on every mesh, forwards and backwards."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,15 @@ from jax.sharding import PartitionSpec as P
 from sae_jax import ops
 from sae_jax.ops import batch_topk
 from sae_jax.ops import sparse as sparse_ops
-from sae_jax.ops.sharding import BATCH, DECODER, ENCODER, PER_LATENT, PER_TOKEN, per_shard
+from sae_jax.ops.sharding import (
+    BATCH,
+    BATCHED_RUNS,
+    DECODER,
+    ENCODER,
+    PER_LATENT,
+    PER_TOKEN,
+    per_shard,
+)
 
 
 def normal(seed, *shape):
@@ -111,6 +121,76 @@ def test_sparse_autoencoder_equals_dense(monkeypatch, mesh, dead, k, aux_k, winn
     (_, got), got_gradients = jax.jit(total(sparse))(*map(jax.device_put, arrays, specs))
     for a, b in zip((*got, *got_gradients), (*want, *want_gradients), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+def leaky(pre):
+    return jax.nn.leaky_relu(pre, 0.1)
+
+
+@pytest.mark.parametrize(
+    "mesh", [(1, 1), pytest.param((2, 2), marks=pytest.mark.slow)], indirect=True
+)
+def test_dead_latents_are_decoded_as_by_a_sort(mesh):
+    """In float64, forwards and backwards, with fewer dead than are picked and with more: with ties
+    between shards, and a latent whose pre-activation is -inf. One program serves every count."""
+    B, d, d_out, n, k = 8, 5, 6, 64, 4
+    arrays = [normal(0, B, d), normal(1, d, n), normal(2, n), normal(3, n, d_out)]
+    arrays[2][3] = -np.inf
+    for array, axis in ((arrays[1], 1), (arrays[2], 0)):  # equal in different shards
+        first, second = [slice(None)] * axis + [slice(0, 8)], [slice(None)] * axis + [slice(40, 48)]
+        array[tuple(second)] = array[tuple(first)]
+    weights = normal(4, B, d_out)
+
+    @jax.jit
+    def ours(x, w_enc, b_enc, w_dec, dead, weights):
+        def loss(*arrays):
+            decoded = ops.decode_dead(leaky, *arrays, dead, k)
+            return (decoded * weights).sum(), decoded
+
+        gradients, decoded = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(
+            x, w_enc, b_enc, w_dec
+        )
+        return decoded, *gradients
+
+    x, w_enc, b_enc, w_dec = (a.astype(np.float64) for a in arrays)
+    pre = x @ w_enc + b_enc
+    pre[:, 40:48] = pre[:, :8]  # equal in float64 too, whose products are added in any order
+    placed = [
+        jax.device_put(a, spec)
+        for a, spec in zip(arrays, (BATCH, ENCODER, PER_LATENT, DECODER), strict=True)
+    ]
+    orders = [np.r_[0:8, 40:48, 8:40, 48:64], np.random.default_rng(9).permutation(n)]
+    for count, order in itertools.product((0, 1, k, k + 1, 12, 8 * k), orders):
+        dead = np.isin(np.arange(n), order[:count])
+        among_dead = np.where(dead, pre, -np.inf)
+        best = np.argsort(-among_dead, axis=1, kind="stable")[:, :k]
+        picked = np.zeros((B, n), bool)
+        np.put_along_axis(picked, best, True, axis=1)
+        picked &= among_dead > -np.inf
+        values = np.where(picked, np.maximum(pre, 0.1 * pre), 0.0)
+        d_pre = np.where(picked, np.where(pre > 0, 1.0, 0.1) * (weights @ w_dec.T), 0.0)
+        want = values @ w_dec, d_pre @ w_enc.T, x.T @ d_pre, d_pre.sum(0), values.T @ weights
+        got = ours(*placed, jax.device_put(dead, PER_LATENT), jax.device_put(weights, BATCH))
+        for a, b in zip(got, want, strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5, err_msg=f"{count} dead")
+
+
+def test_dead_latents_of_a_pack_and_with_nan():
+    """Each run of a batch of runs has its own; and NaN is picked before any number."""
+    B, d, n, k = 8, 5, 64, 4
+    x, w_enc, b_enc, w_dec = normal(0, B, d), normal(1, d, n), normal(2, n), normal(3, n, d)
+    dead = np.arange(n) < np.array([0, 2, 20])[:, None]
+
+    @jax.jit
+    def decode(w_enc, dead):
+        return ops.decode_dead(leaky, x, w_enc, b_enc, w_dec, dead, k)
+
+    w = np.stack([w_enc, 2 * w_enc, 3 * w_enc])
+    pack = jax.jit(jax.vmap(decode, axis_name=BATCHED_RUNS))
+    for got, *run in zip(pack(w, dead), w, dead, strict=True):
+        np.testing.assert_allclose(got, decode(*run), rtol=2e-5, atol=2e-5)
+    w[2, 0, 7] = np.nan
+    assert np.isnan(decode(w[2], dead[2])).all()
 
 
 def two_codes(product, per_latent):

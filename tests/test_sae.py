@@ -13,6 +13,7 @@ from references import REFERENCES
 from training import sparse_rows
 
 import sae_jax
+from sae_jax import ops
 from sae_jax import sae as saes
 from sae_jax.config import Config, OptimizerConfig, from_dict, to_dict
 from sae_jax.errors import UserError
@@ -255,6 +256,25 @@ def test_dead_latents_learn_even_below_zero(name):
         assert float(jnp.abs(got["w_enc"][:, latent]).max()) > 1e-4
         assert float(jnp.abs(got["w_dec"][latent]).max()) > 1e-3
         assert abs(float(got["b_enc"][latent])) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["topk", pytest.param("relu", marks=pytest.mark.slow)])
+def test_many_dead_latents_as_few(monkeypatch, name):
+    """The k-sparse code of AuxK, which many dead latents have, gives the loss and the gradients
+    that blocks of dead latents give."""
+    config = resolved(name)
+    (x, y), parameters = data(config), parameters_of(config)
+    counts = (0, 1, 5, 6, 10)
+    want = [compiled(name)(parameters, x, y, controls(config, count)) for count in counts]
+    monkeypatch.setattr(ops, "few_and_many", lambda dead, k: (jnp.zeros_like(dead), dead))
+    run = compiled.__wrapped__(name)
+    for count, (losses, gradients) in zip(counts, want, strict=True):
+        got, got_gradients = run(parameters, x, y, controls(config, count))
+        np.testing.assert_allclose(got.total, losses.total, rtol=1e-6)
+        for parameter, gradient in gradients.items():
+            np.testing.assert_allclose(
+                got_gradients[parameter], gradient, rtol=1e-5, atol=1e-6, err_msg=parameter
+            )
 
 
 @every_case_quickly("relu", "batchtopk")

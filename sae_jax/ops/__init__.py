@@ -5,6 +5,7 @@ Every operation takes global arrays and states its own collectives. It equals it
 """
 
 from sae_jax.ops.batch_topk import batch_top_k
+from sae_jax.ops.dead_latents import decode_dead, few_and_many
 from sae_jax.ops.dense import Activated, dense_autoencode
 from sae_jax.ops.prefixes import decode_groups
 from sae_jax.ops.shares import Code
@@ -21,9 +22,11 @@ __all__ = [
     "Activated",
     "Code",
     "batch_top_k",
+    "decode_dead",
     "decode_groups",
     "dense_autoencode",
     "encode_top_k",
+    "few_and_many",
     "fired_latents",
     "keep_top_k",
     "sparse_decode",

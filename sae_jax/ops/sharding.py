@@ -38,17 +38,25 @@ def per_shard(function: Callable, in_specs, out_specs) -> Callable:
     )
 
 
-def in_any_run(flag: jax.Array) -> jax.Array:
-    """Whether a flag is set in any run of the same `jax.vmap(axis_name=BATCHED_RUNS)`.
+def most_of_runs(x: jax.Array) -> jax.Array:
+    """Returns the largest x of all runs of the same `jax.vmap(axis_name=BATCHED_RUNS)`.
 
-    A branch on the result is taken by all runs or by none, and so stays a branch. Without such an
-    axis the flag itself is returned.
+    It is the same for all of them, and so a branch or a loop that depends on it alone stays one.
+    Without such an axis x itself is returned.
     """
     try:
         # Gathered, since jax 0.12 cannot lower a pmax of scalars here.
-        return jax.lax.all_gather(flag, BATCHED_RUNS).any()
+        return jax.lax.all_gather(x, BATCHED_RUNS).max(axis=0)
     except NameError:  # no such axis: one run by itself
-        return flag
+        return x
+
+
+def in_any_run(flag: jax.Array) -> jax.Array:
+    """Whether a flag is set in any run of the same `jax.vmap(axis_name=BATCHED_RUNS)`.
+
+    A branch on the result is taken by all runs or by none (`most_of_runs`).
+    """
+    return most_of_runs(flag)
 
 
 def branch(flag: jax.Array, taken: Callable, otherwise: Callable):

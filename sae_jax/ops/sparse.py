@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from sae_jax.ops.kth_largest import kth_largest, sort_keys
 from sae_jax.ops.sharding import (
     BATCH,
     CODE,
@@ -205,26 +206,21 @@ def _wins_by_search(values_Bxk, latents_Bxk, d_sae: int):
     largest value. One round for every 4 bits of d_sae then finds the last latent to win among equal
     values.
     """
-    k = values_Bxk.shape[1]
-    bits = jax.lax.bitcast_convert_type(values_Bxk, jnp.uint32)
-    keys = jnp.where(bits >> 31, ~bits, bits | jnp.uint32(1 << 31))  # in the order of the values
-    last = _kth_largest(keys, k, 32)
+    tokens, k = values_Bxk.shape
+
+    def counter(keys_Bxk):
+        def count(tried_BxT):
+            return psum((keys_Bxk[:, :, None] >= tried_BxT[:, None, :]).sum(axis=1), "model")
+
+        return count
+
+    keys = sort_keys(values_Bxk)
+    last = kth_largest(counter(keys), k, tokens, 32)
     above, equal = keys > last[:, None], keys == last[:, None]
     left = k - psum(above.sum(axis=1), "model")
     order = jnp.where(equal, d_sae - latents_Bxk, 0).astype(jnp.uint32)
-    return above | (equal & (order >= _kth_largest(order, left, d_sae.bit_length())[:, None]))
-
-
-def _kth_largest(keys_Bxk, k, bits: int):
-    """Returns the k-th largest of uint32 keys below 2^bits over all shards, (B,); k may be (B,)."""
-    found = jnp.zeros(len(keys_Bxk), jnp.uint32)
-    digits = jnp.arange(1, 16, dtype=jnp.uint32)
-    for shift in reversed(range(0, bits, 4)):
-        tried = found[:, None] | (digits << shift)
-        count = psum((keys_Bxk[:, :, None] >= tried[:, None, :]).sum(axis=1), "model")
-        enough = (count >= jnp.reshape(k, (-1, 1))).sum(axis=1)
-        found |= enough.astype(jnp.uint32) << shift
-    return found
+    last = kth_largest(counter(order), left, tokens, d_sae.bit_length())
+    return above | (equal & (order >= last[:, None]))
 
 
 def top_k_latents(x_BxN: jax.Array, k: int) -> jax.Array:

@@ -34,7 +34,13 @@ from sae_jax.sae.construction import (
     random_key,
     resolve_arguments,
 )
-from sae_jax.sae.losses import Losses, LossInputs, auxiliary_code, squared_error
+from sae_jax.sae.losses import (
+    Losses,
+    LossInputs,
+    auxiliary_activation,
+    auxiliary_code,
+    squared_error,
+)
 from sae_jax.sae.registry import register
 
 _ROUNDING = 1e-6  # of a norm in float32
@@ -565,16 +571,38 @@ class SAE(nnx.Module):
         """
         if not self.config.aux_coefficient:
             return jnp.zeros(())
-        w_enc, w_dec, any_dead = self.w_enc[...], self.w_dec[...], dead.any()
+        few, many = ops.few_and_many(dead, self.config.aux_k)
+        error_hat = self.decode_few_dead(x, bias, few)
+        if many is not None:
+            error_hat += self._decode_many_dead(x, bias, many)
+        value = squared_error(jax.lax.stop_gradient(error), error_hat)
+        return self.config.aux_coefficient * jnp.where(dead.any(), value, 0.0)
+
+    def decode_few_dead(self, x, bias, dead) -> jax.Array:
+        """Returns e_hat (B, d_out) of `auxiliary_loss`, whose arguments it takes.
+
+        It is for the few dead latents of `ops.few_and_many`.
+        """
+        return ops.decode_dead(
+            auxiliary_activation,
+            *(x, self.w_enc[...], bias, self.w_dec[...], dead),
+            self.config.aux_k,
+            self.dtype,
+        )
+
+    def _decode_many_dead(self, x, bias, dead) -> jax.Array:
+        """Returns the same for the many dead latents."""
+        any_dead = dead.any()
         bias = jnp.where(dead | ~any_dead, bias, -jnp.inf)  # finite where it is not for use
 
-        def loss():
-            code, _ = ops.encode_top_k(x, w_enc, bias, None, self.config.aux_k, 0, self.dtype)
-            error_hat, _ = ops.sparse_decode(auxiliary_code(code), None, None, w_dec)
-            return squared_error(jax.lax.stop_gradient(error), error_hat)
+        def decode():
+            k, w_enc = self.config.aux_k, self.w_enc[...]
+            code, _ = ops.encode_top_k(x, w_enc, bias, None, k, 0, self.dtype)
+            return ops.sparse_decode(auxiliary_code(code), None, None, self.w_dec[...])[0]
 
-        value = branch(in_any_run(any_dead), loss, lambda: jnp.zeros(()))
-        return self.config.aux_coefficient * jnp.where(any_dead, value, 0.0)
+        nothing = jnp.zeros((x.shape[0], self.config.d_out), out_sharding=out_sharding(BATCH))
+        error_hat = branch(in_any_run(any_dead), decode, lambda: nothing)
+        return jnp.where(any_dead, error_hat, 0.0)
 
 
 def row_norms(w: jax.Array, site_widths: tuple[int, ...] | None) -> jax.Array:

@@ -66,11 +66,16 @@ def squared_error(y: jax.Array, y_hat: jax.Array) -> jax.Array:
     return jnp.mean(jnp.sum(jnp.square(y - y_hat), axis=-1))
 
 
-def auxiliary_code(code: ops.Code) -> ops.Code:
-    """Returns the code of the AuxK loss with its values through a leaky ReLU of slope 0.1.
+def auxiliary_activation(preactivations: jax.Array) -> jax.Array:
+    """Returns the latents of the AuxK loss: a leaky ReLU of slope 0.1 of pre-activations.
 
     The code of Gao et al. has a ReLU here too: without one, dead latents fit the error together, as
     a dense linear code, and few come back as features. The slope below 0 is not 0, so that dead
     latents whose pre-activations are all negative learn too.
     """
-    return code._replace(values=jax.nn.leaky_relu(code.values, _AUXILIARY_SLOPE))
+    return jax.nn.leaky_relu(preactivations, _AUXILIARY_SLOPE)
+
+
+def auxiliary_code(code: ops.Code) -> ops.Code:
+    """Returns the code of the AuxK loss from one of pre-activations."""
+    return code._replace(values=auxiliary_activation(code.values))

@@ -73,21 +73,25 @@ class TopK(SAE):
         slots = min(4 * most if config.multi_topk else most, config.d_sae)
         w_dec = self.w_dec[...]
         x_in, bias = self.encoder_input(x)
-        dead = inputs.dead if config.aux_coefficient else None
+        few = many = any_many = None
+        if config.aux_coefficient:
+            few, many = ops.few_and_many(inputs.dead, config.aux_k)
         code, aux = ops.encode_top_k(
-            x_in, self.w_enc[...], bias, dead, slots, config.aux_k, self.dtype
+            x_in, self.w_enc[...], bias, many, slots, config.aux_k, self.dtype
         )
         wide = code._replace(values=jax.nn.relu(code.values))
         code = wide if inputs.k is None and slots == k else ops.keep_top_k(wide, k, slots)
-        any_dead = None if dead is None else dead.any()
-        aux = None if aux is None else auxiliary_code(aux)
-        decoded, error_hat = ops.sparse_decode(code, aux, any_dead, w_dec)
+        if many is not None:
+            aux, any_many = auxiliary_code(aux), many.any()
+        decoded, error_hat = ops.sparse_decode(code, aux, any_many, w_dec)
         y_hat = self.output(decoded, x)
         mse = total = squared_error(y, y_hat)
-        if dead is not None:
+        if few is not None:
             error = jax.lax.stop_gradient(y - y_hat)
+            of_few = self.decode_few_dead(x_in, bias, few)
+            error_hat = of_few if many is None else of_few + error_hat
             total += config.aux_coefficient * jnp.where(
-                any_dead, squared_error(error, error_hat), 0.0
+                inputs.dead.any(), squared_error(error, error_hat), 0.0
             )
         if config.multi_topk:
             wide = ops.keep_top_k(wide, 4 * k, slots)
