@@ -124,7 +124,7 @@ def _encode_backward(k, aux_k, compute_dtype, saved, cotangents):
 
     def inputs(w_enc, any_dead, indices, d_pre):
         codes = _codes_with_flags(d_pre, indices, any_dead)
-        return psum(sum(_sum_weighted_rows(d, i, w_enc.T) for d, i, _ in codes), "model")
+        return psum(sum(sum_weighted_rows(d, i, w_enc.T) for d, i, _ in codes), "model")
 
     code_specs = (P(), CODE, CODE)
     d_w, d_b = per_shard(weights, (BATCH, ENCODER, *code_specs), (ENCODER, PER_LATENT))(
@@ -309,12 +309,12 @@ def _decode_forward(code, aux, any_dead, w_dec):
     any_dead = None if any_dead is None else in_any_run(any_dead)
 
     def local(code, aux, any_dead, w_dec):
-        x_hat = _sum_weighted_rows(*code, w_dec)
+        x_hat = sum_weighted_rows(*code, w_dec)
         if aux is None:
             return psum(x_hat, "model"), None
         aux_hat = branch(
             any_dead,
-            lambda: psum(_sum_weighted_rows(*aux, w_dec), "model"),
+            lambda: psum(sum_weighted_rows(*aux, w_dec), "model"),
             lambda: jnp.zeros_like(x_hat),
         )
         return psum(x_hat, "model"), aux_hat
@@ -328,13 +328,13 @@ def _decode_backward(saved, cotangents):
 
     def local(code, aux, any_dead, w_dec, d_x_hat, d_aux_hat):
         n = w_dec.shape[0]
-        d_code = Code(_products_with_rows(d_x_hat, code.indices, w_dec), None)
+        d_code = Code(products_with_rows(d_x_hat, code.indices, w_dec), None)
         terms = [(*code, d_x_hat, True)]
         if aux is None:
             return d_code, None, psum(_scatter_rows(terms, n), "data")
         d_aux_values = jax.lax.cond(
             any_dead,
-            lambda: _products_with_rows(d_aux_hat, aux.indices, w_dec),
+            lambda: products_with_rows(d_aux_hat, aux.indices, w_dec),
             lambda: jnp.zeros_like(aux.values),
         )
         terms.append((*aux, d_aux_hat, any_dead))
@@ -362,7 +362,7 @@ def fired_latents(code: Code, d_sae: int):
 # ------------------------------------------------------------------------- on one device
 
 
-def _sum_weighted_rows(values_Bxk, indices_Bxk, w_Nxd):
+def sum_weighted_rows(values_Bxk, indices_Bxk, w_Nxd):
     """Returns the sum over k of values * w[indices], (B, d).
 
     It is unrolled, so that XLA fuses gather, product and sum into one pass and never writes (B, k,
@@ -396,7 +396,7 @@ def _fold_columns(add, total, values_Bxk, indices_Bxk):
     return total
 
 
-def _products_with_rows(g_Bxd, indices_Bxk, w_Nxd):
+def products_with_rows(g_Bxd, indices_Bxk, w_Nxd):
     """Returns the dot product (B, k) of each token's vector in g with the rows of w that it picked.
 
     Tokens go in blocks. On a CPU their gathered rows stay in cache; elsewhere they are at most
@@ -426,11 +426,11 @@ def _scatter_rows(terms, n: int):
     """
     total = jnp.zeros((n, terms[0][2].shape[1]), jnp.float32)
     return jax.lax.platform_dependent(
-        total, terms, cpu=_add_token_by_token, default=_add_blocks_of_columns
+        total, terms, cpu=add_token_by_token, default=_add_blocks_of_columns
     )
 
 
-def _add_token_by_token(total, terms):
+def add_token_by_token(total, terms):
     """Adds terms on one thread, whose cache holds a token's vector."""
     for coefficients, indices, vectors, counts in terms:
 
