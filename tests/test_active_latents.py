@@ -98,7 +98,7 @@ def test_is_the_published_formula_in_float64(never_dense, name):
     test_sae.test_gradients_by_finite_differences(name, 3)
 
 
-@pytest.mark.parametrize("name", ["relu", "jumprelu, quadratic", "gated, crosscoder"])
+@pytest.mark.parametrize("name", ["relu", "jumprelu, quadratic", "gated"])
 @pytest.mark.slow
 def test_every_mesh_is_one_device(never_dense, name):
     test_sae.test_every_mesh_is_one_device(name)
@@ -143,9 +143,9 @@ def test_edges_are_those_of_dense_work(monkeypatch, name):
 @pytest.mark.slow
 def test_what_is_not_a_number_is_not_lost(monkeypatch, name):
     x = jnp.asarray(sparse_rows(test_sae.B, seed=5, width=test_sae.D)).at[3, 2].set(jnp.nan)
-    for finds in (True, False):
-        losses, found = gradients(name, monkeypatch, finds, x=x)
-        assert jnp.isnan(losses.total) and jnp.isnan(found["w_enc"]).any()
+    found, wanted = (gradients(name, monkeypatch, finds, x=x) for finds in (True, False))
+    assert jnp.isnan(found[1]["w_enc"]).any()
+    equal(found, wanted)
 
 
 def autoencode(x, w_enc, bias, w_dec, weights):
@@ -181,11 +181,12 @@ def test_each_device_decides_for_itself(monkeypatch, mesh):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_runs_that_are_mapped_may_differ(monkeypatch):
     """One of two runs is sparse."""
     monkeypatch.setattr(active, "_SHARE", 4)
-    x, w_enc, w_dec, weights = normal(0, B, D), normal(1, D, N), normal(2, N, D), normal(3, B, D)
+    shapes = (B, D), (D, N), (N, D), (B, D)
+    x, w_enc, w_dec, weights = (jnp.asarray(normal(i, *s)) for i, s in enumerate(shapes))
     biases = jnp.stack([jnp.full(N, -6.0), jnp.zeros(N)])
     gradient = jax.value_and_grad(lambda bias: autoencode(x, w_enc, bias, w_dec, weights))
     got = jax.jit(jax.vmap(gradient, axis_name=BATCHED_RUNS))(biases)
@@ -213,7 +214,8 @@ def test_training_goes_the_same_way(monkeypatch, name):
             state = trainer.init(np.zeros(D, np.float32), 1.0)
             run = []
             for step in range(300):
-                state, metrics = trainer.step(state, sparse_rows(64, seed=step, width=D))
+                rows = jax.device_put(sparse_rows(64, seed=step, width=D), BATCH)
+                state, metrics = trainer.step(state, rows)
                 run.append(metrics["loss"])
         losses.append(np.asarray(run))
     np.testing.assert_allclose(*losses, rtol=1e-5)
