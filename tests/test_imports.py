@@ -16,8 +16,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 # From the bottom: a folder imports those of earlier rows only, and those of its own row where that
 # makes no circle. Files beside the folders are named as folders.
 ROWS = [
-    {"errors"},
-    {"paths", "fields", "recipe_files"},
+    {"background", "errors"},
+    {"place_errors", "fields"},
+    {"buckets", "paths", "recipe_files"},
     {
         "hub",
         "json_files",

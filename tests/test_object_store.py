@@ -31,7 +31,7 @@ from training import (
 )
 
 import sae_jax
-from sae_jax import paths
+from sae_jax import buckets, paths
 from sae_jax.activations import Store, Stream, write_store
 from sae_jax.activations.writer import StoreWriter
 from sae_jax.cli import main
@@ -102,6 +102,8 @@ def test_an_object_path_does_what_a_local_one_does(either, tmp_path):
     "break_it,url,says",
     [
         ({}, "az://bucket/run", "the scheme of az://bucket/run is 'az'; it must be one of: s3, gs"),
+        ({}, "s3:/bucket/run", "write s3://bucket/run"),
+        ({}, "s3//bucket/run", "write s3://bucket/run"),
         ({}, "s3:///run", "names no bucket; write s3://BUCKET/PATH"),
         ({}, "s3://absent/run", "there is no such bucket; make it, or correct its name"),
         ({"AWS_SECRET_ACCESS_KEY": ""}, "s3://no-secret/run", "set AWS_ACCESS_KEY_ID and AWS_"),
@@ -142,7 +144,7 @@ def test_missing_credentials_are_one_line_and_no_log(
     with pytest.raises(UserError, match=says):
         paths.path(f"s3://no-credentials{bool(server):d}/run").exists()
     assert not capfd.readouterr().err
-    with paths.library_log([]) as log:
+    with buckets.library_log([]) as log:
         os.write(2, b"one\nE1130 07:38:48.776161    9767 common-io:5] Failed to open file\ntwo\n")
     assert capfd.readouterr().err == "one\ntwo\n" and len(log) == 1
 
@@ -161,7 +163,7 @@ def test_threads_that_open_a_bucket_at_once_do_it_once(monkeypatch):
         with pytest.raises(UserError, match="cannot reach it"):
             paths.path("s3://nowhere/a").is_file()
 
-    monkeypatch.setattr(paths, "_open_bucket", look)
+    monkeypatch.setattr(buckets, "_open", look)
     with concurrent.futures.ThreadPoolExecutor(8) as threads:
         list(threads.map(ask, range(8)))
     assert len(looks) == 1
@@ -446,6 +448,34 @@ from sae_jax.config import Config, from_dict
 def get_config(): return from_dict({config!r})
 def get_sweep(): return [{{"train.seed": 0}}, {{"train.seed": 1}}]
 """
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sign,code", [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.long)]
+)
+def test_a_worker_whose_store_is_away_ends_when_it_is_told_to(s3, place, tmp_path, sign, code):
+    write_store(tmp_path / "store", [sparse_rows(8192)], context_length=128)
+    base = make_config(
+        str(tmp_path / "store"),
+        steps=10**6,
+        data={"epochs": 10**5},
+        train={"log_every": 5, "checkpoint_every": 100},
+    )
+    file = tmp_path / "directory.py"
+    file.write_text(SWEEP.format(config=to_dict(base)))
+    with faulty_server.serve(s3, 0.0):
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "sae_jax", "sweep", f"--config={file}", f"--workdir={place}"],
+            env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        runs = [place / "runs" / run.id for run in load(str(file), {})]
+        wait_until(lambda: any(whole(run) for run in runs), [worker])
+    time.sleep(5)  # so that a step that is to be saved has come
+    worker.send_signal(sign)
+    _, err = worker.communicate(timeout=60)
+    assert worker.returncode == code and "Traceback" not in err, err
 
 
 @pytest.mark.slow
