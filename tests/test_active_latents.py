@@ -24,7 +24,14 @@ CASES = [
     for name, case in test_sae.CASES.items()
     if case["architecture"] in FAMILIES and not case.get("preactivation_coefficient")
 ]
-QUICK = {"relu", "jumprelu", "gated"}
+
+
+def in_ci(*names, of=FAMILIES):
+    """A parameter `name` of slow tests for `names`, and of long ones for the rest of `of`."""
+    marks = {True: pytest.mark.slow, False: pytest.mark.long}
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=marks[name in names]) for name in of]
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -58,17 +65,21 @@ def acts(product, per_latent):
     return ~(product + per_latent["bias"] <= 0)
 
 
-def find(bias, x=None, n=N):
-    """(ActiveLatents, products)"""
-    x, w = normal(0, B, D) if x is None else x, normal(1, D, n)
-    find = functools.partial(active.find_active, acts, compute_dtype=jnp.float32)
-    return jax.jit(find)(x, w, {"bias": np.full(n, bias, np.float32)}), x @ w
+def finder(n=N):
+    """A function of a bias and inputs that returns (ActiveLatents, products)."""
+    w = normal(1, D, n)
+    find = jax.jit(functools.partial(active.find_active, acts, compute_dtype=jnp.float32))
+    return lambda bias, x: (find(x, w, {"bias": np.full(n, bias, np.float32)}), x @ w)
 
 
 @pytest.mark.parametrize("n", [5, 60, 1055])
-@pytest.mark.parametrize("bias", [0.0, -2.0, -100.0, 100.0])
-def test_finds_each_active_latent_once(n, bias):
-    found, products = find(bias, n=n)
+def test_finds_each_active_latent_once(n):
+    find = finder(n)
+    for bias in (0.0, -2.0, -100.0, 100.0):
+        check_found(*find(bias, normal(0, B, D)), bias)
+
+
+def check_found(found, products, bias):
     assert found.complete[0]
     here = np.arange(4) < np.asarray(found.filled)[:, None]
     assert not here[int(found.used[0]) :].any()
@@ -82,24 +93,20 @@ def test_finds_each_active_latent_once(n, bias):
 def test_gives_up_where_there_is_no_room(monkeypatch):
     """That all latents of one token act is no reason."""
     monkeypatch.setattr(active, "_SHARE", 4)
-    x = normal(0, B, D)
+    find, x = finder(), normal(0, B, D)
     crowded = np.where(np.arange(B)[:, None] == 3, np.nan, x)
     assert find(-6.0, x)[0].complete[0] and find(-6.0, crowded)[0].complete[0]
-    assert not find(0.0, x)[0].complete[0]
-    assert not find(-6.0, x * np.nan)[0].complete[0]
+    assert not find(0.0, x)[0].complete[0] and not find(-6.0, x * np.nan)[0].complete[0]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES]
-)
+@in_ci("relu", "jumprelu", "gated", of=CASES)
 def test_is_the_published_formula_in_float64(never_dense, name):
     """Its gradients too, by finite differences; with dead latents, which act nowhere."""
     test_sae.test_loss_is_the_published_formula(name, 3)
     test_sae.test_gradients_by_finite_differences(name, 3)
 
 
-@pytest.mark.parametrize("name", ["relu", "jumprelu, quadratic", "gated"])
-@pytest.mark.slow
+@in_ci("gated", of=["relu", "jumprelu, quadratic", "gated"])
 def test_every_mesh_is_one_device(never_dense, name):
     test_sae.test_every_mesh_is_one_device(name)
 
@@ -119,8 +126,7 @@ def equal(got, want):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
 
 
-@pytest.mark.parametrize("name", ["relu", "jumprelu", "jumprelu, to all", "gated"])
-@pytest.mark.slow
+@in_ci("jumprelu", of=["relu", "jumprelu", "jumprelu, to all", "gated"])
 def test_edges_are_those_of_dense_work(monkeypatch, name):
     """Products of 0, so that biases are pre-activations: at 0, at thresholds and at the edges of
     their windows, and just beyond each; and infinite ones."""
@@ -139,8 +145,7 @@ def test_edges_are_those_of_dense_work(monkeypatch, name):
     equal(*(gradients(name, monkeypatch, finds, on_edges) for finds in (True, False)))
 
 
-@pytest.mark.parametrize("name", ["relu", "jumprelu", "gated"])
-@pytest.mark.slow
+@in_ci("relu")
 def test_what_is_not_a_number_is_not_lost(monkeypatch, name):
     x = jnp.asarray(sparse_rows(test_sae.B, seed=5, width=test_sae.D)).at[3, 2].set(jnp.nan)
     found, wanted = (gradients(name, monkeypatch, finds, x=x) for finds in (True, False))
@@ -198,8 +203,7 @@ def test_runs_that_are_mapped_may_differ(monkeypatch):
         )
 
 
-@pytest.mark.parametrize("name", ["relu", "jumprelu", "gated"])
-@pytest.mark.slow
+@in_ci("relu")
 def test_training_goes_the_same_way(monkeypatch, name):
     """300 steps, which begin dense and end sparse."""
     monkeypatch.setattr(active, "_SHARE", 5)

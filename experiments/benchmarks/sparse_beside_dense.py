@@ -1,7 +1,7 @@
 """Steps of the dense families by the latents that act alone, beside steps by all latents.
 
-    python experiments/benchmarks/sparse_batches.py
-    python experiments/benchmarks/sparse_batches.py --architectures=relu --d_in=512 --d_sae=8192
+    python experiments/benchmarks/sparse_beside_dense.py
+    python experiments/benchmarks/sparse_beside_dense.py --architectures=relu --d_sae=8192
 
 Each family takes steps with a fresh SAE, of which about half of the latents act on every token, and
 with one whose biases leave `--l0` latents a token, as training does. The SAEs learn at a rate at
