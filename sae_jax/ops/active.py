@@ -12,6 +12,8 @@ runs only, and its loops end there.
 Every function here works on one device's tokens and latents, and does not communicate.
 """
 
+import contextlib
+import contextvars
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -26,6 +28,8 @@ _CHUNK = 256  # rows that are worked on at once, and tokens whose products stay 
 _SHARE = 64  # there are slots for one latent in so many; with one in 40 dense work is as fast
 _LEAST = _SHARE * _SLOTS  # latents; with fewer there is less than a row for each token
 _BITS = 32  # latents whose activity is one word
+
+_all_latents = contextvars.ContextVar("all_latents", default=False)
 
 
 class ActiveLatents(NamedTuple):
@@ -51,10 +55,20 @@ class ActiveLatents(NamedTuple):
 def worth_finding(d_sae: int) -> bool:
     """Returns whether to look for the latents that act, among d_sae of a device.
 
-    It takes a CPU a thousandth of a dense step to find that they are too many. Accelerators have
-    not been shown to gain from it.
+    It takes a CPU a few hundredths of a dense step to find that they are too many. Accelerators
+    have not been shown to gain from it.
     """
-    return on_cpu() and d_sae >= _LEAST and d_sae % _BITS == 0
+    return on_cpu() and d_sae >= _LEAST and d_sae % _BITS == 0 and not _all_latents.get()
+
+
+@contextlib.contextmanager
+def by_all_latents():
+    """Traces programs that compute by all latents, whether few act or not."""
+    token = _all_latents.set(True)
+    try:
+        yield
+    finally:
+        _all_latents.reset(token)
 
 
 def find_active(support: Callable, x, w_enc, per_latent: dict, compute_dtype) -> ActiveLatents:
