@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from sae_jax.ops.sharding import matmul_f32, on_cpu
 from sae_jax.ops.sparse import add_token_by_token, products_with_rows, sum_weighted_rows
@@ -271,7 +272,9 @@ def gradients_of_active(activation: Callable, active: ActiveLatents, x, per_late
         jnp.zeros(w_dec.shape, jnp.float32),
     )
     d_w_enc, d_per_latent, d_w_dec = _over_chunks(active, add, empty)
-    return d_w_enc.T, d_per_latent, d_w_dec
+    # As dense work writes it, which would have to transpose its own gradient otherwise.
+    d_w_enc = with_layout_constraint(d_w_enc.T, Layout(major_to_minor=(0, 1)))
+    return d_w_enc, d_per_latent, d_w_dec
 
 
 def _over_chunks(active: ActiveLatents, add: Callable, totals):
