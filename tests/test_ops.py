@@ -378,6 +378,6 @@ def test_gradient_rows_are_added_as_well_by_columns_as_by_tokens(monkeypatch, bl
     for coefficients, indices, vectors, counts in terms:
         if counts:
             np.add.at(want, indices, coefficients[:, :, None] * vectors[:, None, :])
-    for add in (sparse_ops._add_token_by_token, sparse_ops._add_blocks_of_columns):
+    for add in (sparse_ops.add_token_by_token, sparse_ops._add_blocks_of_columns):
         got = jax.jit(add)(jnp.zeros((20, 8)), jax.tree.map(jnp.asarray, terms))
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)

@@ -3,6 +3,8 @@
 The (B, d_sae) arrays are by far the largest of a dense step. A block of them is encoded, activated,
 decoded and summed up while it is in cache, and the backward pass uses it up in one go. In between
 only the encoder's products lie in memory, once.
+
+A batch in which few latents act is worked on by these alone (`ops.active`).
 """
 
 import functools
@@ -13,6 +15,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from sae_jax.ops.active import (
+    autoencode_active,
+    find_active,
+    gradients_of_active,
+    worth_finding,
+)
 from sae_jax.ops.sharding import (
     BATCH,
     DECODER,
@@ -28,6 +36,7 @@ from sae_jax.ops.sharding import (
 _CPU_BLOCK = 2048  # latents; a block of them for 2,048 tokens is 16 MiB
 _BLOCK = 16_384  # elsewhere, where the matmuls must be large
 _BLOCKS = P(None, "data", "model")  # (blocks, B, block): each device's own latents
+_OWN = P(("data", "model"))  # what each device has by itself
 
 
 class Activated(NamedTuple):
@@ -58,7 +67,7 @@ class Autoencoded(NamedTuple):
     token_sums: dict[str, jax.Array]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 5, 6, 7))
 def dense_autoencode(
     activation: Callable[[jax.Array, dict], Activated],
     x: jax.Array,
@@ -67,6 +76,7 @@ def dense_autoencode(
     w_dec: jax.Array,
     compute_dtype=jnp.float32,
     kept_dtype=jnp.float32,
+    support: Callable[[jax.Array, dict], jax.Array] | None = None,
 ) -> Autoencoded:
     """Encodes, activates and decodes every token, block by block of the dictionary.
 
@@ -85,88 +95,141 @@ def dense_autoencode(
       w_dec: the decoder (d_sae, d_out).
       compute_dtype: the dtype of the matmuls' operands. They accumulate in float32.
       kept_dtype: the dtype of the products (B, d_sae) that are kept for the backward pass.
+      support: a function of the arguments of `activation` that returns where latents act, (B, M)
+        bool. Elsewhere all that `activation` returns is 0, and so are its derivatives. Where few
+        latents act the rest of the work is left out, to rounding with the same result; each device
+        decides this for its own tokens and latents. Rows of w_dec whose latents do not act are not
+        read then. With None latents act everywhere.
     """
-    return _forward(activation, x, w_enc, per_latent, w_dec, compute_dtype, kept_dtype)[0]
+    return _forward(activation, x, w_enc, per_latent, w_dec, compute_dtype, kept_dtype, support)[0]
 
 
-def _forward(activation, x, w_enc, per_latent, w_dec, compute_dtype, kept_dtype):
+def _forward(activation, x, w_enc, per_latent, w_dec, compute_dtype, kept_dtype, support):
     def local(x, w_enc, per_latent, w_dec):
         n = w_enc.shape[1]
         size = _block_size(n)
-        x = x.astype(compute_dtype)
-
-        def run_block(totals, start):
-            pre = matmul_f32(x, _slice(w_enc, start, size, axis=1).astype(compute_dtype))
-            w_block = _slice(w_dec, start, size).astype(compute_dtype)
-            out = activation(pre, _slices(per_latent, start, size))
-            decoded = tuple(matmul_f32(f.astype(compute_dtype), w_block) for f in out.latents)
-            totals = jax.tree.map(jnp.add, totals, (decoded, out.token_sums))
-            return totals, (pre.astype(kept_dtype), out.latent_sums)
-
         totals = _empty_totals(activation, x, per_latent, w_dec, size)
-        totals, (kept, sums) = jax.lax.scan(run_block, totals, jnp.arange(0, n, size))
-        decoded, token_sums = psum(totals, "model")
-        sums = psum(jax.tree.map(lambda a: a.reshape(n), sums), "data")
-        return Autoencoded(decoded, sums, token_sums), kept
 
-    out_specs = (Autoencoded(BATCH, PER_LATENT, PER_TOKEN), _BLOCKS)
-    out, kept = per_shard(local, (BATCH, ENCODER, PER_LATENT, DECODER), out_specs)(
+        def dense():
+            return _autoencode_all(
+                activation, x, w_enc, per_latent, w_dec, totals, size, compute_dtype, kept_dtype
+            )
+
+        def sparse():
+            empty = totals[0], _empty_sums(activation, per_latent, n), totals[1]
+            out = autoencode_active(activation, active, per_latent, w_dec, empty)
+            return *out, jnp.zeros((n // size, len(x), size), kept_dtype)
+
+        if support is None or not worth_finding(n):
+            active, (decoded, sums, token_sums, kept) = None, dense()
+        else:
+            active = find_active(support, x, w_enc, per_latent, compute_dtype)
+            decoded, sums, token_sums, kept = jax.lax.cond(active.complete[0], sparse, dense)
+        decoded, token_sums = psum((decoded, token_sums), "model")
+        return Autoencoded(decoded, psum(sums, "data"), token_sums), kept, active
+
+    out_specs = (Autoencoded(BATCH, PER_LATENT, PER_TOKEN), _BLOCKS, _OWN)
+    out, kept, active = per_shard(local, (BATCH, ENCODER, PER_LATENT, DECODER), out_specs)(
         x, w_enc, per_latent, w_dec
     )
-    return out, (x, per_latent, w_dec, kept)
+    return out, (x, per_latent, w_dec, kept, active)
+
+
+def _autoencode_all(
+    activation, x, w_enc, per_latent, w_dec, totals, size, compute_dtype, kept_dtype
+):
+    """Returns this device's (decoded, latent_sums, token_sums), and the products that are kept."""
+    n = w_enc.shape[1]
+    x = x.astype(compute_dtype)
+
+    def run_block(totals, start):
+        pre = matmul_f32(x, _slice(w_enc, start, size, axis=1).astype(compute_dtype))
+        w_block = _slice(w_dec, start, size).astype(compute_dtype)
+        out = activation(pre, _slices(per_latent, start, size))
+        decoded = tuple(matmul_f32(f.astype(compute_dtype), w_block) for f in out.latents)
+        totals = jax.tree.map(jnp.add, totals, (decoded, out.token_sums))
+        return totals, (pre.astype(kept_dtype), out.latent_sums)
+
+    totals, (kept, sums) = jax.lax.scan(run_block, totals, jnp.arange(0, n, size))
+    decoded, token_sums = totals
+    return decoded, jax.tree.map(lambda a: a.reshape(n), sums), token_sums, kept
 
 
 def _empty_totals(activation, x, per_latent, w_dec, size: int):
     """Returns zeros (decoded, token_sums) to add up blocks in."""
-    pre = jax.ShapeDtypeStruct((x.shape[0], size), jnp.float32)
-    out = jax.eval_shape(lambda pre: activation(pre, _slices(per_latent, 0, size)), pre)
+    out = _shapes(activation, x.shape[0], per_latent, size)
     decoded = tuple(jnp.zeros((x.shape[0], w_dec.shape[1]), jnp.float32) for _ in out.latents)
     return decoded, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), out.token_sums)
 
 
-def _backward(activation, compute_dtype, kept_dtype, saved, cotangents):
-    def local(x, per_latent, w_dec, kept, d_decoded, d_latent_sums, d_token_sums):
-        size = kept.shape[2]
-        n = kept.shape[0] * size
-        # A single block is no loop to XLA, whose CPU backend (jax 0.10 to 0.12) lacks some products
-        # of transposed bfloat16 operands outside of loops.
-        dtype = jnp.float32 if len(kept) == 1 and on_cpu() else compute_dtype
-        x_t = x.astype(dtype).T
-        d_decoded = tuple(d.astype(dtype) for d in d_decoded)
+def _empty_sums(activation, per_latent, n: int):
+    """Returns zeros (d_sae,) to add up latent_sums in."""
+    sums = _shapes(activation, 1, per_latent, 1).latent_sums
+    return jax.tree.map(lambda a: jnp.zeros(n, a.dtype), sums)
 
-        def add_block(i, gradients):
-            start = i * size
-            out, pull = jax.vjp(
-                activation, kept[i].astype(jnp.float32), _slices(per_latent, start, size)
-            )
-            w_block = _slice(w_dec, start, size).astype(dtype)
-            d_latents = tuple(matmul_f32(d, w_block.T) for d in d_decoded)
-            d_pre, d_per_latent = pull(
-                Activated(d_latents, _slices(d_latent_sums, start, size), d_token_sums)
-            )
-            d_w_enc, d_all_per_latent, d_w_dec = gradients
-            w_enc_part = matmul_f32(x_t, d_pre.astype(dtype))
-            w_dec_part = matmul_f32(out.latents[0].astype(dtype).T, d_decoded[0])
-            return (
-                jax.lax.dynamic_update_slice_in_dim(d_w_enc, w_enc_part, start, axis=1),
-                jax.tree.map(
-                    lambda total, part: jax.lax.dynamic_update_slice_in_dim(total, part, start, 0),
-                    d_all_per_latent,
-                    d_per_latent,
-                ),
-                jax.lax.dynamic_update_slice_in_dim(d_w_dec, w_dec_part, start, axis=0),
-            )
 
-        gradients = (
-            jnp.zeros((x.shape[1], n), jnp.float32),
-            jax.tree.map(jnp.zeros_like, per_latent),
-            jnp.zeros(w_dec.shape, jnp.float32),
-        )
-        return psum(jax.lax.fori_loop(0, len(kept), add_block, gradients), "data")
+def _shapes(activation, tokens: int, per_latent, size: int):
+    """Returns the shapes of the activation of a block."""
+    pre = jax.ShapeDtypeStruct((tokens, size), jnp.float32)
+    return jax.eval_shape(lambda pre: activation(pre, _slices(per_latent, 0, size)), pre)
 
-    in_specs = (BATCH, PER_LATENT, DECODER, _BLOCKS, BATCH, PER_LATENT, PER_TOKEN)
+
+def _backward(activation, compute_dtype, kept_dtype, support, saved, cotangents):
+    def local(x, per_latent, w_dec, kept, active, *d_out):
+        def dense():
+            return _gradients_of_all(activation, x, per_latent, w_dec, kept, d_out, compute_dtype)
+
+        def sparse():
+            return gradients_of_active(activation, active, x, per_latent, w_dec, d_out)
+
+        gradients = dense() if active is None else jax.lax.cond(active.complete[0], sparse, dense)
+        return psum(gradients, "data")
+
+    in_specs = (BATCH, PER_LATENT, DECODER, _BLOCKS, _OWN, BATCH, PER_LATENT, PER_TOKEN)
     gradients = per_shard(local, in_specs, (ENCODER, PER_LATENT, DECODER))(*saved, *cotangents)
     return None, *gradients
+
+
+def _gradients_of_all(activation, x, per_latent, w_dec, kept, d_out, compute_dtype):
+    """Returns this device's gradients of w_enc, of `per_latent` and of w_dec."""
+    d_decoded, d_latent_sums, d_token_sums = d_out
+    size = kept.shape[2]
+    n = kept.shape[0] * size
+    # A single block is no loop to XLA, whose CPU backend (jax 0.10 to 0.12) lacks some products
+    # of transposed bfloat16 operands outside of loops.
+    dtype = jnp.float32 if len(kept) == 1 and on_cpu() else compute_dtype
+    x_t = x.astype(dtype).T
+    d_decoded = tuple(d.astype(dtype) for d in d_decoded)
+
+    def add_block(i, gradients):
+        start = i * size
+        out, pull = jax.vjp(
+            activation, kept[i].astype(jnp.float32), _slices(per_latent, start, size)
+        )
+        w_block = _slice(w_dec, start, size).astype(dtype)
+        d_latents = tuple(matmul_f32(d, w_block.T) for d in d_decoded)
+        d_pre, d_per_latent = pull(
+            Activated(d_latents, _slices(d_latent_sums, start, size), d_token_sums)
+        )
+        d_w_enc, d_all_per_latent, d_w_dec = gradients
+        w_enc_part = matmul_f32(x_t, d_pre.astype(dtype))
+        w_dec_part = matmul_f32(out.latents[0].astype(dtype).T, d_decoded[0])
+        return (
+            jax.lax.dynamic_update_slice_in_dim(d_w_enc, w_enc_part, start, axis=1),
+            jax.tree.map(
+                lambda total, part: jax.lax.dynamic_update_slice_in_dim(total, part, start, 0),
+                d_all_per_latent,
+                d_per_latent,
+            ),
+            jax.lax.dynamic_update_slice_in_dim(d_w_dec, w_dec_part, start, axis=0),
+        )
+
+    gradients = (
+        jnp.zeros((x.shape[1], n), jnp.float32),
+        jax.tree.map(jnp.zeros_like, per_latent),
+        jnp.zeros(w_dec.shape, jnp.float32),
+    )
+    return jax.lax.fori_loop(0, len(kept), add_block, gradients)
 
 
 dense_autoencode.defvjp(_forward, _backward)

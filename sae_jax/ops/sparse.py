@@ -121,7 +121,7 @@ def _encode_backward(k, aux_k, compute_dtype, saved, cotangents):
     def inputs(w_enc, main, aux, packs):
         d_x = _decode(main, packs, w_enc.T)
         if aux is not None:
-            d_x += _sum_weighted_rows(aux.values, aux.indices, w_enc.T)
+            d_x += sum_weighted_rows(aux.values, aux.indices, w_enc.T)
         return psum(d_x, "model")
 
     specs = (CODE, CODE, P())
@@ -300,7 +300,7 @@ def _decode_forward(code, aux, any_dead, w_dec):
             return psum(x_hat, "model"), None
         aux_hat = branch(
             any_dead,
-            lambda: psum(_sum_weighted_rows(aux.values, aux.indices, w_dec), "model"),
+            lambda: psum(sum_weighted_rows(aux.values, aux.indices, w_dec), "model"),
             lambda: jnp.zeros_like(x_hat),
         )
         return psum(x_hat, "model"), aux_hat
@@ -316,7 +316,7 @@ def _decode_backward(saved, cotangents):
         def gradients(parts):
             d_values = jnp.zeros_like(code.values)
             for part in parts:
-                products = _products_with_rows(part.of_tokens(d_x_hat), part.indices, w_dec)
+                products = products_with_rows(part.of_tokens(d_x_hat), part.indices, w_dec)
                 d_values = part.set_slots(d_values, products)
             terms = [(p.values, p.indices, p.of_tokens(d_x_hat), True) for p in parts]
             if aux is not None:
@@ -329,7 +329,7 @@ def _decode_backward(saved, cotangents):
             return d_code, None, d_w
         d_aux_values = jax.lax.cond(
             any_dead,
-            lambda: _products_with_rows(d_aux_hat, aux.indices, w_dec),
+            lambda: products_with_rows(d_aux_hat, aux.indices, w_dec),
             lambda: jnp.zeros_like(aux.values),
         )
         return d_code, Code(d_aux_values, None), d_w
@@ -370,7 +370,7 @@ def _decode(code: Code, packs, w_Nxd):
 
     def decode(parts):
         return sum(
-            part.sum_by_token(_sum_weighted_rows(part.values, part.indices, w_Nxd), tokens)
+            part.sum_by_token(sum_weighted_rows(part.values, part.indices, w_Nxd), tokens)
             for part in parts
         )
 
@@ -388,7 +388,7 @@ def _transposed(a: jax.Array, indices: jax.Array) -> jax.Array:
     return jax.lax.cond(indices.ravel()[0] >= 0, lambda: a.T, lambda: jnp.zeros_like(a.T))
 
 
-def _sum_weighted_rows(values_Bxk, indices_Bxk, w_Nxd):
+def sum_weighted_rows(values_Bxk, indices_Bxk, w_Nxd):
     """Returns the sum over k of values * w[indices], (B, d).
 
     It is unrolled, so that XLA fuses gather, product and sum into one pass and never writes (B, k,
@@ -422,7 +422,7 @@ def _fold_columns(add, total, values_Bxk, indices_Bxk):
     return total
 
 
-def _products_with_rows(g_Bxd, indices_Bxk, w_Nxd):
+def products_with_rows(g_Bxd, indices_Bxk, w_Nxd):
     """Returns the dot product (B, k) of each token's vector in g with the rows of w that it picked.
 
     Tokens go in blocks. On a CPU their gathered rows stay in cache; elsewhere they are at most
@@ -452,11 +452,11 @@ def _scatter_rows(terms, n: int):
     """
     total = jnp.zeros((n, terms[0][2].shape[1]), jnp.float32)
     return jax.lax.platform_dependent(
-        total, terms, cpu=_add_token_by_token, default=_add_blocks_of_columns
+        total, terms, cpu=add_token_by_token, default=_add_blocks_of_columns
     )
 
 
-def _add_token_by_token(total, terms):
+def add_token_by_token(total, terms):
     """Adds terms on one thread, whose cache holds a token's vector."""
     for coefficients, indices, vectors, counts in terms:
 

@@ -4,7 +4,6 @@
 takes a second, and is for telling which of many meshes are worth compiling.
 """
 
-import contextlib
 import dataclasses
 import math
 import re
@@ -17,6 +16,7 @@ from jax.sharding import NamedSharding
 from sae_jax import sae as saes
 from sae_jax.config import Config, MeshConfig
 from sae_jax.errors import UserError
+from sae_jax.ops.active import by_all_latents
 from sae_jax.ops.sharding import BATCH, as_for_accelerators
 from sae_jax.plan.chips import Topology
 from sae_jax.plan.flops import matmul_flops
@@ -235,9 +235,12 @@ def resolve(config: Config, widths: tuple[int, ...], target: int | None = None) 
 
 
 def _tracing_for(topology: Topology):
-    """Returns the context in which programs are traced as for the topology's devices."""
+    """Returns the context in which programs are traced as for the topology's devices.
+
+    A dense family's step counts with all latents, as it begins.
+    """
     is_gpu = topology.chip is not None and not topology.is_tpu
-    return as_for_accelerators() if is_gpu else contextlib.nullcontext()
+    return as_for_accelerators() if is_gpu else by_all_latents()
 
 
 def row_width(config: Config) -> int:

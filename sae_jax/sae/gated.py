@@ -64,7 +64,13 @@ class Gated(SAE):
             "norm": self.decoder_norms(),
         }
         out = ops.dense_autoencode(
-            _activate, x_in, self.w_enc[...], per_latent, self.w_dec[...], self.dtype
+            _activate,
+            x_in,
+            self.w_enc[...],
+            per_latent,
+            self.w_dec[...],
+            self.dtype,
+            support=_acts,
         )
         y_hat = self.output(out.decoded[0], x)
         held = jax.lax.stop_gradient
@@ -91,6 +97,11 @@ class Gated(SAE):
     def flops_per_token(cls, config: GatedConfig) -> int:
         # The auxiliary reconstruction: forward, and the gradient of its latents.
         return super().flops_per_token(config) + 4 * config.d_out * config.d_sae
+
+
+def _acts(product, per_latent) -> jax.Array:
+    """Returns where a gate is open, or not a number."""
+    return ~(product + per_latent["b_enc"] <= 0)
 
 
 def _activate(product, per_latent) -> ops.Activated:

@@ -106,6 +106,7 @@ class JumpReLU(SAE):
         config = self.config
         x_in, bias = self.encoder_input(x)
         per_latent = {"b_enc": bias, "threshold": self.threshold[...], "norm": self.decoder_norms()}
+        acts = functools.partial(_acts, config=config)
         out = ops.dense_autoencode(
             functools.partial(_activate, config=config),
             x_in,
@@ -113,6 +114,8 @@ class JumpReLU(SAE):
             per_latent,
             self.w_dec[...],
             self.dtype,
+            # The penalty for latents that do not fire is one for nearly all of them.
+            support=None if config.preactivation_coefficient else acts,
         )
         y_hat = self.output(out.decoded[0], x)
         mse = squared_error(y, y_hat)
@@ -137,6 +140,13 @@ class JumpReLU(SAE):
     @classmethod
     def learning_rate(cls, d_sae: int) -> float:
         return 2e-4
+
+
+def _acts(product, per_latent, config: JumpReLUConfig) -> jax.Array:
+    """Returns where a latent fires, is in the kernel's window, or is not a number."""
+    z, theta = product + per_latent["b_enc"], per_latent["threshold"]
+    in_window = _rectangle((z - theta) / config.bandwidth) > 0
+    return in_window | ~(z <= jnp.maximum(theta, 0))
 
 
 def _activate(product, per_latent, config: JumpReLUConfig) -> ops.Activated:

@@ -74,6 +74,7 @@ class ReLU(SAE):
             self.w_dec[...],
             self.dtype,
             self.dtype,
+            support=_acts,
         )
         y_hat = self.output(out.decoded[0], x)
         mse = squared_error(y, y_hat)
@@ -99,6 +100,11 @@ class ReLU(SAE):
     @classmethod
     def learning_rate(cls, d_sae: int) -> float:
         return 5e-5
+
+
+def _acts(product, per_latent) -> jax.Array:
+    """Returns where a latent is above 0, or not a number."""
+    return ~(product + per_latent["b_enc"] <= 0)
 
 
 def _activate(product, per_latent, anneals: bool) -> ops.Activated:
