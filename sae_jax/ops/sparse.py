@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from sae_jax.ops import gpu_rows
 from sae_jax.ops.sharding import (
     BATCH,
     CODE,
@@ -22,6 +23,7 @@ from sae_jax.ops.sharding import (
     in_any_run,
     matmul_f32,
     on_cpu,
+    on_gpu,
     per_shard,
     psum,
     shard_count,
@@ -119,7 +121,8 @@ def _encode_backward(k, aux_k, compute_dtype, saved, cotangents):
         n = w_enc.shape[1]
         codes = _codes_with_flags(d_pre, indices, any_dead)
         d_b = sum(jnp.zeros(n, jnp.float32).at[i].add(d) for d, i, _ in codes)
-        terms = [(d, i, x, wanted) for d, i, wanted in codes]
+        operand = _sparse_operand(x, compute_dtype)
+        terms = [(d, i, operand, wanted) for d, i, wanted in codes]
         return psum(_scatter_rows(terms, n), "data").T, psum(d_b, "data")
 
     def inputs(w_enc, any_dead, indices, d_pre):
@@ -287,8 +290,8 @@ def keep_top_k(code: Code, k, slots: int) -> Code:
 # ---------------------------------------------------------------------------------- decode
 
 
-@jax.custom_vjp
-def sparse_decode(code: Code, aux: Code | None, any_dead, w_dec):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def sparse_decode(code: Code, aux: Code | None, any_dead, w_dec, compute_dtype=jnp.float32):
     """Sums the picked decoder rows, weighted by the code's values.
 
     It costs 2 k d_out FLOPs a token and shard, and one all-reduce of each result over `model`.
@@ -298,17 +301,20 @@ def sparse_decode(code: Code, aux: Code | None, any_dead, w_dec):
       aux: the auxiliary code, or None.
       any_dead: a scalar bool. Where it is false the auxiliary result is zero and costs nothing.
       w_dec: the decoder (d_sae, d_out).
+      compute_dtype: the dtype in which a GPU reads the picked rows, and in the gradients the
+        tokens' vectors: it is bound by what it reads. Products and sums are float32 everywhere.
 
     Returns:
       The sums (B, d_out) of the code, and those of the auxiliary code or None.
     """
-    return _decode_forward(code, aux, any_dead, w_dec)[0]
+    return _decode_forward(code, aux, any_dead, w_dec, compute_dtype)[0]
 
 
-def _decode_forward(code, aux, any_dead, w_dec):
+def _decode_forward(code, aux, any_dead, w_dec, compute_dtype):
     any_dead = None if any_dead is None else in_any_run(any_dead)
 
     def local(code, aux, any_dead, w_dec):
+        w_dec = _sparse_operand(w_dec, compute_dtype)
         x_hat = _sum_weighted_rows(*code, w_dec)
         if aux is None:
             return psum(x_hat, "model"), None
@@ -323,11 +329,24 @@ def _decode_forward(code, aux, any_dead, w_dec):
     return decoded, (code, aux, any_dead, w_dec)
 
 
-def _decode_backward(saved, cotangents):
+def _decode_backward(compute_dtype, saved, cotangents):
     code, aux, any_dead, w_dec = saved
 
     def local(code, aux, any_dead, w_dec, d_x_hat, d_aux_hat):
         n = w_dec.shape[0]
+        d_x_hat = _sparse_operand(d_x_hat, compute_dtype)
+        d_aux_hat = None if aux is None else _sparse_operand(d_aux_hat, compute_dtype)
+        if _sums_in_order(d_x_hat):
+            d_values, d_w = _gradients_in_order(*code, d_x_hat, w_dec)
+            if aux is None:
+                return Code(d_values, None), None, psum(d_w, "data")
+            d_aux_values, d_w = jax.lax.cond(
+                any_dead,
+                lambda d_w: _gradients_in_order(*aux, d_aux_hat, w_dec, d_w),
+                lambda d_w: (jnp.zeros_like(aux.values), d_w),
+                d_w,
+            )
+            return Code(d_values, None), Code(d_aux_values, None), psum(d_w, "data")
         d_code = Code(_products_with_rows(d_x_hat, code.indices, w_dec), None)
         terms = [(*code, d_x_hat, True)]
         if aux is None:
@@ -362,6 +381,14 @@ def fired_latents(code: Code, d_sae: int):
 # ------------------------------------------------------------------------- on one device
 
 
+def _sparse_operand(a, compute_dtype):
+    """Returns what sparse products read of an array: on a GPU a copy in `compute_dtype`."""
+    if not on_gpu() or a.dtype == compute_dtype:
+        return a
+    # Behind a barrier, or the conversion would be fused into the reads of what is converted.
+    return jax.lax.optimization_barrier(a.astype(compute_dtype))
+
+
 def _sum_weighted_rows(values_Bxk, indices_Bxk, w_Nxd):
     """Returns the sum over k of values * w[indices], (B, d).
 
@@ -375,7 +402,7 @@ def _sum_weighted_rows(values_Bxk, indices_Bxk, w_Nxd):
             total += values[:, j, None] * w_Nxd[indices[:, j]]
         return total
 
-    total = jnp.zeros((values_Bxk.shape[0], w_Nxd.shape[1]), w_Nxd.dtype)
+    total = jnp.zeros((values_Bxk.shape[0], w_Nxd.shape[1]), jnp.float32)
     return _fold_columns(add, total, values_Bxk, indices_Bxk)
 
 
@@ -424,10 +451,38 @@ def _scatter_rows(terms, n: int):
         whether the term counts).
       n: the number of rows.
     """
+    if _sums_in_order(terms[0][2]):
+        first, *others = terms
+        total, _ = gpu_rows.row_sums(*first[:3], n)
+        for *term, counts in others:
+            add = functools.partial(_add_in_order, term, n)
+            total = jax.lax.cond(counts, add, lambda total: total, total)
+        return total
     total = jnp.zeros((n, terms[0][2].shape[1]), jnp.float32)
     return jax.lax.platform_dependent(
-        total, terms, cpu=_add_token_by_token, default=_add_blocks_of_columns
+        total,
+        terms,
+        cpu=_add_token_by_token,
+        cuda=_add_at_once,
+        default=_add_blocks_of_columns,
     )
+
+
+def _sums_in_order(vectors) -> bool:
+    """Returns whether gradients of rows are summed from the picks in order of their latents."""
+    return on_gpu() and gpu_rows.fits(vectors)
+
+
+def _add_in_order(term, n: int, total):
+    return total + gpu_rows.row_sums(*term, n)[0]
+
+
+def _gradients_in_order(values, indices, g_Bxd, w_Nxd, total=None):
+    """Returns the gradients of picked values (B, k), and those of the rows (n, d) plus `total` if
+    there is one, from the gradients g of what they decode to.
+    """
+    sums, products = gpu_rows.row_sums(values, indices, g_Bxd, len(w_Nxd), w_Nxd)
+    return products, sums if total is None else total + sums
 
 
 def _add_token_by_token(total, terms):
@@ -464,4 +519,16 @@ def _add_blocks_of_columns(total, terms):
             a.reshape(B, k // block, block).swapaxes(0, 1) for a in (coefficients, indices)
         )
         total = jax.lax.cond(counts, add_all, lambda total, _: total, total, blocks)
+    return total
+
+
+def _add_at_once(total, terms):
+    """Adds terms on a GPU, where XLA fuses the products into the scatter and never writes them."""
+    for coefficients, indices, vectors, counts in terms:
+
+        def add(total, coefficients=coefficients, indices=indices, vectors=vectors):
+            rows = coefficients[:, :, None] * vectors[:, None, :].astype(jnp.float32)
+            return total.at[indices].add(rows, mode="promise_in_bounds")
+
+        total = jax.lax.cond(counts, add, lambda total: total, total)
     return total

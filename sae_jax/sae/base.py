@@ -570,7 +570,7 @@ class SAE(nnx.Module):
 
         def loss():
             code, _ = ops.encode_top_k(x, w_enc, bias, None, self.config.aux_k, 0, self.dtype)
-            error_hat, _ = ops.sparse_decode(auxiliary_code(code), None, None, w_dec)
+            error_hat, _ = ops.sparse_decode(auxiliary_code(code), None, None, w_dec, self.dtype)
             return squared_error(jax.lax.stop_gradient(error), error_hat)
 
         value = branch(in_any_run(any_dead), loss, lambda: jnp.zeros(()))

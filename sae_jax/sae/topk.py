@@ -81,7 +81,7 @@ class TopK(SAE):
         code = wide if inputs.k is None and slots == k else ops.keep_top_k(wide, k, slots)
         any_dead = None if dead is None else dead.any()
         aux = None if aux is None else auxiliary_code(aux)
-        decoded, error_hat = ops.sparse_decode(code, aux, any_dead, w_dec)
+        decoded, error_hat = ops.sparse_decode(code, aux, any_dead, w_dec, self.dtype)
         y_hat = self.output(decoded, x)
         mse = total = squared_error(y, y_hat)
         if dead is not None:
@@ -91,7 +91,7 @@ class TopK(SAE):
             )
         if config.multi_topk:
             wide = ops.keep_top_k(wide, 4 * k, slots)
-            decoded, _ = ops.sparse_decode(wide, None, None, w_dec)
+            decoded, _ = ops.sparse_decode(wide, None, None, w_dec, self.dtype)
             total += squared_error(y, self.output(decoded, x)) / 8
 
         l1, _ = ops.sparse_decode(code, None, None, self.decoder_norms()[:, None])
