@@ -60,7 +60,7 @@ def _select(x_ref, places_ref, *, k: int, width: int):
         return jnp.where(_count(keys >= tried) >= k, tried, found)
 
     # The largest number that k keys reach. Its sign first, as it orders the other way.
-    last = jnp.where(_count(keys >= 0) >= k, 0, _LEAST)
+    last = _LEAST * (_count(keys >= 0) < k).astype(jnp.int32)
     last = jax.lax.fori_loop(0, 31, refine, last)
     above, level = keys > last, keys == last
     wanted = k - _count(above)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
 from sae_jax.ops import gpu_rows
@@ -123,7 +124,11 @@ def _encode_backward(k, aux_k, compute_dtype, saved, cotangents):
         d_b = sum(jnp.zeros(n, jnp.float32).at[i].add(d) for d, i, _ in codes)
         operand = _sparse_operand(x, compute_dtype)
         terms = [(d, i, operand, wanted) for d, i, wanted in codes]
-        return psum(_scatter_rows(terms, n), "data").T, psum(d_b, "data")
+        d_w = psum(_scatter_rows(terms, n), "data").T
+        if on_gpu():
+            # Transposed here and by itself: in its pass the optimiser could not update in place.
+            d_w = jax.lax.optimization_barrier(with_layout_constraint(d_w, Layout((0, 1))))
+        return d_w, psum(d_b, "data")
 
     def inputs(w_enc, any_dead, indices, d_pre):
         codes = _codes_with_flags(d_pre, indices, any_dead)

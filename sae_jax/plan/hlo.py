@@ -127,10 +127,15 @@ def _total(executions: Iterable[Execution]) -> Traffic:
 
 
 class Program:
-    """An optimised HLO module."""
+    """An optimised HLO module.
+
+    Attributes:
+      text: its text.
+    """
 
     def __init__(self, text: str):
         """Parses the text of a module, as XLA prints it."""
+        self.text = text
         self._computations, self._entry = _parse_module(text)
 
     @functools.cached_property
