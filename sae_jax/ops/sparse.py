@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from sae_jax.ops import tpu_encoder
 from sae_jax.ops.kth_largest import kth_largest, sort_keys
+from sae_jax.ops.picked_rows import decode_gradients, operand, scatter_rows, sum_weighted_rows
 from sae_jax.ops.sharding import (
     BATCH,
     CODE,
@@ -22,6 +24,7 @@ from sae_jax.ops.sharding import (
     in_any_run,
     matmul_f32,
     on_cpu,
+    on_tpu,
     per_shard,
     psum,
     shard_count,
@@ -31,10 +34,8 @@ from sae_jax.ops.shares import Code, fits, in_parts, used_slots
 from sae_jax.ops.topk import top_k
 
 _CPU_SLICE_ROWS = 256  # tokens whose pre-activations stay in a CPU's cache
-_CPU_PRODUCT_ROWS = 16  # tokens whose picked decoder rows stay in a CPU's cache
-_SLICE_BYTES = 2**30  # the most bytes of either at once on other devices
+_SLICE_BYTES = 2**30  # the most bytes of pre-activations at once on other devices
 _FEW_CANDIDATES = 256  # up to so many candidates of a token over all shards are gathered
-_UNROLL = 32  # latents whose decoder rows are added in one fused pass
 
 
 # ---------------------------------------------------------------------------------- encode
@@ -82,8 +83,23 @@ def _encode_forward(x, w_enc, b_enc, dead, k, aux_k, compute_dtype):
                 lambda: _empty_candidates(x_slice.shape[0], aux_k),
             )
 
+        def encode_dead(x):
+            def encode_slice(x_slice):
+                product_BxN = matmul_f32(x_slice.astype(compute_dtype), w)
+                return _candidates(product_BxN, jnp.where(dead, b_enc, -jnp.inf), aux_k)
+
+            return jax.lax.cond(
+                any_dead,
+                lambda: _in_batch_slices(encode_slice, x, n),
+                lambda: _empty_candidates(len(x), aux_k),
+            )
+
         n = w_enc.shape[1]
-        main, aux = _in_batch_slices(encode_slice, x, n)
+        if on_tpu() and tpu_encoder.fits(len(x), *w_enc.shape, k, compute_dtype):
+            main = tpu_encoder.encode(x.astype(compute_dtype), w, b_enc, k)
+            aux = None if dead is None else encode_dead(x)
+        else:
+            main, aux = _in_batch_slices(encode_slice, x, n)
         code, kept = _keep_winners(*main, n)
         winners = code._replace(counts=used_slots(kept)), kept
         if aux is None:
@@ -107,16 +123,17 @@ def _encode_backward(k, aux_k, compute_dtype, saved, cotangents):
 
     def weights(x, w_enc, any_dead, main, aux, packs):
         n = w_enc.shape[1]
+        vectors = operand(x, compute_dtype)
 
         def gradients(parts):
-            terms = [(p.values, p.indices, p.of_tokens(x), True) for p in parts]
+            terms = [(p.values, p.indices, p.of_tokens(vectors), True) for p in parts]
             if aux is not None:
-                terms.append((aux.values, aux.indices, x, any_dead))
+                terms.append((aux.values, aux.indices, vectors, any_dead))
             d_b = sum(jnp.zeros(n, jnp.float32).at[i].add(d) for d, i, *_ in terms)
-            return _scatter_rows(terms, n), d_b
+            return scatter_rows(terms, n, transposed=True), d_b
 
         d_w, d_b = in_parts(main, packs, gradients)
-        return _transposed(psum(d_w, "data"), main.indices), psum(d_b, "data")
+        return psum(d_w, "data"), psum(d_b, "data")
 
     def inputs(w_enc, main, aux, packs):
         d_x = _decode(main, packs, w_enc.T)
@@ -271,8 +288,8 @@ def keep_top_k(code: Code, k, slots: int) -> Code:
 # ---------------------------------------------------------------------------------- decode
 
 
-@jax.custom_vjp
-def sparse_decode(code: Code, aux: Code | None, any_dead, w_dec):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def sparse_decode(code: Code, aux: Code | None, any_dead, w_dec, compute_dtype=jnp.float32):
     """Sums the picked decoder rows, weighted by the code's values.
 
     It costs 2 k d_out FLOPs a token and shard, and one all-reduce of each result over `model`.
@@ -282,19 +299,20 @@ def sparse_decode(code: Code, aux: Code | None, any_dead, w_dec):
       aux: the auxiliary code, or None.
       any_dead: a scalar bool. Where it is false the auxiliary result is zero and costs nothing.
       w_dec: the decoder (d_sae, d_out).
+      compute_dtype: what a GPU reads rows and vectors in (`picked_rows.operand`).
 
     Returns:
       The sums (B, d_out) of the code, and those of the auxiliary code or None.
     """
-    return _decode_forward(code, aux, any_dead, w_dec)[0]
+    return _decode_forward(code, aux, any_dead, w_dec, compute_dtype)[0]
 
 
-def _decode_forward(code, aux, any_dead, w_dec):
+def _decode_forward(code, aux, any_dead, w_dec, compute_dtype):
     any_dead = None if any_dead is None else in_any_run(any_dead)
-
     packs = fits(code)
 
     def local(code, aux, any_dead, packs, w_dec):
+        w_dec = operand(w_dec, compute_dtype)
         x_hat = _decode(code, packs, w_dec)
         if aux is None:
             return psum(x_hat, "model"), None
@@ -309,30 +327,25 @@ def _decode_forward(code, aux, any_dead, w_dec):
     return per_shard(local, (CODE, CODE, P(), P(), DECODER), BATCH)(*saved), saved
 
 
-def _decode_backward(saved, cotangents):
+def _decode_backward(compute_dtype, saved, cotangents):
     w_dec = saved[-1]
 
     def local(code, aux, any_dead, packs, w_dec, d_x_hat, d_aux_hat):
+        d_x_hat = operand(d_x_hat, compute_dtype)
+
         def gradients(parts):
-            d_values = jnp.zeros_like(code.values)
-            for part in parts:
-                products = products_with_rows(part.of_tokens(d_x_hat), part.indices, w_dec)
-                d_values = part.set_slots(d_values, products)
             terms = [(p.values, p.indices, p.of_tokens(d_x_hat), True) for p in parts]
             if aux is not None:
-                terms.append((aux.values, aux.indices, d_aux_hat, any_dead))
-            return Code(d_values, None), _scatter_rows(terms, w_dec.shape[0])
+                vectors = operand(d_aux_hat, compute_dtype)
+                terms.append((aux.values, aux.indices, vectors, any_dead))
+            products, d_w = decode_gradients(terms, w_dec)
+            d_values = jnp.zeros_like(code.values)
+            for part, product in zip(parts, products, strict=False):
+                d_values = part.set_slots(d_values, product)
+            return d_values, products[len(parts) :], d_w
 
-        d_code, d_w = in_parts(code, packs, gradients)
-        d_w = psum(d_w, "data")
-        if aux is None:
-            return d_code, None, d_w
-        d_aux_values = jax.lax.cond(
-            any_dead,
-            lambda: products_with_rows(d_aux_hat, aux.indices, w_dec),
-            lambda: jnp.zeros_like(aux.values),
-        )
-        return d_code, Code(d_aux_values, None), d_w
+        d_values, d_aux, d_w = in_parts(code, packs, gradients)
+        return Code(d_values, None), Code(d_aux[0], None) if d_aux else None, psum(d_w, "data")
 
     specs = (CODE, CODE, P(), P(), DECODER, BATCH, BATCH)
     d_code, d_aux, d_w = per_shard(local, specs, (CODE, CODE, DECODER))(*saved, *cotangents)
@@ -375,119 +388,3 @@ def _decode(code: Code, packs, w_Nxd):
         )
 
     return in_parts(code, packs, decode)
-
-
-def _transposed(a: jax.Array, indices: jax.Array) -> jax.Array:
-    """Returns the transpose of a gradient, on a CPU as an array in memory.
-
-    XLA would read the columns of `a` there in each of the passes that the norm and the optimiser
-    make over it. It fuses nothing into a branch, such as this one, which is always taken.
-    """
-    if not on_cpu() or not indices.size:
-        return a.T
-    return jax.lax.cond(indices.ravel()[0] >= 0, lambda: a.T, lambda: jnp.zeros_like(a.T))
-
-
-def sum_weighted_rows(values_Bxk, indices_Bxk, w_Nxd):
-    """Returns the sum over k of values * w[indices], (B, d).
-
-    It is unrolled, so that XLA fuses gather, product and sum into one pass and never writes (B, k,
-    d).
-    """
-
-    def add(total, columns):
-        values, indices = columns
-        for j in range(values.shape[1]):
-            total += values[:, j, None] * w_Nxd[indices[:, j]]
-        return total
-
-    total = jnp.zeros((values_Bxk.shape[0], w_Nxd.shape[1]), w_Nxd.dtype)
-    return _fold_columns(add, total, values_Bxk, indices_Bxk)
-
-
-def _fold_columns(add, total, values_Bxk, indices_Bxk):
-    """Folds `add` over blocks of at most `_UNROLL` columns of values and indices."""
-    B, k = values_Bxk.shape
-    whole = k - k % _UNROLL
-    if whole > _UNROLL:
-        blocks = tuple(
-            a[:, :whole].reshape(B, whole // _UNROLL, _UNROLL).swapaxes(0, 1)
-            for a in (values_Bxk, indices_Bxk)
-        )
-        total, _ = jax.lax.scan(lambda t, block: (add(t, block), None), total, blocks)
-    elif whole:
-        total = add(total, (values_Bxk[:, :whole], indices_Bxk[:, :whole]))
-    if whole < k:
-        total = add(total, (values_Bxk[:, whole:], indices_Bxk[:, whole:]))
-    return total
-
-
-def products_with_rows(g_Bxd, indices_Bxk, w_Nxd):
-    """Returns the dot product (B, k) of each token's vector in g with the rows of w that it picked.
-
-    Tokens go in blocks. On a CPU their gathered rows stay in cache; elsewhere they are at most
-    `_SLICE_BYTES`.
-    """
-    B, k = indices_Bxk.shape
-    limit = _CPU_PRODUCT_ROWS if on_cpu() else max(1, _SLICE_BYTES // (4 * k * w_Nxd.shape[1]))
-    block = next(b for b in range(min(limit, B), 0, -1) if B % b == 0)
-
-    def products(args):
-        g, indices = args
-        return jnp.einsum("bd,bkd->bk", g, w_Nxd[indices], precision="highest")
-
-    shaped = (g_Bxd.reshape(-1, block, g_Bxd.shape[1]), indices_Bxk.reshape(-1, block, k))
-    return jax.lax.map(products, shaped).reshape(B, k)
-
-
-def _scatter_rows(terms, n: int):
-    """Returns the gradient (n, d) float32 of rows that tokens picked.
-
-    To each picked row it adds the token's vector, multiplied with the pick's coefficient.
-
-    Args:
-      terms: a list of (coefficients (B, k), indices (B, k), vectors (B, d), a scalar that says
-        whether the term counts).
-      n: the number of rows.
-    """
-    total = jnp.zeros((n, terms[0][2].shape[1]), jnp.float32)
-    return jax.lax.platform_dependent(
-        total, terms, cpu=add_token_by_token, default=_add_blocks_of_columns
-    )
-
-
-def add_token_by_token(total, terms):
-    """Adds terms on one thread, whose cache holds a token's vector."""
-    for coefficients, indices, vectors, counts in terms:
-
-        def add(b, total, coefficients=coefficients, indices=indices, vectors=vectors):
-            rows = coefficients[b][:, None] * vectors[b].astype(jnp.float32)
-            return total.at[indices[b]].add(rows, mode="promise_in_bounds")
-
-        total = jax.lax.fori_loop(0, jnp.where(counts, len(vectors), 0), add, total)
-    return total
-
-
-def _add_blocks_of_columns(total, terms):
-    """Adds terms on many threads.
-
-    It adds blocks of columns of all tokens at once, whose rows are at most `_SLICE_BYTES`.
-    """
-    for coefficients, indices, vectors, counts in terms:
-        B, k = indices.shape
-        limit = max(1, _SLICE_BYTES // (4 * vectors.size))
-        block = next(b for b in range(min(limit, k), 0, -1) if k % b == 0)
-
-        def add(total, columns, vectors=vectors):
-            coefficients, indices = columns
-            rows = coefficients[:, :, None] * vectors[:, None, :].astype(jnp.float32)
-            return total.at[indices].add(rows, mode="promise_in_bounds"), None
-
-        def add_all(total, blocks, add=add):
-            return jax.lax.scan(add, total, blocks)[0]
-
-        blocks = tuple(
-            a.reshape(B, k // block, block).swapaxes(0, 1) for a in (coefficients, indices)
-        )
-        total = jax.lax.cond(counts, add_all, lambda total, _: total, total, blocks)
-    return total

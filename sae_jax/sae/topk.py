@@ -83,7 +83,7 @@ class TopK(SAE):
         code = wide if inputs.k is None and slots == k else ops.keep_top_k(wide, k, slots)
         if many is not None:
             aux, any_many = auxiliary_code(aux), many.any()
-        decoded, error_hat = ops.sparse_decode(code, aux, any_many, w_dec)
+        decoded, error_hat = ops.sparse_decode(code, aux, any_many, w_dec, self.dtype)
         y_hat = self.output(decoded, x)
         mse = total = squared_error(y, y_hat)
         if few is not None:
@@ -95,7 +95,7 @@ class TopK(SAE):
             )
         if config.multi_topk:
             wide = ops.keep_top_k(wide, 4 * k, slots)
-            decoded, _ = ops.sparse_decode(wide, None, None, w_dec)
+            decoded, _ = ops.sparse_decode(wide, None, None, w_dec, self.dtype)
             total += squared_error(y, self.output(decoded, x)) / 8
 
         l1, _ = ops.sparse_decode(code, None, None, self.decoder_norms()[:, None])

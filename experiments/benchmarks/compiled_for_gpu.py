@@ -1,0 +1,102 @@
+"""What would a training step move on a GPU, and which operations cost most? No GPU is needed.
+
+    pip install "sae-jax[cuda]"
+    python experiments/benchmarks/compiled_for_gpu.py --d=4096 --n=131072 --k=64 --batch=16384
+
+The step is compiled for an H200 (or --chip=h100) and its program read. Each operation takes the
+longer of its bytes over the memory's bandwidth and, for a product, its FLOPs over the peak. The sum
+of these is an estimate that no chip has confirmed. Compiling takes minutes.
+"""
+
+import argparse
+import math
+import os
+import re
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # else the plugin asks for a driver
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from sae_jax import sae as saes
+from sae_jax.config import Config, DataConfig, MeshConfig, TrainConfig
+from sae_jax.ops.sharding import BATCH
+from sae_jax.plan.absent_gpus import COMPILER_OPTIONS, absent_gpus
+from sae_jax.plan.chips import CHIPS
+from sae_jax.plan.estimate import resolve
+from sae_jax.plan.hlo import Execution, Program
+from sae_jax.train.mesh import make_mesh
+from sae_jax.train.step import Trainer
+
+
+def compile_step(args) -> str:
+    """Returns the text of the compiled step."""
+    sae = {"d_in": args.d, "d_sae": args.n, "compute_dtype": args.dtype}
+    if args.architecture in ("topk", "batchtopk"):
+        sae |= {"k": args.k, "aux_coefficient": args.aux}
+    config = Config(
+        sae=saes.by_name(args.architecture).Config(**sae),
+        data=DataConfig(batch_size=args.batch),
+        mesh=MeshConfig(run=1, data=1, model=args.devices),
+        train=TrainConfig(tokens=1000 * args.batch),
+    )
+    config = resolve(config, (args.d,))
+    mesh = make_mesh(config, absent_gpus(args.chip, args.devices))
+    with jax.set_mesh(mesh):
+        trainer = Trainer(config, steps=1000, variance=1.0)
+        shape = args.batch, args.d
+        rows = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, BATCH))
+        lowered = trainer.step.lower(trainer.abstract(), rows)
+        return lowered.compile(compiler_options=COMPILER_OPTIONS).as_text()
+
+
+def product_seconds(text: str, execution: Execution, chip) -> float:
+    """Returns the seconds of a cuBLAS product at its peak; 0 for another operation."""
+    instruction = execution.instruction
+    if "__cublas" not in instruction.rest:
+        return 0.0
+    names = "|".join(map(re.escape, instruction.operands[:2]))
+    types = re.findall(rf"^\s+(?:ROOT )?%(?:{names}) = (\w+)\[([\d,]+)\]", text, re.MULTILINE)
+    result = re.search(r"\[([\d,]+)\]", instruction.type).group(1)
+    sizes = [math.prod(map(int, s.split(","))) for s in (types[0][1], types[-1][1], result)]
+    peak = chip.bfloat16 if types[0][0] == "bf16" else chip.float32
+    return 2 * math.sqrt(math.prod(sizes)) / peak  # M K, K N and M N
+
+
+def main(args) -> None:
+    text = compile_step(args)
+    if args.out:
+        with open(args.out, "w") as file:
+            file.write(text)
+    chip = CHIPS[args.chip]
+    costs = []
+    for execution in Program(text).executions:
+        moved = execution.traffic.memory_bytes
+        seconds = max(moved / chip.memory_rate, product_seconds(text, execution, chip))
+        costs.append((seconds * execution.times, moved * execution.times, execution))
+    print(f"{sum(c[0] for c in costs) * 1e3:.1f} ms, {sum(c[1] for c in costs) / 1e9:.1f} GB")
+    print("      ms        GB  times  operation")
+    for seconds, moved, execution in sorted(costs, key=lambda c: -c[0])[: args.top]:
+        named = re.search(r'op_name="([^"]*)"', execution.instruction.rest)
+        print(
+            f"{seconds * 1e3:8.2f}{moved / 1e9:10.2f}{execution.times:7}  "
+            f"{execution.instruction.name} {execution.instruction.type[:40]} "
+            f"{named.group(1)[-60:] if named else ''}"
+        )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--chip", default="h200", choices=("h100", "h200"))
+    parser.add_argument("--architecture", default="topk")
+    parser.add_argument("--d", type=int, default=4096)
+    parser.add_argument("--n", type=int, default=131_072)
+    parser.add_argument("--k", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=16_384)
+    parser.add_argument("--aux", type=float, default=0.0, help="coefficient of AuxK's loss")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--devices", type=int, default=1, help="shards of the dictionary")
+    parser.add_argument("--top", type=int, default=20, help="operations to print")
+    parser.add_argument("--out", help="a file for the program's text")
+    main(parser.parse_args())
