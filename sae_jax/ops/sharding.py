@@ -130,9 +130,17 @@ def _with_axes(a: jax.Array, old, new) -> jax.Array:
 
 def on_cpu() -> bool:
     """Whether the program that is traced is for CPUs: those of the mesh, or the default device."""
+    return _platform() == "cpu" and not _for_accelerator.get()
+
+
+def on_tpu() -> bool:
+    """Whether the program that is traced is for TPUs: those of the mesh, or the default device."""
+    return _platform() == "tpu"
+
+
+def _platform() -> str:
     device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = device.platform if device else jax.default_backend()
-    return platform == "cpu" and not _for_accelerator.get()
+    return device.platform if device else jax.default_backend()
 
 
 @contextlib.contextmanager

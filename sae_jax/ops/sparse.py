@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from sae_jax.ops import sorted_picks, tpu_encoder
 from sae_jax.ops.sharding import (
     BATCH,
     CODE,
@@ -22,6 +23,7 @@ from sae_jax.ops.sharding import (
     in_any_run,
     matmul_f32,
     on_cpu,
+    on_tpu,
     per_shard,
     psum,
     shard_count,
@@ -93,8 +95,23 @@ def _encode_forward(x, w_enc, b_enc, dead, k, aux_k, compute_dtype):
                 lambda: _empty_candidates(x_slice.shape[0], aux_k),
             )
 
+        def encode_dead(x):
+            def encode_slice(x_slice):
+                product_BxN = matmul_f32(x_slice.astype(compute_dtype), w)
+                return _candidates(product_BxN, jnp.where(dead, b_enc, -jnp.inf), aux_k)
+
+            return jax.lax.cond(
+                any_dead,
+                lambda: _in_batch_slices(encode_slice, x, n),
+                lambda: _empty_candidates(len(x), aux_k),
+            )
+
         n = w_enc.shape[1]
-        main, aux = _in_batch_slices(encode_slice, x, n)
+        if on_tpu() and tpu_encoder.fits(len(x), *w_enc.shape, k, compute_dtype):
+            main = tpu_encoder.encode(x.astype(compute_dtype), w, b_enc, k)
+            aux = None if dead is None else encode_dead(x)
+        else:
+            main, aux = _in_batch_slices(encode_slice, x, n)
         if aux is None:
             return _keep_winners(*main, n), None
         none = Code(jnp.zeros_like(aux[0]), aux[1]), jnp.zeros(aux[0].shape, bool)
@@ -120,7 +137,7 @@ def _encode_backward(k, aux_k, compute_dtype, saved, cotangents):
         codes = _codes_with_flags(d_pre, indices, any_dead)
         d_b = sum(jnp.zeros(n, jnp.float32).at[i].add(d) for d, i, _ in codes)
         terms = [(d, i, x, wanted) for d, i, wanted in codes]
-        return psum(_scatter_rows(terms, n), "data").T, psum(d_b, "data")
+        return psum(_scatter_rows(terms, n, transposed=True), "data"), psum(d_b, "data")
 
     def inputs(w_enc, any_dead, indices, d_pre):
         codes = _codes_with_flags(d_pre, indices, any_dead)
@@ -328,6 +345,17 @@ def _decode_backward(saved, cotangents):
 
     def local(code, aux, any_dead, w_dec, d_x_hat, d_aux_hat):
         n = w_dec.shape[0]
+        if on_tpu():
+            d_values, d_w = _gradients_in_order(*code, d_x_hat, w_dec)
+            if aux is None:
+                return Code(d_values, None), None, psum(d_w, "data")
+            d_aux_values, d_w = jax.lax.cond(
+                any_dead,
+                lambda d_w: _gradients_in_order(*aux, d_aux_hat, w_dec, d_w),
+                lambda d_w: (jnp.zeros_like(aux.values), d_w),
+                d_w,
+            )
+            return Code(d_values, None), Code(d_aux_values, None), psum(d_w, "data")
         d_code = Code(_products_with_rows(d_x_hat, code.indices, w_dec), None)
         terms = [(*code, d_x_hat, True)]
         if aux is None:
@@ -414,7 +442,19 @@ def _products_with_rows(g_Bxd, indices_Bxk, w_Nxd):
     return jax.lax.map(products, shaped).reshape(B, k)
 
 
-def _scatter_rows(terms, n: int):
+def _gradients_in_order(values, indices, g_Bxd, w_Nxd, total=None):
+    """Returns on a TPU the gradients of picked values (B, k), and those of the rows (n, d) plus
+    `total` if there is one, from the gradients g of what they decode to.
+    """
+    if sorted_picks.fits(indices, w_Nxd):
+        products, sums = sorted_picks.products_and_row_sums(values, indices, g_Bxd, w_Nxd)
+    else:
+        products = _products_with_rows(g_Bxd, indices, w_Nxd)
+        sums = sorted_picks.row_sums(values, indices, g_Bxd, w_Nxd.shape[0])
+    return products, sums if total is None else total + sums
+
+
+def _scatter_rows(terms, n: int, transposed: bool = False):
     """Returns the gradient (n, d) float32 of rows that tokens picked.
 
     To each picked row it adds the token's vector, multiplied with the pick's coefficient.
@@ -423,11 +463,25 @@ def _scatter_rows(terms, n: int):
       terms: a list of (coefficients (B, k), indices (B, k), vectors (B, d), a scalar that says
         whether the term counts).
       n: the number of rows.
+      transposed: whether the result is (d, n).
     """
+    if on_tpu():
+        first, *others = terms
+        total = sorted_picks.row_sums(*first[:3], n, transposed)
+        for *term, counts in others:
+            add = functools.partial(_add_in_order, term, n, transposed)
+            total = jax.lax.cond(counts, add, lambda total: total, total)
+        return total
     total = jnp.zeros((n, terms[0][2].shape[1]), jnp.float32)
-    return jax.lax.platform_dependent(
+    total = jax.lax.platform_dependent(
         total, terms, cpu=_add_token_by_token, default=_add_blocks_of_columns
     )
+    return total.T if transposed else total
+
+
+def _add_in_order(term, n: int, transposed: bool, total):
+    """Adds a term on a TPU."""
+    return total + sorted_picks.row_sums(*term, n, transposed)
 
 
 def _add_token_by_token(total, terms):

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -76,7 +77,7 @@ _NOTHING = Traffic(0, ())
 
 
 @dataclasses.dataclass(frozen=True)
-class _Instruction:
+class Instruction:
     """An instruction of HLO.
 
     Attributes:
@@ -103,6 +104,28 @@ class _Instruction:
         return re.findall(r"%([\w.-]+)", found.group(1)) if found else []
 
 
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """The executions of one instruction outside of fusions in one run of a program.
+
+    Attributes:
+      instruction: the instruction.
+      times: how often it is executed; 0 in a loop of which the text does not say how often it runs.
+      looped: whether it is in a loop.
+      traffic: what one execution moves.
+    """
+
+    instruction: Instruction
+    times: int
+    looped: bool
+    traffic: Traffic
+
+
+def _total(executions: Iterable[Execution]) -> Traffic:
+    """Returns what executions move together."""
+    return sum((e.traffic * e.times for e in executions), _NOTHING)
+
+
 class Program:
     """An optimised HLO module."""
 
@@ -113,45 +136,52 @@ class Program:
     @functools.cached_property
     def traffic(self) -> Traffic:
         """What one device moves in one run of the program."""
-        return self._computation_traffic(self._entry)
+        return _total(self.executions)
 
-    def _computation_traffic(self, computation: str) -> Traffic:
-        """Returns the traffic of a computation."""
-        instructions = self._computations[computation]
-        return sum(
-            (self._instruction_traffic(i, instructions) for i in instructions.values()), _NOTHING
-        )
+    @functools.cached_property
+    def executions(self) -> tuple[Execution, ...]:
+        """What one device executes in one run of the program, in the order of the text."""
+        return tuple(self._executions(self._entry, 1, False))
 
-    def _instruction_traffic(self, instruction: _Instruction, scope: dict) -> Traffic:
-        """Returns the traffic of one instruction and of what it calls."""
+    def _executions(self, computation: str, times: int, looped: bool) -> Iterator[Execution]:
+        """Yields what a computation executes that is executed `times` times."""
+        scope = self._computations[computation]
+        for instruction in scope.values():
+            opcode = instruction.opcode
+            if opcode == "while":
+                body, condition = (instruction.called(name)[0] for name in ("body", "condition"))
+                trips = self._trip_count(instruction, condition)
+                yield from self._executions(body, times * trips, True)
+            elif opcode == "conditional":
+                branches = instruction.called("branch_computations") or [
+                    instruction.called(f"{which}_computation")[0] for which in ("true", "false")
+                ]
+                executed = (tuple(self._executions(name, times, looped)) for name in branches)
+                yield from min(executed, key=lambda branch: _total(branch).memory_bytes)
+            elif opcode in ("call", "async-start"):
+                for name in instruction.called("to_apply|calls"):
+                    yield from self._executions(name, times, looped)
+            elif opcode not in _NO_TRAFFIC and not opcode.endswith(("-done", "-update")):
+                traffic = self._instruction_traffic(instruction, scope)
+                yield Execution(instruction, times, looped, traffic)
+
+    def _instruction_traffic(self, instruction: Instruction, scope: dict) -> Traffic:
+        """Returns the traffic of one execution of an instruction that calls no other."""
         opcode = instruction.opcode
         kind = opcode.removesuffix("-start")
-        if opcode in _NO_TRAFFIC or opcode.endswith(("-done", "-update")):
-            return _NOTHING
-        if opcode == "while":
-            body, condition = (instruction.called(name)[0] for name in ("body", "condition"))
-            return self._computation_traffic(body) * self._trip_count(instruction, condition)
-        if opcode == "conditional":
-            branches = instruction.called("branch_computations") or [
-                instruction.called(f"{which}_computation")[0] for which in ("true", "false")
-            ]
-            return min(
-                map(self._computation_traffic, branches), key=lambda traffic: traffic.memory_bytes
-            )
-        if opcode in ("call", "async-start"):
-            return sum(
-                map(self._computation_traffic, instruction.called("to_apply|calls")), _NOTHING
-            )
         if kind in COLLECTIVES:
             collective = _make_collective(instruction, kind)
             moved = 2 * collective.bytes
             return Traffic(moved, (collective,) if len(collective.group) > 1 else ())
         if opcode == "fusion":
             return Traffic(self._fusion_bytes(instruction), ())
+        # What a kernel moves does not follow from its operands: ours say it in their names.
+        if opcode == "custom-call" and (moved := re.search(r"moves_(\d+)_bytes", instruction.rest)):
+            return Traffic(int(moved.group(1)), ())
         operands = [_type_bytes(scope[name].type) for name in instruction.operands]
         return Traffic(_unfused_bytes(instruction, operands), ())
 
-    def _trip_count(self, instruction: _Instruction, condition: str) -> int:
+    def _trip_count(self, instruction: Instruction, condition: str) -> int:
         """Returns how often a loop runs."""
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.rest)
         if known:
@@ -162,7 +192,7 @@ class Program:
         counts = [int(i.arguments) for i in constants if i.type.startswith("s32[]")]
         return counts[0] if len(counts) == 1 else 0
 
-    def _fusion_bytes(self, instruction: _Instruction) -> int:
+    def _fusion_bytes(self, instruction: Instruction) -> int:
         """Returns the bytes that a fusion moves.
 
         It reads its operands once and writes its results. Of an operand of which it only takes
@@ -176,7 +206,7 @@ class Program:
         read = sum(self._read_bytes(i, computation) for i in parameters)
         return read + sum(_written_bytes(result, inner) for result in results)
 
-    def _read_bytes(self, value: _Instruction, computation: str) -> int:
+    def _read_bytes(self, value: Instruction, computation: str) -> int:
         """Returns the bytes that a fusion reads of `value`, one of its operands."""
         total = rows = 0
         for user in self._computations[computation].values():
@@ -202,7 +232,7 @@ class Program:
         return min(total, _type_bytes(value.type)) + rows
 
 
-def _written_bytes(result: _Instruction, inner: dict) -> int:
+def _written_bytes(result: Instruction, inner: dict) -> int:
     """Returns the bytes that a fusion writes for one of its results."""
     source = result
     while source.opcode in ("bitcast", "convert"):
@@ -214,7 +244,7 @@ def _written_bytes(result: _Instruction, inner: dict) -> int:
     return _type_bytes(result.type)
 
 
-def _unfused_bytes(instruction: _Instruction, operands: list[int]) -> int:
+def _unfused_bytes(instruction: Instruction, operands: list[int]) -> int:
     """Returns the bytes that an instruction outside of fusions moves, given its operands' bytes."""
     opcode, result = instruction.opcode, _type_bytes(instruction.type)
     if opcode in ("dynamic-slice", "slice"):
@@ -228,7 +258,7 @@ def _unfused_bytes(instruction: _Instruction, operands: list[int]) -> int:
     return result + sum(operands)
 
 
-def _make_collective(instruction: _Instruction, kind: str) -> Collective:
+def _make_collective(instruction: Instruction, kind: str) -> Collective:
     """Returns the collective that an instruction executes."""
     shapes = [_array_bytes(*match) for match in _SHAPE.findall(instruction.type)]
     if instruction.opcode.endswith("-start"):  # the results and the operands side by side
@@ -289,9 +319,9 @@ def _array_bytes(dtype: str, dimensions: str, layout: str) -> int:
     return bits * math.prod(_numbers(dimensions) if dimensions else ()) // 8
 
 
-def _parse_module(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
+def _parse_module(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
     """Returns the instructions of each computation by name, and the name of the entry."""
-    computations: dict[str, dict[str, _Instruction]] = {}
+    computations: dict[str, dict[str, Instruction]] = {}
     current, entry = {}, ""
     for line in text.splitlines():
         if header := re.match(r"^(ENTRY )?%([\w.-]+) .*\{$", line):
@@ -304,7 +334,7 @@ def _parse_module(text: str) -> tuple[dict[str, dict[str, _Instruction]], str]:
     return computations, entry
 
 
-def _parse_instruction(name: str, text: str) -> _Instruction:
+def _parse_instruction(name: str, text: str) -> Instruction:
     """Parses the text of an instruction behind its name."""
     end = _find_closing(text, 0) if text.startswith("(") else text.index(" ")
     type_, text = text[:end], text[end:].lstrip()
@@ -312,7 +342,7 @@ def _parse_instruction(name: str, text: str) -> _Instruction:
     end = _find_closing(text, len(opcode))
     arguments = text[len(opcode) + 1 : end - 1]
     operands = () if opcode == "constant" else tuple(re.findall(r"%([\w.-]+)", arguments))
-    return _Instruction(name, opcode, type_, operands, text[end:], arguments)
+    return Instruction(name, opcode, type_, operands, text[end:], arguments)
 
 
 def _find_closing(text: str, start: int) -> int:
