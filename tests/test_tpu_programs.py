@@ -13,7 +13,7 @@ from sae_jax.ops.sharding import BATCH
 from sae_jax.plan import chips
 from sae_jax.plan.estimate import resolve
 from sae_jax.plan.hlo import Program
-from sae_jax.sae import SAEConfig
+from sae_jax.sae import TopKConfig
 from sae_jax.train.mesh import make_mesh
 from sae_jax.train.step import Trainer
 
@@ -27,8 +27,7 @@ D, N, K, B = 1024, 8192, 64, 1024  # of each of four devices N latents and B tok
 @pytest.fixture(scope="module")
 def step():
     config = Config(
-        sae=SAEConfig(
-            architecture="topk",
+        sae=TopKConfig(
             d_in=D,
             d_sae=2 * N,
             k=K,

@@ -25,7 +25,7 @@ from sae_jax.ops.sharding import BATCH
 from sae_jax.plan import chips
 from sae_jax.plan.estimate import resolve
 from sae_jax.plan.hlo import Execution, Program
-from sae_jax.sae import SAEConfig
+from sae_jax.sae import registry
 from sae_jax.train.mesh import make_mesh
 from sae_jax.train.step import Trainer
 
@@ -34,12 +34,12 @@ _CYCLES = 1.75e9  # a second, of a v5p and a v6e
 
 def compile_step(args) -> str:
     """Returns the text of the compiled step."""
-    sae = {"architecture": args.architecture, "d_in": args.d, "d_sae": args.n}
-    sae |= {"compute_dtype": args.dtype}
+    kind = registry.by_name(args.architecture).Config
+    sae = {"d_in": args.d, "d_sae": args.n, "compute_dtype": args.dtype}
     if args.architecture in ("topk", "batchtopk"):
         sae |= {"k": args.k, "aux_coefficient": args.aux}
     config = Config(
-        sae=SAEConfig(**sae),
+        sae=kind(**sae),
         data=DataConfig(batch_size=args.batch),
         mesh=MeshConfig(run=1, data=1, model=args.devices),
         train=TrainConfig(tokens=1000 * args.batch),

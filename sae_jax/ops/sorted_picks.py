@@ -12,11 +12,6 @@ from sae_jax.ops import tpu_rows
 _SLICE_BYTES = 2**30  # the most bytes of rows at once
 
 
-def fits(indices, rows) -> bool:
-    """Returns whether `products_and_row_sums` takes picks (B, k) of these rows (n, d)."""
-    return tpu_rows.fits(*indices.shape, *rows.shape[::-1])
-
-
 def row_sums(coefficients, indices, vectors, n: int, transposed: bool = False) -> jax.Array:
     """Returns the sum (n, d) float32 of each latent's coefficients * vectors, for n latents.
 
@@ -29,7 +24,7 @@ def row_sums(coefficients, indices, vectors, n: int, transposed: bool = False) -
     """
     latents, order, coefficients = _sort(indices, coefficients)
     tokens = order // indices.shape[1]
-    if tpu_rows.fits(*indices.shape, vectors.shape[1], n):
+    if tpu_rows.fits(indices.size, vectors, n):
         return tpu_rows.row_sums(latents, tokens, coefficients, vectors, n, transposed)
     sums = _scatter(latents, tokens, coefficients, vectors, n)
     return sums.T if transposed else sums
@@ -37,7 +32,7 @@ def row_sums(coefficients, indices, vectors, n: int, transposed: bool = False) -
 
 def products_and_row_sums(values, indices, vectors, rows) -> tuple[jax.Array, jax.Array]:
     """Returns the products (B, k) of each token's vector with the rows that it picked, and for each
-    row the sum (n, d) of its values * vectors. `fits` says for which shapes.
+    row the sum (n, d) of its values * vectors, for shapes that `tpu_rows` has a kernel for.
 
     Args:
       values: of each pick (B, k).

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from sae_jax.ops import sorted_picks, tpu_encoder
+from sae_jax.ops import sorted_picks, tpu_encoder, tpu_rows
 from sae_jax.ops.sharding import (
     BATCH,
     CODE,
@@ -397,6 +397,9 @@ def _sum_weighted_rows(values_Bxk, indices_Bxk, w_Nxd):
     d).
     """
 
+    if on_tpu() and tpu_rows.fits(indices_Bxk.size, w_Nxd, len(indices_Bxk)):
+        return tpu_rows.decode(values_Bxk, indices_Bxk, w_Nxd)
+
     def add(total, columns):
         values, indices = columns
         for j in range(values.shape[1]):
@@ -446,7 +449,7 @@ def _gradients_in_order(values, indices, g_Bxd, w_Nxd, total=None):
     """Returns on a TPU the gradients of picked values (B, k), and those of the rows (n, d) plus
     `total` if there is one, from the gradients g of what they decode to.
     """
-    if sorted_picks.fits(indices, w_Nxd):
+    if tpu_rows.fits(indices.size, g_Bxd, len(w_Nxd)):
         products, sums = sorted_picks.products_and_row_sums(values, indices, g_Bxd, w_Nxd)
     else:
         products = _products_with_rows(g_Bxd, indices, w_Nxd)

@@ -157,9 +157,11 @@ def _keep_largest(x_ref, w_ref, b_ref, values_ref, blocks_ref, *, kept: int):
 
 
 def _kept(k: int) -> int:
-    """Returns how many values a bin keeps, so that few tokens are in doubt."""
+    """Returns how many values a bin keeps, so that few tokens are in doubt; one above `_MOST_KEPT`
+    at least where that is too few.
+    """
     kept = max(2, -(-k // _BINS))
-    while math.comb(k, kept) / _BINS ** (kept - 1) > _DOUBTFUL:
+    while kept <= _MOST_KEPT and math.comb(k, kept) > _DOUBTFUL * _BINS ** (kept - 1):
         kept += 1
     return kept
 

@@ -1,9 +1,10 @@
-"""Adds up the gradients of picked rows on a TPU, one visit to each row.
+"""Adds up picked vectors on a TPU: the gradients of picked rows with one visit to each row.
 
 A Pallas kernel goes through the picks in the order of their latents. It fetches the vectors of a
 chunk's tokens one by one while it works on the chunk before, and adds them to the rows of a tile of
 latents in the core's own memory. Every row is written once. The products of the vectors with the
-rows themselves, which are the gradient of the picked values, come from the same visit.
+rows themselves, which are the gradient of the picked values, come from the same visit. Decoding is
+the same sum with tokens for latents, and latents for tokens.
 """
 
 import functools
@@ -20,15 +21,23 @@ _UNROLL = 8  # picks
 _VMEM_BYTES = 100 * 2**20  # of 128 MiB
 
 
-def fits(rows: int, k: int, d: int, n: int) -> bool:
-    """Returns whether the kernel takes k picks of each of so many tokens, among n rows (d,)."""
+def fits(picks: int, vectors, n: int) -> bool:
+    """Returns whether the kernel takes so many picks of vectors (B, d) into n sums."""
+    count, d = vectors.shape
     return (
-        rows >= _CHUNK
-        and rows * k % _CHUNK == 0
+        count >= _CHUNK
+        and picks % _CHUNK == 0
         and n % _TILE == 0
         and d % (_LANES * _SUBLANES) == 0
-        and d <= 16_384  # for a tile's rows, twice or thrice
+        and d <= 8192  # for a tile's rows, several times
     )
+
+
+def decode(values, indices, rows) -> jax.Array:
+    """Returns the sum (B, d) float32 over k of values (B, k) times rows (n, d) at indices (B, k)."""
+    B, k = indices.shape
+    tokens = jnp.repeat(jnp.arange(B, dtype=jnp.int32), k)
+    return row_sums(tokens, indices.reshape(-1), values.reshape(-1), rows, B)
 
 
 def row_sums(latents, tokens, coefficients, vectors, n: int, transposed: bool = False):
@@ -121,7 +130,9 @@ def _visit_rows(picks, vectors, n: int, rows, transposed: bool):
         ),
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=_VMEM_BYTES
+            dimension_semantics=("parallel",),
+            vmem_limit_bytes=_VMEM_BYTES,
+            disable_bounds_checks=True,  # they would take as long as the rest of a pick
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * latents.size * d, bytes_accessed=moved, transcendentals=0
