@@ -3,53 +3,23 @@
 `path` turns a user's text into a `pathlib.Path`, or into an `ObjectPath`, which has the methods of
 one that we use. Object stores have no rename, no append and no directories. So files are written
 whole by `write` and `create` here, which are atomic in both kinds of place.
-
-All of it goes through TensorStore, which reads the arrays too: one client, one set of credentials,
-and no further package. (etils.epath reaches S3 through s3fs, which caches listings, so that a
-worker does not see another's files; and an epath.Path cannot be created exclusively.)
-
-Credentials are the usual ones. For S3 they are AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or
-~/.aws, or the instance's role, with AWS_REGION; AWS_ENDPOINT_URL names another server that speaks
-S3. For Google they are GOOGLE_APPLICATION_CREDENTIALS, or gcloud's, or the instance's.
 """
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import json
 import math
 import os
 import pathlib
 import posixpath
-import re
 import socket
-import sys
-import tempfile
-import textwrap
-import threading
-import time
 
 import tensorstore as ts
 
+from sae_jax.buckets import DRIVERS, key_range, make_spec, open_bucket
 from sae_jax.errors import UserError, choose
-
-_DRIVERS = {"s3": "s3", "gs": "gcs"}
-_FIRST_LOOK = {"max_retries": 3, "initial_delay": "200ms", "max_delay": "1s"}
-
-# A request that was lost is sent again soon, because those after it may wait for it: TensorStore's
-# own first delay is a second. After about ten minutes it is given up.
-_RETRIES = {"max_retries": 128, "initial_delay": "50ms", "max_delay": "5s"}
-
-REQUESTS = {
-    setting: value
-    for driver in _DRIVERS.values()
-    for setting, value in (
-        (f"{driver}_request_retries", _RETRIES),
-        (f"{driver}_request_concurrency", {"limit": 64}),
-    )
-}
-"""How object stores are asked, as settings of a TensorStore context."""
+from sae_jax.place_errors import explained
 
 
 def is_remote(text) -> bool:
@@ -67,7 +37,7 @@ def path(text) -> "AnyPath":
     if isinstance(text, pathlib.Path) or not is_remote(text):
         return _expanded(text)
     scheme, _, rest = text.partition("://")
-    choose(scheme, _DRIVERS, f"the scheme of {text}")
+    choose(scheme, DRIVERS, f"the scheme of {text}")
     bucket, _, key = rest.partition("/")
     if not bucket:
         raise UserError(f"{text} names no bucket; write {scheme}://BUCKET/PATH")
@@ -274,14 +244,14 @@ class ObjectPath:
     def rmtree(self) -> None:
         """Removes the folder and all in it."""
         with explained(self):
-            self._bucket().delete_range(_range(f"{self.key}/", f"{self.key}0")).result()
+            self._bucket().delete_range(key_range(f"{self.key}/", f"{self.key}0")).result()
 
     def _list(self, start: str, end: str) -> list[str]:
         with explained(self):
-            return [key.decode() for key in self._bucket().list(_range(start, end)).result()]
+            return [key.decode() for key in self._bucket().list(key_range(start, end)).result()]
 
     def _bucket(self):
-        return _open_bucket_once(self.scheme, self.bucket)
+        return open_bucket(self.scheme, self.bucket)
 
 
 AnyPath = pathlib.Path | ObjectPath
@@ -292,9 +262,9 @@ def kvstore(folder: ObjectPath, name: str = "") -> dict:
 
     Raises UserError, before anything is tried at length, where the bucket cannot be used.
     """
-    _open_bucket_once(folder.scheme, folder.bucket)
+    open_bucket(folder.scheme, folder.bucket)
     prefix = f"{folder.key}/" if folder.key else ""
-    return _spec(folder.scheme, folder.bucket) | {"path": prefix + name}
+    return make_spec(folder.scheme, folder.bucket) | {"path": prefix + name}
 
 
 def write(file, data: str | bytes, by: str = "") -> None:
@@ -394,168 +364,7 @@ def _without_nonfinite(values):
     return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
-@contextlib.contextmanager
-def explained(where):
-    """Raises what the system or TensorStore raises within as a UserError that names `where`."""
-    try:
-        yield
-    except (OSError, ValueError) as error:  # TensorStore has no class of its own
-        reason = explanation(where, error) or f"{where}: {textwrap.shorten(str(error), 200)}"
-        raise UserError(reason) from error
-
-
-def explanation(where, error: OSError | ValueError) -> str | None:
-    """Returns what kept something from being read or written, in words, with what to do.
-
-    Returns None for an error that is not one of the place: what is read may be damaged.
-    """
-    if not is_remote(where):
-        return _local_explanation(where, error)
-    error = str(error)
-    scheme = str(where).partition("://")[0]
-    names = _CREDENTIALS[scheme]
-    if "NoSuchBucket" in error or "bucket does not exist" in error:
-        return f"{where}: there is no such bucket; make it, or correct its name"
-    if "credentials" in error.lower() or "UNAUTHENTICATED" in error or "'401'" in error:
-        return f"{where}: no credentials, or wrong ones; set {names}"
-    if "PERMISSION_DENIED" in error or "'403'" in error:
-        return f"{where}: these credentials may not do this; set others ({names}), or their rights"
-    if "CURL error" in error or "UNAVAILABLE" in error:
-        server = _endpoint() if scheme == "s3" else None
-        what = f"the server {server} (AWS_ENDPOINT_URL)" if server else "the object store"
-        return f"{where}: cannot reach {what}; correct it or the network, and start again"
-    return None
-
-
-_CREDENTIALS = {  # where they are looked for
-    "s3": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ~/.aws/credentials",
-    "gs": "GOOGLE_APPLICATION_CREDENTIALS, or gcloud auth application-default login",
-}
-
-_WHAT_TO_DO = {
-    errno.EACCES: "give another place, or get the right to use this one",
-    errno.EPERM: "give another place, or get the right to use this one",
-    errno.EROFS: "give another place, which can be written to",
-    errno.ENOTDIR: "a part of this path is a file; correct the path",
-    errno.EISDIR: "this is a folder where a file must be; correct the path",
-    errno.ELOOP: "a link leads back to itself; correct the path",
-    errno.ENAMETOOLONG: "give a shorter path",
-    errno.ENOSPC: "make room, and start again",
-    errno.EDQUOT: "make room, and start again",
-}
-
-
-def _local_explanation(where, error: OSError | ValueError) -> str | None:
-    """Returns an error of this machine's files in words, with what to do."""
-    number = error.errno if isinstance(error, OSError) else None
-    if found := re.search(r"os_error_code='(\d+)'", str(error)):  # TensorStore's
-        number = int(found[1])
-    if number is None:
-        return None
-    hint = f"; {_WHAT_TO_DO[number]}" if number in _WHAT_TO_DO else ""
-    return f"{where}: {os.strerror(number)}{hint}"
-
-
-def _endpoint() -> str | None:
-    """Returns the server that the environment names for S3, if any."""
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-
-
-def _spec(scheme: str, bucket: str) -> dict:
-    """Returns TensorStore's spec of a bucket."""
-    spec = {"driver": _DRIVERS[scheme], "bucket": bucket}
-    if scheme != "s3":
-        return spec
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    if endpoint := _endpoint():  # TensorStore does not look for it by itself
-        spec["endpoint"] = endpoint.rstrip("/")
-        region = region or "us-east-1"
-    if region:
-        spec["aws_region"] = region
-    if "AWS_ACCESS_KEY_ID" in os.environ:  # else ~/.aws, a role, the instance
-        spec["aws_credentials"] = {"type": "environment"}
-    return spec
-
-
-_opening = threading.Lock()
-_failures: dict[tuple[str, str], tuple[float, UserError]] = {}
-
-
-def _open_bucket_once(scheme: str, bucket: str):
-    """Opens a bucket, or returns it where it is open.
-
-    One thread at a time does, since each diverts what the process writes to standard error, and a
-    cache alone would let them all begin. Those that have waited for one that failed do not try
-    again, one after the other.
-    """
-    began = time.monotonic()
-    with _opening:
-        when, failure = _failures.get((scheme, bucket), (-math.inf, None))
-        if when > began:
-            raise UserError(str(failure)) from failure
-        try:
-            return _open_bucket(scheme, bucket)
-        except UserError as error:
-            _failures[scheme, bucket] = time.monotonic(), error
-            raise
-
-
-@functools.cache
-def _open_bucket(scheme: str, bucket: str):
-    """Opens a bucket, after a first look with few retries found it usable."""
-    where, log = f"{scheme}://{bucket}", []
-    spec = _spec(scheme, bucket)
-    try:
-        with explained(where), library_log(log):
-            context = ts.Context({f"{_DRIVERS[scheme]}_request_retries": _FIRST_LOOK})
-            look = ts.KvStore.open(spec, context=context).result()
-            look.list(_range("sae-jax-looks", "sae-jax-lookt")).result()
-    except UserError as error:
-        if "cannot reach" in str(error) and any("credentials" in line for line in log):
-            raise UserError(
-                f"{where}: found no credentials, and without them cannot reach the object store; "
-                f"set {_CREDENTIALS[scheme]}"
-            ) from error
-        raise
-    return ts.KvStore.open(spec, context=ts.Context(REQUESTS)).result()
-
-
-_LOG_LINE = re.compile(r"[IWEF]\d{4,} \d\d:\d\d:\d\d\.\d+ +\d+ ")
-
-
-@contextlib.contextmanager
-def library_log(lines: list[str]):
-    """Keeps from the terminal what TensorStore's C++ logs within, and adds it to `lines`.
-
-    TensorStore lists the places without credentials there, and has no switch for it. What others
-    write to standard error meanwhile is written when all is done. Yields `lines`.
-    """
-    try:
-        terminal = os.dup(2)
-    except OSError:  # there is no standard error
-        yield lines
-        return
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
-        try:
-            yield lines
-        finally:
-            os.dup2(terminal, 2)
-            os.close(terminal)
-            held.seek(0)
-            for line in held.read().decode(errors="replace").splitlines(keepends=True):
-                if _LOG_LINE.match(line):
-                    lines.append(line)
-                else:
-                    sys.stderr.write(line)
-
-
 @functools.cache
 def _absent() -> bytes:
     """Returns TensorStore's generation of a file that does not exist."""
     return ts.KvStore.open("memory://").result().read("none").result().stamp.generation
-
-
-def _range(start: str, end: str):
-    """Returns TensorStore's range of the keys from `start` to before `end`."""
-    return ts.KvStore.KeyRange(start, end)

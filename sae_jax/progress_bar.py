@@ -17,6 +17,8 @@ _SECONDS_BETWEEN_LINES = 10  # of the log, where there is no bar
 
 def progress(items: Iterable, what: str, total: int | None = None, unit: str = "it") -> Iterable:
     """Returns `items` to iterate over, which shows how many are done once that takes 2 seconds."""
+    if total == 0:
+        return items
     if _has_bar() or jax.process_index() > 0:
         return make_bar(items, desc=what, total=total, unit=unit, delay=2)
     logging.info("%s", what)

@@ -9,7 +9,7 @@ import threading
 import time
 import urllib.parse
 
-from sae_jax import paths
+from sae_jax import buckets
 
 
 class Requests(list):
@@ -79,12 +79,12 @@ def serve(address: str, share: float, seconds: float = 0.0, status: int = 503, s
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{server.server_port}"
-    paths._open_bucket.cache_clear()
+    buckets._open.cache_clear()
     try:
         yield requests
     finally:
         os.environ["AWS_ENDPOINT_URL"] = address
-        paths._open_bucket.cache_clear()
+        buckets._open.cache_clear()
         server.shutdown()
         server.server_close()
         thread.join()

@@ -30,7 +30,9 @@ def test_scripts_explain_themselves(script):
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("architecture,count", [("topk", 3), ("relu", 2)])
+@pytest.mark.parametrize(
+    "architecture,count", [("topk", 3), pytest.param("relu", 2, marks=pytest.mark.long)]
+)
 def test_a_step_beside_the_peers(architecture, count, tmp_path):
     for package in ("sae_lens", "dictionary_learning", "sparsify"):
         if importlib.util.find_spec(package) is None:

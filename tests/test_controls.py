@@ -124,7 +124,9 @@ def test_l0_ends_at_its_target(tmp_path, architecture, factor):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka"])
+@pytest.mark.parametrize(
+    "architecture", ["batchtopk", pytest.param("matryoshka", marks=pytest.mark.long)]
+)
 def test_the_threshold_lets_as_many_latents_through(tmp_path, architecture):
     result = train_on_world(tmp_path, architecture=architecture, k=6)
     assert result["eval_l0"] == pytest.approx(6, rel=0.02)

@@ -17,7 +17,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 # makes no circle. Files beside the folders are named as folders.
 ROWS = [
     {"errors"},
-    {"paths", "fields", "recipe_files"},
+    {"place_errors", "fields"},
+    {"buckets", "paths", "recipe_files"},
     {
         "hub",
         "json_files",

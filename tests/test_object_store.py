@@ -31,7 +31,7 @@ from training import (
 )
 
 import sae_jax
-from sae_jax import paths
+from sae_jax import buckets, paths
 from sae_jax.activations import Store, Stream, write_store
 from sae_jax.activations.writer import StoreWriter
 from sae_jax.cli import main
@@ -142,7 +142,7 @@ def test_missing_credentials_are_one_line_and_no_log(
     with pytest.raises(UserError, match=says):
         paths.path(f"s3://no-credentials{bool(server):d}/run").exists()
     assert not capfd.readouterr().err
-    with paths.library_log([]) as log:
+    with buckets.library_log([]) as log:
         os.write(2, b"one\nE1130 07:38:48.776161    9767 common-io:5] Failed to open file\ntwo\n")
     assert capfd.readouterr().err == "one\ntwo\n" and len(log) == 1
 
@@ -161,7 +161,7 @@ def test_threads_that_open_a_bucket_at_once_do_it_once(monkeypatch):
         with pytest.raises(UserError, match="cannot reach it"):
             paths.path("s3://nowhere/a").is_file()
 
-    monkeypatch.setattr(paths, "_open_bucket", look)
+    monkeypatch.setattr(buckets, "_open", look)
     with concurrent.futures.ThreadPoolExecutor(8) as threads:
         list(threads.map(ask, range(8)))
     assert len(looks) == 1

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from sae_jax import config as configs
 from sae_jax import lm
 from sae_jax.activations import StoreWriter
+from sae_jax.cli import main
 from sae_jax.config import Config, DataConfig, MeshConfig
 from sae_jax.errors import UserError
 from sae_jax.ops.sharding import BATCH
@@ -268,6 +269,23 @@ def test_a_sweep_takes_what_its_packs_take(monkeypatch):
     found = sweep.plan(runs, topology, None, most=0)
     assert found.mesh.run == 2 and found.fits  # a step does not gain here by more devices
     assert sweep.as_dict(found, price=2.0)["cost"] == 2 * found.device_hours
+
+
+def test_a_sweep_without_a_store_may_have_groups_of_devices(tmp_path, capsys):
+    (tmp_path / "grid.py").write_text(
+        "from sae_jax.config import Config, MeshConfig\n"
+        "from sae_jax.sae import TopKConfig\n"
+        "from sae_jax.sweep import grid\n"
+        "def get_config():\n"
+        "    return Config(sae=TopKConfig(d_in=16, d_sae=64, k=4), mesh=MeshConfig(run=2))\n"
+        "def get_sweep():\n"
+        "    return grid.sweep('train.seed', [0, 1])\n"
+    )
+    command = ["plan", f"--config={tmp_path / 'grid.py'}", "--topology=h100:1x2", "--compiles=0"]
+    assert main(command) == 0
+    assert "mesh run 2 x data 1 x model 1" in capsys.readouterr().out
+    assert main([*command, "--nosweep"]) == 2
+    assert "mesh.run" in capsys.readouterr().err
 
 
 def test_a_harvest_takes_the_bytes_and_files_of_the_store(tmp_path):

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 
 import tensorstore as ts
 
-from sae_jax import paths
+from sae_jax import buckets, paths
 from sae_jax.errors import UserError
+from sae_jax.place_errors import explained, explanation
 
 _CRC_BYTES = 4
 _INDEX_BYTES_PER_CHUNK = 16  # offset and length, uint64 each
@@ -35,7 +36,7 @@ class Folder:
         self._where = paths.path(path).absolute()
         self.path = str(self._where)
         self.remote = paths.is_remote(self.path)
-        context = ts.Context(paths.REQUESTS)
+        context = ts.Context(buckets.REQUESTS)
         self._store = ts.KvStore.open(self.kvstore(""), context=context).result()
 
     def kvstore(self, name: str) -> dict:
@@ -47,13 +48,13 @@ class Folder:
 
     def read(self, name: str) -> bytes | None:
         """Returns the bytes of `name`; None where there is no such file."""
-        with paths.explained(f"{self.path}/{name}"):
+        with explained(f"{self.path}/{name}"):
             found = self._store.read(name).result()
         return found.value if found.state == "value" else None
 
     def write(self, name: str, data: bytes) -> None:
         """Writes the file `name`, whole or not at all."""
-        with paths.explained(f"{self.path}/{name}"):
+        with explained(f"{self.path}/{name}"):
             self._store.write(name, data).result()
 
     def delete_folder(self, name: str) -> None:
@@ -61,7 +62,7 @@ class Folder:
         if self.remote:
             (self._where / name).rmtree()
             return
-        with paths.explained(f"{self.path}/{name}"), contextlib.suppress(FileNotFoundError):
+        with explained(f"{self.path}/{name}"), contextlib.suppress(FileNotFoundError):
             shutil.rmtree(f"{self.path}/{name}")  # with the locks that a killed writer left
 
     def sizes(self, folder: str) -> dict[str, int | None]:
@@ -73,7 +74,7 @@ class Folder:
         if self.remote:
             return {f"{folder}/{name}": None for name in (self._where / folder).files()}
         root = pathlib.Path(self.path)
-        with paths.explained(root / folder):
+        with explained(root / folder):
             files = (file for file in (root / folder).rglob("*") if file.is_file())
             return {file.relative_to(root).as_posix(): file.stat().st_size for file in files}
 
@@ -86,7 +87,7 @@ class Folder:
             where = f"{self.path}/{name}"
             reason = textwrap.shorten(str(error), 300)
             damaged = f"{where} cannot be read: {reason}; if it is damaged, make the store again"
-            raise UserError(paths.explanation(where, error) or damaged) from error
+            raise UserError(explanation(where, error) or damaged) from error
 
 
 class Array:
@@ -142,7 +143,7 @@ class Array:
                 "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
             },
         }
-        context = context or ts.Context(paths.REQUESTS)
+        context = context or ts.Context(buckets.REQUESTS)
         return ts.open(spec, open=True, create=create, context=context).result()
 
     def file_sizes(self) -> Iterator[tuple[str, int]]:

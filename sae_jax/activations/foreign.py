@@ -23,6 +23,7 @@ from sae_jax.activations.writer import StoreWriter
 from sae_jax.errors import UserError
 from sae_jax.json_files import checked, read_json
 from sae_jax.numpy_files import map_npy
+from sae_jax.place_errors import explained
 
 # The files of a data set that Hugging Face's library saved.
 _STATE_FILE = "state.json"
@@ -61,7 +62,7 @@ def convert(
     Raises UserError, which names the file, for what is cut off, of another width or not numbers.
     """
     source = paths.local(source)
-    with paths.explained(source):
+    with explained(source):
         if _is_cache(source):
             found = _open_cache(source, site, site_of_hook)
         else:

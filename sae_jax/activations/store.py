@@ -27,7 +27,7 @@ import numpy as np
 import tensorstore as ts
 from absl import logging
 
-from sae_jax import paths
+from sae_jax import buckets
 from sae_jax.activations import checking, statistics
 from sae_jax.activations.files import Folder
 from sae_jax.activations.meta import (
@@ -38,13 +38,14 @@ from sae_jax.activations.meta import (
     read_complete_meta,
 )
 from sae_jax.errors import UserError, choose
+from sae_jax.place_errors import explanation
 
 # Mapped files are copied once, from the page cache to where the rows go: half the CPU time of
 # TensorStore's other modes. The cache keeps the shards' indices, which remote stores need.
 _READING = {
     "file_io_mode": {"mode": "memmap"},
     "cache_pool": {"total_bytes_limit": 64 << 20},
-    **paths.REQUESTS,
+    **buckets.REQUESTS,
 }
 _CHECKED_AT_ONCE = 128 << 20  # bytes that `check` asks for at the same time
 _LOG_EVERY = 10  # seconds, while chunks do not come
@@ -379,7 +380,7 @@ class Store:
                 where = f"{self.path}/{name}/zarr.json"
                 reason = str(error).splitlines()[0][:300]
                 raise UserError(
-                    paths.explanation(where, error)
+                    explanation(where, error)
                     or f"{where} does not fit meta.json ({reason}); make the store again"
                 ) from None
         return self._handles[name]

@@ -15,7 +15,6 @@ import time
 
 import numpy as np
 
-from sae_jax import paths
 from sae_jax.activations import statistics
 from sae_jax.activations.files import Folder
 from sae_jax.activations.meta import (
@@ -33,6 +32,7 @@ from sae_jax.activations.meta import (
 from sae_jax.activations.store import checksum
 from sae_jax.config import difference
 from sae_jax.errors import UserError, choose
+from sae_jax.place_errors import explained
 
 CHUNK_BYTES = 3 << 19  # 1.5 MiB: reads fast, and rows of many sequences meet in a window
 SHARD_BYTES = 256 << 20
@@ -148,7 +148,7 @@ class StoreWriter:
         else:
             folder.write("meta.json", meta.to_json())
         if not meta.complete:
-            with paths.explained(folder.path):
+            with explained(folder.path):
                 for name in _arrays_of_shards(meta):
                     meta.arrays()[name].open(folder, create=True)
         return cls(folder, meta, tokens)
@@ -195,7 +195,7 @@ class StoreWriter:
         count = (rows.stop - rows.start) if sampled is None else len(sampled) * meta.context_length
         names = sorted(meta.sites) if values is not None else []
         values = {name: self._as_stored(name, values[name], rows.start, count) for name in names}
-        with paths.explained(self.path):
+        with explained(self.path):
             pending = [
                 arrays[f"sites/{name}"].open(self.folder)[rows].write(x)
                 for name, x in values.items()
@@ -204,7 +204,7 @@ class StoreWriter:
         excluded = np.zeros((stop - first, meta.context_length), np.uint8)
         if self._tokens is not None:
             tokens = self._tokens[first:stop]
-            with paths.explained(self.path):
+            with explained(self.path):
                 pending.append(arrays["tokens"].open(self.folder)[first:stop].write(tokens))
             excluded[np.isin(tokens, meta.excluded_tokens)] |= SPECIAL_TOKEN
         finite = {name: statistics.finite_rows(x) for name, x in values.items()}
@@ -224,7 +224,7 @@ class StoreWriter:
                 [[checksum(x[s : s + meta.chunk_rows]) for x in values.values()] for s in starts],
                 np.uint32,
             )
-        with paths.explained(self.path):
+        with explained(self.path):
             for write in pending:
                 write.result()
         buffer = io.BytesIO()
@@ -353,7 +353,7 @@ class StoreWriter:
         Returns the number of rows excluded for each reason.
         """
         meta = self.meta
-        with paths.explained(self.path):
+        with explained(self.path):
             mask = self._arrays["excluded"].open(self.folder, create=True)
         usable, checksums = [], []
         rows_by_reason = dict.fromkeys((SPECIAL_TOKEN, HIGH_NORM, NONFINITE), 0)
@@ -363,7 +363,7 @@ class StoreWriter:
             for reason in rows_by_reason:
                 rows_by_reason[reason] += int((excluded & reason > 0).sum())
             first = index * meta.shard_sequences * meta.context_length
-            with paths.explained(self.path):
+            with explained(self.path):
                 mask[first : first + excluded.size].write(excluded.reshape(-1)).result()
             for start in range(0, len(excluded), meta.chunk_sequences):
                 chunk = excluded[start : start + meta.chunk_sequences]
@@ -373,7 +373,7 @@ class StoreWriter:
         summaries = {"usable_rows": np.array(usable, np.int32)}
         if not meta.live:
             summaries["checksums"] = np.concatenate(checksums)
-        with paths.explained(self.path):
+        with explained(self.path):
             for name, summary in summaries.items():
                 self._arrays[name].open(self.folder, create=True).write(summary).result()
         return rows_by_reason

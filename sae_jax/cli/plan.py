@@ -146,6 +146,11 @@ def _plan_run(args, overrides: dict[str, str], searches: bool) -> int:
     config = configs.override(config, overrides)
     if args.mesh:
         config = dataclasses.replace(config, mesh=_mesh(args.mesh, config.mesh.zero))
+    if config.mesh.run != 1:
+        raise UserError(
+            "the plan of one run has no use for mesh.run: the groups of devices along it need the "
+            "same each; give the data and model axes of one"
+        )
 
     from absl import logging
 

@@ -31,6 +31,7 @@ from sae_jax.lm.language_model import in_batches
 from sae_jax.lm.live import open_store
 from sae_jax.lm.model import local_mesh, open_model
 from sae_jax.lm.text import PACKING_RULE, pack
+from sae_jax.place_errors import explained
 from sae_jax.progress_bar import make_bar
 
 DEFAULT_CONTEXT = 1024  # where the model allows it
@@ -335,7 +336,7 @@ def _check_disk(out, num_tokens: int, row_bytes: int) -> None:
     if paths.is_remote(out):
         return
     out = paths.local(out).absolute()
-    with paths.explained(out):
+    with explained(out):
         if out.is_file():
             raise UserError(f"{out} is a file; give a directory for the store")
         place = next(path for path in (out, *out.parents) if path.is_dir())

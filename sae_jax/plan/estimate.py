@@ -224,16 +224,11 @@ def resolve(config: Config, widths: tuple[int, ...], target: int | None = None) 
       widths: the widths of the sites that it reads.
       target: the width of the site that a transcoder reconstructs.
 
-    Raises UserError for a config with several runs along its mesh, and for a batch without tokens.
+    Raises UserError for a batch without tokens and for wrong fields of the optimizer.
     """
     optimizer.check(config.optimizer)
     if config.data.batch_size < 1:
         raise UserError(f"data.batch_size must be 1 or more, not {config.data.batch_size}")
-    if config.mesh.run != 1:
-        raise UserError(
-            "plan is for one run: its groups of devices along mesh.run need the same each; give "
-            "the data and model axes of one"
-        )
     rate = config.optimizer.learning_rate or 1e-4  # which one makes no difference here
     adam = dataclasses.replace(config.optimizer, learning_rate=rate)
     return dataclasses.replace(config, sae=saes.resolve(config.sae, widths, target), optimizer=adam)

@@ -19,6 +19,7 @@ from sae_jax.activations.sites import split_names
 from sae_jax.activations.writer import layout
 from sae_jax.errors import UserError, choose
 from sae_jax.lm.harvest import DEFAULT_CONTEXT, TOKENS_PER_DEVICE, our_name
+from sae_jax.place_errors import explained
 from sae_jax.plan.chips import Topology
 from sae_jax.plan.table import cost_words
 
@@ -233,7 +234,7 @@ def _free(out: str) -> int | None:
     if paths.is_remote(out):
         return None
     out = paths.local(out).absolute()
-    with paths.explained(out):
+    with explained(out):
         if out.is_file():
             raise UserError(f"--out={out} is a file; give a directory for the store")
         place = next(path for path in (out, *out.parents) if path.is_dir())

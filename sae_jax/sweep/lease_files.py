@@ -13,8 +13,8 @@ import time
 import uuid
 from typing import NamedTuple, Protocol
 
-from sae_jax import paths
 from sae_jax.paths import ObjectPath
+from sae_jax.place_errors import explained
 
 _RELEASED = 0  # modification time of a file that was given back
 _GIVEN_BACK = b"given back"  # what an object then holds
@@ -89,17 +89,17 @@ class LocalFiles:
         Raises UserError if the file, or the one that tells the disk's clock, cannot be used.
         """
         path = self._directory / name
-        with paths.explained(path):
+        with explained(path):
             beat = path.stat().st_mtime
             if beat == _RELEASED:
                 return None
         now = self._now(to_show)
-        with paths.explained(path):
+        with explained(path):
             return Look(max(0.0, now - beat), path.read_text(errors="replace"))
 
     def _now(self, to_show: bool) -> float:
         clock = self._directory / "clock"
-        with paths.explained(clock):
+        with explained(clock):
             try:
                 clock.touch()
             except OSError as error:

@@ -22,7 +22,8 @@ from sae_jax import sae as saes
 from sae_jax.config import Config
 from sae_jax.errors import UserError, on_one_line, some
 from sae_jax.json_files import checked
-from sae_jax.paths import AnyPath, ObjectPath, explained
+from sae_jax.paths import AnyPath, ObjectPath
+from sae_jax.place_errors import explained
 from sae_jax.train.checksums import checksums
 from sae_jax.train.directory import read_config
 from sae_jax.train.object_checkpoints import ObjectCheckpointer, latest_besides, whole_steps

@@ -22,7 +22,7 @@ import numpy as np
 from absl import logging
 from jax.experimental.array_serialization import serialization
 
-from sae_jax import paths
+from sae_jax import buckets, paths
 from sae_jax.errors import UserError
 from sae_jax.json_files import checked, parse_json
 from sae_jax.paths import ObjectPath
@@ -162,7 +162,7 @@ class ObjectCheckpointer:
             "driver": "zarr3",
             "kvstore": paths.kvstore(self._directory, f"{step}/{name}/"),
             # All is read or written once.
-            "context": {"cache_pool": {"total_bytes_limit": 0}} | paths.REQUESTS,
+            "context": {"cache_pool": {"total_bytes_limit": 0}} | buckets.REQUESTS,
         }
 
 

@@ -89,15 +89,9 @@ def failures(folder: pathlib.Path, *flags: str) -> tuple[str, dict]:
 
 @pytest.mark.slow
 def test_damaged_files_end_right_or_refused(tmp_path):
-    text, reports = failures(tmp_path, "--cases=500", "--by_cost")
+    text, reports = failures(tmp_path, "--cases=10000", "--by_cost", "--seed=1")
     for ending in ("right", "refused"):
-        assert sum(report[ending] for report in reports.values()) > 100, text
-    assert not any(report["failures"] for report in reports.values()), text
-
-
-@pytest.mark.slow
-def test_many_damaged_files_end_right_or_refused(tmp_path):
-    text, reports = failures(tmp_path, "--cases=12000", "--by_cost", "--seed=1")
+        assert sum(report[ending] for report in reports.values()) > 2000, text
     assert not any(report["failures"] for report in reports.values()), text
 
 
