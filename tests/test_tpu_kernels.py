@@ -21,8 +21,14 @@ def as_on_a_tpu(monkeypatch):
     monkeypatch.setattr(sparse_ops, "on_tpu", lambda: True)
     monkeypatch.setattr(tpu_encoder, "_DTYPE", jnp.float32)
     small = {
-        tpu_encoder: {"_TOKENS": (8, 4), "_COLUMNS": 16, "_BINS": 8, "_LANES": 4, "_REDONE": 3,
-                      "_DOUBTFUL": 0.3},
+        tpu_encoder: {
+            "_TOKENS": (8, 4),
+            "_COLUMNS": 16,
+            "_BINS": 8,
+            "_LANES": 4,
+            "_REDONE": 3,
+            "_DOUBTFUL": 0.3,
+        },
         tpu_rows: {"_TILE": 8, "_CHUNK": 8, "_LANES": 4, "_SUBLANES": 2},
     }
     for module, sizes in small.items():
@@ -30,9 +36,15 @@ def as_on_a_tpu(monkeypatch):
             monkeypatch.setattr(module, name, size)
 
 
-@pytest.mark.parametrize("k", [1, 4, 10])
+@pytest.mark.parametrize(
+    "k",
+    [
+        pytest.param(1, marks=pytest.mark.long),
+        pytest.param(4, marks=pytest.mark.slow),
+        pytest.param(10, marks=pytest.mark.long),
+    ],
+)
 @pytest.mark.parametrize("kind", ["normal", "ties", "equal", "few finite", "NaN"])
-@pytest.mark.slow
 def test_encoded_is_the_top_k(as_on_a_tpu, kind, k):
     B, d, n = 24, 8, 128
     x, w, b = normal(0, B, d), normal(1, d, n), normal(2, n)
@@ -67,14 +79,22 @@ def test_shapes_that_fit(k, n, rows, d):
     assert not tpu_encoder.fits(0, d, n, k, jnp.bfloat16)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("picked", ["evenly", "a few by all", "none of most tiles"])
+@pytest.mark.parametrize(
+    "picked,dtype",
+    [
+        ("evenly", jnp.bfloat16),
+        ("a few by all", jnp.float32),
+        ("none of most tiles", jnp.float32),
+    ],
+)
 @pytest.mark.slow
 def test_rows_are_visited_once(as_on_a_tpu, picked, dtype):
     """Sums and products, of latents that share a chunk and of those that fill many."""
     B, k, d, n = 32, 4, 16, 64
     random = np.random.default_rng(0)
-    least, most = {"evenly": (0, n), "a few by all": (21, 26), "none of most tiles": (60, 64)}[picked]
+    least, most = {"evenly": (0, n), "a few by all": (21, 26), "none of most tiles": (60, 64)}[
+        picked
+    ]
     indices = np.stack([least + random.permutation(most - least)[:k] for _ in range(B)])
     values, vectors, rows = normal(1, B, k), normal(2, B, d), normal(3, n, d)
     vectors = np.asarray(jnp.asarray(vectors, dtype))
@@ -103,9 +123,14 @@ def compared(arrays, dead, weights, k, aux_k, autoencode):
     return *out, *gradients
 
 
-@pytest.mark.parametrize("dead", [0.0, 0.3])
-@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "shapes without kernels"])
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "dead,kernels",
+    [
+        pytest.param(0.3, True, marks=pytest.mark.slow),
+        pytest.param(0.0, True, marks=pytest.mark.long),
+        pytest.param(0.3, False, marks=pytest.mark.long, id="shapes without kernels"),
+    ],
+)
 def test_sparse_autoencoder_equals_dense(as_on_a_tpu, mesh, dead, kernels):
     B, d, n, k, aux_k = 32, 16 if kernels else 5, 512, 4, 6
     is_dead = np.random.default_rng(9).random(n) < dead
@@ -129,8 +154,9 @@ def test_sparse_autoencoder_equals_dense(as_on_a_tpu, mesh, dead, kernels):
 def test_a_pack_is_its_runs(as_on_a_tpu):
     """Runs that are trained as one program get what each gets by itself."""
     B, d, n, k = 16, 16, 128, 4
-    x, runs = normal(0, B, d), (normal(1, 2, d, n), normal(2, 2, n), normal(3, 2, n, d))
-    weights, dead = (normal(4, B, d), normal(5, B, d)), np.zeros(n, bool)
+    x = jnp.asarray(normal(0, B, d))
+    runs = normal(1, 2, d, n), normal(2, 2, n), normal(3, 2, n, d)
+    weights, dead = (normal(4, B, d), normal(5, B, d)), jnp.zeros(n, bool)
 
     def one(*parameters):
         return compared((x, *parameters), dead, weights, k, 6, sparse)

@@ -34,7 +34,7 @@ def fits(picks: int, vectors, n: int) -> bool:
 
 
 def decode(values, indices, rows) -> jax.Array:
-    """Returns the sum (B, d) float32 over k of values (B, k) times rows (n, d) at indices (B, k)."""
+    """Returns the sum (B, d) float32 of values (B, k) times rows (n, d) at indices (B, k)."""
     B, k = indices.shape
     tokens = jnp.repeat(jnp.arange(B, dtype=jnp.int32), k)
     return row_sums(tokens, indices.reshape(-1), values.reshape(-1), rows, B)
@@ -66,7 +66,7 @@ def row_sums_and_products(latents, tokens, coefficients, vectors, rows):
     # A chunk may have picks of several tiles. What is not of the first of them is added here.
     starts = _tile_starts(latents, n)[:-1]
     shared = jnp.where(starts < latents.size, starts, 0) // _CHUNK
-    return sums, products.at[shared].add(firsts, indices_are_sorted=False).reshape(-1)
+    return sums, products.at[shared].add(firsts).reshape(-1)
 
 
 def _tile_starts(latents, n: int):
