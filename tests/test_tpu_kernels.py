@@ -126,10 +126,18 @@ def compared(arrays, dead, weights, k, aux_k, autoencode):
 @pytest.mark.parametrize(
     "dead,kernels",
     [
-        pytest.param(0.3, True, marks=pytest.mark.slow),
+        (0.3, True),
         pytest.param(0.0, True, marks=pytest.mark.long),
         pytest.param(0.3, False, marks=pytest.mark.long, id="shapes without kernels"),
     ],
+)
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param((2, 2), marks=pytest.mark.slow),
+        *(pytest.param(m, marks=pytest.mark.long) for m in ((1, 1), (4, 1), (1, 4))),
+    ],
+    indirect=True,
 )
 def test_sparse_autoencoder_equals_dense(as_on_a_tpu, mesh, dead, kernels):
     B, d, n, k, aux_k = 32, 16 if kernels else 5, 512, 4, 6
