@@ -13,6 +13,7 @@ import math
 import os
 import pathlib
 import posixpath
+import re
 import socket
 
 import tensorstore as ts
@@ -30,10 +31,13 @@ def is_remote(text) -> bool:
 def path(text) -> "AnyPath":
     """Returns the path that a user's text names; `~` is the user's home.
 
-    Raises UserError for a scheme other than s3:// and gs://, and where the bucket is missing.
+    Raises UserError for a scheme other than s3:// and gs://, for a slip such as s3:/BUCKET, and
+    where the bucket is missing.
     """
     if isinstance(text, ObjectPath):
         return text
+    if slip := re.match("(s3|gs)(:/?|//)(?!/)", str(text)):
+        raise UserError(f"{text}: write {slip[1]}://{str(text)[slip.end() :]}")
     if isinstance(text, pathlib.Path) or not is_remote(text):
         return _expanded(text)
     scheme, _, rest = text.partition("://")

@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # From the bottom: a folder imports those of earlier rows only, and those of its own row where that
 # makes no circle. Files beside the folders are named as folders.
 ROWS = [
-    {"errors"},
+    {"background", "errors"},
     {"place_errors", "fields"},
     {"buckets", "paths", "recipe_files"},
     {

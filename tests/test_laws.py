@@ -262,6 +262,17 @@ def test_a_floor_is_held_by_its_interval_wherever_it_is(true):
     assert sum(held) >= 3
 
 
+def test_an_end_on_a_steep_profile_stays_in_its_bracket():
+    """Nine noisy losses of 6.6 to 9.5, which a floor above them does not explain."""
+    n, D = map(np.ravel, np.meshgrid([64.0, 128.0, 256.0], [1e5, 2e5, 4e5]))
+    for seed, estimator in ((5, "huber"), (3, "log_least_squares")):
+        noise = np.random.default_rng(seed).normal(size=9)
+        losses = (0.3 + 20 / n**0.25 + 60 / D**0.3) * np.exp(0.02 * noise)
+        best = estimate(LAWS["chinchilla"], {"d_sae": n, "tokens": D}, losses, estimator)
+        _, high = public_intervals(best, bootstrap(best, np.arange(9), 50, seed))["E"]
+        assert 0.8 * losses.min() < high < losses.min()
+
+
 def test_a_term_that_vanishes_with_its_exponent():
     """Losses that do not depend on d_sae: A is at its bound, and alpha says nothing."""
     law = LAWS["chinchilla"]

@@ -86,6 +86,13 @@ def test_tables_are_joined_and_selected_from(tmp_path):
         laws.read(columns, select="d_sea>1e9")
 
 
+def test_of_many_bad_rows_the_first_is_named(tmp_path):
+    columns = runs("chinchilla")
+    columns["d_sae"] = [f"{int(n):,}" for n in 1000 * columns["d_sae"]]
+    with pytest.raises(UserError, match="a.csv, line 2: d_sae is '"):
+        laws.fit(laws.read(write(tmp_path / "a.csv", columns)), "chinchilla")
+
+
 def test_the_best_learning_rate_is_that_of_each_setting():
     """An architecture is not left out because another does better at another rate."""
     columns = runs("chinchilla")

@@ -102,6 +102,8 @@ def test_an_object_path_does_what_a_local_one_does(either, tmp_path):
     "break_it,url,says",
     [
         ({}, "az://bucket/run", "the scheme of az://bucket/run is 'az'; it must be one of: s3, gs"),
+        ({}, "s3:/bucket/run", "write s3://bucket/run"),
+        ({}, "s3//bucket/run", "write s3://bucket/run"),
         ({}, "s3:///run", "names no bucket; write s3://BUCKET/PATH"),
         ({}, "s3://absent/run", "there is no such bucket; make it, or correct its name"),
         ({"AWS_SECRET_ACCESS_KEY": ""}, "s3://no-secret/run", "set AWS_ACCESS_KEY_ID and AWS_"),
@@ -446,6 +448,34 @@ from sae_jax.config import Config, from_dict
 def get_config(): return from_dict({config!r})
 def get_sweep(): return [{{"train.seed": 0}}, {{"train.seed": 1}}]
 """
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sign,code", [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.long)]
+)
+def test_a_worker_whose_store_is_away_ends_when_it_is_told_to(s3, place, tmp_path, sign, code):
+    write_store(tmp_path / "store", [sparse_rows(8192)], context_length=128)
+    base = make_config(
+        str(tmp_path / "store"),
+        steps=10**6,
+        data={"epochs": 10**5},
+        train={"log_every": 5, "checkpoint_every": 100},
+    )
+    file = tmp_path / "directory.py"
+    file.write_text(SWEEP.format(config=to_dict(base)))
+    with faulty_server.serve(s3, 0.0):
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "sae_jax", "sweep", f"--config={file}", f"--workdir={place}"],
+            env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        runs = [place / "runs" / run.id for run in load(str(file), {})]
+        wait_until(lambda: any(whole(run) for run in runs), [worker])
+    time.sleep(5)  # so that a step that is to be saved has come
+    worker.send_signal(sign)
+    _, err = worker.communicate(timeout=60)
+    assert worker.returncode == code and "Traceback" not in err, err
 
 
 @pytest.mark.slow

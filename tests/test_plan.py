@@ -271,23 +271,6 @@ def test_a_sweep_takes_what_its_packs_take(monkeypatch):
     assert sweep.as_dict(found, price=2.0)["cost"] == 2 * found.device_hours
 
 
-def test_a_sweep_without_a_store_may_have_groups_of_devices(tmp_path, capsys):
-    (tmp_path / "grid.py").write_text(
-        "from sae_jax.config import Config, MeshConfig\n"
-        "from sae_jax.sae import TopKConfig\n"
-        "from sae_jax.sweep import grid\n"
-        "def get_config():\n"
-        "    return Config(sae=TopKConfig(d_in=16, d_sae=64, k=4), mesh=MeshConfig(run=2))\n"
-        "def get_sweep():\n"
-        "    return grid.sweep('train.seed', [0, 1])\n"
-    )
-    command = ["plan", f"--config={tmp_path / 'grid.py'}", "--topology=h100:1x2", "--compiles=0"]
-    assert main(command) == 0
-    assert "mesh run 2 x data 1 x model 1" in capsys.readouterr().out
-    assert main([*command, "--nosweep"]) == 2
-    assert "mesh.run" in capsys.readouterr().err
-
-
 def test_a_harvest_takes_the_bytes_and_files_of_the_store(tmp_path):
     plan = harvests.harvest(
         lm.DEMO_MODEL, ["blocks.0.hook_resid_post", "mlp_act.0"], 3000, tmp_path / "s",
@@ -437,9 +420,14 @@ def test_weak_scaling_and_the_collectives_of_the_design(counts):
             assert size <= line["designed"].get(collective, 0), f"{collective} in {case}"
 
 
-def test_plan_is_of_one_run_with_tokens():
-    with pytest.raises(UserError, match="one run"):
-        resolve(dataclasses.replace(Config(), mesh=MeshConfig(run=2)), (64,))
+def test_groups_of_devices_are_a_sweeps(capsys):
+    config = dataclasses.replace(Config(), mesh=MeshConfig(run=2))
+    assert resolve(config, (64,)).mesh.run == 2, "as a sweep without a store has it"
+    assert main(["plan", "--mesh=2,1,1", "--config.sae.d_in=64"]) == 2
+    assert "the plan of one run has no use for mesh.run" in capsys.readouterr().err
+
+
+def test_plan_is_of_a_run_with_tokens():
     with pytest.raises(UserError, match="batch_size must be 1 or more, not 0"):
         resolve(dataclasses.replace(Config(), data=DataConfig(batch_size=0)), (64,))
 

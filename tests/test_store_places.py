@@ -15,6 +15,16 @@ from sae_jax.activations import Store, StoreWriter, convert, write_store
 from sae_jax.cli import main
 from sae_jax.errors import UserError
 
+
+@pytest.mark.parametrize("folder", ["../made", "a/../b", "./c/../../made"])
+def test_a_path_may_lead_upwards(tmp_path, monkeypatch, folder):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    write_store(folder, [ROWS], context_length=16)
+    assert main(["store", f"--path={folder}"]) == 0
+    assert (tmp_path / "here" / folder / "meta.json").resolve().exists()
+
+
 ROWS = np.ones((64, 4), np.float32) * np.arange(64, dtype=np.float32)[:, None]
 
 

@@ -34,8 +34,10 @@ class Folder:
     def __init__(self, path):
         """Opens a directory, which need not exist yet."""
         self._where = paths.path(path).absolute()
+        self.remote = paths.is_remote(self._where)
+        if not self.remote and ".." in self._where.parts:  # which TensorStore refuses
+            self._where = self._where.resolve()
         self.path = str(self._where)
-        self.remote = paths.is_remote(self.path)
         context = ts.Context(buckets.REQUESTS)
         self._store = ts.KvStore.open(self.kvstore(""), context=context).result()
 

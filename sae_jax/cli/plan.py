@@ -166,7 +166,7 @@ def _plan_run(args, overrides: dict[str, str], searches: bool) -> int:
         )
     batches = [_parsed(config, "data.batch_size", text) for text in args.batch_sizes or ()]
     dtypes = [_parsed(config, "sae.compute_dtype", text) for text in args.dtypes or ()]
-    search.check_batch_sizes(config, batches)
+    search.check_batch_sizes(config, batches or [config.data.batch_size])
     topology = chips.find(name)
     config = _resolve(config)
 
@@ -248,7 +248,8 @@ def _table(found) -> str:
 
     compiled = {_tried(e.config): e for e in found.compiled}
     shown = [compiled.get(_tried(e.config), e) for e in found.screened]
-    return "\n".join([table.HEADER, *map(table.row, shown), ""])
+    said = [] if all(e.compiled for e in shown) else [table.TRACED]
+    return "\n".join([table.HEADER, *map(table.row, shown), *said, ""])
 
 
 def _tried(config: Config) -> tuple:
@@ -320,7 +321,18 @@ def _command(name: str, args, overrides: dict, fields: dict, store: str) -> str:
     shown = {k: str(v).lower() if isinstance(v, bool) else v for k, v in values.items()}
     words = ["sae-jax", name, *([f"--config={args.config}"] if args.config else [])]
     words += [f"--config.{k}={v}" for k, v in shown.items() if v is not None]
+    if _has_hosts(args.topology):
+        words.append("--distributed")  # on each of them; launch/ starts them
     return shlex.join([*words, "--workdir=DIRECTORY"])
+
+
+def _has_hosts(topology: str | None) -> bool:
+    """Whether the devices of a topology are those of several hosts."""
+    from sae_jax.plan import chips
+
+    found = chips.describe(topology or "cpu:1")
+    of_a_host = 8 if found.is_tpu else found.per_node  # no TPU host has more
+    return found.chip is not None and len(found.devices) > of_a_host
 
 
 def _nothing_fits(tried: list[Config], found, topology) -> str:

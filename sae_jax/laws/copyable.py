@@ -13,7 +13,7 @@ _SYMBOLS = {  # of isoflop's parameters in its formula
 _EXPONENTS = {
     "d_sae_exponent": "exponent of n* in compute",
     "tokens_exponent": "exponent of D* in compute",
-    "loss_exponent": "exponent of the loss in compute",
+    "loss_exponent": "exponent of the loss above E in compute",
 }
 
 
@@ -52,7 +52,8 @@ def rows(values: dict) -> list[tuple[str, str, str]]:
     for name, what in _EXPONENTS.items():
         if frontier[name] is not None and name not in values["params"]:
             out.append((what, digits(frontier[name]), interval(frontier["ci95"].get(name))))
-    out.append(("rms error of log-loss", digits(values["rms_log_error"]), ""))
+    rms = f"rms error of log-loss, {values['rms_of']}"
+    out.append((rms, digits(values["rms_log_error"]), ""))
     if values["holdout"]:
         error = digits(values["holdout"]["rms_relative_error"])
         out.append(("rms relative error, held out", error, ""))

@@ -154,6 +154,7 @@ class Fit:
             "ci95": self.ci95,
             "objective": estimate.objective,
             "rms_log_error": estimate.rms_log_error,
+            "rms_of": "the points",
             "n_points": len(self.results),
             "n_runs": self.drawn.runs,
             "holdout": self.holdout,

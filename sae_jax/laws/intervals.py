@@ -176,7 +176,7 @@ def profile_intervals(estimate: Estimate, drawn: Bootstrap) -> np.ndarray:
         far[at[~below]], height_far[at[~below]] = distance[at[~below]], height[~below]
         bracketed = np.isfinite(far[at])
         with np.errstate(invalid="ignore", divide="ignore"):
-            end[at] = distance[at] / height
+            end[at] = np.clip(distance[at] / height, near[at], far[at])  # the line, in the bracket
             outward = distance[at] * np.clip(1.05 / height, 1.05, 4.0)
             part = (1 - height_near[at]) / (height_far[at] - height_near[at])
             part = np.where(height_far[at] > _STEEP, 0.5, np.clip(part, 0.05, 0.95))

@@ -162,6 +162,7 @@ class IsoflopFit:
             "ci95": ci95,
             "objective": self.lines[2].objective,
             "rms_log_error": self.lines[2].rms_log_error,
+            "rms_of": f"the {len(self.minima.used)} minima about L*",
             "n_points": len(self.results),
             "n_runs": int(self.results.run.max()) + 1,
             "holdout": self.holdout,

@@ -110,7 +110,8 @@ def text(values: dict, out: str | AnyPath) -> str:
         lines.append(f"  {name:16}{value:<12.5g}95% {low:.5g} to {high:.5g}")
     lines += [
         "",
-        f"{values['n_points']} points, rms error of log-loss {values['rms_log_error']:.3g}",
+        f"{values['n_points']} points; rms error of log-loss {values['rms_log_error']:.3g}, of "
+        f"{values['rms_of']}",
     ]
     if values["holdout"]:
         error = values["holdout"]["rms_relative_error"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -101,7 +102,9 @@ class Results:
             if name not in self.columns:
                 source = self.names.get(name, name)
                 if source in self.cells:
-                    _read_column(self.cells[source], source, self.places, positive=True)
+                    order = np.argsort([_line(place) for place in self.places], kind="stable")
+                    cells, places = self.cells[source][order], self.places[order]
+                    _read_column(cells, source, places, positive=True)
                 raise UserError(_missing_column(name, self.names, list(self.cells), self.source))
         return self
 
@@ -472,6 +475,11 @@ def _read_column(cells, name: str, places, positive: bool) -> np.ndarray:
             raise UserError(f"{where} is {value:g}, which is no quantity of a run")
         values.append(value)
     return np.array(values)
+
+
+def _line(place: str) -> int:
+    """Returns the number of the line or row that a place ends with."""
+    return int(re.search("[0-9]*$", place)[0] or 0)
 
 
 def _add_derived(columns, cells, factor: float | None) -> None:

@@ -14,6 +14,10 @@ _NO_COST = (
     "the results do not say what a token costs (no column flops, nor d_in; or --flops_factor); "
     "compute is counted as d_sae x tokens"
 )
+_NO_COMMON_COST = (
+    "the column flops is no affine function of d_sae for a token, so it does not say what another "
+    "run costs; compute is counted as d_sae x tokens"
+)
 
 
 def warnings(fit, cost) -> list[str]:
@@ -47,7 +51,7 @@ def warnings(fit, cost) -> list[str]:
                 "compute-optimal frontier"
             )
         elif cost is None:
-            out.append(_NO_COST)
+            out.append(_NO_COMMON_COST if "flops" in fit.results.columns else _NO_COST)
     if fit.law.name == "chinchilla":
         a = fit.exponents(fit.drawn.theta).get("d_sae_exponent")
         out += agreement.compare_with_isoflop(

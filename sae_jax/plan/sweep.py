@@ -19,15 +19,13 @@ from sae_jax.plan.estimate import (
     row_width,
     screen,
 )
-from sae_jax.plan.table import cost_words
+from sae_jax.plan.table import ROW_BYTES, cost_words
 from sae_jax.progress_bar import progress
 from sae_jax.sweep import design, directory, dry_run
 from sae_jax.sweep import grid as grids
 from sae_jax.train.mesh import make_mesh
 from sae_jax.train.pack import set_fields
 from sae_jax.train.results import flops
-
-_ROW_BYTES = 2  # of a value of a store, which is bfloat16 unless it says otherwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +178,8 @@ def text(plan: SweepPlan, price: float | None = None) -> str:
             *lines,
             "",
             f"Reads {plan.tokens:,} tokens, {plan.bytes_read / 1e9:,.2f} GB, in "
-            f"{directory.counted(plan.passes, 'pass')}",
+            f"{directory.counted(plan.passes, 'pass')}: at the time below "
+            f"{plan.bytes_read / 1e9 / (plan.hours * 3600):,.2f} GB/s",
             f"Memory of a device, about {plan.memory / 1e9:.1f} GB for a pass: {verdict}, of "
             f"{topology.capacity / 1e9:.1f} GB",
             f"Time at the published peaks: {plan.hours:,.2f} h of one worker after the other, "
@@ -396,4 +395,4 @@ def _row_bytes(work: design.Pass) -> int:
     """Returns the bytes that a pass reads for a token: of the store, or of one in bfloat16."""
     if work.data.store:
         return dry_run.row_bytes(work.data)
-    return _ROW_BYTES * max(map(row_width, work.runs))
+    return ROW_BYTES * max(map(row_width, work.runs))

@@ -1,6 +1,9 @@
 """Shows estimates as text and as JSON values."""
 
-from sae_jax.plan.estimate import Estimate
+from sae_jax.plan.estimate import Estimate, row_width
+
+ROW_BYTES = 2
+"""Bytes of a value of a store, which is bfloat16 unless it says otherwise."""
 
 
 def text(estimate: Estimate, price: float | None = None) -> str:
@@ -21,12 +24,13 @@ def text(estimate: Estimate, price: float | None = None) -> str:
 def row(estimate: Estimate) -> str:
     """Returns one mesh as a line under `HEADER`."""
     mesh, config = estimate.mesh, estimate.config
+    fits = "no" if not estimate.fits else "yes" if estimate.compiled else "maybe"
     step = estimate.step_seconds
     times = f"{step * 1e3:11.1f}{1 / estimate.token_seconds:14,.0f}" if step else f"{'':25}"
     return (
         f"{mesh['data']:6}{mesh['model']:7}  {'yes' if config.mesh.zero else 'no':6}"
         f"{config.data.batch_size:9}  {config.sae.compute_dtype:9}"
-        f"{estimate.total / 1e9:10.2f}  {'yes' if estimate.fits else 'no':6}{times}  "
+        f"{estimate.total / 1e9:10.2f}  {fits:6}{times}  "
         + ("compiled" if estimate.compiled else "traced")
     )
 
@@ -35,6 +39,11 @@ HEADER = (
     f"{'data':>6}{'model':>7}  {'ZeRO':6}{'batch':>9}  {'dtype':9}{'GB':>10}  {'fits':6}"
     f"{'ms a step':>11}{'tokens/s':>14}"
 )
+TRACED = (
+    "traced: read off the program before it is compiled, which needs more (up to 3 times the GB "
+    "was seen). What is suggested was compiled; --compiles=N compiles more."
+)
+"""What is to be said below rows of which some are traced."""
 
 
 def short(estimate: Estimate) -> str:
@@ -153,6 +162,13 @@ def _run_lines(estimate: Estimate, price: float | None) -> list[str]:
     parts = ", ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in times.items())
     total = run_hours(estimate, price)
     own = estimate.compiler_seconds
+    rows = ROW_BYTES * row_width(estimate.config) / estimate.token_seconds
+    chip = estimate.topology.chip
+    links = f"{chip.link_rate / 1e9:.0f} GB/s to its neighbours"
+    if not estimate.topology.is_tpu:
+        links = (
+            f"{chip.link_rate / 1e9:.0f} GB/s in a node, {chip.network_rate / 1e9:.0f} to others"
+        )
     return [
         f"Step at the published peaks: {estimate.step_seconds * 1e3:.1f} ms ({parts})"
         + (f"; {own * 1e3:.1f} by the compiler, which takes a loop for one pass" if own else ""),
@@ -160,7 +176,11 @@ def _run_lines(estimate: Estimate, price: float | None) -> list[str]:
         f"{total['tokens']:.4g} tokens: {total['hours']:,.1f} h, "
         f"{total['chip_hours']:,.0f} chip-hours ({total['chip_hours'] / 24:,.1f} chip-days)"
         + cost_words(total.get("cost"), price),
-        "The peaks are a bound: a real step takes longer.",
+        f"For that the stream must deliver {rows / 1e9:,.2f} GB/s of bfloat16 rows; sae-jax bench "
+        "--reading tells what a disk or bucket gives.",
+        f"The peaks are a bound: a real step takes longer. Taken for a {chip.name}: "
+        f"{chip.bfloat16 / 1e12:.0f} TFLOP/s in bfloat16, {chip.float32 / 1e12:.0f} in float32, "
+        f"memory {chip.memory_rate / 1e12:.2f} TB/s, links {links}.",
     ]
 
 

@@ -27,10 +27,13 @@ from collections.abc import Iterable
 
 from absl import logging
 
+from sae_jax import background
 from sae_jax.errors import UserError
 from sae_jax.paths import AnyPath, ObjectPath
 from sae_jax.sweep.lease_files import Claim, LocalFiles, ObjectFiles
 from sae_jax.train.watching import at_once
+
+_RELEASE_SECONDS = 30  # after which work is not given back, and its lease runs out
 
 
 class LeaseLostError(Exception):
@@ -163,14 +166,17 @@ class Lease:
 
     def release(self) -> None:
         """Gives the work back, so that whoever comes next need not wait for the lease to run
-        out.
+        out. Where the store is away it is left to do so.
         """
         if self._ended.is_set():
             return
         self._ended.set()
-        self._thread.join()
-        with contextlib.suppress(OSError, UserError):  # deleted; then there is nothing to give back
-            self._claim.release()
+        self._thread.join(_RELEASE_SECONDS)
+        if self._thread.is_alive():
+            return
+        # Where it was deleted there is nothing to give back.
+        with contextlib.suppress(OSError, UserError, TimeoutError):
+            background.start(self._claim.release).result(_RELEASE_SECONDS)
 
     def _beat(self) -> None:
         """Touches the file again and again until the lease ends."""
@@ -178,7 +184,7 @@ class Lease:
             try:
                 self._claim.beat()
             except (OSError, UserError) as error:  # away for a moment; `lost` will tell
-                logging.warning("no heartbeat of %s: %s", self._claim.name, error)
+                logging.warning("no heartbeat of %s, trying again: %s", self._claim.name, error)
 
 
 def _newest(name: str, files: Iterable[str]) -> int:

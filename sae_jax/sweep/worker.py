@@ -128,8 +128,9 @@ class _Worker:
             )
         except (LeaseLostError, UserError) as error:
             # Two owners of one directory trip over each other's files: that is no mistake.
-            if isinstance(error, UserError) and not (lease and lease.lost()):
-                raise
+            with self._progress.waits_for("word that nobody has taken over", can_be_left=True):
+                if isinstance(error, UserError) and not (lease and lease.lost()):
+                    raise
             self._progress.error = None
             logging.warning("left %s to the worker that has taken it over", work.name)
 

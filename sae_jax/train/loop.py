@@ -303,7 +303,7 @@ class PackInTraining:
             if not recorder.open or not (log or values["nonfinite_step"][i] >= 0):
                 continue
             if values["nonfinite_step"][i] >= 0:
-                self._check()
+                self._confirm()
             recorder.log(step, {name: v[i].item() for name, v in values.items()}, rate)
             if not recorder.open:
                 self._run_ended()
@@ -332,15 +332,22 @@ class PackInTraining:
                 own = {n: v and np.reshape(v, -1)[i].item() for n, v in means.items()}
                 state = self.get_run(i)
                 result = make_result(self._trainer.trainers[i], state, own, seconds)
-                self._check()
-                recorder.end(result, state)
-                self._run_ended()
+                self._confirm()
+                with self._progress.waits_for("results to be written", can_be_left=True):
+                    recorder.end(result, state)
+                    self._run_ended()
         self._states = None
 
     def close(self) -> None:
         """Closes all recorders."""
-        for recorder in self.recorders:
-            recorder.close()
+        with self._progress.waits_for("what is written to end", can_be_left=True):
+            for recorder in self.recorders:
+                recorder.close()
+
+    def _confirm(self) -> None:
+        """Raises an error where the work is not this process's any more."""
+        with self._progress.waits_for("word that nobody has taken over", can_be_left=True):
+            self._check()
 
     def _start_at(self, step: int) -> None:
         self.step = step
@@ -349,7 +356,7 @@ class PackInTraining:
 
     def _save(self) -> None:
         self._progress.rest()
-        self._check()
+        self._confirm()
         with self._progress.waits_for(f"the checkpoints up to step {self.step} to be written"):
             for i, recorder in enumerate(self.recorders):
                 if recorder.open and self.step not in recorder.checkpoint_steps:

@@ -8,12 +8,13 @@ import contextlib
 import math
 import time
 
-from sae_jax import paths
+from sae_jax import background, paths
 from sae_jax.errors import UserError
 from sae_jax.json_files import parse_json
 from sae_jax.paths import AnyPath, ObjectPath
 
 _SECONDS = 30  # until people who watch a run in an object store see new lines
+_CLOSE_SECONDS = 30  # after which lines since the last checkpoint, trained again, are given up
 
 
 def lines_until(file: AnyPath, step: int) -> str:
@@ -83,7 +84,8 @@ class _ObjectMetrics:
     """Adds lines to a file in an object store.
 
     Object stores cannot append, so the whole file is written again: at every `flush`, and every 30
-    seconds by a thread while the steps go on. Raises UserError if another process writes it too.
+    seconds in the background while the steps go on. Raises UserError if another process writes it
+    too.
     """
 
     def __init__(self, file: ObjectPath, step: int):
@@ -92,7 +94,6 @@ class _ObjectMetrics:
         with contextlib.suppress(FileNotFoundError):
             self._generation = file.read()[1]
             self._lines = [lines_until(file, step)]
-        self._thread = concurrent.futures.ThreadPoolExecutor(1)
         self._writing: concurrent.futures.Future | None = None
         self._written = 0  # lines
         self._due = time.monotonic() + _SECONDS
@@ -102,27 +103,27 @@ class _ObjectMetrics:
         if time.monotonic() > self._due and (self._writing is None or self._writing.done()):
             self._start_writing()
 
-    def flush(self) -> None:
-        """Returns when all lines are in the store."""
-        self._await_writing()
+    def flush(self, seconds: float | None = None) -> None:
+        """Returns when all lines are in the store. Raises TimeoutError where it is given `seconds`
+        for each request and they do not do."""
+        self._await_writing(seconds)
         if self._written < len(self._lines):
             self._start_writing()
-            self._await_writing()
+            self._await_writing(seconds)
 
     def close(self) -> None:
-        with contextlib.suppress(UserError):  # what was logged since the last checkpoint
-            self.flush()
-        self._thread.shutdown()
+        with contextlib.suppress(UserError, TimeoutError):
+            self.flush(_CLOSE_SECONDS)
 
     def _start_writing(self) -> None:
         self._await_writing()
         self._written, self._due = len(self._lines), time.monotonic() + _SECONDS
-        self._writing = self._thread.submit(self._write, "".join(self._lines).encode())
+        self._writing = background.start(self._write, "".join(self._lines).encode())
 
-    def _await_writing(self) -> None:
+    def _await_writing(self, seconds: float | None = None) -> None:
         writing, self._writing = self._writing, None
         if writing is not None:
-            writing.result()
+            writing.result(seconds)
 
     def _write(self, data: bytes) -> None:
         generation = self._path.write_if(self._generation, data)

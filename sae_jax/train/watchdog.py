@@ -227,7 +227,9 @@ class Watchdog:
         if self._told_since is None or now - self._told_since < _STOP_SECONDS or self._ended:
             return False
         waiting = self._progress.waiting
-        return self._progress.done == 0 or waiting is not None and waiting.can_be_left
+        if waiting is None or not waiting.can_be_left:
+            return self._progress.done == 0
+        return time.monotonic() - waiting.since >= _STOP_SECONDS
 
     async def _stop_at_once(self) -> None:
         """Ends this process, and so the others, without saving."""
