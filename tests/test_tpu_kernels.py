@@ -158,7 +158,7 @@ def test_sparse_autoencoder_equals_dense(as_on_a_tpu, mesh, dead, kernels):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_pack_is_its_runs(as_on_a_tpu):
     """Runs that are trained as one program get what each gets by itself."""
     B, d, n, k = 16, 16, 128, 4
