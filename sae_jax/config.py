@@ -305,4 +305,7 @@ def difference(a: dict, b: dict, prefix: str = "") -> list[str]:
 
 
 def _unknown_field(path: str, known: list[str]) -> str:
+    name = path.rpartition(".")[2]
+    if same := [field for field in known if field.rpartition(".")[2] == name]:
+        return f"unknown field {path!r}; did you mean {' or '.join(map(repr, same))}?"
     return f"unknown field {path!r}; {nearest(path, known)}"

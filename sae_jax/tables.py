@@ -2,6 +2,7 @@
 of them by conditions on their columns.
 """
 
+import collections
 import csv
 import dataclasses
 import io
@@ -11,7 +12,7 @@ import operator
 import re
 from collections.abc import Iterable
 
-from sae_jax.errors import UserError, choose, some
+from sae_jax.errors import UserError, choose, nearest, some
 from sae_jax.paths import AnyPath
 
 
@@ -102,15 +103,38 @@ def that_meet(rows: list[dict], terms: list[Condition], what: str) -> list[int]:
       terms: the conditions.
       what: the rows in words, for the message.
 
-    Raises UserError, which says how many rows meet each condition, if no row meets all.
+    Raises UserError, which says how many rows meet each condition, and of one that none meets what
+    might be meant, if no row meets all.
     """
     found = [place for place, row in enumerate(rows) if all(term.meets(row) for term in terms)]
     if not found:
-        counts = [f"{term} by {sum(term.meets(row) for row in rows)}" for term in terms]
+        counts = []
+        for term in terms:
+            number = sum(term.meets(row) for row in rows)
+            counts.append(f"{term} by {number}{'' if number else _meant(term, rows)}")
         raise UserError(
             f"--select: none of the {len(rows)} {what} meets it; of its terms, {', '.join(counts)}"
         )
     return found
+
+
+def unlike_evaluations(rows: list[dict], column: str = "eval_rows") -> str | None:
+    """Returns a sentence about runs that were evaluated on different numbers of rows, None where
+    all are alike but for whole batches.
+
+    Args:
+      rows: the runs; those without the column do not count.
+      column: the one of the number of held-out rows.
+    """
+    numbers = [as_number(row.get(column)) for row in rows]
+    counts = collections.Counter(sorted(number for number in numbers if number))
+    if not counts or max(counts) <= 1.1 * min(counts):
+        return None
+    said = [f"{number:,.0f} ({runs} runs)" for number, runs in counts.items()]
+    return (
+        f"runs were evaluated on different numbers of held-out rows, {some(said, 4)}; the fewer "
+        "the rows, the more latents seem dead"
+    )
 
 
 def as_number(cell) -> float | None:
@@ -121,6 +145,20 @@ def as_number(cell) -> float | None:
         return None
 
 
+def _meant(term: Condition, rows: list[dict]) -> str:
+    """Returns a hint in brackets on what a condition that no row meets might mean; "" for none."""
+    if term.sign != "=" or not rows:
+        return ""
+    if any(f",{name}{sign}" in term.value for name in rows[0] for sign in _OPERATORS):
+        return " (spaces separate terms, not commas)"
+    cells = (row[term.column] for row in rows)
+    values = [str(cell) for cell in dict.fromkeys(cells) if cell not in (None, "")]
+    if not values:
+        return " (the column is empty)"
+    is_word = as_number(term.value) is None
+    return f" ({nearest(term.value, values) if is_word else f'there are {some(values)}'})"
+
+
 def _parse(term: str, columns: list[str]) -> Condition:
     match = _TERM.fullmatch(term)
     if not match:
@@ -129,6 +167,8 @@ def _parse(term: str, columns: list[str]) -> Condition:
             '--select="d_sae=16384 eval_l0<60"'
         )
     column, sign, value = match.groups()
+    if value.endswith(","):
+        raise UserError(f"--select: {term!r} ends with a comma; spaces alone separate terms")
     choose(column, columns, "--select: the column")
     if sign in ("<", "<=", ">", ">=") and as_number(value) is None:
         raise UserError(f"--select: {term} compares with {value!r}, which is no number")

@@ -147,6 +147,17 @@ def test_an_extension_is_the_longer_run(store, tmp_path, architecture, fields):
     assert (tmp_path / "longer" / "metrics.jsonl").read_text() == before
 
 
+def test_what_an_extension_keeps_and_changes_is_told(done, caplog):
+    with caplog.at_level("INFO"):
+        longer = extension(str(done), 80 * BATCH, {})
+    before = read_config(done)
+    assert longer.sae.dead_after_tokens == before.sae.dead_after_tokens
+    fractions = [c.optimizer.warmup_fraction for c in (before, longer)]
+    assert fractions[1] == round(40 * fractions[0]) / 80
+    assert f"sae.dead_after_tokens {before.sae.dead_after_tokens}; it changes" in caplog.text
+    assert f"optimizer.warmup_fraction: {fractions[0]} -> {fractions[1]}" in caplog.text
+
+
 @pytest.mark.slow
 def test_an_extension_that_was_killed_is_the_longer_run(store, tmp_path):
     """Before its first checkpoint and after it; what goes on knows its directory alone."""

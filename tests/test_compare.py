@@ -74,6 +74,7 @@ def test_a_score_of_which_more_is_better():
     with pytest.raises(UserError, match="--best=high or low"):
         compare(columns, "odd")
     worst = compare(columns, "odd", best="high")
+    assert "end before the largest L0 (relu 8.8 of 70.4, topk 8 of 64)" in worst.notes[-1]
     assert sum(s.on_frontier for s in worst.settings) == 2  # the sparsest of each is best in both
 
 
@@ -86,6 +87,97 @@ def test_without_seeds_or_groups():
     ]
     assert "±" not in found.as_markdown() and len(found.settings) == 4
     assert compare(one | {"again": [1, 1, 2, 2]}, alike="again").as_markdown().count("±") == 4
+
+
+def at_targets(l0, fvu, **columns):
+    """Columns of runs of jumprelu at a target L0 of 4 and 8, in turn for three seeds."""
+    return dict(architecture=["jumprelu"] * 6, target_l0=[4, 4, 4, 8, 8, 8], seed=[0, 1, 2] * 2,
+                eval_l0=l0, eval_fvu=fvu) | columns  # fmt: skip
+
+
+def test_all_seeds_count_at_equal_l0_whichever_side_of_it_their_own_is_on():
+    """At L0 = 8 only the best seed, or only the worst, has runs on both sides."""
+    fvu = [0.4, 0.5, 0.6, 0.2, 0.3, 0.4]
+    for last, cell in (([8.01, 7.99, 7.98], "0.300 ± 0.100"), ([7.98, 7.99, 8.01], "0.30 ± 0.10")):
+        found = compare(at_targets([4.0, 4.0, 4.0, *last], fvu), by="architecture")
+        assert found.at == (4, 8)
+        first, second = found.values["jumprelu"]
+        assert first == pytest.approx(fvu[:3]) and second == pytest.approx(fvu[3:], rel=5e-3)
+        assert f"| {cell} |" in found.as_markdown() and "seeds" not in found.as_markdown()
+    # In between, as at the ends: a power law whose seeds scatter along it is one value.
+    scattered = np.array([4.1, 4.0, 3.9, 7.8, 8.0, 8.2])
+    between = compare(at_targets(scattered, scattered**-0.5), at=[4, 5, 8.3]).values[""]
+    for place, values in zip([4, 5, 8.3], between, strict=True):
+        assert values == pytest.approx([place**-0.5] * 3, rel=1e-4)
+
+
+def test_a_cell_of_fewer_seeds_says_so_and_an_empty_one_why():
+    columns = at_targets([4, 4, 4, 8, 8, 8], [0.4, 0.5, 0.6, 0.2, 0.3, 0.4])
+    fewer = {name: values[:5] for name, values in columns.items()}
+    table = compare(fewer, at=[4, 5, 8, 9]).as_markdown().splitlines()[2]
+    assert table.count("(2 of 3 seeds)") == 2 and "|   0.50 ± 0.10 |" in table
+    found = compare(fewer, at=[4, 9])
+    assert not len(found.values[""][1])
+    assert "the frontier has no value at L0 = 9: its frontier is at 4 to 8" in found.notes[0]
+    with pytest.raises(UserError, match="--at=1,16: no group's frontier is at such L0 .4 to 8."):
+        compare(fewer, at=[1, 16])
+    other = at_targets([32, 32, 32, 64, 64, 64], columns["eval_fvu"], architecture=["topk"] * 6)
+    apart = compare({name: [*columns[name], *other[name]] for name in columns})
+    assert (
+        apart.at == ()
+        and "frontiers share no L0 (jumprelu 4 to 8, topk 32 to 64)" in apart.notes[-1]
+    )
+
+
+def test_of_runs_with_one_l0_the_best_are_the_frontier():
+    """Longer runs are better, and one of the shorter has an L0 smaller by a thousandth."""
+    columns = dict(run_id=list("abcd"), status=["done"] * 4, architecture=["topk"] * 4, k=[4] * 4,
+                   tokens=[999936] * 2 + [1999872] * 2, seed=[0, 1, 0, 1],
+                   eval_l0=[4.0, 3.999, 4.0, 4.0], eval_fvu=[0.4, 0.4, 0.3, 0.3])  # fmt: skip
+    columns["train.tokens"] = [10**6] * 2 + [2 * 10**6] * 2  # which tokens say better
+    found = compare(columns, at=[4])
+    assert found.values[""][0].tolist() == [pytest.approx(0.3)] * 2
+    assert [s.on_frontier for s in found.settings] == [False, True]
+    assert ["runs of a group differ in tokens (999936, 1999872)" in n for n in found.notes] == [
+        True
+    ]
+    # Of many, each within 1% of the next, some stay, not the last alone.
+    x = 4 * 1.004 ** np.arange(40)
+    many = compare(dict(eval_l0=x, eval_fvu=1 / x, tokens=range(40)), alike="tokens")
+    on = [s.x.mean() for s in many.settings if s.on_frontier]
+    assert 10 < len(on) < 20 and min(np.diff(np.log(on))) > 0.0099
+
+
+def test_missed_targets_and_learning_rates_are_said():
+    columns = at_targets([4.1, 4, 2.6, 8, 8.3, 8], [0.4, 0.4, 0.5, 0.2, 0.2, 0.2])
+    (note,) = compare(columns).notes
+    assert note.startswith("1 of 6 runs with a target_l0 missed it by more than 5% (4 came to 2.6)")
+    rates = [1e-3 if name == "topk" else 2e-3 for name in planted()["architecture"]]
+    assert compare(planted() | {"lr": rates}).notes == (
+        "the groups differ in lr too (relu: 0.002; topk: 0.001)",
+    )
+
+
+def test_tables_say_each_thing_once_by_its_name(tmp_path):
+    """What a grid sets stands beside what it came to, which all have."""
+    columns = planted() | {"sae.architecture": planted()["architecture"]}
+    columns |= {"lr": [0.00113137 * (1 + i // 3 % 2) for i in range(24)], "run_id": range(24)}
+    columns |= {"optimizer.learning_rate": columns["lr"], "status": ["done"] * 24}
+    columns["k"] = columns.pop("sparsity")
+    found = compare(columns, at=[16])
+    head = found.as_markdown().splitlines()[5]
+    assert [cell.strip() for cell in head.split("|")[1:-1]] == [
+        "architecture", "learning rate", "k", "runs", "L0", "FVU",
+    ]  # fmt: skip
+    assert "0.001131 |" in found.as_markdown()
+    found.save(tmp_path / "out")
+    tables = [(tmp_path / "out" / name).read_text() for name in ("table.tex", "frontier.tex")]
+    assert [text.count("tabular") for text in tables] == [2, 2]
+    assert [("at L0 = 16" in text, "learning rate" in text) for text in tables] == [
+        (True, False), (False, True),
+    ]  # fmt: skip
+    alone = compare(columns, select="architecture=topk")
+    assert alone.groups == ("",) and "| all" in alone.as_markdown()  # not one for each k
 
 
 def test_the_figure_has_units_a_line_for_each_group_and_looks_that_differ():
@@ -135,7 +227,7 @@ def test_the_command_reads_evaluations_and_writes_figure_and_tables(sweep, tmp_p
     assert "note: 1 of 24 runs are left out, without eval_l0 or ce_recovered_zero" in said
     assert "CE recovered at L0 = 32" in said
     assert sorted(p.name for p in out.iterdir()) == [
-        "compare.csv", "compare.png", "table.md", "table.tex",
+        "compare.csv", "compare.png", "frontier.tex", "table.md", "table.tex",
     ]  # fmt: skip
     with (out / "compare.csv").open() as file:
         rows = list(csv.DictReader(file))

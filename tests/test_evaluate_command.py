@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -231,6 +232,45 @@ def test_many_runs_share_one_reading_of_the_rows_and_of_the_model(
     assert main([*command, "--include_excluded", f"--out={tmp_path / 'all'}"]) == 0
     assert (tmp_path / "all" / sweep.runs[0].id / "eval.json").is_file()
     assert len(read_csv(tmp_path / "all" / "evals.csv")) == 4
+
+
+def test_evaluations_of_different_rows_are_told_apart_and_made_alike(demo, tmp_path, capsys):
+    """Of two runs; then the first is trained again."""
+    config = read_config(demo[2])
+    place = SweepDirectory.start(tmp_path / "s", expand(config, grid.sweep("train.seed", [0, 1])))
+    first, second = (place.run_path(run) for run in place.runs)
+    for run in place.runs:
+        shutil.copytree(demo[2], place.run_path(run), ignore=shutil.ignore_patterns("eval*"))
+        result = json.loads((demo[2] / "result.json").read_text())
+        assert result["eval_rows"] == 4 * 256
+        (place.run_path(run) / "result.json").write_text(json.dumps(result | {"run_id": run.id}))
+    place.write_results()
+
+    def evaluate(*flags):
+        code = main(["eval", f"--results={place.path}", "--model=none", *flags])
+        said = capsys.readouterr()
+        rows = [row for _, row in read_csv(place.path / "evals.csv")]
+        return code, said.out + said.err, {row["train.seed"]: row["eval_rows"] for row in rows}
+
+    code, said, rows = evaluate("--select=train.seed=0")
+    assert code == 0 and "note:" not in said and said.splitlines()[1].endswith("  seed=0")
+    every = json.loads((first / "eval.json").read_text())["rows"]
+    code, said, rows = evaluate("--select=train.seed=1", "--tokens=64")
+    few = json.loads((second / "eval.json").read_text())["rows"]
+    assert rows == {"0": str(every), "1": str(few)} and few < every / 2
+    assert f"held-out rows, {few} (1 runs), {every:,} (1 runs)" in said and "--overwrite" in said
+    assert "it is a directory" in evaluate(f"--out={tmp_path}/all.json")[1]
+    assert main(["eval", f"--run={place.path}"]) == 2
+    assert "is a sweep, of which a run is wanted" in capsys.readouterr().err
+    code, said, _ = evaluate("--tokens=64")
+    assert code == 2 and "or measure it anew with --overwrite" in said
+    code, said, rows = evaluate("--tokens=64", "--overwrite")
+    assert code == 0 and rows == {"0": str(few), "1": str(few)} and "note:" not in said
+    assert "eval.json of 1 runs, 1 were there" in said
+
+    trained_again = json.loads((first / "result.json").read_text()) | {"wall_seconds": 0.5}
+    (first / "result.json").write_text(json.dumps(trained_again))
+    assert evaluate("--select=train.seed=1", "--tokens=64")[2] == {"1": str(few)}
 
 
 def test_an_evaluation_reads_back(demo):

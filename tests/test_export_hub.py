@@ -179,6 +179,15 @@ def test_a_table_that_is_none_of_a_sweep(tmp_path, data, complaint):
         select(tmp_path)
 
 
+def test_where_there_is_no_sweep_no_command_is_offered_that_cannot_help(tmp_path):
+    for place, said in ((tmp_path / "S", "there is no"), (tmp_path, "holds no sweep")):
+        with pytest.raises(UserError, match=f"{said}.*; give the --workdir of one"):
+            select(place)
+    (tmp_path / "sweep.json").write_text("{}")
+    with pytest.raises(UserError, match="--status writes it"):
+        select(tmp_path)
+
+
 def test_a_table_may_begin_with_a_mark(tmp_path):
     file = write_results(tmp_path, ROWS) / "results.csv"
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
@@ -225,6 +234,10 @@ def test_select(tmp_path, terms, runs):
         ("architecture<topk", "no number"),
         ("architecture=topk eval_l0>60", "architecture=topk by 2, eval_l0>60 by 1"),
         ("status=failed", "none of the 3 done runs"),
+        ("architecture=topk, sae.k=32", "'architecture=topk,' ends with a comma; spaces alone"),
+        ("architecture=topk,sae.k=32", "by 0 .spaces separate terms, not commas"),
+        ("architecture=tpk", "architecture=tpk by 0 .did you mean 'topk'"),
+        ("sae.k=33 architecture=topk", "sae.k=33 by 0 .there are 8, 32"),
     ],
 )  # fmt: skip
 def test_a_selection_of_nothing_is_explained(tmp_path, terms, complaint):
@@ -359,7 +372,7 @@ def test_metadata_of_a_run_on_a_harvested_store(tmp_path):
 
 
 @pytest.mark.slow
-def test_many_of_a_sweep(tmp_path, monkeypatch, capsys):
+def test_many_of_a_sweep(tmp_path, monkeypatch, capsys, caplog):
     """Three runs of one width and L0; the first export stopped after one."""
     store = make_store(tmp_path / "store")
     config = make_config(store, steps=2, sae={"aux_coefficient": 0.0, "d_sae": 1088})
@@ -400,11 +413,18 @@ def test_many_of_a_sweep(tmp_path, monkeypatch, capsys):
         result = json.loads((sweep / "runs" / sae["run_id"] / "result.json").read_text())
         assert (sae["l0"], sae["fvu"]) == (result["eval_l0"], result["eval_fvu"])
         assert sae["ce_recovered"] is None and sae["architecture"] == "topk"
+        assert sae["rows"] == result["eval_rows"] > 20
         theirs = sae_jax.load(out / sae["path"])
         ours = sae_jax.load(sweep / "runs" / sae["run_id"])
         np.testing.assert_allclose(theirs(x), ours(x), atol=1e-4)
         assert f"]({sae['path']})" in (out / "README.md").read_text()
     assert "The sae_jax authors" in (out / "README.md").read_text()
+    evaluation = {"rows": 20, "reconstruction": {"fvu": 0.5}, "settings": {"step": 2}}
+    (sweep / "runs" / saes[0]["run_id"] / "eval.json").write_text(json.dumps(evaluation))
+    assert cli(*export) == 0
+    (index,) = json.loads((out / "index.json").read_text())["saes"][:1]
+    assert (index["fvu"], index["rows"]) == (0.5, 20)
+    assert "different numbers of held-out rows, 20 (1 runs)" in caplog.text
     capsys.readouterr()
     assert cli(*export[:2], "--format=openai", f"--out={tmp_path / 'no'}") == 2
     assert "openai cannot express a topk" in capsys.readouterr().err

@@ -86,6 +86,22 @@ def test_tables_are_joined_and_selected_from(tmp_path):
         laws.read(columns, select="d_sea>1e9")
 
 
+def test_results_and_evaluations_of_a_sweep_are_the_same_runs():
+    """What eval measured of three counts, and the others stay; on how many rows is said."""
+    columns = dict(run_id=list("abcde"), seed=range(5), eval_fvu=[0.5] * 5, eval_l0=[8] * 5,
+                   eval_rows=[65_536] * 5)  # fmt: skip
+    evals = {name: list(values)[:3] for name, values in columns.items()}
+    evals |= dict(eval_fvu=[0.4] * 3, eval_rows=[10**6] * 3, eval_ce_recovered_zero=[0.9] * 3)
+    found = laws.compare([columns, evals])
+    assert found.settings[0].y.tolist() == [0.4, 0.4, 0.4, 0.5, 0.5]
+    assert found.notes[0] == (
+        "3 runs are in several tables and count once, 3 of them with the eval_ figures of the last"
+    )
+    assert "numbers of held-out rows, 65,536 (2 runs), 1,000,000 (3 runs)" in found.notes[1]
+    assert "left out" in laws.compare([columns, evals], "ce_recovered_zero").notes[-1]
+    assert laws.compare([columns | {"eval_rows": [65_000, *[65_536] * 4]}]).notes == ()
+
+
 def test_of_many_bad_rows_the_first_is_named(tmp_path):
     columns = runs("chinchilla")
     columns["d_sae"] = [f"{int(n):,}" for n in 1000 * columns["d_sae"]]

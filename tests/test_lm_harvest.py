@@ -247,9 +247,10 @@ def test_command_line(world, tmp_path, capsys):
     assert "Left out of training: 125 rows of special tokens [0]" in printed
     assert main(["harvest", *command(world, out, "--mesh_model=3", "--mesh_data=2")]) == 2
     assert "--mesh_data=2 --mesh_model=3 does not fit the 4 devices here" in capsys.readouterr().err
-    for wrong in ("1.5", "many", "-3", "1e"):
+    none, bounds = "not a whole number; write", "it must be from 1 to 1,000,000,000,000,000"
+    for wrong, said in (("1.5", none), ("many", none), ("1e", none), ("-3", bounds), ("0", bounds)):
         assert main(["harvest", *command(world, out, f"--tokens={wrong}")]) == 2
-        assert "not a whole number; write" in capsys.readouterr().err
+        assert said in capsys.readouterr().err
     assert main(["harvest", *command((tmp_path, world[1]), tmp_path / "b")]) == 2
     assert "no config.json in" in capsys.readouterr().err
 

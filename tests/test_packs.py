@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import itertools
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -26,10 +27,11 @@ from sae_jax.sae import ARCHITECTURES
 from sae_jax.sweep import design, grid
 from sae_jax.sweep.design import VARIED, make_passes
 from sae_jax.sweep.pass_trainer import train_pass
-from sae_jax.train import pack, preparation
+from sae_jax.train import loop, pack, preparation
 from sae_jax.train.loop import TrainingData
 from sae_jax.train.mesh import BatchPlacement, make_mesh
 from sae_jax.train.pack import PackTrainer, get_field, get_run, put_run, set_fields
+from sae_jax.train.progress import Progress
 from sae_jax.train.results import flops, run_id
 from sae_jax.train.run import train_run
 
@@ -200,6 +202,54 @@ def test_what_depends_on_the_budget_shares_no_trunk(store, change):
     budgets = grid.budgets([20 * BATCH, 60 * BATCH], **BUDGETS)
     runs = grid_of(store, [run | change for run in budgets])
     assert [packed.trunk for packed in make_passes(runs)[0].packs] == [None, None]
+
+
+class _Stepping:
+    """A pack whose steps compute nothing."""
+
+    open_recorders = recorders = (None, None)
+
+    def __init__(self, steps: int, trunk=None, start: int = 0, step: int = 0):
+        self.steps, self.trunk, self.start = steps, trunk, start
+        self.step, self._saved = 0, step
+
+    def newest_common_step(self) -> int | None:
+        return self._saved or None
+
+    def begin(self, most=None) -> None:
+        self.step = self._saved
+
+    def branch_from_trunk(self) -> None:
+        self.step, self.waiting_for_trunk = self.start, False
+
+    def advance(self, rows) -> None:
+        self.step += 1
+
+    def maybe_save(self, stop) -> None: ...
+    def end(self) -> None: ...
+
+
+@pytest.mark.parametrize("saved,last,shown", [(0, 10, (0, 10)), (6, 12, (6, 12))])
+def test_the_log_tells_where_a_pass_is_as_its_status_does(monkeypatch, saved, last, shown):
+    """By the steps of its longest run, of which a branch that has not begun has done none."""
+    bars = []
+
+    class Bar(loop.TrainingBar):
+        def __init__(self, name, done, total):
+            bars.append(self)
+            self.first, self.last = (done, total), done
+            super().__init__(name, done, total)
+
+        def advance(self, steps, line=None):
+            self.last += steps
+
+    monkeypatch.setattr(loop, "TrainingBar", Bar)
+    trunk = _Stepping(last, step=saved)
+    data = SimpleNamespace(batches=lambda first: iter(range(last - first)), store="here")
+    branches = [_Stepping(9, trunk, 7), _Stepping(8, trunk, 6)]
+    loop.train_packs([trunk, *branches], data, "pass-x", Progress())
+    assert [(bar.first, bar.last) for bar in bars] == [(shown, last)]
+    assert [pack.step for pack in (trunk, *branches)] == [last, 9, 8]
 
 
 def test_other_data_is_another_pass(store):

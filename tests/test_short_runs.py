@@ -32,6 +32,8 @@ def doubts(architecture: str = "topk", steps: int = LONG, **fields) -> dict[str,
         ("relu", 400, {}, "optimizer.learning_rate", ["5e-05", "0.02", "400 steps", "0.00025"]),
         ("relu", 400, {"sae.target_l0": 4.0, "optimizer.learning_rate": 2e-4},
          "optimizer.learning_rate", ["moves no parameter", "0.08", "0.0025 or more, or to none"]),
+        ("topk", 97, {"optimizer.learning_rate": 1e-3}, "optimizer.learning_rate",
+         ["learning_rate 0.001 moves no parameter by more than 0.097", "set it to 0.0011 or more"]),
         ("topk", 20, {}, "optimizer.warmup_fraction", ["0.02", "20 steps", "does not warm up"]),
         ("topk", LONG, {"optimizer.decay_fraction": 0.0}, "optimizer.decay_fraction",
          ["never decays", "linear_tail"]),
@@ -73,7 +75,10 @@ def test_doubts_of_a_sweep_are_one_line_for_each_field():
     base = assign(make_config(WORLD, steps=100), {"sae.dead_after_tokens": 10**7})
     runs = expand(base, grid.sweep("train.tokens", [100 * BATCH, 10**6 * BATCH, 200 * BATCH]))
     (line,) = dry_run.doubts(runs)
-    assert line.startswith("2 of 3 runs: sae.dead_after_tokens 10000000 is no less than")
+    said = f"2 of 3 runs, such as train.tokens={100 * BATCH}: sae.dead_after_tokens 10000000 is no"
+    assert line.startswith(said)
+    (line,) = dry_run.doubts(runs[:1])
+    assert line.startswith("1 of 1 run: sae.dead_after_tokens 10000000 is no less than")
 
 
 # -------------------------------------------------------------------------- targets

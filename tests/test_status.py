@@ -1,6 +1,7 @@
 """`sae-jax status`: where runs, sweeps and stores stand, and the page of their curves."""
 
 import contextlib
+import dataclasses
 import http.client
 import io
 import json
@@ -26,6 +27,7 @@ from sae_jax import paths
 from sae_jax.activations import progress
 from sae_jax.activations.writer import StoreWriter
 from sae_jax.cli import main
+from sae_jax.cli import status as cli_status
 from sae_jax.config import to_dict
 from sae_jax.errors import UserError
 from sae_jax.sweep import grid, leases, live_page, status, watch
@@ -114,6 +116,11 @@ def test_a_run_is_done_failed_going_on_or_stale(store, tmp_path, capsys):
     assert "missing required field `train`" in shown["a_model"], "what is no run stops nothing"
     assert "is not a store's" in shown["tool"]
     assert main(["status", str(tmp_path / "runs" / "a_model")]) == 2
+    (tmp_path / "up" / "further").mkdir(parents=True)
+    (tmp_path / "runs").rename(tmp_path / "up" / "further" / "runs")
+    capsys.readouterr()
+    assert main(["status", str(tmp_path / "up")]) == 2
+    assert f"one further down, such as {tmp_path}/up/further" in capsys.readouterr().err
 
 
 def test_a_store_tells_its_speed_and_what_is_left(place):
@@ -185,14 +192,45 @@ def _date(notes, when: float | None) -> None:
     notes.write_bytes(buffer.getvalue())
 
 
+@pytest.mark.slow
+def test_the_silent_are_told_from_the_first_look_on(s3, caplog):
+    """Who is dead by its own clock, whatever this reader has seen of it, and who follows it."""
+    place = paths.path(s3_server.BUCKET) / str(uuid.uuid4())
+    reader = leases.Leases(place, 60)
+    dead = leases.Leases(place, 0.6)._files.create("a.1", "0.6 host 7")
+    _write_beat(place / "a.1", 14)
+    for _ in range(2):
+        held = reader.holder("a")
+        assert held.alive and held.silent and held.heard_of == "heard of 14 s ago by its clock"
+    assert reader.claim("a") is None
+    time.sleep(0.7)
+    with caplog.at_level("INFO"), reader.claim("a"):
+        assert re.search("took over a from host 7, heard of 1[45] s ago", caplog.text)
+    caplog.clear()
+    with caplog.at_level("INFO"), reader.claim("a"), reader.claim("b"):
+        assert not caplog.text, "it was given back"
+    beaten = leases.Leases(place, 60)
+    with reader.claim("c") as lease:
+        beaten.holder("c")
+        lease._claim.beat()
+        _write_beat(place / "c.1", 90)
+        held = beaten.holder("c")
+        assert held.told is None and not held.silent, "a touch that was seen is no matter of clocks"
+    del dead
+
+
+def _write_beat(file, seconds: float) -> None:
+    """Makes a lease say that its last heartbeat was so many seconds ago."""
+    text, _, beat = file.read_text().partition("\n")
+    file.write_bytes(f"{text}\n{beat.split(' ')[0]} {time.time() - seconds:.0f}".encode())
+
+
 def test_an_object_stores_lease_tells_by_its_clock_who_is_silent(s3):
     place = paths.path(s3_server.BUCKET) / str(uuid.uuid4())
     with leases.Leases(place, 60).claim("a"):
         held = leases.Leases(place, 60).holder("a")
         assert held.alive and not held.silent and "by its clock" in held.heard_of
-        text, _, beat = (place / "a.1").read_text().partition("\n")
-        told = f"{beat.split(' ')[0]} {time.time() - 90:.0f}"
-        (place / "a.1").write_bytes(f"{text}\n{told}".encode())
+        _write_beat(place / "a.1", 90)
         held = leases.Leases(place, 60).holder("a")
         assert held.alive, "a clock is no reason to take work over"
         assert held.silent and held.told == pytest.approx(90, abs=3)
@@ -216,9 +254,11 @@ def test_the_time_left_of_a_sweep_counts_what_waits(store, tmp_path):
     with leases.Leases(tmp_path / "S" / "leases").claim(f"pass-{directory.runs[1].id}"):
         shown = status.view(directory, leases.Leases(tmp_path / "S" / "leases"))
     # 30 of 50 steps at 10 a second by the one worker, and then the 50 of the pass that waits.
-    assert "1 waiting, 1 started, 1 done; 1 running; 0:00:08 left" in shown
+    assert "1 done; of those started 1 in training; 0:00:08 left" in shown
+    assert "1 waiting, 1 started, 1 done" in shown and "range of last losses" in shown
     shown = status.view(directory, leases.Leases(tmp_path / "S" / "leases"))
-    assert "0 running, 1 stale" in shown and " left" not in shown.splitlines()[0]
+    assert "0 in training, 1 stale: a worker that is there takes over" in shown
+    assert " left" not in shown.splitlines()[0]
 
 
 @pytest.mark.slow
@@ -237,22 +277,20 @@ def test_looks_at_a_sweep_in_an_object_store_cost_few_requests(s3, store, monkey
         of_status = cost(lambda: status.view(directory, leases.Leases(place / "leases")))
         # The states, the metrics of what began, the leases, and the results of what is done.
         assert of_status <= 12 + 2 * 8 + 1 + 2 * 4
-        watched = watch.Watch(
-            [watch.Watched(run.id, directory.run_path(run), 50) for run in directory.runs]
-        )
+        watched = watch.Watch(watch.SweepRuns(place).find)
         assert cost(lambda: watched.since(0)) <= 2 * 12
-        assert cost(lambda: watched.since(0)) <= 2 * 8, "never again for what is done"
+        assert cost(lambda: watched.since(0)) <= 1 + 2 * 8, "never again for what is done"
         going = directory.run_path(directory.runs[1]) / "metrics.jsonl"
         write(going, going.read_text() + line(21))
         watched.since(0)
-        assert cost(lambda: watched.since(0)) <= 2 * 8 - 1, "no state of what grew"
+        assert cost(lambda: watched.since(0)) <= 1 + 2 * 8 - 1, "no state of what grew"
 
 
 @contextlib.contextmanager
 def served(runs, monkeypatch):
     """Yields a function that gets a path of the page."""
     monkeypatch.setattr(watch, "_SECONDS", {False: 0.0})
-    server, address = live_page.open_server(watch.Watch(runs), 0)
+    server, address = live_page.open_server(watch.Watch(lambda: runs), 0)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
 
@@ -304,6 +342,54 @@ def test_the_page_reads_what_is_new(store, tmp_path, monkeypatch):
             refused.value.close()
 
 
+def test_the_page_follows_a_sweep_that_grows_and_a_folder_of_runs(store, tmp_path, monkeypatch):
+    """New runs come behind those that are there; what is trained again begins anew."""
+    monkeypatch.setattr(watch, "_SECONDS", {False: 0.0})
+    place, config = tmp_path / "all" / "S", make_config(store)
+    directory = pretend(place, store)
+    first, second, _ = directory.runs
+    watched = watch.Watch(cli_status.Followed([tmp_path / "all"]).find)
+    found = watched.since(0)
+    assert [run["state"] for run in found["runs"]] == ["done", "started", "waiting"]
+    new = expand(config, grid.sweep("data.seed", range(3, 5)))
+    again = dataclasses.replace(first, round=1)
+    dropped = dataclasses.replace(second, dropped=True)
+    directory.rewrite([again, dropped, directory.runs[2], *new])
+    (directory.run_path(first) / "result.json").unlink()
+    make_run(directory.run_path(first), config, 1)
+    make_run(tmp_path / "all" / "alone", config, 1, 2)
+    found = watched.since(found["revision"])
+    states = [(run["state"], run["step"], run["reset"]) for run in found["runs"]]
+    assert states[:3] == [("started", 1, True), ("dropped", 20, False), ("waiting", 0, False)]
+    assert states[3:] == [("waiting", 0, True)] * 2 + [("started", 2, True)]
+    assert found["runs"][3]["swept"] == "data.seed=3"
+    of_sweep = watch.Watch(watch.SweepRuns(place).find)
+    for name, other, problem in (("sweep.json", "away", True), ("away", "sweep.json", False)):
+        of_sweep.since(0)
+        (place / name).rename(place / other)
+        said = of_sweep.since(0)
+        assert ("holds no sweep" in said["problem"]) == problem and len(said["runs"]) == 4
+    make_run(tmp_path / "all" / "alone", config, *range(1, 51))
+    run = watched.since(found["revision"])["runs"][5]
+    assert (run["state"], run["left"]) == ("started", None), "its last rows are evaluated"
+    make_run(tmp_path / "all" / "alone", config, *range(1, 51), result={})
+    assert watched.since(found["revision"])["runs"][5]["state"] == "done", "at once"
+
+
+def test_the_time_left_is_by_the_median_of_the_last_lines(store, tmp_path, monkeypatch):
+    """The line behind a checkpoint is slow."""
+    run, speeds = tmp_path / "run", [640.0, 640.0, None, 640.0, 20.0]
+    make_run(run, make_config(store, steps=50))
+    lines = [line(step, tokens_per_second=rate) for step, rate in enumerate(speeds, 16)]
+    write(run / "metrics.jsonl", "".join(lines))
+    assert watching.status(run).seconds_left == pytest.approx(3.0)
+    with served([watch.Watched("run", run, 50)], monkeypatch) as get:
+        (of_run,) = json.loads(get("/data.json")[1])["runs"]
+    assert of_run["left"] == pytest.approx(3.0)
+    write(run / "metrics.jsonl", lines[-1])
+    assert watching.status(run).seconds_left == pytest.approx(96.0)
+
+
 def test_a_run_that_cannot_be_read_keeps_no_other_waiting(store, tmp_path, monkeypatch):
     monkeypatch.setattr(watch, "_SECONDS", {False: 0.0})
     runs = [watch.Watched(name, tmp_path / name, 50) for name in ("away", "there")]
@@ -312,7 +398,7 @@ def test_a_run_that_cannot_be_read_keeps_no_other_waiting(store, tmp_path, monke
     away = runs[0].path / "metrics.jsonl"
     away.rename(away.with_name("moved"))
     away.mkdir()
-    watched = watch.Watch(runs)
+    watched = watch.Watch(lambda: runs)
     found = watched.since(0)
     assert f"cannot read {away}" in found["problem"]
     assert [run["step"] for run in found["runs"]] == [0, 1]
@@ -330,7 +416,7 @@ def test_what_is_no_number_to_draw_is_left_out(store, tmp_path, monkeypatch, cap
     make_run(run, make_config(store, steps=50), 1)
     odd = line(2, loss=float("nan"), fvu=float("inf"), tokens_per_second=1e-310)
     odd = odd.replace("Infinity", "1e999")
-    write(run / "metrics.jsonl", line(1) + odd)
+    write(run / "metrics.jsonl", line(1, tokens_per_second=1e-310) + odd)
     with served([watch.Watched("run", run, 50)], monkeypatch) as get:
         found = json.loads(get("/data.json")[1])
         (of_run,) = found["runs"]
@@ -343,7 +429,7 @@ def test_what_is_no_number_to_draw_is_left_out(store, tmp_path, monkeypatch, cap
 
 
 def test_a_closed_tab_is_no_error_and_another_is_one_line(caplog, capsys):
-    server, _ = live_page.open_server(watch.Watch([]), 0)
+    server, _ = live_page.open_server(watch.Watch(list), 0)
     with server:
         for error in (BrokenPipeError(32, "Broken pipe"), ValueError("two\nlines")):
             try:
@@ -388,7 +474,7 @@ def _ask_and_interrupt(server: subprocess.Popen) -> None:
     connection.request("GET", "/data.json")
     assert json.loads(connection.getresponse().read())["runs"][0]["step"] == 1
     with pytest.raises(UserError, match=f"port {port} of this machine is taken; give another"):
-        live_page.open_server(watch.Watch([]), int(port))
+        live_page.open_server(watch.Watch(list), int(port))
     server.send_signal(signal.SIGINT)  # with the connection open
     _, err = server.communicate(timeout=60)
     connection.close()

@@ -3,6 +3,7 @@
 import csv
 import json
 import pathlib
+import re
 import shutil
 
 import numpy as np
@@ -11,8 +12,9 @@ from training import assert_same_arrays, make_config, make_store, metrics, saved
 
 from sae_jax import cli
 from sae_jax.config import to_dict
-from sae_jax.sweep import grid
-from sae_jax.sweep.directory import SweepDirectory, load
+from sae_jax.errors import UserError
+from sae_jax.sweep import grid, run_names
+from sae_jax.sweep.directory import SweepDirectory, expand, load
 from sae_jax.sweep.leases import Leases
 from sae_jax.train.results import planned
 
@@ -156,15 +158,143 @@ def test_a_grid_that_leaves_out_what_has_begun(pretended, store, tmp_path, capsy
     assert (contents(pretended), (pretended / "sweep.json").read_bytes()) == before
 
 
-def test_a_run_is_dropped(pretended, store, tmp_path):
+def test_a_run_is_dropped(pretended, store, tmp_path, capsys):
     before = rows(pretended)
     run = SweepDirectory(pretended).runs[2]
-    assert command(f"--workdir={pretended}", "--drop=tokens=2560,seed=0") == 0
+    assert command(f"--workdir={pretended}", "--drop=seed=0,tokens=2560") == 0
+    said, name = capsys.readouterr().out, "tokens=2560,seed=0"
+    assert f"dropped {name} ({run.id}): what it had is in {pretended / 'dropped' / run.id}" in said
+    assert f"--restore={name} brings it back, --rerun={name} trains it again" in said
+    err = refused(capsys, f"--workdir={pretended}", f"--drop={name}")
+    assert f"{name} ({run.id}) is dropped already; --restore={name} brings it back" in err
     assert rows(pretended) == [row for row in before if row["run_id"] != run.id]
     assert (pretended / "dropped" / run.id / "result.json").is_file()
     file = write_sweep(tmp_path / "small.py", store, SMALL)
     assert command(f"--config={file}", f"--workdir={pretended}") == 0, "it stays dropped"
     assert len(rows(pretended)) == 3
+    capsys.readouterr()
+    assert command(f"--config={file}", f"--workdir={pretended}", "--extend", "--dry_run") == 0
+    assert f"was dropped and stays so: {name}; --restore=RUN" in capsys.readouterr().out
+
+
+def test_a_dropped_run_comes_back_as_it_was(pretended, capsys):
+    before = contents(pretended), (pretended / "sweep.json").read_bytes(), rows(pretended)
+    run = SweepDirectory(pretended).runs[2]
+    assert "no run of it is dropped" in refused(capsys, f"--workdir={pretended}", "--restore=x")
+    shutil.copytree(pretended / "runs" / run.id, pretended / "dropped" / run.id)
+    (pretended / "dropped" / run.id / "result.json").unlink()  # of a time before
+    for number in (1, 2):  # and again
+        assert command(f"--workdir={pretended}", f"--drop={run.id}") == 0
+        assert (pretended / "dropped" / f"{run.id}-2" / "result.json").is_file(), number
+        assert command(f"--workdir={pretended}", "--restore=tokens=2560") == 0
+        assert f"restored tokens=2560,seed=0 ({run.id}): done" in capsys.readouterr().out
+        after = contents(pretended), (pretended / "sweep.json").read_bytes(), rows(pretended)
+        assert after == before
+    other = SweepDirectory(pretended).runs[0]
+    (pretended / "runs" / other.id / "result.json").unlink()
+    assert command(f"--workdir={pretended}", f"--drop={other.id}") == 0
+    err = refused(capsys, f"--workdir={pretended}", f"--restore={other.id}")
+    assert "had not ended when it was dropped" in err and "--rerun=tokens=1920,seed=0" in err
+    err = refused(
+        capsys, f"--workdir={pretended}", "--restore=seed=0", "--rerun=tokens=1920,seed=0"
+    )
+    assert "two of --drop, --rerun and --restore name tokens=1920,seed=0" in err
+
+
+@pytest.fixture
+def named(store, tmp_path):
+    """A sweep whose runs have several fields in their names."""
+    runs = grid.product(
+        grid.sweep("sae.architecture", ["topk", "batchtopk"]),
+        grid.sweep("sae.k", [2, 8]),
+        grid.sweep("train.tokens", [3200, 6400]),
+        grid.sweep("train.seed", [1, 10]),
+    )
+    return SweepDirectory.start(tmp_path / "S", expand(make_config(store, steps=40), runs))
+
+
+@pytest.mark.parametrize("text,name", [
+    ("architecture=topk,k=8,tokens=3200,seed=1", "architecture=topk,k=8,tokens=3200,seed=1"),
+    ("seed=1 k=8,tokens=3_200,architecture=topk", "architecture=topk,k=8,tokens=3200,seed=1"),
+    ("train.seed=10,sae.k=2,tokens=6.4e3,architecture=topk",
+     "architecture=topk,k=2,tokens=6400,seed=10"),
+    ("architecture=topk,k=2,tokens=3200,seed=10", "architecture=topk,k=2,tokens=3200,seed=10"),
+    ("architecture=topk,k=2,tokens=3200,se", "'architecture=topk,k=2,tokens=3200,se' means 2"),
+    ("architecture=topk", "means 8 runs .* and 4 more; name one"),
+    ("k=2,architecture=topk,tokens=4000,seed=1", "of tokens there are 3200, 6400$"),
+    ("k=8,architecture=topk,tokens=9000,seed=1", "of tokens there are 6400, 3200$"),
+    ("k=2,architecture=topk,tokens=3200,seed=2", "of seed there are 1, 10$"),
+    ("arch=topk,k=2,tokens=3200,seed=1", "differ in no 'arch', but in architecture, k, tokens"),
+    ("architecture=topk,k=2,tokns=3200,seed=1",
+     "did you mean 'architecture=topk,k=2,tokens=3200,seed=1'"),
+    ("architecture=tpk,k=2,tokens=3200,seed=1",
+     "did you mean 'architecture=topk,k=2,tokens=3200,seed=1'"),
+    ("architecture=tpk,k=2,tokens=4000,seed=1", "of architecture there are topk, batchtopk$"),
+    ("batchtopk", "did you mean 'architecture=batchtopk', with other fields"),
+    ("faild", "did you mean 'failed'"),
+    ("!", "a run is named as in architecture=topk,k=2,tokens=3200,seed=1, or by its id"),
+])  # fmt: skip
+def test_what_a_name_means(named, text, name):
+    """The run that has all that is said; never another one in its place."""
+    if name.startswith("architecture"):
+        assert [named.name(run) for run in run_names.find(named, [text], named.runs)] == [name]
+        return
+    with pytest.raises(UserError, match=name):
+        run_names.find(named, [text], named.runs)
+
+
+def test_the_beginning_of_a_name_ends_within_no_number(named):
+    tens = [run for run in named.runs if run.config.train.seed == 10]
+    of_ten = [run for run in tens if named.name(run).startswith("architecture=topk,k=8,tokens=64")]
+    (found,) = run_names.find(named, ["architecture=topk,k=8,tokens=6400,se"], of_ten)
+    assert found == of_ten[0]
+    with pytest.raises(UserError, match="of seed there is 10$"):
+        run_names.find(named, ["architecture=topk,k=8,tokens=6400,seed=1"], of_ten)
+
+
+def test_budgets_that_begin_anew_are_told(store, tmp_path, capsys):
+    """With warm-ups that are parts of the runs they do, and with as many steps they go on."""
+    body = "return [{{'train.tokens': 1920}}{}]"
+    more = ", {'train.tokens': 5120}"
+    file = write_sweep(tmp_path / "small.py", store, body.format(""))
+    directory = SweepDirectory.start(tmp_path / "S", load(file, {}))
+    path = directory.run_path(directory.runs[0])
+    path.mkdir(parents=True)
+    (path / "result.json").write_text(json.dumps(planned(directory.runs[0].config)))
+    flags = [f"--workdir={tmp_path / 'S'}", "--extend", "--dry_run"]
+
+    def said(file: str) -> str:
+        assert command(f"--config={file}", *flags) == 0
+        return capsys.readouterr().out
+
+    out = said(write_sweep(tmp_path / "large.py", store, body.format(more)))
+    assert "1 run one by one" in out and "1 run of the grid, of another budget" in out
+    fraction = re.search("with (optimizer.warmup_fraction) ([0-9.]+) it goes on", out)
+    given = f", {{'train.tokens': 5120, {fraction[1]!r}: {fraction[2]}}}"
+    out = said(write_sweep(tmp_path / "given.py", store, body.format(given)))
+    assert "another budget" not in out and "from step 24 of what is done" in out
+    assert re.search(r"1 run one by one +3,584 ", out), "80 steps of 64 tokens, but for 24"
+    out = said(write_sweep(tmp_path / "cosine.py", store, body.format(
+        ", {'train.tokens': 5120, 'optimizer.schedule': 'cosine'}")))  # fmt: skip
+    assert "another budget" not in out, "it is another run altogether"
+
+
+def test_a_dry_run_lists_what_is_left(pretended, store, tmp_path, capsys):
+    assert command(f"--workdir={pretended}", "--dry_run") == 0
+    assert capsys.readouterr().out == (
+        f"4 of 4 runs of {pretended} have ended; nothing is left to train\n"
+    )
+    run = SweepDirectory(pretended).runs[1]
+    shutil.rmtree(pretended / "runs" / run.id)
+    file = write_sweep(tmp_path / "small.py", store, SMALL)
+    for flags in ([], [f"--config={file}"]):
+        assert command(f"--workdir={pretended}", "--dry_run", *flags) == 0
+        out = capsys.readouterr().out
+        assert f"3 of 4 runs of {pretended} have ended" in out
+        assert re.findall("^    [0-9a-f]{16}  .*seed", out, re.M) == [
+            f"    {run.id}  tokens=1920,seed"
+        ]
+        assert re.search(r"1 run one by one +1,920 ", out)
 
 
 def test_a_change_that_would_make_runs_begin_anew_is_refused(store, tmp_path, capsys):
@@ -213,8 +343,10 @@ def test_runs_begin_at_a_checkpoint(done, store, tmp_path):
 
 @pytest.mark.parametrize("flags,words", [
     (["--rerun=failed"], ["has failed"]),
-    (["--rerun=seed=0"], ["no run 'seed=0'", "did you mean"]),
-    (["--drop=zzz"], ["no run 'zzz'"]),
+    (["--rerun=seed=0"], ["'seed=0' means 2 runs", "tokens=1920,seed=0 (", "more of its fields"]),
+    (["--drop=zzz"], ["no run 'zzz'", "as in tokens=1920,seed=0"]),
+    (["--drop=tokens=1920,seed=0", "--rerun=seed=0,tokens=1920"], ["two of --drop, --rerun and"]),
+    (["--drop=tokens=1920,seed=0", "--rerun=zzz"], ["no run 'zzz'"]),
     (["--extend"], ["--config"]),
     (["--config.sae.k=3"], ["sae.k", "mesh"]),
     (["--config=x.py", "--drop=a"], ["leave out --config"]),

@@ -1,6 +1,7 @@
 """`sae-jax sweep`: what it lists before it trains, what it refuses, what it says of a sweep."""
 
 import csv
+import dataclasses
 import json
 import os
 import pathlib
@@ -14,11 +15,12 @@ import pytest
 from training import make_config, make_store
 
 from sae_jax import cli
-from sae_jax.config import to_dict
+from sae_jax.config import assign, to_dict
 from sae_jax.sae import ARCHITECTURES
-from sae_jax.sweep import dry_run
-from sae_jax.sweep.directory import SweepDirectory, expand, load
+from sae_jax.sweep import dry_run, grid
+from sae_jax.sweep.directory import Run, SweepDirectory, expand, load
 from sae_jax.sweep.leases import Leases
+from sae_jax.train.branch import Origin
 from sae_jax.train.results import planned
 from sae_jax.train.step import Trainer
 
@@ -198,6 +200,27 @@ def test_another_grid_in_the_directory_is_shown(sweep_file, run_cli, tmp_path, b
     for word in [*words, "another --workdir", "finished stand"]:
         assert word in err
     assert (tmp_path / "S" / "sweep.json").read_text() == before
+
+
+def test_more_passes_than_the_runs_make_are_told(sweep_file, run_cli):
+    _, out, _ = run_cli(f"--config={sweep_file()}", "--dry_run", "--passes=7")
+    assert "--passes=7 is more than can be made of 8 runs: there are 4 passes" in out
+    _, out, _ = run_cli(f"--config={sweep_file()}", "--dry_run", "--passes=4")
+    assert "--passes" not in out
+
+
+def test_what_a_branch_takes_of_the_file_and_not_of_the_run_is_told(
+    store, sweep_file, tmp_path, monkeypatch
+):
+    origin = Origin(tmp_path / "runs" / "a", 20, expand(make_config(store), [{}])[0].config)
+    monkeypatch.setattr(dry_run, "_cached_origin", lambda name: origin)
+    base = origin.branch()
+    rates = [{"optimizer.learning_rate": 0.5}, {"optimizer.learning_rate": 0.25}]
+    alike = [Run(f"{i}", grid.apply(base, swept), swept) for i, swept in enumerate(rates)]
+    assert not [line for line in dry_run.doubts(alike) if "the sweep's file" in line]
+    other = [dataclasses.replace(r, config=assign(r.config, {"sae.k": 3})) for r in alike]
+    (line,) = [line for line in dry_run.doubts(other) if "the sweep's file" in line]
+    assert line.startswith("2 of 2 runs: they go on from") and line.endswith(": sae.k: 2 -> 3")
 
 
 def pretend(directory, run, file: str, values: dict, step: int = 50) -> None:

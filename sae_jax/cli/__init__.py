@@ -6,7 +6,8 @@ A command is one file here with `SUMMARY` (text; its first line is shown by `sae
 
 Exit codes: 0 done; 2 a mistake of the user's (one line says which); 3 stopped at a non-finite
 loss; 75 to be started again: stopped by SIGTERM after saving, or another process of the program has
-died, or a step hung.
+died, or a step hung; 130 after Ctrl-C; 141 where nobody reads the output any more, as with
+`| head`.
 """
 
 import importlib
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command that `argv` (by default that of the process) names.
 
     Errors of the user's are printed as one line. Returns the exit code, one of those that this
-    module's documentation lists, or 130 after Ctrl-C.
+    module's documentation lists.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
@@ -76,15 +77,31 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if name not in COMMANDS:
             raise UserError(_unknown_command(name))
-        return _run(name, rest)
+        code = _run(name, rest)
+        sys.stdout.flush()
+        return code
     except (UserError, flags.Error) as error:
         return _refuse(name, error)
     except OSError as error:  # no permission, no such place, disk full
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 141
         where = f" ({error.filename})" if error.filename else ""
         return _refuse(name, f"{error.strerror or error}{where}")
     except KeyboardInterrupt:
         print(f"sae-jax {name}: interrupted; start it again to go on", file=sys.stderr)
         return 130
+
+
+def _nobody_reads() -> bool:
+    """Whether the reader of our output has ended, as in `sae-jax ... | head`. The rest of the
+    output is then thrown away.
+    """
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _refuse(name: str, message: object) -> int:

@@ -15,14 +15,19 @@ SUMMARY = f"""Compare groups of runs: FVU, CE recovered or any score against L0.
 --results is a sweep, a .csv or a .jsonl file; of several the rows are joined. --y and --x are
 columns of theirs, or numbers of the eval.json that `sae-jax eval --run` leaves in a sweep's runs
 (ce_recovered_zero, kl_spliced, ...). --by says whose values make the groups, by default the first
-of architecture, kind, results, site, d_sae and k that varies.
+of architecture, kind, results, site, d_sae and (unless x is L0) k that varies.
 
 Runs that differ by their seed alone are one setting, with mean and standard deviation. Settings
 that no other of their group beats in both metrics are its frontier, which the figure draws as a
-line; the others are faint. The table compares the groups at equal x, in between by interpolation
-in the logarithm, seed by seed. What groups do not share, and what varies within them, is said.
+line; the others are faint. Of settings with the same x, within 1%, only the best is on it. The
+table compares the groups at equal x: a setting there, its ends up to 5% away, and in between an
+interpolation in the logarithm, seed by seed; each seed is moved from its own x to that of the
+table, none is left out for it. A cell of fewer seeds than its group has says of how many. What
+groups do not share, what varies within them, targets of L0 that were missed, and what the table
+lacks is said.
 
-OUT gets compare.png, compare.csv (every setting), table.md and table.tex.
+OUT gets compare.png, compare.csv (every setting) and table.md; table.tex has the groups at equal x,
+frontier.tex the settings on their frontiers.
 {figure_flags.HELP}
 
 In Python: sae_jax.laws.compare("sweeps/a").
@@ -48,7 +53,7 @@ def define(values: flags.FlagValues) -> None:
         flag_values=values,
     )  # fmt: skip
     flags.DEFINE_list(
-        "at", None, "Values of x for the table; powers of two that all groups reach.",
+        "at", None, "Values of x for the table; powers of two that all groups reach within 5%.",
         flag_values=values,
     )  # fmt: skip
     string(

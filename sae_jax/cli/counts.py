@@ -16,7 +16,7 @@ class _Parser(flags.ArgumentParser):
 
     def parse(self, argument) -> int:
         text = str(argument).replace("_", "").replace(",", "").lower()
-        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)([kmb]?)", text)
+        match = re.fullmatch(r"(-?[0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)([kmb]?)", text)
         number = float(match[1]) * _UNITS[match[2]] if match else 0.5
         if not number.is_integer():
             raise ValueError(f"not a whole number; write {self.syntactic_help}")

@@ -25,12 +25,16 @@ Of a sweep, all done runs that meet every term of --select (as of `sae-jax expor
 
   sae-jax eval --results=sweeps/a --select="d_sae=16384 k<64" --model=stories260K
 
-writes RUN/eval.json and eval_latents.npz of each, and sweeps/a/evals.csv: results.csv with more
-columns, eval_fvu, eval_l0, eval_ce_recovered_zero and the like, which `sae-jax fit
---results=sweeps/a/evals.csv` reads. Runs on the same sites share one reading of the rows, and of a
-batch the runs of the language model but for one with each SAE in its place. The same command again
-goes on where it was; what is evaluated with these settings is left as it is, unless the run was
-trained further since, or again.
+writes RUN/eval.json, eval_latents.npz and eval_dead_latents.txt of each, and sweeps/a/evals.csv:
+results.csv with more columns, eval_fvu, eval_l0, eval_ce_recovered_zero and the like, which
+`sae-jax fit --results=sweeps/a/evals.csv` reads. eval_rows says on how many held-out rows these
+are; eval_loss is still the run's own, of up to 65,536. Runs on the same sites share one reading of
+the rows, and of a batch the runs of the language model but for one with each SAE in its place. The
+same command again goes on where it was; what is evaluated with these settings is left as it is,
+unless the run was trained further since, or again. What has other settings is refused, unless
+--overwrite is given, which makes evaluations of different --tokens alike:
+
+  sae-jax eval --results=sweeps/a --tokens=200e3 --overwrite
 
 A run on a synthetic world (config.data.store=world:...) is evaluated on rows of the world that it
 did not train on, with how much of the world's features it found.
@@ -98,6 +102,10 @@ def define(values: flags.FlagValues) -> None:
         "Where the JSON goes; RUN/eval.json, and nowhere for --sae. With --results a "
         "directory, for RUN_ID/eval.json of each and evals.csv.",
     )
+    flags.DEFINE_bool(
+        "overwrite", False, "Replace an evaluation with other settings that is there.",
+        flag_values=values,
+    )  # fmt: skip
     distributed.define(values)
 
 
@@ -123,7 +131,14 @@ def _evaluate(args) -> None:
     from sae_jax.activations import is_world
     from sae_jax.config import DataConfig
     from sae_jax.evaluate import figures
-    from sae_jax.evaluate.report import dead_latents_file, evaluate, save
+    from sae_jax.evaluate.report import (
+        dead_latents_file,
+        evaluate,
+        full_settings,
+        read_saved,
+        save,
+    )
+    from sae_jax.evaluate.sources import check_sites
     from sae_jax.train.directory import find_store, is_writer, read_config
 
     if bool(args.run) == bool(args.sae):
@@ -146,6 +161,10 @@ def _evaluate(args) -> None:
     name = named if paths.is_remote(named) else str(path.absolute())
     settings = {"sae": name, **about, **settings}
     out = args.out or (path / "eval.json" if args.run else None)
+    if out is not None:  # so that it is refused before the work
+        check_sites(sae, source)
+        about = full_settings(sae.config.kind, source, model, args.lm_tokens, settings)
+        read_saved(paths.path(out), about, args.overwrite)
     evaluation = evaluate(sae, source, model, args.lm_tokens, settings)
     if not is_writer():
         return
@@ -155,7 +174,7 @@ def _evaluate(args) -> None:
     if out is None:
         print("Nothing was written; --out=FILE.json keeps it.")
         return
-    save(evaluation, out)
+    save(evaluation, out, args.overwrite)
     files = figures.save_all(evaluation, out, path / "metrics.jsonl" if is_run else None)
     print(f"Written: {', '.join(map(str, [out, dead_latents_file(out), *files]))}")
 
@@ -214,12 +233,15 @@ def _evaluate_sweep(args) -> None:
     from sae_jax.evaluate import many, report
     from sae_jax.interop.select import select, still_done
     from sae_jax.sweep.directory import SweepDirectory
+    from sae_jax.tables import unlike_evaluations
     from sae_jax.train.directory import find_store, is_writer
     from sae_jax.train.watching import at_once
 
     for name in ("run", "sae", "kind"):
         if getattr(args, name):
             raise UserError(f"--{name} is of one SAE, and --results of many; leave one out")
+    if args.out and args.out.endswith(".json"):
+        raise UserError(f"--out={args.out}: with --results it is a directory, of many files")
     sweep = paths.path(args.results)
     selected = still_done(sweep, select(sweep, args.select or ""))
     rows = {row["run_id"]: row for row in selected}
@@ -252,6 +274,7 @@ def _evaluate_sweep(args) -> None:
                     functools.partial(interop.load, checkpoint),
                     (out / name if out else path) / "eval.json",
                     report.full_settings(kind, source, model, args.lm_tokens, settings),
+                    args.overwrite,
                 )
             )
         done |= many.read_done(jobs)
@@ -259,46 +282,63 @@ def _evaluate_sweep(args) -> None:
     there = len(done)
     table = (out or sweep) / "evals.csv"
     finished = {name for name, state in directory.states().items() if state == "done"}
+
+    @functools.cache
+    def is_there(name: str) -> bool:
+        path = directory.run_path(runs[name]) if name in finished else None
+        return path is not None and report.is_of((out / name if out else path) / "eval.json", path)
+
     for jobs, source, model in work:
         for found in many.evaluate_jobs(jobs, source, model, args.lm_tokens):
             done |= found
             if is_writer():
-                _write_table(table, rows, done, finished)
+                _write_table(table, rows, done, is_there)
     if not is_writer():
         return
-    _write_table(table, rows, done, finished)
-    print(_shown(runs, done))
+    written = _write_table(table, rows, done, is_there)
+    print(_shown({run.id: directory.name(run) for run in directory.runs}, done))
     print(f"Written: {table}; eval.json of {len(done) - there} runs, {there} were there")
+    if unlike := unlike_evaluations(written):
+        print(f"note: of {table}, {unlike}; one --tokens with --overwrite makes them alike")
 
 
-def _write_table(file, rows: dict[str, dict], done: dict[str, dict], finished: set[str]) -> None:
-    """Writes the table, with what is in it of other runs that are finished."""
+def _write_table(file, rows: dict[str, dict], done: dict[str, dict], is_there) -> list[dict]:
+    """Writes the table, and returns its rows, with what is in it of other runs.
+
+    Args:
+      file: the table.
+      rows: those of results.csv, by the run's id.
+      done: the evaluations, by the run's id.
+      is_there: whether a run, by its id, is finished and has an evaluation of what it is now.
+    """
     from sae_jax import paths
     from sae_jax.evaluate.many import columns
     from sae_jax.tables import as_csv, read_csv
+    from sae_jax.train.watching import at_once
 
     before = [row for _, row in read_csv(file)] if file.is_file() else []
     new = {name: rows[name] | columns(done[name]) for name in rows if name in done}
-    kept = [row for row in before if row.get("run_id") in finished - new.keys()]
+    others = [row for row in before if row.get("run_id") not in new]
+    there = at_once(lambda row: is_there(row.get("run_id")), others)
+    kept = [row for row, is_kept in zip(others, there, strict=True) if is_kept]
+    written = [*kept, *new.values()]
     file.parent.mkdir(parents=True, exist_ok=True)
-    paths.write(file, as_csv([*kept, *new.values()]), by=paths.this_process())
+    paths.write(file, as_csv(written), by=paths.this_process())
+    return written
 
 
-def _shown(runs: dict, done: dict[str, dict]) -> str:
-    """Returns a few columns of all runs for people."""
+def _shown(names: dict[str, str], done: dict[str, dict]) -> str:
+    """Returns a few columns of all runs for people, whose names are by the run's id."""
     from sae_jax.evaluate.many import columns
-    from sae_jax.sweep import grid
 
     shown = ["eval_fvu", "eval_l0", "eval_dead_fraction", "eval_ce_recovered_zero", "eval_mcc"]
     values = {name: columns(found) for name, found in done.items()}
     shown = [name for name in shown if any(name in found for found in values.values())]
-    alike = grid.shared([runs[name].swept for name in done])
     lines = [f"{'run':18}" + "".join(f"{name.removeprefix('eval_'):>18}" for name in shown)]
-    for name, found in values.items():
+    for run_id, found in values.items():
         cells = (found.get(column) for column in shown)
         text = "".join(f"{'' if cell is None else f'{cell:.5g}':>18}" for cell in cells)
-        swept = grid.describe(grid.without(runs[name].swept, alike))
-        lines.append(f"{name:18}{text}  {swept}".rstrip())
+        lines.append(f"{run_id:18}{text}  {names[run_id]}")
     return "\n".join(lines)
 
 

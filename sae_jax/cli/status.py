@@ -22,7 +22,8 @@ an object store does not tell; --serve does after a while. Nothing of theirs is 
 
 --serve opens http://127.0.0.1:PORT until Ctrl-C; from elsewhere, ssh -L 8421:127.0.0.1:8421 HOST.
 While the page is open it reads what is new: local runs every 2 seconds, those in an object store
-every 20, one or two requests for each run that has not ended.
+every 20, one or two requests for each run that has not ended, and one for each sweep. Runs that a
+sweep gets by --extend or --rerun appear, and new ones in a local directory.
 """
 
 _PORT = 8421
@@ -67,10 +68,11 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
 
     if not args.path or not all(args.path):
         raise UserError("name a run, a sweep or a store, as in: sae-jax status runs/a")
-    places = [place for text in args.path for place in _places(paths.path(text))]
+    named = [paths.path(text) for text in args.path]
     if args.serve is not None:
-        _serve(places, args.serve)
+        _serve(named, args.serve)
         return
+    places = [place for path in named for place in _places(path)]
     show = {"sweep": _sweep, "store": _store, "run": _run}
     for text in at_once(lambda place: _unless_strange(place, show[place.kind]), places):
         if isinstance(text, Exception):
@@ -111,9 +113,15 @@ def _places(path) -> list[_Place]:
     if not any(kind for _, kind in inside):
         raise UserError(
             f"{path} is neither a run (config.json), a sweep (sweep.json) nor a store (meta.json), "
-            "and has none of them in it"
+            f"and has none of them directly in it{_further_down(entries)}"
         )
     return [_Place(entry, kind, named=False) for entry, kind in inside if kind]
+
+
+def _further_down(entries: list) -> str:
+    """Returns a hint for a message: a directory to name instead, "" where there are none."""
+    folder = next((entry for entry in entries if entry.is_dir()), None)
+    return f"; name one further down, such as {folder}" if folder else ""
 
 
 def _entries(path) -> list:
@@ -170,46 +178,76 @@ def _store(path) -> str:
     return f"{text}: stale, start the same harvest again to go on" if found.stale else text
 
 
-def _serve(places: list[_Place], port: int) -> None:
+def _serve(named: list, port: int) -> None:
     from sae_jax.sweep import live_page
     from sae_jax.sweep.watch import Watch
 
-    runs = []
-    for place in places:
-        found = _unless_strange(place, lambda path, kind=place.kind: _watched(path, kind))
-        if isinstance(found, Exception):
-            raise found
-        if isinstance(found, str):
-            print(found)
-        else:
-            runs += found
+    places = Followed(named)
+    runs = places.find()
+    for text in places.strange:
+        print(text)
     if not runs:
         raise UserError("--serve shows the curves of runs and sweeps, and here are only stores")
-    server, address = live_page.open_server(Watch(runs), port)
+    server, address = live_page.open_server(Watch(places.find), port)
     with server:
         print(f"{len(runs):,} runs at {address}; Ctrl-C ends it", flush=True)
         server.serve_forever()
 
 
-def _watched(path, kind: str) -> list:
-    from sae_jax.sweep import grid
-    from sae_jax.sweep.design import count_steps
-    from sae_jax.sweep.directory import SweepDirectory
-    from sae_jax.sweep.watch import Watched
+class Followed:
+    """Finds the runs in places that were named: those that are there now.
+
+    A directory of runs is read again where that is cheap. In an object store its listing has every
+    file of every run; there only sweeps grow.
+
+    Attributes:
+      strange: a line about each thing that is neither a run nor a sweep, though it looked so.
+    """
+
+    def __init__(self, named: list):
+        self._named = named
+        self._places: dict[Any, list[_Place]] = {}
+        self._watched: dict[Any, Callable[[], list]] = {}  # of the places that could be read
+        self.strange: list[str] = []
+
+    def find(self) -> list:
+        """Returns the runs. Raises UserError if a place that was named is none, or is away."""
+        runs = []
+        for path in self._named:
+            for place in self._inside(path):
+                runs += self._runs(place)
+        return runs
+
+    def _inside(self, path) -> list[_Place]:
+        from sae_jax.paths import ObjectPath
+
+        known = self._places.get(path)
+        if known is None or not (isinstance(path, ObjectPath) or known[0].named):
+            self._places[path] = _places(path)
+        return self._places[path]
+
+    def _runs(self, place: _Place) -> list:
+        if place.path not in self._watched:
+            found = _unless_strange(place, lambda path: _runs_of(path, place.kind))
+            if isinstance(found, Exception):
+                raise found
+            if isinstance(found, str):
+                self.strange.append(found)
+                found = list
+            self._watched[place.path] = found
+        return self._watched[place.path]()
+
+
+def _runs_of(path, kind: str) -> Callable[[], list]:
+    """Returns a function that returns the runs at a path: a sweep may get more of them."""
+    from sae_jax.sweep.watch import SweepRuns, Watched
     from sae_jax.train import watching
 
     if kind == "store":
-        return []
+        return list
     if kind == "run":
-        return [Watched(str(path), path, watching.read_steps(path))]
-    directory = SweepDirectory(path)
-    alike = grid.shared([run.swept for run in directory.runs])
-    return [
-        Watched(
-            run.id,
-            directory.run_path(run),
-            count_steps(run.config),
-            grid.describe(grid.without(run.swept, alike)),
-        )
-        for run in directory.runs
-    ]
+        run = Watched(str(path), path, watching.read_steps(path))
+        return lambda: [run]
+    sweep = SweepRuns(path)
+    sweep.find()  # raises what is wrong with it now
+    return sweep.find

@@ -46,16 +46,23 @@ where their learning rate began to fall:
   sae-jax sweep --workdir=S --config=LARGER.py --extend    add the runs of a larger grid, and train
   sae-jax sweep --workdir=S --config=LARGER.py --extend --dry_run    what that would add
   sae-jax sweep --workdir=S --rerun=failed     train again what failed, or a run: --rerun=RUN
-  sae-jax sweep --workdir=S --drop=RUN         take a run out
+  sae-jax sweep --workdir=S --drop=RUN         take a run out; --restore=RUN brings it back
 
-RUN is a name, or an id, or the beginning of one. What is dropped or done again is kept in
-S/dropped. Runs may also begin at a checkpoint: train.branch_from in the sweep file's config.
+Larger budgets go on where warm-ups have equal steps, as grid.budgets([1e6, 4e6], batch_size=2048,
+warmup_tokens=1e5) makes them; a warmup_fraction alone is a part of each. Which begin anew, and why,
+is said. In a sweep dead_after_tokens is by default that of its smallest budget.
+
+RUN is a name, its fields in any order, or an id; the beginning of one, or some fields, are enough
+where they are those of one run. What is dropped or done again is kept in S/dropped. Runs may also
+begin at a checkpoint: train.branch_from in the sweep file's config, which is theirs in all else,
+too.
 
 With --log=wandb:PROJECT each is a run of its own in Weights & Biases, in a group
 named after S; with --log=tensorboard see all with tensorboard --logdir=S/runs.
 
 Exit codes: 0 all runs have ended, including those whose loss became NaN, which are named; 2 a
-mistake in the input; 75 to be started again (SIGTERM; a dead process, a step that hangs).
+mistake in the input; 75 to be started again (SIGTERM; a dead process, a step that hangs); 130
+Ctrl-C.
 """
 
 
@@ -71,7 +78,7 @@ def define(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     flags.DEFINE_bool(
-        "dry_run", False, "List what would be trained and what it costs.", flag_values=values
+        "dry_run", False, "List what is left to train and what it costs.", flag_values=values
     )
     flags.DEFINE_bool(
         "status", False, "As sae-jax status SWEEP, and writes results.csv anew.", flag_values=values
@@ -98,7 +105,17 @@ def define(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     flags.DEFINE_multi_string(
-        "drop", [], "Take a run out of the sweep, and end. Repeatable.", flag_values=values
+        "drop",
+        [],
+        "Take a run out of the sweep, and end, unless --rerun names others. Repeatable.",
+        flag_values=values,
+    )
+    flags.DEFINE_multi_string(
+        "restore",
+        [],
+        "Bring a run back that was dropped, as it was, and end, unless --rerun names others. "
+        "Repeatable.",
+        flag_values=values,
     )
     counts.define_float(
         "lease_seconds",
@@ -133,16 +150,20 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
     if args.dry_run:
         print(_dry_run(args, overrides, path))
         return 0
-    if args.drop or args.rerun:
-        _change(args, SweepDirectory(path))
-    if args.drop and not args.rerun:
+    if args.drop or args.rerun or args.restore:
+        print("\n".join(_change(args, SweepDirectory(path))), flush=True)
+    if (args.drop or args.restore) and not args.rerun:
         print(SweepDirectory(path).write_results())
         return 0
     log_to = loggers.parse_log(args.log, path, is_sweep=True)
     directory = _open(args, overrides, path)
     names = {run.id: directory.name(run) for run in directory.runs}
     log_to = dataclasses.replace(log_to, names=names)
-    for doubt in dry_run.doubts(directory.runs):
+    ended = directory.ended()
+    for doubt in (
+        *dry_run.doubts([run for run in directory.runs if run.id not in ended]),
+        *dry_run.few_passes(directory.runs, directory.passes),
+    ):
         logging.warning("%s", doubt)
 
     from sae_jax.sweep import worker
@@ -175,39 +196,55 @@ def _open(args: flags.FlagValues, overrides: dict[str, str], path) -> "SweepDire
     return directory
 
 
-def _change(args: flags.FlagValues, directory: "SweepDirectory") -> None:
-    """Drops runs, and makes runs wait to be trained again."""
+def _change(args: flags.FlagValues, directory: "SweepDirectory") -> list[str]:
+    """Drops runs, restores them, makes them wait to be trained again; returns a line for each."""
     from sae_jax.sweep import changes
 
     if args.config or args.distributed or args.coordinator:
         raise UserError(
-            "--drop and --rerun are for one process and the sweep as it is in --workdir; leave out "
-            "--config and what joins processes, and start the workers then"
+            "--drop, --restore and --rerun are for one process and the sweep as it is in "
+            "--workdir; leave out --config and what joins processes, and start the workers then"
         )
     changes.check_nobody_works(directory, args.lease_seconds)
-    changes.drop(directory, args.drop)
-    changes.rerun(directory, args.rerun)
+    return changes.change(directory, args.drop, args.rerun, args.restore)
 
 
 def _dry_run(args: flags.FlagValues, overrides: dict[str, str], path) -> str:
-    """Returns what the sweep, or what a larger grid adds to it, would do and cost."""
+    """Returns what is left to do of the sweep, or what a larger grid adds to it, and its cost."""
+    from sae_jax.sweep import dry_run
+    from sae_jax.sweep.directory import load
+
+    if args.config and args.extend:
+        return _dry_extension(args, overrides, path)
+    if args.config and (path is None or not (path / "sweep.json").is_file()):
+        return dry_run.describe(load(args.config, overrides, path), args.passes or 1)
+    if path is None:
+        raise UserError("--config=FILE.py is needed: it has get_config() and get_sweep()")
+    directory = _open(args, overrides, path)
+    states = directory.states()
+    left = {run_id for run_id, state in states.items() if state in ("waiting", "started")}
+    ended, begun = len(states) - len(left), sum(state == "started" for state in states.values())
+    words = [f"{ended} of {len(states)} runs of {path} have ended"] if ended else []
+    if begun:
+        words.append(f"{begun} have begun; what they have is not subtracted below")
+    if not left:
+        return f"{words[0]}; nothing is left to train"
+    return "\n".join([*words, dry_run.describe(directory.runs, directory.passes, left)])
+
+
+def _dry_extension(args: flags.FlagValues, overrides: dict[str, str], path) -> str:
+    """Returns what a larger grid adds to the sweep, and its cost."""
     from sae_jax.sweep import changes, dry_run
     from sae_jax.sweep.directory import SweepDirectory, load
 
-    if not args.config and path is None:
-        raise UserError("--config=FILE.py is needed: it has get_config() and get_sweep()")
-    if not args.config:
-        directory = SweepDirectory(path)
-        return dry_run.describe(directory.runs, directory.passes)
     runs = load(args.config, overrides, path)
-    if not args.extend:
-        return dry_run.describe(runs, args.passes or 1)
     directory = SweepDirectory(path)
     there = {run.id for run in directory.all_runs}
-    new = [run for run in changes.extended(directory, runs) if run.id not in there]
+    notes = changes.extension_notes(directory, runs)
+    extended = [run for run in changes.extended(directory, runs) if not run.dropped]
+    new = [run for run in extended if run.id not in there]
     if not new:
-        return f"{path} has all runs of {args.config} already"
-    return (
-        dry_run.describe(new, directory.passes)
-        + "\nOf runs that are done, larger token budgets go on; what that saves is not counted."
-    )
+        return "\n".join([f"{path} has all runs of {args.config} already", *notes])
+    starts = changes.begins_at(directory, new)
+    text = dry_run.describe(extended, directory.passes, {run.id for run in new}, starts)
+    return "\n".join([text, *([""] if notes else []), *notes])

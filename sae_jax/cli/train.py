@@ -27,8 +27,11 @@ checkpoint:
 A run that is there can be made longer, or be left for one with other settings. It stays as it is:
 
   sae-jax train --workdir=runs/longer --branch_from=runs/a --extend_tokens=200e6
-      the run of 200M tokens, bit for bit what it had been from the beginning: it goes on from where
-      the learning rate of runs/a began to fall, a checkpoint that every run keeps
+      the run of 200M tokens: it goes on from where the learning rate of runs/a began to fall, a
+      checkpoint that runs keep (train.keep_trunk). It keeps the steps of the warm-ups, so that
+      their fractions are smaller, and sae.dead_after_tokens, and is, bit for bit, what a run with
+      these had been from the beginning. A run with target_l0, k_start or p_end, which change
+      along it, or with the schedule cosine, cannot be extended, only branched
   sae-jax train --workdir=runs/c --branch_from=runs/a/checkpoints/4000 \\
       --config.optimizer.learning_rate=1e-4
       goes on from a checkpoint with Adam's state and its place in the data, and with other settings

@@ -30,6 +30,7 @@ class Job:
       load: reads it.
       out: the JSON file for its evaluation.
       settings: those of the evaluation (`report.full_settings`).
+      overwrite: whether an evaluation with other settings is replaced.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Job:
     load: Callable[[], SAE]
     out: AnyPath
     settings: dict
+    overwrite: bool = False
 
     @property
     def bytes(self) -> int:
@@ -47,10 +49,10 @@ class Job:
 def read_done(jobs: list[Job]) -> dict[str, dict]:
     """Returns the evaluations that are there already, as `Evaluation.to_dict` has them, by name.
 
-    One of an earlier checkpoint of the run is not. Raises UserError where a job's file holds
-    anything but an evaluation with its settings.
+    One of an earlier checkpoint of the run is not, nor one that the job is to overwrite. Raises
+    UserError where a job's file holds anything else but an evaluation with its settings.
     """
-    found = at_once(lambda job: report.read_saved(job.out, job.settings), jobs)
+    found = at_once(lambda job: report.read_saved(job.out, job.settings, job.overwrite), jobs)
     return {job.name: saved for job, saved in zip(jobs, found, strict=True) if saved}
 
 
@@ -69,7 +71,7 @@ def evaluate_jobs(jobs: list[Job], source, model, spliced_tokens: int) -> Iterat
         evaluations = report.evaluate_each(saes, source, model, spliced_tokens, settings)
         if is_writer():
             pairs = zip(evaluations, part, strict=True)
-            at_once(lambda pair: report.save(pair[0], pair[1].out), pairs)
+            at_once(lambda pair: report.save(pair[0], pair[1].out, pair[1].overwrite), pairs)
         del saes  # before those of the next part are read
         yield {job.name: found.to_dict() for job, found in zip(part, evaluations, strict=True)}
 
@@ -93,11 +95,12 @@ def columns(evaluation: dict) -> dict[str, float | None]:
     """Returns the columns of a table of results for an evaluation of `Evaluation.to_dict`.
 
     They are named as those of a run's own held-out metrics are: eval_fvu, eval_l0,
-    eval_dead_fraction, and with a language model eval_ce_recovered_zero and the like.
+    eval_dead_fraction, eval_rows, on how many rows these are, and with a language model
+    eval_ce_recovered_zero and the like.
     """
     sparsity = {name: evaluation["sparsity"].get(name) for name in report.SPARSITY}
     parts = (evaluation["reconstruction"], sparsity, evaluation["language_model"])
-    values = {}
+    values = {"rows": evaluation["rows"]}
     for part in (*parts, evaluation["recovery"]):
         values |= part or {}
     return {f"eval_{name}": value for name, value in values.items()}

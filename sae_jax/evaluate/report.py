@@ -285,16 +285,17 @@ def _with_optimum(recovery: Recovery, sae: SAE, source: WorldRows, mse: float) -
     return dataclasses.replace(recovery, scalars=recovery.scalars | optimum)
 
 
-def save(evaluation: Evaluation, out) -> None:
+def save(evaluation: Evaluation, out, overwrite: bool = False) -> None:
     """Writes an evaluation to the JSON file `out`, and its arrays beside it.
 
     The arrays are in `latents_file` and, for a synthetic world, in `recovery_file`; the indices of
     the dead latents are in `dead_latents_file`, one a line. Raises UserError if `out` holds
     anything but an evaluation with the same settings, and leaves it as it is. One of the same run
-    at another step, or before it was trained again, is replaced.
+    at another step, or before it was trained again, is replaced, and with `overwrite` any other
+    evaluation.
     """
     out = paths.path(out)
-    read_saved(out, evaluation.settings)
+    read_saved(out, evaluation.settings, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     rows = evaluation.rows
     arrays = {name: getattr(rows, name).astype(np.float32) for name in _ARRAYS}
@@ -349,10 +350,10 @@ def load(file) -> Evaluation:
     return Evaluation(saved.settings, rows, spliced, sites, recovery)
 
 
-def read_saved(out: AnyPath, settings: dict) -> dict | None:
+def read_saved(out: AnyPath, settings: dict, overwrite: bool = False) -> dict | None:
     """Returns the content of the JSON file `out`, as `Evaluation.to_dict` made it with these
     settings; None where there is no file, or one of the same run at another step, or before it was
-    trained again.
+    trained again, or with `overwrite` of any other evaluation.
 
     Raises UserError if `out` holds anything else.
     """
@@ -364,8 +365,11 @@ def read_saved(out: AnyPath, settings: dict) -> dict | None:
     except UserError:
         raise UserError(f"{out} exists and is no evaluation; choose another --out") from None
     changes = difference(_without_checkpoint(saved.settings), _without_checkpoint(settings))
-    if changes:
-        raise UserError(f"{out} holds another evaluation ({changes[0]}); choose another --out")
+    if changes and not overwrite:
+        raise UserError(
+            f"{out} holds another evaluation ({changes[0]}); choose another --out, or measure it "
+            "anew with --overwrite"
+        )
     return None if difference(saved.settings, settings) else found
 
 
@@ -375,6 +379,15 @@ def checkpoint_settings(run: AnyPath, step: int) -> dict:
     file = run / "result.json"
     result = hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else None
     return {"step": step, "result": result}
+
+
+def is_of(out: AnyPath, run: AnyPath) -> bool:
+    """Whether the JSON file `out` is there and holds an evaluation of a run as it has ended, not
+    one of a checkpoint before, nor of what the run was before it was trained again.
+    """
+    settings = read_json(out, default={}).get("settings")
+    result = checkpoint_settings(run, 0)["result"]
+    return isinstance(settings, dict) and settings.get("result") == result is not None
 
 
 def _without_checkpoint(settings: dict) -> dict:

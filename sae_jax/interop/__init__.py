@@ -27,6 +27,7 @@ from sae_jax.sae import SAE, SAEConfig
 from sae_jax.sae.config import KINDS
 from sae_jax.sae.files import new_folder
 from sae_jax.train.checkpoints import load_sae
+from sae_jax.train.directory import refuse_sweep
 
 _KINDLESS = ("gemma_scope", "gemma_scope_2")
 
@@ -76,6 +77,7 @@ def _load(path, trust_code: bool, kind: str | None) -> SAE:
         return load_sae(path, trust_code=trust_code)
     if path.parent.name == "checkpoints" and path.name.isdecimal():
         return load_sae(path.parent.parent, int(path.name), trust_code)
+    refuse_sweep(path)
     where = f"no SAE at {path}"
     relative = isinstance(path, pathlib.Path) and not path.is_absolute()
     if relative and len(path.parts) > 1 and not path.exists():

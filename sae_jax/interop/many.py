@@ -1,7 +1,8 @@
 """Exports the SAEs of a sweep to folders named as Gemma Scope's are, with an index of them.
 
 DIR/SITE/width_16k/average_l0_32/   an export each; -2, -3, ... where another has the same name
-DIR/index.json, index.csv           path, run_id, architecture, site, width, L0, FVU, CE recovered
+DIR/index.json, index.csv           path, run_id, architecture, site, width, L0, FVU, CE recovered,
+                                    and the number of held-out rows that L0 and FVU are of
 DIR/README.md                       the same table, and the hub's model card
 """
 
@@ -23,6 +24,7 @@ from sae_jax.interop.card import Hub, collection_card
 from sae_jax.interop.provenance import read_provenance
 from sae_jax.interop.select import select, still_done
 from sae_jax.json_files import checked, read_json
+from sae_jax.tables import unlike_evaluations
 from sae_jax.train.directory import read_config
 
 
@@ -38,6 +40,7 @@ class _Entry:
     l0: float | None
     fvu: float | None
     ce_recovered: float | None
+    rows: int | None = None  # on which L0 and FVU were measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +109,10 @@ def export_many(
             logging.info("exported %s", folder)
     saes = list(index.values())
     _write_csv(saes, out / "index.csv")
+    if unlike := unlike_evaluations(saes, "rows"):
+        logging.warning(
+            "of %s, %s; sae-jax eval --results makes them alike", out / "index.csv", unlike
+        )
     models = {provenance.get("model_name") for provenance in provenances.values()}
     common = {"model_name": models.pop()} if len(models) == 1 and None not in models else {}
     title = f"Sparse autoencoders of {common.get('model_name', 'a language model')}"
@@ -153,6 +160,7 @@ def _entry(run_id: str, provenance: dict) -> dict:
         "l0": evaluation.get("l0", provenance.get("l0")),
         "fvu": evaluation.get("fvu", provenance.get("eval_fvu")),
         "ce_recovered": evaluation.get("ce_recovered_zero"),
+        "rows": evaluation.get("rows") if "fvu" in evaluation else provenance.get("eval_rows"),
     }
 
 

@@ -15,7 +15,7 @@ from sae_jax.json_files import checked, read_json
 from sae_jax.lm import hook_name, hub_name
 from sae_jax.train.directory import find_store, read_config, read_lineage
 
-_MEASURED = ("tokens", "eval_loss", "eval_fvu", "dead_fraction")
+_MEASURED = ("tokens", "eval_loss", "eval_fvu", "eval_rows", "dead_fraction")
 _SAE = ("k", "sparsity_coefficient", "target_l0", "prefix_widths", "aux_coefficient", "normalize")
 _EVALUATED = {
     "reconstruction": ("fvu", "explained_variance", "mse", "cosine_similarity"),
@@ -54,6 +54,7 @@ class _Provenance:
     tokens: _Number | None = None
     eval_loss: _Number | None = None
     eval_fvu: _Number | None = None
+    eval_rows: _Number | None = None
     dead_fraction: _Number | None = None
     training: _Training = _Training()
     evaluation: dict[str, _Number | None] = dataclasses.field(default_factory=dict)

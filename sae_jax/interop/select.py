@@ -18,6 +18,9 @@ def select(sweep: paths.AnyPath, terms: str = "") -> list[dict[str, str]]:
     """
     file = sweep / "results.csv"
     if not file.is_file():
+        if not (sweep / "sweep.json").is_file():
+            what = f"{sweep} holds no sweep" if sweep.is_dir() else f"there is no {sweep}"
+            raise UserError(f"--results: {what}; give the --workdir of one that was started")
         raise UserError(
             f"--results: there is no {file}; sae-jax sweep --workdir={sweep} --status writes it"
         )

@@ -1,11 +1,10 @@
 """Settings: runs that differ by their seed alone, in groups, and the frontier of each group.
 
-A setting is on its group's frontier if no other setting of the group is at least as good in both
-metrics, and better in one, by their means.
+A setting is on its group's frontier if no other setting of the group has a better y at the same x,
+or a smaller one, by their means. The same x is one within 1%: an L0 of 3.9994 gains nothing on 4.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,9 +13,11 @@ from sae_jax.errors import UserError, some
 from sae_jax.laws.settings import RATES, TARGETS, as_text, in_order, last_part, settings
 from sae_jax.tables import as_number
 
+SAME_X = 0.01  # relative: of settings with means of x so near, only the best is on a frontier
 # What a frontier is a path through, which groups need not have alike.
-_ALONG = ("k", "sparsity_coefficient", "target_l0", *RATES)
-_MOST_PLACES = 5  # at which groups are compared by default
+_ALONG = ("k", "sparsity_coefficient", "target_l0")
+# Columns of results.csv with what a run came to, of the fields that a grid sets.
+_RESOLVED = {name: "lr" for name in RATES}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Setting:
       x: the metric x of each run (R,).
       y: the metric y of each run (R,).
       seeds: the seed of each run, its number where there is no such column.
-      on_frontier: whether no setting of its group is better in both means.
+      on_frontier: whether no setting of its group has a better y at the same x or a smaller one.
     """
 
     group: str
@@ -55,23 +56,42 @@ def group_name(by: tuple[str, ...], values: Sequence[str]) -> str:
     return ", ".join(v if as_number(v) is None else f"{last_part(n)} {v}" for n, v in named)
 
 
-def columns_apart(cells: dict, metrics: tuple[str, str]) -> list[str]:
-    """Returns the columns that tell settings apart, each of several with the same values once.
+def columns_apart(cells: dict, metrics: tuple[str, str], by: tuple[str, ...] = ()) -> list[str]:
+    """Returns the columns that tell settings apart.
+
+    Of several with the same values it returns one, and no field of a grid, such as train.tokens,
+    beside the column that says what it came to, such as tokens.
 
     Args:
       cells: the columns (N,) of all runs.
       metrics: the columns that are compared.
+      by: the columns that make the groups, which are preferred.
     """
     names = [
         name
         for name in settings({n: c for n, c in cells.items() if n not in metrics}, {})
         if last_part(name) != "seed"
     ]
-    names.sort(key=lambda name: "." in name)  # k rather than sae.k
-    different = {}
+    names.sort(key=lambda name: (name not in by, "." in name))  # k rather than sae.k
+    texts = {name: tuple(map(as_text, cells[name])) for name in names}
+    kept: list[str] = []
     for name in names:
-        different.setdefault(tuple(map(as_text, cells[name])), name)
-    return list(different.values())
+        if not any(texts[name] == texts[other] for other in kept) and not any(
+            _named(name) == _named(other) and _says(texts[other], texts[name]) for other in kept
+        ):
+            kept.append(name)
+    return kept
+
+
+def _named(column: str) -> str:
+    """Returns the last part of a column's name, lr for learning_rate."""
+    return _RESOLVED.get(last_part(column), last_part(column))
+
+
+def _says(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether runs (N,) with the same text in one column have the same in another, or none."""
+    pairs = {(a, b) for a, b in zip(one, other, strict=True) if b != "none"}
+    return len(pairs) == len({a for a, _ in pairs})
 
 
 def make_settings(
@@ -122,23 +142,38 @@ def make_settings(
             )
         x, y = (np.array([row[name] for row in these]) for name in metrics)
         made.append(Setting(group, dict(cells), x, y, seeds))
-    return [
-        dataclasses.replace(one, on_frontier=not any(_beats(other, one, best) for other in made))
-        for one in made
-    ]
+    best_of = _frontiers(made, best)
+    return [dataclasses.replace(one, on_frontier=at in best_of) for at, one in enumerate(made)]
+
+
+def _frontiers(made: list[Setting], best: str) -> set[int]:
+    """Returns the places of the settings on their groups' frontiers.
+
+    A setting is beaten by one that is on the frontier itself, so that of many settings, each within
+    1% of the next, some stay.
+    """
+    sign = 1 if best == "low" else -1
+    kept: list[int] = []
+    for at in sorted(range(len(made)), key=lambda i: (sign * mean(made[i].y), mean(made[i].x))):
+        if not any(_beats(made[other], made[at], best) for other in kept):
+            kept.append(at)
+    return set(kept)
 
 
 def _beats(other: Setting, one: Setting, best: str) -> bool:
-    """Whether a setting of the same group is at least as good in both means, and better in one."""
+    """Whether a setting of the same group has a better mean y at the same mean x, or a smaller x
+    and as good a y.
+    """
     sign = 1 if best == "low" else -1
-    x = mean(other.x) - mean(one.x)
-    y = sign * (mean(other.y) - mean(one.y))
-    return other.group == one.group and x <= 0 and y <= 0 and (x < 0 or y < 0)
+    x, y = mean(one.x), sign * (mean(other.y) - mean(one.y))
+    if other.group != one.group or y > 0:
+        return False
+    return mean(other.x) <= x + SAME_X * abs(x) if y < 0 else mean(other.x) < x
 
 
 def differences(made: list[Setting], by: tuple[str, ...], best: str) -> list[str]:
-    """Returns notes on settings, besides sparsity and learning rate, that groups do not share, or
-    that make some runs of a group better than others.
+    """Returns notes on settings, besides sparsity, that groups do not share, or that make some runs
+    of a group better than others, which of learning rates goes without saying.
     """
     notes = []
     for name in dict.fromkeys(name for setting in made for name in setting.cells):
@@ -150,8 +185,11 @@ def differences(made: list[Setting], by: tuple[str, ...], best: str) -> list[str
         if len(set(map(frozenset, values.values()))) > 1:
             said = "; ".join(f"{group}: {some(in_order(v), 4)}" for group, v in values.items())
             notes.append(f"the groups differ in {name} too ({said})")
-        elif any(_differ_in(name, one, other) and _beats(other, one, best)
-                 for one in made for other in made):  # fmt: skip
+        elif last_part(name) not in RATES and any(
+            _differ_in(name, one, other) and _beats(other, one, best)
+            for one in made
+            for other in made
+        ):
             every = some(in_order(set.union(*values.values())), 6)
             notes.append(
                 f"runs of a group differ in {name} ({every}), and its frontier takes the best of "
@@ -161,49 +199,11 @@ def differences(made: list[Setting], by: tuple[str, ...], best: str) -> list[str
 
 
 def _differ_in(name: str, one: Setting, other: Setting) -> bool:
-    """Whether two settings differ in the column `name` and in no other."""
-    names = one.cells.keys() | other.cells.keys()
+    """Whether two settings differ in the column `name` and in no other but a learning rate, which
+    may follow it.
+    """
+    names = [n for n in one.cells.keys() | other.cells.keys() if last_part(n) not in RATES]
     return [n for n in names if one.cells.get(n) != other.cells.get(n)] == [name]
-
-
-def shared_places(made: list[Setting], names: list[str]) -> tuple[float, ...]:
-    """Returns powers of two that lie on the frontiers of all groups, or else a place in the middle
-    of what they share; () where they share nothing.
-
-    Args:
-      made: the settings.
-      names: the groups.
-    """
-    ends = []
-    for group in names:
-        x = [mean(s.x) for s in made if s.group == group and s.on_frontier]
-        ends.append((min(x), max(x)))
-    low, high = max(end[0] for end in ends), min(end[1] for end in ends)
-    if not 0 < low < high:
-        return ()
-    powers = [2.0**i for i in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)]
-    if len(powers) > _MOST_PLACES:
-        few = np.linspace(0, len(powers) - 1, _MOST_PLACES).round()
-        powers = [powers[int(place)] for place in few]
-    return tuple(powers) or (float(f"{math.sqrt(low * high):.2g}"),)
-
-
-def between(of_group: list[Setting], place: float, logs: bool) -> np.ndarray:
-    """Returns the y at x = `place` of each seed's runs on a group's frontier, interpolated in the
-    logarithm of x, and of y with `logs`; seeds without runs on both sides are left out.
-    """
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for setting in of_group:
-        if setting.on_frontier:
-            for seed, x, y in zip(setting.seeds, setting.x, setting.y, strict=True):
-                curves.setdefault(seed, []).append((x, y))
-    values = []
-    for points in curves.values():
-        x, y = np.array(sorted(points)).T
-        if x[0] > 0 and x[0] <= place <= x[-1]:
-            value = np.interp(math.log(place), np.log(x), np.log(y) if logs else y)
-            values.append(math.exp(value) if logs else value)
-    return np.array(values)
 
 
 def mean(values: np.ndarray) -> float:

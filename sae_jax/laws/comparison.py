@@ -2,7 +2,7 @@
 
 Runs that differ by their seed alone are one setting, whose metrics have a mean and a spread. The
 settings of a group that no other setting of it beats in both metrics are its frontier, and groups
-are compared where they have the same L0, by their frontiers in between.
+are compared where they have the same L0, by their frontiers there or in between.
 """
 
 import dataclasses
@@ -18,25 +18,25 @@ from sae_jax.json_files import read_json
 from sae_jax.laws import comparison_figure, labels
 from sae_jax.laws.alike import (
     Setting,
-    between,
     columns_apart,
     differences,
     groups,
     make_settings,
     mean,
     sd,
-    shared_places,
 )
+from sae_jax.laws.equal_x import REACHED, at_place, not_reached, off_frontier, shared_places
 from sae_jax.laws.results import Row, finished
-from sae_jax.laws.settings import SOURCE, as_text, meant_column
+from sae_jax.laws.settings import SOURCE, TARGETS, as_text, meant_column
 from sae_jax.paths import AnyPath
 from sae_jax.progress_bar import progress
-from sae_jax.tables import as_number
+from sae_jax.tables import as_number, unlike_evaluations
 from sae_jax.typeset import Math
 
-FILES = ("compare.csv", "compare.png", "table.md", "table.tex")
+FILES = ("compare.csv", "compare.png", "table.md", "table.tex", "frontier.tex")
 BEST = ("low", "high")
 _GROUPS = ("architecture", "kind", SOURCE, "site", "d_sae", "k")  # the first that varies
+_L0 = ("eval_l0", "l0")
 # Words in the name of a metric that say which values are better.
 _LOW = {"fvu", "loss", "mse", "spliced", "kl", "dead", "l0", "l1", "error", "perplexity"}
 _HIGH = {
@@ -45,6 +45,10 @@ _HIGH = {
 }  # fmt: skip
 _SECTIONS = ("reconstruction", "sparsity", "language_model", "recovery")  # of eval.json
 _MOST_GROUPS = 24
+_ALL = "all"  # what a table calls the only group
+_LATEX = "% needs \\usepackage{booktabs}; means and standard deviations over seeds\n"
+
+_Table = tuple[list[str], list[list[str]]]  # head and rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +64,8 @@ class Comparison:
       groups: the names of the groups, in order.
       settings: the settings of every group, in order of x.
       at: the values of x at which groups are compared.
-      values: for each group and value of `at` the y of each seed's frontier there; an empty array
-        where the group has no runs on both sides of it.
+      values: for each group and value of `at` the y of each seed there, as `equal_x.at_place` says;
+        an empty array where the group's frontier does not reach it.
       notes: what was left out, and what to doubt.
     """
 
@@ -101,8 +105,7 @@ class Comparison:
 
     def as_latex(self) -> str:
         """Returns the same tables as LaTeX, which needs the package booktabs."""
-        made = "\n".join(typeset.as_latex(*table) for table in self._tables())
-        return "% needs \\usepackage{booktabs}; means and standard deviations over seeds\n" + made
+        return _LATEX + "\n".join(typeset.as_latex(*table) for table in self._tables())
 
     def figure(self):
         """Returns the figure, drawn in the style that is set (`plots.paper`)."""
@@ -111,7 +114,9 @@ class Comparison:
     def save(
         self, out: str | AnyPath, figures: Sequence[str] = (), style: str | None = None
     ) -> None:
-        """Writes compare.csv, compare.png, table.md and table.tex to a directory.
+        """Writes compare.csv, compare.png, table.md, table.tex and frontier.tex to a directory.
+
+        table.tex has the groups at equal x, frontier.tex the settings on their frontiers.
 
         Args:
           out: the directory, made if absent.
@@ -131,33 +136,55 @@ class Comparison:
         out.mkdir(parents=True, exist_ok=True)
         paths.write(out / "compare.csv", typeset.as_csv(list(names), self.rows))
         paths.write(out / "table.md", self.as_markdown())
-        paths.write(out / "table.tex", self.as_latex())
+        at_equal_x = self._at_equal_x() if self.at else None
+        alone = typeset.as_latex(*at_equal_x) if at_equal_x else "% no x is shared by all groups\n"
+        paths.write(out / "table.tex", _LATEX + alone)
+        paths.write(out / "frontier.tex", _LATEX + typeset.as_latex(*self._on_frontiers()))
         for file, content in drawn.items():
             file.parent.mkdir(parents=True, exist_ok=True)
             paths.write(file, content)
 
-    def _tables(self) -> list[tuple[list[str], list[list[str]]]]:
-        """Returns the head and the cells of each table."""
+    def _tables(self) -> list[_Table]:
+        return [*([self._at_equal_x()] if self.at else []), self._on_frontiers()]
+
+    def _at_equal_x(self) -> _Table:
+        """Returns the head and the cells of the table of groups at equal x."""
         x, y = labels.short(self.x), labels.short(self.y)
-        tables = []
-        if self.at:
-            head = ["", *(f"{y} at {x} = {place:g}" for place in self.at)]
-            body = [[group, *map(_cell, self.values[group])] for group in self.groups]
-            tables.append((head, body))
+        head = [self._what, *(f"{y} at {x} = {place:g}" for place in self.at)]
+        body = []
+        for group in self.groups:
+            seeds = {
+                seed
+                for s in self.settings
+                if s.group == group and s.on_frontier
+                for seed in s.seeds
+            }
+            cells = [_cell(found, len(seeds)) for found in self.values[group]]
+            body.append([group or _ALL, *cells])
+        return head, body
+
+    def _on_frontiers(self) -> _Table:
+        """Returns the head and the cells of the table of settings on the groups' frontiers."""
         best = [setting for setting in self.settings if setting.on_frontier]
         telling = [
             name
             for name in dict.fromkeys(name for setting in best for name in setting.cells)
-            if name not in self.by and len({setting.cells.get(name) for setting in best}) > 1
+            if name not in self.by and len({s.cells.get(name, "none") for s in best}) > 1
         ]
-        head = ["frontier", *map(labels.short, telling), "runs", x, y]
+        x, y = labels.short(self.x), labels.short(self.y)
+        head = [self._what, *map(labels.short, telling), "runs", x, y]
         body = [
-            [setting.group]
-            + [setting.cells.get(name, "none").replace("none", "") for name in telling]
+            [setting.group or _ALL]
+            + [_shown(setting.cells.get(name, "none")) for name in telling]
             + [str(len(setting.x)), _cell(setting.x), _cell(setting.y)]
             for setting in best
         ]
-        return [*tables, (head, body)]
+        return head, body
+
+    @property
+    def _what(self) -> str:
+        """What the groups are, for the head of a table."""
+        return ", ".join(labels.short(name) for name in self.by) or "group"
 
 
 @known_arguments
@@ -180,26 +207,30 @@ def compare(
         runs' eval.json, such as ce_recovered_zero.
       x: a column of which less is better; L0 by default.
       by: the column or columns (with commas between them) whose values make the groups; by default
-        the first of architecture, kind, results (the table), site, d_sae and k that varies.
+        the first of architecture, kind, results (the table), site, d_sae and k that varies, k where
+        x is no L0.
       select: conditions that runs must meet, such as "d_sae=16384 eval_l0<60".
       best: whether "low" or "high" values of y are better; by default what its name says.
-      at: values of x at which groups are compared; by default powers of two that all groups reach.
+      at: values of x at which groups are compared; by default powers of two that all groups reach
+        within 5%.
       alike: the columns in which runs of one setting are alike; by default all that are settings
         but for seeds. Without it and without a column of seeds every run is a setting of its own.
 
-    Raises UserError for a column that is not there, and where no run has both metrics.
+    Raises UserError for a column that is not there, where no run has both metrics, and where no
+    group reaches any of the places `at`.
     """
     title, rows, notes = finished(results, select=select)
     if not rows:
         raise UserError(f"{title} has no rows of finished runs, so there is nothing to compare")
-    rows = _with_evaluations(title, rows, [name for name in (x, y) if name])
-    x = _metric(rows, x, ("eval_l0", "l0"), "x", title)
+    rows, note = _with_evaluations(title, rows, [name for name in (x, y) if name])
+    notes += note
+    x = _metric(rows, x, _L0, "x", title)
     y = _metric(rows, y, ("eval_fvu", "fvu"), "y", title)
     best = choose(best, BEST, "--best") if best else _direction(y)
     rows, note = _measured(rows, (x, y), title)
-    notes += note
+    notes += [*note, *_missed_targets(rows)]
     cells = {name: [row[name] for row in rows] for name in rows[0]}
-    by = _grouping(cells, by, title)
+    by = _grouping(cells, by, x, title)
     order = groups(cells, by)
     if len(order) > _MOST_GROUPS:
         raise UserError(
@@ -207,18 +238,18 @@ def compare(
             "be told apart; choose another column, or --select some"
         )
     if alike is None:
-        apart = columns_apart(cells, (x, y))
+        apart = columns_apart(cells, (x, y), by)
     else:
         apart = list(_names(alike, cells, "alike", title))
     made = make_settings(rows, by, apart, (x, y), best, alone=alike is None)
     made.sort(key=lambda setting: (order.index(setting.group), mean(setting.x)))
     notes += differences(made, by, best)
-    at = shared_places(made, order) if at is None else tuple(map(float, at))
+    given = at is not None
+    at = tuple(map(float, at)) if given else shared_places(made, order)
     logs = best == "low" and all((setting.y > 0).all() for setting in made)
-    values = {
-        group: tuple(between([s for s in made if s.group == group], place, logs) for place in at)
-        for group in order
-    }
+    values = {group: tuple(at_place(made, group, place, logs) for place in at) for group in order}
+    notes += not_reached(values, at, made, labels.short(x), given)
+    notes += off_frontier(made, order, labels.short(x), labels.short(y))
     return Comparison(title, x, y, best, by, tuple(order), tuple(made), at, values, tuple(notes))
 
 
@@ -235,15 +266,17 @@ def check_out(out: str | AnyPath) -> None:
         raise UserError(f"{theirs} is not of sae-jax compare; give another --out")
 
 
-def _with_evaluations(title: str, rows: list[Row], wanted: list[str]) -> list[dict]:
+def _with_evaluations(
+    title: str, rows: list[Row], wanted: list[str]
+) -> tuple[list[dict], list[str]]:
     """Returns the rows' cells, with the numbers of the runs' eval.json where a metric that is
-    wanted is no column of the results.
+    wanted is no column of the results, and a note where these are of different numbers of rows.
     """
     cells = [row for _, row in rows]
     there = all(cells[0].keys() & {name, f"eval_{name}"} for name in wanted)
     if there or "run_id" not in cells[0]:
-        return cells
-    joined = []
+        return cells, []
+    joined, counts = [], []
     for row in progress(cells, "reading eval.json of the runs", len(cells), "run"):
         runs = paths.path(row.get(SOURCE) or title) / "runs"
         file = paths.inside(runs, str(row["run_id"])) / "eval.json"
@@ -260,8 +293,11 @@ def _with_evaluations(title: str, rows: list[Row], wanted: list[str]) -> list[di
             if isinstance(value, int | float)
         }
         joined.append(numbers | row)
+        counts.append({"eval_rows": evaluation.get("rows")})
     names = dict.fromkeys(name for row in joined for name in row)
-    return [{name: row.get(name) for name in names} for row in joined]
+    unlike = unlike_evaluations(counts)
+    notes = [f"of eval.json, {unlike}"] if unlike else []
+    return [{name: row.get(name) for name in names} for row in joined], notes
 
 
 def _metric(
@@ -322,21 +358,57 @@ def _names(columns: str | Sequence[str], cells: dict, flag: str, title: str) -> 
     return tuple(columns)
 
 
-def _grouping(cells: dict, by, title: str) -> tuple[str, ...]:
-    """Returns the columns that make the groups."""
+def _missed_targets(rows: list[dict]) -> list[str]:
+    """Returns a note on runs whose L0 is not what was asked of them."""
+    missed, adapted = {}, 0
+    for row in rows:
+        known = [[as_number(row.get(name)) for name in names] for names in (TARGETS, _L0)]
+        target, l0 = (next((value for value in values if value), None) for values in known)
+        if target is not None and l0 is not None:
+            adapted += 1
+            if abs(l0 / target - 1) > REACHED:
+                missed.setdefault(target, []).append(l0)
+    if not missed:
+        return []
+    texts = {target: [f"{l0:.3g}" for l0 in missed[target]] for target in sorted(missed)}
+    said = "; ".join(f"{target:g} came to {some(l0, 4)}" for target, l0 in texts.items())
+    return [
+        f"{sum(map(len, missed.values()))} of {adapted} runs with a target_l0 missed it by more "
+        f"than {REACHED:.0%} ({said}), and count with the L0 that they have"
+    ]
+
+
+def _grouping(cells: dict, by, x: str, title: str) -> tuple[str, ...]:
+    """Returns the columns that make the groups.
+
+    By itself k makes none where x is an L0, which is k or follows it.
+    """
     if by:
         return _names(by, cells, "by", title)
-    known = [name for name in (meant_column(name, cells) for name in _GROUPS) if name in cells]
+    usual = [name for name in _GROUPS if name != "k" or x not in _L0]
+    known = [name for name in (meant_column(name, cells) for name in usual) if name in cells]
     varies = [name for name in known if len(set(map(as_text, cells[name]))) > 1]
     return tuple(varies[:1])
 
 
-def _cell(values: np.ndarray) -> Math:
-    """Returns mean and standard deviation for a table, the latter to two digits."""
+def _shown(text: str) -> str:
+    """Returns a setting for a table: a number to four digits, nothing for none."""
+    number = as_number(text)
+    if number is None:
+        return "" if text == "none" else text
+    return text if number.is_integer() else f"{number:.4g}"
+
+
+def _cell(values: np.ndarray, seeds: int = 0) -> str:
+    """Returns mean and standard deviation for a table, the latter to two digits, and of how many of
+    `seeds` they are where it is not all.
+    """
     if not len(values):
         return Math("")
     middle, spread = mean(values), sd(values)
     if not spread or spread <= 1e-12 * abs(middle):  # rounding's
-        return Math(f"{middle:.4g}")
-    decimals = max(0, 1 - math.floor(math.log10(spread)))
-    return Math(f"{middle:.{decimals}f} ± {spread:.{decimals}f}")
+        text = f"{middle:.4g}"
+    else:
+        decimals = max(0, 1 - math.floor(math.log10(spread)))
+        text = f"{middle:.{decimals}f} ± {spread:.{decimals}f}"
+    return f"{text} ({len(values)} of {seeds} seeds)" if len(values) < seeds else Math(text)

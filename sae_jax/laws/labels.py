@@ -7,6 +7,10 @@ _LABELS = {  # of a column: (what it is called, its unit)
     "d_sae": ("dictionary size", "latents"),
     "tokens": ("training tokens", ""),
     "k": ("k", "latents per token"),
+    "lr": ("learning rate", ""),
+    "learning_rate": ("learning rate", ""),
+    "sparsity_coefficient": ("sparsity coefficient", ""),
+    "target_l0": ("target L0", "latents per token"),
     "flops": ("training compute", "FLOPs"),
     "flops_executed": ("compute executed", "FLOPs"),
     "eval_loss": ("held-out loss", ""),
@@ -40,5 +44,6 @@ def compute(is_known: bool) -> str:
 
 
 def _label(column: str) -> tuple[str, str]:
-    measured = _LABELS.get(column.removeprefix(_HELD_OUT), (column, ""))
+    own = _LABELS.get(column.rpartition(".")[2], (column, ""))  # sae.target_l0
+    measured = _LABELS.get(column.removeprefix(_HELD_OUT), own)
     return _LABELS.get(column, measured)

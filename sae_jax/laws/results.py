@@ -23,7 +23,7 @@ from sae_jax.laws.settings import (
     varying,
 )
 from sae_jax.paths import AnyPath
-from sae_jax.tables import as_number, conditions, read_csv, that_meet
+from sae_jax.tables import as_number, conditions, read_csv, that_meet, unlike_evaluations
 
 COLUMNS = ("d_sae", "tokens", "k", "flops", "loss")
 _OPTIONAL = ("dead_fraction", "flops_executed")
@@ -244,7 +244,8 @@ def finished(
         rows, note = left(rows)
         notes += note
     rows, note = _selected(rows, select, names or {}, title)
-    return title, rows, notes + note
+    unlike = unlike_evaluations([row for _, row in rows])
+    return title, rows, [*notes, *note, *([unlike] if unlike else [])]
 
 
 def distinct(values: np.ndarray) -> np.ndarray:
@@ -334,20 +335,33 @@ def _join(tables: list[tuple[str, list[Row]]]) -> tuple[list[Row], list[str]]:
     """Returns the rows of all tables, with the columns of all, and a note on runs that are in
     several.
 
-    Of several tables each row says which it is of, in the column `SOURCE`.
+    Of several tables each row says which it is of, in the column `SOURCE`. Rows with one run_id
+    that differ in what was measured on held-out rows alone, as those of results.csv and evals.csv
+    do, are one run, and the last measurement counts.
     """
     columns = dict.fromkeys(name for _, rows in tables for _, row in rows for name in row)
-    joined, seen, repeats = [], {}, 0
+    common = [name for name in columns if all(name in rows[0][1] for _, rows in tables if rows)]
+    alike = [name for name in common if not name.startswith("eval_")]
+    joined: list[Row] = []
+    seen: dict[tuple, tuple[int, dict]] = {}
+    repeats = newer = 0
     for number, (title, rows) in enumerate(tables):
-        common = [name for name in columns if all(name in rows[0][1] for _, rows in tables if rows)]
         for place, row in rows:
-            key = tuple(str(row.get(name)) for name in common)
-            if "run_id" in common and seen.setdefault(key, number) != number:
-                repeats += 1  # a sweep that was copied, or one that took another's runs over
-                continue
+            key = tuple(str(row.get(name)) for name in alike)
             whole = {name: row.get(name) for name in columns}
-            joined.append((place, whole | {SOURCE: title} if len(tables) > 1 else whole))
-    return joined, [f"{repeats} runs are in several tables and count once"] if repeats else []
+            whole |= {SOURCE: title} if len(tables) > 1 else {}
+            first, kept = seen.get(key, (number, whole))
+            if "run_id" in common and first != number:
+                repeats += 1  # a sweep that was copied, or one that took another's runs over
+                newer += any(str(row.get(n)) != str(kept[n]) for n in common)
+                kept |= {name: cell for name, cell in row.items() if cell not in (None, "")}
+                continue
+            seen.setdefault(key, (number, whole))
+            joined.append((place, whole))
+    if not repeats:
+        return joined, []
+    which = f", {newer} of them with the eval_ figures of the last" if newer else ""
+    return joined, [f"{repeats} runs are in several tables and count once{which}"]
 
 
 def _only_done(rows):

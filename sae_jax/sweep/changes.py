@@ -5,20 +5,28 @@ the passes of the runs before are the same as they were. Whoever makes sweep.jso
 a run again, must know that no worker is at it (`check_nobody_works`).
 """
 
+import collections
 import dataclasses
+import itertools
+import json
 import time
 from collections.abc import Sequence
 
 from absl import logging
 
+from sae_jax import config as configs
 from sae_jax import paths
-from sae_jax.errors import UserError, nearest, some
+from sae_jax.config import Config
+from sae_jax.errors import UserError, some
+from sae_jax.paths import AnyPath
 from sae_jax.sweep import design
+from sae_jax.sweep import grid as grids
 from sae_jax.sweep.directory import Run, SweepDirectory, counted, passes_of
 from sae_jax.sweep.leases import Leases
+from sae_jax.sweep.run_names import find
+from sae_jax.train import watching
 from sae_jax.train.results import run_id
-
-_FAILED = "failed"  # in place of a run's name: all that have failed
+from sae_jax.train.schedule_steps import ScheduleSteps, count_steps, has_trunk, trunk_steps
 
 
 def check_nobody_works(directory: SweepDirectory, lease_seconds: float) -> None:
@@ -65,8 +73,7 @@ def extended(directory: SweepDirectory, runs: list[Run]) -> list[Run]:
             f"{'has' if len(begun) == 1 else 'have'} begun: {some(begun, 3)}; put back into the "
             "grid what it left out, or take it out with --drop=RUN"
         )
-    number, done = _next_round(directory), directory.done()
-    trunks = {design.trunk_key(run.config) for run in done} - {None}
+    number, trunks = _next_round(directory), _trunks(directory)
     merged = []
     for run in runs:
         begins = design.trunk_key(run.config) not in trunks
@@ -82,72 +89,159 @@ def extend(directory: SweepDirectory, runs: list[Run], lease_seconds: float) -> 
 
     Raises UserError where it leaves runs out while somebody works on the sweep.
     """
+    notes = extension_notes(directory, runs)
     before, runs = {run.id for run in directory.all_runs}, extended(directory, runs)
     after = {run.id for run in runs}
     if before - after:  # the passes that are left may have other names, by which they are leased
         check_nobody_works(directory, lease_seconds)
         _check_passes_hold(directory, runs, after - before)
+    for sentence in notes:
+        logging.warning("%s", sentence)
     directory.use_hardware(runs)
     if after != before:
         directory.rewrite(runs)
         logging.info(
-            "%s: %s new, %d left out",
+            "%s: %s%s",
             directory.path,
-            counted(len(after - before), "run"),
-            len(before - after),
+            counted(len(after - before), "new run"),
+            f", {len(before - after)} left out, which had not begun" if before - after else "",
         )
 
 
-def drop(directory: SweepDirectory, names: Sequence[str]) -> None:
-    """Takes runs out of a sweep; their directories go to SWEEP/dropped.
-
-    Raises UserError for a name that is none, or if no run would be left.
+def extension_notes(directory: SweepDirectory, runs: list[Run]) -> list[str]:
+    """Says what a larger grid does not do: which of its runs stay dropped, and which are larger
+    budgets of runs that are done and do not go on from them, and why.
     """
-    ids = {run.id for run in find(directory, names, directory.runs)}
-    if all(run.id in ids for run in directory.runs):
+    notes, here = [], {run.id for run in runs}
+    if dropped := [directory.name(r) for r in directory.all_runs if r.dropped and r.id in here]:
+        notes.append(
+            f"{counted(len(dropped), 'run')} of the grid {'was' if len(dropped) == 1 else 'were'} "
+            f"dropped and {'stays' if len(dropped) == 1 else 'stay'} so: {some(dropped, 4)}; "
+            "--restore=RUN brings one back"
+        )
+    there, trunks = {run.id for run in directory.all_runs}, _trunks(directory)
+    shorter = {_without_budget(run.config): run.config for run in directory.done()}
+    anew = [
+        (run, shorter[key])
+        for run in runs
+        if run.id not in there
+        and design.trunk_key(run.config) not in trunks
+        and (key := _without_budget(run.config)) in shorter
+    ]
+    if anew:
+        run, before = anew[0]
+        notes.append(
+            f"{counted(len(anew), 'run')} of the grid, of another budget than those that are done, "
+            f"{'begins' if len(anew) == 1 else 'begin'} anew, as {grids.describe(run.swept)}: "
+            f"{_why_anew(before, run.config)}"
+        )
+    return notes
+
+
+def begins_at(directory: SweepDirectory, runs: list[Run]) -> dict[str, int]:
+    """Returns at which step new runs go on from those that are done, by the new runs' ids.
+
+    Runs that begin at their beginning are left out.
+    """
+    done = [run.config for run in directory.done() if run.config.train.keep_trunk]
+    ends: dict[str, int] = {}
+    for config in done:
+        if key := design.trunk_key(config):
+            ends[key] = max(ends.get(key, 0), trunk_steps(config))
+    keys = {run.id: design.trunk_key(run.config) for run in runs}
+    return {r.id: min(ends[k], trunk_steps(r.config)) for r in runs if (k := keys[r.id]) in ends}
+
+
+def _trunks(directory: SweepDirectory) -> set[str]:
+    """Returns the trunks of the runs that are done, from which others can go on."""
+    return {design.trunk_key(run.config) for run in directory.done()} - {None}
+
+
+def _without_budget(config: Config) -> str:
+    """Returns what a run is but for its budget, and for what follows from that."""
+    values = configs.identity(config)
+    del values["train"]["tokens"], values["optimizer"]["warmup_fraction"]
+    for section, field in (("sae", "sparsity_warmup_fraction"), ("optimizer", "learning_rate")):
+        if section == "sae" or config.sae.target_l0 is not None:  # which the rate then follows
+            values[section].pop(field, None)
+    return json.dumps(values, sort_keys=True)
+
+
+def _why_anew(before: Config, config: Config) -> str:
+    """Says why a run does not go on from one of another budget, and what would make it do so."""
+    if not has_trunk(config):
+        what = f"its schedule, {config.optimizer.schedule},"
+        if config.sae.anneals:
+            what = "what changes along its SAE's training (k_start, p_end or target_l0)"
+        return f"{what} depends on the run's length from the first step on"
+    steps = count_steps(config)
+    old, new = (ScheduleSteps.from_config(c, count_steps(c)) for c in (before, config))
+    fields = {}
+    if old.warmup != new.warmup:
+        fields["optimizer.warmup_fraction"] = old.warmup / steps
+    if old.sparsity_warmup != new.sparsity_warmup:
+        fields["sae.sparsity_warmup_fraction"] = old.sparsity_warmup / steps
+    if not fields:
+        return "its running means are over a part of the run, or over more steps"
+    words = " and ".join(f"{field} {value:.8g}" for field, value in fields.items())
+    return (
+        f"a warm-up is a part of the run, of {max(new.warmup, new.sparsity_warmup)} steps here and "
+        f"{max(old.warmup, old.sparsity_warmup)} there; with {words} it goes on (grid.budgets sets "
+        "these for budgets that are to share a trunk)"
+    )
+
+
+def change(
+    directory: SweepDirectory,
+    drop: Sequence[str] = (),
+    rerun: Sequence[str] = (),
+    restore: Sequence[str] = (),
+) -> list[str]:
+    """Takes runs out of a sweep, makes others wait to be trained again, and restores dropped ones.
+
+    Dropped ones that are to be trained again come back, too. They are trained from the beginning,
+    or go on from the trunk that a done run of another budget shares with them. Directories of what
+    is dropped or trained again go to SWEEP/dropped.
+
+    Returns a line about each run: its name, and where what it had is kept.
+
+    Raises UserError for a name that is none, for a run that is named for two of these, for one that
+    had not ended when it was dropped and is to be restored, and if no run would be left. Nothing is
+    changed then.
+    """
+    out, again = find(directory, drop, directory.runs), find(directory, rerun, directory.all_runs)
+    back = find(directory, restore, [run for run in directory.all_runs if run.dropped])
+    asked = [directory.name(run) for run in (*out, *again, *back)]
+    if twice := [name for name, number in collections.Counter(asked).items() if number > 1]:
+        raise UserError(
+            f"two of --drop, --rerun and --restore name {some(twice, 4)}; a run is taken out, "
+            "trained again, or brought back as it was"
+        )
+    kept = {run.id: _kept(directory, run) for run in back}
+    left = {run.id for run in (*directory.runs, *again, *back)} - {run.id for run in out}
+    if not left:
         raise UserError(f"{directory.path} would have no run left; remove the directory instead")
-    _change(directory, ids, dropped=True)
-
-
-def rerun(directory: SweepDirectory, names: Sequence[str]) -> None:
-    """Makes runs wait to be trained again; dropped ones come back.
-
-    They are trained from the beginning, or go on from the trunk that a done run of another budget
-    shares with them.
-
-    Their directories go to SWEEP/dropped. Raises UserError for a name that is none.
-    """
-    ids = {run.id for run in find(directory, names, directory.all_runs)}
-    _change(directory, ids, dropped=False, round=_next_round(directory))
-
-
-def find(directory: SweepDirectory, names: Sequence[str], runs: Sequence[Run]) -> list[Run]:
-    """Returns those of `runs` that a user means: by name, by id or its first digits, or "failed".
-
-    Raises UserError, which names the nearest, where there is none, or more than one.
-    """
-    found: dict[str, Run] = {}
-    for text in names:
-        if text == _FAILED:
-            means = [run for run in directory.runs if directory.state(run) == _FAILED]
-            if not means:
-                raise UserError(f"no run of {directory.path} has failed")
+    new = {run.id: dataclasses.replace(run, dropped=True) for run in out}
+    number = _next_round(directory)
+    new |= {run.id: dataclasses.replace(run, dropped=False, round=number) for run in again}
+    restored = {run.id: dataclasses.replace(run, dropped=False) for run in back}
+    changed = [(new | restored).get(run.id, run) for run in directory.all_runs]
+    _check_passes_hold(directory, changed, set(new | restored))
+    lines = []
+    for run in restored.values():  # before sweep.json calls it a run that would wait
+        if kept[run.id] != (place := directory.run_path(run)):
+            paths.move(kept[run.id], place)
+        lines.append(f"restored {directory.name(run)} ({run.id}): {directory.state(run)}")
+    directory.rewrite(changed)
+    for run in new.values():
+        aside, name = _put_aside(directory, run), directory.name(run)
+        had = f"what it had is in {aside}" if aside else "it had not begun"
+        if run.dropped:
+            how = f"--restore={name} brings it back, --rerun={name} trains it again"
+            lines.append(f"dropped {name} ({run.id}): {had}; {how}")
         else:
-            means = [_find_one(directory, text, runs)]
-        found |= {run.id: run for run in means}
-    return list(found.values())
-
-
-def _find_one(directory: SweepDirectory, text: str, runs: Sequence[Run]) -> Run:
-    means = [run for run in runs if text in (run.id, directory.name(run))]
-    means = means or [run for run in runs if text and run.id.startswith(text)]
-    if len(means) > 1:
-        ids = some([run.id for run in means])
-        raise UserError(f"{text!r} is the beginning of {ids}; give more digits")
-    if not means:
-        known = [*(directory.name(run) for run in runs), *(run.id for run in runs)]
-        raise UserError(f"{directory.path} has no run {text!r}; {nearest(text, known)}")
-    return means[0]
+            lines.append(f"to be trained again: {name} ({run.id}); {had}")
+    return lines
 
 
 def _check_passes_hold(directory: SweepDirectory, runs: list[Run], ids: set[str]) -> None:
@@ -176,19 +270,34 @@ def _next_round(directory: SweepDirectory) -> int:
     return 1 + max(run.round for run in directory.all_runs)
 
 
-def _change(directory: SweepDirectory, ids: set[str], **fields) -> None:
-    """Changes fields of runs in sweep.json, and then puts their directories aside.
+def _put_aside(directory: SweepDirectory, run: Run) -> AnyPath | None:
+    """Moves a run's directory to SWEEP/dropped, and returns where it is; None if there is none."""
+    place, there = directory.run_path(run), _asides(directory, run)
+    if not place.is_dir():
+        return there[-1] if there else None  # since it was dropped before
+    aside = directory.path / "dropped" / (f"{run.id}-{len(there) + 1}" if there else run.id)
+    paths.move(place, aside)
+    return aside
 
-    Raises UserError where runs that have begun, and are not among these, would lose what they have.
+
+def _asides(directory: SweepDirectory, run: Run) -> list[AnyPath]:
+    """Returns where the directories of a run are that were put aside, the last one at the end."""
+    first = directory.path / "dropped" / run.id
+    names = (first.with_name(f"{run.id}-{number}") for number in itertools.count(2))
+    return list(itertools.takewhile(lambda path: path.exists(), itertools.chain([first], names)))
+
+
+def _kept(directory: SweepDirectory, run: Run) -> AnyPath:
+    """Returns where a dropped run is: also where it was, if dropping or restoring it was cut short.
+
+    Raises UserError if it had not ended.
     """
-    runs = directory.all_runs
-    changed = [dataclasses.replace(r, **fields) if r.id in ids else r for r in runs]
-    _check_passes_hold(directory, changed, ids)
-    directory.rewrite(changed)
-    for run in runs:
-        if run.id in ids and (place := directory.run_path(run)).is_dir():
-            aside, number = directory.path / "dropped" / run.id, 1
-            while aside.exists():
-                number += 1
-                aside = aside.with_name(f"{run.id}-{number}")
-            paths.move(place, aside)
+    places = [*_asides(directory, run)[-1:], directory.run_path(run)]
+    ended = [place for place in places if watching.state(place) in ("done", "failed")]
+    if not ended:
+        name = directory.name(run)
+        raise UserError(
+            f"{name} had not ended when it was dropped, and can only be trained again: "
+            f"--rerun={name}"
+        )
+    return ended[-1]

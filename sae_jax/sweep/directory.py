@@ -266,7 +266,12 @@ class SweepDirectory:
 
     def done(self) -> list[Run]:
         """Returns the runs that are done."""
-        return [run for run in self.runs if self.state(run) == "done"]
+        states = self.states()
+        return [run for run in self.runs if states[run.id] == "done"]
+
+    def ended(self) -> set[str]:
+        """Returns the ids of the runs that are done, or have failed."""
+        return {run_id for run_id, state in self.states().items() if state in ("done", "failed")}
 
     def work(self) -> list[Pass]:
         """Returns the passes of the sweep."""

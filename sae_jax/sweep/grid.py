@@ -109,15 +109,15 @@ def names(grid: Grid) -> list[str]:
     short = [field.rpartition(".")[2] for field in kept]
     labels = {f: s if short.count(s) == 1 else f for f, s in zip(kept, short, strict=True)}
     made = [
-        ",".join(f"{labels[f]}={_plain(run[f])}" for f in kept if f in run) or "base"
-        for run in grid
+        ",".join(f"{labels[f]}={plain(run[f])}" for f in kept if f in run) or "base" for run in grid
     ]
     alike = collections.Counter(made)  # texts that differ in characters that names do not have
     return [name if alike[name] == 1 else f"{name}.{i}" for i, name in enumerate(made)]
 
 
-def _plain(value) -> str:
-    """Returns a value as text without what a shell or a file's name would not take."""
+def plain(value: object) -> str:
+    """Returns a value as names have it: as text without what a shell or a file's name would not
+    take."""
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
     return re.sub(r"[^\w.+-]+", "_", text)
 

@@ -44,7 +44,8 @@ class Look(NamedTuple):
       age: the seconds since its last touch; None at a first look into an object store.
       text: what it was created with.
       told: the age by the clocks of the owner and of this host, either of which may be wrong; None
-        where the file does not say it.
+        where the file does not say it, and where `age` is known from the last touch on, which was
+        seen.
     """
 
     age: float | None
@@ -134,6 +135,7 @@ class ObjectFiles:
     def __init__(self, directory: ObjectPath):
         self._directory = directory
         self._seen: dict[str, tuple[bytes, float]] = {}
+        self._seen_to_change: set[str] = set()
 
     def names(self) -> list[str]:
         """Returns the names of all files."""
@@ -155,9 +157,13 @@ class ObjectFiles:
         if before != data:
             self._seen[name] = (data, now)
             since = now
+            if before is not None:
+                self._seen_to_change.add(name)
         text, _, beat = data.decode(errors="replace").partition("\n")
         _, _, clock = beat.partition(" ")
-        told = max(0.0, time.time() - int(clock)) if re.fullmatch("[0-9]{1,15}", clock) else None
+        told = None
+        if re.fullmatch("[0-9]{1,15}", clock) and name not in self._seen_to_change:
+            told = max(0.0, time.time() - int(clock))
         return Look(None if before is None else now - since, text, told)
 
 

@@ -51,7 +51,8 @@ class Holder:
       age: seconds since its last heartbeat; None at the first look into an object store, which
         cannot tell.
       alive: whether its lease has not run out, as far as that can be told.
-      told: the age by the clocks of both hosts, where `age` is not known; None where there is none.
+      told: the age by the clocks of both hosts, where `age` is not known, or is only since the
+        first look; None elsewhere.
       lasts: the seconds after its last heartbeat in which its lease runs out.
       silent: whether it seems dead: it is not alive, or would not be if those clocks are right.
         That is for people to read, and no reason to take its work over.
@@ -67,7 +68,7 @@ class Holder:
     @property
     def heard_of(self) -> str:
         """Says in words when the last heartbeat was."""
-        if self.age is None and self.told is not None:
+        if self.told is not None and self.told > (self.age or 0):
             return f"heard of {self.told:.0f} s ago by its clock"
         if self.age is None:
             return "alive or dead, which one look at an object store cannot tell"
@@ -92,12 +93,15 @@ class Leases:
     def claim(self, name: str) -> "Lease | None":
         """Returns the lease of `name`, whose heartbeat has begun; None if another worker has it."""
         generation = _newest(name, self._files.names())
-        if generation and (holder := self._holder(name, generation)) and holder.alive:
+        before = self._holder(name, generation) if generation else None
+        if before and before.alive:
             return None
         owner = f"{socket.gethostname()} process {os.getpid()}"
         claim = self._files.create(f"{name}.{generation + 1}", f"{self._seconds} {owner}")
         if claim is None:  # another worker was faster
             return None
+        if before:
+            logging.info("took over %s from %s, %s", name, before.owner, before.heard_of)
         return Lease(self._files, claim, f"{name}.{generation + 2}", self._seconds / 6)
 
     def holder(self, name: str) -> Holder | None:
@@ -134,7 +138,7 @@ class Leases:
                 lasts = float(seconds)
         age, told = looked.age, looked.told
         alive = not (age or 0) > lasts
-        silent = not alive or (age is None and (told or 0) > lasts)
+        silent = not alive or (told or 0) > lasts
         return Holder(owner or "?", age, alive, lasts, told, silent)
 
 

@@ -93,14 +93,15 @@ def view(directory: SweepDirectory, leases: Leases) -> str:
     if total["started"]:
         trained = sum(status.states["started"] for status in all_passes if status.is_trained)
         stale = total["started"] - trained
-        lines[0] += f"; {trained} running"
-        lines[0] += f", {stale} stale: start the sweep again to go on with them" if stale else ""
+        lines[0] += f"; of those started {trained} in training"
+        if stale:
+            lines[0] += (
+                f", {stale} stale: a worker that is there takes over, or start the sweep again"
+            )
     if (left := seconds_left(all_passes)) is not None:
         lines[0] += f"; {duration(left)} left"
-    lines += [
-        "",
-        f"{'pass':22}{'step':>19}  {'/'.join(STATES):27}{'last loss':>21}{'left':>10}  worker",
-    ]
+    heads = f"{'pass':22}{'step':>19}  {'/'.join(STATES):27}{'range of last losses':>23}"
+    lines += ["", f"{heads}{'left':>10}  worker"]
     lines += [_line(status) for status in all_passes]
     if failed := [run for status in all_passes for run in status.failed]:
         alike = grids.shared([run.swept for run in directory.runs])
@@ -128,7 +129,7 @@ def _line(status: PassStatus) -> str:
     """Returns the line of a pass."""
     states = "/".join(str(status.states[state]) for state in STATES)
     ends = sorted({min(status.losses), max(status.losses)}) if status.losses else []
-    losses = " - ".join(f"{loss:.5g}" for loss in ends)
+    losses = " to ".join(f"{loss:.5g}" for loss in ends)
     left = "" if status.seconds_left is None else duration(status.seconds_left)
     who = "nobody"
     if status.states["done"] + status.states["failed"] == status.states.total():
@@ -137,7 +138,7 @@ def _line(status: PassStatus) -> str:
         who = f"{status.holder.owner}, {status.holder.heard_of}"
         who += ": dead, free to be taken over" if status.holder.silent else ""
     step = f"{status.step:,}/{status.steps:,}"
-    return f"{status.name:22}{step:>19}  {states:27}{losses:>21}{left:>10}  {who}"
+    return f"{status.name:22}{step:>19}  {states:27}{losses:>23}{left:>10}  {who}"
 
 
 def _status(

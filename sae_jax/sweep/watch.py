@@ -1,21 +1,29 @@
 """Follows the curves of many runs as they are trained, for the page that shows them.
 
-A look reads what is new of each run that has not ended, side by side. Where a run's metrics stood
-still at the last look, its state is asked for, too; what has ended is never asked for again.
+A look asks which runs there are, and reads what is new of each that has not ended, side by side.
+Where a run's metrics stood still at the last look, or have come to its last step, its state is
+asked for, too; what has ended is never asked for again, unless it is trained again.
 """
 
+import collections
 import dataclasses
 import secrets
+import statistics
 import threading
 import time
+from collections.abc import Callable
 
 from sae_jax.errors import UserError
 from sae_jax.paths import AnyPath, ObjectPath
+from sae_jax.sweep import grid as grids
+from sae_jax.sweep.directory import SweepDirectory
 from sae_jax.train import watching
+from sae_jax.train.schedule_steps import count_steps
 from sae_jax.train.watching import GrowingMetrics, at_once
 
 _SECONDS = {False: 2.0, True: 20.0}  # between looks, at local runs and at those in object stores
 _MOST = 1e100  # a number beyond it is no metric, and would overflow in what is computed of it
+_RATES = 5  # of the last lines, whose median is the speed: a line behind a checkpoint is slow
 _POINTS, _POINTS_OF_RUN = 100_000, (100, 2000)  # what a browser draws at once; least and most
 
 
@@ -28,30 +36,87 @@ class Watched:
       path: its directory.
       steps: its number of steps.
       swept: what tells it from the others, in words.
+      time: which time it is trained. When it is another, the curve begins anew.
     """
 
     name: str
     path: AnyPath
     steps: int
     swept: str = ""
+    time: int = 0
+
+
+class SweepRuns:
+    """Finds the runs of a sweep, to which some may have been added."""
+
+    def __init__(self, path: AnyPath):
+        """Prepares to read the sweep in a directory. Nothing is read yet."""
+        self._path = path
+        self._seen: bytes | None = None  # of sweep.json: its content, or generation
+        self._runs: list[Watched] = []
+
+    def find(self) -> list[Watched]:
+        """Returns the runs as they are now, in one request where they are as before.
+
+        Raises UserError if there is no sweep, or it cannot be read.
+        """
+        file = self._path / "sweep.json"
+        if isinstance(file, ObjectPath):
+            _, now = file.read_part(slice(0, None), self._seen)
+        else:
+            now = file.read_bytes() if file.is_file() else None
+        if now is None or now != self._seen:
+            directory = SweepDirectory(self._path)
+            alike = grids.shared([run.swept for run in directory.runs])
+            self._runs = [
+                Watched(
+                    run.id,
+                    directory.run_path(run),
+                    count_steps(run.config),
+                    grids.describe(grids.without(run.swept, alike)),
+                    run.round,
+                )
+                for run in directory.runs
+            ]
+            self._seen = now
+        return self._runs
 
 
 class Watch:
     """What is known of the runs so far."""
 
-    def __init__(self, runs: list[Watched]):
-        """Prepares to follow the runs; nothing is read yet."""
-        remote = any(isinstance(run.path, ObjectPath) for run in runs)
-        self._interval = _SECONDS[remote]
-        least, most = _POINTS_OF_RUN
-        points = min(max(_POINTS // max(1, len(runs)), least), most)
+    def __init__(self, find: Callable[[], list[Watched]]):
+        """Prepares to follow the runs that `find` returns, now and at each look.
+
+        Runs that it returns no more are shown as dropped. Raises UserError as it does now; later
+        what keeps it from telling is shown, and the runs stay as they were.
+        """
+        self._find = find
         self._columns: dict[str, int] = {}
-        self._curves = [_Curve(run, points, self._columns) for run in runs]
+        self._curves: dict[AnyPath, _Curve] = {}  # in the order in which they came
         self._lock = threading.Lock()
         self._revision = 0
         self._next_look = 0.0
         self._problem = ""
         self._server = secrets.token_hex(8)
+        self._follow(find())
+
+    def _follow(self, runs: list[Watched]) -> None:
+        """Follows new runs as well, and those anew that are trained again."""
+        remote = any(isinstance(run.path, ObjectPath) for run in runs)
+        self._interval = _SECONDS[remote]
+        least, most = _POINTS_OF_RUN
+        points = min(max(_POINTS // max(1, len(runs)), least), most)
+        for run in runs:
+            before = self._curves.get(run.path)
+            if before is None or before.run.time != run.time:
+                # The revision makes the page forget what it drew of the time before.
+                self._curves[run.path] = _Curve(run, points, self._columns, self._revision)
+            else:
+                before.run = run
+        left = {run.path for run in runs}
+        for path, curve in self._curves.items():
+            curve.dropped = path not in left
 
     def since(self, revision: int, server: str | None = None) -> dict:
         """Returns what is new since a revision, 0 for everything, after a look if one is due.
@@ -83,13 +148,19 @@ class Watch:
                 "seconds": self._interval,
                 "problem": self._problem,
                 "columns": list(self._columns),
-                "runs": [curve.since(revision) for curve in self._curves],
+                "runs": [curve.since(revision) for curve in self._curves.values()],
             }
 
     def _look(self) -> None:
         self._revision += 1
-        going = [curve for curve in self._curves if not curve.ended]
-        problems = at_once(_Curve.look, going)
+        problems = []
+        if self._revision > 1:  # the runs of the first look are those of __init__
+            try:
+                self._follow(self._find())
+            except (UserError, OSError) as error:
+                problems.append(str(error))
+        going = [c for c in self._curves.values() if not (c.ended or c.dropped)]
+        problems += at_once(_Curve.look, going)
         self._problem = next(filter(None, problems), "")
         for curve in going:
             curve.add_news(self._revision)
@@ -98,21 +169,22 @@ class Watch:
 class _Curve:
     """The lines of one run, every so-manieth where there are many."""
 
-    def __init__(self, run: Watched, points: int, columns: dict[str, int]):
-        self._run, self._most, self._columns = run, points, columns
+    def __init__(self, run: Watched, points: int, columns: dict[str, int], revision: int):
+        self.run, self._most, self._columns = run, points, columns
         self._metrics = GrowingMetrics(run.path / "metrics.jsonl")
         self._news: tuple[list[dict], bool] | None = None  # None: it could not be read
         self._stood_still = True
-        self.ended = False
+        self.ended = self.dropped = False
         self._state = "waiting"
         self._changed = time.monotonic()
-        self._forget(0)
+        self._forget(revision)
 
     def _forget(self, revision: int) -> None:
         self._stride, self._seen, self._reset = 1, 0, revision
         self._lines: list[tuple[int, list]] = []  # with the revision of each
         self._last: dict = {}
         self._last_values: list = []
+        self._rates: collections.deque[float] = collections.deque(maxlen=_RATES)
 
     def look(self) -> str:
         """Reads what is new, for `add_news`, and returns why it cannot be read, "" if it can.
@@ -121,9 +193,9 @@ class _Curve:
         """
         self._news = None
         try:
-            if self._stood_still:
-                self._state = watching.state(self._run.path)
-                if (silent := watching.silent(self._run.path)) is not None:
+            if self._stood_still or self._step >= self.run.steps:
+                self._state = watching.state(self.run.path)
+                if (silent := watching.silent(self.run.path)) is not None:
                     self._changed = time.monotonic() - silent
             self._news = self._metrics.read_new()
         except (UserError, OSError) as error:
@@ -143,6 +215,8 @@ class _Curve:
             self._state = "started" if not self.ended else self._state
         if restarted:
             self._forget(revision)
+        rates = (_number(values.get("tokens_per_second")) for values in lines)
+        self._rates.extend(rate for rate in rates if rate and rate > 0)
         if lines:
             self._last, self._last_values = lines[-1], self._values(lines[-1])
         for line in lines:
@@ -159,15 +233,19 @@ class _Curve:
             self._columns.setdefault(name, len(self._columns))
         return [_short(numbers.get(name)) for name in self._columns]
 
+    @property
+    def _step(self) -> int | float:
+        return _number(self._last.get("step")) or 0
+
     def since(self, revision: int) -> dict:
         reset = revision < self._reset or revision == 0
         fresh = [values for at, values in self._lines if reset or at > revision]
         return {
-            "name": self._run.name,
-            "swept": self._run.swept,
-            "state": self._state,
-            "step": _number(self._last.get("step")) or 0,
-            "steps": self._run.steps,
+            "name": self.run.name,
+            "swept": self.run.swept,
+            "state": "dropped" if self.dropped else self._state,
+            "step": self._step,
+            "steps": self.run.steps,
             "quiet": round(time.monotonic() - self._changed),
             "left": self._seconds_left(),
             "reset": reset,
@@ -176,11 +254,13 @@ class _Curve:
         }
 
     def _seconds_left(self) -> float | None:
-        names = ("step", "tokens", "tokens_per_second")
-        step, tokens, rate = (_number(self._last.get(name)) or 0 for name in names)
-        if self._state != "started" or not min(step, tokens, rate) > 0:
+        tokens, steps_left = _number(self._last.get("tokens")) or 0, self.run.steps - self._step
+        if self._state != "started" or self.dropped or not self._rates:
             return None
-        return _number(max(0, self._run.steps - step) * tokens / step / rate)
+        if min(self._step, tokens, steps_left) <= 0:  # at the last step it is evaluated
+            return None
+        rate = statistics.median(self._rates)
+        return _number(steps_left * tokens / self._step / rate)
 
 
 def _number(value) -> int | float | None:

@@ -159,21 +159,27 @@ class Origin:
         logging.info("went on from step %d of %s", self.step, self.run)
         return dataclasses.replace(state, optimizer=moments)
 
-    def lineage(self, config: Config) -> list[dict]:
-        """Returns what config.json notes of a branch with a resolved config: its ancestors.
-
-        The eldest is first; `directory.Ancestor` has the fields.
+    def changed(self, config: Config) -> list[str]:
+        """Returns a line "section.field: a -> b" for each field that a branch with a resolved
+        config changes.
         """
         before, after = configs.identity(self.config), configs.identity(config)
         for values in (before, after):
             values["train"].pop("branch_from", None)
             values["data"].pop("store")
+        return configs.difference(before, after)
+
+    def lineage(self, config: Config) -> list[dict]:
+        """Returns what config.json notes of a branch with a resolved config: its ancestors.
+
+        The eldest is first; `directory.Ancestor` has the fields.
+        """
         parent = Ancestor(
             run=str(self.run),
             run_id=run_id(self.config),
             step=self.step,
             tokens=self.step * self.config.data.batch_size,
-            changed=configs.difference(before, after),
+            changed=self.changed(config),
         )
         return [dataclasses.asdict(run) for run in (*read_lineage(self.run), parent)]
 
@@ -290,6 +296,12 @@ def extension(name: str, tokens: int, overrides: dict[str, str]) -> Config:
             "trained from the beginning; all else is the same",
             some(means),
         )
+    changed = configs.difference(configs.to_dict(config), configs.to_dict(longer))
+    logging.info(
+        "the longer run keeps the steps of the warm-up and sae.dead_after_tokens %d; it changes %s",
+        longer.sae.dead_after_tokens,
+        some(changed),
+    )
     return Origin(run, max(trunk), longer).branch()
 
 

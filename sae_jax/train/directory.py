@@ -156,6 +156,15 @@ class RunDirectory:
             self._metrics.close()
 
 
+def refuse_sweep(path: AnyPath) -> None:
+    """Raises UserError where a sweep is given in place of one of its runs."""
+    if (path / "sweep.json").is_file():
+        raise UserError(
+            f"{path} is a sweep, of which a run is wanted, {path / 'runs'}/ID; eval, export and "
+            "compare take all of it as --results"
+        )
+
+
 def read_config(path: AnyPath, trust_code: bool = True) -> Config:
     """Returns the config of the run at `path`.
 
@@ -165,6 +174,7 @@ def read_config(path: AnyPath, trust_code: bool = True) -> Config:
     """
     file = path / "config.json"
     if not file.is_file():
+        refuse_sweep(path)
         raise UserError(f"{path} is not a run: it has no config.json")
     values = read_json(file)
     for name in ("environment", _LINEAGE):

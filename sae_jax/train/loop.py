@@ -89,17 +89,17 @@ class TrainingData:
         return self._b_dec[kind]
 
     def heldout_means(self, evaluate: Callable[[jax.Array], dict[str, jax.Array]]) -> dict:
-        """Returns eval_loss, eval_fvu, eval_l0 and eval_dead_fraction, by name.
+        """Returns eval_loss, eval_fvu, eval_l0, eval_dead_fraction and eval_rows, by name.
 
-        They are over up to 65,536 held-out rows. The last is the part of the latents that fire on
-        none of them. `evaluate` returns the other means and `fired` for a batch, as
-        `Trainer.heldout_means` does. Where it returns arrays with a value for each run, the means
-        become lists. All are None where nothing is held out.
+        They are over up to 65,536 held-out rows, whose number is the last; eval_dead_fraction is
+        the part of the latents that fire on none of them. `evaluate` returns the other means and
+        `fired` for a batch, as `Trainer.heldout_means` does. Where it returns arrays with a value
+        for each run, the means become lists. All are None where nothing is held out.
         Raises UserError if they are NaN because the store is damaged.
         """
         names = ("eval_loss", "eval_fvu", "eval_l0")
         if self.heldout is None:
-            return dict.fromkeys((*names, "eval_dead_fraction"))
+            return dict.fromkeys((*names, "eval_dead_fraction", "eval_rows"))
         batch = self.heldout.batch_size
         placement = BatchPlacement(self.mesh, batch)
         count = max(1, min(self.heldout.steps_per_epoch, _EVAL_ROWS // batch))
@@ -110,7 +110,8 @@ class TrainingData:
             fired = fired | means.pop("fired")
             batch_means.append(means)
         means = {n: np.mean([np.float64(m[n]) for m in batch_means], axis=0) for n in names}
-        means["eval_dead_fraction"] = 1 - np.mean(fired, axis=-1)
+        dead = means["eval_dead_fraction"] = 1 - np.mean(fired, axis=-1)
+        means["eval_rows"] = np.full(dead.shape, count * batch)
         if not all(np.isfinite(value).all() for value in means.values()):
             for step in range(count):
                 self.heldout.check_step(step)
@@ -395,9 +396,8 @@ def train_packs(
         return
     first = min(pack.step for pack in active if not pack.waiting_for_trunk)
     last = max(pack.until for pack in active)
-    done = sum(pack.start if pack.waiting_for_trunk else pack.step for pack in active)
     batches = data.batches(first)
-    with Preemption() as preemption, TrainingBar(name, done, sum(p.until for p in active)) as bar:
+    with Preemption() as preemption, TrainingBar(name, first, last) as bar:
         for step in range(first, last):
             rows = None
             batch = f"the batch of step {step + 1}, from {data.store}"
@@ -418,7 +418,7 @@ def train_packs(
             stop = preemption.reached(step + 1)
             for pack in moving:
                 pack.maybe_save(stop)
-            bar.advance(len(moving), _last_line(packs))
+            bar.advance(1, _last_line(packs))
             if stop:
                 _stop(moving)
                 raise PreemptedError(step + 1)

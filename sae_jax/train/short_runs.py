@@ -4,6 +4,8 @@ Schedules are parts of a run, and so is what counts as a dead latent. In a short
 to no step at all, and Adam's steps, whose length is the learning rate, may not lead anywhere.
 """
 
+import math
+
 from sae_jax.config import Config
 from sae_jax.train import resample
 from sae_jax.train.schedule_steps import DECAYING, ScheduleSteps, count_steps, dead_after_tokens
@@ -39,7 +41,7 @@ def _learning_rate(config: Config, lengths: ScheduleSteps) -> dict[str, str]:
         out["optimizer.learning_rate"] = (
             f"optimizer.learning_rate {adam.learning_rate:.3g} moves no parameter by more than "
             f"{travel:.2g} in {lengths.steps} steps, where {needed:g} is little; train longer, or "
-            f"set it to {needed / lengths.steps:.2g} or more{how}"
+            f"set it to {_rounded_up(needed / lengths.steps):.2g} or more{how}"
         )
     if adam.warmup_fraction and not lengths.warmup:
         out["optimizer.warmup_fraction"] = (
@@ -52,6 +54,12 @@ def _learning_rate(config: Config, lengths: ScheduleSteps) -> dict[str, str]:
             f"the learning rate never decays, though optimizer.schedule is {adam.schedule}"
         )
     return out
+
+
+def _rounded_up(value: float) -> float:
+    """Returns the next number of two digits, so that who sets it is told no more."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return math.ceil(value / unit - 1e-9) * unit
 
 
 def _target(config: Config, steps: int) -> dict[str, str]:

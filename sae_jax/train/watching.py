@@ -7,7 +7,9 @@ at side by side.
 
 import concurrent.futures
 import dataclasses
+import math
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterable
 from typing import Annotated
@@ -23,6 +25,7 @@ STATES = ("waiting", "started", "done", "failed")
 
 _FILES = {"result.json": "done", "failed.json": "failed", "config.json": "started"}
 _TAIL = 8192  # bytes at the end of metrics.jsonl, more than its last line has
+_SPEEDS = 5  # of so many of its lines the median is taken
 _OVERLAP = 256  # bytes that are read again, to see that the file has only grown
 _AT_ONCE = 32
 _STALE_SECONDS, _STALE_LINES = 300.0, 20.0  # silence that a run which is going on does not keep
@@ -58,7 +61,8 @@ class Line:
     Attributes:
       step: the step that was logged; 0 before there is a line.
       loss: its loss; None where it is not finite.
-      tokens_per_second: the speed; None where it is not known.
+      tokens_per_second: the speed, the median of the last lines', since one behind a checkpoint is
+        slow; None where it is not known.
     """
 
     step: int = 0
@@ -159,7 +163,15 @@ def last_line(file: AnyPath) -> Line:
     if not whole:
         return Line()
     where = f"the last line of {file}"
-    return checked(parse_json(whole.rpartition(b"\n")[2], where), Line, where)
+    lines = whole.rsplit(b"\n", _SPEEDS)[-_SPEEDS:]
+    last = checked(parse_json(lines[-1], where), Line, where)
+    before = [(parsed(line) or {}).get("tokens_per_second") for line in lines[:-1]]
+    rates = [rate for rate in (*before, last.tokens_per_second) if _is_speed(rate)]
+    return dataclasses.replace(last, tokens_per_second=statistics.median(rates) if rates else None)
+
+
+def _is_speed(value: object) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def _tail(file: AnyPath) -> bytes:
