@@ -20,7 +20,7 @@ from sae_jax.train.mesh import make_mesh
 from sae_jax.train.step import Trainer
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,  # compiling takes a minute of CPU
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the [tpu] extra"),
 ]
 D, N, K, B = 1024, 8192, 64, 1024  # of each of four devices N latents and B tokens
