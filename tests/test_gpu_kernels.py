@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from sae_jax import ops
-from sae_jax.ops import gpu_rows, gpu_select, topk
-from sae_jax.ops import sparse as sparse_ops
+from sae_jax.ops import gpu_rows, gpu_select, picked_rows, topk
 
 
 def normal(seed, *shape):
@@ -40,7 +39,7 @@ def test_places_are_those_of_lax_top_k(kind, n, k):
 @pytest.fixture
 def as_on_gpu(monkeypatch):
     """Programs are traced as for a GPU, and its kernels are interpreted."""
-    for module in (topk, sparse_ops):
+    for module in (topk, picked_rows):
         monkeypatch.setattr(module, "on_gpu", lambda: True)
     for module, name in ((gpu_select, "places_of_top_k"), (gpu_rows, "row_sums")):
         kernel = functools.partial(getattr(module, name), interpret=True)

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from sae_jax import ops
-from sae_jax.ops import batch_topk
+from sae_jax.ops import batch_topk, picked_rows
 from sae_jax.ops import sparse as sparse_ops
 from sae_jax.ops.sharding import (
     BATCH,
@@ -365,10 +365,7 @@ def test_fired_latents(mesh):
     assert np.flatnonzero(fired).tolist() == [14 % (64 // shards)]
 
 
-@pytest.mark.parametrize("blocks_of", [1, 3, 6])
-def test_gradient_rows_are_added_as_well_by_columns_as_by_tokens(monkeypatch, blocks_of):
-    """The way of accelerators, which no test of a whole step on a CPU takes."""
-    monkeypatch.setattr(sparse_ops, "_SLICE_BYTES", blocks_of * 4 * 32 * 8)
+def test_gradient_rows_are_added_as_well_at_once_as_by_tokens():
     rng = np.random.default_rng(0)
     terms = [
         (rng.normal(size=(32, k)), rng.integers(0, 20, (32, k)), rng.normal(size=(32, 8)), counts)
@@ -378,6 +375,6 @@ def test_gradient_rows_are_added_as_well_by_columns_as_by_tokens(monkeypatch, bl
     for coefficients, indices, vectors, counts in terms:
         if counts:
             np.add.at(want, indices, coefficients[:, :, None] * vectors[:, None, :])
-    for add in (sparse_ops.add_token_by_token, sparse_ops._add_blocks_of_columns):
+    for add in (picked_rows.add_token_by_token, picked_rows._add_at_once):
         got = jax.jit(add)(jnp.zeros((20, 8)), jax.tree.map(jnp.asarray, terms))
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)

@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from sae_jax.ops.sharding import matmul_f32, on_cpu
 from sae_jax.ops.picked_rows import add_token_by_token, products_with_rows, sum_weighted_rows
+from sae_jax.ops.sharding import matmul_f32, on_cpu
 
 _SLOTS = 16  # of a row
 _CHUNK = 256  # rows that are worked on at once, and tokens whose products stay in a CPU's cache

@@ -107,9 +107,7 @@ def scatter_rows(terms: list[Term], n: int, transposed: bool = False) -> jax.Arr
             )
         return total
     total = jnp.zeros((n, first[2].shape[1]), jnp.float32)
-    total = jax.lax.platform_dependent(
-        total, terms, cpu=add_token_by_token, default=_add_at_once
-    )
+    total = jax.lax.platform_dependent(total, terms, cpu=add_token_by_token, default=_add_at_once)
     return _transposed(total, first[1]) if transposed else total
 
 

@@ -146,6 +146,11 @@ def on_gpu() -> bool:
     return _platform() in ("gpu", "cuda")
 
 
+def on_tpu() -> bool:
+    """Whether the program that is traced is for TPUs: those of the mesh, or the default device."""
+    return _platform() == "tpu"
+
+
 def _platform() -> str:
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device else jax.default_backend()

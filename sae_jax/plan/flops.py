@@ -26,6 +26,11 @@ def matmul_flops(jaxpr: core.Jaxpr, mesh: jax.sharding.Mesh) -> Counter:
         elif name == "cond":
             branches = [matmul_flops(b.jaxpr, mesh) for b in equation.params["branches"]]
             total += min(branches, key=Counter.total)
+        elif name == "pallas_call":  # a kernel, which says it of itself, or has no products
+            if estimate := equation.params["cost_estimate"]:
+                types = [a.aval.dtype for a in equation.invars]
+                of = next(t for t in types if jax.dtypes.issubdtype(t, jax.numpy.floating))
+                total[of.name] += estimate.flops
         elif name != "while":  # only the loops over dead latents' picks, which have no products
             times = equation.params["length"] if name == "scan" else 1
             for inner in _inner_jaxprs(equation.params):

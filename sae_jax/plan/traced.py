@@ -25,6 +25,7 @@ _PARTS = {"slice", "dynamic_slice", "gather", "split"}  # read of their operand 
 _WHOLE = {  # make arrays from arrays
     "top_k", "approx_top_k", "sort", "argmax", "argmin", "conv_general_dilated", "cumsum", "cummax",
     "cummin", "cumprod", "cumlogsumexp", "fft", "cholesky", "triangular_solve",
+    "pallas_call",
 }  # fmt: skip
 # A value is computed wherever it is needed, unless what is read for it is so many times its size.
 _COMPUTED_ANEW = 16

@@ -598,7 +598,9 @@ class SAE(nnx.Module):
         def decode():
             k, w_enc = self.config.aux_k, self.w_enc[...]
             code, _ = ops.encode_top_k(x, w_enc, bias, None, k, 0, self.dtype)
-            return ops.sparse_decode(auxiliary_code(code), None, None, self.w_dec[...], self.dtype)[0]
+            return ops.sparse_decode(auxiliary_code(code), None, None, self.w_dec[...], self.dtype)[
+                0
+            ]
 
         nothing = jnp.zeros((x.shape[0], self.config.d_out), out_sharding=out_sharding(BATCH))
         error_hat = branch(in_any_run(any_dead), decode, lambda: nothing)
