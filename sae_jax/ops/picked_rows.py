@@ -4,8 +4,8 @@ A token picks k rows of an array (n, d). Decoding sums them, weighted by values.
 values are products of the rows with vectors of tokens, and that of the rows are sums of vectors of
 the tokens that picked them. (B, k, d) is never written.
 
-A CPU adds token by token in its cache. A GPU (`gpu_rows`) and a TPU (`tpu_rows`, `sorted_picks`) sum
-from the picks in the order of their rows, and write each row once.
+A CPU adds token by token in its cache. A GPU (`gpu_rows`) and a TPU (`tpu_rows`, `sorted_picks`)
+sum from the picks in the order of their rows, and write each row once.
 """
 
 import jax
