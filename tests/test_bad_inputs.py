@@ -101,7 +101,7 @@ COMMANDS = rows(
     ("eval --run=", ""),
     ("sweep", "--workdir"),
     ("sweep --workdir=w", "--config"),
-    ("eval --results=run", "results.csv"),
+    ("eval --results=run", "holds no sweep"),
     ("eval --results=nothing", "nothing"),
     ("eval --results=sweep --run=run", "--run"),
     ("eval --run=run --select=k=3", "--results"),

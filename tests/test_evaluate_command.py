@@ -342,7 +342,7 @@ def test_rows_of_the_model_are_rows_of_the_store(demo):
         ([], "give either --run=RUN or --sae=PATH"),
         (["--run={run}", "--select=k=3"], "--select chooses among the runs of --results=SWEEP"),
         (["--results={run}", "--run={run}"], "--run is of one SAE, and --results of many"),
-        (["--results={run}"], "there is no"),
+        (["--results={run}"], "holds no sweep"),
         (["--run={run}", "--sae={run}"], "give either --run=RUN or --sae=PATH"),
         (["--run={model}/nowhere"], "no SAE at"),
         (["--run={run}", "--store={model}"], "no activation store at"),

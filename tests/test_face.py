@@ -37,8 +37,7 @@ def fresh(architecture="topk", **fields):
     return ARCHITECTURES[architecture](d_in=16, d_sae=64, **fields)
 
 
-MARKS = {"topk": (), "relu": pytest.mark.slow, "jumprelu": pytest.mark.slow,
-                 "batchtopk": pytest.mark.slow}  # fmt: skip
+MARKS = {"topk": (), "relu": pytest.mark.slow, "jumprelu": pytest.mark.slow}
 
 
 @pytest.mark.parametrize(

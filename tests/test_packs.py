@@ -64,7 +64,6 @@ MESHES = [(2, 1, 2), (1, 1, 1), (1, 2, 1), (2, 2, 1, True)]
 SLOW = {
     ("relu", True, MESHES[0]),
     ("topk", False, MESHES[3]),
-    ("relu", True, MESHES[3]),
 }
 
 

@@ -104,10 +104,12 @@ OPTIONS = {
 
 
 def every_option(test):
-    """`test` of all; in CI each architecture with both options, but top-k with each alone."""
+    """`test` of all; in CI architectures with both options, but top-k with each alone."""
+    like_others = ("relu_l1_unit", "matryoshka")  # like relu and batchtopk
 
     def mark(name, option):
         in_ci = name in ARCHITECTURES and (option == "both") == (name != "topk")
+        in_ci = in_ci and name not in like_others
         return pytest.mark.slow if in_ci else pytest.mark.long
 
     cases = itertools.product(VARIANTS, OPTIONS)

@@ -113,7 +113,8 @@ def test_a_target_that_is_missed_is_said(tmp_path, capsys, caplog):
     assert cli.main(["sweep", f"--config={file}", f"--workdir={tmp_path / 'sweep'}"]) == 0
     said = capsys.readouterr().out
     assert "1 run missed the target L0:" in said and "sae.target_l0=2: sae.target_l0 is 2" in said
-    assert "runs: optimizer.learning_rate 1e-05 moves no parameter" in caplog.text
+    assert "2 of 2 runs, such as sae.target_l0=2 optimizer.learning_rate=1e-05: " in caplog.text
+    assert "optimizer.learning_rate 1e-05 moves no parameter" in caplog.text
     assert "sae.target_l0 is 2, but the run ended at" in caplog.text
     with open(tmp_path / "sweep" / "results.csv") as text:
         missed, without = csv.DictReader(text)

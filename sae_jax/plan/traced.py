@@ -267,7 +267,7 @@ class _Reader:
         """Returns the results of a loop. What it carries stays in the same memory."""
         parameters = equation.params
         body, length = parameters["jaxpr"].jaxpr, parameters["length"]
-        consts, carried = parameters["num_consts"], parameters["num_carry"]
+        consts, carried = _scan_counts(parameters)
         end = consts + carried
         for i in range(consts, end):
             operands[i] = self._write(operands[i], equation.invars[i])
@@ -341,6 +341,14 @@ class _Reader:
         group = tuple(places[along].ravel().tolist())
         if len(group) > 1:
             self.collectives.append(Collective(kind, group, size, 1))
+
+
+def _scan_counts(parameters: dict) -> tuple[int, int]:
+    """Returns how many operands of a loop are constants, and how many it carries."""
+    if "num_consts" in parameters:
+        return parameters["num_consts"], parameters["num_carry"]
+    consts, carried, _ = parameters["ft_in"].unpack()  # of JAX 0.12
+    return len(consts), len(carried)
 
 
 def _live_equations(jaxpr: core.Jaxpr, used: list[bool] | None) -> list[tuple]:

@@ -68,7 +68,7 @@ class Holder:
     @property
     def heard_of(self) -> str:
         """Says in words when the last heartbeat was."""
-        if self.told is not None and self.told > (self.age or 0):
+        if self.told is not None and (self.age is None or self.told > self.age):
             return f"heard of {self.told:.0f} s ago by its clock"
         if self.age is None:
             return "alive or dead, which one look at an object store cannot tell"
