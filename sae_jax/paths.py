@@ -338,8 +338,12 @@ def move(folder: AnyPath, to: AnyPath) -> None:
     Raises UserError, which says why, if it cannot be moved.
     """
     if isinstance(folder, ObjectPath):
-        for name in folder.files():
+        names = folder.files()
+        for name in names:
             (to / name).write_bytes((folder / name).read_bytes())
+        for name in names:
+            if "/" not in name:  # first what tells of the rest: half a folder must not look whole
+                (folder / name).unlink()
         folder.rmtree()
         return
     with explained(folder):

@@ -2,7 +2,6 @@
 of them by conditions on their columns.
 """
 
-import collections
 import csv
 import dataclasses
 import io
@@ -116,25 +115,6 @@ def that_meet(rows: list[dict], terms: list[Condition], what: str) -> list[int]:
             f"--select: none of the {len(rows)} {what} meets it; of its terms, {', '.join(counts)}"
         )
     return found
-
-
-def unlike_evaluations(rows: list[dict], column: str = "eval_rows") -> str | None:
-    """Returns a sentence about runs that were evaluated on different numbers of rows, None where
-    all are alike but for whole batches.
-
-    Args:
-      rows: the runs; those without the column do not count.
-      column: the one of the number of held-out rows.
-    """
-    numbers = [as_number(row.get(column)) for row in rows]
-    counts = collections.Counter(sorted(number for number in numbers if number))
-    if not counts or max(counts) <= 1.1 * min(counts):
-        return None
-    said = [f"{number:,.0f} ({runs} runs)" for number, runs in counts.items()]
-    return (
-        f"runs were evaluated on different numbers of held-out rows, {some(said, 4)}; the fewer "
-        "the rows, the more latents seem dead"
-    )
 
 
 def as_number(cell) -> float | None:

@@ -158,6 +158,24 @@ def test_missed_targets_and_learning_rates_are_said():
     )
 
 
+def test_starting_coefficients_are_settings_though_runs_end_at_others():
+    rows = [
+        dict(target_l0=target, seed=seed, sparsity_coefficient=0.01 * (1 + number), l0=target,
+             fvu=target**-0.5 + start) | {"sae.sparsity_coefficient": start}
+        for number, (target, start, seed) in enumerate(
+            itertools.product((4, 8), (1e-3, 1e-2), (0, 1)))
+    ]  # fmt: skip
+    found = compare({name: [row[name] for row in rows] for name in rows[0]})
+    assert len(found.settings) == 4
+
+
+@pytest.mark.parametrize("at", [[0, 16], [-1.0], [float("nan")]])
+def test_places_are_positive(at):
+    with pytest.raises(UserError, match="places are positive numbers"):
+        compare(planted(), at=at)
+    assert compare(planted(), at=[]).at == compare(planted()).at
+
+
 def test_tables_say_each_thing_once_by_its_name(tmp_path):
     """What a grid sets stands beside what it came to, which all have."""
     columns = planted() | {"sae.architecture": planted()["architecture"]}
@@ -248,7 +266,7 @@ def test_the_command_reads_evaluations_and_writes_figure_and_tables(sweep, tmp_p
         ("--by=fvu", "24 groups|cannot be told apart"),
         ("--select=d_sae=3", "none of the 48 rows"),
         ("--at=16,x", "--at: 'x'"),
-        ("--at=-1", "--at: '-1'"),
+        ("--at=-1", "--at=-1: places are positive"),
         ("--best=highest", "best"),
         ("--figure=a.gif", ".pdf, .svg or .png"),
         ("--figure=a.pdf --style=runs.csv", "no matplotlib style"),

@@ -138,6 +138,8 @@ def test_what_groups_write(tmp_path):
         ({"sparsity": np.repeat([16, 32], 9)}, "in sparsity (relu: 32; topk: 16)"),
         ({"sparsity": np.r_[np.repeat(16, 9), np.tile([16, 16, 32], 3)]}, "relu: 16, 32; topk: 16"),
         ({"sparsity": np.tile([16, 32, 32], 6)}, None),
+        # Sizes that only one group has, which a law of compute takes no notice of.
+        ({"d_sae": np.repeat([4096, 64], 9)}, "in d_sae (relu: 64; topk: 4096)"),
         # What names the groups again, or what a group does not have, is what the groups are.
         ({"kind": np.repeat(["topk", "relu"], 9), "k": np.repeat([32, None], 9)}, None),
     ],

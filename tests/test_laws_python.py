@@ -119,6 +119,27 @@ def test_a_law_is_asked_by_the_names_of_its_table():
         found.loss(tokens=1e8, n=1e8, d_sae=1000)
 
 
+def test_a_table_may_have_other_columns_by_our_names():
+    columns = table("chinchilla")
+    columns |= {"seen": columns["tokens"], "tokens": columns["tokens"] * 0 + 7}
+    found = laws.fit(laws.read(columns, tokens="seen"), "chinchilla", resamples=50)
+    asked = found.loss({name: values[:2] for name, values in columns.items()})
+    alone = found.loss(n=columns["d_sae"][:2], D=columns["seen"][:2])
+    np.testing.assert_array_equal(asked["loss_expected"], alone.loss)
+
+
+def test_compute_that_says_no_cost_gives_no_plan(tmp_path):
+    """Runs of two input widths, whose compute is no function of size and tokens."""
+    columns = table("chinchilla")
+    widths = np.resize([512, 768], len(columns["loss"]))
+    columns |= {"d_in": widths, "flops": 12 * widths * columns["d_sae"] * columns["tokens"]}
+    found = laws.fit(columns, "chinchilla", resamples=50)
+    assert any("does not say what another run costs" in said for said in found.warnings)
+    with pytest.raises(UserError, match="flops does not say what another run costs"):
+        found.optimal(1e14)
+    assert found.loss(n=1000, D=1e8).loss > 0
+
+
 def test_a_joint_law_is_asked_at_any_k():
     found = laws.fit(table("joint"), "joint", resamples=50)
     few, many = (found.optimal(1e15, k=k) for k in (8, 64))

@@ -125,6 +125,21 @@ def test_results_and_evaluations_of_a_sweep_are_the_same_runs():
     assert laws.compare([columns | {"eval_rows": [65_000, *[65_536] * 4]}]).notes == ()
 
 
+def test_runs_of_one_number_in_two_tables_of_other_programs_are_two():
+    columns = dict(run_id=range(3), d_sae=[64, 128, 256], eval_loss=[3.0, 2.0, 1.0])
+    other = columns | {"eval_loss": [3.1, 2.1, 1.1]}
+    assert laws.read([columns, other]).loss.tolist() == [1.0, 1.1, 2.0, 2.1, 3.0, 3.1]
+
+
+def test_a_sweep_that_has_grown_since_it_was_evaluated():
+    """Its runs have longer names now."""
+    columns = dict(run_id=list("ab"), name=["d=1", "d=2"], eval_fvu=[0.5] * 2, eval_l0=[8] * 2,
+                   eval_rows=[65_536] * 2)  # fmt: skip
+    grown = columns | {"name": ["d=1,k=8", "d=2,k=8"]}
+    found = laws.compare([grown, columns | {"eval_fvu": [0.4] * 2, "eval_rows": [10**6] * 2}])
+    assert sum(len(setting.y) for setting in found.settings) == 2
+
+
 def test_of_many_bad_rows_the_first_is_named(tmp_path):
     columns = runs("chinchilla")
     columns["d_sae"] = [f"{int(n):,}" for n in 1000 * columns["d_sae"]]

@@ -172,6 +172,20 @@ def test_threads_that_open_a_bucket_at_once_do_it_once(monkeypatch):
     assert len(looks) == 2, "tried again at the next occasion"
 
 
+def test_a_late_write_of_who_had_the_metrics_before_stops_nobody(either):
+    file = either / "metrics.jsonl"
+    paths.write(file, '{"step": 1}\n')
+    metrics = open_after(file, 1)
+    paths.write(file, '{"step": 1}\n{"step": 9}\n')
+    metrics.add('{"step": 2}\n')
+    metrics.flush()
+    assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
+    paths.write(file, "another's")
+    metrics.add('{"step": 3}\n')
+    with pytest.raises(UserError, match="another process writes"):
+        metrics.flush()
+
+
 def test_a_bucket_that_is_not_there_is_named_on_google_too(gcs):
     with pytest.raises(UserError, match="there is no such bucket; make it, or correct its name"):
         paths.write(paths.path("gs://absent/file"), "text")

@@ -67,7 +67,7 @@ def test_the_next_runs_config_is_python_whatever_runs_and_folders_are_called(tmp
     out = tmp_path / folder
     out.mkdir()
     planned = dict(flops=1e9, d_sae=128, tokens=12800, loss=0.5, interval=[0.4, 0.6])
-    next_run.save(planned, [run], None, str(out))
+    next_run.save(planned, *next_run.make(planned, [run], None), str(out))
 
     file = out / next_run.FILE
     tree = ast.parse(file.read_bytes())
@@ -77,7 +77,7 @@ def test_the_next_runs_config_is_python_whatever_runs_and_folders_are_called(tmp
     assert " ".join(folder.split()) in " ".join(said.split())
     command = said[said.index("sae-jax train") : said.index("\n\nExpected loss")]
     assert shlex.split(command) == [
-        "sae-jax", "train", f"--config={file}", "--workdir=runs/next"
+        "sae-jax", "train", f"--config={file}", "--workdir=DIRECTORY"
     ]  # fmt: skip
     loaded = config.load_file(str(file))
     assert loaded.data.store == name and loaded.sae.d_sae == 128

@@ -27,10 +27,9 @@ from sae_jax import paths
 from sae_jax.activations import progress
 from sae_jax.activations.writer import StoreWriter
 from sae_jax.cli import main
-from sae_jax.cli import status as cli_status
 from sae_jax.config import to_dict
 from sae_jax.errors import UserError
-from sae_jax.sweep import grid, leases, live_page, status, watch
+from sae_jax.sweep import grid, leases, live_page, places, status, watch
 from sae_jax.sweep.directory import SweepDirectory, expand
 from sae_jax.train import watching
 from sae_jax.train.results import planned
@@ -348,7 +347,7 @@ def test_the_page_follows_a_sweep_that_grows_and_a_folder_of_runs(store, tmp_pat
     place, config = tmp_path / "all" / "S", make_config(store)
     directory = pretend(place, store)
     first, second, _ = directory.runs
-    watched = watch.Watch(cli_status.Followed([tmp_path / "all"]).find)
+    watched = watch.Watch(places.Followed([tmp_path / "all"]).find)
     found = watched.since(0)
     assert [run["state"] for run in found["runs"]] == ["done", "started", "waiting"]
     new = expand(config, grid.sweep("data.seed", range(3, 5)))
@@ -374,6 +373,25 @@ def test_the_page_follows_a_sweep_that_grows_and_a_folder_of_runs(store, tmp_pat
     assert (run["state"], run["left"]) == ("started", None), "its last rows are evaluated"
     make_run(tmp_path / "all" / "alone", config, *range(1, 51), result={})
     assert watched.since(found["revision"])["runs"][5]["state"] == "done", "at once"
+
+
+def test_what_is_trained_again_is_followed_while_its_old_directory_is_still_there(
+    store, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(watch, "_SECONDS", {False: 0.0})
+    directory = pretend(tmp_path / "S", store)
+    watched = watch.Watch(watch.SweepRuns(directory.path).find)
+    first = directory.runs[0]
+    assert watched.since(0)["runs"][0]["state"] == "done"
+    directory.rewrite([dataclasses.replace(first, round=1), *directory.runs[1:]])
+    watched.since(0)  # which sees sweep.json, and what ended before
+    place = directory.run_path(first)
+    place.rename(tmp_path / "aside")
+    watched.since(0)
+    make_run(place, first.config, 1, 2)
+    watched.since(0)
+    run = watched.since(0)["runs"][0]
+    assert (run["state"], run["step"]) == ("started", 2)
 
 
 def test_the_time_left_is_by_the_median_of_the_last_lines(store, tmp_path, monkeypatch):
@@ -461,22 +479,17 @@ def test_a_taken_port_and_ctrl_c_are_one_line(store, tmp_path):
         [*program, "--serve=0"], env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-    try:
-        _ask_and_interrupt(server)
-    finally:
-        server.kill()
-        server.communicate()
-
-
-def _ask_and_interrupt(server: subprocess.Popen) -> None:
-    port = re.search(r"http://127.0.0.1:(\d+)", server.stdout.readline())[1]
-    connection = http.client.HTTPConnection("127.0.0.1", int(port))
-    connection.request("GET", "/data.json")
-    assert json.loads(connection.getresponse().read())["runs"][0]["step"] == 1
-    with pytest.raises(UserError, match=f"port {port} of this machine is taken; give another"):
-        live_page.open_server(watch.Watch(list), int(port))
-    server.send_signal(signal.SIGINT)  # with the connection open
-    _, err = server.communicate(timeout=60)
-    connection.close()
-    assert (server.returncode, err.count("\n")) == (130, 1)
-    assert "sae-jax status: interrupted" in err
+    with contextlib.ExitStack() as stack:
+        stack.callback(server.communicate)
+        stack.callback(server.kill)
+        port = re.search(r"http://127.0.0.1:(\d+)", server.stdout.readline())[1]
+        connection = http.client.HTTPConnection("127.0.0.1", int(port))
+        stack.callback(connection.close)
+        connection.request("GET", "/data.json")
+        assert json.loads(connection.getresponse().read())["runs"][0]["step"] == 1
+        with pytest.raises(UserError, match=f"port {port} of this machine is taken; give another"):
+            live_page.open_server(watch.Watch(list), int(port))
+        server.send_signal(signal.SIGINT)  # with the connection open
+        _, err = server.communicate(timeout=60)
+        assert (server.returncode, err.count("\n")) == (130, 1)
+        assert "sae-jax status: interrupted" in err

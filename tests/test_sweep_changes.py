@@ -166,7 +166,7 @@ def test_a_run_is_dropped(pretended, store, tmp_path, capsys):
     assert f"dropped {name} ({run.id}): what it had is in {pretended / 'dropped' / run.id}" in said
     assert f"--restore={name} brings it back, --rerun={name} trains it again" in said
     err = refused(capsys, f"--workdir={pretended}", f"--drop={name}")
-    assert f"{name} ({run.id}) is dropped already; --restore={name} brings it back" in err
+    assert f"{name} ({run.id}) is dropped already; --restore={name} or --rerun={name}" in err
     assert rows(pretended) == [row for row in before if row["run_id"] != run.id]
     assert (pretended / "dropped" / run.id / "result.json").is_file()
     file = write_sweep(tmp_path / "small.py", store, SMALL)
@@ -250,6 +250,44 @@ def test_the_beginning_of_a_name_ends_within_no_number(named):
     assert found == of_ten[0]
     with pytest.raises(UserError, match="of seed there is 10$"):
         run_names.find(named, ["architecture=topk,k=8,tokens=6400,seed=1"], of_ten)
+
+
+def test_no_run_is_taken_for_the_one_that_was_named(store, tmp_path):
+    """Where a name is another's beginning, or its run is none of those that are asked for."""
+    swept = [
+        {"sae.architecture": "topk", "sae.d_sae": 64},
+        {"sae.architecture": "relu_l1_unit", "sae.d_sae": 64},
+        {"sae.architecture": "topk", "sae.d_sae": 128, "sae.k": 3},
+        {"sae.architecture": "topk", "sae.d_sae": 128},
+    ]
+    runs = expand(make_config(store, steps=40), swept)
+    directory = SweepDirectory.start(tmp_path / "S", runs)
+    wide = next(run for run in directory.runs if directory.name(run).endswith("d_sae=128"))
+    others = [run for run in directory.runs if run != wide]
+    for text in (directory.name(wide), wide.id, "architecture=relu", "d_sae=64,d_sae=128",
+                 wide.id[:3]):  # fmt: skip
+        with pytest.raises(UserError):
+            run_names.find(directory, [text], others)
+    assert run_names.find(directory, [wide.id[:4]], directory.runs) == [wide]
+
+
+def test_a_drop_that_was_cut_short_is_mended_by_restoring(pretended):
+    run = SweepDirectory(pretended).runs[2]
+    before = contents(pretended)
+    assert command(f"--workdir={pretended}", f"--drop={run.id}") == 0
+    begun = pretended / "runs" / run.id  # trained again, dropped, and killed before the move
+    begun.mkdir()
+    (begun / "metrics.jsonl").write_text("")
+    assert command(f"--workdir={pretended}", f"--restore={run.id}") == 0
+    assert contents(pretended) == before
+
+
+def test_a_run_that_had_not_ended_is_not_said_to_come_back(pretended, capsys):
+    run = SweepDirectory(pretended).runs[2]
+    (pretended / "runs" / run.id / "result.json").unlink()
+    assert command(f"--workdir={pretended}", f"--drop={run.id}") == 0
+    said = capsys.readouterr().out
+    assert "--restore" not in said and f"--rerun={SweepDirectory(pretended).name(run)}" in said
 
 
 def test_budgets_that_begin_anew_are_told(store, tmp_path, capsys):

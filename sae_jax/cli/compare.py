@@ -94,9 +94,6 @@ def _place(text: str) -> float:
     from sae_jax.errors import UserError
 
     try:
-        value = float(text)
+        return float(text)
     except ValueError:
-        value = float("nan")
-    if not 0 < value < float("inf"):
-        raise UserError(f"--at: {text!r} is no positive number")
-    return value
+        raise UserError(f"--at: {text!r} is no number") from None

@@ -233,8 +233,8 @@ def _evaluate_sweep(args) -> None:
     from sae_jax.evaluate import many, report
     from sae_jax.interop.select import select, still_done
     from sae_jax.sweep.directory import SweepDirectory
-    from sae_jax.tables import unlike_evaluations
     from sae_jax.train.directory import find_store, is_writer
+    from sae_jax.train.evaluated_rows import unlike_evaluations
     from sae_jax.train.watching import at_once
 
     for name in ("run", "sae", "kind"):

@@ -249,6 +249,7 @@ def _table(found) -> str:
     compiled = {_tried(e.config): e for e in found.compiled}
     shown = [compiled.get(_tried(e.config), e) for e in found.screened]
     said = [] if all(e.compiled for e in shown) else [table.TRACED]
+    said += [table.COMPILED] if said and compiled else []
     return "\n".join([table.HEADER, *map(table.row, shown), *said, ""])
 
 
@@ -288,11 +289,11 @@ def _suggestions(args, overrides: dict[str, str], config: Config, found) -> dict
     for name, (what, estimate) in named.items():
         if estimate is None:
             continue
-        fields = _fields(estimate.config, config)
+        fields, store = _fields(estimate.config, config), estimate.config.data.store
         suggested[name] = {
             "words": f"{what}: {table.short(estimate)}",
             "fields": fields,
-            "command": _command("train", args, overrides, fields, estimate.config.data.store),
+            "command": _command("train", args, overrides, fields, store, estimate.topology),
             "bytes": estimate.total,
             "step_seconds": estimate.step_seconds,
         }
@@ -312,7 +313,7 @@ def _fields(chosen: Config, config: Config) -> dict[str, object]:
     return fields
 
 
-def _command(name: str, args, overrides: dict, fields: dict, store: str) -> str:
+def _command(name: str, args, overrides: dict, fields: dict, store: str, topology) -> str:
     """Returns the command that trains with what was chosen; STORE and DIRECTORY are to be filled
     in.
     """
@@ -321,18 +322,16 @@ def _command(name: str, args, overrides: dict, fields: dict, store: str) -> str:
     shown = {k: str(v).lower() if isinstance(v, bool) else v for k, v in values.items()}
     words = ["sae-jax", name, *([f"--config={args.config}"] if args.config else [])]
     words += [f"--config.{k}={v}" for k, v in shown.items() if v is not None]
-    if _has_hosts(args.topology):
+    if _has_hosts(topology):
         words.append("--distributed")  # on each of them; launch/ starts them
     return shlex.join([*words, "--workdir=DIRECTORY"])
 
 
-def _has_hosts(topology: str | None) -> bool:
+def _has_hosts(topology) -> bool:
     """Whether the devices of a topology are those of several hosts."""
-    from sae_jax.plan import chips
-
-    found = chips.describe(topology or "cpu:1")
-    of_a_host = 8 if found.is_tpu else found.per_node  # no TPU host has more
-    return found.chip is not None and len(found.devices) > of_a_host
+    if topology.is_tpu:
+        return len({device.process_index for device in topology.devices}) > 1
+    return topology.chip is not None and len(topology.devices) > topology.per_node
 
 
 def _nothing_fits(tried: list[Config], found, topology) -> str:
@@ -393,7 +392,8 @@ def _plan_sweep(args, overrides: dict[str, str]) -> int:
         )
         return 1
     chosen = dataclasses.replace(runs[0], mesh=plan.mesh)
-    command = _command("sweep", args, overrides, _fields(chosen, runs[0]), runs[0].data.store)
+    fields, store = _fields(chosen, runs[0]), runs[0].data.store
+    command = _command("sweep", args, overrides, fields, store, topology)
     if args.passes > 1:
         command += f" --passes={args.passes}"
     if args.json:

@@ -1,8 +1,5 @@
 """Tells where runs, sweeps and stores stand: `sae-jax status`."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
 from absl import flags
 
 from sae_jax.errors import UserError
@@ -64,6 +61,7 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
     """Prints the status of each path, or serves the page of their curves until Ctrl-C."""
     del overrides
     from sae_jax import paths
+    from sae_jax.sweep.places import places_at, unless_strange
     from sae_jax.train.watching import at_once
 
     if not args.path or not all(args.path):
@@ -72,65 +70,12 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:
     if args.serve is not None:
         _serve(named, args.serve)
         return
-    places = [place for path in named for place in _places(path)]
+    places = [place for path in named for place in places_at(path)]
     show = {"sweep": _sweep, "store": _store, "run": _run}
-    for text in at_once(lambda place: _unless_strange(place, show[place.kind]), places):
+    for text in at_once(lambda place: unless_strange(place, show[place.kind]), places):
         if isinstance(text, Exception):
             raise text
         print(text)
-
-
-class _Place(NamedTuple):
-    """A run, a sweep or a store; `named` by the user, or found in a directory that is."""
-
-    path: Any
-    kind: str
-    named: bool
-
-
-def _unless_strange(place: _Place, look: Callable) -> Any:
-    """Returns what a look at a place returns, or the exception that it raises.
-
-    A directory may have another program's files in it, of the same names as ours. Of these it
-    returns a line that says so.
-    """
-    try:
-        return look(place.path)
-    except (UserError, OSError) as error:
-        return error if place.named else f"{place.path}: {error}"
-
-
-def _places(path) -> list[_Place]:
-    """Returns what is at a path, or all that are in the directory there."""
-    from sae_jax.train.watching import at_once
-
-    if found := _kind(path):
-        return [_Place(path, found, named=True)]
-    if not path.exists():
-        raise UserError(f"there is no {path}; name a run, a sweep or a store")
-    entries = sorted(_entries(path), key=str)
-    inside = list(zip(entries, at_once(_kind, entries), strict=True))
-    if not any(kind for _, kind in inside):
-        raise UserError(
-            f"{path} is neither a run (config.json), a sweep (sweep.json) nor a store (meta.json), "
-            f"and has none of them directly in it{_further_down(entries)}"
-        )
-    return [_Place(entry, kind, named=False) for entry, kind in inside if kind]
-
-
-def _further_down(entries: list) -> str:
-    """Returns a hint for a message: a directory to name instead, "" where there are none."""
-    folder = next((entry for entry in entries if entry.is_dir()), None)
-    return f"; name one further down, such as {folder}" if folder else ""
-
-
-def _entries(path) -> list:
-    return list(path.iterdir()) if path.is_dir() else []
-
-
-def _kind(path) -> str | None:
-    names = {"sweep.json": "sweep", "meta.json": "store", "config.json": "run"}
-    return next((kind for name, kind in names.items() if (path / name).is_file()), None)
 
 
 def _sweep(path) -> str:
@@ -180,6 +125,7 @@ def _store(path) -> str:
 
 def _serve(named: list, port: int) -> None:
     from sae_jax.sweep import live_page
+    from sae_jax.sweep.places import Followed
     from sae_jax.sweep.watch import Watch
 
     places = Followed(named)
@@ -192,62 +138,3 @@ def _serve(named: list, port: int) -> None:
     with server:
         print(f"{len(runs):,} runs at {address}; Ctrl-C ends it", flush=True)
         server.serve_forever()
-
-
-class Followed:
-    """Finds the runs in places that were named: those that are there now.
-
-    A directory of runs is read again where that is cheap. In an object store its listing has every
-    file of every run; there only sweeps grow.
-
-    Attributes:
-      strange: a line about each thing that is neither a run nor a sweep, though it looked so.
-    """
-
-    def __init__(self, named: list):
-        self._named = named
-        self._places: dict[Any, list[_Place]] = {}
-        self._watched: dict[Any, Callable[[], list]] = {}  # of the places that could be read
-        self.strange: list[str] = []
-
-    def find(self) -> list:
-        """Returns the runs. Raises UserError if a place that was named is none, or is away."""
-        runs = []
-        for path in self._named:
-            for place in self._inside(path):
-                runs += self._runs(place)
-        return runs
-
-    def _inside(self, path) -> list[_Place]:
-        from sae_jax.paths import ObjectPath
-
-        known = self._places.get(path)
-        if known is None or not (isinstance(path, ObjectPath) or known[0].named):
-            self._places[path] = _places(path)
-        return self._places[path]
-
-    def _runs(self, place: _Place) -> list:
-        if place.path not in self._watched:
-            found = _unless_strange(place, lambda path: _runs_of(path, place.kind))
-            if isinstance(found, Exception):
-                raise found
-            if isinstance(found, str):
-                self.strange.append(found)
-                found = list
-            self._watched[place.path] = found
-        return self._watched[place.path]()
-
-
-def _runs_of(path, kind: str) -> Callable[[], list]:
-    """Returns a function that returns the runs at a path: a sweep may get more of them."""
-    from sae_jax.sweep.watch import SweepRuns, Watched
-    from sae_jax.train import watching
-
-    if kind == "store":
-        return list
-    if kind == "run":
-        run = Watched(str(path), path, watching.read_steps(path))
-        return lambda: [run]
-    sweep = SweepRuns(path)
-    sweep.find()  # raises what is wrong with it now
-    return sweep.find

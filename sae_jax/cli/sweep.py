@@ -46,7 +46,7 @@ where their learning rate began to fall:
   sae-jax sweep --workdir=S --config=LARGER.py --extend    add the runs of a larger grid, and train
   sae-jax sweep --workdir=S --config=LARGER.py --extend --dry_run    what that would add
   sae-jax sweep --workdir=S --rerun=failed     train again what failed, or a run: --rerun=RUN
-  sae-jax sweep --workdir=S --drop=RUN         take a run out; --restore=RUN brings it back
+  sae-jax sweep --workdir=S --drop=RUN         take a run out; --restore=RUN: one that had ended
 
 Larger budgets go on where warm-ups have equal steps, as grid.budgets([1e6, 4e6], batch_size=2048,
 warmup_tokens=1e5) makes them; a warmup_fraction alone is a part of each. Which begin anew, and why,
@@ -142,6 +142,10 @@ def run(args: flags.FlagValues, overrides: dict[str, str]) -> int:
         raise UserError("--workdir=SWEEP is needed: the directory of the sweep")
     if args.extend and not args.config:
         raise UserError("--extend needs --config=FILE.py, with the larger grid")
+    shows = next((name for name in ("status", "dry_run") if args[name].value), None)
+    changes = next((name for name in ("drop", "rerun", "restore") if args[name].present), None)
+    if shows and changes:
+        raise UserError(f"--{shows} changes nothing: leave --{changes} out")
     if args.status:
         directory = SweepDirectory(path)
         print(status.view(directory, leases.Leases(path / "leases", args.lease_seconds)))

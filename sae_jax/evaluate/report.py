@@ -385,7 +385,10 @@ def is_of(out: AnyPath, run: AnyPath) -> bool:
     """Whether the JSON file `out` is there and holds an evaluation of a run as it has ended, not
     one of a checkpoint before, nor of what the run was before it was trained again.
     """
-    settings = read_json(out, default={}).get("settings")
+    try:
+        settings = read_json(out, default={}).get("settings")
+    except UserError:  # damaged
+        return False
     result = checkpoint_settings(run, 0)["result"]
     return isinstance(settings, dict) and settings.get("result") == result is not None
 

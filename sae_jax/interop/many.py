@@ -24,8 +24,8 @@ from sae_jax.interop.card import Hub, collection_card
 from sae_jax.interop.provenance import read_provenance
 from sae_jax.interop.select import select, still_done
 from sae_jax.json_files import checked, read_json
-from sae_jax.tables import unlike_evaluations
 from sae_jax.train.directory import read_config
+from sae_jax.train.evaluated_rows import unlike_evaluations
 
 
 @dataclasses.dataclass(frozen=True)

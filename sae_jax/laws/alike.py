@@ -76,8 +76,11 @@ def columns_apart(cells: dict, metrics: tuple[str, str], by: tuple[str, ...] = (
     texts = {name: tuple(map(as_text, cells[name])) for name in names}
     kept: list[str] = []
     for name in names:
+        # A coefficient that a run ended at is no setting's, and stands for no field.
         if not any(texts[name] == texts[other] for other in kept) and not any(
-            _named(name) == _named(other) and _says(texts[other], texts[name]) for other in kept
+            _named(name) == _named(other) != "sparsity_coefficient"
+            and _says(texts[other], texts[name])
+            for other in kept
         ):
             kept.append(name)
     return kept

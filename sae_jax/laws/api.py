@@ -274,13 +274,16 @@ class LawFit:
                 predictions[-1]["warnings"] = predict.warnings(self.found, asked)
             except UserError as error:
                 refused.append(str(error))
+        next_config = None
+        if planned and planned["d_sae"]:
+            next_config = next_run.make(planned, self.found.results.run_folders(), start)
         options, accounting = self.options, self.accounting
         frontiers = fitting.frontiers_by_accounting(self.runs, self.found, accounting, options)
         content = report.summary(self.found, planned, frontiers, predictions, refused)
         report.save(self.found, content, out, papers, style, panel)
         saved.save(self.runs, accounting, options, self.found, out)
-        if planned and planned["d_sae"]:
-            next_run.save(planned, self.found.results.run_folders(), start, out)
+        if next_config:
+            next_run.save(planned, *next_config, out)
         return content
 
     @property
@@ -305,7 +308,10 @@ class LawFit:
         is_enough = is_table and set(self._needed) <= set(called)
         wanted = self._needed if is_enough else tuple(called)
         for ours in wanted:
-            if len(called[ours]) > 1:
+            if is_table:  # it may have other columns by our names: those of the runs come first
+                own = self.runs.names.get(ours, ours)
+                called[ours].sort(key=lambda name, own=own, ours=ours: (name != own, name != ours))
+            elif len(called[ours]) > 1:
                 raise UserError(f"loss: {' and '.join(called[ours])} are both {ours}; give one")
         given = {ours: _positive(ours, at[called[ours][0]]) for ours in wanted}
         try:

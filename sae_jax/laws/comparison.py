@@ -25,12 +25,14 @@ from sae_jax.laws.alike import (
     mean,
     sd,
 )
-from sae_jax.laws.equal_x import REACHED, at_place, not_reached, off_frontier, shared_places
-from sae_jax.laws.results import Row, finished
+from sae_jax.laws.equal_x import at_place, not_reached, off_frontier, shared_places
+from sae_jax.laws.run_rows import Row, finished
 from sae_jax.laws.settings import SOURCE, TARGETS, as_text, meant_column
 from sae_jax.paths import AnyPath
 from sae_jax.progress_bar import progress
-from sae_jax.tables import as_number, unlike_evaluations
+from sae_jax.tables import as_number
+from sae_jax.train.evaluated_rows import unlike_evaluations
+from sae_jax.train.results import NEAR_TARGET
 from sae_jax.typeset import Math
 
 FILES = ("compare.csv", "compare.png", "table.md", "table.tex", "frontier.tex")
@@ -244,8 +246,11 @@ def compare(
     made = make_settings(rows, by, apart, (x, y), best, alone=alike is None)
     made.sort(key=lambda setting: (order.index(setting.group), mean(setting.x)))
     notes += differences(made, by, best)
-    given = at is not None
+    given = at is not None and len(at) > 0
     at = tuple(map(float, at)) if given else shared_places(made, order)
+    if not all(0 < place < math.inf for place in at):
+        asked = ",".join(f"{place:g}" for place in at)
+        raise UserError(f"--at={asked}: places are positive numbers")
     logs = best == "low" and all((setting.y > 0).all() for setting in made)
     values = {group: tuple(at_place(made, group, place, logs) for place in at) for group in order}
     notes += not_reached(values, at, made, labels.short(x), given)
@@ -366,7 +371,7 @@ def _missed_targets(rows: list[dict]) -> list[str]:
         target, l0 = (next((value for value in values if value), None) for values in known)
         if target is not None and l0 is not None:
             adapted += 1
-            if abs(l0 / target - 1) > REACHED:
+            if abs(l0 / target - 1) > NEAR_TARGET:
                 missed.setdefault(target, []).append(l0)
     if not missed:
         return []
@@ -374,7 +379,7 @@ def _missed_targets(rows: list[dict]) -> list[str]:
     said = "; ".join(f"{target:g} came to {some(l0, 4)}" for target, l0 in texts.items())
     return [
         f"{sum(map(len, missed.values()))} of {adapted} runs with a target_l0 missed it by more "
-        f"than {REACHED:.0%} ({said}), and count with the L0 that they have"
+        f"than {NEAR_TARGET:.0%} ({said}), and count with the L0 that they have"
     ]
 
 

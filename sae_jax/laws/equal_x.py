@@ -12,7 +12,7 @@ import numpy as np
 from sae_jax.errors import UserError, some
 from sae_jax.laws.alike import SAME_X, Setting, mean
 
-REACHED = 0.05  # relative: a place so near a frontier's end is reached, as an L0 near its target is
+REACHED = 0.05  # relative: a place so near a frontier's end is reached
 _WIDE = 1.1  # a slope is taken over at least this factor to either side, where there is so much
 _MOST_PLACES = 5  # at which groups are compared by default
 

@@ -112,9 +112,8 @@ class Fit:
 
     def at_k(self, k: float) -> "Fit":
         """Returns the fit of the joint law with its frontier at another k."""
-        cost = self.frontier.cost if self.frontier else Cost(1.0)
-        frontier = Frontier.from_law(self.law, self.estimate.theta, cost, k)
-        return dataclasses.replace(self, k=k, frontier=frontier if frontier.exists else None)
+        _, frontier, _ = frontier_of(self.results, self.law, self.estimate.theta, k)
+        return dataclasses.replace(self, k=k, frontier=frontier)
 
     def spread(self, values: np.ndarray, at: np.ndarray) -> np.ndarray:
         """Returns the 95% interval (2, ...) of a quantity whose fitted value is `at` and whose
@@ -243,26 +242,37 @@ def fit(results: Results, name: str, options: Options) -> "Fit | isoflop.Isoflop
     )
 
 
-def frontier_of(results: Results, law: Law, theta: np.ndarray):
+def frontier_of(results: Results, law: Law, theta: np.ndarray, k: float | None = None):
     """Returns what a fitted law has for a frontier.
 
     Args:
       results: the runs.
       law: the law.
       theta: its internal parameters (P,).
+      k: at which the joint law's frontier is taken; by default the middle one of the runs.
 
     Returns:
-      The k at which the joint law's frontier is taken, the middle one of the runs; the frontier;
-      and the cost of the runs. Each is None where there is none.
+      That k, the frontier, and the cost of the runs. Each is None where there is none. Runs whose
+      compute has no such cost have no frontier; those without compute are counted as d_sae x
+      tokens.
     """
     cost = None
     if {"d_sae", "tokens", "flops"} <= set(results.columns):
         cost = Cost.from_columns(results.columns)
     if law.name not in ("chinchilla", "joint"):
         return None, None, cost
-    k = float(np.exp(np.median(np.log(results.columns["k"])))) if law.name == "joint" else None
+    if law.name == "joint" and k is None:
+        k = float(np.exp(np.median(np.log(results.columns["k"]))))
+    if cost is None and "flops" in results.columns:  # `cost_is_unknown`
+        return k, None, None
     frontier = Frontier.from_law(law, theta, cost or Cost(1.0), k)
     return k, frontier if frontier.exists else None, cost
+
+
+def cost_is_unknown(results: Results) -> bool:
+    """Whether the runs' compute does not say what another run costs."""
+    known = {"d_sae", "tokens", "flops"} <= set(results.columns)
+    return known and Cost.from_columns(results.columns) is None
 
 
 def frontiers_by_accounting(

@@ -12,7 +12,7 @@ from sae_jax.errors import some
 from sae_jax.laws import report
 from sae_jax.laws.copyable import digits, interval, label_of
 from sae_jax.laws.results import Results
-from sae_jax.laws.settings import as_text, in_order, shortened, varying
+from sae_jax.laws.settings import as_text, in_order, meant_column, shortened, varying
 from sae_jax.typeset import Math
 
 _APART = 0.25  # the part of a group's runs that would have to change to be as another's
@@ -51,9 +51,11 @@ def apart(runs: Mapping[str, Results], columns: Iterable[str], by: str) -> list[
         names.get(name, name): np.concatenate([of.columns[name] for of in every])
         for name in columns
     }
+    axes = {names.get(name, name) for name in ("d_sae", "tokens")}  # of a law of compute
+    own = {meant_column(name, cells) for name in by.split(",")}
     found = []
     for name, column in varying(cells, names, known).items():
-        if column["is"] != "setting" or column["follows"]:
+        if column["is"] != "setting" or (column["follows"] and name not in axes) or name in own:
             continue
         texts = {label: [as_text(cell) for cell in of.cells[name]] for label, of in runs.items()}
         tells = all(set(of) <= set(label.split(", ")) for label, of in texts.items())

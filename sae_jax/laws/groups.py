@@ -192,8 +192,8 @@ class Groups:
 
         drawn = {paths.path(file): plots.rendered(draw, file, style) for file in papers}
         out.mkdir(parents=True, exist_ok=True)
-        outputs.forget_groups(out, set(self.folders.values()))
         told = {n: fit.save(folders[n], flops, start, at) for n, fit in self.fits.items()}
+        outputs.forget_groups(out, set(self.folders.values()))
         values = self.summary(told)
         paths.save_json(values, out / "by.json")  # first: it says whose the others are
         table = self.table()

@@ -25,7 +25,7 @@ _Positive = Annotated[float, msgspec.Meta(gt=0, le=1e300)]
 FILE = "next_run.py"
 _DOC = """Planned by `sae-jax fit` for {flops:.4g} FLOPs: {d_sae} latents, {tokens:,} tokens.
 
-  sae-jax train {file} --workdir=runs/next
+  sae-jax train {file} --workdir=DIRECTORY
 
 {notes}
 """
@@ -48,8 +48,8 @@ def base(file: str | None, overrides: dict[str, str]) -> Config:
     return configs.override(configs.load_file(file) if file else Config(), overrides)
 
 
-def save(planned: dict, folders: list[AnyPath], start: Config | None, out: str | AnyPath) -> Config:
-    """Writes OUT/next_run.py, a config with the planned size, tokens and k.
+def make(planned: dict, folders: list[AnyPath], start: Config | None) -> tuple[Config, list[str]]:
+    """Returns a config with the planned size, tokens and k, and notes on it.
 
     All else is from `start`; without it from the run nearest to the plan, where they are of
     sweeps, or else from the defaults.
@@ -58,10 +58,6 @@ def save(planned: dict, folders: list[AnyPath], start: Config | None, out: str |
       planned: the prediction of `predict.predict`.
       folders: the directories of the runs that the law was fitted to, where they are of sweeps.
       start: the config to start from, or None.
-      out: the directory of the fit.
-
-    Returns:
-      The config that was written.
 
     Raises UserError where the sweep has no finished run.
     """
@@ -74,12 +70,17 @@ def save(planned: dict, folders: list[AnyPath], start: Config | None, out: str |
         start = Config()
         notes.append("It has the defaults but for these; say --config.data.store=STORE.")
     config = _planned(start, planned)
-    file = paths.path(out) / FILE
     epochs = config.data.epochs
     notes.append(
         f"data.epochs is {epochs}: if the store has fewer tokens than that gives, training says "
         "so, and how many epochs it would take."
     )
+    return config, notes
+
+
+def save(planned: dict, config: Config, notes: list[str], out: str | AnyPath) -> None:
+    """Writes OUT/next_run.py with what `make` returned for a plan."""
+    file = paths.path(out) / FILE
     doc = _DOC.format(
         flops=planned["flops"],
         d_sae=planned["d_sae"],
@@ -92,7 +93,6 @@ def save(planned: dict, folders: list[AnyPath], start: Config | None, out: str |
         values=pprint.pformat(configs.to_dict(config), width=96, sort_dicts=False),
     )
     paths.write(file, text)
-    return config
 
 
 def _docstring(text: str) -> str:

@@ -7,7 +7,7 @@ import scipy.stats
 
 from sae_jax.errors import UserError
 from sae_jax.laws import curves
-from sae_jax.laws.fitting import Fit
+from sae_jax.laws.fitting import Fit, cost_is_unknown
 from sae_jax.laws.intervals import widening
 from sae_jax.laws.isoflop import IsoflopFit
 
@@ -112,9 +112,12 @@ def no_frontier(found: Fit) -> str:
             'given n and k, --predict_at="d_sae=16384 k=32", and --law=joint has a frontier'
         )
     at = " ".join(f"{name}=..." for name in found.law.columns)
+    why = f"the loss of {found.law.name} as fitted does not fall in both d_sae and tokens"
+    if found.law.name in ("chinchilla", "joint") and cost_is_unknown(found.results):
+        why = "the column flops does not say what another run costs"
     return (
-        f"the loss of {found.law.name} as fitted does not fall in both d_sae and tokens, so it has "
-        f'no compute-optimal run; it predicts a loss at given values, --predict_at="{at}"'
+        f"{why}, so it has no compute-optimal run; it predicts a loss at given values, "
+        f'--predict_at="{at}"'
     )
 
 

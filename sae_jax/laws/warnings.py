@@ -16,7 +16,7 @@ _NO_COST = (
 )
 _NO_COMMON_COST = (
     "the column flops is no affine function of d_sae for a token, so it does not say what another "
-    "run costs; compute is counted as d_sae x tokens"
+    "run costs, and there is no compute-optimal run; --select runs that cost alike, or --by=d_in"
 )
 
 
@@ -45,13 +45,15 @@ def warnings(fit, cost) -> list[str]:
             f"{fit.estimate.rms_log_error:.1%}: do not trust it beyond these runs"
         )
     if fit.law.name in ("chinchilla", "joint"):
-        if fit.frontier is None:
+        if cost is None and "flops" in fit.results.columns:
+            out.append(_NO_COMMON_COST)
+        elif fit.frontier is None:
             out.append(
                 "the fitted loss does not fall in both d_sae and tokens, so there is no "
                 "compute-optimal frontier"
             )
         elif cost is None:
-            out.append(_NO_COMMON_COST if "flops" in fit.results.columns else _NO_COST)
+            out.append(_NO_COST)
     if fit.law.name == "chinchilla":
         a = fit.exponents(fit.drawn.theta).get("d_sae_exponent")
         out += agreement.compare_with_isoflop(

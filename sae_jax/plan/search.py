@@ -66,6 +66,8 @@ def variants(
 
 def check_batch_sizes(config: Config, batch_sizes: Sequence[int]) -> None:
     """Raises UserError for a batch size that the config's run cannot have."""
+    if config.data.virtual_shards < 1:
+        raise UserError(f"data.virtual_shards must be 1 or more, not {config.data.virtual_shards}")
     for batch in batch_sizes:
         if batch < 1 or batch % config.data.virtual_shards:
             raise UserError(

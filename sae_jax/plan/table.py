@@ -41,9 +41,10 @@ HEADER = (
 )
 TRACED = (
     "traced: read off the program before it is compiled, which needs more (up to 3 times the GB "
-    "was seen). What is suggested was compiled; --compiles=N compiles more."
+    "was seen). --compiles=N compiles so many of the best, or more of them."
 )
 """What is to be said below rows of which some are traced."""
+COMPILED = "What is suggested was compiled."
 
 
 def short(estimate: Estimate) -> str:

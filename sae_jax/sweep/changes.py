@@ -73,7 +73,7 @@ def extended(directory: SweepDirectory, runs: list[Run]) -> list[Run]:
             f"{'has' if len(begun) == 1 else 'have'} begun: {some(begun, 3)}; put back into the "
             "grid what it left out, or take it out with --drop=RUN"
         )
-    number, trunks = _next_round(directory), _trunks(directory)
+    number, trunks = _next_round(directory), _trunks(directory.done())
     merged = []
     for run in runs:
         begins = design.trunk_key(run.config) not in trunks
@@ -117,10 +117,11 @@ def extension_notes(directory: SweepDirectory, runs: list[Run]) -> list[str]:
         notes.append(
             f"{counted(len(dropped), 'run')} of the grid {'was' if len(dropped) == 1 else 'were'} "
             f"dropped and {'stays' if len(dropped) == 1 else 'stay'} so: {some(dropped, 4)}; "
-            "--restore=RUN brings one back"
+            "--restore=RUN brings back one that had ended, --rerun=RUN trains it again"
         )
-    there, trunks = {run.id for run in directory.all_runs}, _trunks(directory)
-    shorter = {_without_budget(run.config): run.config for run in directory.done()}
+    there, done = {run.id for run in directory.all_runs}, directory.done()
+    trunks = _trunks(done)
+    shorter = {_without_budget(run.config): run.config for run in done}
     anew = [
         (run, shorter[key])
         for run in runs
@@ -152,9 +153,10 @@ def begins_at(directory: SweepDirectory, runs: list[Run]) -> dict[str, int]:
     return {r.id: min(ends[k], trunk_steps(r.config)) for r in runs if (k := keys[r.id]) in ends}
 
 
-def _trunks(directory: SweepDirectory) -> set[str]:
-    """Returns the trunks of the runs that are done, from which others can go on."""
-    return {design.trunk_key(run.config) for run in directory.done()} - {None}
+def _trunks(done: Sequence[Run]) -> set[str]:
+    """Returns the trunks of runs that are done, from which others can go on."""
+    kept = [run.config for run in done if run.config.train.keep_trunk]
+    return {design.trunk_key(config) for config in kept} - {None}
 
 
 def _without_budget(config: Config) -> str:
@@ -174,6 +176,11 @@ def _why_anew(before: Config, config: Config) -> str:
         if config.sae.anneals:
             what = "what changes along its SAE's training (k_start, p_end or target_l0)"
         return f"{what} depends on the run's length from the first step on"
+    if not before.train.keep_trunk:
+        return (
+            "what is done kept no checkpoint where its learning rate began to fall "
+            "(train.keep_trunk)"
+        )
     steps = count_steps(config)
     old, new = (ScheduleSteps.from_config(c, count_steps(c)) for c in (before, config))
     fields = {}
@@ -230,6 +237,7 @@ def change(
     lines = []
     for run in restored.values():  # before sweep.json calls it a run that would wait
         if kept[run.id] != (place := directory.run_path(run)):
+            _put_aside(directory, run)  # what a drop that was cut short has left there
             paths.move(kept[run.id], place)
         lines.append(f"restored {directory.name(run)} ({run.id}): {directory.state(run)}")
     directory.rewrite(changed)
@@ -237,7 +245,9 @@ def change(
         aside, name = _put_aside(directory, run), directory.name(run)
         had = f"what it had is in {aside}" if aside else "it had not begun"
         if run.dropped:
-            how = f"--restore={name} brings it back, --rerun={name} trains it again"
+            ended = aside is not None and watching.state(aside) in ("done", "failed")
+            how = f"--restore={name} brings it back, " if ended else ""
+            how += f"--rerun={name} trains it again"
             lines.append(f"dropped {name} ({run.id}): {had}; {how}")
         else:
             lines.append(f"to be trained again: {name} ({run.id}); {had}")

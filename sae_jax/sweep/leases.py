@@ -179,7 +179,7 @@ class Lease:
         if self._thread.is_alive():
             return
         # Where it was deleted there is nothing to give back.
-        with contextlib.suppress(OSError, UserError, TimeoutError):
+        with contextlib.suppress(OSError, UserError):
             background.start(self._claim.release).result(_RELEASE_SECONDS)
 
     def _beat(self) -> None:

@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from sae_jax.errors import UserError, nearest, some
 from sae_jax.sweep import grid as grids
 from sae_jax.sweep.directory import Run, SweepDirectory
+from sae_jax.train.watching import at_once
 
 FAILED = "failed"  # in place of a run's name: all that have failed
+_FEWEST_DIGITS = 4  # of an id: fewer are rather a value of a field
 
 
 def find(directory: SweepDirectory, names: Sequence[str], runs: Sequence[Run]) -> list[Run]:
@@ -28,9 +30,11 @@ def find(directory: SweepDirectory, names: Sequence[str], runs: Sequence[Run]) -
     found: dict[str, Run] = {}
     for text in names:
         if text == FAILED:
-            means = [run for run in runs if directory.state(run) == FAILED]
+            going = [run for run in runs if not run.dropped]
+            states = at_once(directory.state, going)
+            means = [run for run, state in zip(going, states, strict=True) if state == FAILED]
             if not means:
-                raise UserError(f"no run of {directory.path} has failed")
+                raise UserError(f"no run of {directory.path} that is not dropped has failed")
         else:
             means = [_find_one(directory, text, runs)]
         found |= {run.id: run for run in means}
@@ -38,11 +42,14 @@ def find(directory: SweepDirectory, names: Sequence[str], runs: Sequence[Run]) -
 
 
 def _find_one(directory: SweepDirectory, text: str, runs: Sequence[Run]) -> Run:
+    exact = [run for run in directory.all_runs if text in (run.id, directory.name(run))]
+    # Where one is called so no other is meant, even if that one is none of `runs`.
+    among = [run for run in runs if run in exact or not exact]
     for means in (
-        [run for run in runs if text in (run.id, directory.name(run))],
-        [run for run in runs if (given := _fields(text)) and _agrees(run, given)],
-        [run for run in runs if text and run.id.startswith(text)],
-        [run for run in runs if _begins(directory.name(run), text)],
+        [run for run in among if run in exact],
+        [run for run in among if (given := _fields(text)) and _agrees(run, given)],
+        [run for run in among if len(text) >= _FEWEST_DIGITS and run.id.startswith(text)],
+        [run for run in among if _begins(directory.name(run), text)],
     ):
         if len(means) == 1:
             return means[0]
@@ -58,7 +65,8 @@ def _find_one(directory: SweepDirectory, text: str, runs: Sequence[Run]) -> Run:
 def _fields(text: str) -> dict[str, str]:
     """Returns the fields of a name, {} for what is no list of them."""
     parts = [part.partition("=") for part in re.split(r"[,\s]+", text.strip(", "))]
-    return {field: value for field, _, value in parts} if all(all(p) for p in parts) else {}
+    fields = {field: value for field, _, value in parts}
+    return fields if len(fields) == len(parts) and all(all(p) for p in parts) else {}
 
 
 def _agrees(run: Run, given: dict[str, str]) -> bool:
@@ -92,10 +100,13 @@ def _number(text: str) -> float | None:
 
 
 def _begins(name: str, text: str) -> bool:
-    """Whether a name begins with a text that ends within no number: seed=1 begins no seed=10."""
+    """Whether a name begins with a text that ends within no value: seed=1 begins no seed=10, and
+    architecture=relu no architecture=relu_l1_unit.
+    """
+    ends_in_value = "=" in text.rpartition(",")[2]
     if not text or not name.startswith(text):
         return False
-    return not (text[-1].isdigit() and re.match(r"[\d.e]", name[len(text) :]))
+    return not ends_in_value or name[len(text) :][:1] in ("", ",")
 
 
 def _hint(directory: SweepDirectory, text: str, runs: Sequence[Run]) -> str:
@@ -107,7 +118,7 @@ def _hint(directory: SweepDirectory, text: str, runs: Sequence[Run]) -> str:
     for run in directory.all_runs:
         name = directory.name(run)
         if run.dropped and (text in (run.id, name) or (given and _agrees(run, given))):
-            return f"{name} ({run.id}) is dropped already; --restore={name} brings it back"
+            return f"{name} ({run.id}) is dropped already; --restore={name} or --rerun={name}"
     if not given:
         if difflib.get_close_matches(text, [FAILED], cutoff=0.5):
             return nearest(text, [FAILED])

@@ -8,7 +8,6 @@ asked for, too; what has ended is never asked for again, unless it is trained ag
 import collections
 import dataclasses
 import secrets
-import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -23,7 +22,6 @@ from sae_jax.train.watching import GrowingMetrics, at_once
 
 _SECONDS = {False: 2.0, True: 20.0}  # between looks, at local runs and at those in object stores
 _MOST = 1e100  # a number beyond it is no metric, and would overflow in what is computed of it
-_RATES = 5  # of the last lines, whose median is the speed: a line behind a checkpoint is slow
 _POINTS, _POINTS_OF_RUN = 100_000, (100, 2000)  # what a browser draws at once; least and most
 
 
@@ -111,7 +109,8 @@ class Watch:
             before = self._curves.get(run.path)
             if before is None or before.run.time != run.time:
                 # The revision makes the page forget what it drew of the time before.
-                self._curves[run.path] = _Curve(run, points, self._columns, self._revision)
+                again = before is not None
+                self._curves[run.path] = _Curve(run, points, self._columns, self._revision, again)
             else:
                 before.run = run
         left = {run.path for run in runs}
@@ -169,7 +168,11 @@ class Watch:
 class _Curve:
     """The lines of one run, every so-manieth where there are many."""
 
-    def __init__(self, run: Watched, points: int, columns: dict[str, int], revision: int):
+    def __init__(
+        self, run: Watched, points: int, columns: dict[str, int], revision: int, again: bool
+    ):
+        # Until the directory of one that is trained again is put aside, it has what had ended.
+        self._may_be_old = again
         self.run, self._most, self._columns = run, points, columns
         self._metrics = GrowingMetrics(run.path / "metrics.jsonl")
         self._news: tuple[list[dict], bool] | None = None  # None: it could not be read
@@ -184,7 +187,7 @@ class _Curve:
         self._lines: list[tuple[int, list]] = []  # with the revision of each
         self._last: dict = {}
         self._last_values: list = []
-        self._rates: collections.deque[float] = collections.deque(maxlen=_RATES)
+        self._rates: collections.deque[float] = collections.deque(maxlen=watching.SPEEDS)
 
     def look(self) -> str:
         """Reads what is new, for `add_news`, and returns why it cannot be read, "" if it can.
@@ -206,17 +209,18 @@ class _Curve:
         """Adds what the last look has read, as new in this revision."""
         if self._news is None:
             return
-        lines, restarted = self._news
+        (lines, restarted), self._news = self._news, None
         # A run whose state was asked for before its metrics were read has no more to come.
         self.ended = self._state in ("done", "failed")
+        self._may_be_old = self._may_be_old and self.ended and not restarted
+        self.ended = self.ended and not self._may_be_old
         self._stood_still = not lines
         if lines:
             self._changed = time.monotonic()
             self._state = "started" if not self.ended else self._state
         if restarted:
             self._forget(revision)
-        rates = (_number(values.get("tokens_per_second")) for values in lines)
-        self._rates.extend(rate for rate in rates if rate and rate > 0)
+        self._rates.extend(_number(values.get("tokens_per_second")) for values in lines)
         if lines:
             self._last, self._last_values = lines[-1], self._values(lines[-1])
         for line in lines:
@@ -255,11 +259,11 @@ class _Curve:
 
     def _seconds_left(self) -> float | None:
         tokens, steps_left = _number(self._last.get("tokens")) or 0, self.run.steps - self._step
-        if self._state != "started" or self.dropped or not self._rates:
+        rate = watching.usual_speed(list(self._rates))
+        if self._state != "started" or self.dropped or rate is None:
             return None
         if min(self._step, tokens, steps_left) <= 0:  # at the last step it is evaluated
             return None
-        rate = statistics.median(self._rates)
         return _number(steps_left * tokens / self._step / rate)
 
 

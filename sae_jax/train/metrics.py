@@ -96,6 +96,7 @@ class _ObjectMetrics:
             self._lines = [lines_until(file, step)]
         self._writing: concurrent.futures.Future | None = None
         self._written = 0  # lines
+        self._has_written = False
         self._due = time.monotonic() + _SECONDS
 
     def add(self, line: str) -> None:
@@ -127,6 +128,10 @@ class _ObjectMetrics:
 
     def _write(self, data: bytes) -> None:
         generation = self._path.write_if(self._generation, data)
+        if generation is None and not self._has_written:
+            # A write that whoever had the run before has given up may have come in late.
+            generation = self._path.write_if(self._path.read()[1], data)
+        self._has_written = True
         if generation is None:
             raise UserError(
                 f"another process writes {self._path}; let one of them end, and start again"

@@ -14,7 +14,8 @@ from sae_jax.train import controls, short_runs
 from sae_jax.train.schedule_steps import count_steps, dead_after_tokens
 from sae_jax.train.step import Trainer, TrainState
 
-_NEAR_TARGET = 0.05  # relative: an L0 so near its target has reached it
+NEAR_TARGET = 0.05
+"""How near its target, relative to it, an L0 has reached it."""
 
 
 def run_id(config: Config) -> str:
@@ -121,7 +122,7 @@ def _target(config: Config, state: TrainState, eval_l0: float | None) -> dict[st
     reached = limited = None
     if config.sae.target_l0 is not None:
         l0 = float(state.last_l0) if eval_l0 is None else eval_l0
-        reached = abs(l0 / config.sae.target_l0 - 1) <= _NEAR_TARGET
+        reached = abs(l0 / config.sae.target_l0 - 1) <= NEAR_TARGET
     if config.sae.adapts_to_target_l0:
         limited = controls.is_limited(float(state.log_coefficient))
     return {"target_reached": reached, "coefficient_at_limit": limited}

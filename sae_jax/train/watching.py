@@ -11,7 +11,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated
 
 import msgspec
@@ -25,7 +25,7 @@ STATES = ("waiting", "started", "done", "failed")
 
 _FILES = {"result.json": "done", "failed.json": "failed", "config.json": "started"}
 _TAIL = 8192  # bytes at the end of metrics.jsonl, more than its last line has
-_SPEEDS = 5  # of so many of its lines the median is taken
+SPEEDS = 5  # of so many of its lines the median is taken
 _OVERLAP = 256  # bytes that are read again, to see that the file has only grown
 _AT_ONCE = 32
 _STALE_SECONDS, _STALE_LINES = 300.0, 20.0  # silence that a run which is going on does not keep
@@ -163,15 +163,20 @@ def last_line(file: AnyPath) -> Line:
     if not whole:
         return Line()
     where = f"the last line of {file}"
-    lines = whole.rsplit(b"\n", _SPEEDS)[-_SPEEDS:]
+    lines = whole.rsplit(b"\n", SPEEDS)[-SPEEDS:]
     last = checked(parse_json(lines[-1], where), Line, where)
     before = [(parsed(line) or {}).get("tokens_per_second") for line in lines[:-1]]
-    rates = [rate for rate in (*before, last.tokens_per_second) if _is_speed(rate)]
-    return dataclasses.replace(last, tokens_per_second=statistics.median(rates) if rates else None)
+    rate = usual_speed([*before, last.tokens_per_second])
+    return dataclasses.replace(last, tokens_per_second=rate)
 
 
-def _is_speed(value: object) -> bool:
-    return type(value) in (int, float) and 0 < value < math.inf
+def usual_speed(rates: Sequence) -> float | None:
+    """Returns the median of the last tokens a second of a run, None where none is a speed.
+
+    A line behind a checkpoint is slow.
+    """
+    rates = [rate for rate in rates[-SPEEDS:] if type(rate) in (int, float) and 0 < rate < math.inf]
+    return statistics.median(rates) if rates else None
 
 
 def _tail(file: AnyPath) -> bytes:

@@ -424,7 +424,7 @@ def _read_results(folder: pathlib.Path, scratch: pathlib.Path) -> Arrays:
     select(folder, "d_sae>=1 eval_l0<60")
     export_many(folder, "sae_jax", folder / "exports")
     found = tables.read(str(folder), ("d_sae", "tokens"))
-    next_run.save(_PLAN, found.run_folders(), None, scratch)
+    next_run.save(_PLAN, *next_run.make(_PLAN, found.run_folders(), None), scratch)
     sweeps.SweepDirectory(folder).write_results()
     return found.columns
 
