@@ -28,6 +28,7 @@ from sae_jax.plan import harvest as harvests
 from sae_jax.plan import traced as traced_program
 from sae_jax.plan.estimate import Estimate, candidates, estimate, least_bytes, resolve, screen
 from sae_jax.plan.flops import matmul_flops
+from sae_jax.plan.operations import Operation
 from sae_jax.sae import by_name
 from sae_jax.train.mesh import make_mesh
 from sae_jax.train.step import Trainer
@@ -197,9 +198,8 @@ def test_unknown_topologies_are_named(name):
 def an_estimate(config: Config, topology, seconds: float, total: int, compiled: bool) -> Estimate:
     """One whose step takes so many seconds of products and bytes of memory."""
     flops = Counter(float32=seconds * topology.chip.float32)
-    return Estimate(
-        config, topology, {}, {"temporaries": total}, total, flops, 0, compiled=compiled
-    )
+    sizes, operations = {"temporaries": total}, (Operation(0, flops=flops),)
+    return Estimate(config, topology, {}, sizes, total, flops, operations, compiled)
 
 
 @pytest.mark.parametrize("seed", range(5))
