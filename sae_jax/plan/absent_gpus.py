@@ -37,13 +37,18 @@ _MATRIX_RATES = {10: 512, 11: 256, 16: 512} | dict.fromkeys(
 )
 
 
+def installed() -> bool:
+    """Returns whether JAX's CUDA plugin is there."""
+    return any(map(importlib.util.find_spec, _PLUGINS))
+
+
 def absent_gpus(kind: str, per_node: int, nodes: int = 1) -> list:
     """Returns the devices of nodes of a kind of GPU, "h100" or "h200", to compile for.
 
     Raises UserError where the CUDA plugin is not installed, or describes GPUs in another way, and
     for another kind.
     """
-    if not any(map(importlib.util.find_spec, _PLUGINS)):
+    if not installed():
         raise UserError(
             'the CUDA compiler is not installed (pip install "sae-jax[cuda]"; it needs no GPU)'
         )

@@ -155,13 +155,14 @@ def _flops(instruction: Instruction, computation: str, program: Program) -> Coun
     elif opcode == "custom-call" and "__cublas" in rest:
         found = re.search(r'"lhs_contracting_dimensions":\[([\d",]*)\]', rest)
         depth = _depth(instruction, scope, found)
-    elif kernel := re.search(r"_of_(\d+)_flops", rest):  # ours say it in their names
-        operands = [scope[name].type for name in instruction.operands]
-        return Counter({_dtype(next(t for t in operands if t[:2] in ("bf", "f3"))): int(kernel[1])})
+    elif opcode == "custom-call" and (kernel := re.search(r"_of_(\d+)_flops", rest)):
+        # Ours say it in their names.
+        operands = (scope[name].type for name in instruction.operands)
+        return Counter({_dtype(next(t for t in operands if "f" in t[:2])): int(kernel[1])})
     else:
         return Counter()
     flops = 2 * math.prod(array_sizes(instruction.type)[0]) * depth
-    return Counter({_dtype(_before_conversion(instruction.operands[0], scope).type): flops})
+    return Counter({_dtype(*(scope[name].type for name in instruction.operands[:2])): flops})
 
 
 def _depth(instruction: Instruction, scope: dict, found: re.Match) -> int:
@@ -170,16 +171,9 @@ def _depth(instruction: Instruction, scope: dict, found: re.Match) -> int:
     return math.prod(left[int(i)] for i in re.findall(r"\d+", found.group(1)))
 
 
-def _before_conversion(name: str, scope: dict) -> Instruction:
-    """Returns what an operand of a product is converted from where it is used."""
-    while scope[name].opcode in ("convert", "bitcast", "copy", "transpose"):
-        name = scope[name].operands[0]
-    return scope[name]
-
-
-def _dtype(type_: str) -> str:
-    """Returns the name of the dtype whose peak a product of operands of a printed type has."""
-    return "float32" if re.match(r"\(?f(32|64)\b", type_) else "bfloat16"
+def _dtype(*types: str) -> str:
+    """Returns the name of the dtype whose peak a product of operands of printed types has."""
+    return "float32" if any(re.match(r"f(32|64)\b", type_) for type_ in types) else "bfloat16"
 
 
 # ----------------------------------------------------------------------------- sources
