@@ -200,8 +200,8 @@ class _Sources:
         sae/topk.py:86"; its opcode where it is XLA's own.
         """
         named = re.search(r'op_name="([^"]*)"', instruction.rest)
-        word = named.group(1).split("/")[-1] if named else ""
-        word = word or instruction.opcode
+        parts = re.findall(r"[\w.-]+", named.group(1)) if named else []
+        word = parts[-1] if parts else instruction.opcode
         if named and "transpose(jvp" in named.group(1):
             word += " backward"
         found = re.search(r"stack_frame_id=(\d+)", instruction.rest)
