@@ -40,9 +40,11 @@ RECIPES = ("openai_topk", "batchtopk", "gemma_scope", "scaling_monosemanticity")
 DTYPES = ("float32", "bfloat16")
 _HELD_OUT = 16_384  # rows
 
-_OUT = flags.DEFINE_string("out", None, "Directory of the runs and of figures.json.", required=True)
-_WORLD = flags.DEFINE_string("world", "world:superposition,width=64,features=256", "Its spec.")
-_STORE = flags.DEFINE_string("store", None, "Of real activations; without it there is the world.")
+_OUT = flags.DEFINE_string("out", None, "Directory of runs and figures.json.", required=True)
+_WORLD = flags.DEFINE_string(
+    "world", "world:superposition,width=64,features=256", "Empty: only --store."
+)
+_STORE = flags.DEFINE_string("store", None, "Of real activations; none: only the world.")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Initialisations of each SAE.")
 _RECIPES = flags.DEFINE_list("recipes", list(RECIPES), "Which of them to train.")
 
@@ -73,21 +75,21 @@ def on_world(recipe: str) -> Config:
         "batchtopk": {"k": 6, "k_start": 24, "k_anneal_fraction": 0.6},
     }.get(recipe, {"target_l0": 6.0})
     width = open_stream(DataConfig(store=_WORLD.value)).world.num_features
-    return _tiny(recipe, {"d_sae": width, **sae}, _WORLD.value, 3e-3, 1500 * 256)
+    return _tiny(recipe, {"d_sae": width, **sae}, _WORLD.value, 3e-3, 256, 1500)
 
 
 def on_store(recipe: str) -> Config:
     """Returns a recipe for the activations of a store, at the sparsity that is usual for them."""
     sae = {"k": 32} if recipe in ("openai_topk", "batchtopk") else {"target_l0": 32.0}
-    return _tiny(recipe, {"d_sae": 2048, **sae}, _STORE.value, 1e-3, 320 * 256)
+    return _tiny(recipe, {"d_sae": 2048, **sae}, _STORE.value, 1e-3, 128, 480)
 
 
-def _tiny(recipe: str, sae: dict, store: str, rate: float, tokens: int) -> Config:
-    config = load_file(f"{recipe}:tiny")
+def _tiny(recipe: str, sae: dict, store: str, rate: float, batch: int, steps: int) -> Config:
+    config, tokens = load_file(f"{recipe}:tiny"), steps * batch
     return dataclasses.replace(
         config,
         sae=dataclasses.replace(config.sae, dead_after_tokens=None, **sae),
-        data=DataConfig(store=store, batch_size=256),
+        data=DataConfig(store=store, batch_size=batch),
         optimizer=dataclasses.replace(config.optimizer, learning_rate=rate),
         train=dataclasses.replace(config.train, tokens=tokens, checkpoint_every=tokens),
     )
