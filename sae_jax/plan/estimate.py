@@ -237,7 +237,8 @@ def resolve(config: Config, widths: tuple[int, ...], target: int | None = None) 
 def _tracing_for(topology: Topology):
     """Returns the context in which programs are traced as for the topology's devices.
 
-    A dense family's step counts with all latents, as it begins.
+    A dense family's step counts with all latents. That is how a run begins, and an upper bound of
+    what it takes once few latents act in a batch.
     """
     is_gpu = topology.chip is not None and not topology.is_tpu
     return as_for_accelerators() if is_gpu else by_all_latents()

@@ -12,8 +12,10 @@ def matmul_flops(jaxpr: core.Jaxpr, mesh: jax.sharding.Mesh) -> Counter:
     """Returns the FLOPs of a program's matrix products on one device, by the name of their dtype.
 
     A multiply and an add are two. Loops count as often as they run. Of the branches of a condition
-    the cheapest counts: the others are for dead latents, of which a healthy run has none, and for
-    codes of which one shard has far more than its share.
+    the cheapest counts, which is the one that an ordinary step takes: the others are for dead
+    latents, of which a healthy run has none, for codes of which one shard has far more than its
+    share, and for batches in which a faster way was not exact. A loop whose length the data decides
+    counts for nothing, since it works for these too.
 
     Where the program is written per shard (`jax.shard_map`), shapes are a device's own. Elsewhere
     the operands' shardings divide the work.
@@ -31,7 +33,7 @@ def matmul_flops(jaxpr: core.Jaxpr, mesh: jax.sharding.Mesh) -> Counter:
                 types = [a.aval.dtype for a in equation.invars]
                 of = next(t for t in types if jax.dtypes.issubdtype(t, jax.numpy.floating))
                 total[of.name] += estimate.flops
-        elif name != "while":  # only the loops over dead latents' picks, which have no products
+        elif name != "while":
             times = equation.params["length"] if name == "scan" else 1
             for inner in _inner_jaxprs(equation.params):
                 for dtype, flops in matmul_flops(inner, mesh).items():

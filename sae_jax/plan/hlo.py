@@ -1,9 +1,10 @@
 """Tells what a compiled program moves: bytes through memory, and through each collective.
 
 It is read from the text of the optimised HLO, because XLA's own cost analysis takes the body of a
-loop for one pass. Where a program branches, the branch with the least traffic counts: the others
-are for dead latents, of which a healthy run has none, and for codes of which one shard has far more
-than its share.
+loop for one pass. Where a program branches, the branch with the least traffic counts, which is the
+one that an ordinary step takes: the others are for dead latents, of which a healthy run has none,
+for codes of which one shard has far more than its share, and for batches in which a faster way was
+not exact.
 """
 
 import dataclasses
@@ -192,8 +193,8 @@ class Program:
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.rest)
         if known:
             return int(known.group(1))
-        # The loops of jax.lax.scan and fori_loop count from 0 to a constant. Any other loop works
-        # on dead latents, of which a healthy run has none.
+        # The loops of jax.lax.scan and fori_loop count from 0 to a constant. Of any other the data
+        # decides, such as one over dead latents, of which an ordinary step has none.
         constants = [i for i in self._computations[condition].values() if i.opcode == "constant"]
         counts = [int(i.arguments) for i in constants if i.type.startswith("s32[]")]
         return counts[0] if len(counts) == 1 else 0
