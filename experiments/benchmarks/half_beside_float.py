@@ -38,13 +38,15 @@ from sae_jax.train.checkpoints import load_sae
 
 RECIPES = ("openai_topk", "batchtopk", "gemma_scope", "scaling_monosemanticity")
 DTYPES = ("float32", "bfloat16")
-_HELD_OUT = 16_384  # rows
+_BATCH, _HELD_OUT = 256, 16_384  # rows
 
 _OUT = flags.DEFINE_string("out", None, "Directory of runs and figures.json.", required=True)
 _WORLD = flags.DEFINE_string(
     "world", "world:superposition,width=64,features=256", "Empty: only --store."
 )
 _STORE = flags.DEFINE_string("store", None, "Of real activations; none: only the world.")
+_D_SAE = flags.DEFINE_integer("d_sae", 2048, "Latents for the activations of --store.")
+_STEPS = flags.DEFINE_integer("steps", 600, "Steps on them, of 256 rows.")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Initialisations of each SAE.")
 _RECIPES = flags.DEFINE_list("recipes", list(RECIPES), "Which of them to train.")
 
@@ -70,26 +72,29 @@ def main(_) -> None:
 
 def on_world(recipe: str) -> Config:
     """Returns a recipe with a latent for each feature, about as many of which fire as features."""
+    from_dense = {"k": 6, "k_start": 24, "k_anneal_fraction": 0.6}
     sae = {
-        "openai_topk": {"k": 6, "k_start": 24, "k_anneal_fraction": 0.6},
-        "batchtopk": {"k": 6, "k_start": 24, "k_anneal_fraction": 0.6},
-    }.get(recipe, {"target_l0": 6.0})
+        "openai_topk": from_dense,
+        "batchtopk": from_dense,
+        "gemma_scope": {"target_l0": 6.0},
+        "scaling_monosemanticity": {"target_l0": 6.0, "sparsity_coefficient": 0.5},
+    }[recipe]
     width = open_stream(DataConfig(store=_WORLD.value)).world.num_features
-    return _tiny(recipe, {"d_sae": width, **sae}, _WORLD.value, 3e-3, 256, 1500)
+    return _tiny(recipe, {"d_sae": width, **sae}, _WORLD.value, 3e-3, 1500)
 
 
 def on_store(recipe: str) -> Config:
     """Returns a recipe for the activations of a store, at the sparsity that is usual for them."""
     sae = {"k": 32} if recipe in ("openai_topk", "batchtopk") else {"target_l0": 32.0}
-    return _tiny(recipe, {"d_sae": 2048, **sae}, _STORE.value, 1e-3, 128, 480)
+    return _tiny(recipe, {"d_sae": _D_SAE.value, **sae}, _STORE.value, 1e-3, _STEPS.value)
 
 
-def _tiny(recipe: str, sae: dict, store: str, rate: float, batch: int, steps: int) -> Config:
-    config, tokens = load_file(f"{recipe}:tiny"), steps * batch
+def _tiny(recipe: str, sae: dict, store: str, rate: float, steps: int) -> Config:
+    config, tokens = load_file(f"{recipe}:tiny"), steps * _BATCH
     return dataclasses.replace(
         config,
         sae=dataclasses.replace(config.sae, dead_after_tokens=None, **sae),
-        data=DataConfig(store=store, batch_size=batch),
+        data=DataConfig(store=store, batch_size=_BATCH),
         optimizer=dataclasses.replace(config.optimizer, learning_rate=rate),
         train=dataclasses.replace(config.train, tokens=tokens, checkpoint_every=tokens),
     )
