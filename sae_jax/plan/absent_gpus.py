@@ -3,6 +3,9 @@
 It takes the CUDA plugin of JAX (`pip install "sae-jax[cuda]"`) and no GPU.
 """
 
+import importlib.util
+import os
+
 import jax
 from jax.experimental import topologies
 
@@ -13,8 +16,12 @@ COMPILER_OPTIONS = {
     # for products, where XLA calls cuBLAS on a machine that has the GPU.
     "xla_gpu_deviceless_cub_mode": "DEVICELESS_CUB_DISABLED",
     "xla_gpu_enable_triton_gemm": False,
+    # Writes down how long XLA expects each loop to take.
+    "xla_gpu_collect_cost_model_stats": True,
 }
 """Options of `lowered.compile(...)` for these GPUs."""
+
+_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 
 # Of each chip: its full name, bytes/s to its memory, the memory's bytes, and its clock in kHz.
 _CHIPS = {
@@ -30,20 +37,32 @@ _MATRIX_RATES = {10: 512, 11: 256, 16: 512} | dict.fromkeys(
 )
 
 
-def absent_gpus(kind: str, count: int) -> list:
-    """Returns `count` devices of a kind, "h100" or "h200", to compile for.
+def installed() -> bool:
+    """Returns whether JAX's CUDA plugin is there."""
+    return any(map(importlib.util.find_spec, _PLUGINS))
 
-    Raises UserError where the CUDA plugin is not installed, or describes GPUs in another way.
+
+def absent_gpus(kind: str, per_node: int, nodes: int = 1) -> list:
+    """Returns the devices of nodes of a kind of GPU, "h100" or "h200", to compile for.
+
+    Raises UserError where the CUDA plugin is not installed, or describes GPUs in another way, and
+    for another kind.
     """
+    if not installed():
+        raise UserError(
+            'the CUDA compiler is not installed (pip install "sae-jax[cuda]"; it needs no GPU)'
+        )
+    if kind not in _CHIPS:
+        raise UserError(f"the CUDA compiler is told of {' and '.join(_CHIPS)}, not of {kind}")
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # else it warns of every sort, which has no GPU here
     try:
         topology = topologies.get_topology_desc(
-            platform="cuda", target_config=_describe(kind), topology=f"1x1x{count}"
+            platform="cuda", target_config=_describe(kind), topology=f"1x{nodes}x{per_node}"
         )
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UserError(
-            f"the CUDA compiler gives no {kind} ({reason}); it comes with "
-            'pip install "sae-jax[cuda]", and needs no GPU'
+            f"the CUDA compiler gives no {kind} ({reason}); another version of jax[cuda] may"
         ) from error
     return list(topology.devices)
 
