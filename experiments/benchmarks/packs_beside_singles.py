@@ -11,7 +11,6 @@ timed besides. A device whose compiler is not installed is left out. It takes so
 """
 
 import argparse
-import dataclasses
 import os
 import re
 
@@ -19,12 +18,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # else the plugins ask for their 
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 
 from sae_jax.bench.packs import measure_pack_step
 from sae_jax.bench.step import bench_config
 from sae_jax.config import Config
 from sae_jax.errors import UserError
+from sae_jax.ops.active import by_all_latents
 from sae_jax.ops.sharding import BATCH
 from sae_jax.plan import chips
 from sae_jax.plan.absent_gpus import COMPILER_OPTIONS, absent_gpus
@@ -32,21 +33,6 @@ from sae_jax.plan.flops import matmul_flops
 from sae_jax.plan.hlo import Execution, Program
 from sae_jax.train.mesh import make_mesh
 from sae_jax.train.pack import PackTrainer, set_fields
-
-
-@dataclasses.dataclass(frozen=True)
-class Taken:
-    """What one step takes.
-
-    Attributes:
-      memory: bytes that it reads from and writes to memory.
-      products: FLOPs of matrix products.
-      operations: how many operations it starts.
-    """
-
-    memory: int
-    products: int
-    operations: int
 
 
 def main(args) -> None:
@@ -64,16 +50,12 @@ def main(args) -> None:
             dtype = "float32" if name == "cpu" else "bfloat16"
             shape = args.batch, args.d, args.n, args.k
             config = bench_config(architecture, *shape, dtype, 1)
-            pack, single = compile_both(config, args.runs, devices, options)
-            print(f"{name:12}{architecture:12}", end="")
-            for field, unit in (("memory", 1e9), ("products", 1e9), ("operations", 1)):
-                a, b = getattr(pack, field) / unit, args.runs * getattr(single, field) / unit
-                form = ".0f" if unit == 1 else ".1f"
-                print(f"{a:8{form}}{b:8{form}}{a / b:6.2f}", end="")
-            print(flush=True)
+            both = compile_both(config, args.runs, devices, options)
+            columns = (f"{a:8.5g}{b:8.5g}{a / b:6.2f}" for a, b in zip(*both, strict=True))
+            print(f"{name:12}{architecture:12}{''.join(columns)}", flush=True)
             if name == "cpu" and args.rounds:
                 seconds = measure_pack_step(config, args.runs, args.rounds)
-                pack_ms, single_ms = (1e3 * seconds["seconds"][k] for k in ("pack", "alone"))
+                pack_ms, single_ms = (1e3 * seconds["seconds"][way] for way in ("pack", "alone"))
                 print(
                     f"{'':12}{architecture:12}measured: pack {pack_ms:.0f} ms, "
                     f"singles {single_ms:.0f} ms, ratio {seconds['pack_over_sum']:.3f}",
@@ -93,8 +75,13 @@ def compiled_for(name: str) -> tuple[list, dict]:
     return chips.find(name).devices, {}
 
 
-def compile_both(config: Config, runs: int, devices: list, options: dict) -> tuple[Taken, Taken]:
-    """Returns what a step takes of a pack of runs, and what it takes of one run."""
+def compile_both(config: Config, runs: int, devices: list, options: dict):
+    """Returns what a step takes of a pack of runs, and what steps of all of its runs take.
+
+    It is an array each: GB that go through memory, GFLOPs of products, and how many operations are
+    started. A loop of which the program does not say how often it runs counts once, without
+    operations.
+    """
     packed = [
         set_fields(config, {"train.seed": i, "optimizer.learning_rate": 1e-4 * (i + 1)})
         for i in range(runs)
@@ -102,31 +89,31 @@ def compile_both(config: Config, runs: int, devices: list, options: dict) -> tup
     mesh = make_mesh(config, devices[:1])
     shape = config.data.batch_size, config.sae.d_in
     rows = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, BATCH))
-    with jax.set_mesh(mesh):
+    # A dense family's step counts with all latents, as it begins.
+    with jax.set_mesh(mesh), by_all_latents():
         pack = PackTrainer(packed, 10**6, 1.0)
-        (single, *_) = pack.trainers
-        steps = (jax.jit(pack.step, donate_argnums=0), pack.abstract()), (
-            single.step,
-            single.abstract(),
-        )
-        return tuple(_taken(step.trace(state, rows), mesh, options, runs) for step, state in steps)
+        alone, rounds = pack.trainers[0], pack.abstract()
+        step_round = jax.jit(lambda state, rows: pack.step_round(0, state, rows), donate_argnums=0)
+        of_round = _taken(step_round.trace(rounds[0], rows), mesh, options, runs)
+        of_run = _taken(alone.step.trace(alone.abstract(), rows), mesh, options, runs)
+    return of_round * len(rounds), of_run * runs
 
 
-def _taken(traced, mesh, options: dict, runs: int) -> Taken:
-    program = Program(traced.lower().compile(compiler_options=options).as_text())
-    memory = sum(_bytes(e, runs) * (e.times or 1) for e in program.executions)
-    return Taken(
-        memory=memory,
-        products=matmul_flops(traced.jaxpr.jaxpr, mesh).total(),
-        operations=sum(e.times for e in program.executions),
-    )
+def _taken(traced, mesh, options: dict, runs: int) -> np.ndarray:
+    """Returns what a traced step takes, as `compile_both`."""
+    executions = Program(traced.lower().compile(compiler_options=options).as_text()).executions
+    flops = matmul_flops(traced.jaxpr.jaxpr, mesh).total()
+    moved = sum(_bytes(e, runs) * (e.times or 1) for e in executions)
+    return np.array([moved / 1e9, flops / 1e9, sum(e.times for e in executions)])
 
 
 def _bytes(execution: Execution, runs: int) -> int:
     """Returns the bytes of one execution. A kernel of a batch of runs names those of one run."""
-    moved = execution.traffic.memory_bytes
-    batched = re.match(rf"\(?\w+\[{runs},", execution.instruction.type)
-    return moved * runs if batched and "moves_" in execution.instruction.rest else moved
+    moved, instruction = execution.traffic.memory_bytes, execution.instruction
+    is_batched = re.match(rf"\(?\w+\[{runs},", instruction.type)
+    if is_batched and instruction.opcode == "custom-call" and "moves_" in instruction.rest:
+        return moved * runs
+    return moved
 
 
 if __name__ == "__main__":

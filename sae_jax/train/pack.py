@@ -7,7 +7,8 @@ The mesh's `run` axis cuts the devices into groups. Each group has runs of its o
 communicate with the others. The runs of a pack are computed in rounds, each of which has as many
 runs of every group as a device computes at once. A CPU computes one, because it has no spare units
 that a larger operation would fill. Other devices compute all that they have as one batched
-operation, and there is one round. Every array of a round's state has a leading run axis.
+operation, and there is one round. Every array of a round's state has a leading run axis, unless it
+is a single run's: XLA would then copy the state in every step.
 """
 
 import copy
@@ -67,7 +68,8 @@ States = tuple[TrainState, ...]
 class PackTrainer:
     """Trains several runs together, whose configs differ in nothing but the fields in `VARIED`.
 
-    Their states are a tuple of TrainStates, one for each round, whose arrays have a run axis.
+    Their states are a tuple of TrainStates, one for each round, whose arrays have a run axis unless
+    a round has one run.
 
     Attributes:
       steps: the steps of a whole run.
@@ -104,11 +106,11 @@ class PackTrainer:
         rounds = [slice(i, i + self._at_once) for i in range(0, self.slots, self._at_once)]
         self._per_run = [
             {
-                "values": {field: _array(v[of_round]) for field, v in values.items()},
-                "lengths": jax.tree.map(lambda n: _array([n] * self._at_once), traced_lengths),
-                "slot": _array(range(self._at_once)),  # an axis to map over, whatever else there is
+                "values": {field: _of_round(v[runs]) for field, v in values.items()},
+                "lengths": jax.tree.map(lambda n: _of_round([n] * self._at_once), traced_lengths),
+                "slot": _of_round(range(self._at_once)),  # to map over, whatever else there is
             }
-            for of_round in rounds
+            for runs in rounds
         ]
 
     def init(self, b_dec: jax.Array, scale, target_scale) -> States:
@@ -122,7 +124,8 @@ class PackTrainer:
 
         def of_round(a):
             sharding = NamedSharding(mesh, P(*_run_axis(), *a.sharding.spec))
-            return jax.ShapeDtypeStruct((self._at_once, *a.shape), a.dtype, sharding=sharding)
+            shape = (self._at_once, *a.shape) if _stacks_runs() else a.shape
+            return jax.ShapeDtypeStruct(shape, a.dtype, sharding=sharding)
 
         return (jax.tree.map(of_round, self.trainers[0].abstract()),) * len(self._per_run)
 
@@ -141,12 +144,13 @@ class PackTrainer:
 
         Returns the new states, in the memory of the old ones, and metrics (slots,) by name.
         """
-        done = [
-            _step(self._key, state, per_run, rows)
-            for state, per_run in zip(states, self._per_run, strict=True)
-        ]
+        done = [self.step_round(i, state, rows) for i, state in enumerate(states)]
         new, metrics = zip(*done, strict=True)
         return new, _joined(metrics)
+
+    def step_round(self, i: int, state: TrainState, rows: jax.Array):
+        """Updates the runs of round `i`. Returns their new state and their metrics by name."""
+        return _step(self._key, state, self._per_run[i], rows)
 
     def evaluate(self, states: States, rows: jax.Array) -> dict[str, jax.Array]:
         """Returns `Trainer.heldout_means` of every run, (slots,) by name."""
@@ -154,14 +158,20 @@ class PackTrainer:
         return _joined([_evaluate(self._key, *of_round, rows) for of_round in of_rounds])
 
     def get_run(self, states: States, i: int) -> TrainState:
-        """Returns the state of run `i`, without a run axis, on every group of devices."""
+        """Returns the state of run `i`, without a run axis, on every group of devices.
+
+        It may be a part of `states`, and is lost with them.
+        """
         of_round, place = divmod(i, self._at_once)
-        return _get_run(states[of_round], place)
+        return _get_run(states[of_round], place) if _stacks_runs() else states[of_round]
 
     def put_run(self, states: States, i: int, state: TrainState) -> States:
-        """Returns `states` with that of run `i` replaced, in the memory of the old ones."""
+        """Returns `states` with a copy of `state` for run `i`. The old ones are lost."""
         of_round, place = divmod(i, self._at_once)
-        new = _put_run(states[of_round], place, state)
+        if _stacks_runs():
+            new = _put_run(states[of_round], place, state)
+        else:
+            new = jax.tree.map(jnp.copy, state)
         return (*states[:of_round], new, *states[of_round + 1 :])
 
 
@@ -253,8 +263,14 @@ def _evaluate(key: ProgramKey, states: TrainState, per_run: dict, rows: jax.Arra
 
 @jax.jit
 def _joined(of_rounds: Sequence[dict]) -> dict[str, jax.Array]:
-    """Returns the arrays (runs of a round,) of all rounds as arrays (slots,), by name."""
-    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *of_rounds)
+    """Returns the values of all rounds as arrays (slots,), by name."""
+    join = jnp.concatenate if _stacks_runs() else jnp.stack
+    return jax.tree.map(lambda *arrays: join(arrays), *of_rounds)
+
+
+def _of_round(values: Sequence) -> np.ndarray:
+    """Returns numbers of the runs of a round, with a run axis if states have one."""
+    return _array(values if _stacks_runs() else values[0])
 
 
 def _array(values) -> np.ndarray:
@@ -268,13 +284,13 @@ def _shard_over_groups(per_run: dict) -> dict:
 
 
 def _replicated(values):
-    """Puts arrays (slots,) on every device, so that any process can read them."""
-    return jax.tree.map(lambda a: jax.reshard(a, P(None)), values)
+    """Puts arrays on every device, so that any process can read them."""
+    return jax.tree.map(lambda a: jax.reshard(a, P()), values)
 
 
 def _run_axis() -> tuple:
-    """Returns the part of a PartitionSpec for an array's run axis."""
-    return ("run" if _num_groups() > 1 else None,)
+    """Returns the part of a PartitionSpec for an array's run axis, if it has one."""
+    return ("run" if _num_groups() > 1 else None,) if _stacks_runs() else ()
 
 
 @jax.jit
@@ -318,6 +334,11 @@ def _local_slot(states: TrainState, i):
     return jnp.clip(slot, 0, size - 1), (slot >= 0) & (slot < size)
 
 
+def _stacks_runs() -> bool:
+    """Returns whether the arrays of a round have a run axis: not where it has a single run."""
+    return not on_cpu() or _num_groups() > 1
+
+
 def _num_groups() -> int:
     """Returns the number of groups of devices, the length of the ambient mesh's run axis."""
     return jax.sharding.get_abstract_mesh().shape["run"]
@@ -348,8 +369,10 @@ def _on_groups(function: Callable, stacked: int, out: P | None = None) -> Callab
 def _for_each_run(function: Callable, *stacked):
     """Calls `function` for each run that a device computes at once.
 
-    Arguments and results are trees of arrays with a run axis.
+    Arguments and results are trees of arrays with a run axis, if the arrays of a round have one.
     """
+    if not _stacks_runs():
+        return function(*stacked)
     if not on_cpu():
         return jax.vmap(function, axis_name=BATCHED_RUNS)(*stacked)
     of_run = jax.tree.map(lambda a: jax.lax.squeeze(a, [0]), stacked)
