@@ -83,8 +83,6 @@ def test_a_step_of_a_pack_is_that_of_each_run(store, monkeypatch, architecture, 
     """Three runs that differ in all that may differ; half of the latents of one begin as dead ones,
     so that AuxK is at work in it alone. Batched: as on an accelerator."""
     monkeypatch.setattr(pack, "on_cpu", lambda: not batched)
-    for program in (pack._init, pack._step, pack._evaluate):
-        program.clear_cache()  # it does not know of the line above
     picks = ARCHITECTURES[architecture].Config.k is not None
     one = base(store, architecture, mesh=dict(zip(AXES, mesh, strict=False)))
     runs = resolved(

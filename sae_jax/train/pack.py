@@ -5,10 +5,10 @@ What differs between the runs is an argument of the program. All else, and the a
 
 The mesh's `run` axis cuts the devices into groups. Each group has runs of its own and does not
 communicate with the others. The runs of a pack are computed in rounds, each of which has as many
-runs of every group as a device computes at once. A CPU computes one, because it has no spare units
-that a larger operation would fill. Other devices compute all that they have as one batched
-operation, and there is one round. Every array of a round's state has a leading run axis, unless it
-is a single run's: XLA would then copy the state in every step.
+runs of every group as a device computes at once, as one batched operation. A CPU computes one,
+because it has no spare units that a larger operation would fill, a GPU all that it has, and a TPU
+as many as its fast memory holds the picked rows of. Every array of a round's state has a leading
+run axis, unless it is that of a single run: XLA would then copy the state in every step.
 """
 
 import copy
@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from sae_jax.config import Config
 from sae_jax.fields import types_of
-from sae_jax.ops.sharding import BATCHED_RUNS, on_cpu
+from sae_jax.ops.sharding import BATCHED_RUNS, on_cpu, on_tpu
 from sae_jax.train.schedule_steps import ScheduleSteps
 from sae_jax.train.step import Trainer, TrainState
 
@@ -37,6 +37,8 @@ VARIED = (
     "sae.k",
     "train.seed",
 )
+
+_VMEM = 128 * 2**20  # bytes of a TPU core's own memory
 
 
 def get_field(config: Config, field: str):
@@ -90,13 +92,14 @@ class PackTrainer:
         self.trainers = [Trainer(config, steps, variance) for config in configs]
         configs = [*configs, *[configs[-1]] * (-len(configs) % _num_groups())]
         self.slots = len(configs)
-        self._at_once = _num_groups() if on_cpu() else self.slots
         values = {field: [get_field(config, field) for config in configs] for field in VARIED}
         # What does not differ stays a constant of the program.
         values = {field: v for field, v in values.items() if len(set(v)) > 1}
         common = set_fields(configs[0], dict.fromkeys(values))
         if "sae.k" in values:
             common = set_fields(common, {"sae.k": max(values["sae.k"])})
+        self._at_once = _num_groups() * _runs_at_once(common, self.slots // _num_groups())
+        self._axis = ("run" if _num_groups() > 1 else None,) if self._at_once > 1 else ()
         lengths = ScheduleSteps.from_config(configs[0], steps)
         if common.sae.anneals:
             self._key, traced_lengths = ProgramKey(common, variance, lengths), None
@@ -106,9 +109,11 @@ class PackTrainer:
         rounds = [slice(i, i + self._at_once) for i in range(0, self.slots, self._at_once)]
         self._per_run = [
             {
-                "values": {field: _of_round(v[runs]) for field, v in values.items()},
-                "lengths": jax.tree.map(lambda n: _of_round([n] * self._at_once), traced_lengths),
-                "slot": _of_round(range(self._at_once)),  # to map over, whatever else there is
+                "values": {field: self._of_round(v[runs]) for field, v in values.items()},
+                "lengths": jax.tree.map(
+                    lambda n: self._of_round([n] * self._at_once), traced_lengths
+                ),
+                "slot": self._of_round(range(self._at_once)),  # to map over, whatever else there is
             }
             for runs in rounds
         ]
@@ -123,8 +128,8 @@ class PackTrainer:
         mesh = jax.sharding.get_mesh()
 
         def of_round(a):
-            sharding = NamedSharding(mesh, P(*_run_axis(), *a.sharding.spec))
-            shape = (self._at_once, *a.shape) if _stacks_runs() else a.shape
+            sharding = NamedSharding(mesh, P(*self._axis, *a.sharding.spec))
+            shape = (self._at_once, *a.shape) if self._axis else a.shape
             return jax.ShapeDtypeStruct(shape, a.dtype, sharding=sharding)
 
         return (jax.tree.map(of_round, self.trainers[0].abstract()),) * len(self._per_run)
@@ -146,7 +151,7 @@ class PackTrainer:
         """
         done = [self.step_round(i, state, rows) for i, state in enumerate(states)]
         new, metrics = zip(*done, strict=True)
-        return new, _joined(metrics)
+        return new, _joined(metrics, bool(self._axis))
 
     def step_round(self, i: int, state: TrainState, rows: jax.Array):
         """Updates the runs of round `i`. Returns their new state and their metrics by name."""
@@ -155,7 +160,8 @@ class PackTrainer:
     def evaluate(self, states: States, rows: jax.Array) -> dict[str, jax.Array]:
         """Returns `Trainer.heldout_means` of every run, (slots,) by name."""
         of_rounds = zip(states, self._per_run, strict=True)
-        return _joined([_evaluate(self._key, *of_round, rows) for of_round in of_rounds])
+        means = [_evaluate(self._key, *of_round, rows) for of_round in of_rounds]
+        return _joined(means, bool(self._axis))
 
     def get_run(self, states: States, i: int) -> TrainState:
         """Returns the state of run `i`, without a run axis, on every group of devices.
@@ -163,16 +169,21 @@ class PackTrainer:
         It may be a part of `states`, and is lost with them.
         """
         of_round, place = divmod(i, self._at_once)
-        return _get_run(states[of_round], place) if _stacks_runs() else states[of_round]
+        return _get_run(states[of_round], place) if self._axis else states[of_round]
 
     def put_run(self, states: States, i: int, state: TrainState) -> States:
         """Returns `states` with a copy of `state` for run `i`. The old ones are lost."""
         of_round, place = divmod(i, self._at_once)
-        if _stacks_runs():
+        if self._axis:
             new = _put_run(states[of_round], place, state)
         else:
             new = jax.tree.map(jnp.copy, state)
         return (*states[:of_round], new, *states[of_round + 1 :])
+
+    def _of_round(self, values: Sequence) -> np.ndarray:
+        """Returns numbers of the runs of a round, with a run axis if states have one."""
+        values = np.asarray(values if self._axis else values[0])
+        return values.astype(np.float32 if values.dtype.kind == "f" else np.int32)
 
 
 class SingleTrainer:
@@ -261,36 +272,34 @@ def _evaluate(key: ProgramKey, states: TrainState, per_run: dict, rows: jax.Arra
     return _replicated(_on_groups(evaluate_group, 2)(states, _shard_over_groups(per_run), rows))
 
 
-@jax.jit
-def _joined(of_rounds: Sequence[dict]) -> dict[str, jax.Array]:
+@functools.partial(jax.jit, static_argnums=1)
+def _joined(of_rounds: Sequence[dict], have_run_axis: bool) -> dict[str, jax.Array]:
     """Returns the values of all rounds as arrays (slots,), by name."""
-    join = jnp.concatenate if _stacks_runs() else jnp.stack
+    join = jnp.concatenate if have_run_axis else jnp.stack
     return jax.tree.map(lambda *arrays: join(arrays), *of_rounds)
 
 
-def _of_round(values: Sequence) -> np.ndarray:
-    """Returns numbers of the runs of a round, with a run axis if states have one."""
-    return _array(values if _stacks_runs() else values[0])
-
-
-def _array(values) -> np.ndarray:
-    values = np.asarray(values)
-    return values.astype(np.float32 if values.dtype.kind == "f" else np.int32)
+def _runs_at_once(config: Config, runs: int) -> int:
+    """Returns how many of a group's runs are computed at once, a divisor of their number."""
+    if on_cpu():
+        return 1
+    if not on_tpu() or config.sae.k is None:
+        return runs
+    tokens = config.data.batch_size // jax.sharding.get_abstract_mesh().shape["data"]
+    rows = 4 * tokens * config.sae.k * max(config.sae.d_in, config.sae.d_out)  # bytes
+    return next(n for n in range(runs, 0, -1) if runs % n == 0 and (n == 1 or n * rows <= _VMEM))
 
 
 def _shard_over_groups(per_run: dict) -> dict:
     """Gives each group of devices the values of its own runs."""
-    return jax.tree.map(lambda a: jax.reshard(a, P(*_run_axis())), per_run)
+    if _num_groups() == 1:
+        return per_run
+    return jax.tree.map(lambda a: jax.reshard(a, P("run")), per_run)
 
 
 def _replicated(values):
     """Puts arrays on every device, so that any process can read them."""
     return jax.tree.map(lambda a: jax.reshard(a, P()), values)
-
-
-def _run_axis() -> tuple:
-    """Returns the part of a PartitionSpec for an array's run axis, if it has one."""
-    return ("run" if _num_groups() > 1 else None,) if _stacks_runs() else ()
 
 
 @jax.jit
@@ -334,11 +343,6 @@ def _local_slot(states: TrainState, i):
     return jnp.clip(slot, 0, size - 1), (slot >= 0) & (slot < size)
 
 
-def _stacks_runs() -> bool:
-    """Returns whether the arrays of a round have a run axis: not where it has a single run."""
-    return not on_cpu() or _num_groups() > 1
-
-
 def _num_groups() -> int:
     """Returns the number of groups of devices, the length of the ambient mesh's run axis."""
     return jax.sharding.get_abstract_mesh().shape["run"]
@@ -366,14 +370,16 @@ def _on_groups(function: Callable, stacked: int, out: P | None = None) -> Callab
     return call
 
 
-def _for_each_run(function: Callable, *stacked):
+def _for_each_run(function: Callable, *arguments):
     """Calls `function` for each run that a device computes at once.
 
-    Arguments and results are trees of arrays with a run axis, if the arrays of a round have one.
+    Arguments and results are trees of arrays with a run axis, if those of a round have one. The
+    last argument is what differs between the runs.
     """
-    if not _stacks_runs():
-        return function(*stacked)
-    if not on_cpu():
-        return jax.vmap(function, axis_name=BATCHED_RUNS)(*stacked)
-    of_run = jax.tree.map(lambda a: jax.lax.squeeze(a, [0]), stacked)
+    runs = np.shape(arguments[-1]["slot"])
+    if not runs:
+        return function(*arguments)
+    if runs != (1,):
+        return jax.vmap(function, axis_name=BATCHED_RUNS)(*arguments)
+    of_run = jax.tree.map(lambda a: jax.lax.squeeze(a, [0]), arguments)
     return jax.tree.map(lambda a: jax.lax.expand_dims(a, [0]), function(*of_run))
