@@ -27,6 +27,7 @@ from sae_jax.ops.sharding import (
     on_tpu,
     per_shard,
     psum,
+    rounded,
     shard_count,
     shard_index,
 )
@@ -70,7 +71,7 @@ def _encode_forward(x, w_enc, b_enc, dead, k, aux_k, compute_dtype):
     any_dead = None if dead is None else in_any_run(dead.any())
 
     def local(x, w_enc, b_enc, dead, any_dead):
-        w = w_enc.astype(compute_dtype)
+        w = rounded(w_enc, compute_dtype)
 
         def encode_slice(x_slice):
             product_BxN = matmul_f32(x_slice.astype(compute_dtype), w)
