@@ -21,7 +21,7 @@ from sae_jax.ops.active import (
     gradients_of_active,
     worth_finding,
 )
-from sae_jax.ops.products import rounded
+from sae_jax.ops.products import as_operand, rounded
 from sae_jax.ops.sharding import (
     BATCH,
     DECODER,
@@ -32,7 +32,6 @@ from sae_jax.ops.sharding import (
     on_cpu,
     per_shard,
     psum,
-    rounded,
 )
 
 _CPU_BLOCK = 2048  # latents; a block of them for 2,048 tokens is 16 MiB
@@ -145,7 +144,7 @@ def _autoencode_all(
     x = x.astype(compute_dtype)
 
     def run_block(totals, start):
-        pre = matmul_f32(x, rounded(_slice(w_enc, start, size, axis=1), compute_dtype))
+        pre = matmul_f32(x, as_operand(_slice(w_enc, start, size, axis=1), compute_dtype))
         w_block = _slice(w_dec, start, size).astype(compute_dtype)
         out = activation(pre, _slices(per_latent, start, size))
         decoded = tuple(matmul_f32(f.astype(compute_dtype), w_block) for f in out.latents)
