@@ -117,18 +117,6 @@ def matmul_f32(a: jax.Array, b: jax.Array, spec: P | None = None) -> jax.Array:
     )
 
 
-def rounded(a: jax.Array, dtype) -> jax.Array:
-    """Returns a float32 parameter in the dtype of a product's operands.
-
-    For a TPU it is rounded to bfloat16 first. The values are the same. But XLA would convert a
-    whole parameter before a loop over its blocks, and at half the speed of its memory; what was
-    rounded it converts where the product reads it.
-    """
-    if on_tpu() and dtype == jnp.bfloat16:
-        a = jax.lax.reduce_precision(a, exponent_bits=8, mantissa_bits=7)
-    return a.astype(dtype)
-
-
 def zero_shard(tree):
     """Spreads arrays that are sharded over `model` over `data` too (ZeRO: Rajbhandari et al. 2020).
 
