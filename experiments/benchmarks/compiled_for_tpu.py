@@ -7,15 +7,15 @@
 Each step is compiled for one chip (or --devices, which share the dictionary) of a slice, and its
 program read. XLA writes on each operation how many cycles it expects it to take, but not on our
 kernels: of these the longer of FLOPs and bytes over the chip's peaks counts. A loop of which the
-program does not say how often it runs counts once. The sum is an estimate that no chip has
-confirmed. Beside it stand the products alone at the chip's peak, and what was estimated before
-there were kernels and options for TPUs. Compiling takes minutes.
+program does not say how often it runs does not count: there is one, over the few tokens whose top k
+must be found again. The sum is an estimate that no chip has confirmed. Beside it stand the products
+alone at the chip's peak, and what was estimated before there were kernels and options for TPUs.
+Compiling takes minutes.
 """
 
 import argparse
 import itertools
 import os
-import re
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -27,12 +27,12 @@ from sae_jax.config import Config, DataConfig, MeshConfig, TrainConfig
 from sae_jax.ops.sharding import BATCH
 from sae_jax.plan import chips
 from sae_jax.plan.estimate import resolve
-from sae_jax.plan.hlo import Execution, Program
+from sae_jax.plan.hlo import Program
+from sae_jax.plan.operations import Operation, operations_of
 from sae_jax.sae import registry
 from sae_jax.train.mesh import make_mesh
 from sae_jax.train.step import Trainer
 
-_CYCLES = 1.75e9  # a second, of a v5p and a v6e
 _SPARSE = ("topk", "batchtopk")
 _SHAPE = {"d": 4096, "n": 131_072, "k": 64, "batch": 16_384}
 _BEFORE = {("v5p", "topk"): 301, ("v5p", "relu"): 299, ("v6e", "relu"): 263}  # ms at this shape
@@ -59,28 +59,11 @@ def compile_step(args, topology: str, architecture: str) -> str:
         return trainer.step.lower(trainer.abstract(), rows).compile().as_text()
 
 
-def seconds_of(execution: Execution, chip: chips.Chip) -> float:
-    """Returns the seconds of one execution of an operation."""
-    rest = execution.instruction.rest
-    if "AllocateBuffer" in rest:
-        return 0.0  # nothing is written to it
-    if cycles := re.search(r'"estimated_cycles":"?(\d+)', rest):
-        return int(cycles.group(1)) / _CYCLES
-    moved = execution.traffic.memory_bytes / chip.memory_rate
-    flops = re.search(r"_of_(\d+)_flops", rest)
-    return max(moved, int(flops.group(1)) / chip.bfloat16 if flops else 0.0)
-
-
-def print_dearest(costs: list[tuple[float, int, Execution]], top: int) -> None:
-    """Prints the operations that take longest, of (seconds, times, operation)."""
+def print_dearest(costs: list[tuple[float, Operation]], top: int) -> None:
+    """Prints the operations that take longest, of (seconds, operation)."""
     print("      ms  times  operation")
-    for seconds, times, execution in sorted(costs, key=lambda c: -c[0])[:top]:
-        instruction = execution.instruction
-        named = re.search(r'op_name="([^"]*)"', instruction.rest)
-        print(
-            f"{seconds * 1e3:8.2f}{times:7}  {instruction.name} {instruction.type[:40]} "
-            f"{named.group(1)[-60:] if named else ''}"
-        )
+    for seconds, o in sorted(costs, key=lambda cost: -cost[0])[:top]:
+        print(f"{seconds * 1e3:8.2f}{o.times:7}  {o.words} (%{o.name})")
 
 
 def main(args) -> None:
@@ -92,10 +75,10 @@ def main(args) -> None:
         if args.out:
             with open(args.out, "w") as file:
                 file.write(text)
-        name = topology.split(":")[0]
-        chip = chips.CHIPS[name]
-        executions = [(e.times or 1, e) for e in Program(text).executions]
-        costs = [(seconds_of(e, chip) * times, times, e) for times, e in executions]
+        slice_ = chips.describe(topology)
+        name, chip = topology.split(":")[0], slice_.chip
+        operations = operations_of(Program(text), chip.clock)
+        costs = [(o.compiler_seconds(slice_), o) for o in operations]
         products = (2 if architecture in _SPARSE else 10) * args.batch * args.d * args.n
         peak = chip.bfloat16 if args.dtype == "bfloat16" else chip.float32
         print(
