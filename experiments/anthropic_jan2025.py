@@ -12,8 +12,11 @@ last 20%. The dictionary and the steps are those of the April 2024 study, to com
 Where public implementations disagree: lambda 10 to 20, here 20; W_dec uniform in 1 / d or in 1 /
 sqrt(d), here of the latter's norm, 1 / sqrt(3); the threshold's logarithm is theirs to train, here
 it is the threshold. They also set b_enc so that a latent fires 10,000 / d_sae of the time at first;
-here b_enc starts at 0. `:tiny` is the recipe on a laptop, for the store of `sae-jax demo`, with
-lambda 5: so short a run at 20 leaves too few latents.
+here b_enc starts at 0.
+
+Operands of products are bfloat16, all else, thresholds too, is float32;
+--config.sae.compute_dtype=float32 for these too. `:tiny` is the recipe on a laptop, of float32, for
+the store of `sae-jax demo`, with lambda 2: so short a run at 20 leaves too few latents.
 """
 
 from sae_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
@@ -47,7 +50,9 @@ def get_config(size: str = "paper") -> Config:
             train=TrainConfig(tokens=500_000, log_every=20),
         )
     return Config(
-        sae=JumpReLUConfig(d_sae=131_072, sparsity_coefficient=20.0, **recipe),
+        sae=JumpReLUConfig(
+            d_sae=131_072, sparsity_coefficient=20.0, compute_dtype="bfloat16", **recipe
+        ),
         data=DataConfig(batch_size=32_768),
         optimizer=OptimizerConfig(learning_rate=2e-4, warmup_fraction=0.0),
         train=TrainConfig(tokens=200_000 * 32_768),

@@ -9,7 +9,9 @@ decoder rows, one for each site. The paper gives no sizes; by default those of i
 replication (ckkissane/crosscoder-model-diff-replication): 16,384 latents, 400M tokens in batches of
 4,096, lambda 2, linear from 0 over the first 5% of steps, learning rate 5e-5, linear to 0 over the
 last 20%, decoder rows of norm 0.08 at first. It reads one layer of two models; any sites of one
-store will do. `:tiny` is the recipe on a laptop, for the store of `sae-jax demo`.
+store will do. Operands of products are bfloat16, all else float32;
+--config.sae.compute_dtype=float32 for these too. `:tiny` is the recipe on a laptop, of float32, for
+the store of `sae-jax demo`.
 """
 
 from sae_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
@@ -34,7 +36,7 @@ def get_config(size: str = "paper") -> Config:
             train=TrainConfig(tokens=500_000, log_every=20),
         )
     return Config(
-        sae=ReLUConfig(d_sae=2**14, sparsity_coefficient=2.0, **recipe),
+        sae=ReLUConfig(d_sae=2**14, sparsity_coefficient=2.0, compute_dtype="bfloat16", **recipe),
         data=DataConfig(site="resid_post.4,resid_post.8,resid_post.12", batch_size=4096),
         optimizer=OptimizerConfig(learning_rate=5e-5, warmup_fraction=0.0),
         train=TrainConfig(tokens=400_000_000),

@@ -8,7 +8,8 @@ L1 on the gates' pre-activations, an auxiliary reconstruction through the frozen
 8), Adam with b1 = 0, learning rate 3e-4 (5e-5 in dictionary_learning), activations with E||x||^2 =
 1. By default the sizes of the comparison in the same authors' JumpReLU paper (arXiv:2407.14435):
 131,072 latents, 8B tokens in batches of 4,096. Lambda 0.04 is from the middle of SAEBench's 0.012
-to 0.08. `:tiny` is the recipe on a laptop, for the store of `sae-jax demo`.
+to 0.08. Operands of products are bfloat16, all else float32; --config.sae.compute_dtype=float32 for
+these too. `:tiny` is the recipe on a laptop, of float32, for the store of `sae-jax demo`.
 """
 
 from sae_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
@@ -34,7 +35,12 @@ def get_config(size: str = "paper") -> Config:
             train=TrainConfig(tokens=500_000, log_every=20),
         )
     return Config(
-        sae=GatedConfig(d_sae=131_072, normalize="unit", sparsity_coefficient=0.04),
+        sae=GatedConfig(
+            d_sae=131_072,
+            normalize="unit",
+            sparsity_coefficient=0.04,
+            compute_dtype="bfloat16",
+        ),
         data=DataConfig(batch_size=4096),
         optimizer=OptimizerConfig(learning_rate=3e-4, **adam),
         train=TrainConfig(tokens=8_000_000_000),

@@ -7,7 +7,9 @@ An L0 penalty with gradients to thresholds only (Rajamanoharan et al. 2024, arXi
 activations with E||x||^2 = 1; Adam with b1 = 0; lambda linear from 0 over 10,000 steps of 4,096
 tokens. 4B tokens for 16,384 latents (the default), 16B for `:1m`, 8B for the sizes between: `:32k`,
 `:65k`, `:131k`, `:262k`, `:524k`. The released SAEs' lambda goes from 2.5e-4 to 2e-3. The paper's
-learning rate warms up by a cosine from a tenth; here it is linear from 0, over as many steps.
+learning rate warms up by a cosine from a tenth; here it is linear from 0, over as many steps. The
+paper trains in float32; here the operands of products are bfloat16 and all else, thresholds too, is
+float32, unless --config.sae.compute_dtype=float32.
 
 `:tiny` is the recipe on a laptop, for the store of `sae-jax demo`. So few steps of 7e-5 would not
 move a threshold: learning rate, kernel and first threshold are larger there. A target_l0 needs a
@@ -57,6 +59,7 @@ def get_config(size: str = "16k") -> Config:
             sparsity_warmup_fraction=10_000 / steps,
             initial_threshold=0.001,
             bandwidth=0.001,
+            compute_dtype="bfloat16",
         ),
         data=DataConfig(batch_size=4096, window_rows=2**20),
         optimizer=OptimizerConfig(learning_rate=7e-5, warmup_fraction=1000 / steps, **adam),

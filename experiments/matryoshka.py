@@ -8,7 +8,9 @@ BatchTopK whose first 1/16, 1/8, 1/4 and 1/2 of the latents reconstruct on their
 the same weight (section 3). By default what the first author's repository runs on Gemma 2 2B:
 36,864 latents, k 32, 500M tokens, and Adam and AuxK as for BatchTopK. It counts b_dec alone as one
 more prefix, we do not; SAEBench's prefixes, our architecture's default, are 1/32, 3/32, 7/32 and
-15/32. `:tiny` is the recipe on a laptop, for the store of `sae-jax demo`.
+15/32. Operands of products are bfloat16, all else, the threshold too, is float32;
+--config.sae.compute_dtype=float32 for these too. `:tiny` is the recipe on a laptop, of float32, for
+the store of `sae-jax demo`.
 """
 
 from sae_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
@@ -40,6 +42,7 @@ def get_config(size: str = "paper") -> Config:
             k=32,
             aux_k=512,
             dead_after_tokens=5 * 4096,
+            compute_dtype="bfloat16",
         ),
         data=DataConfig(batch_size=4096),
         optimizer=OptimizerConfig(learning_rate=3e-4, warmup_fraction=0.0, clip_norm=None, **adam),

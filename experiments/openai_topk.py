@@ -4,8 +4,9 @@
       --config.data.store=stores/gpt2_resid_8
 
 By default the paper's setting for GPT-2 small: batches of 131,072 tokens, constant learning rate,
-Adam's eps 6.25e-10, AuxK with alpha 1/32 (section 2 and appendix A). `:tiny` is the same recipe
-on a laptop, for the store that `sae-jax demo` leaves in sae_demo/store.
+Adam's eps 6.25e-10, AuxK with alpha 1/32 (section 2 and appendix A). Operands of products are
+bfloat16, all else float32; --config.sae.compute_dtype=float32 for these too. `:tiny` is the same
+recipe on a laptop, of float32, for the store that `sae-jax demo` leaves in sae_demo/store.
 """
 
 from sae_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
@@ -26,7 +27,7 @@ def get_config(size: str = "paper") -> Config:
             train=TrainConfig(tokens=500_000, log_every=20),
         )
     return Config(
-        sae=TopKConfig(d_sae=2**15, k=32),
+        sae=TopKConfig(d_sae=2**15, k=32, compute_dtype="bfloat16"),
         data=DataConfig(batch_size=131_072, window_rows=2**21),
         optimizer=OptimizerConfig(**adam),
         train=TrainConfig(tokens=1_300_000_000),

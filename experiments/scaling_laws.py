@@ -15,6 +15,9 @@ at a fixed number of tokens.
               many workers as there are passes:
               --config.data.store=STORE --config.data.site=SITE --config.mesh.model=8 --passes=6
   :frontier-nk  L(n, k) at the same sizes
+
+The frontiers' operands of products are bfloat16 and all else float32;
+--config.sae.compute_dtype=float32 for these too.
 """
 
 from sae_jax.config import Config, DataConfig, TrainConfig
@@ -64,10 +67,11 @@ SIZES = (*COMPUTE, *NK)
 def get_config(design: str = "tiny") -> Config:
     plan = _plan(design)
     frontier = design.startswith("frontier")
+    dtype = "bfloat16" if frontier else "float32"
     if design in COMPUTE:
-        sae = ReLUConfig(sparsity_coefficient=5.0)
+        sae = ReLUConfig(sparsity_coefficient=5.0, compute_dtype=dtype)
     else:
-        sae = TopKConfig()
+        sae = TopKConfig(compute_dtype=dtype)
     return Config(
         sae=sae,
         data=DataConfig(

@@ -9,7 +9,9 @@
 L1 weighted by decoder norms, lambda 5 with E||x||^2 = d, reached linearly over the first 5% of
 steps; gradient clipped to norm 1; 200,000 steps of 4,096 tokens, the learning rate linear to 0
 over the last 20%. By default 131,072 latents, the April update's; `:1m`, `:4m` and `:34m` are the
-paper's dictionaries; `:tiny` is the recipe on a laptop, for the store of `sae-jax demo`.
+paper's dictionaries. Operands of products are bfloat16, all else float32;
+--config.sae.compute_dtype=float32 for these too. `:tiny` is the recipe on a laptop, of float32, for
+the store of `sae-jax demo`.
 """
 
 from sae_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig

@@ -11,7 +11,8 @@ largest. `:tiny` is the recipe on a laptop, for the store of `sae-jax demo`: an 
 kind and width.
 
 The paper does not scale its activations, so its lambda does not carry over; 2 holds for E||x||^2 =
-d.
+d. Operands of products are bfloat16, in `:tiny` float32, and all else is float32;
+--config.sae.compute_dtype=float32 for these too.
 """
 
 from sae_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
@@ -44,6 +45,7 @@ def get_config(size: str = "4k") -> Config:
             resample_every_tokens=25_000 * 8192,
             resample_times=4,
             dead_after_tokens=12_500 * 8192,
+            compute_dtype="bfloat16",
         ),
         data=DataConfig(batch_size=8192),
         optimizer=OptimizerConfig(schedule="constant", warmup_fraction=0.0, clip_norm=None),

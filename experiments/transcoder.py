@@ -8,9 +8,10 @@ interpretability" (Paulo et al. 2025, arXiv:2501.18823).
 al. (2024, arXiv:2406.11944) with TopK for its L1. By default the setting of the authors' program,
 sparsify: 32 latents a token and 32 for each input dimension (here of 768), Adam at 2e-4 /
 sqrt(d_sae / 2^14), linear to 0, batches of 32 contexts of 2,048, no auxiliary loss. It starts W_dec
-at 0; here its rows have norm 1 all along. The number of tokens, 1B, is ours.
+at 0; here its rows have norm 1 all along. The number of tokens, 1B, is ours. Operands of products
+are bfloat16, all else float32; --config.sae.compute_dtype=float32 for these too.
 
-`:tiny` and `:tiny-skip` are the recipe on a laptop, for the store of `sae-jax demo`.
+`:tiny` and `:tiny-skip` are the recipe on a laptop, of float32, for the store of `sae-jax demo`.
 """
 
 from sae_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
@@ -37,7 +38,7 @@ def get_config(size: str = "paper") -> Config:
             train=TrainConfig(tokens=500_000, log_every=20),
         )
     return Config(
-        sae=TopKConfig(d_sae=32 * 768, k=32, **recipe),
+        sae=TopKConfig(d_sae=32 * 768, k=32, compute_dtype="bfloat16", **recipe),
         data=DataConfig(site="mlp_in.8", target_site="mlp_out.8", batch_size=32 * 2048),
         optimizer=OptimizerConfig(**to_zero),
         train=TrainConfig(tokens=1_000_000_000),

@@ -43,6 +43,17 @@ def designed(architecture: str, zero: bool, data: int, model: int) -> dict[tuple
     return {key: size + SMALL for key, size in sent.items()}
 
 
+def picked_flops(architecture: str, model: int) -> int:
+    """FLOPs of the products of a token's gradient with the rows that it picked: on one device k of
+    each token; on a shard of several a ceil(k / shards)-th of them, and as spare rows half as many
+    again for three tokens of four."""
+    if architecture != "topk":
+        return 0
+    first = -(-K // model)
+    spare = 0 if model == 1 else -(-first // 2) * TOKENS * 3 // 4
+    return 2 * WIDTH * (TOKENS * first + spare)
+
+
 def told(architecture: str, zero: bool, data: int, model: int):
     picks = {"k": K} if architecture == "topk" else {}
     sae = by_name(architecture).Config(d_sae=LATENTS * model, **picks)
@@ -79,7 +90,9 @@ def main():
                 "axis": axis,
                 "devices": count,
                 "flops": found.flops.total(),
-                "flops_of_one": one.flops.total(),
+                "designed_flops": one.flops.total()
+                - picked_flops(architecture, 1)
+                + picked_flops(architecture, mesh["model"]),
                 "memory_bytes": found.memory_bytes,
                 "payload": payload,
                 "designed": {"|".join(key): size for key, size in allowed.items()},

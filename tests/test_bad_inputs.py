@@ -312,6 +312,7 @@ FLAGS = [
         "mesh": "1,1 1,1,1,1 a,b,c 0,1,1 1,-2,1 --1,1,1 ²,1,1 1,1,99999999999 _1",
         "price": "-1 nan inf x",
         "compiles": "-1 x",
+        "top": "-1 x",
         "passes": NOT_WHOLE,
     }),
 ]  # fmt: skip

@@ -52,6 +52,7 @@ def test_every_size_could_start(name):
         config = load(name, size)
         resolved = resolve(config, data_like(config))
         make_mesh(dataclasses.replace(resolved, mesh=dataclasses.replace(resolved.mesh, data=1)))
+        assert config.sae.compute_dtype == ("float32" if "tiny" in size else "bfloat16")
         data, steps = config.data, config.train.tokens // config.data.batch_size
         assert steps >= 400, "too few to learn anything"
         assert data.batch_size % data.virtual_shards == 0
@@ -68,6 +69,7 @@ def test_it_says_what_it_is_and_how_to_run_it(name):
     text = (ROOT / "experiments" / f"{name}.py").read_text()
     (doc,) = re.findall(r'\A"""(.*?)"""', text, flags=re.DOTALL)
     assert re.search(rf"sae-jax train --config={name}\b", doc)
+    assert "--config.sae.compute_dtype=float32" in doc
     default = load(name).sae
     for size in sizes(name):
         assert f"`:{size}`" in doc or load(name, size).sae == default, f"{size} is not explained"
@@ -114,6 +116,8 @@ def test_every_design_of_scaling_laws_could_start(design):
     sae = dataclasses.replace(base.sae, dead_after_tokens=10**6)  # one for all, as `expand` gives
     runs = [grids.apply(dataclasses.replace(base, sae=sae), swept) for swept in grid]
     data = data_like(runs[0])
+    dtype = "bfloat16" if design.startswith("frontier") else "float32"
+    assert {run.sae.compute_dtype for run in runs} == {dtype}
     runs = [resolve(run, data) for run in runs]
     sizes = {run.sae.d_sae for run in runs}
     if design.endswith("nk"):

@@ -1,6 +1,5 @@
 """What XLA makes of a training step for a GPU that is not there, read from the program's text."""
 
-import importlib.util
 import re
 from collections import Counter
 
@@ -11,19 +10,16 @@ from jax.sharding import NamedSharding
 
 from sae_jax.config import Config, DataConfig, MeshConfig, TrainConfig
 from sae_jax.ops.sharding import BATCH
-from sae_jax.plan.absent_gpus import COMPILER_OPTIONS, absent_gpus
+from sae_jax.plan.absent_gpus import COMPILER_OPTIONS, absent_gpus, installed
 from sae_jax.plan.estimate import resolve
 from sae_jax.plan.hlo import Program
 from sae_jax.sae import TopKConfig
 from sae_jax.train.mesh import make_mesh
 from sae_jax.train.step import Trainer
 
-_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        not any(map(importlib.util.find_spec, _PLUGINS)), reason="needs JAX's CUDA plugin"
-    ),
+    pytest.mark.skipif(not installed(), reason="needs JAX's CUDA plugin"),
 ]
 D, N, K, AUX_K, B = 256, 8192, 64, 128, 512
 _SORT = r"= \(?\w+\[([\d,]+)\][^=]* sort\("  # in a fusion, too

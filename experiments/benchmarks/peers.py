@@ -7,24 +7,37 @@ A peer that is not installed, or has no such architecture, is left out.
 import contextlib
 import importlib.metadata
 import os
+from collections.abc import Callable
 
-from sae_jax.bench.step import Step
+from sae_jax.bench.step import Contestant
 
 
-def make_steps(architecture: str, batch: int, d_in: int, d_sae: int, k: int) -> dict[str, Step]:
-    """The installed peers' steps by "package version"; {} where none is installed."""
+def find(architecture: str, batch: int, d_in: int, d_sae: int, k: int) -> dict[str, Contestant]:
+    """The installed peers by "package version"; {} where none is installed."""
     makers = {"sae-lens": _sae_lens, "dictionary-learning": _dictionary_learning}
     if architecture == "topk":
         makers["eai-sparsify"] = _sparsify
-    steps = {}
+    contestants = {}
     for package, make in makers.items():
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             version = importlib.metadata.version(package)
-            steps[f"{package} {version}"] = make(architecture, batch, d_in, d_sae, k)
-    return steps
+            step = make(architecture, batch, d_in, d_sae, k)
+            contestants[f"{package} {version}"] = _contestant(step)
+    return contestants
 
 
-def _sae_lens(architecture, batch, d_in, d_sae, k) -> Step:
+def _contestant(step: Callable) -> Contestant:
+    import torch
+
+    def step_to_its_end(x):
+        step(x)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    return Contestant(lambda batch: torch.from_numpy(batch).to(_device()), step_to_its_end)
+
+
+def _sae_lens(architecture, batch, d_in, d_sae, k) -> Callable:
     import sae_lens
     import torch
     from sae_lens.config import SAETrainerConfig
@@ -35,6 +48,10 @@ def _sae_lens(architecture, batch, d_in, d_sae, k) -> Step:
     sizes = {"d_in": d_in, "d_sae": d_sae, "device": device, "dtype": "float32"}
     if architecture == "topk":
         sae = sae_lens.TopKTrainingSAE(sae_lens.TopKTrainingSAEConfig(**sizes, k=k))
+    elif architecture == "batchtopk":
+        sae = sae_lens.BatchTopKTrainingSAE(sae_lens.BatchTopKTrainingSAEConfig(**sizes, k=k))
+    elif architecture == "jumprelu":
+        sae = sae_lens.JumpReLUTrainingSAE(sae_lens.JumpReLUTrainingSAEConfig(**sizes))
     else:
         sae = sae_lens.StandardTrainingSAE(
             sae_lens.StandardTrainingSAEConfig(**sizes, l1_coefficient=5.0)
@@ -48,25 +65,28 @@ def _sae_lens(architecture, batch, d_in, d_sae, k) -> Step:
     trainer = SAETrainer(config, sae, data_provider=iter(()))
 
     def step(x):
-        trainer.step(torch.from_numpy(x))
+        trainer.step(x)
         trainer.n_training_steps += 1
 
     return step
 
 
-def _dictionary_learning(architecture, batch, d_in, d_sae, k) -> Step:
-    import torch
-    from dictionary_learning.trainers.standard import StandardTrainerAprilUpdate
-    from dictionary_learning.trainers.top_k import TopKTrainer
+def _dictionary_learning(architecture, batch, d_in, d_sae, k) -> Callable:
+    from dictionary_learning import trainers
 
     common = dict(
         steps=10**6, activation_dim=d_in, dict_size=d_sae, layer=0, lm_name="", device=_device()
     )
     if architecture == "topk":
-        trainer = TopKTrainer(k=k, **common)
+        trainer = trainers.TopKTrainer(k=k, **common)
+    elif architecture == "batchtopk":
+        trainer = trainers.BatchTopKTrainer(k=k, **common)
+    elif architecture == "jumprelu":
+        trainer = trainers.JumpReluTrainer(**common)
     else:
         # Its default dictionary class has unit-norm decoders; the April recipe does not.
         from dictionary_learning.dictionary import AutoEncoder
+        from dictionary_learning.trainers.standard import StandardTrainerAprilUpdate
 
         trainer = StandardTrainerAprilUpdate(dict_class=AutoEncoder, **common)
     done = 0
@@ -74,12 +94,12 @@ def _dictionary_learning(architecture, batch, d_in, d_sae, k) -> Step:
     def step(x):
         nonlocal done
         done += 1  # not from 0: the first step would also initialise b_dec
-        trainer.update(done, torch.from_numpy(x))
+        trainer.update(done, x)
 
     return step
 
 
-def _sparsify(architecture, batch, d_in, d_sae, k) -> Step:
+def _sparsify(architecture, batch, d_in, d_sae, k) -> Callable:
     import torch
 
     if not torch.cuda.is_available():
@@ -94,7 +114,7 @@ def _sparsify(architecture, batch, d_in, d_sae, k) -> Step:
 
     def step(x):
         sae.set_decoder_norm_to_unit_norm()
-        out = sae(torch.from_numpy(x).to(_device()), dead_mask=since_fired > 10_000_000)
+        out = sae(x, dead_mask=since_fired > 10_000_000)
         (out.fvu + out.auxk_loss / 32).backward()
         sae.remove_gradient_parallel_to_decoder_directions()
         torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)

@@ -16,13 +16,14 @@ import contextlib
 import dataclasses
 import pathlib
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from sae_jax.bench.step import Step, bench_config
+from sae_jax.bench.step import bench_config
 from sae_jax.config import Config
 from sae_jax.ops.active import by_all_latents
 from sae_jax.paths import save_json
@@ -86,7 +87,7 @@ def config_of(architecture: str) -> Config:
     return dataclasses.replace(config, optimizer=slow)
 
 
-def make_step(config: Config, is_sparse: bool, finds: bool, x: np.ndarray) -> Step:
+def make_step(config: Config, is_sparse: bool, finds: bool, x: np.ndarray) -> Callable:
     """Returns a training step that returns L0.
 
     finds: whether active latents are looked for; otherwise the step is by all latents.

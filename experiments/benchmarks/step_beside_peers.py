@@ -19,11 +19,16 @@ from absl import app, flags
 from sae_jax.bench.step import bench_config, measure_step, table
 from sae_jax.paths import save_json
 
-_ARCHITECTURE = flags.DEFINE_enum("architecture", "topk", ["topk", "relu"], "What is trained.")
+_ARCHITECTURE = flags.DEFINE_enum(
+    "architecture", "topk", ["topk", "batchtopk", "relu", "jumprelu"], "What is trained."
+)
 _BATCH = flags.DEFINE_integer("batch", 2048, "Tokens a step.")
 _D_IN = flags.DEFINE_integer("d_in", 768, "Width of the activations.")
 _D_SAE = flags.DEFINE_integer("d_sae", 24_576, "Dictionary size.")
-_K = flags.DEFINE_integer("k", 32, "Latents a token, for topk.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16"], "Of our products' operands; peers have float32."
+)
+_K = flags.DEFINE_integer("k", 32, "Latents a token, for topk and batchtopk.")
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "Timed steps of each contestant.")
 _OUT = flags.DEFINE_string("out", None, "Write the figures there as JSON.")
 
@@ -31,12 +36,12 @@ _OUT = flags.DEFINE_string("out", None, "Write the figures there as JSON.")
 def main(_) -> int:
     jax.config.update("jax_default_matmul_precision", "highest")  # float32 means float32
     shape = (_BATCH.value, _D_IN.value, _D_SAE.value, _K.value)
-    steps = peers.make_steps(_ARCHITECTURE.value, *shape)
-    if not steps:
+    others = peers.find(_ARCHITECTURE.value, *shape)
+    if not others:
         print('no peer is installed: pip install "sae-jax[peers]"', file=sys.stderr)
         return 2
-    config = bench_config(_ARCHITECTURE.value, *shape, "float32", 1)
-    figures = measure_step(config, _ROUNDS.value, steps)
+    config = bench_config(_ARCHITECTURE.value, *shape, _DTYPE.value, 1)
+    figures = measure_step(config, _ROUNDS.value, others)
     print(table(figures))
     if _OUT.value:
         save_json(figures, pathlib.Path(_OUT.value))

@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,18 +18,27 @@ from sae_jax.train.step import Trainer
 _BATCHES = 4  # distinct ones in memory, taken in turn
 
 
-Step = Callable[[np.ndarray], None]
-"""Takes a batch (batch, d_in) float32 on the host, and returns when the step is done."""
+class Contestant(NamedTuple):
+    """What takes steps that are timed.
+
+    Attributes:
+      place: puts a batch (batch, d_in) float32 on the device. It is not timed: training does it in
+        the background.
+      step: takes a step with what `place` returned, and returns when it is done.
+    """
+
+    place: Callable[[np.ndarray], Any]
+    step: Callable[[Any], None]
 
 
-def measure_step(config: Config, rounds: int, others: dict[str, Step] | None = None) -> dict:
-    """Times training steps on random normal activations in memory.
+def measure_step(config: Config, rounds: int, others: dict[str, Contestant] | None = None) -> dict:
+    """Times training steps on random normal activations in the device's memory.
 
     Args:
       config: the resolved config of our step.
       rounds: how many rounds are timed. In each every contestant runs one step, in turn, so that a
         drift of the machine affects all alike.
-      others: steps to time beside ours, by name.
+      others: what to time beside our step, by name.
 
     Returns figures by name, medians over the rounds:
 
@@ -36,28 +46,29 @@ def measure_step(config: Config, rounds: int, others: dict[str, Step] | None = N
     - `times_faster_than`, the ratio of our speed to that of each of the others.
     - `matmul_flops_per_second` of the encoder's product (batch x d_in by d_in x d_sae).
     - `fraction_of_floor`, the seconds that the step's floating-point operations take at that rate,
-      over ours. A dense step has 12 d_sae d_in of them a token. Of a top-k step only the encoder's
-      forward pass counts, 2 d_sae d_in.
+      over ours. A dense step has 12 d_sae d_in of them a token. Of a step that picks k latents only
+      the encoder's forward pass counts, 2 d_sae d_in.
     """
     batch, d_in, d_sae = config.data.batch_size, config.sae.d_in, config.sae.d_sae
     batches = np.random.default_rng(0).normal(size=(_BATCHES, batch, d_in)).astype(np.float32)
-    contestants: dict[str, Step] = {
-        "sae_jax": _our_step(config),
+    contestants = {
+        "sae_jax": _ours(config),
         "matmul": _matmul(batch, d_in, d_sae, config),
         **(others or {}),
     }
 
+    placed = {name: [c.place(batch) for batch in batches] for name, c in contestants.items()}
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for i in range(rounds + 2):  # the first two compile and touch the memory
-        for name, step in contestants.items():
+        for name, contestant in contestants.items():
             begin = time.perf_counter()
-            step(batches[i % _BATCHES])
+            contestant.step(placed[name][i % _BATCHES])
             if i >= 2:
                 seconds[name].append(time.perf_counter() - begin)
 
     median = {name: float(np.median(times)) for name, times in seconds.items()}
     rate = 2 * batch * d_in * d_sae / median["matmul"]
-    per_token = 2 if config.sae.architecture == "topk" else 12
+    per_token = 12 if config.sae.k is None else 2
     ours = np.array(seconds["sae_jax"])
     return {
         "architecture": config.sae.architecture,
@@ -125,24 +136,24 @@ def bench_config(
     )
 
 
-def _our_step(config: Config) -> Step:
+def _ours(config: Config) -> Contestant:
     mesh = make_mesh(config)
     trainer = Trainer(config, steps=10**6, variance=float(config.sae.d_in))
     placement = BatchPlacement(mesh, config.data.batch_size)
     with jax.set_mesh(mesh):
         state = trainer.init(np.zeros(config.sae.d_in, np.float32), 1.0)
 
-    def step(x):
+    def step(rows):
         nonlocal state
         with jax.set_mesh(mesh):
-            state, metrics = trainer.step(state, placement.place(x))
+            state, metrics = trainer.step(state, rows)
             jax.block_until_ready((state, metrics))
 
-    return step
+    return Contestant(placement.place, step)
 
 
-def _matmul(batch: int, d_in: int, d_sae: int, config: Config) -> Step:
-    """Returns a step that is the encoder's product alone, by XLA, with our step's operand type."""
+def _matmul(batch: int, d_in: int, d_sae: int, config: Config) -> Contestant:
+    """Returns the encoder's product alone, by XLA, with our step's operand type."""
     dtype = jnp.dtype(config.sae.compute_dtype)
     w = jax.random.normal(jax.random.key(0), (d_in, d_sae), dtype)
 
@@ -150,4 +161,4 @@ def _matmul(batch: int, d_in: int, d_sae: int, config: Config) -> Step:
     def product(x, w):
         return jnp.matmul(x.astype(dtype), w, preferred_element_type=jnp.float32)
 
-    return lambda x: product(x, w).block_until_ready()
+    return Contestant(jnp.asarray, lambda x: product(x, w).block_until_ready())

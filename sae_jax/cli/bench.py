@@ -7,7 +7,7 @@ from sae_jax.cli import path_lists
 SUMMARY = """Measure a training step, the reading of batches, or a harvest, on this machine.
 
   sae-jax bench                                         the top-k step at the default shape
-  sae-jax bench --architecture=relu --d_in=512 --d_sae=8192
+  sae-jax bench --architecture=jumprelu --d_in=512 --d_sae=8192
   sae-jax bench --reading                               the stream against a sequential read
   sae-jax bench --harvest --model=DIR --text=FILE       the activations of a model
   sae-jax bench --packs=8 --d_in=64 --d_sae=512         a pack of 8 runs against each alone
@@ -24,11 +24,16 @@ def define(values: flags.FlagValues) -> None:
     def integer(name, default, text, least=1):
         flags.DEFINE_integer(name, default, text, lower_bound=least, flag_values=values)
 
-    flags.DEFINE_enum("architecture", "topk", ["topk", "relu"], "topk or relu.", flag_values=values)
+    flags.DEFINE_string(
+        "architecture",
+        "topk",
+        "Any that `sae-jax train` has, such as batchtopk.",
+        flag_values=values,
+    )
     integer("batch", 2048, "Tokens a step.")
     integer("d_in", 768, "Width of the activations.")
     integer("d_sae", 24_576, "Dictionary size.")
-    integer("k", 32, "Latents a token, for topk.")
+    integer("k", 32, "Latents a token, where the architecture has a k.")
     flags.DEFINE_enum(
         "dtype", "float32", ["float32", "bfloat16"], "Of matmul operands.", flag_values=values
     )

@@ -18,6 +18,7 @@ SUMMARY = """Tell what a run takes of each device, before there is one, and the 
 
   sae-jax plan --config=scaling_monosemanticity:34m --topology=v5p:4x4x4 \\
       --mesh=1,1,64 --config.train.tokens=10e9
+  sae-jax plan --config=openai_topk --topology=h200:1x1 --top=10     which operations cost most
   sae-jax plan --config=scaling_monosemanticity:4m --topology=h100:8x8 --find=time --price=2.5
   sae-jax plan --config=openai_topk --topology=h100:1x8 --batch_sizes=32768,131072 \\
       --dtypes=float32,bfloat16                     the fastest of all these, by tokens/s
@@ -27,9 +28,12 @@ SUMMARY = """Tell what a run takes of each device, before there is one, and the 
       --model_dtype=bfloat16 --topology=h100:1x8 --out=stores/gemma
 
 The training step is compiled ahead of time for the mesh: for a TPU slice by the TPU compiler (pip
-install "sae-jax[tpu]"; no TPU is needed), for GPUs by the CPU's, which fuses less, so that the
-traffic through memory is rather too high. Times are those of published peaks, without any latent
-dead. The width of the activations is the store's, or --config.sae.d_in.
+install "sae-jax[tpu]"), for GPUs by the CUDA compiler (pip install "sae-jax[cuda]"); no TPU or GPU
+is needed. Without the latter CPUs stand for GPUs: their compiler fuses less, so that bytes and
+times are rather too high. The time of a step is the sum over its operations, each the longest of
+its products, its bytes and what it sends at the published peaks, with loops as often as they run
+and no latent dead; what the compiler itself expects is beside it. The width of the activations is
+the store's, or --config.sae.d_in.
 
 Where a run does not fit, and with --find, every mesh is traced, which takes a second each, and only
 the best are compiled (--compiles): the fastest that fits and the one of least memory are named,
@@ -44,7 +48,7 @@ _DEFAULT_D_IN = 4096
 _WORTH_SAYING = 0.9  # a mesh that takes less than this part of the time is named
 _OF_HARVESTS = ("model", "sites", "tokens", "context_length", "dtype", "model_dtype", "out")
 _OF_SEARCHES = ("find", "batch_sizes", "dtypes")
-_OF_RUNS = ("config", "mesh", "compiles", "passes", "sweep", *_OF_SEARCHES)
+_OF_RUNS = ("config", "mesh", "compiles", "passes", "sweep", "top", *_OF_SEARCHES)
 
 
 def define(values: flags.FlagValues) -> None:
@@ -78,6 +82,13 @@ def define(values: flags.FlagValues) -> None:
         4,
         "The most meshes to compile for each suggestion, once one fits; 0: none, the traced "
         "programs decide, in seconds.",
+        lower_bound=0,
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "top",
+        0,
+        "List so many of the dearest operations of the step.",
         lower_bound=0,
         flag_values=values,
     )
@@ -155,7 +166,7 @@ def _plan_run(args, overrides: dict[str, str], searches: bool) -> int:
     from absl import logging
 
     from sae_jax.paths import as_json
-    from sae_jax.plan import chips, estimate, search, table
+    from sae_jax.plan import estimate, search, table
 
     name = args.topology or _cpus(config.mesh)
     by_memory = args.find == "memory"
@@ -167,7 +178,7 @@ def _plan_run(args, overrides: dict[str, str], searches: bool) -> int:
     batches = [_parsed(config, "data.batch_size", text) for text in args.batch_sizes or ()]
     dtypes = [_parsed(config, "sae.compute_dtype", text) for text in args.dtypes or ()]
     search.check_batch_sizes(config, batches or [config.data.batch_size])
-    topology = chips.find(name)
+    topology = _find(name)
     config = _resolve(config)
 
     def find(most: int):
@@ -189,9 +200,11 @@ def _plan_run(args, overrides: dict[str, str], searches: bool) -> int:
             found = _if_faster(found, config)
     suggested = _suggestions(args, overrides, config, found)
     if best is not None and args.json:
-        print(as_json(table.as_dict(best, args.price) | {"suggestions": suggested}).rstrip())
+        print(
+            as_json(table.as_dict(best, args.price, args.top) | {"suggestions": suggested}).rstrip()
+        )
     elif best is not None:
-        print(table.text(best, args.price))
+        print(table.text(best, args.price, args.top))
         for command, words in {s["command"]: s["words"] for s in suggested.values()}.items():
             print(f"\n{words}\n  {command}")
     if best is not None and best.fits:
@@ -199,6 +212,16 @@ def _plan_run(args, overrides: dict[str, str], searches: bool) -> int:
     if found.least_memory is None:
         print(_nothing_fits(tried, found, topology), file=sys.stderr)
     return 1
+
+
+def _find(name: str):
+    """Returns the topology of a name, and says what its compiler cannot."""
+    from sae_jax.plan import chips
+
+    topology = chips.find(name)
+    if topology.note:
+        print(topology.note, file=sys.stderr)
+    return topology
 
 
 def _mesh(text: str, zero: bool) -> configs.MeshConfig:
@@ -360,6 +383,8 @@ def _is_sweep(args) -> bool:
 
 
 def _plan_sweep(args, overrides: dict[str, str]) -> int:
+    if args["top"].present:
+        raise UserError("--top lists the operations of one run's step: give --nosweep too")
     for name in ("batch_sizes", "dtypes"):
         if args[name].present:
             raise UserError(f"--{name} is for the plan of one run; a sweep's grid says what varies")
@@ -374,9 +399,9 @@ def _plan_sweep(args, overrides: dict[str, str]) -> int:
         )
 
     from sae_jax.paths import as_json
-    from sae_jax.plan import chips, sweep
+    from sae_jax.plan import sweep
 
-    topology = chips.find(args.topology)
+    topology = _find(args.topology)
     runs = sweep.load(args.config, overrides, _resolve)
     mesh = runs[0].mesh
     if args.find:

@@ -28,6 +28,7 @@ _SLOTS = 16  # of a row
 _CHUNK = 256  # rows that are worked on at once, and tokens whose products stay in a CPU's cache
 _SHARE = 64  # there are slots for one latent in so many; with one in 40 dense work is as fast
 _LEAST = _SHARE * _SLOTS  # latents; with fewer there is less than a row for each token
+_MOST = 2**31 // _CHUNK  # latents; with more, places in a slice's products are no int32
 _BITS = 32  # latents whose activity is one word
 
 _all_latents = contextvars.ContextVar("all_latents", default=False)
@@ -56,10 +57,11 @@ class ActiveLatents(NamedTuple):
 def worth_finding(d_sae: int) -> bool:
     """Returns whether to look for the latents that act, among d_sae of a device.
 
-    It takes a CPU a few hundredths of a dense step to find that they are too many. Accelerators
-    have not been shown to gain from it.
+    It takes a CPU a few hundredths of a dense step to find that they are too many, and up to a
+    tenth where there are hardly too many. Accelerators have not been shown to gain from it.
     """
-    return on_cpu() and d_sae >= _LEAST and d_sae % _BITS == 0 and not _all_latents.get()
+    fits = _LEAST <= d_sae <= _MOST and d_sae % _BITS == 0
+    return fits and on_cpu() and not _all_latents.get()
 
 
 @contextlib.contextmanager
@@ -76,7 +78,8 @@ def find_active(support: Callable, x, w_enc, per_latent: dict, compute_dtype) ->
     """Returns the latents that act.
 
     It encodes tokens in slices, so that the products (B, d_sae) never exist as a whole, and gives
-    up at the first slice whose latents are too many.
+    up at the first slice up to which there are too many latents, which is well before the room for
+    all of them is used up.
 
     Args:
       support: a function of products (B, M) and of `per_latent` cut to M latents, that returns
@@ -91,6 +94,9 @@ def find_active(support: Callable, x, w_enc, per_latent: dict, compute_dtype) ->
     of_token = -(-(n // _SHARE) // _SLOTS)
     room = -(-tokens * of_token // _CHUNK) * _CHUNK
     rows = room + _CHUNK  # what is written last may end in a chunk's unused rows
+    slices = -(-tokens // size)
+    share = size * of_token
+    beyond = share // 8 + n // _SLOTS  # a token may have all latents
     x, w = x.astype(compute_dtype), w_enc.astype(compute_dtype)
 
     def find_in_slice(carry):
@@ -100,7 +106,7 @@ def find_active(support: Callable, x, w_enc, per_latent: dict, compute_dtype) ->
         new = start + jnp.arange(size) >= i * size
         words = _words(support(product, per_latent) & new[:, None])
         total, chunk_of_rows = _rows_of_slots(words, product)
-        complete = used + total <= room
+        complete = used + total <= jnp.minimum(room, (i + 1) * share + beyond)
 
         def put(c, found):
             tokens, *slots = chunk_of_rows(c * _CHUNK)
@@ -117,7 +123,7 @@ def find_active(support: Callable, x, w_enc, per_latent: dict, compute_dtype) ->
 
     def goes_on(carry):
         i, complete, _, _ = carry
-        return complete & (i < -(-tokens // size))
+        return complete & (i < slices)
 
     one, many = (rows,), (rows, _SLOTS)
     empty = tuple(

@@ -3,7 +3,8 @@
 A k-sparse code of some hundred slots a token is dear: its rows are gathered for every token. Where
 only few latents are dead, all of their pre-activations are computed instead, in blocks of latents,
 and those that are not among the k largest are set to 0. There is a trip of a loop for each block
-that has a dead latent, so that the cost grows with their number, and is nothing where none is dead.
+that has a dead latent, so that the cost grows with their number. Where none is dead there is no
+product; what is left are gradients of zeros, which JAX adds to those of the rest of the loss.
 """
 
 import functools
@@ -91,7 +92,7 @@ def decode_dead(
     The result is exact and independent of the mesh: ties go to the lower latent. Where no more than
     k latents are dead, all are picked. It costs 2 (d_in + d_out) FLOPs a token and dead latent, and
     4 (d_in + d_out) more for its gradients. One all-reduce over `model` sums the result, and one
-    over `data` the gradients of dead latents alone.
+    over `data` the gradients of at most `8 k` dead latents of a shard.
 
     Args:
       activation: a function of single pre-activations, which JAX differentiates.
@@ -100,7 +101,7 @@ def decode_dead(
       b_enc: its bias (d_sae,).
       w_dec: the decoder (d_sae, d_out).
       dead: which latents are dead (d_sae,) bool, as `few_and_many` returns them. Where none is the
-        result is zero and costs nothing.
+        result and the gradients are zero, and nothing is computed for them.
       k: dead latents that are picked for each token.
       compute_dtype: the dtype of the matmuls' operands. They accumulate in float32.
 
@@ -181,8 +182,13 @@ def _backward(activation, k, compute_dtype, saved, d_decoded):
             )
 
         def add_block(i, gradients):
-            return jax.tree.map(
-                lambda g, all: g.at[picks.latents[i]].add(all[i], mode="drop"), gradients, found
+            d_w_enc, d_b, d_w_dec = gradients
+            of_w_enc, of_b, of_w_dec = jax.tree.map(lambda blocks: blocks[i], found)
+            latents = picks.latents[i]
+            return (
+                d_w_enc.at[:, latents].add(of_w_enc.T, mode="drop"),
+                d_b.at[latents].add(of_b, mode="drop"),
+                d_w_dec.at[latents].add(of_w_dec, mode="drop"),
             )
 
         used, shape = picks.used[0], picks.latents.shape
@@ -190,9 +196,10 @@ def _backward(activation, k, compute_dtype, saved, d_decoded):
         found = tuple(jax.lax.empty((*shape, *width), jnp.float32) for width in widths)
         found = jax.lax.fori_loop(0, used, find_block, found)
         found = branch(any_dead, lambda: psum(found, "data"), lambda: found)
-        gradients = tuple(jnp.zeros((w_dec.shape[0], *width), jnp.float32) for width in widths)
-        d_w_enc, d_b, d_w_dec = jax.lax.fori_loop(0, used, add_block, gradients)
-        return d_w_enc.T, d_b, d_w_dec
+        n = w_dec.shape[0]
+        shapes = (x.shape[1], n), (n,), w_dec.shape
+        zeros = tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
+        return jax.lax.fori_loop(0, used, add_block, zeros)
 
     def inputs(w_enc, w_dec, picks, any_dead, d_decoded):
         d_decoded = d_decoded.astype(compute_dtype)

@@ -21,6 +21,7 @@ from sae_jax.ops.active import (
     gradients_of_active,
     worth_finding,
 )
+from sae_jax.ops.products import as_operand, rounded
 from sae_jax.ops.sharding import (
     BATCH,
     DECODER,
@@ -143,7 +144,7 @@ def _autoencode_all(
     x = x.astype(compute_dtype)
 
     def run_block(totals, start):
-        pre = matmul_f32(x, _slice(w_enc, start, size, axis=1).astype(compute_dtype))
+        pre = matmul_f32(x, as_operand(_slice(w_enc, start, size, axis=1), compute_dtype))
         w_block = _slice(w_dec, start, size).astype(compute_dtype)
         out = activation(pre, _slices(per_latent, start, size))
         decoded = tuple(matmul_f32(f.astype(compute_dtype), w_block) for f in out.latents)
@@ -195,25 +196,30 @@ def _gradients_of_all(activation, x, per_latent, w_dec, kept, d_out, compute_dty
     d_decoded, d_latent_sums, d_token_sums = d_out
     size = kept.shape[2]
     n = kept.shape[0] * size
-    # A single block is no loop to XLA, whose CPU backend (jax 0.10 to 0.12) lacks some products
-    # of transposed bfloat16 operands outside of loops.
-    dtype = jnp.float32 if len(kept) == 1 and on_cpu() else compute_dtype
-    x_t = x.astype(dtype).T
-    d_decoded = tuple(d.astype(dtype) for d in d_decoded)
+
+    def operand(a):
+        # A single block is no loop to XLA, whose CPU backend (jax 0.10 to 0.12) lacks some products
+        # of transposed bfloat16 operands outside of loops.
+        if len(kept) == 1 and on_cpu():
+            return rounded(a, compute_dtype)
+        return a.astype(compute_dtype)
+
+    x_t = operand(x).T
+    d_decoded = tuple(operand(d) for d in d_decoded)
 
     def add_block(i, gradients):
         start = i * size
         out, pull = jax.vjp(
             activation, kept[i].astype(jnp.float32), _slices(per_latent, start, size)
         )
-        w_block = _slice(w_dec, start, size).astype(dtype)
+        w_block = operand(_slice(w_dec, start, size))
         d_latents = tuple(matmul_f32(d, w_block.T) for d in d_decoded)
         d_pre, d_per_latent = pull(
             Activated(d_latents, _slices(d_latent_sums, start, size), d_token_sums)
         )
         d_w_enc, d_all_per_latent, d_w_dec = gradients
-        w_enc_part = matmul_f32(x_t, d_pre.astype(dtype))
-        w_dec_part = matmul_f32(out.latents[0].astype(dtype).T, d_decoded[0])
+        w_enc_part = matmul_f32(x_t, operand(d_pre))
+        w_dec_part = matmul_f32(operand(out.latents[0]).T, d_decoded[0])
         return (
             jax.lax.dynamic_update_slice_in_dim(d_w_enc, w_enc_part, start, axis=1),
             jax.tree.map(
@@ -224,10 +230,11 @@ def _gradients_of_all(activation, x, per_latent, w_dec, kept, d_out, compute_dty
             jax.lax.dynamic_update_slice_in_dim(d_w_dec, w_dec_part, start, axis=0),
         )
 
+    # The blocks fill these. An accelerator would fill them with zeros before that.
     gradients = (
-        jnp.zeros((x.shape[1], n), jnp.float32),
-        jax.tree.map(jnp.zeros_like, per_latent),
-        jnp.zeros(w_dec.shape, jnp.float32),
+        jax.lax.empty((x.shape[1], n), jnp.float32),
+        jax.tree.map(lambda a: jax.lax.empty(a.shape, a.dtype), per_latent),
+        jax.lax.empty(w_dec.shape, jnp.float32),
     )
     return jax.lax.fori_loop(0, len(kept), add_block, gradients)
 

@@ -25,7 +25,7 @@ def kth_largest(count: Callable[[jax.Array], jax.Array], k, tokens: int, bits: i
     Args:
       count: a function of numbers (tokens, T). It returns how many keys of each token, over all
         shards, are not below them, (tokens, T).
-      k: one number for all tokens, or (tokens,). Where it is 0 the result is 2^bits - 1.
+      k: one number for all tokens, or (tokens,). Where it is 0 the result is above all keys.
       tokens: how many tokens there are.
       bits: the bits of a key.
     """

@@ -1,8 +1,8 @@
 """Published peaks of accelerators, and the topologies that `--topology` names.
 
 The figures of TPUs are from Google's "How to Scale Your Model" (2025), the table of its chapter on
-TPUs. Those of GPUs are from NVIDIA's data sheets: dense (not sparse) figures of the SXM variants,
-and the links of the DGX systems, one way.
+TPUs; their clocks follow from the peaks and the units. Those of GPUs are from NVIDIA's data sheets:
+dense (not sparse) figures of the SXM variants, and the links of the DGX systems, one way.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import topologies
 
 from sae_jax.errors import UserError
+from sae_jax.plan.absent_gpus import absent_gpus, options_for
 
 _GIB = 2**30
 _MOST_DEVICES = 16_384  # of one slice or cluster; XLA makes something for each
@@ -34,6 +35,7 @@ class Chip:
       link_rate: bytes/s to the chips that it is linked to: along one axis of a TPU's torus both
         ways, or by NVLink.
       network_rate: bytes/s of a GPU to other nodes.
+      clock: cycles a second, of a TPU.
     """
 
     name: str
@@ -43,18 +45,21 @@ class Chip:
     memory_rate: float
     link_rate: float
     network_rate: float = math.inf
+    clock: float | None = None
 
 
-def _tpu(name: str, bfloat16: float, memory: float, memory_rate: float, link: float) -> Chip:
+def _tpu(
+    name: str, bfloat16: float, memory: float, memory_rate: float, link: float, clock: float
+) -> Chip:
     """Returns a TPU. A float32 product is six of bfloat16 parts (XLA's precision "highest")."""
-    return Chip(name, bfloat16, bfloat16 / 6, memory, memory_rate, 2 * link)
+    return Chip(name, bfloat16, bfloat16 / 6, memory, memory_rate, 2 * link, clock=clock)
 
 
 CHIPS = {
-    "v4": _tpu("TPU v4", 275e12, 32 * _GIB, 1.2e12, 45e9),
-    "v5e": _tpu("TPU v5e", 197e12, 16 * _GIB, 0.81e12, 45e9),
-    "v5p": _tpu("TPU v5p", 459e12, 95 * _GIB, 2.8e12, 90e9),
-    "v6e": _tpu("TPU v6e", 918e12, 32 * _GIB, 1.6e12, 90e9),
+    "v4": _tpu("TPU v4", 275e12, 32 * _GIB, 1.2e12, 45e9, 1.05e9),
+    "v5e": _tpu("TPU v5e", 197e12, 16 * _GIB, 0.81e12, 45e9, 1.5e9),
+    "v5p": _tpu("TPU v5p", 459e12, 95 * _GIB, 2.8e12, 90e9, 1.75e9),
+    "v6e": _tpu("TPU v6e", 918e12, 32 * _GIB, 1.6e12, 90e9, 1.75e9),
     "a100": Chip("A100 80 GB", 312e12, 19.5e12, 80e9, 2.04e12, 300e9, 25e9),
     "h100": Chip("H100", 989e12, 67e12, 80e9, 3.35e12, 450e9, 50e9),
     "h200": Chip("H200", 989e12, 67e12, 141e9, 4.8e12, 450e9, 50e9),
@@ -83,17 +88,36 @@ class Topology:
       chip: the kind of chip; None for CPUs.
       devices: the devices to compile for; None for each where nothing is compiled.
       per_node: how many of them share a node.
+      note: why CPUs stand for these GPUs, and what follows from it; "" where none do.
     """
 
     name: str
     chip: Chip | None
     devices: list
     per_node: int
+    note: str = ""
 
     @property
     def is_tpu(self) -> bool:
         """Whether the devices are TPUs."""
         return self.chip is not None and self.chip.network_rate == math.inf
+
+    @property
+    def stands_in(self) -> bool:
+        """Whether the devices are CPUs that stand for GPUs."""
+        is_gpu = self.chip is not None and not self.is_tpu
+        return is_gpu and self.devices[0].platform == "cpu"
+
+    @property
+    def compiler_options(self) -> dict[str, object]:
+        """The options of `lowered.compile(...)` for the devices."""
+        is_gpu = self.chip is not None and not self.is_tpu
+        return options_for(self.kind) if is_gpu and not self.stands_in else {}
+
+    @property
+    def kind(self) -> str:
+        """The kind of device in the name: "h100", "v5p", "cpu"."""
+        return self.name.lower().partition(":")[0]
 
     @property
     def capacity(self) -> float:
@@ -121,7 +145,7 @@ class Topology:
 
 def find(name: str) -> Topology:
     """Returns the topology of a name: "v5p:4x4x4" (a TPU slice), "h100:8x8" (nodes x GPUs of a
-    node) or "cpu:8".
+    node) or "cpu:8". Without the CUDA compiler CPUs stand for GPUs.
 
     It decides which devices this process has, so it is called before anything else uses JAX.
 
@@ -131,9 +155,19 @@ def find(name: str) -> Topology:
     jax.config.update("jax_platforms", "cpu")
     if topology.is_tpu:
         return dataclasses.replace(topology, devices=_tpu_devices(name))
-    # CPUs stand for the GPUs: XLA compiles for a GPU only where there is one.
-    jax.config.update("jax_num_cpu_devices", len(topology.devices))
-    return dataclasses.replace(topology, devices=jax.devices())
+    count, note = len(topology.devices), ""
+    if topology.chip is not None:
+        try:
+            nodes = count // topology.per_node
+            devices = absent_gpus(topology.kind, topology.per_node, nodes)
+            return dataclasses.replace(topology, devices=devices)
+        except UserError as error:
+            note = (
+                f"{error}. CPUs stand for the GPUs: their compiler fuses less and has no kernels "
+                "of ours, so that bytes and times are rather too high"
+            )
+    jax.config.update("jax_num_cpu_devices", count)
+    return dataclasses.replace(topology, devices=jax.devices(), note=note)
 
 
 def describe(name: str) -> Topology:

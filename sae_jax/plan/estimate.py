@@ -21,6 +21,13 @@ from sae_jax.ops.sharding import BATCH, as_for_accelerators
 from sae_jax.plan.chips import Topology
 from sae_jax.plan.flops import matmul_flops
 from sae_jax.plan.hlo import Collective, Program
+from sae_jax.plan.operations import (
+    Operation,
+    bytes_of,
+    collectives_of,
+    operations_of,
+    with_dtypes_of,
+)
 from sae_jax.plan.traced import read
 from sae_jax.train import optimizer
 from sae_jax.train.mesh import make_mesh
@@ -38,9 +45,7 @@ class Estimate:
       bytes: bytes of memory by what they are for.
       total: the most bytes that are in use at a time.
       flops: FLOPs of matrix products by dtype; None where the compiler found no room.
-      memory_bytes: bytes read from and written to memory; None where the compiler found no room.
-      collectives: the collectives that the step executes.
-      compiler_seconds: the TPU compiler's own estimate of the time; None elsewhere.
+      operations: what the step executes.
       compiled: whether a compiler has seen the step, or only the tracer.
     """
 
@@ -50,9 +55,7 @@ class Estimate:
     bytes: dict[str, int]
     total: int
     flops: Counter | None = None
-    memory_bytes: int | None = None
-    collectives: tuple[Collective, ...] = ()
-    compiler_seconds: float | None = None
+    operations: tuple[Operation, ...] = ()
     compiled: bool = True
 
     @property
@@ -63,11 +66,20 @@ class Estimate:
         return self.total <= self.topology.capacity
 
     @property
+    def memory_bytes(self) -> int:
+        """The bytes read from and written to memory."""
+        return bytes_of(self.operations)
+
+    @property
+    def collectives(self) -> tuple[Collective, ...]:
+        """The collectives that the step executes."""
+        return collectives_of(self.operations)
+
+    @property
     def seconds(self) -> dict[str, float] | None:
         """The seconds of a step's parts at the published peaks; None where these are unknown.
 
-        Matrix products and the traffic through memory go on at the same time. The network waits for
-        both.
+        Each is what the products, the traffic through memory, and the network take by themselves.
         """
         chip = self.topology.chip
         if chip is None or self.flops is None:
@@ -80,9 +92,21 @@ class Estimate:
 
     @property
     def step_seconds(self) -> float | None:
-        """The seconds of a step at the published peaks; None where these are unknown."""
-        times = self.seconds
-        return times and max(times["products"], times["memory"]) + times["network"]
+        """The seconds of a step at the published peaks, those of one operation after the other;
+        None where peaks are unknown.
+        """
+        if self.topology.chip is None or self.flops is None:
+            return None
+        return sum(o.seconds(self.topology) for o in self.operations)
+
+    @property
+    def compiler_seconds(self) -> float | None:
+        """The seconds of a step by the compiler, and by the peaks for operations of which it has no
+        estimate; None where it has none at all.
+        """
+        if all(o.own_seconds is None for o in self.operations):
+            return None
+        return sum(o.compiler_seconds(self.topology) for o in self.operations)
 
     @property
     def token_seconds(self) -> float | None:
@@ -107,7 +131,7 @@ def estimate(config: Config, topology: Topology) -> Estimate:
     known, traced, mesh = _trace(config, topology)
     with jax.set_mesh(mesh), _tracing_for(topology):
         try:
-            compiled = traced.lower().compile()
+            compiled = traced.lower().compile(compiler_options=topology.compiler_options)
         except jax.errors.JaxRuntimeError as error:
             found = re.search(r"RESOURCE_EXHAUSTED.*?\(([\d.]+)G\)", str(error), re.DOTALL)
             if not found:
@@ -120,16 +144,16 @@ def estimate(config: Config, topology: Topology) -> Estimate:
     }
     # What the state of the next step takes beyond the memory of this one's.
     beyond = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    traffic = Program(compiled.as_text()).traffic
-    own = (compiled.cost_analysis() or {}).get("optimal_seconds", -1.0)
+    clock = topology.chip.clock if topology.chip else None
+    operations = operations_of(Program(compiled.as_text()), clock)
+    if topology.stands_in:
+        operations = with_dtypes_of(read(traced.jaxpr.jaxpr, mesh).operations, operations)
     return dataclasses.replace(
         known,
         bytes=sizes,
         total=sum(sizes.values()) + max(0, beyond),
         flops=matmul_flops(traced.jaxpr.jaxpr, mesh),
-        memory_bytes=traffic.memory_bytes,
-        collectives=traffic.collectives,
-        compiler_seconds=own if topology.is_tpu and own > 0 else None,
+        operations=operations,
     )
 
 
@@ -146,8 +170,7 @@ def screen(config: Config, topology: Topology) -> Estimate:
         bytes=known.bytes | {"temporaries": work.temporary_bytes},
         total=known.total + work.temporary_bytes,
         flops=matmul_flops(traced.jaxpr.jaxpr, mesh),
-        memory_bytes=work.memory_bytes,
-        collectives=work.collectives,
+        operations=work.operations,
         compiled=False,
     )
 
@@ -237,10 +260,10 @@ def resolve(config: Config, widths: tuple[int, ...], target: int | None = None) 
 def _tracing_for(topology: Topology):
     """Returns the context in which programs are traced as for the topology's devices.
 
-    A dense family's step counts with all latents, as it begins.
+    A dense family's step counts with all latents. That is how a run begins, and an upper bound of
+    what it takes once few latents act in a batch.
     """
-    is_gpu = topology.chip is not None and not topology.is_tpu
-    return as_for_accelerators() if is_gpu else by_all_latents()
+    return as_for_accelerators() if topology.stands_in else by_all_latents()
 
 
 def row_width(config: Config) -> int:

@@ -12,8 +12,10 @@ def matmul_flops(jaxpr: core.Jaxpr, mesh: jax.sharding.Mesh) -> Counter:
     """Returns the FLOPs of a program's matrix products on one device, by the name of their dtype.
 
     A multiply and an add are two. Loops count as often as they run. Of the branches of a condition
-    the cheapest counts: the others are for dead latents, of which a healthy run has none, and for
-    codes of which one shard has far more than its share.
+    the cheapest counts, which is the one that an ordinary step takes: the others are for dead
+    latents, of which a healthy run has none, for codes of which one shard has far more than its
+    share, and for batches in which a faster way was not exact. A loop whose length the data decides
+    counts for nothing, since it works for these too.
 
     Where the program is written per shard (`jax.shard_map`), shapes are a device's own. Elsewhere
     the operands' shardings divide the work.
@@ -21,17 +23,12 @@ def matmul_flops(jaxpr: core.Jaxpr, mesh: jax.sharding.Mesh) -> Counter:
     total: Counter = Counter()
     for equation in jaxpr.eqns:
         name = equation.primitive.name
-        if name == "dot_general":
-            total[equation.invars[0].aval.dtype.name] += _product_flops(equation, mesh)
+        if name in ("dot_general", "pallas_call"):
+            total += product_flops(equation, mesh)
         elif name == "cond":
             branches = [matmul_flops(b.jaxpr, mesh) for b in equation.params["branches"]]
             total += min(branches, key=Counter.total)
-        elif name == "pallas_call":  # a kernel, which says it of itself, or has no products
-            if estimate := equation.params["cost_estimate"]:
-                types = [a.aval.dtype for a in equation.invars]
-                of = next(t for t in types if jax.dtypes.issubdtype(t, jax.numpy.floating))
-                total[of.name] += estimate.flops
-        elif name != "while":  # only the loops over dead latents' picks, which have no products
+        elif name != "while":
             times = equation.params["length"] if name == "scan" else 1
             for inner in _inner_jaxprs(equation.params):
                 for dtype, flops in matmul_flops(inner, mesh).items():
@@ -39,8 +36,18 @@ def matmul_flops(jaxpr: core.Jaxpr, mesh: jax.sharding.Mesh) -> Counter:
     return total
 
 
-def _product_flops(equation, mesh) -> int:
-    """Returns the FLOPs of one product on one device."""
+def product_flops(equation, mesh) -> Counter:
+    """Returns the FLOPs of one product, or of a kernel, on one device, by the name of their dtype.
+
+    A kernel says its own, or has no products.
+    """
+    if equation.primitive.name == "pallas_call":
+        estimate = equation.params["cost_estimate"]
+        if not estimate or not estimate.flops:
+            return Counter()
+        types = (operand.aval.dtype for operand in equation.invars)
+        dtype = next(t for t in types if jax.dtypes.issubdtype(t, jax.numpy.floating))
+        return Counter({dtype.name: estimate.flops})
     (contracted, _), _ = equation.params["dimension_numbers"]
     left, out = equation.invars[0].aval, equation.outvars[0].aval
     axes = [axes_of_dimension(left, i) for i in contracted] + [
@@ -48,7 +55,7 @@ def _product_flops(equation, mesh) -> int:
     ]
     shards = math.prod(mesh.shape[axis] for group in axes for axis in group)
     depth = math.prod(left.shape[i] for i in contracted)
-    return 2 * depth * math.prod(out.shape) // shards
+    return Counter({left.dtype.name: 2 * depth * math.prod(out.shape) // shards})
 
 
 def axes_of_dimension(aval, i: int) -> tuple[str, ...]:

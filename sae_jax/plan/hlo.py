@@ -1,9 +1,10 @@
 """Tells what a compiled program moves: bytes through memory, and through each collective.
 
 It is read from the text of the optimised HLO, because XLA's own cost analysis takes the body of a
-loop for one pass. Where a program branches, the branch with the least traffic counts: the others
-are for dead latents, of which a healthy run has none, and for codes of which one shard has far more
-than its share.
+loop for one pass. Where a program branches, the branch with the least traffic counts, which is the
+one that an ordinary step takes: the others are for dead latents, of which a healthy run has none,
+for codes of which one shard has far more than its share, and for batches in which a faster way was
+not exact.
 """
 
 import dataclasses
@@ -114,12 +115,14 @@ class Execution:
       times: how often it is executed; 0 in a loop of which the text does not say how often it runs.
       looped: whether it is in a loop.
       traffic: what one execution moves.
+      computation: the name of the computation that the instruction is of.
     """
 
     instruction: Instruction
     times: int
     looped: bool
     traffic: Traffic
+    computation: str
 
 
 def _total(executions: Iterable[Execution]) -> Traffic:
@@ -132,12 +135,13 @@ class Program:
 
     Attributes:
       text: its text.
+      computations: the instructions of each computation, by their names.
     """
 
     def __init__(self, text: str):
         """Parses the text of a module, as XLA prints it."""
         self.text = text
-        self._computations, self._entry = _parse_module(text)
+        self.computations, self._entry = _parse_module(text)
 
     @functools.cached_property
     def traffic(self) -> Traffic:
@@ -151,7 +155,7 @@ class Program:
 
     def _executions(self, computation: str, times: int, looped: bool) -> Iterator[Execution]:
         """Yields what a computation executes that is executed `times` times."""
-        scope = self._computations[computation]
+        scope = self.computations[computation]
         for instruction in scope.values():
             opcode = instruction.opcode
             if opcode == "while":
@@ -169,7 +173,7 @@ class Program:
                     yield from self._executions(name, times, looped)
             elif opcode not in _NO_TRAFFIC and not opcode.endswith(("-done", "-update")):
                 traffic = self._instruction_traffic(instruction, scope)
-                yield Execution(instruction, times, looped, traffic)
+                yield Execution(instruction, times, looped, traffic, computation)
 
     def _instruction_traffic(self, instruction: Instruction, scope: dict) -> Traffic:
         """Returns the traffic of one execution of an instruction that calls no other."""
@@ -184,6 +188,8 @@ class Program:
         # What a kernel moves does not follow from its operands: ours say it in their names.
         if opcode == "custom-call" and (moved := re.search(r"moves_(\d+)_bytes", instruction.rest)):
             return Traffic(int(moved.group(1)), ())
+        if opcode == "custom-call" and 'target="AllocateBuffer"' in instruction.rest:
+            return _NOTHING
         operands = [_type_bytes(scope[name].type) for name in instruction.operands]
         return Traffic(_unfused_bytes(instruction, operands), ())
 
@@ -192,9 +198,9 @@ class Program:
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.rest)
         if known:
             return int(known.group(1))
-        # The loops of jax.lax.scan and fori_loop count from 0 to a constant. Any other loop works
-        # on dead latents, of which a healthy run has none.
-        constants = [i for i in self._computations[condition].values() if i.opcode == "constant"]
+        # The loops of jax.lax.scan and fori_loop count from 0 to a constant. Of any other the data
+        # decides, such as one over dead latents, of which an ordinary step has none.
+        constants = [i for i in self.computations[condition].values() if i.opcode == "constant"]
         counts = [int(i.arguments) for i in constants if i.type.startswith("s32[]")]
         return counts[0] if len(counts) == 1 else 0
 
@@ -205,7 +211,7 @@ class Program:
         slices or rows, it reads these. Of a result that it updates in place, it writes the update.
         """
         (computation,) = instruction.called("calls")
-        inner = self._computations[computation]
+        inner = self.computations[computation]
         parameters = [i for i in inner.values() if i.opcode == "parameter"]
         *_, root = inner.values()
         results = [inner[o] for o in root.operands] if root.opcode == "tuple" else [root]
@@ -215,7 +221,7 @@ class Program:
     def _read_bytes(self, value: Instruction, computation: str) -> int:
         """Returns the bytes that a fusion reads of `value`, one of its operands."""
         total = rows = 0
-        for user in self._computations[computation].values():
+        for user in self.computations[computation].values():
             if value.name not in user.operands:
                 continue
             first = user.operands[0] == value.name
@@ -224,7 +230,7 @@ class Program:
             elif user.opcode == "fusion":  # in a fusion
                 (called,) = user.called("calls")
                 places = [str(n) for n, o in enumerate(user.operands) if o == value.name]
-                inner = self._computations[called].values()
+                inner = self.computations[called].values()
                 taken = [i for i in inner if i.opcode == "parameter" and i.arguments in places]
                 total += sum(self._read_bytes(i, called) for i in taken)
             elif user.opcode == "gather" and first:
@@ -315,6 +321,11 @@ def _numbers(text: str) -> tuple[int, ...]:
 def _type_bytes(shape: str) -> int:
     """Returns the bytes of the arrays in a printed type that are in device memory."""
     return sum(_array_bytes(*match) for match in _SHAPE.findall(shape))
+
+
+def array_sizes(shape: str) -> list[tuple[int, ...]]:
+    """Returns the sizes of each array in a printed type."""
+    return [_numbers(sizes) if sizes else () for _, sizes, _ in _SHAPE.findall(shape)]
 
 
 def _array_bytes(dtype: str, dimensions: str, layout: str) -> int:

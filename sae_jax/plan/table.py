@@ -1,21 +1,24 @@
 """Shows estimates as text and as JSON values."""
 
 from sae_jax.plan.estimate import Estimate, row_width
+from sae_jax.plan.operations import Operation
 
 ROW_BYTES = 2
 """Bytes of a value of a store, which is bfloat16 unless it says otherwise."""
 
 
-def text(estimate: Estimate, price: float | None = None) -> str:
+def text(estimate: Estimate, price: float | None = None, top: int = 0) -> str:
     """Returns everything about one mesh as lines of text.
 
-    `price` is that of a device for an hour; with None nothing is said of costs.
+    `price` is that of a device for an hour; with None nothing is said of costs. `top` is how many
+    of the dearest operations are listed.
     """
     return "\n".join(
         [
             *_header_lines(estimate),
             *_memory_lines(estimate),
             *_work_lines(estimate),
+            *_operation_lines(estimate, top),
             *_run_lines(estimate, price),
         ]
     )
@@ -58,11 +61,12 @@ def short(estimate: Estimate) -> str:
     return ", ".join(words) + ("" if estimate.compiled else ", by the traced program")
 
 
-def as_dict(estimate: Estimate, price: float | None = None) -> dict:
+def as_dict(estimate: Estimate, price: float | None = None, top: int = 0) -> dict:
     """Returns the content of `--json`: bytes, FLOPs and seconds of one device and one step, and of
     the whole run.
 
-    `price` is that of a device for an hour; with None there is no cost.
+    `price` is that of a device for an hour; with None there is no cost. `top` is how many of the
+    dearest operations are in it.
     """
     times = estimate.seconds
     out = {
@@ -87,6 +91,7 @@ def as_dict(estimate: Estimate, price: float | None = None) -> dict:
         ],
         "seconds": times and times | {"step": estimate.step_seconds},
         "compiler_seconds": estimate.compiler_seconds,
+        "operations": [_operation(o, estimate) for o in dearest(estimate, top)],
         "run": times and run_hours(estimate, price),
     }  # fmt: skip
 
@@ -153,6 +158,52 @@ def _work_lines(estimate: Estimate) -> list[str]:
     return [*lines, ""]
 
 
+def dearest(estimate: Estimate, top: int) -> list[Operation]:
+    """Returns the `top` operations that take most of a step; where peaks are unknown, those that
+    move most.
+    """
+    topology = estimate.topology
+
+    def cost(o: Operation) -> float:
+        return o.seconds(topology) if topology.chip else o.bytes * o.times
+
+    return sorted(estimate.operations, key=cost, reverse=True)[:top]
+
+
+def _operation(operation: Operation, estimate: Estimate) -> dict:
+    """Returns an operation as JSON values: what all its executions in a step take."""
+    times, topology, own = operation.times, estimate.topology, operation.own_seconds
+    return {
+        "name": operation.name,
+        "words": operation.words,
+        "times": times,
+        "seconds": topology.chip and operation.seconds(topology),
+        "compiler_seconds": own if own is None else own * times,
+        "flops": {dtype: n * times for dtype, n in operation.flops.items()},
+        "bytes": operation.bytes * times,
+    }
+
+
+def _operation_lines(estimate: Estimate, top: int) -> list[str]:
+    """Returns the table of the dearest operations."""
+    if not top or estimate.flops is None:
+        return []
+    lines = [
+        f"{'ms':>8}{'of step':>9}{'XLA: ms':>9}{'times':>7}{'TFLOP':>9}{'GB':>9}"
+        "  the dearest operations"
+    ]
+    for told in (_operation(o, estimate) for o in dearest(estimate, top)):
+        own, seconds = told["compiler_seconds"], told["seconds"]
+        lines.append(
+            (f"{'':17}" if seconds is None else f"{seconds * 1e3:8.2f}"
+             f"{seconds / estimate.step_seconds:9.1%}")
+            + (f"{'':9}" if own is None else f"{own * 1e3:9.2f}")
+            + f"{told['times']:7}{sum(told['flops'].values()) / 1e12:9.3f}"
+            f"{told['bytes'] / 1e9:9.3f}  {told['words']} (%{told['name']})"
+        )  # fmt: skip
+    return [*lines, ""]
+
+
 def _run_lines(estimate: Estimate, price: float | None) -> list[str]:
     """Returns the lines on the times of a step and of the whole run; none where peaks are
     unknown.
@@ -171,8 +222,9 @@ def _run_lines(estimate: Estimate, price: float | None) -> list[str]:
             f"{chip.link_rate / 1e9:.0f} GB/s in a node, {chip.network_rate / 1e9:.0f} to others"
         )
     return [
-        f"Step at the published peaks: {estimate.step_seconds * 1e3:.1f} ms ({parts})"
-        + (f"; {own * 1e3:.1f} by the compiler, which takes a loop for one pass" if own else ""),
+        f"Step at the published peaks, operation by operation: {estimate.step_seconds * 1e3:.1f} ms"
+        + (f"; by the compiler's own estimates {own * 1e3:.1f}" if own else ""),
+        f"By themselves: {parts} ms",
         f"{1 / estimate.token_seconds:,.0f} tokens/s; "
         f"{total['tokens']:.4g} tokens: {total['hours']:,.1f} h, "
         f"{total['chip_hours']:,.0f} chip-hours ({total['chip_hours'] / 24:,.1f} chip-days)"

@@ -12,13 +12,16 @@ compiling.
 
 import dataclasses
 import math
+import re
+from collections import Counter
 
 import jax
 import numpy as np
 from jax.extend import core
 
-from sae_jax.plan.flops import axes_of_dimension
+from sae_jax.plan.flops import axes_of_dimension, product_flops
 from sae_jax.plan.hlo import Collective
+from sae_jax.plan.operations import Operation, bytes_of, collectives_of
 
 _VIEWS = {"reshape", "squeeze", "expand_dims", "transpose", "copy", "stop_gradient", "rev"}
 _PARTS = {"slice", "dynamic_slice", "gather", "split"}  # read of their operand what they return
@@ -45,14 +48,22 @@ class Work:
     """What a device moves and keeps in one run of a traced program.
 
     Attributes:
-      memory_bytes: bytes that are read from and written to memory.
-      collectives: the collectives.
+      operations: what makes the arrays.
       temporary_bytes: the most bytes of arrays, beyond the arguments, that are kept at a time.
     """
 
-    memory_bytes: int
-    collectives: tuple[Collective, ...]
+    operations: tuple[Operation, ...]
     temporary_bytes: int
+
+    @property
+    def memory_bytes(self) -> int:
+        """The bytes that are read from and written to memory."""
+        return bytes_of(self.operations)
+
+    @property
+    def collectives(self) -> tuple[Collective, ...]:
+        """The collectives."""
+        return collectives_of(self.operations)
 
 
 class _Array:
@@ -97,25 +108,24 @@ def read(jaxpr: core.Jaxpr, mesh: jax.sharding.Mesh) -> Work:
     results = reader.run(jaxpr, arguments)
     computed = [i for i, value in enumerate(results) if not value.lies]
     # Once: what updates a parameter updates its moments too.
-    reader.read_all(results[i] for i in computed)
-    reader.memory += sum(_bytes(jaxpr.outvars[i].aval) for i in computed)
-    return Work(reader.memory, tuple(reader.collectives), reader.most_kept())
+    read_once = reader.read_all(results[i] for i in computed)
+    written = sum(_bytes(jaxpr.outvars[i].aval) for i in computed)
+    reader.operations.append(Operation(read_once + written))
+    return Work(tuple(reader.operations), reader.most_kept())
 
 
 class _Reader:
     """Runs through a program.
 
     Attributes:
-      memory: the bytes moved so far.
-      collectives: the collectives so far.
+      operations: the operations so far.
     """
 
     def __init__(self, mesh: jax.sharding.Mesh):
         self._mesh = mesh
         self._time = 0
         self._made: list[_Array] = []
-        self.memory = 0
-        self.collectives: list[Collective] = []
+        self.operations: list[Operation] = []
 
     def run(
         self, jaxpr: core.Jaxpr, arguments: list[_Value], used: list[bool] | None = None
@@ -148,12 +158,14 @@ class _Reader:
             change[array.last + 1] -= array.bytes
         return int(np.cumsum(change).max())
 
-    def read_all(self, values) -> None:
-        """Reads, once each, the arrays that several values are computed from."""
+    def read_all(self, values) -> int:
+        """Reads, once each, the arrays that several values are computed from, and returns their
+        bytes.
+        """
         arrays = frozenset().union(*(value.arrays for value in values))
-        self.memory += sum(array.bytes for array in arrays)
         for array in arrays:
             array.use(self._time)
+        return sum(array.bytes for array in arrays)
 
     # ------------------------------------------------------------------ one equation
 
@@ -207,18 +219,23 @@ class _Reader:
         """Returns a value as an array, which is computed and written if it is none yet."""
         if value.lies:
             return value
-        self.read_all([value])
-        self.memory += _bytes(variable.aval)
+        self.operations.append(Operation(self.read_all([value]) + _bytes(variable.aval)))
         return self._new(variable)
 
     def _make(self, equation, operands: list[_Value]) -> list[_Value]:
         """Returns results that are written, from operands that are read."""
-        self.read_all(operands)
+        moved = self.read_all(operands)
         results = [self._new(variable) for variable in equation.outvars]
-        self.memory += sum(_bytes(variable.aval) for variable in equation.outvars)
+        moved += sum(_bytes(variable.aval) for variable in equation.outvars)
+        name, flops = equation.primitive.name, Counter()
+        if name == "pallas_call" and (told := re.search(r"moves_(\d+)_bytes", _scope(equation))):
+            moved = int(told.group(1))
+        if name in ("pallas_call", "dot_general"):
+            flops = product_flops(equation, self._mesh)
+        self.operations.append(Operation(moved, flops=flops))
         if axes := _summed_axes(equation):
             for variable in equation.outvars:
-                self._collective("all-reduce", axes, _bytes(variable.aval))
+                self._collective("all-reduce", axes, _bytes(variable.aval), 0)
         return results
 
     def _part(self, variable, operands: list[_Value]) -> _Value:
@@ -232,9 +249,9 @@ class _Reader:
         name = equation.primitive.name
         operands[0] = self._write(operands[0], equation.invars[0])
         update = 1 if name == "dynamic_update_slice" else 2  # scatter: operand, places, updates
-        self.read_all(operands[1:])
+        moved = self.read_all(operands[1:])
         times = 2 if name.startswith("scatter-") else 1  # adds: reads the rows as well
-        self.memory += times * _bytes(equation.invars[update].aval)
+        self.operations.append(Operation(moved + times * _bytes(equation.invars[update].aval)))
         for array in operands[0].arrays:
             array.use(self._time)
         return operands[0]
@@ -252,13 +269,12 @@ class _Reader:
             return self.run(branches[next(others, 0)], arguments, used)
         if which.constant is not None:
             return self.run(branches[int(which.constant)], arguments, used)
-        before = self.memory, len(self.collectives), len(self._made)
+        done, made = len(self.operations), len(self._made)
 
         def moved(branch) -> int:
             self.run(branch, list(arguments), used)
-            cost = self.memory - before[0]
-            self.memory = before[0]
-            del self.collectives[before[1] :], self._made[before[2] :]
+            cost = bytes_of(self.operations[done:])
+            del self.operations[done:], self._made[made:]
             return cost
 
         return self.run(min(branches, key=moved), arguments, used)
@@ -280,18 +296,16 @@ class _Reader:
             self._new(variable) if asked else _Value()
             for variable, asked in zip(equation.outvars[carried:], used[carried:], strict=True)
         ]
-        before = self.memory, len(self.collectives)
+        done = len(self.operations)
         results = self.run(body, [*operands[:end], *sliced], used)
         for i, (variable, value) in enumerate(zip(body.outvars, results, strict=True)):
             if not used[i]:
                 continue
             if i < carried and value.lies and value.arrays == operands[consts + i].arrays:
                 continue  # changed in place, or not at all
-            self.read_all([value])
-            self.memory += _bytes(variable.aval)
-        self.memory = before[0] + length * (self.memory - before[0])
-        self.collectives[before[1] :] = [
-            dataclasses.replace(c, times=c.times * length) for c in self.collectives[before[1] :]
+            self.operations.append(Operation(self.read_all([value]) + _bytes(variable.aval)))
+        self.operations[done:] = [
+            dataclasses.replace(o, times=o.times * length) for o in self.operations[done:]
         ]
         self._time += 1
         for value in operands[consts:]:
@@ -314,10 +328,9 @@ class _Reader:
                 results.append(operands[i])
                 continue
             operands[i] = self._write(operands[i], given)
-            self.read_all([operands[i]])
+            moved = self.read_all([operands[i]]) + _bytes(variable.aval)
             results.append(self._new(variable))
-            self._collective(kind, axes, max(_bytes(given.aval), _bytes(variable.aval)))
-            self.memory += _bytes(variable.aval)
+            self._collective(kind, axes, max(_bytes(given.aval), _bytes(variable.aval)), moved)
         return results
 
     def _reshard(self, equation, operand: _Value) -> _Value:
@@ -328,19 +341,18 @@ class _Reader:
         gone = tuple(axis for axis in gone if self._mesh.shape[axis] > 1)
         if gone:
             operand = self._write(operand, given)
-            self.read_all([operand])
-            self.memory += _bytes(result.aval)
-            self._collective("all-gather", gone, _bytes(result.aval))
+            moved = self.read_all([operand]) + _bytes(result.aval)
+            self._collective("all-gather", gone, _bytes(result.aval), moved)
             return self._new(result)
         return operand if before == after else self._part(result, [operand])
 
-    def _collective(self, kind: str, axes: tuple[str, ...], size: int) -> None:
+    def _collective(self, kind: str, axes: tuple[str, ...], size: int, moved: int) -> None:
         shape = dict(self._mesh.shape)
         places = np.arange(math.prod(shape.values())).reshape(*shape.values())
         along = tuple(slice(None) if axis in axes else 0 for axis in shape)
         group = tuple(places[along].ravel().tolist())
-        if len(group) > 1:
-            self.collectives.append(Collective(kind, group, size, 1))
+        collective = Collective(kind, group, size, 1) if len(group) > 1 else None
+        self.operations.append(Operation(moved, collective=collective))
 
 
 def _scan_counts(parameters: dict) -> tuple[int, int]:
@@ -380,6 +392,11 @@ def _inlined(equation) -> core.Jaxpr | None:
         if isinstance(inner, core.Jaxpr) and len(inner.invars) == len(equation.invars):
             return inner
     return None
+
+
+def _scope(equation) -> str:
+    """Returns the names of the scopes that an equation was traced in."""
+    return str(equation.source_info.name_stack)
 
 
 def _keeps_type(equation) -> bool:

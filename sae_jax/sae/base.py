@@ -15,6 +15,7 @@ from flax import nnx
 
 from sae_jax import ops
 from sae_jax.errors import UserError
+from sae_jax.ops.products import product
 from sae_jax.ops.sharding import (
     BATCH,
     CODE,
@@ -493,7 +494,7 @@ class SAE(nnx.Module):
 
     @property
     def dtype(self):
-        """The type of the operands of the products with w_enc and w_dec in training."""
+        """The type of the operands of the products with matrices of parameters in training."""
         return jnp.dtype(self.config.compute_dtype)
 
     def encoder_input(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -516,8 +517,7 @@ class SAE(nnx.Module):
           x: (B, d_in) inputs as `encoder_input` returns them.
           bias: (d_sae,) the bias that it returns with them.
         """
-        w_enc = self.w_enc[...].astype(self.dtype)
-        return matmul_f32(x.astype(self.dtype), w_enc, CODE) + bias
+        return product(x, self.w_enc[...], self.dtype, CODE) + bias
 
     def scaled_preactivations(self, x: jax.Array) -> jax.Array:
         """Returns the pre-activations (B, d_sae) of the inputs x (B, d_in) of `training_loss`,
@@ -531,8 +531,7 @@ class SAE(nnx.Module):
           latents: (B, d_sae) latents of `scaled_preactivations`.
           x: (B, d_in) the inputs of `training_loss`, which a skip transcoder's skip reads.
         """
-        w_dec = self.w_dec[...].astype(self.dtype)
-        return self.output(matmul_f32(latents.astype(self.dtype), w_dec, BATCH), x)
+        return self.output(product(latents, self.w_dec[...], self.dtype, BATCH), x)
 
     def output(self, decoded: jax.Array, x: jax.Array) -> jax.Array:
         """Returns the reconstruction (B, d_out) of targets times `target_scale`.
@@ -543,7 +542,7 @@ class SAE(nnx.Module):
         """
         y_hat = decoded + self.b_dec[...]
         if self.config.kind == "skip_transcoder":
-            y_hat += matmul_f32(x, self.w_skip[...])
+            y_hat += product(x, self.w_skip[...], self.dtype)
         return y_hat
 
     def decoder_norms(self) -> jax.Array:

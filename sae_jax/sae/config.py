@@ -61,8 +61,9 @@ class SAEConfig:
     """Inputs and targets are multiplied by one number for each site, so that E||x||^2 is d
     (sqrt_d) or 1 (unit). none: they are left as they are."""
     compute_dtype: str = "float32"
-    """Type of the operands of matrix products, float32 or bfloat16. Parameters and sums are
-    float32 always."""
+    """Type of the operands of matrix products, float32 or bfloat16. Parameters, thresholds, sums
+    and values of latents are float32 always. Accelerators are made for bfloat16; a CPU without
+    instructions for it is slower by it."""
     extra_loss: str = ""
     """FILE.py:FUNCTION of a term that is added to the training loss: FUNCTION(sae, x, y), a
     scalar, of inputs and targets times their scales (train.step.ExtraLoss)."""
