@@ -30,7 +30,7 @@ from sae_jax.sweep.pass_trainer import train_pass
 from sae_jax.train import loop, pack, preparation
 from sae_jax.train.loop import TrainingData
 from sae_jax.train.mesh import BatchPlacement, make_mesh
-from sae_jax.train.pack import PackTrainer, get_field, get_run, put_run, set_fields
+from sae_jax.train.pack import PackTrainer, get_field, set_fields
 from sae_jax.train.progress import Progress
 from sae_jax.train.results import flops, run_id
 from sae_jax.train.run import train_run
@@ -83,8 +83,6 @@ def test_a_step_of_a_pack_is_that_of_each_run(store, monkeypatch, architecture, 
     """Three runs that differ in all that may differ; half of the latents of one begin as dead ones,
     so that AuxK is at work in it alone. Batched: as on an accelerator."""
     monkeypatch.setattr(pack, "on_cpu", lambda: not batched)
-    for program in (pack._init, pack._step, pack._evaluate):
-        program.clear_cache()  # it does not know of the line above
     picks = ARCHITECTURES[architecture].Config.k is not None
     one = base(store, architecture, mesh=dict(zip(AXES, mesh, strict=False)))
     runs = resolved(
@@ -113,7 +111,7 @@ def test_a_step_of_a_pack_is_that_of_each_run(store, monkeypatch, architecture, 
         alone = [t.init(b_dec, scale, target_scale) for t in trainer.trainers]
         idle = alone[1].idle_tokens + 10**6 * (np.arange(128) % 2)
         alone[1] = dataclasses.replace(alone[1], idle_tokens=idle)
-        states = put_run(states, 1, alone[1])
+        states = trainer.put_run(states, 1, alone[1])
         for rows in batches:
             states, got = trainer.step(states, rows)
             for i, t in enumerate(trainer.trainers):
@@ -127,13 +125,14 @@ def test_a_step_of_a_pack_is_that_of_each_run(store, monkeypatch, architecture, 
             np.testing.assert_allclose(means[name][2], value, rtol=1e-4, err_msg=name)
         again = trainer.blank()
         for i in range(3):
-            state = get_run(states, i)
-            again = put_run(again, i, state)
+            state = trainer.get_run(states, i)
+            again = trainer.put_run(again, i, state)
             assert jax.tree.map(jax.typeof, state) == jax.tree.map(jax.typeof, alone[i])
             for name, value in alone[i].parameters.items():
                 np.testing.assert_allclose(state.parameters[name], value, rtol=1e-3, atol=2e-5)
         for i in range(3):
-            jax.tree.map(np.testing.assert_array_equal, get_run(again, i), get_run(states, i))
+            got, want = (trainer.get_run(s, i) for s in (again, states))
+            jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 # ------------------------------------------------------------------- what goes together

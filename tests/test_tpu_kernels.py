@@ -9,7 +9,7 @@ import pytest
 from jax.experimental import pallas as pl
 from test_ops import dense_reference, normal, sparse
 
-from sae_jax.ops import picked_rows, tpu_encoder, tpu_rows
+from sae_jax.ops import picked_rows, tpu_encoder, tpu_memory, tpu_rows
 from sae_jax.ops import sparse as sparse_ops
 from sae_jax.ops.sharding import BATCH, DECODER, ENCODER, PER_LATENT
 
@@ -21,6 +21,7 @@ def as_on_a_tpu(monkeypatch):
     for module in (sparse_ops, picked_rows):
         monkeypatch.setattr(module, "on_tpu", lambda: True)
     monkeypatch.setattr(tpu_encoder, "_DTYPE", jnp.float32)
+    monkeypatch.setattr(tpu_memory, "capacity", lambda: 64 * 2**20)
     small = {
         tpu_encoder: {
             "_TOKENS": (8, 4),
@@ -69,8 +70,9 @@ def test_encoded_is_the_top_k(as_on_a_tpu, kind, k):
 
 
 @pytest.mark.parametrize("k,n,rows,d", [(64, 131_072, 16_384, 4096), (1, 8192, 512, 128)])
-def test_shapes_that_fit(k, n, rows, d):
+def test_shapes_that_fit(k, n, rows, d, monkeypatch):
     """Ragged ones, and those whose lists are too long, are encoded plainly."""
+    monkeypatch.setattr(tpu_memory, "capacity", lambda: 64 * 2**20)
     assert tpu_encoder.fits(rows, d, n, k, jnp.bfloat16)
     assert not tpu_encoder.fits(rows, d, n, k, jnp.float32)
     assert not tpu_encoder.fits(rows - 1, d, n, k, jnp.bfloat16)
@@ -78,6 +80,24 @@ def test_shapes_that_fit(k, n, rows, d):
     assert not tpu_encoder.fits(rows, d, n - 1, k, jnp.bfloat16)
     assert not tpu_encoder.fits(rows, d, n, n, jnp.bfloat16)
     assert not tpu_encoder.fits(0, d, n, k, jnp.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "mib,encoded,added", [(16, 1024, 2048), (64, 8192, 8192), (128, 16_384, 16_384)]
+)
+def test_kernels_fit_in_a_core(monkeypatch, mib, encoded, added):
+    """Of a v4, a v5p and a v6e. Wider inputs and vectors than these are not given to kernels."""
+    monkeypatch.setattr(tpu_memory, "capacity", lambda: mib * 2**20)
+
+    def adds(d):
+        return tpu_rows.fits(1024, jax.ShapeDtypeStruct((512, d), jnp.float32), 1024)
+
+    def encodes(d):
+        return tpu_encoder.fits(512, d, 131_072, 64, jnp.bfloat16)
+
+    widths = [1024 * 2**i for i in range(6)]
+    assert max(filter(encodes, widths)) == encoded
+    assert max(filter(adds, widths)) == added
 
 
 @pytest.mark.parametrize(

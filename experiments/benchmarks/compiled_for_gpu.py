@@ -3,15 +3,13 @@
     pip install "sae-jax[cuda]"
     python experiments/benchmarks/compiled_for_gpu.py --d=4096 --n=131072 --k=64 --batch=16384
 
-The step is compiled for an H200 (or --chip=h100) and its program read. Each operation takes the
-longer of its bytes over the memory's bandwidth and, for a product, its FLOPs over the peak. The sum
-of these is an estimate that no chip has confirmed. Compiling takes minutes.
+The step is compiled for an H200 (or --chip=h100) and its program read, as `sae-jax plan` does it:
+each operation takes the longer of its bytes over the memory's bandwidth and of its products' FLOPs
+over the peak. The sum of these is an estimate that no chip has confirmed. --out keeps the program.
 """
 
 import argparse
-import math
 import os
-import re
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # else the plugin asks for a driver
 
@@ -23,9 +21,10 @@ from sae_jax import sae as saes
 from sae_jax.config import Config, DataConfig, MeshConfig, TrainConfig
 from sae_jax.ops.sharding import BATCH
 from sae_jax.plan.absent_gpus import COMPILER_OPTIONS, absent_gpus
-from sae_jax.plan.chips import CHIPS
+from sae_jax.plan.chips import describe
 from sae_jax.plan.estimate import resolve
-from sae_jax.plan.hlo import Execution, Program
+from sae_jax.plan.hlo import Program
+from sae_jax.plan.operations import bytes_of, operations_of
 from sae_jax.train.mesh import make_mesh
 from sae_jax.train.step import Trainer
 
@@ -51,38 +50,20 @@ def compile_step(args) -> str:
         return lowered.compile(compiler_options=COMPILER_OPTIONS).as_text()
 
 
-def product_seconds(text: str, execution: Execution, chip) -> float:
-    """Returns the seconds of a cuBLAS product at its peak; 0 for another operation."""
-    instruction = execution.instruction
-    if "__cublas" not in instruction.rest:
-        return 0.0
-    names = "|".join(map(re.escape, instruction.operands[:2]))
-    types = re.findall(rf"^\s+(?:ROOT )?%(?:{names}) = (\w+)\[([\d,]+)\]", text, re.MULTILINE)
-    result = re.search(r"\[([\d,]+)\]", instruction.type).group(1)
-    sizes = [math.prod(map(int, s.split(","))) for s in (types[0][1], types[-1][1], result)]
-    peak = chip.bfloat16 if types[0][0] == "bf16" else chip.float32
-    return 2 * math.sqrt(math.prod(sizes)) / peak  # M K, K N and M N
-
-
 def main(args) -> None:
     text = compile_step(args)
     if args.out:
         with open(args.out, "w") as file:
             file.write(text)
-    chip = CHIPS[args.chip]
-    costs = []
-    for execution in Program(text).executions:
-        moved = execution.traffic.memory_bytes
-        seconds = max(moved / chip.memory_rate, product_seconds(text, execution, chip))
-        costs.append((seconds * execution.times, moved * execution.times, execution))
-    print(f"{sum(c[0] for c in costs) * 1e3:.1f} ms, {sum(c[1] for c in costs) / 1e9:.1f} GB")
+    topology = describe(f"{args.chip}:1x{args.devices}")
+    work = [(o.seconds(topology), o) for o in operations_of(Program(text), clock=None)]
+    moved = bytes_of(operation for _, operation in work)
+    print(f"{sum(seconds for seconds, _ in work) * 1e3:.1f} ms, {moved / 1e9:.1f} GB")
     print("      ms        GB  times  operation")
-    for seconds, moved, execution in sorted(costs, key=lambda c: -c[0])[: args.top]:
-        named = re.search(r'op_name="([^"]*)"', execution.instruction.rest)
+    for seconds, operation in sorted(work, key=lambda each: -each[0])[: args.top]:
         print(
-            f"{seconds * 1e3:8.2f}{moved / 1e9:10.2f}{execution.times:7}  "
-            f"{execution.instruction.name} {execution.instruction.type[:40]} "
-            f"{named.group(1)[-60:] if named else ''}"
+            f"{seconds * 1e3:8.2f}{operation.bytes * operation.times / 1e9:10.2f}"
+            f"{operation.times:7}  {operation.words} (%{operation.name})"
         )
 
 

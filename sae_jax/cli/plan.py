@@ -28,12 +28,12 @@ SUMMARY = """Tell what a run takes of each device, before there is one, and the 
       --model_dtype=bfloat16 --topology=h100:1x8 --out=stores/gemma
 
 The training step is compiled ahead of time for the mesh: for a TPU slice by the TPU compiler (pip
-install "sae-jax[tpu]"), for H100 and H200 by the CUDA compiler (pip install "sae-jax[cuda]"); no
-TPU or GPU is needed. Without the latter CPUs stand for GPUs: their compiler fuses less, so that
-bytes and times are rather too high. The time of a step is the sum over its operations, each the
-longest of its products, its bytes and what it sends at the published peaks, with loops as often as
-they run and no latent dead; what the compiler itself expects is beside it. The width of the
-activations is the store's, or --config.sae.d_in.
+install "sae-jax[tpu]"), for GPUs by the CUDA compiler (pip install "sae-jax[cuda]"); no TPU or GPU
+is needed. Without the latter CPUs stand for GPUs: their compiler fuses less, so that bytes and
+times are rather too high. The time of a step is the sum over its operations, each the longest of
+its products, its bytes and what it sends at the published peaks, with loops as often as they run
+and no latent dead; what the compiler itself expects is beside it. The width of the activations is
+the store's, or --config.sae.d_in.
 
 Where a run does not fit, and with --find, every mesh is traced, which takes a second each, and only
 the best are compiled (--compiles): the fastest that fits and the one of least memory are named,

@@ -292,4 +292,4 @@ def _least_picked(picks: _Picks, k: int, n: int):
         return kth_largest(counter(order_of_equals), k - above, tokens, bits)
 
     ties = psum((reached > k).any().astype(jnp.int32), "data") > 0
-    return key, branch(ties, last_of_equals, lambda: jnp.zeros(tokens, jnp.uint32))
+    return key, branch(in_any_run(ties), last_of_equals, lambda: jnp.zeros(tokens, jnp.uint32))

@@ -21,7 +21,7 @@ from sae_jax.ops.active import (
     gradients_of_active,
     worth_finding,
 )
-from sae_jax.ops.products import rounded
+from sae_jax.ops.products import as_operand, rounded
 from sae_jax.ops.sharding import (
     BATCH,
     DECODER,
@@ -144,7 +144,7 @@ def _autoencode_all(
     x = x.astype(compute_dtype)
 
     def run_block(totals, start):
-        pre = matmul_f32(x, _slice(w_enc, start, size, axis=1).astype(compute_dtype))
+        pre = matmul_f32(x, as_operand(_slice(w_enc, start, size, axis=1), compute_dtype))
         w_block = _slice(w_dec, start, size).astype(compute_dtype)
         out = activation(pre, _slices(per_latent, start, size))
         decoded = tuple(matmul_f32(f.astype(compute_dtype), w_block) for f in out.latents)
@@ -230,10 +230,11 @@ def _gradients_of_all(activation, x, per_latent, w_dec, kept, d_out, compute_dty
             jax.lax.dynamic_update_slice_in_dim(d_w_dec, w_dec_part, start, axis=0),
         )
 
+    # The blocks fill these. An accelerator would fill them with zeros before that.
     gradients = (
-        jnp.zeros((x.shape[1], n), jnp.float32),
-        jax.tree.map(jnp.zeros_like, per_latent),
-        jnp.zeros(w_dec.shape, jnp.float32),
+        jax.lax.empty((x.shape[1], n), jnp.float32),
+        jax.tree.map(lambda a: jax.lax.empty(a.shape, a.dtype), per_latent),
+        jax.lax.empty(w_dec.shape, jnp.float32),
     )
     return jax.lax.fori_loop(0, len(kept), add_block, gradients)
 

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from sae_jax.ops import tpu_encoder
 from sae_jax.ops.kth_largest import kth_largest, sort_keys
 from sae_jax.ops.picked_rows import decode_gradients, operand, scatter_rows, sum_weighted_rows
+from sae_jax.ops.products import as_operand
 from sae_jax.ops.sharding import (
     BATCH,
     CODE,
@@ -70,7 +71,7 @@ def _encode_forward(x, w_enc, b_enc, dead, k, aux_k, compute_dtype):
     any_dead = None if dead is None else in_any_run(dead.any())
 
     def local(x, w_enc, b_enc, dead, any_dead):
-        w = w_enc.astype(compute_dtype)
+        w = as_operand(w_enc, compute_dtype)
 
         def encode_slice(x_slice):
             product_BxN = matmul_f32(x_slice.astype(compute_dtype), w)

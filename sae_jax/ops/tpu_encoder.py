@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from sae_jax.ops import tpu_memory
 from sae_jax.ops.sharding import matmul_f32
 from sae_jax.ops.topk import top_k
 
@@ -22,11 +23,10 @@ _DTYPE = jnp.bfloat16  # of the operands; float32 ones are multiplied six times 
 _LANES = 128  # of a vector register
 _BINS = 128
 _COLUMNS = 1024  # of the encoder that a step of the kernel multiplies
-_TOKENS = (1024, 512)  # that it multiplies at once; the first that divides the batch
+_TOKENS = (1024, 512, 256)  # that it multiplies at once: the first that fit
 _MOST_KEPT = 10  # of a bin: from about 12 on the ranking takes longer than the product
 _DOUBTFUL = 1e-3  # the most tokens of random values, as a part of all, that are encoded again
 _REDONE = 256  # tokens that are encoded again at once
-_VMEM_BYTES = 100 * 2**20  # of 128 MiB
 
 
 def fits(rows: int, d_in: int, n: int, k: int, dtype) -> bool:
@@ -34,12 +34,11 @@ def fits(rows: int, d_in: int, n: int, k: int, dtype) -> bool:
     return (
         dtype == _DTYPE
         and rows > 0
-        and rows % _TOKENS[-1] == 0
         and n % _COLUMNS == 0
         and n >= 8 * _COLUMNS
         and d_in % _LANES == 0
         and _kept(k) <= _MOST_KEPT
-        and _vmem_bytes(_tokens(rows), d_in, _kept(k)) <= _VMEM_BYTES
+        and _tokens(rows, d_in, _kept(k)) > 0
     )
 
 
@@ -95,7 +94,7 @@ def _bin_maxima(x, w_enc, b_enc, kept: int):
     first, and for each the number of the block of `_BINS` columns that it comes from.
     """
     (B, d), n = x.shape, w_enc.shape[1]
-    tokens = _tokens(B)
+    tokens = _tokens(B, d, kept)
     outputs = pl.BlockSpec((tokens, kept * _BINS), lambda i, j: (i, 0))
     flops = 2 * B * d * n
     moved = x.dtype.itemsize * d * (n * (B // tokens) + B) + 8 * B * kept * _BINS
@@ -113,7 +112,8 @@ def _bin_maxima(x, w_enc, b_enc, kept: int):
             jax.ShapeDtypeStruct((B, kept * _BINS), jnp.int32),
         ],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM_BYTES
+            dimension_semantics=("parallel", "arbitrary"),
+            vmem_limit_bytes=tpu_memory.for_kernels(),
         ),
         cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0),
         name="encode_bin_maxima",
@@ -166,12 +166,13 @@ def _kept(k: int) -> int:
     return kept
 
 
-def _tokens(rows: int) -> int:
-    """Returns how many tokens a step of the kernel multiplies."""
-    return next((size for size in _TOKENS if rows % size == 0), _TOKENS[-1])
+def _tokens(rows: int, d_in: int, kept: int) -> int:
+    """Returns how many tokens a step of the kernel multiplies, 0 where there is no such size."""
+    most = tpu_memory.for_kernels()
+    return next((t for t in _TOKENS if rows % t == 0 and _bytes(t, d_in, kept) <= most), 0)
 
 
-def _vmem_bytes(tokens: int, d_in: int, kept: int) -> int:
+def _bytes(tokens: int, d_in: int, kept: int) -> int:
     """Returns the bytes of the core's memory that the kernel takes, its blocks twice."""
     blocks = 2 * tokens * d_in + 2 * d_in * _COLUMNS + 8 * tokens * kept * _BINS
     return 2 * blocks + 4 * tokens * _COLUMNS

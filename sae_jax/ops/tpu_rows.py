@@ -14,11 +14,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from sae_jax.ops import tpu_memory
+
 _TILE = 128  # latents whose rows are in the core's memory at once
 _CHUNK = 128  # picks that are fetched at once
 _LANES, _SUBLANES = 128, 8  # of a vector register
 _UNROLL = 8  # picks
-_VMEM_BYTES = 100 * 2**20  # of 128 MiB
 
 
 def fits(picks: int, vectors, n: int) -> bool:
@@ -29,8 +30,15 @@ def fits(picks: int, vectors, n: int) -> bool:
         and picks % _CHUNK == 0
         and n % _TILE == 0
         and d % (_LANES * _SUBLANES) == 0
-        and d <= 8192  # for a tile's rows, several times
+        and _bytes(d, vectors.dtype.itemsize) <= tpu_memory.for_kernels()
     )
+
+
+def _bytes(d: int, itemsize: int) -> int:
+    """Returns the bytes of the core's memory that the kernel takes with products: rows of a tile
+    six times, of which those that are read and written twice, and vectors of two chunks.
+    """
+    return 6 * 4 * (_TILE + 1) * d + 2 * _CHUNK * d * itemsize + 4 * _CHUNK * _SUBLANES * _LANES
 
 
 def decode(values, indices, rows) -> jax.Array:
@@ -131,7 +139,7 @@ def _visit_rows(picks, vectors, n: int, rows, transposed: bool):
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",),
-            vmem_limit_bytes=_VMEM_BYTES,
+            vmem_limit_bytes=tpu_memory.for_kernels(),
             disable_bounds_checks=True,  # they would take as long as the rest of a pick
         ),
         cost_estimate=pl.CostEstimate(

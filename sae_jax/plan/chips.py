@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import topologies
 
 from sae_jax.errors import UserError
-from sae_jax.plan.absent_gpus import COMPILER_OPTIONS, absent_gpus
+from sae_jax.plan.absent_gpus import absent_gpus, options_for
 
 _GIB = 2**30
 _MOST_DEVICES = 16_384  # of one slice or cluster; XLA makes something for each
@@ -112,7 +112,12 @@ class Topology:
     def compiler_options(self) -> dict[str, object]:
         """The options of `lowered.compile(...)` for the devices."""
         is_gpu = self.chip is not None and not self.is_tpu
-        return COMPILER_OPTIONS if is_gpu and not self.stands_in else {}
+        return options_for(self.kind) if is_gpu and not self.stands_in else {}
+
+    @property
+    def kind(self) -> str:
+        """The kind of device in the name: "h100", "v5p", "cpu"."""
+        return self.name.lower().partition(":")[0]
 
     @property
     def capacity(self) -> float:
@@ -153,8 +158,8 @@ def find(name: str) -> Topology:
     count, note = len(topology.devices), ""
     if topology.chip is not None:
         try:
-            kind, nodes = name.lower().split(":")[0], count // topology.per_node
-            devices = absent_gpus(kind, topology.per_node, nodes)
+            nodes = count // topology.per_node
+            devices = absent_gpus(topology.kind, topology.per_node, nodes)
             return dataclasses.replace(topology, devices=devices)
         except UserError as error:
             note = (

@@ -9,7 +9,7 @@ from sae_jax import ops
 from sae_jax.errors import UserError
 from sae_jax.sae.base import SAE
 from sae_jax.sae.config import PenaltyConfig
-from sae_jax.sae.losses import Losses, LossInputs, squared_error
+from sae_jax.sae.losses import Losses, LossInputs, dictionary_means, squared_error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,6 @@ class Gated(SAE):
             "b_enc": bias,
             "b_mag": self.b_mag[...] + jnp.exp(self.r_mag[...]) * shift,
             "r_mag": self.r_mag[...],
-            "norm": self.decoder_norms(),
         }
         out = ops.dense_autoencode(
             _activate,
@@ -76,7 +75,7 @@ class Gated(SAE):
         held = jax.lax.stop_gradient
         gate_y_hat = out.decoded[1] + held(self.output(jnp.zeros_like(y), x))
         mse = squared_error(y, y_hat)
-        means = {name: jnp.sum(sums) / x.shape[0] for name, sums in out.latent_sums.items()}
+        means = dictionary_means(out.latent_sums, self.decoder_norms(), x.shape[0])
         auxiliary = self.auxiliary_loss(x_in, bias, y - y_hat, inputs.dead)
         return Losses(
             total=mse
@@ -110,8 +109,8 @@ def _activate(product, per_latent) -> ops.Activated:
     latents = jnp.where(gate > 0, jax.nn.relu(magnitude), 0.0)
     open_gate = jax.nn.relu(gate)
     sums = {
-        "l1": latents.sum(axis=0) * per_latent["norm"],
-        "gate_l1": open_gate.sum(axis=0) * per_latent["norm"],
+        "l1": latents.sum(axis=0),
+        "gate_l1": open_gate.sum(axis=0),
         "fired": (latents > 0).astype(jnp.float32).sum(axis=0),
     }
     return ops.Activated((latents, open_gate), sums, {})

@@ -11,7 +11,7 @@ from sae_jax import ops
 from sae_jax.errors import UserError, choose
 from sae_jax.sae.base import SAE
 from sae_jax.sae.config import PenaltyConfig
-from sae_jax.sae.losses import Losses, LossInputs, squared_error
+from sae_jax.sae.losses import Losses, LossInputs, dictionary_means, squared_error
 
 SPARSITY_LOSSES = ("l0", "tanh", "gemma_scope_2", "jumprelu_paper")
 _PER_TOKEN = ("gemma_scope_2", "jumprelu_paper")  # penalties of a token's own L0
@@ -105,7 +105,8 @@ class JumpReLU(SAE):
     def training_loss(self, x: jax.Array, y: jax.Array, inputs: LossInputs) -> Losses:
         config = self.config
         x_in, bias = self.encoder_input(x)
-        per_latent = {"b_enc": bias, "threshold": self.threshold[...], "norm": self.decoder_norms()}
+        norms = self.decoder_norms()
+        per_latent = {"b_enc": bias, "threshold": self.threshold[...], "norm": norms}
         acts = functools.partial(_acts, config=config)
         out = ops.dense_autoencode(
             functools.partial(_activate, config=config),
@@ -119,7 +120,7 @@ class JumpReLU(SAE):
         )
         y_hat = self.output(out.decoded[0], x)
         mse = squared_error(y, y_hat)
-        means = {name: jnp.sum(sums) / x.shape[0] for name, sums in out.latent_sums.items()}
+        means = dictionary_means(out.latent_sums, norms, x.shape[0])
         if config.sparsity_loss in _PER_TOKEN:
             sparsity = jnp.mean(jnp.square(out.token_sums["l0"] / config.target_l0 - 1))
             if config.sparsity_loss == "gemma_scope_2":
@@ -154,7 +155,7 @@ def _activate(product, per_latent, config: JumpReLUConfig) -> ops.Activated:
     to_all = config.gradient_to == "all"
     latents = jump_relu(z, theta, config.bandwidth, to_all)
     fired = (latents > 0).astype(jnp.float32)
-    sums = {"l1": latents.sum(axis=0) * norm, "fired": fired.sum(axis=0)}
+    sums = {"l1": latents.sum(axis=0), "fired": fired.sum(axis=0)}
     token_sums = {}
     if config.sparsity_loss == "tanh":
         sums["sparsity"] = jnp.tanh(config.tanh_scale * latents * norm).sum(axis=0)

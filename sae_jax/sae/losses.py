@@ -66,6 +66,22 @@ def squared_error(y: jax.Array, y_hat: jax.Array) -> jax.Array:
     return jnp.mean(jnp.sum(jnp.square(y - y_hat), axis=-1))
 
 
+def dictionary_means(sums: dict, norms: jax.Array, tokens: int) -> dict[str, jax.Array]:
+    """Returns the sums over the dictionary of each latent's mean, by name.
+
+    Those of an L1 norm are weighted by the decoder's norms. That is done here and not in the blocks
+    of `ops.dense_autoencode`, whose backward pass would add up all latents again for the norms'
+    gradient.
+
+    Args:
+      sums: sums (d_sae,) over tokens, by name; an L1 norm's name ends with "l1".
+      norms: those of the decoder's rows (d_sae,).
+      tokens: how many tokens were summed.
+    """
+    weighted = {name: a * norms if name.endswith("l1") else a for name, a in sums.items()}
+    return {name: jnp.sum(a) / tokens for name, a in weighted.items()}
+
+
 def auxiliary_activation(preactivations: jax.Array) -> jax.Array:
     """Returns the latents of the AuxK loss: a leaky ReLU of slope 0.1 of pre-activations.
 

@@ -10,7 +10,7 @@ from sae_jax import ops
 from sae_jax.errors import UserError
 from sae_jax.sae.base import SAE
 from sae_jax.sae.config import PenaltyConfig
-from sae_jax.sae.losses import Losses, LossInputs, squared_error
+from sae_jax.sae.losses import Losses, LossInputs, dictionary_means, squared_error
 
 _SMALL = 1e-3  # added to latents before a power below 1, whose slope at 0 is infinite
 
@@ -62,10 +62,10 @@ class ReLU(SAE):
     def training_loss(self, x: jax.Array, y: jax.Array, inputs: LossInputs) -> Losses:
         x_in, bias = self.encoder_input(x)
         anneals = self.config.p_end < 1
-        per_latent = {"b_enc": bias, "norm": self.decoder_norms()}
+        per_latent, norms = {"b_enc": bias}, self.decoder_norms()
         if anneals:  # scalars that blocks of the dictionary share
             ones = jnp.ones_like(bias)
-            per_latent |= {"p": inputs.p * ones, "next_p": inputs.next_p * ones}
+            per_latent |= {"norm": norms, "p": inputs.p * ones, "next_p": inputs.next_p * ones}
         out = ops.dense_autoencode(
             functools.partial(_activate, anneals=anneals),
             x_in,
@@ -78,7 +78,7 @@ class ReLU(SAE):
         )
         y_hat = self.output(out.decoded[0], x)
         mse = squared_error(y, y_hat)
-        means = {name: jnp.sum(sums) / x.shape[0] for name, sums in out.latent_sums.items()}
+        means = dictionary_means(out.latent_sums, norms, x.shape[0])
         penalty, change = means["l1"], 0.0
         if anneals:
             penalty = means["penalty"]
@@ -110,7 +110,7 @@ def _acts(product, per_latent) -> jax.Array:
 def _activate(product, per_latent, anneals: bool) -> ops.Activated:
     latents = jax.nn.relu(product + per_latent["b_enc"])
     fired = (latents > 0).astype(jnp.float32)
-    sums = {"l1": latents.sum(axis=0) * per_latent["norm"], "fired": fired.sum(axis=0)}
+    sums = {"l1": latents.sum(axis=0), "fired": fired.sum(axis=0)}
     if anneals:
         lengths = latents * per_latent["norm"]
         for name, p in (("penalty", "p"), ("next_penalty", "next_p")):

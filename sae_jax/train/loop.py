@@ -20,7 +20,7 @@ from sae_jax.errors import UserError
 from sae_jax.progress_bar import TrainingBar
 from sae_jax.train import preparation, resample
 from sae_jax.train.mesh import BatchPlacement, make_mesh
-from sae_jax.train.pack import PackTrainer, SingleTrainer
+from sae_jax.train.pack import PackTrainer, SingleTrainer, States
 from sae_jax.train.preemption import PreemptedError, Preemption, StoppedWaiting
 from sae_jax.train.progress import Progress
 from sae_jax.train.recorder import Recorder
@@ -181,7 +181,7 @@ class PackInTraining:
         self._config = recorders[0].config  # what does not differ between the runs
         self._resampling = resample.steps(self._config)
         self._kept_step = kept_step(self._config)
-        self._states: TrainState | None = None
+        self._states: TrainState | States | None = None
         # The step that was dispatched and not yet waited for: (step, metrics, whether to log them).
         self._pending = None
         self._logged = None  # (step, time) of the last logged metrics

@@ -1,11 +1,14 @@
-"""Packs: runs of one shape that are trained as one program.
+"""Packs: runs of one shape that are trained by one program.
 
-Every array of their state has a leading run axis. What differs between the runs is an argument of
-the program. All else, and the arithmetic, is `step.Trainer`'s.
+What differs between the runs is an argument of the program. All else, and the arithmetic, is
+`step.Trainer`'s.
 
 The mesh's `run` axis cuts the devices into groups. Each group has runs of its own and does not
-communicate with the others. A CPU computes its runs one after the other, in place, because it has
-no spare units that a larger operation would fill. On other devices they are one batched operation.
+communicate with the others. The runs of a pack are computed in rounds, each of which has as many
+runs of every group as a device computes at once, as one batched operation. A CPU computes one,
+because it has no spare units that a larger operation would fill, a GPU all that it has, and a TPU
+as many as its fast memory holds the picked rows of. Every array of a round's state has a leading
+run axis, unless it is that of a single run: XLA would then copy the state in every step.
 """
 
 import copy
@@ -16,11 +19,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sae_jax.config import Config
 from sae_jax.fields import types_of
-from sae_jax.ops.sharding import BATCHED_RUNS, on_cpu
+from sae_jax.ops.sharding import BATCHED_RUNS, on_cpu, on_tpu
 from sae_jax.train.schedule_steps import ScheduleSteps
 from sae_jax.train.step import Trainer, TrainState
 
@@ -33,6 +37,8 @@ VARIED = (
     "sae.k",
     "train.seed",
 )
+
+_VMEM = 128 * 2**20  # bytes of a TPU core's own memory
 
 
 def get_field(config: Config, field: str):
@@ -57,16 +63,21 @@ def set_fields(config: Config, values: dict) -> Config:
     return config
 
 
-class PackTrainer:
-    """Trains several runs at once, whose configs differ in nothing but the fields in `VARIED`.
+States = tuple[TrainState, ...]
+"""The states of the runs of a pack, one for each round."""
 
-    States are TrainStates whose arrays have a leading run axis.
+
+class PackTrainer:
+    """Trains several runs together, whose configs differ in nothing but the fields in `VARIED`.
+
+    Their states are a tuple of TrainStates, one for each round, whose arrays have a run axis unless
+    a round has one run.
 
     Attributes:
       steps: the steps of a whole run.
       trainers: the `Trainer` of each run alone.
-      slots: the length of the run axis: the number of runs, rounded up to a multiple of the mesh's
-        run axis. The slots that are left over have copies of the last run.
+      slots: the number of runs, rounded up to a multiple of the mesh's run axis. The slots that are
+        left over have copies of the last run.
     """
 
     def __init__(self, configs: Sequence[Config], steps: int, variance: float):
@@ -87,58 +98,98 @@ class PackTrainer:
         common = set_fields(configs[0], dict.fromkeys(values))
         if "sae.k" in values:
             common = set_fields(common, {"sae.k": max(values["sae.k"])})
+        self._at_once = _num_groups() * _runs_at_once(common, self.slots // _num_groups())
+        self._axis = ("run" if _num_groups() > 1 else None,) if self._at_once > 1 else ()
         lengths = ScheduleSteps.from_config(configs[0], steps)
         if common.sae.anneals:
             self._key, traced_lengths = ProgramKey(common, variance, lengths), None
         else:  # packs of runs of any length share the program
             common = set_fields(common, _NO_LENGTHS)
             self._key, traced_lengths = ProgramKey(common, variance, None), lengths
-        self._per_run = {
-            "values": {field: _array(v) for field, v in values.items()},
-            "lengths": jax.tree.map(lambda n: _array([n] * self.slots), traced_lengths),
-            "slot": _array(range(self.slots)),  # an axis to map over, whatever else there is
-        }
+        rounds = [slice(i, i + self._at_once) for i in range(0, self.slots, self._at_once)]
+        self._per_run = [
+            {
+                "values": {field: self._of_round(v[runs]) for field, v in values.items()},
+                "lengths": jax.tree.map(
+                    lambda n: self._of_round([n] * self._at_once), traced_lengths
+                ),
+                "slot": self._of_round(range(self._at_once)),  # to map over, whatever else there is
+            }
+            for runs in rounds
+        ]
 
-    def init(self, b_dec: jax.Array, scale, target_scale) -> TrainState:
+    def init(self, b_dec: jax.Array, scale, target_scale) -> States:
         """Returns fresh states. b_dec and the scales are as for `Trainer.init`, for all runs."""
-        return _init(self._key, self._per_run, b_dec, jnp.float32(scale), jnp.float32(target_scale))
+        shared = b_dec, jnp.float32(scale), jnp.float32(target_scale)
+        return tuple(_init(self._key, per_run, *shared) for per_run in self._per_run)
 
-    def blank(self) -> TrainState:
+    def abstract(self) -> States:
+        """Returns states of jax.ShapeDtypeStructs: shapes, types and shardings without arrays."""
+        mesh = jax.sharding.get_mesh()
+
+        def of_round(a):
+            sharding = NamedSharding(mesh, P(*self._axis, *a.sharding.spec))
+            shape = (self._at_once, *a.shape) if self._axis else a.shape
+            return jax.ShapeDtypeStruct(shape, a.dtype, sharding=sharding)
+
+        return (jax.tree.map(of_round, self.trainers[0].abstract()),) * len(self._per_run)
+
+    def blank(self) -> States:
         """Returns states of zeros, for `put_run` to put those of runs in."""
-        state_of_one = self.trainers[0].abstract()
 
         def zeros(a):
-            spec = P(*_run_axis(), *a.sharding.spec)
-            return jnp.zeros((self.slots, *a.shape), a.dtype, out_sharding=spec)
+            return jnp.zeros(a.shape, a.dtype, out_sharding=a.sharding.spec)
 
-        return jax.jit(lambda: jax.tree.map(zeros, state_of_one))()
+        of_rounds = self.abstract()
+        make = jax.jit(lambda: jax.tree.map(zeros, of_rounds[0]))
+        return tuple(make() for _ in of_rounds)
 
-    def step(self, states: TrainState, rows: jax.Array):
+    def step(self, states: States, rows: jax.Array) -> tuple[States, dict[str, jax.Array]]:
         """Updates every run from a batch (B, width).
 
         Returns the new states, in the memory of the old ones, and metrics (slots,) by name.
         """
-        return _step(self._key, states, self._per_run, rows)
+        done = [self.step_round(i, state, rows) for i, state in enumerate(states)]
+        new, metrics = zip(*done, strict=True)
+        return new, _joined(metrics, bool(self._axis))
 
-    def evaluate(self, states: TrainState, rows: jax.Array) -> dict[str, jax.Array]:
+    def step_round(self, i: int, state: TrainState, rows: jax.Array):
+        """Updates the runs of round `i`. Returns their new state and their metrics by name."""
+        return _step(self._key, state, self._per_run[i], rows)
+
+    def evaluate(self, states: States, rows: jax.Array) -> dict[str, jax.Array]:
         """Returns `Trainer.heldout_means` of every run, (slots,) by name."""
-        return _evaluate(self._key, states, self._per_run, rows)
+        of_rounds = zip(states, self._per_run, strict=True)
+        means = [_evaluate(self._key, *of_round, rows) for of_round in of_rounds]
+        return _joined(means, bool(self._axis))
 
-    def get_run(self, states: TrainState, i: int) -> TrainState:
-        """Returns the state of run `i`, without a run axis."""
-        return get_run(states, i)
+    def get_run(self, states: States, i: int) -> TrainState:
+        """Returns the state of run `i`, without a run axis, on every group of devices.
 
-    def put_run(self, states: TrainState, i: int, state: TrainState) -> TrainState:
-        """Returns `states` with that of run `i` replaced, in the memory of the old ones."""
-        return put_run(states, i, state)
+        It may be a part of `states`, and is lost with them.
+        """
+        of_round, place = divmod(i, self._at_once)
+        return _get_run(states[of_round], place) if self._axis else states[of_round]
+
+    def put_run(self, states: States, i: int, state: TrainState) -> States:
+        """Returns `states` with a copy of `state` for run `i`. The old ones are lost."""
+        of_round, place = divmod(i, self._at_once)
+        if self._axis:
+            new = _put_run(states[of_round], place, state)
+        else:
+            new = jax.tree.map(jnp.copy, state)
+        return (*states[:of_round], new, *states[of_round + 1 :])
+
+    def _of_round(self, values: Sequence) -> np.ndarray:
+        """Returns numbers of the runs of a round, with a run axis if states have one."""
+        values = np.asarray(values if self._axis else values[0])
+        return values.astype(np.float32 if values.dtype.kind == "f" else np.int32)
 
 
 class SingleTrainer:
     """A pack of one run, whose state has no run axis.
 
-    It has the interface of `PackTrainer`. A single run in a `PackTrainer` takes longer, because its
-    state is copied into and out of the loop over runs: on two cores a step of top-k takes 8% longer
-    (d 512, 4,096 latents) to 13% longer (d 768, 24,576 latents).
+    It has the interface of `PackTrainer`.
     """
 
     def __init__(self, trainer: Trainer):
@@ -193,7 +244,7 @@ _NO_LENGTHS = {
 @functools.partial(jax.jit, static_argnums=0)
 def _init(key: ProgramKey, per_run: dict, *shared) -> TrainState:
     def init_group(per_run, *shared):
-        return _map_runs(lambda of_run: key.trainer(of_run).init_traced(*shared), per_run)
+        return _for_each_run(lambda of_run: key.trainer(of_run).init_traced(*shared), per_run)
 
     return _on_groups(init_group, 1)(_shard_over_groups(per_run), *shared)
 
@@ -204,7 +255,7 @@ def _step(key: ProgramKey, states: TrainState, per_run: dict, rows: jax.Array):
         def update(state, of_run):
             return key.trainer(of_run).update(state, rows)
 
-        return _update_in_place(update, states, per_run)
+        return _for_each_run(update, states, per_run)
 
     states, metrics = _on_groups(step_group, 2)(states, _shard_over_groups(per_run), rows)
     return states, _replicated(metrics)
@@ -213,38 +264,47 @@ def _step(key: ProgramKey, states: TrainState, per_run: dict, rows: jax.Array):
 @functools.partial(jax.jit, static_argnums=0)
 def _evaluate(key: ProgramKey, states: TrainState, per_run: dict, rows: jax.Array) -> dict:
     def evaluate_group(states, per_run, rows):
-        def means(state_and_values):
-            state, of_run = state_and_values
+        def means(state, of_run):
             return key.trainer(of_run).heldout_means(state, rows)
 
-        return _map_runs(means, (states, per_run))
+        return _for_each_run(means, states, per_run)
 
     return _replicated(_on_groups(evaluate_group, 2)(states, _shard_over_groups(per_run), rows))
 
 
-def _array(values) -> np.ndarray:
-    values = np.asarray(values)
-    return values.astype(np.float32 if values.dtype.kind == "f" else np.int32)
+@functools.partial(jax.jit, static_argnums=1)
+def _joined(of_rounds: Sequence[dict], have_run_axis: bool) -> dict[str, jax.Array]:
+    """Returns the values of all rounds as arrays (slots,), by name."""
+    join = jnp.concatenate if have_run_axis else jnp.stack
+    return jax.tree.map(lambda *arrays: join(arrays), *of_rounds)
+
+
+def _runs_at_once(config: Config, runs: int) -> int:
+    """Returns how many of a group's runs are computed at once, a divisor of their number."""
+    if on_cpu():
+        return 1
+    if not on_tpu() or config.sae.k is None:
+        return runs
+    tokens = config.data.batch_size // jax.sharding.get_abstract_mesh().shape["data"]
+    rows = 4 * tokens * config.sae.k * max(config.sae.d_in, config.sae.d_out)  # bytes
+    return next(n for n in range(runs, 0, -1) if runs % n == 0 and (n == 1 or n * rows <= _VMEM))
 
 
 def _shard_over_groups(per_run: dict) -> dict:
     """Gives each group of devices the values of its own runs."""
-    return jax.tree.map(lambda a: jax.reshard(a, P(*_run_axis())), per_run)
+    if _num_groups() == 1:
+        return per_run
+    return jax.tree.map(lambda a: jax.reshard(a, P("run")), per_run)
 
 
 def _replicated(values):
-    """Puts arrays (slots,) on every device, so that any process can read them."""
-    return jax.tree.map(lambda a: jax.reshard(a, P(None)), values)
-
-
-def _run_axis() -> tuple:
-    """Returns the part of a PartitionSpec for an array's run axis."""
-    return ("run" if _num_groups() > 1 else None,)
+    """Puts arrays on every device, so that any process can read them."""
+    return jax.tree.map(lambda a: jax.reshard(a, P()), values)
 
 
 @jax.jit
-def get_run(states: TrainState, i) -> TrainState:
-    """Returns the state of run i of a pack, without a run axis, on every group of devices."""
+def _get_run(states: TrainState, i) -> TrainState:
+    """Returns the state of run i of a round, without a run axis, on every group of devices."""
 
     def get_from_group(states, i):
         slot, is_here = _local_slot(states, i)
@@ -261,8 +321,8 @@ def get_run(states: TrainState, i) -> TrainState:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def put_run(states: TrainState, i, state: TrainState) -> TrainState:
-    """Returns the states of a pack with that of run i replaced, in the memory of the old ones."""
+def _put_run(states: TrainState, i, state: TrainState) -> TrainState:
+    """Returns the states of a round with that of run i replaced, in the memory of the old ones."""
 
     def put_into_group(states, i, state):
         slot, is_here = _local_slot(states, i)
@@ -310,33 +370,16 @@ def _on_groups(function: Callable, stacked: int, out: P | None = None) -> Callab
     return call
 
 
-def _map_runs(function: Callable, stacked):
-    """Calls `function` for each run, and returns its results with a run axis."""
-    if on_cpu():
-        return jax.lax.map(function, stacked)
-    return jax.vmap(function, axis_name=BATCHED_RUNS)(stacked)
+def _for_each_run(function: Callable, *arguments):
+    """Calls `function` for each run that a device computes at once.
 
-
-def _update_in_place(update: Callable, states: TrainState, per_run: dict):
-    """Calls `update(state, values of the run) -> (state, metrics)` for each run.
-
-    Returns the new states, in the memory of the old ones, and the metrics with a run axis.
+    Arguments and results are trees of arrays with a run axis, if those of a round have one. The
+    last argument is what differs between the runs.
     """
-    if not on_cpu():
-        return jax.vmap(update, axis_name=BATCHED_RUNS)(states, per_run)
-
-    def take(tree, i):
-        return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), tree)
-
-    def update_run(i, carry):
-        states, metrics = carry
-        return jax.tree.map(
-            lambda a, b: jax.lax.dynamic_update_index_in_dim(a, b, i, 0),
-            carry,
-            update(take(states, i), take(per_run, i)),
-        )
-
-    count = len(jax.tree.leaves(per_run)[0])
-    _, shapes = jax.eval_shape(update, take(states, 0), take(per_run, 0))
-    metrics = jax.tree.map(lambda s: jnp.zeros((count, *s.shape), s.dtype), shapes)
-    return jax.lax.fori_loop(0, count, update_run, (states, metrics))
+    runs = np.shape(arguments[-1]["slot"])
+    if not runs:
+        return function(*arguments)
+    if runs != (1,):
+        return jax.vmap(function, axis_name=BATCHED_RUNS)(*arguments)
+    of_run = jax.tree.map(lambda a: jax.lax.squeeze(a, [0]), arguments)
+    return jax.tree.map(lambda a: jax.lax.expand_dims(a, [0]), function(*of_run))

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from sae_jax import sae as saes
 from sae_jax.config import Config
+from sae_jax.ops import tpu_memory
 from sae_jax.ops.sharding import PER_LATENT, out_sharding, zero_gather, zero_shard
 from sae_jax.python_files import attribute_of
 from sae_jax.sae import SAE, Losses, LossInputs
@@ -73,7 +74,6 @@ class Trainer:
     Attributes:
       config: the resolved config.
       steps: the steps of the whole run.
-      step: `update`, jitted. The old state's memory is used for the new one.
       evaluate: `heldout_means`, jitted.
       row_losses: returns the loss (B,) of each row of a batch, given (state, rows); jitted.
     """
@@ -116,9 +116,14 @@ class Trainer:
             config.sae.unit_norm_decoder,
             threshold_unit=config.sae.d_in**0.5 if config.sae.normalize == "sqrt_d" else 1.0,
         )
-        self.step: Callable = jax.jit(self.update, donate_argnums=0)
         self.evaluate: Callable = jax.jit(self.heldout_means)
         self.row_losses: Callable = jax.jit(self._row_losses)
+
+    @functools.cached_property
+    def step(self) -> Callable:
+        """The jitted `update`. The old state's memory is used for the new one."""
+        options = tpu_memory.compiler_options()
+        return jax.jit(self.update, donate_argnums=0, compiler_options=options)
 
     def init(self, b_dec: jax.Array, scale, target_scale=None) -> TrainState:
         """Returns a fresh state, every array created in its sharding.
