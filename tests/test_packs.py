@@ -9,6 +9,9 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from jax.extend import core
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from training import (
     BATCH,
     WIDTH,
@@ -23,6 +26,7 @@ from training import (
 from sae_jax import config as configs
 from sae_jax.activations import Store, open_stream, write_store
 from sae_jax.errors import UserError
+from sae_jax.ops.sharding import as_for_accelerators
 from sae_jax.sae import ARCHITECTURES
 from sae_jax.sweep import design, grid
 from sae_jax.sweep.design import VARIED, make_passes
@@ -133,6 +137,52 @@ def test_a_step_of_a_pack_is_that_of_each_run(store, monkeypatch, architecture, 
         for i in range(3):
             got, want = (trainer.get_run(s, i) for s in (again, states))
             jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def control_flow(jaxpr):
+    """Counts the conditions of a program and its parts, and the loops that end by a single flag."""
+    found = collections.Counter()
+    for equation in jaxpr.eqns:
+        inner = list(core.jaxprs_in_params(equation.params))
+        if equation.primitive.name == "cond":
+            found["cond"] += 1
+        elif equation.primitive.name == "while":
+            ends = equation.params["cond_jaxpr"].jaxpr
+            found["while"] += all(e.primitive.name != "reduce_or" for e in ends.eqns)
+        for part in inner:
+            found += control_flow(part)
+    return found
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
+def test_a_batch_of_runs_takes_one_branch_of_each_condition(store, monkeypatch, architecture):
+    """Under `jax.vmap` a condition of a single run would be computed both ways."""
+    monkeypatch.setattr(pack, "on_cpu", lambda: False)
+    one = base(store, architecture, sae={"aux_k": 4})
+    runs = resolved([set_fields(one, {"train.seed": i}) for i in range(2)])
+    mesh = make_mesh(one)
+    rows = jax.ShapeDtypeStruct((BATCH, WIDTH), np.float32, sharding=NamedSharding(mesh, P("data")))
+    with jax.set_mesh(mesh), as_for_accelerators():
+        trainer = PackTrainer(runs, STEPS, 1.0)
+        (state,) = trainer.abstract()
+        together = jax.make_jaxpr(lambda *a: trainer.step_round(0, *a))(state, rows)
+        alone = trainer.trainers[0]
+        single = jax.make_jaxpr(alone.update)(alone.abstract(), rows)
+    found = control_flow(single.jaxpr)
+    assert found["cond"] and found["while"]
+    assert control_flow(together.jaxpr) == found
+
+
+@pytest.mark.parametrize("d_sae,rounds", [(512, 1), (8192, 4), (2**16, 8)])
+def test_a_tpu_computes_as_many_runs_at_once_as_it_keeps_to_itself(
+    store, monkeypatch, d_sae, rounds
+):
+    monkeypatch.setattr(pack, "on_cpu", lambda: False)
+    monkeypatch.setattr(pack, "on_tpu", lambda: True)
+    one = base(store, sae={"d_sae": d_sae}, data={"batch_size": 1024})
+    runs = resolved([set_fields(one, {"train.seed": i}) for i in range(8)])
+    with jax.set_mesh(make_mesh(one)):
+        assert len(PackTrainer(runs, STEPS, 1.0).abstract()) == rounds
 
 
 # ------------------------------------------------------------------- what goes together

@@ -4,7 +4,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from sae_jax.ops.sharding import branch, per_shard, psum, shard_count, shard_index
+from sae_jax.ops.sharding import (
+    branch,
+    in_any_run,
+    per_shard,
+    psum,
+    shard_count,
+    shard_index,
+)
 
 _LATENTS = P("data", "model")  # (B, d_sae)
 _MOST = 2**31 - 1  # the largest int32; counts that may be above are kept at it
@@ -44,7 +51,7 @@ def batch_top_k(values_BxN: jax.Array, count) -> tuple[jax.Array, jax.Array]:
         above, level = bits > threshold, bits == threshold
         wanted = count - _count(above)
         picked = branch(
-            _count(level) > wanted,
+            in_any_run(_count(level) > wanted),
             lambda: above | _first_true(level, wanted),
             lambda: above | level,
         )

@@ -6,9 +6,10 @@ What differs between the runs is an argument of the program. All else, and the a
 The mesh's `run` axis cuts the devices into groups. Each group has runs of its own and does not
 communicate with the others. The runs of a pack are computed in rounds, each of which has as many
 runs of every group as a device computes at once, as one batched operation. A CPU computes one,
-because it has no spare units that a larger operation would fill, a GPU all that it has, and a TPU
-as many as its fast memory holds the picked rows of. Every array of a round's state has a leading
-run axis, unless it is that of a single run: XLA would then copy the state in every step.
+because it has no spare units that a larger operation would fill, and a GPU all that it has. A TPU
+computes as many as its core's own memory holds: with more the compiler writes to the other memory
+what it keeps there of a single run. Every array of a round's state has a leading run axis, unless
+it is that of a single run: XLA would then copy the state in every step.
 """
 
 import copy
@@ -283,11 +284,14 @@ def _runs_at_once(config: Config, runs: int) -> int:
     """Returns how many of a group's runs are computed at once, a divisor of their number."""
     if on_cpu():
         return 1
-    if not on_tpu() or config.sae.k is None:
+    if not on_tpu():
         return runs
-    tokens = config.data.batch_size // jax.sharding.get_abstract_mesh().shape["data"]
-    rows = 4 * tokens * config.sae.k * max(config.sae.d_in, config.sae.d_out)  # bytes
-    return next(n for n in range(runs, 0, -1) if runs % n == 0 and (n == 1 or n * rows <= _VMEM))
+    sae, mesh = config.sae, jax.sharding.get_abstract_mesh().shape
+    tokens, latents = config.data.batch_size // mesh["data"], sae.d_sae // mesh["model"]
+    parameters = (sae.d_in + sae.d_out) * latents
+    picked_rows = tokens * (sae.k or 0) * max(sae.d_in, sae.d_out)
+    size = 4 * (3 * parameters + tokens * latents + picked_rows)
+    return next(n for n in range(runs, 0, -1) if runs % n == 0 and (n == 1 or n * size <= _VMEM))
 
 
 def _shard_over_groups(per_run: dict) -> dict:
