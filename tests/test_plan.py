@@ -478,7 +478,7 @@ def test_the_tables_of_the_readme():
         done = plan(f"{PAPER}:{size.lower()}", topology, mesh, "--json", "--top=3")
         found = told_by(done.stdout)
         if CUDA:
-            assert found == pytest.approx(figures, rel=0.02)
+            assert found == pytest.approx(figures, rel=0.05)  # the compilers of JAX 0.10 to 0.12
         else:
             assert 'pip install "sae-jax[cuda]"' in done.stderr
             memory, time = (a / b for a, b in zip(found[:2], figures[:2], strict=True))

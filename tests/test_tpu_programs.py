@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import re
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -10,44 +11,59 @@ import pytest
 from jax.sharding import NamedSharding
 
 from sae_jax.config import Config, DataConfig, MeshConfig, TrainConfig
+from sae_jax.ops import dense, tpu_encoder
 from sae_jax.ops.sharding import BATCH
 from sae_jax.plan import chips
 from sae_jax.plan.estimate import resolve
 from sae_jax.plan.flops import matmul_flops
 from sae_jax.plan.hlo import Program
-from sae_jax.sae import TopKConfig
+from sae_jax.sae import ReLUConfig, TopKConfig
 from sae_jax.train.mesh import make_mesh
 from sae_jax.train.step import Trainer
 
 pytestmark = [
-    pytest.mark.long,  # compiling takes a minute of CPU
+    pytest.mark.slow,  # compiling takes 20 s of CPU
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the [tpu] extra"),
 ]
-D, N, K, B = 1024, 8192, 64, 1024  # of each of four devices N latents and B tokens
+B = 512  # tokens of each of four devices
+D, N, K = 1024, 2048, 4  # N are the latents of a device
+DENSE_D, DENSE_N, BLOCK = 256, 4096, 1024  # the same of a dense step, and the latents of a block
 
 
-@pytest.fixture(scope="module")
-def step():
+def compiled(sae):
+    """Returns the step of an SAE's config on a 2 x 2 mesh, as the program that a TPU would run."""
     config = Config(
-        sae=TopKConfig(
-            d_in=D,
-            d_sae=2 * N,
-            k=K,
-            compute_dtype="bfloat16",
-            aux_coefficient=0.0,
-        ),
+        sae=sae,
         data=DataConfig(batch_size=2 * B),
         mesh=MeshConfig(run=1, data=2, model=2),
         train=TrainConfig(tokens=2000 * B),
     )
-    config = resolve(config, (D,))
+    d, n = sae.d_in, sae.d_sae // 2
+    config = resolve(config, (d,))
     mesh = make_mesh(config, chips.find("v5p:2x2x1").devices)
     with jax.set_mesh(mesh):
         trainer = Trainer(config, steps=1000, variance=1.0)
-        rows = jax.ShapeDtypeStruct((2 * B, D), jnp.bfloat16, sharding=NamedSharding(mesh, BATCH))
+        rows = jax.ShapeDtypeStruct((2 * B, d), jnp.bfloat16, sharding=NamedSharding(mesh, BATCH))
         traced = trainer.step.trace(trainer.abstract(), rows)
-        assert matmul_flops(traced.jaxpr.jaxpr, mesh)["bfloat16"] == 2 * B * D * N
+        products = 1 if sae.architecture == "topk" else 5
+        assert matmul_flops(traced.jaxpr.jaxpr, mesh)["bfloat16"] == 2 * products * B * d * n
         return Program(traced.lower().compile().as_text())
+
+
+@pytest.fixture(scope="module")
+def step():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tpu_encoder, "_COLUMNS", 256)  # smaller programs compile sooner
+        return compiled(
+            TopKConfig(d_in=D, d_sae=2 * N, k=K, compute_dtype="bfloat16", aux_coefficient=0.0)
+        )
+
+
+@pytest.fixture(scope="module")
+def dense_step():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dense, "_BLOCK", BLOCK)
+        return compiled(ReLUConfig(d_in=DENSE_D, d_sae=2 * DENSE_N, compute_dtype="bfloat16"))
 
 
 def of_kind(program, pattern):
@@ -60,6 +76,12 @@ def of_kind(program, pattern):
     ]
 
 
+def large(program, least, *opcodes):
+    """Returns the executions of opcodes whose results have at least so many elements."""
+    mine = [e for e in program.executions if e.instruction.opcode in opcodes]
+    return [e for e in mine if math.prod(sizes(e.instruction)) >= least]
+
+
 def sizes(instruction):
     """Returns the sizes of the first array of an instruction's result."""
     found = re.search(r"\[([\d,]*)\]", instruction.type).group(1)
@@ -68,9 +90,7 @@ def sizes(instruction):
 
 def test_parameters_are_not_laid_out_anew(step):
     """But for the decoder's rows, once, each of which then lies by itself to be fetched."""
-    moved = [e for e in step.executions if e.instruction.opcode in ("transpose", "copy")]
-    large = [e for e in moved if math.prod(sizes(e.instruction)) >= N * D]
-    assert [e.looped for e in large] == [False]
+    assert [e.looped for e in large(step, N * D, "transpose", "copy")] == [False]
 
 
 def test_preactivations_are_not_written(step):
@@ -98,12 +118,33 @@ def test_kernels_and_what_is_left(step):
     assert not [i.name for i in of_kind(step, ".*scatter") if sizes(i) == (N, D)]
 
 
-def test_collectives(step):
-    found = {}
-    for collective in step.traffic.collectives:
-        found[collective.kind] = found.get(collective.kind, 0) + collective.times
-    assert found == {"all-gather": 1, "all-reduce": 6}
+def test_parameters_of_a_dense_step_stay_where_they_are(dense_step):
+    """Nothing is laid out anew, or filled with zeros before its blocks are written, and the encoder
+    is converted where products read it."""
+    moved = "transpose", "copy", "broadcast", "convert"
+    assert not [e.instruction.name for e in large(dense_step, DENSE_N * DENSE_D, *moved)]
+    types = [e.instruction.type for e in dense_step.executions]
+    assert not [t for t in types if f"bf16[{DENSE_D},{DENSE_N}]" in t]
 
 
-def test_bytes(step):
-    assert step.traffic.memory_bytes / 1e9 == pytest.approx(2.087, rel=0.1)
+def test_products_of_a_dense_step_are_kept_in_half_precision(dense_step):
+    types = [e.instruction.type for e in dense_step.executions]
+    whole = f"{DENSE_N // BLOCK},{B},{BLOCK}"
+    assert any(f"bf16[{whole}]" in t for t in types)
+    assert not [t for t in types if f"f32[{whole}]" in t or f"f32[{B},{DENSE_N}]" in t]
+
+
+def test_collectives(step, dense_step):
+    def counts(program):
+        found = Counter()
+        for collective in program.traffic.collectives:
+            found[collective.kind] += collective.times
+        return found
+
+    assert counts(step) == {"all-gather": 1, "all-reduce": 6}
+    assert counts(dense_step) == {"all-reduce": 3}
+
+
+def test_bytes(step, dense_step):
+    assert step.traffic.memory_bytes / 1e9 == pytest.approx(0.351, rel=0.1)
+    assert dense_step.traffic.memory_bytes / 1e9 == pytest.approx(0.171, rel=0.1)

@@ -72,28 +72,33 @@ def main(_) -> None:
 
 def on_world(recipe: str) -> Config:
     """Returns a recipe with a latent for each feature, about as many of which fire as features."""
-    from_dense = {"k": 6, "k_start": 24, "k_anneal_fraction": 0.6}
-    sae = {
-        "openai_topk": from_dense,
-        "batchtopk": from_dense,
-        "gemma_scope": {"target_l0": 6.0},
-        "scaling_monosemanticity": {"target_l0": 6.0, "sparsity_coefficient": 0.5},
-    }[recipe]
     width = open_stream(DataConfig(store=_WORLD.value)).world.num_features
-    return _tiny(recipe, {"d_sae": width, **sae}, _WORLD.value, 3e-3, 1500)
+    falling = {"k_start": 24, "k_anneal_fraction": 0.6}
+    return _tiny(recipe, width, 6, falling, _WORLD.value, 3e-3, 1500)
 
 
 def on_store(recipe: str) -> Config:
     """Returns a recipe for the activations of a store, at the sparsity that is usual for them."""
-    sae = {"k": 32} if recipe in ("openai_topk", "batchtopk") else {"target_l0": 32.0}
-    return _tiny(recipe, {"d_sae": _D_SAE.value, **sae}, _STORE.value, 1e-3, _STEPS.value)
+    return _tiny(recipe, _D_SAE.value, 32, {}, _STORE.value, 1e-3, _STEPS.value)
 
 
-def _tiny(recipe: str, sae: dict, store: str, rate: float, steps: int) -> Config:
+def _tiny(
+    recipe: str, d_sae: int, l0: int, of_k: dict, store: str, rate: float, steps: int
+) -> Config:
+    """Returns a tiny recipe for other data.
+
+    l0: how many latents fire on a row. of_k: more fields of the SAEs that have a k.
+    """
     config, tokens = load_file(f"{recipe}:tiny"), steps * _BATCH
+    if config.sae.k is not None:
+        sae = {"k": l0, **of_k}
+    else:
+        sae = {"target_l0": float(l0)}
+    if config.sae.architecture == "relu":
+        sae["sparsity_coefficient"] = 0.5  # so short a run must begin dense
     return dataclasses.replace(
         config,
-        sae=dataclasses.replace(config.sae, dead_after_tokens=None, **sae),
+        sae=dataclasses.replace(config.sae, d_sae=d_sae, dead_after_tokens=None, **sae),
         data=DataConfig(store=store, batch_size=_BATCH),
         optimizer=dataclasses.replace(config.optimizer, learning_rate=rate),
         train=dataclasses.replace(config.train, tokens=tokens, checkpoint_every=tokens),

@@ -24,6 +24,7 @@ _LANES = 128  # of a vector register
 _BINS = 128
 _COLUMNS = 1024  # of the encoder that a step of the kernel multiplies
 _TOKENS = (1024, 512, 256)  # that it multiplies at once: the first that fit
+_WIDEST = 8192  # input; with wider ones the compiler takes more memory than `_bytes`
 _MOST_KEPT = 10  # of a bin: from about 12 on the ranking takes longer than the product
 _DOUBTFUL = 1e-3  # the most tokens of random values, as a part of all, that are encoded again
 _REDONE = 256  # tokens that are encoded again at once
@@ -37,6 +38,7 @@ def fits(rows: int, d_in: int, n: int, k: int, dtype) -> bool:
         and n % _COLUMNS == 0
         and n >= 8 * _COLUMNS
         and d_in % _LANES == 0
+        and d_in <= _WIDEST
         and _kept(k) <= _MOST_KEPT
         and _tokens(rows, d_in, _kept(k)) > 0
     )
@@ -173,6 +175,9 @@ def _tokens(rows: int, d_in: int, kept: int) -> int:
 
 
 def _bytes(tokens: int, d_in: int, kept: int) -> int:
-    """Returns the bytes of the core's memory that the kernel takes, its blocks twice."""
-    blocks = 2 * tokens * d_in + 2 * d_in * _COLUMNS + 8 * tokens * kept * _BINS
-    return 2 * blocks + 4 * tokens * _COLUMNS
+    """Returns the bytes of the core's memory that the kernel takes: its blocks twice, the products
+    with the bias and without, and the lists while they change.
+    """
+    lists = 8 * tokens * kept * _BINS
+    blocks = 2 * tokens * d_in + 2 * d_in * _COLUMNS + lists
+    return 2 * blocks + 8 * tokens * _COLUMNS + lists + 2**20

@@ -145,8 +145,9 @@ def _work_lines(estimate: Estimate) -> list[str]:
         "Work of a device in a step, where no latent is dead",
         f"  FLOPs of matrix products: {products.replace('Tb', 'T b').replace('Tf', 'T f')}",
         f"  through memory: {estimate.memory_bytes / 1e9:.2f} GB",
-        f"  {'collective':20}{'over':14}{'times':>6}{'MB each':>12}{'MB sent':>12}",
     ]
+    if estimate.collectives:
+        lines.append(f"  {'collective':20}{'over':14}{'times':>6}{'MB each':>12}{'MB sent':>12}")
     alike: dict[tuple, list] = {}
     for c in estimate.collectives:
         alike.setdefault((c.kind, "+".join(estimate.axes(c)), c.bytes), []).append(c)
