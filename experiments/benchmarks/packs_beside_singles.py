@@ -37,8 +37,8 @@ from sae_jax.train.pack import PackTrainer, set_fields
 
 def main(args) -> None:
     print(f"{args.runs} runs, d {args.d}, n {args.n}, k {args.k}, batch {args.batch}")
-    print(f"{'':24}{'GB of memory':>22}{'GFLOP':>22}{'operations':>22}")
-    head = f"{'pack':>8}{'singles':>8}{'':6}"
+    print(f"{'':24}{'GB of memory':>24}{'GFLOP':>24}{'operations':>24}")
+    head = f"{'pack':>9}{'singles':>9}{'':6}"
     print(f"{'':24}{head * 3}")
     for name in args.devices.split(","):
         try:
@@ -51,7 +51,7 @@ def main(args) -> None:
             shape = args.batch, args.d, args.n, args.k
             config = bench_config(architecture, *shape, dtype, 1)
             both = compile_both(config, args.runs, devices, options)
-            columns = (f"{a:8.5g}{b:8.5g}{a / b:6.2f}" for a, b in zip(*both, strict=True))
+            columns = (f"{a:9.1f}{b:9.1f}{a / b:6.2f}" for a, b in zip(*both, strict=True))
             print(f"{name:12}{architecture:12}{''.join(columns)}", flush=True)
             if name == "cpu" and args.rounds:
                 seconds = measure_pack_step(config, args.runs, args.rounds)
