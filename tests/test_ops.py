@@ -144,7 +144,7 @@ def test_dead_latents_are_decoded_as_by_a_sort(mesh):
     @jax.jit
     def ours(x, w_enc, b_enc, w_dec, dead, weights):
         def loss(*arrays):
-            decoded = ops.decode_dead(leaky, *arrays, dead, k)
+            decoded, *_ = ops.decode_dead(leaky, *arrays, dead, k)
             return (decoded * weights).sum(), decoded
 
         gradients, decoded = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(
@@ -175,6 +175,23 @@ def test_dead_latents_are_decoded_as_by_a_sort(mesh):
             np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5, err_msg=f"{count} dead")
 
 
+def test_gradients_of_the_rest_of_a_loss_are_added_to(mesh):
+    """Whether the rest reads the parameters themselves or those that are returned."""
+    arrays = normal(1, 5, 64), normal(2, 64), normal(3, 64, 6)
+    specs = BATCH, ENCODER, PER_LATENT, DECODER, PER_LATENT
+    dead = np.arange(64) % 3 == 0
+    x, *parameters, dead = map(jax.device_put, (normal(0, 8, 5), *arrays, dead), specs)
+
+    def loss(parameters, returned):
+        decoded, *same = ops.decode_dead(leaky, x, *parameters, dead, 4)
+        rest = same if returned else parameters
+        return (decoded**2).sum() + sum((a**2).sum() for a in rest)
+
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    for a, b in zip(gradient(parameters, True), gradient(parameters, False), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
 def test_dead_latents_of_a_pack_and_with_nan():
     """Each run of a batch of runs has its own; and NaN is picked before any number."""
     B, d, n, k = 8, 5, 64, 4
@@ -183,7 +200,7 @@ def test_dead_latents_of_a_pack_and_with_nan():
 
     @jax.jit
     def decode(w_enc, dead):
-        return ops.decode_dead(leaky, x, w_enc, b_enc, w_dec, dead, k)
+        return ops.decode_dead(leaky, x, w_enc, b_enc, w_dec, dead, k)[0]
 
     w = np.stack([w_enc, 2 * w_enc, 3 * w_enc])
     pack = jax.jit(jax.vmap(decode, axis_name=BATCHED_RUNS))

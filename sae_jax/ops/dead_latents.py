@@ -3,8 +3,9 @@
 A k-sparse code of some hundred slots a token is dear: its rows are gathered for every token. Where
 only few latents are dead, all of their pre-activations are computed instead, in blocks of latents,
 and those that are not among the k largest are set to 0. There is a trip of a loop for each block
-that has a dead latent, so that the cost grows with their number. Where none is dead there is no
-product; what is left are gradients of zeros, which JAX adds to those of the rest of the loss.
+that has a dead latent, so that the cost grows with their number. Where none is dead there is
+neither a product nor a gradient: what `decode_dead` finds it adds to the gradients of the rest of
+the loss, where the rest reads the parameters that it returns.
 """
 
 import functools
@@ -86,7 +87,7 @@ def decode_dead(
     dead: jax.Array,
     k: int,
     compute_dtype=jnp.float32,
-) -> jax.Array:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Decodes each token's k largest pre-activations of dead latents.
 
     The result is exact and independent of the mesh: ties go to the lower latent. Where no more than
@@ -101,12 +102,14 @@ def decode_dead(
       b_enc: its bias (d_sae,).
       w_dec: the decoder (d_sae, d_out).
       dead: which latents are dead (d_sae,) bool, as `few_and_many` returns them. Where none is the
-        result and the gradients are zero, and nothing is computed for them.
+        result is zero and costs nothing.
       k: dead latents that are picked for each token.
       compute_dtype: the dtype of the matmuls' operands. They accumulate in float32.
 
     Returns:
-      The sums (B, d_out) of the picked decoder rows, weighted by activations.
+      The sums (B, d_out) of the picked decoder rows, weighted by activations; and w_enc, b_enc and
+      w_dec as they are. Where the rest of a loss reads these, its gradients come here first and are
+      added to in place. Otherwise JAX adds two arrays of the size of each.
     """
     return _forward(activation, x, w_enc, b_enc, w_dec, dead, k, compute_dtype)[0]
 
@@ -152,11 +155,12 @@ def _forward(activation, x, w_enc, b_enc, w_dec, dead, k, compute_dtype):
         *(x, w_enc, b_enc, w_dec, dead, _used_blocks(dead, size)),
         *(any_dead, exceeds, in_any_run(exceeds)),
     )
-    return decoded, (x, w_enc, b_enc, w_dec, any_dead, picks)
+    return (decoded, w_enc, b_enc, w_dec), (x, w_enc, b_enc, w_dec, any_dead, picks)
 
 
-def _backward(activation, k, compute_dtype, saved, d_decoded):
+def _backward(activation, k, compute_dtype, saved, cotangents):
     x, w_enc, b_enc, w_dec, any_dead, picks = saved
+    d_decoded, *of_the_rest = cotangents
 
     def pre_gradient(i, picks, w_dec, d_decoded):
         """Returns the latents (B, block) of a block, and the gradients of their pre-activations."""
@@ -166,7 +170,7 @@ def _backward(activation, k, compute_dtype, saved, d_decoded):
         (d_pre,) = pull(matmul_f32(d_decoded, rows.T))
         return jnp.where(picked, values, 0.0), jnp.where(picked, d_pre, 0.0)
 
-    def weights(x, w_dec, picks, any_dead, d_decoded):
+    def weights(x, w_dec, picks, any_dead, d_decoded, *of_the_rest):
         d_decoded = d_decoded.astype(compute_dtype)
         x = x.astype(compute_dtype)
 
@@ -196,10 +200,8 @@ def _backward(activation, k, compute_dtype, saved, d_decoded):
         found = tuple(jax.lax.empty((*shape, *width), jnp.float32) for width in widths)
         found = jax.lax.fori_loop(0, used, find_block, found)
         found = branch(any_dead, lambda: psum(found, "data"), lambda: found)
-        n = w_dec.shape[0]
-        shapes = (x.shape[1], n), (n,), w_dec.shape
-        zeros = tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
-        return jax.lax.fori_loop(0, used, add_block, zeros)
+        of_the_rest = tuple(g.astype(jnp.float32) for g in of_the_rest)
+        return jax.lax.fori_loop(0, used, add_block, of_the_rest)
 
     def inputs(w_enc, w_dec, picks, any_dead, d_decoded):
         d_decoded = d_decoded.astype(compute_dtype)
@@ -213,9 +215,9 @@ def _backward(activation, k, compute_dtype, saved, d_decoded):
         total = jax.lax.fori_loop(0, picks.used[0], add_block, total)
         return branch(any_dead, lambda: psum(total, "model"), lambda: total)
 
-    out_specs = (ENCODER, PER_LATENT, DECODER)
-    gradients = per_shard(weights, (BATCH, DECODER, _PICKS, P(), BATCH), out_specs)(
-        x, w_dec, picks, any_dead, d_decoded
+    specs = (ENCODER, PER_LATENT, DECODER)
+    gradients = per_shard(weights, (BATCH, DECODER, _PICKS, P(), BATCH, *specs), specs)(
+        x, w_dec, picks, any_dead, d_decoded, *of_the_rest
     )
     # XLA drops this where x is data and nobody asks.
     d_x = per_shard(inputs, (ENCODER, DECODER, _PICKS, P(), BATCH), BATCH)(

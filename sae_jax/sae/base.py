@@ -571,14 +571,15 @@ class SAE(nnx.Module):
         if not self.config.aux_coefficient:
             return jnp.zeros(())
         few, many = ops.few_and_many(dead, self.config.aux_k)
-        error_hat = self.decode_few_dead(x, bias, few)
+        error_hat, *_ = self.decode_few_dead(x, bias, few)
         if many is not None:
             error_hat += self._decode_many_dead(x, bias, many)
         value = squared_error(jax.lax.stop_gradient(error), error_hat)
         return self.config.aux_coefficient * jnp.where(dead.any(), value, 0.0)
 
-    def decode_few_dead(self, x, bias, dead) -> jax.Array:
-        """Returns e_hat (B, d_out) of `auxiliary_loss`, whose arguments it takes.
+    def decode_few_dead(self, x, bias, dead) -> tuple[jax.Array, ...]:
+        """Returns e_hat (B, d_out) of `auxiliary_loss`, whose arguments it takes, and w_enc, bias
+        and w_dec for the rest of the loss (see `ops.decode_dead`).
 
         It is for the few dead latents of `ops.few_and_many`.
         """

@@ -71,14 +71,13 @@ class TopK(SAE):
         k = config.k if inputs.k is None else inputs.k
         most = max(config.k, config.k_start or 0)
         slots = min(4 * most if config.multi_topk else most, config.d_sae)
-        w_dec = self.w_dec[...]
+        w_enc, w_dec = self.w_enc[...], self.w_dec[...]
         x_in, bias = self.encoder_input(x)
         few = many = any_many = None
         if config.aux_coefficient:
             few, many = ops.few_and_many(inputs.dead, config.aux_k)
-        code, aux = ops.encode_top_k(
-            x_in, self.w_enc[...], bias, many, slots, config.aux_k, self.dtype
-        )
+            of_few, w_enc, bias, w_dec = self.decode_few_dead(x_in, bias, few)
+        code, aux = ops.encode_top_k(x_in, w_enc, bias, many, slots, config.aux_k, self.dtype)
         wide = code._replace(values=jax.nn.relu(code.values))
         code = wide if inputs.k is None and slots == k else ops.keep_top_k(wide, k, slots)
         if many is not None:
@@ -88,7 +87,6 @@ class TopK(SAE):
         mse = total = squared_error(y, y_hat)
         if few is not None:
             error = jax.lax.stop_gradient(y - y_hat)
-            of_few = self.decode_few_dead(x_in, bias, few)
             error_hat = of_few if many is None else of_few + error_hat
             total += config.aux_coefficient * jnp.where(
                 inputs.dead.any(), squared_error(error, error_hat), 0.0
