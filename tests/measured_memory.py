@@ -18,6 +18,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from sae_jax.config import Config, DataConfig, MeshConfig  # noqa: E402
+from sae_jax.ops.active import by_all_latents  # noqa: E402
 from sae_jax.ops.sharding import BATCH  # noqa: E402
 from sae_jax.plan.estimate import estimate, resolve  # noqa: E402
 from sae_jax.sae import by_name  # noqa: E402
@@ -42,7 +43,8 @@ def main(architecture: str, data: str, model: str, zero: str):
     )
     config = resolve(config, (WIDTH,))
     predicted = estimate(config, topology)
-    with jax.set_mesh(make_mesh(config)):
+    # As `plan` counts. Compiling another program first would leave more memory in use.
+    with jax.set_mesh(make_mesh(config)), by_all_latents():
         trainer = Trainer(config, 10, 1.0)
         before = resident("VmRSS")
         state = trainer.init(np.zeros(WIDTH, np.float32), 1.0)

@@ -41,7 +41,8 @@ def compiled(sae):
     d, n = sae.d_in, sae.d_sae // 2
     config = resolve(config, (d,))
     mesh = make_mesh(config, chips.find("v5p:2x2x1").devices)
-    with jax.set_mesh(mesh):
+    # "highest" is what the command line sets.
+    with jax.set_mesh(mesh), jax.default_matmul_precision("highest"):
         trainer = Trainer(config, steps=1000, variance=1.0)
         rows = jax.ShapeDtypeStruct((2 * B, d), jnp.bfloat16, sharding=NamedSharding(mesh, BATCH))
         traced = trainer.step.trace(trainer.abstract(), rows)

@@ -12,6 +12,7 @@ timed besides. A device whose compiler is not installed is left out. It takes so
 
 import argparse
 import os
+import pathlib
 import re
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # else the plugins ask for their devices
@@ -27,6 +28,7 @@ from sae_jax.config import Config
 from sae_jax.errors import UserError
 from sae_jax.ops.active import by_all_latents
 from sae_jax.ops.sharding import BATCH
+from sae_jax.paths import save_json
 from sae_jax.plan import chips
 from sae_jax.plan.absent_gpus import COMPILER_OPTIONS, absent_gpus
 from sae_jax.plan.flops import matmul_flops
@@ -34,12 +36,15 @@ from sae_jax.plan.hlo import Execution, Program
 from sae_jax.train.mesh import make_mesh
 from sae_jax.train.pack import PackTrainer, set_fields
 
+_TAKEN = ("gigabytes", "gigaflops", "operations")
+
 
 def main(args) -> None:
     print(f"{args.runs} runs, d {args.d}, n {args.n}, k {args.k}, batch {args.batch}")
     print(f"{'':24}{'GB of memory':>24}{'GFLOP':>24}{'operations':>24}")
     head = f"{'pack':>9}{'singles':>9}{'':6}"
     print(f"{'':24}{head * 3}")
+    figures = {}
     for name in args.devices.split(","):
         try:
             devices, options = compiled_for(name)
@@ -51,16 +56,21 @@ def main(args) -> None:
             shape = args.batch, args.d, args.n, args.k
             config = bench_config(architecture, *shape, dtype, 1)
             both = compile_both(config, args.runs, devices, options)
+            pack, singles = (dict(zip(_TAKEN, a.tolist(), strict=True)) for a in both)
+            found = figures[f"{name} {architecture}"] = {"pack": pack, "singles": singles}
             columns = (f"{a:9.1f}{b:9.1f}{a / b:6.2f}" for a, b in zip(*both, strict=True))
             print(f"{name:12}{architecture:12}{''.join(columns)}", flush=True)
             if name == "cpu" and args.rounds:
                 seconds = measure_pack_step(config, args.runs, args.rounds)
+                found["measured"] = seconds
                 pack_ms, single_ms = (1e3 * seconds["seconds"][way] for way in ("pack", "alone"))
                 print(
                     f"{'':12}{architecture:12}measured: pack {pack_ms:.0f} ms, "
                     f"singles {single_ms:.0f} ms, ratio {seconds['pack_over_sum']:.3f}",
                     flush=True,
                 )
+    if args.out:
+        save_json(figures, args.out)
 
 
 def compiled_for(name: str) -> tuple[list, dict]:
@@ -117,7 +127,9 @@ def _bytes(execution: Execution, runs: int) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--devices", default="cpu,h200,v5p:2x2x1", help="to compile for")
     parser.add_argument("--architectures", default="topk,relu")
     parser.add_argument("--runs", type=int, default=8)
@@ -126,4 +138,5 @@ if __name__ == "__main__":
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=9, help="timed steps on the CPU")
+    parser.add_argument("--out", type=pathlib.Path, help="write the figures there as JSON")
     main(parser.parse_args())

@@ -133,7 +133,11 @@ def _keep_largest(x_ref, w_ref, b_ref, values_ref, blocks_ref, *, kept: int):
         values_ref[...] = jnp.full(values_ref.shape, -jnp.inf, jnp.float32)
         blocks_ref[...] = jnp.zeros(blocks_ref.shape, jnp.int32)
 
-    products = jnp.dot(x_ref[...], w_ref[...], preferred_element_type=jnp.float32) + b_ref[...]
+    # Whatever jax_default_matmul_precision is: Mosaic has no "highest" for bfloat16.
+    products = jnp.dot(
+        x_ref[...], w_ref[...], precision="default", preferred_element_type=jnp.float32
+    )
+    products += b_ref[...]
     lists = [slice(s * _BINS, (s + 1) * _BINS) for s in range(kept)]
     values = [values_ref[:, s] for s in lists]
     blocks = [blocks_ref[:, s] for s in lists]
