@@ -100,7 +100,8 @@ def test_work_falls_with_the_shards(k):
         slots.append(sum(part.values.size for part in parts))
         return kept
 
-    kept = jax.ShapeDtypeStruct((tokens, 8 * k), bool)
+    sharding = jax.NamedSharding(mesh, CODE)
+    kept = jax.ShapeDtypeStruct((tokens, 8 * k), bool, sharding=sharding)
     with jax.sharding.use_abstract_mesh(mesh):
         jax.eval_shape(per_shard(count, (CODE,), CODE), kept)
     assert slots[0] <= 1.5 / 8 * tokens * k
