@@ -7,6 +7,7 @@ import json
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend import core
@@ -115,7 +116,7 @@ def test_a_step_of_a_pack_is_that_of_each_run(store, monkeypatch, architecture, 
         alone = [t.init(b_dec, scale, target_scale) for t in trainer.trainers]
         idle = alone[1].idle_tokens + 10**6 * (np.arange(128) % 2)
         alone[1] = dataclasses.replace(alone[1], idle_tokens=idle)
-        states = trainer.put_run(states, 1, alone[1])
+        states = trainer.put_run(states, 1, jax.tree.map(jnp.copy, alone[1]))
         for rows in batches:
             states, got = trainer.step(states, rows)
             for i, t in enumerate(trainer.trainers):
@@ -173,12 +174,15 @@ def test_a_batch_of_runs_takes_one_branch_of_each_condition(store, monkeypatch, 
     assert control_flow(together.jaxpr) == found
 
 
-@pytest.mark.parametrize("d_sae,rounds", [(512, 1), (8192, 4), (2**16, 8)])
+@pytest.mark.parametrize(
+    "mib,d_sae,rounds", [(128, 512, 1), (128, 8192, 4), (64, 8192, 8), (128, 2**16, 8)]
+)
 def test_a_tpu_computes_as_many_runs_at_once_as_it_keeps_to_itself(
-    store, monkeypatch, d_sae, rounds
+    store, monkeypatch, mib, d_sae, rounds
 ):
     monkeypatch.setattr(pack, "on_cpu", lambda: False)
     monkeypatch.setattr(pack, "on_tpu", lambda: True)
+    monkeypatch.setattr(pack.tpu_memory, "capacity", lambda: mib * 2**20)
     one = base(store, sae={"d_sae": d_sae}, data={"batch_size": 1024})
     runs = resolved([set_fields(one, {"train.seed": i}) for i in range(8)])
     with jax.set_mesh(make_mesh(one)):

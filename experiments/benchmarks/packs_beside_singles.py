@@ -103,8 +103,7 @@ def compile_both(config: Config, runs: int, devices: list, options: dict):
     with jax.set_mesh(mesh), by_all_latents():
         pack = PackTrainer(packed, 10**6, 1.0)
         alone, rounds = pack.trainers[0], pack.abstract()
-        step_round = jax.jit(lambda state, rows: pack.step_round(0, state, rows), donate_argnums=0)
-        of_round = _taken(step_round.trace(rounds[0], rows), mesh, options, runs)
+        of_round = _taken(pack.trace_round(0, rounds[0], rows), mesh, options, runs)
         of_run = _taken(alone.step.trace(alone.abstract(), rows), mesh, options, runs)
     return of_round * len(rounds), of_run * runs
 

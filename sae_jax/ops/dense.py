@@ -21,7 +21,7 @@ from sae_jax.ops.active import (
     gradients_of_active,
     worth_finding,
 )
-from sae_jax.ops.products import as_operand, rounded
+from sae_jax.ops.products import encoder_operand, transposed_operand
 from sae_jax.ops.sharding import (
     BATCH,
     DECODER,
@@ -144,7 +144,7 @@ def _autoencode_all(
     x = x.astype(compute_dtype)
 
     def run_block(totals, start):
-        pre = matmul_f32(x, as_operand(_slice(w_enc, start, size, axis=1), compute_dtype))
+        pre = matmul_f32(x, encoder_operand(_slice(w_enc, start, size, axis=1), compute_dtype))
         w_block = _slice(w_dec, start, size).astype(compute_dtype)
         out = activation(pre, _slices(per_latent, start, size))
         decoded = tuple(matmul_f32(f.astype(compute_dtype), w_block) for f in out.latents)
@@ -198,11 +198,8 @@ def _gradients_of_all(activation, x, per_latent, w_dec, kept, d_out, compute_dty
     n = kept.shape[0] * size
 
     def operand(a):
-        # A single block is no loop to XLA, whose CPU backend (jax 0.10 to 0.12) lacks some products
-        # of transposed bfloat16 operands outside of loops.
-        if len(kept) == 1 and on_cpu():
-            return rounded(a, compute_dtype)
-        return a.astype(compute_dtype)
+        # In a loop, which several blocks are to XLA, CPUs have these products.
+        return transposed_operand(a, compute_dtype) if len(kept) == 1 else a.astype(compute_dtype)
 
     x_t = operand(x).T
     d_decoded = tuple(operand(d) for d in d_decoded)

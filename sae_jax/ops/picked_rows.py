@@ -24,7 +24,7 @@ Term = tuple[jax.Array, jax.Array, jax.Array, jax.Array | bool]
 which is a scalar."""
 
 
-def operand(a: jax.Array, compute_dtype) -> jax.Array:
+def copy_for_gathers(a: jax.Array, compute_dtype) -> jax.Array:
     """Returns what products of picked rows read of an array.
 
     On a GPU, which is bound by what it reads, it is a copy in `compute_dtype`. Products and sums

@@ -35,8 +35,17 @@ def rounded(a: jax.Array, dtype) -> jax.Array:
     return jax.lax.reduce_precision(a, type_.nexp, type_.nmant)
 
 
-def as_operand(parameter: jax.Array, dtype) -> jax.Array:
-    """Returns a float32 parameter in the dtype of a product's operands.
+def transposed_operand(a: jax.Array, dtype) -> jax.Array:
+    """Returns an operand of a product that transposes one, in `dtype`.
+
+    On a CPU it is float32 with the values of `dtype`: XLA's CPU backend (jax 0.10 to 0.12) lacks
+    some such products of bfloat16.
+    """
+    return rounded(a, dtype) if on_cpu() else a.astype(dtype)
+
+
+def encoder_operand(parameter: jax.Array, dtype) -> jax.Array:
+    """Returns the encoder, or a block of it, in the dtype of a product's operands.
 
     For a TPU it is rounded to bfloat16 first. The values are the same. But XLA would convert a
     whole parameter before a loop over its blocks, and at half the speed of its memory; what was
@@ -61,10 +70,7 @@ def _forward(a, b, compute_dtype, spec):
 def _backward(compute_dtype, spec, saved, d):
     a, b, (a_asked, b_asked) = saved
     specs = [jax.typeof(x).sharding.spec for x in (a, b)]
-    # XLA's CPU backend (jax 0.10 to 0.12) lacks some products of transposed bfloat16 operands.
-    a, b, d = (
-        rounded(x, compute_dtype) if on_cpu() else x.astype(compute_dtype) for x in (a, b, d)
-    )
+    a, b, d = (transposed_operand(x, compute_dtype) for x in (a, b, d))
     return (
         None if a_asked is None else matmul_f32(d, b.T, specs[0]),
         None if b_asked is None else matmul_f32(a.T, d, specs[1]),

@@ -12,8 +12,13 @@ from jax.sharding import PartitionSpec as P
 
 from sae_jax.ops import tpu_encoder
 from sae_jax.ops.kth_largest import kth_largest, sort_keys
-from sae_jax.ops.picked_rows import decode_gradients, operand, scatter_rows, sum_weighted_rows
-from sae_jax.ops.products import as_operand
+from sae_jax.ops.picked_rows import (
+    copy_for_gathers,
+    decode_gradients,
+    scatter_rows,
+    sum_weighted_rows,
+)
+from sae_jax.ops.products import encoder_operand
 from sae_jax.ops.sharding import (
     BATCH,
     CODE,
@@ -71,7 +76,7 @@ def _encode_forward(x, w_enc, b_enc, dead, k, aux_k, compute_dtype):
     any_dead = None if dead is None else in_any_run(dead.any())
 
     def local(x, w_enc, b_enc, dead, any_dead):
-        w = as_operand(w_enc, compute_dtype)
+        w = encoder_operand(w_enc, compute_dtype)
 
         def encode_slice(x_slice):
             product_BxN = matmul_f32(x_slice.astype(compute_dtype), w)
@@ -124,7 +129,7 @@ def _encode_backward(k, aux_k, compute_dtype, saved, cotangents):
 
     def weights(x, w_enc, any_dead, main, aux, packs):
         n = w_enc.shape[1]
-        vectors = operand(x, compute_dtype)
+        vectors = copy_for_gathers(x, compute_dtype)
 
         def gradients(parts):
             terms = [(p.values, p.indices, p.of_tokens(vectors), True) for p in parts]
@@ -300,7 +305,7 @@ def sparse_decode(code: Code, aux: Code | None, any_dead, w_dec, compute_dtype=j
       aux: the auxiliary code, or None.
       any_dead: a scalar bool. Where it is false the auxiliary result is zero and costs nothing.
       w_dec: the decoder (d_sae, d_out).
-      compute_dtype: what a GPU reads rows and vectors in (`picked_rows.operand`).
+      compute_dtype: what a GPU reads rows and vectors in (`picked_rows.copy_for_gathers`).
 
     Returns:
       The sums (B, d_out) of the code, and those of the auxiliary code or None.
@@ -313,7 +318,7 @@ def _decode_forward(code, aux, any_dead, w_dec, compute_dtype):
     packs = fits(code)
 
     def local(code, aux, any_dead, packs, w_dec):
-        w_dec = operand(w_dec, compute_dtype)
+        w_dec = copy_for_gathers(w_dec, compute_dtype)
         x_hat = _decode(code, packs, w_dec)
         if aux is None:
             return psum(x_hat, "model"), None
@@ -332,12 +337,12 @@ def _decode_backward(compute_dtype, saved, cotangents):
     w_dec = saved[-1]
 
     def local(code, aux, any_dead, packs, w_dec, d_x_hat, d_aux_hat):
-        d_x_hat = operand(d_x_hat, compute_dtype)
+        d_x_hat = copy_for_gathers(d_x_hat, compute_dtype)
 
         def gradients(parts):
             terms = [(p.values, p.indices, p.of_tokens(d_x_hat), True) for p in parts]
             if aux is not None:
-                vectors = operand(d_aux_hat, compute_dtype)
+                vectors = copy_for_gathers(d_aux_hat, compute_dtype)
                 terms.append((aux.values, aux.indices, vectors, any_dead))
             products, d_w = decode_gradients(terms, w_dec)
             d_values = jnp.zeros_like(code.values)

@@ -75,7 +75,8 @@ class Gated(SAE):
         held = jax.lax.stop_gradient
         gate_y_hat = out.decoded[1] + held(self.output(jnp.zeros_like(y), x))
         mse = squared_error(y, y_hat)
-        means = dictionary_means(out.latent_sums, self.decoder_norms(), x.shape[0])
+        weights = dict.fromkeys(("l1", "gate_l1"), self.decoder_norms())
+        means = dictionary_means(out.latent_sums, weights, x.shape[0])
         auxiliary = self.auxiliary_loss(x_in, bias, y - y_hat, inputs.dead)
         return Losses(
             total=mse

@@ -120,7 +120,7 @@ class JumpReLU(SAE):
         )
         y_hat = self.output(out.decoded[0], x)
         mse = squared_error(y, y_hat)
-        means = dictionary_means(out.latent_sums, norms, x.shape[0])
+        means = dictionary_means(out.latent_sums, {"l1": norms}, x.shape[0])
         if config.sparsity_loss in _PER_TOKEN:
             sparsity = jnp.mean(jnp.square(out.token_sums["l0"] / config.target_l0 - 1))
             if config.sparsity_loss == "gemma_scope_2":

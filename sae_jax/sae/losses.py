@@ -66,20 +66,18 @@ def squared_error(y: jax.Array, y_hat: jax.Array) -> jax.Array:
     return jnp.mean(jnp.sum(jnp.square(y - y_hat), axis=-1))
 
 
-def dictionary_means(sums: dict, norms: jax.Array, tokens: int) -> dict[str, jax.Array]:
+def dictionary_means(sums: dict, weights: dict, tokens: int) -> dict[str, jax.Array]:
     """Returns the sums over the dictionary of each latent's mean, by name.
 
-    Those of an L1 norm are weighted by the decoder's norms. That is done here and not in the blocks
-    of `ops.dense_autoencode`, whose backward pass would add up all latents again for the norms'
-    gradient.
+    Decoder norms are weights of L1 norms here, and not in the blocks of `ops.dense_autoencode`,
+    whose backward pass would add up all latents again for the norms' gradient.
 
     Args:
-      sums: sums (d_sae,) over tokens, by name; an L1 norm's name ends with "l1".
-      norms: those of the decoder's rows (d_sae,).
+      sums: sums (d_sae,) over tokens, by name.
+      weights: of the latents (d_sae,), for those sums that have any, by name.
       tokens: how many tokens were summed.
     """
-    weighted = {name: a * norms if name.endswith("l1") else a for name, a in sums.items()}
-    return {name: jnp.sum(a) / tokens for name, a in weighted.items()}
+    return {name: jnp.sum(a * weights.get(name, 1.0)) / tokens for name, a in sums.items()}
 
 
 def auxiliary_activation(preactivations: jax.Array) -> jax.Array:

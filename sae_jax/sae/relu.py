@@ -78,7 +78,7 @@ class ReLU(SAE):
         )
         y_hat = self.output(out.decoded[0], x)
         mse = squared_error(y, y_hat)
-        means = dictionary_means(out.latent_sums, norms, x.shape[0])
+        means = dictionary_means(out.latent_sums, {"l1": norms}, x.shape[0])
         penalty, change = means["l1"], 0.0
         if anneals:
             penalty = means["penalty"]

@@ -231,7 +231,8 @@ class PackInTraining:
         trunk.await_step()
         self._states = self._trainer.blank()
         for i, (recorder, parent) in enumerate(zip(self.recorders, self._parents, strict=True)):
-            state = trunk.get_run(parent)
+            # A copy: the trunk and other branches go on from its own.
+            state = jax.tree.map(jnp.copy, trunk.get_run(parent))
             self._states = self._trainer.put_run(self._states, i, state)
             recorder.copy_metrics(trunk.recorders[parent], trunk.step)
             bad_step = int(state.nonfinite_step)

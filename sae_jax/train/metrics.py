@@ -130,7 +130,8 @@ class _ObjectMetrics:
         generation = self._path.write_if(self._generation, data)
         if generation is None and not self._has_written:
             # A write that whoever had the run before has given up may have come in late.
-            generation = self._path.write_if(self._path.read()[1], data)
+            with contextlib.suppress(FileNotFoundError):
+                generation = self._path.write_if(self._path.read()[1], data)
         self._has_written = True
         if generation is None:
             raise UserError(

@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from sae_jax.config import Config
 from sae_jax.fields import types_of
+from sae_jax.ops import tpu_memory
 from sae_jax.ops.sharding import BATCHED_RUNS, on_cpu, on_tpu
 from sae_jax.train.schedule_steps import ScheduleSteps
 from sae_jax.train.step import Trainer, TrainState
@@ -38,8 +39,6 @@ VARIED = (
     "sae.k",
     "train.seed",
 )
-
-_VMEM = 128 * 2**20  # bytes of a TPU core's own memory
 
 
 def get_field(config: Config, field: str):
@@ -99,6 +98,7 @@ class PackTrainer:
         common = set_fields(configs[0], dict.fromkeys(values))
         if "sae.k" in values:
             common = set_fields(common, {"sae.k": max(values["sae.k"])})
+        self._step = _jitted_step(tuple(tpu_memory.compiler_options().items()))
         self._at_once = _num_groups() * _runs_at_once(common, self.slots // _num_groups())
         self._axis = ("run" if _num_groups() > 1 else None,) if self._at_once > 1 else ()
         lengths = ScheduleSteps.from_config(configs[0], steps)
@@ -152,17 +152,20 @@ class PackTrainer:
         """
         done = [self.step_round(i, state, rows) for i, state in enumerate(states)]
         new, metrics = zip(*done, strict=True)
-        return new, _joined(metrics, bool(self._axis))
+        return new, self._of_all(metrics)
 
     def step_round(self, i: int, state: TrainState, rows: jax.Array):
         """Updates the runs of round `i`. Returns their new state and their metrics by name."""
-        return _step(self._key, state, self._per_run[i], rows)
+        return self._step(self._key, state, self._per_run[i], rows)
+
+    def trace_round(self, i: int, state: TrainState, rows: jax.Array) -> jax.stages.Traced:
+        """Returns `step_round` traced, for arrays or jax.ShapeDtypeStructs."""
+        return self._step.trace(self._key, state, self._per_run[i], rows)
 
     def evaluate(self, states: States, rows: jax.Array) -> dict[str, jax.Array]:
         """Returns `Trainer.heldout_means` of every run, (slots,) by name."""
         of_rounds = zip(states, self._per_run, strict=True)
-        means = [_evaluate(self._key, *of_round, rows) for of_round in of_rounds]
-        return _joined(means, bool(self._axis))
+        return self._of_all([_evaluate(self._key, *of_round, rows) for of_round in of_rounds])
 
     def get_run(self, states: States, i: int) -> TrainState:
         """Returns the state of run `i`, without a run axis, on every group of devices.
@@ -173,13 +176,19 @@ class PackTrainer:
         return _get_run(states[of_round], place) if self._axis else states[of_round]
 
     def put_run(self, states: States, i: int, state: TrainState) -> States:
-        """Returns `states` with a copy of `state` for run `i`. The old ones are lost."""
+        """Returns `states` with `state` for run `i`, of which it may become a part.
+
+        The old ones are lost.
+        """
         of_round, place = divmod(i, self._at_once)
-        if self._axis:
-            new = _put_run(states[of_round], place, state)
-        else:
-            new = jax.tree.map(jnp.copy, state)
+        new = _put_run(states[of_round], place, state) if self._axis else state
         return (*states[:of_round], new, *states[of_round + 1 :])
+
+    def _of_all(self, of_rounds: Sequence[dict]) -> dict[str, jax.Array]:
+        """Returns the values of all rounds as arrays (slots,), by name."""
+        if self._axis and len(of_rounds) == 1:
+            return of_rounds[0]
+        return _joined(of_rounds, bool(self._axis))
 
     def _of_round(self, values: Sequence) -> np.ndarray:
         """Returns numbers of the runs of a round, with a run axis if states have one."""
@@ -188,9 +197,9 @@ class PackTrainer:
 
 
 class SingleTrainer:
-    """A pack of one run, whose state has no run axis.
+    """A pack of one run, of a trainer that may have an extra loss, which no config names.
 
-    It has the interface of `PackTrainer`.
+    It has the interface of `PackTrainer`. Its state has no run axis.
     """
 
     def __init__(self, trainer: Trainer):
@@ -250,7 +259,13 @@ def _init(key: ProgramKey, per_run: dict, *shared) -> TrainState:
     return _on_groups(init_group, 1)(_shard_over_groups(per_run), *shared)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+@functools.cache
+def _jitted_step(compiler_options: tuple) -> Callable:
+    """Returns `_step` jitted: one function for all packs, which share its programs."""
+    options = dict(compiler_options)
+    return jax.jit(_step, static_argnums=0, donate_argnums=1, compiler_options=options)
+
+
 def _step(key: ProgramKey, states: TrainState, per_run: dict, rows: jax.Array):
     def step_group(states, per_run, rows):
         def update(state, of_run):
@@ -275,7 +290,7 @@ def _evaluate(key: ProgramKey, states: TrainState, per_run: dict, rows: jax.Arra
 
 @functools.partial(jax.jit, static_argnums=1)
 def _joined(of_rounds: Sequence[dict], have_run_axis: bool) -> dict[str, jax.Array]:
-    """Returns the values of all rounds as arrays (slots,), by name."""
+    """Returns `PackTrainer._of_all` of several rounds, or of runs without an axis."""
     join = jnp.concatenate if have_run_axis else jnp.stack
     return jax.tree.map(lambda *arrays: join(arrays), *of_rounds)
 
@@ -291,7 +306,8 @@ def _runs_at_once(config: Config, runs: int) -> int:
     parameters = (sae.d_in + sae.d_out) * latents
     picked_rows = tokens * (sae.k or 0) * max(sae.d_in, sae.d_out)
     size = 4 * (3 * parameters + tokens * latents + picked_rows)
-    return next(n for n in range(runs, 0, -1) if runs % n == 0 and (n == 1 or n * size <= _VMEM))
+    most = tpu_memory.capacity()
+    return next(n for n in range(runs, 0, -1) if runs % n == 0 and (n == 1 or n * size <= most))
 
 
 def _shard_over_groups(per_run: dict) -> dict:
