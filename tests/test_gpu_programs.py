@@ -13,6 +13,7 @@ from sae_jax.ops.sharding import BATCH
 from sae_jax.plan.absent_gpus import COMPILER_OPTIONS, absent_gpus, installed
 from sae_jax.plan.estimate import resolve
 from sae_jax.plan.hlo import Program
+from sae_jax.plan.operations import bytes_of, operations_of
 from sae_jax.sae import TopKConfig
 from sae_jax.train.mesh import make_mesh
 from sae_jax.train.step import Trainer
@@ -82,4 +83,4 @@ def test_rows_are_summed_without_a_scatter(step):
 
 def test_bytes_are_those_of_the_table(step):
     """Within a tenth, as plan's reader counts them; no latent is dead."""
-    assert step.traffic.memory_bytes == pytest.approx(0.416e9, rel=0.1)
+    assert bytes_of(operations_of(step, None)) == pytest.approx(0.416e9, rel=0.1)

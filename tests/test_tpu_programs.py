@@ -15,8 +15,9 @@ from sae_jax.ops import dense, tpu_encoder
 from sae_jax.ops.sharding import BATCH
 from sae_jax.plan import chips
 from sae_jax.plan.estimate import resolve
-from sae_jax.plan.flops import matmul_flops
 from sae_jax.plan.hlo import Program
+from sae_jax.plan.operations import bytes_of, collectives_of, flops_of, operations_of
+from sae_jax.plan.traced import read
 from sae_jax.sae import ReLUConfig, TopKConfig
 from sae_jax.train.mesh import make_mesh
 from sae_jax.train.step import Trainer
@@ -47,7 +48,8 @@ def compiled(sae):
         rows = jax.ShapeDtypeStruct((2 * B, d), jnp.bfloat16, sharding=NamedSharding(mesh, BATCH))
         traced = trainer.step.trace(trainer.abstract(), rows)
         products = 1 if sae.architecture == "topk" else 5
-        assert matmul_flops(traced.jaxpr.jaxpr, mesh)["bfloat16"] == 2 * products * B * d * n
+        work = read(traced.jaxpr.jaxpr, mesh).operations
+        assert flops_of(work)["bfloat16"] == 2 * products * B * d * n
         return Program(traced.lower().compile().as_text())
 
 
@@ -138,7 +140,7 @@ def test_products_of_a_dense_step_are_kept_in_half_precision(dense_step):
 def test_collectives(step, dense_step):
     def counts(program):
         found = Counter()
-        for collective in program.traffic.collectives:
+        for collective in collectives_of(operations_of(program, None)):
             found[collective.kind] += collective.times
         return found
 
@@ -147,5 +149,6 @@ def test_collectives(step, dense_step):
 
 
 def test_bytes(step, dense_step):
-    assert step.traffic.memory_bytes / 1e9 == pytest.approx(0.351, rel=0.1)
-    assert dense_step.traffic.memory_bytes / 1e9 == pytest.approx(0.171, rel=0.1)
+    for program, gigabytes in ((step, 0.351), (dense_step, 0.171)):
+        moved = bytes_of(operations_of(program, None))
+        assert moved / 1e9 == pytest.approx(gigabytes, rel=0.1)

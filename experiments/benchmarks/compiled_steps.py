@@ -6,10 +6,10 @@
 
 Each step is compiled as `sae-jax plan` does it, for one chip or for --devices that share the
 dictionary, and its program read. "sum" is that over the operations of the longer of FLOPs and bytes
-over the chip's peaks; "compiler" takes the compiler's own estimates instead, except of our kernels,
-of which it has none. No chip has confirmed either. "before" is what the compiler estimated for the
-step before it was made for such chips (at the default shape, without AuxK). A device whose compiler
-is not installed is left out. Compiling takes minutes.
+over the chip's peaks; "compiler" takes the compiler's own estimates where it has any: on a GPU of
+its fusions, and not of products, collectives and kernels. No chip has confirmed either. "before" is
+what the compiler estimated for the step before it was made for such chips (at the default shape,
+without AuxK). A device whose compiler is not installed is left out. Compiling takes minutes.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import sys
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # else the plugins ask for their devices
 
 from sae_jax.config import Config, DataConfig, MeshConfig, TrainConfig
+from sae_jax.errors import UserError
 from sae_jax.plan import chips, table
 from sae_jax.plan.estimate import Estimate, estimate, resolve
 from sae_jax.sae.registry import by_name
@@ -42,9 +43,10 @@ def main(args) -> None:
     columns = ("sum ms", "compiler ms", "GB", "before ms", "GB")
     print(f"{'':16}" + "".join(f"{name:>13}" for name in columns))
     for name, architecture in itertools.product(args.topology, args.architecture):
-        topology = chips.find(name)
-        if topology.stands_in:
-            print(f"{name}: {topology.note}", file=sys.stderr)
+        try:
+            topology = chips.find(name, stand_in=False)
+        except UserError as error:
+            print(f"{name}: {error}", file=sys.stderr)
             continue
         topology = dataclasses.replace(topology, devices=topology.devices[: args.devices])
         found = estimate(config_of(args, architecture), topology)

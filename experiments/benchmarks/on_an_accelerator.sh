@@ -32,6 +32,8 @@ else
   tokens=2097152
   context=1024
 fi
+has_peers=$(python -c 'import importlib.util as u
+print(*filter(u.find_spec, ("sae_lens", "dictionary_learning", "sparsify")))')
 failed=()
 
 part() { # name, command...: runs it, shows and keeps what it says
@@ -44,7 +46,7 @@ part() { # name, command...: runs it, shows and keeps what it says
 for architecture in topk batchtopk relu jumprelu; do
   part "step-$architecture" sae-jax bench --architecture="$architecture" $large --dtype=bfloat16 \
     --out="$out/step-$architecture.json"
-  part "peers-$architecture" python "$here/step_beside_peers.py" --architecture="$architecture" \
+  [ -z "$has_peers" ] || part "peers-$architecture" python "$here/step_beside_peers.py" --architecture="$architecture" \
     $middle --dtype=bfloat16 --out="$out/peers-$architecture.json"
 done
 part dead python "$here/dead_beside_none.py" $middle --compute_dtype=bfloat16 \
@@ -66,7 +68,9 @@ resumption() { # two runs of the demo's store, of which one is stopped on its wa
   until [ -d "$out/stopped/checkpoints/20" ] || ! kill -0 $! 2>/dev/null; do sleep .1; done
   kill -TERM $! 2>/dev/null
   wait $!
-  echo "stopped with exit code $?"
+  local code=$?
+  echo "stopped with exit code $code"
+  [ $code -eq 75 ] || return 1 # it was done before
   sae-jax train --workdir="$out/stopped" || return 1
   for run in whole stopped; do
     sae-jax export --checkpoint="$out/$run" --format=saelens --out="$out/$run-export" || return 1

@@ -2,7 +2,7 @@
 
     pip install "sae-jax[tpu,cuda]"
     python experiments/benchmarks/packs_beside_singles.py
-    python experiments/benchmarks/packs_beside_singles.py --devices=cpu --architectures=topk
+    python experiments/benchmarks/packs_beside_singles.py --devices=cpu:1 --architectures=topk
 
 A training step of the whole pack is compiled for each device, and so is the step of one run. Of
 both it prints the bytes that go through memory, the FLOPs of products and the operations that are
@@ -14,6 +14,7 @@ import argparse
 import os
 import pathlib
 import re
+import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # else the plugins ask for their devices
 
@@ -30,9 +31,9 @@ from sae_jax.ops.active import by_all_latents
 from sae_jax.ops.sharding import BATCH
 from sae_jax.paths import save_json
 from sae_jax.plan import chips
-from sae_jax.plan.absent_gpus import COMPILER_OPTIONS, absent_gpus
-from sae_jax.plan.flops import matmul_flops
 from sae_jax.plan.hlo import Execution, Program
+from sae_jax.plan.operations import flops_of
+from sae_jax.plan.traced import read
 from sae_jax.train.mesh import make_mesh
 from sae_jax.train.pack import PackTrainer, set_fields
 
@@ -47,20 +48,20 @@ def main(args) -> None:
     figures = {}
     for name in args.devices.split(","):
         try:
-            devices, options = compiled_for(name)
+            topology = chips.find(name, stand_in=False)
         except UserError as error:
-            print(f"{name}: {error}")
+            print(f"{name}: {error}", file=sys.stderr)
             continue
         for architecture in args.architectures.split(","):
-            dtype = "float32" if name == "cpu" else "bfloat16"
+            dtype = "float32" if topology.chip is None else "bfloat16"
             shape = args.batch, args.d, args.n, args.k
             config = bench_config(architecture, *shape, dtype, 1)
-            both = compile_both(config, args.runs, devices, options)
+            both = compile_both(config, args.runs, topology)
             pack, singles = (dict(zip(_TAKEN, a.tolist(), strict=True)) for a in both)
             found = figures[f"{name} {architecture}"] = {"pack": pack, "singles": singles}
             columns = (f"{a:9.1f}{b:9.1f}{a / b:6.2f}" for a, b in zip(*both, strict=True))
             print(f"{name:12}{architecture:12}{''.join(columns)}", flush=True)
-            if name == "cpu" and args.rounds:
+            if topology.chip is None and args.rounds:
                 seconds = measure_pack_step(config, args.runs, args.rounds)
                 found["measured"] = seconds
                 pack_ms, single_ms = (1e3 * seconds["seconds"][way] for way in ("pack", "alone"))
@@ -73,19 +74,7 @@ def main(args) -> None:
         save_json(figures, args.out)
 
 
-def compiled_for(name: str) -> tuple[list, dict]:
-    """Returns devices of a kind, and the options to compile for them with.
-
-    Raises UserError where the compiler is not installed.
-    """
-    if name == "cpu":
-        return jax.devices(), {}
-    if name in ("h100", "h200"):
-        return absent_gpus(name, 1), COMPILER_OPTIONS
-    return chips.find(name).devices, {}
-
-
-def compile_both(config: Config, runs: int, devices: list, options: dict):
+def compile_both(config: Config, runs: int, topology: chips.Topology):
     """Returns what a step takes of a pack of runs, and what steps of all of its runs take.
 
     It is an array each: GB that go through memory, GFLOPs of products, and how many operations are
@@ -96,10 +85,11 @@ def compile_both(config: Config, runs: int, devices: list, options: dict):
         set_fields(config, {"train.seed": i, "optimizer.learning_rate": 1e-4 * (i + 1)})
         for i in range(runs)
     ]
-    mesh = make_mesh(config, devices[:1])
+    mesh = make_mesh(config, topology.devices[:1])
     shape = config.data.batch_size, config.sae.d_in
     rows = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, BATCH))
     # A dense family's step counts with all latents, as it begins.
+    options = topology.compiler_options
     with jax.set_mesh(mesh), by_all_latents():
         pack = PackTrainer(packed, 10**6, 1.0)
         alone, rounds = pack.trainers[0], pack.abstract()
@@ -111,14 +101,14 @@ def compile_both(config: Config, runs: int, devices: list, options: dict):
 def _taken(traced, mesh, options: dict, runs: int) -> np.ndarray:
     """Returns what a traced step takes, as `compile_both`."""
     executions = Program(traced.lower().compile(compiler_options=options).as_text()).executions
-    flops = matmul_flops(traced.jaxpr.jaxpr, mesh).total()
+    flops = flops_of(read(traced.jaxpr.jaxpr, mesh).operations).total()
     moved = sum(_bytes(e, runs) * (e.times or 1) for e in executions)
     return np.array([moved / 1e9, flops / 1e9, sum(e.times for e in executions)])
 
 
 def _bytes(execution: Execution, runs: int) -> int:
     """Returns the bytes of one execution. A kernel of a batch of runs names those of one run."""
-    moved, instruction = execution.traffic.memory_bytes, execution.instruction
+    moved, instruction = execution.bytes, execution.instruction
     is_batched = re.match(rf"\(?\w+\[{runs},", instruction.type)
     if is_batched and instruction.opcode == "custom-call" and "moves_" in instruction.rest:
         return moved * runs
@@ -129,7 +119,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--devices", default="cpu,h200,v5p:2x2x1", help="to compile for")
+    parser.add_argument(
+        "--devices", default="cpu:1,h200:1x1,v5p:2x2x1", help="topologies, as for plan; cpu:1 first"
+    )
     parser.add_argument("--architectures", default="topk,relu")
     parser.add_argument("--runs", type=int, default=8)
     parser.add_argument("--d", type=int, default=512)

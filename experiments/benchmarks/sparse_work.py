@@ -5,7 +5,9 @@
 
 It traces the training step of a top-k SAE for 1 to 8 GPUs, and prints the bytes that each moves for
 k latents a token beyond those for half as many: rows of the decoder, rows of gradients, and
-candidates of the top k. Nothing is computed, so that it takes seconds at any size.
+candidates of the top k. Nothing is computed, so that it takes seconds at any size. With the CUDA
+compiler (pip install "sae-jax[cuda]") it traces our kernels for GPUs, and without it what stands in
+for them.
 """
 
 import dataclasses
@@ -26,6 +28,8 @@ _SHARDS = (1, 2, 4, 8)
 
 def main(_) -> int:
     every = chips.find(f"h100:1x{max(_SHARDS)}")
+    if every.note:
+        print(every.note, file=sys.stderr)
     print(f"{'shards':>6}{'GB a device':>14}{'of one device':>16}{'times its share':>18}")
     one = None
     for shards in _SHARDS:

@@ -3,14 +3,13 @@
 import dataclasses
 import functools
 import re
-import shlex
 import sys
 
 from absl import flags
 
 from sae_jax import config as configs
 from sae_jax import python_files
-from sae_jax.cli import counts
+from sae_jax.cli import counts, suggestions
 from sae_jax.config import Config
 from sae_jax.errors import UserError
 
@@ -45,7 +44,6 @@ Exit codes: 0 it fits, 1 it does not, and what does is named, 2 a mistake in the
 """
 
 _DEFAULT_D_IN = 4096
-_WORTH_SAYING = 0.9  # a mesh that takes less than this part of the time is named
 _OF_HARVESTS = ("model", "sites", "tokens", "context_length", "dtype", "model_dtype", "out")
 _OF_SEARCHES = ("find", "batch_sizes", "dtypes")
 _OF_RUNS = ("config", "mesh", "compiles", "passes", "sweep", "top", *_OF_SEARCHES)
@@ -175,6 +173,8 @@ def _plan_run(args, overrides: dict[str, str], searches: bool) -> int:
             f"--{'find=time' if args.find else 'batch_sizes and --dtypes'} needs a --topology of "
             "TPUs or GPUs"
         )
+    if args.top and searches and not args.compiles:
+        raise UserError("--top lists operations of a compiled step: give --compiles=1 or more")
     batches = [_parsed(config, "data.batch_size", text) for text in args.batch_sizes or ()]
     dtypes = [_parsed(config, "sae.compute_dtype", text) for text in args.dtypes or ()]
     search.check_batch_sizes(config, batches or [config.data.batch_size])
@@ -189,7 +189,7 @@ def _plan_run(args, overrides: dict[str, str], searches: bool) -> int:
     if searches:
         tried, found = find(args.compiles)
         best = found.least_memory if by_memory else found.fastest
-        print(_table(found), file=sys.stderr)
+        print(suggestions.tried_table(found), file=sys.stderr)
     else:
         logging.info("compiling the step for %d devices", len(topology.devices))
         best = estimate.estimate(config, topology)
@@ -197,8 +197,8 @@ def _plan_run(args, overrides: dict[str, str], searches: bool) -> int:
             tried, found = find(args.compiles)
         elif args.topology and topology.chip:
             tried, found = find(0)
-            found = _if_faster(found, config)
-    suggested = _suggestions(args, overrides, config, found)
+            found = suggestions.if_faster(found, config)
+    suggested = suggestions.of_search(args, overrides, config, found)
     if best is not None and args.json:
         print(
             as_json(table.as_dict(best, args.price, args.top) | {"suggestions": suggested}).rstrip()
@@ -210,7 +210,7 @@ def _plan_run(args, overrides: dict[str, str], searches: bool) -> int:
     if best is not None and best.fits:
         return 0
     if found.least_memory is None:
-        print(_nothing_fits(tried, found, topology), file=sys.stderr)
+        print(suggestions.nothing_fits(tried, found, topology), file=sys.stderr)
     return 1
 
 
@@ -265,112 +265,6 @@ def _default_width() -> int:
     return _DEFAULT_D_IN
 
 
-def _table(found) -> str:
-    """Returns the meshes that were tried, the compiled estimates in place of the traced ones."""
-    from sae_jax.plan import table
-
-    compiled = {_tried(e.config): e for e in found.compiled}
-    shown = [compiled.get(_tried(e.config), e) for e in found.screened]
-    said = [] if all(e.compiled for e in shown) else [table.TRACED]
-    said += [table.COMPILED] if said and compiled else []
-    return "\n".join([table.HEADER, *map(table.row, shown), *said, ""])
-
-
-def _tried(config: Config) -> tuple:
-    """Returns in what the configs of a search differ."""
-    return config.mesh, config.data.batch_size, config.sae.compute_dtype
-
-
-def _if_faster(found, config: Config):
-    """Returns `found`, or None where its fastest mesh is not much faster than the config's."""
-    from sae_jax.train.mesh import make_mesh
-
-    devices = found.screened[0].topology.devices if found.screened else []
-    sizes = dict(make_mesh(config, devices).shape) if found.fastest else {}
-    own = [e for e in found.screened if e.mesh == sizes and e.config.mesh.zero == config.mesh.zero]
-    if own and found.fastest.token_seconds < _WORTH_SAYING * own[0].token_seconds:
-        return dataclasses.replace(found, least_memory=None)
-    return None
-
-
-def _suggestions(args, overrides: dict[str, str], config: Config, found) -> dict[str, dict]:
-    """Returns what a search found, by name: the words that say what it is, the fields that differ
-    from the config, and the command to paste.
-    """
-    from sae_jax.plan import table
-
-    if found is None:
-        return {}
-    named = {
-        "fastest": ("The fastest that fits", found.fastest),
-        "least_memory": ("The least memory", found.least_memory),
-    }
-    if found.fastest is not None and found.fastest is found.least_memory:
-        both = "The fastest that fits, and the least memory"
-        named = dict.fromkeys(named, (both, found.fastest))
-    suggested = {}
-    for name, (what, estimate) in named.items():
-        if estimate is None:
-            continue
-        fields, store = _fields(estimate.config, config), estimate.config.data.store
-        suggested[name] = {
-            "words": f"{what}: {table.short(estimate)}",
-            "fields": fields,
-            "command": _command("train", args, overrides, fields, store, estimate.topology),
-            "bytes": estimate.total,
-            "step_seconds": estimate.step_seconds,
-        }
-    return suggested
-
-
-def _fields(chosen: Config, config: Config) -> dict[str, object]:
-    """Returns the fields that a search chose: the mesh, and what else differs from the config."""
-    mesh = chosen.mesh
-    fields = {"mesh.data": mesh.data, "mesh.model": mesh.model, "mesh.zero": mesh.zero}
-    if mesh.run != 1:
-        fields = {"mesh.run": mesh.run} | fields
-    if chosen.data.batch_size != config.data.batch_size:
-        fields["data.batch_size"] = chosen.data.batch_size
-    if chosen.sae.compute_dtype != config.sae.compute_dtype:
-        fields["sae.compute_dtype"] = chosen.sae.compute_dtype
-    return fields
-
-
-def _command(name: str, args, overrides: dict, fields: dict, store: str, topology) -> str:
-    """Returns the command that trains with what was chosen; STORE and DIRECTORY are to be filled
-    in.
-    """
-    values = {"mesh.run": None, **overrides} | fields
-    values |= {} if store else {"data.store": "STORE"}
-    shown = {k: str(v).lower() if isinstance(v, bool) else v for k, v in values.items()}
-    words = ["sae-jax", name, *([f"--config={args.config}"] if args.config else [])]
-    words += [f"--config.{k}={v}" for k, v in shown.items() if v is not None]
-    if _has_hosts(topology):
-        words.append("--distributed")  # on each of them; launch/ starts them
-    return shlex.join([*words, "--workdir=DIRECTORY"])
-
-
-def _has_hosts(topology) -> bool:
-    """Whether the devices of a topology are those of several hosts."""
-    if topology.is_tpu:
-        return len({device.process_index for device in topology.devices}) > 1
-    return topology.chip is not None and len(topology.devices) > topology.per_node
-
-
-def _nothing_fits(tried: list[Config], found, topology) -> str:
-    from sae_jax.plan import estimate
-
-    least = min(map(estimate.least_bytes, tried))
-    what = "parameters, Adam's moments and gradients alone take"
-    if least <= topology.capacity:
-        estimates = found.compiled or found.screened
-        least, what = min(e.total for e in estimates), "the least memory is"
-    return (
-        f"No mesh of {len(topology.devices)} devices fits: {what} {least / 1e9:.1f} GB of each, "
-        f"which have {topology.capacity / 1e9:.1f}. Take more devices, or fewer latents."
-    )
-
-
 # ------------------------------------------------------------------------------ a sweep
 
 
@@ -417,8 +311,8 @@ def _plan_sweep(args, overrides: dict[str, str]) -> int:
         )
         return 1
     chosen = dataclasses.replace(runs[0], mesh=plan.mesh)
-    fields, store = _fields(chosen, runs[0]), runs[0].data.store
-    command = _command("sweep", args, overrides, fields, store, topology)
+    fields, store = suggestions.chosen_fields(chosen, runs[0]), runs[0].data.store
+    command = suggestions.command_line("sweep", args, overrides, fields, store, topology)
     if args.passes > 1:
         command += f" --passes={args.passes}"
     if args.json:

@@ -103,6 +103,13 @@ class Topology:
         return self.chip is not None and self.chip.network_rate == math.inf
 
     @property
+    def has_hosts(self) -> bool:
+        """Whether the devices are those of several hosts."""
+        if self.is_tpu:
+            return len({device.process_index for device in self.devices}) > 1
+        return self.chip is not None and len(self.devices) > self.per_node
+
+    @property
     def stands_in(self) -> bool:
         """Whether the devices are CPUs that stand for GPUs."""
         is_gpu = self.chip is not None and not self.is_tpu
@@ -143,13 +150,17 @@ class Topology:
         return min(self.chip.link_rate, min(nodes.values()) * self.chip.network_rate)
 
 
-def find(name: str) -> Topology:
+def find(name: str, stand_in: bool = True) -> Topology:
     """Returns the topology of a name: "v5p:4x4x4" (a TPU slice), "h100:8x8" (nodes x GPUs of a
-    node) or "cpu:8". Without the CUDA compiler CPUs stand for GPUs.
+    node) or "cpu:8".
 
     It decides which devices this process has, so it is called before anything else uses JAX.
 
-    Raises UserError for other names, and where the TPU compiler is not installed.
+    Args:
+      name: the name.
+      stand_in: whether CPUs stand for GPUs without the CUDA compiler.
+
+    Raises UserError for other names, and where the compiler is not installed.
     """
     topology = describe(name)
     jax.config.update("jax_platforms", "cpu")
@@ -162,6 +173,8 @@ def find(name: str) -> Topology:
             devices = absent_gpus(topology.kind, topology.per_node, nodes)
             return dataclasses.replace(topology, devices=devices)
         except UserError as error:
+            if not stand_in:
+                raise
             note = (
                 f"{error}. CPUs stand for the GPUs: their compiler fuses less and has no kernels "
                 "of ours, so that bytes and times are rather too high"

@@ -19,12 +19,12 @@ from sae_jax.errors import UserError
 from sae_jax.ops.active import by_all_latents
 from sae_jax.ops.sharding import BATCH, as_for_accelerators
 from sae_jax.plan.chips import Topology
-from sae_jax.plan.flops import matmul_flops
 from sae_jax.plan.hlo import Collective, Program
 from sae_jax.plan.operations import (
     Operation,
     bytes_of,
     collectives_of,
+    flops_of,
     operations_of,
     with_dtypes_of,
 )
@@ -146,13 +146,14 @@ def estimate(config: Config, topology: Topology) -> Estimate:
     beyond = memory.output_size_in_bytes - memory.alias_size_in_bytes
     clock = topology.chip.clock if topology.chip else None
     operations = operations_of(Program(compiled.as_text()), clock)
+    work = read(traced.jaxpr.jaxpr, mesh)
     if topology.stands_in:
-        operations = with_dtypes_of(read(traced.jaxpr.jaxpr, mesh).operations, operations)
+        operations = with_dtypes_of(work.operations, operations)
     return dataclasses.replace(
         known,
         bytes=sizes,
         total=sum(sizes.values()) + max(0, beyond),
-        flops=matmul_flops(traced.jaxpr.jaxpr, mesh),
+        flops=flops_of(work.operations),
         operations=operations,
     )
 
@@ -169,7 +170,7 @@ def screen(config: Config, topology: Topology) -> Estimate:
         known,
         bytes=known.bytes | {"temporaries": work.temporary_bytes},
         total=known.total + work.temporary_bytes,
-        flops=matmul_flops(traced.jaxpr.jaxpr, mesh),
+        flops=flops_of(work.operations),
         operations=work.operations,
         compiled=False,
     )

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -54,31 +54,6 @@ class Collective:
 
 
 @dataclasses.dataclass(frozen=True)
-class Traffic:
-    """What one device moves in one run of a program.
-
-    Attributes:
-      memory_bytes: bytes that are read from and written to device memory.
-      collectives: the collectives.
-    """
-
-    memory_bytes: int
-    collectives: tuple[Collective, ...]
-
-    def __add__(self, other: "Traffic") -> "Traffic":
-        """Returns the traffic of two programs."""
-        return Traffic(self.memory_bytes + other.memory_bytes, self.collectives + other.collectives)
-
-    def __mul__(self, times: int) -> "Traffic":
-        """Returns the traffic of a program that runs `times` times."""
-        repeated = (dataclasses.replace(c, times=c.times * times) for c in self.collectives)
-        return Traffic(self.memory_bytes * times, tuple(repeated) if times else ())
-
-
-_NOTHING = Traffic(0, ())
-
-
-@dataclasses.dataclass(frozen=True)
 class Instruction:
     """An instruction of HLO.
 
@@ -114,20 +89,17 @@ class Execution:
       instruction: the instruction.
       times: how often it is executed; 0 in a loop of which the text does not say how often it runs.
       looped: whether it is in a loop.
-      traffic: what one execution moves.
+      bytes: what one execution reads from device memory and writes to it.
+      collective: what it sends, or None.
       computation: the name of the computation that the instruction is of.
     """
 
     instruction: Instruction
     times: int
     looped: bool
-    traffic: Traffic
+    bytes: int
+    collective: Collective | None
     computation: str
-
-
-def _total(executions: Iterable[Execution]) -> Traffic:
-    """Returns what executions move together."""
-    return sum((e.traffic * e.times for e in executions), _NOTHING)
 
 
 class Program:
@@ -142,11 +114,6 @@ class Program:
         """Parses the text of a module, as XLA prints it."""
         self.text = text
         self.computations, self._entry = _parse_module(text)
-
-    @functools.cached_property
-    def traffic(self) -> Traffic:
-        """What one device moves in one run of the program."""
-        return _total(self.executions)
 
     @functools.cached_property
     def executions(self) -> tuple[Execution, ...]:
@@ -167,31 +134,35 @@ class Program:
                     instruction.called(f"{which}_computation")[0] for which in ("true", "false")
                 ]
                 executed = (tuple(self._executions(name, times, looped)) for name in branches)
-                yield from min(executed, key=lambda branch: _total(branch).memory_bytes)
+                yield from min(executed, key=lambda all: sum(e.bytes * e.times for e in all))
             elif opcode in ("call", "async-start"):
                 for name in instruction.called("to_apply|calls"):
                     yield from self._executions(name, times, looped)
             elif opcode not in _NO_TRAFFIC and not opcode.endswith(("-done", "-update")):
-                traffic = self._instruction_traffic(instruction, scope)
-                yield Execution(instruction, times, looped, traffic, computation)
+                kind, collective = opcode.removesuffix("-start"), None
+                if kind in COLLECTIVES:
+                    collective = _make_collective(instruction, kind)
+                    moved = 2 * collective.bytes
+                    collective = collective if len(collective.group) > 1 else None
+                else:
+                    moved = self._bytes(instruction, scope)
+                yield Execution(instruction, times, looped, moved, collective, computation)
 
-    def _instruction_traffic(self, instruction: Instruction, scope: dict) -> Traffic:
-        """Returns the traffic of one execution of an instruction that calls no other."""
+    def _bytes(self, instruction: Instruction, scope: dict) -> int:
+        """Returns the bytes that an instruction moves that calls no other and sends nothing."""
         opcode = instruction.opcode
-        kind = opcode.removesuffix("-start")
-        if kind in COLLECTIVES:
-            collective = _make_collective(instruction, kind)
-            moved = 2 * collective.bytes
-            return Traffic(moved, (collective,) if len(collective.group) > 1 else ())
         if opcode == "fusion":
-            return Traffic(self._fusion_bytes(instruction), ())
+            return self._fusion_bytes(instruction)
         # What a kernel moves does not follow from its operands: ours say it in their names.
         if opcode == "custom-call" and (moved := re.search(r"moves_(\d+)_bytes", instruction.rest)):
-            return Traffic(int(moved.group(1)), ())
+            return int(moved.group(1))
         if opcode == "custom-call" and 'target="AllocateBuffer"' in instruction.rest:
-            return _NOTHING
+            return 0
         operands = [_type_bytes(scope[name].type) for name in instruction.operands]
-        return Traffic(_unfused_bytes(instruction, operands), ())
+        if opcode == "custom-call" and "__cublas" in instruction.rest:
+            # Beside the result there is room that cuBLAS may use.
+            return _array_bytes(*_SHAPE.findall(instruction.type)[0]) + sum(operands)
+        return _unfused_bytes(instruction, operands)
 
     def _trip_count(self, instruction: Instruction, condition: str) -> int:
         """Returns how often a loop runs."""

@@ -6,12 +6,15 @@ for memory do not make up for each other, since a chip executes one operation af
 
 import dataclasses
 import math
+import pathlib
 import re
 from collections import Counter
 from collections.abc import Iterable
 
 from sae_jax.plan.chips import Topology
 from sae_jax.plan.hlo import Collective, Execution, Instruction, Program, array_sizes
+
+_PACKAGE = f"{pathlib.Path(__file__).parents[1]}/"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +65,15 @@ def bytes_of(operations: Iterable[Operation]) -> int:
     return sum(o.bytes * o.times for o in operations)
 
 
+def flops_of(operations: Iterable[Operation]) -> Counter:
+    """Returns the FLOPs of operations' matrix products, by the dtype of their operands."""
+    total: Counter = Counter()
+    for o in operations:
+        for dtype, flops in o.flops.items():
+            total[dtype] += o.times * flops
+    return total
+
+
 def collectives_of(operations: Iterable[Operation]) -> tuple[Collective, ...]:
     """Returns the collectives among operations, with how often each is executed."""
     return tuple(
@@ -82,10 +94,10 @@ def operations_of(program: Program, clock: float | None) -> tuple[Operation, ...
     sources = _Sources(program.text)
     return tuple(
         Operation(
-            execution.traffic.memory_bytes,
+            execution.bytes,
             execution.times,
             _flops(execution.instruction, execution.computation, program),
-            next(iter(execution.traffic.collectives), None),
+            execution.collective,
             execution.instruction.name,
             sources.words(execution.instruction),
             _own_seconds(execution, clock),
@@ -215,9 +227,9 @@ class _Sources:
         while frame in self._frames:
             place, frame = self._frames[frame]
             file, line = self._places.get(place, ("", ""))
-            _, ours, path = self._files.get(file, "").rpartition("/sae_jax/")
-            if ours and path != "ops/sharding.py":
-                return f"{path}:{line}"
+            path = self._files.get(file, "")
+            if path.startswith(_PACKAGE) and path != f"{_PACKAGE}ops/sharding.py":
+                return f"{path.removeprefix(_PACKAGE)}:{line}"
         return ""
 
 

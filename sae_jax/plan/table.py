@@ -224,7 +224,7 @@ def _run_lines(estimate: Estimate, price: float | None) -> list[str]:
         )
     return [
         f"Step at the published peaks, operation by operation: {estimate.step_seconds * 1e3:.1f} ms"
-        + (f"; by the compiler's own estimates {own * 1e3:.1f}" if own else ""),
+        + (f"; {own * 1e3:.1f} by the compiler's estimates, where it has any" if own else ""),
         f"By themselves: {parts} ms",
         f"{1 / estimate.token_seconds:,.0f} tokens/s; "
         f"{total['tokens']:.4g} tokens: {total['hours']:,.1f} h, "

@@ -21,7 +21,7 @@ from jax.extend import core
 
 from sae_jax.plan.flops import axes_of_dimension, product_flops
 from sae_jax.plan.hlo import Collective
-from sae_jax.plan.operations import Operation, bytes_of, collectives_of
+from sae_jax.plan.operations import Operation, bytes_of
 
 _VIEWS = {"reshape", "squeeze", "expand_dims", "transpose", "copy", "stop_gradient", "rev"}
 _PARTS = {"slice", "dynamic_slice", "gather", "split"}  # read of their operand what they return
@@ -54,16 +54,6 @@ class Work:
 
     operations: tuple[Operation, ...]
     temporary_bytes: int
-
-    @property
-    def memory_bytes(self) -> int:
-        """The bytes that are read from and written to memory."""
-        return bytes_of(self.operations)
-
-    @property
-    def collectives(self) -> tuple[Collective, ...]:
-        """The collectives."""
-        return collectives_of(self.operations)
 
 
 class _Array:
@@ -184,7 +174,7 @@ class _Reader:
             return self._branch(equation, operands, used)
         if name == "scan":
             return self._scan(equation, operands, used)
-        if name == "while":  # only on dead latents, of which a healthy run has none
+        if name == "while":  # the data decides how often it runs, and an ordinary step's not at all
             consts = parameters["cond_nconsts"] + parameters["body_nconsts"]
             return operands[consts:]
         if name.startswith("scatter") or name == "dynamic_update_slice":
