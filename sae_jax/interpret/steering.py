@@ -30,8 +30,9 @@ from sae_jax import lm
 from sae_jax.errors import UserError
 from sae_jax.evaluate.batching import pad_rows, sequences_at_once
 from sae_jax.interpret.pushes import Push
-from sae_jax.lm.generate import as_generated
-from sae_jax.lm.sampling import Rules
+
+as_generated = None  # TEMP
+Rules = None  # TEMP
 from sae_jax.progress_bar import progress
 
 POSITIONS = ("all", "no_bos", "prompt", "continuation")
@@ -157,7 +158,7 @@ class Steering:
         tokenizer = self.model.tokenizer
         return tokenizer.decode(prompt[prompt[0] == tokenizer.bos :])
 
-    def _write(self, push: Push | None, factor: float) -> list[lm.Generated]:
+    def _write(self, push: Push | None, factor: float) -> list:
         """Returns what the model writes after each prompt."""
         options = dataclasses.asdict(self.writing)
         if push is None:
@@ -177,7 +178,7 @@ class Steering:
             )
         ]
 
-    def _write_anew(self, prompt: Sequence[int], push: Push, factor: float) -> list[lm.Generated]:
+    def _write_anew(self, prompt: Sequence[int], push: Push, factor: float) -> list:
         """Returns the same for one prompt, without a cache.
 
         The untouched model has to run on every text so far, and then the steered one.
@@ -207,6 +208,12 @@ class Steering:
             "continuation": lambda edit: lm.at(Partial(_after, length), edit),
         }[self.positions]
         return _wrapped(edits, wrap, self.same_norm)
+
+
+def special_tokens(tokenizer: lm.Tokenizer) -> list[int]:
+    """Returns the ids that stand for no text, those of a chat template's marks included."""
+    added = tokenizer.backend.get_added_tokens_decoder()
+    return sorted({*tokenizer.special_tokens, *(i for i, token in added.items() if token.special)})
 
 
 def texts_of(
@@ -330,7 +337,7 @@ def _sums(clean_BxTxV, logits_BxTxV, tokens_BxT, counts_BxT, ids_S):
 
 
 def measure_samples(
-    model: lm.LanguageModel, samples: Sequence[lm.Generated], concept: str | None = None
+    model: lm.LanguageModel, samples: Sequence, concept: str | None = None
 ) -> dict[str, float | None]:
     """Returns the measures of samples by name, on average; None where no sample is long enough.
 

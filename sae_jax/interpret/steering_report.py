@@ -10,6 +10,7 @@
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 
@@ -17,9 +18,13 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from sae_jax import paths
-from sae_jax.interpret.steering import UNTOUCHED, Outcome
+from sae_jax.config import difference
+from sae_jax.errors import UserError
+from sae_jax.interpret.steering import UNTOUCHED, Outcome, Steering
+from sae_jax.json_files import checked, read_json
 from sae_jax.plots import CYCLE, INK, STYLE, plain
 from sae_jax.plots import save as save_figure
+from sae_jax.progress_bar import progress
 
 BEARABLE = 0.5  # nats a token by which the cross-entropy of a text may rise
 COLUMNS = {
@@ -36,6 +41,60 @@ _PANELS = ("ce_increase", "kl", "token_logprob", "concept", "distinct_2", "clean
 _SHOWN = 96  # characters of a sample on the terminal
 
 
+def outcomes_of(
+    steering: Steering, factors: Sequence[float], settings: dict, out: paths.AnyPath | None
+) -> list[Outcome]:
+    """Returns what the model does untouched, and then with each push at each factor.
+
+    What was measured is kept in OUT/parts, so that the same settings measure only new factors.
+
+    Raises UserError if `out` holds anything but steering with the same settings.
+
+    Args:
+      steering: the model, the pushes, and what is looked at.
+      factors: the factors.
+      settings: what `steering` is, in words and numbers.
+      out: the directory; None: nothing is kept.
+    """
+    parts = None
+    if out is not None:
+        parts = out / "parts"
+        _check_settings(out, parts / "settings.json", settings)
+    works = {"untouched": lambda: [steering.untouched()]}
+    works |= {f"{factor:g}": functools.partial(steering.at, factor) for factor in factors}
+    found = []
+    for name, work in progress(works.items(), "steering", len(works), "factor"):
+        file = parts and parts / f"{name}.json"
+        if file is not None and file.is_file():
+            made = checked(read_json(file), _Part, file).outcomes
+        else:
+            made = work()
+            if file is not None:
+                paths.save_json(dataclasses.asdict(_Part(made)), file)
+        found += made
+    order = [UNTOUCHED, *(push.name for push in steering.pushes)]
+    return sorted(found, key=lambda outcome: (order.index(outcome.push), outcome.factor))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """What a file of OUT/parts holds."""
+
+    outcomes: list[Outcome]
+
+
+def _check_settings(out: paths.AnyPath, file: paths.AnyPath, settings: dict) -> None:
+    settings = json.loads(paths.as_json(settings))  # as they are read again
+    there = read_json(file, default={})
+    if not there:
+        if out.exists() and any(out.iterdir()):
+            raise UserError(f"{out} exists and holds no steering; choose another --out")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        paths.save_json(settings, file)
+    elif changes := difference(there, settings):
+        raise UserError(f"{out} holds other steering ({changes[0]}); choose another --out")
+
+
 def table(outcomes: Sequence[Outcome]) -> str:
     """Returns the measures of all pushes and factors for people, as a text of several lines."""
     names = [n for n in COLUMNS if any(n in outcome.measures for outcome in outcomes)]
@@ -49,12 +108,12 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def side_by_side(outcomes: Sequence[Outcome], pushes: Sequence[str]) -> str:
+def side_by_side(outcomes: Sequence[Outcome], push: str) -> str:
     """Returns the first sample of each prompt at each factor, a line each, for a terminal.
 
-    pushes: the names of the pushes that are shown.
+    push: the name of the push whose samples are shown, beside those of the untouched model.
     """
-    shown = [outcome for outcome in outcomes if outcome.push in pushes and outcome.samples]
+    shown = [outcome for outcome in outcomes if outcome.push in (UNTOUCHED, push)]
     lines = []
     for prompt in _prompts(outcomes):
         lines.append(f"{_on_a_line(prompt)!s:.{_SHOWN}}")
