@@ -1,4 +1,4 @@
-"""Steers a language model by a latent that prompts find, as Golden Gate Claude was (Templeton et al.
+"""Steers a language model by a latent that prompts find, as Golden Gate Claude (Templeton et al.
 2024, "Scaling Monosemanticity"), with an SAE that is trained here.
 
     python experiments/golden_gate.py --model=DIR --text=PATH,... --out=DIR [--concept=shakespeare]
@@ -150,7 +150,7 @@ def main(argv):
     folder.mkdir(exist_ok=True)
     latent, control = found_latents(folder, model, sae, site, concept, evaluation.rows)
     maxima = evaluation.rows.max_activation
-    made, factors = made_pushes(model, sae, site, concept, (latent, control), maxima), FACTORS
+    made = made_pushes(model, sae, site, concept, (latent, control), maxima)
     special = model.tokenizer.special_tokens
     text = rows.sequences(_LM_TOKENS.value, model.tokenizer)
     experiment = steering.Steering(
@@ -172,7 +172,7 @@ def main(argv):
         "writing": vars(experiment.writing),
         "lm_tokens": _LM_TOKENS.value,
     }
-    outcomes = steering_report.outcomes_of(experiment, factors, settings, folder / "steered")
+    outcomes = steering_report.outcomes_of(experiment, FACTORS, settings, folder / "steered")
     print(steering_report.table(outcomes))
     for push, factor in steering_report.bearable(outcomes).items():
         print(f"{push}: text is predicted nearly as before up to factor {factor}")

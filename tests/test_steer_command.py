@@ -124,19 +124,12 @@ def test_maxima_are_those_of_the_evaluation_where_there_is_one(run, latent, caps
 
 
 WRONG = {
-    "--prompt=a": "--latent",
-    "--latent=x --prompt=a": "--latent=x",
-    "--latent=1,1 --prompt=a": "named twice",
+    "--latent=LATENT,LATENT --prompt=a": "named twice",
     "--latent=999 --prompt=a": "999",
-    "--latent=LATENT --factors=1,two": "--factors=1,two",
-    "--latent=LATENT --mode=pin --factors=1": "--factors",
-    "--latent=LATENT --positive=a.txt": "--negative",
-    "--latent=LATENT --concept=(": "--concept=(",
-    "--latent=LATENT --positions=prompt": "--prompt",
     "--latent=LATENT --prompts=nothing.txt": "nothing.txt",
-    "--latent=LATENT --model=nothing": "nothing",
-    "--latent=LATENT --prompt=a --top_p=0": "top_p",
     "--latent=LATENT --site=resid_post.7": "resid_post.7",
+    "--latent=LATENT --tokens_of=self,": "--tokens_of",
+    "--latent=LATENT --positions=prompt": "--prompt",
 }
 
 

@@ -212,7 +212,7 @@ def test_what_cannot_be_steered_is_refused(model):
         steering.measure(model, steering.Texts(TOKENS, TOKENS < 0, TOKENS < 0), [], 1.0)
 
 
-WROTE = {  # after BOS and w1, greedily, where nothing but the steered latent makes any token likelier
+WROTE = {  # after BOS and w1, greedily; nothing else makes any token likelier
     "all": [B, B, B, B],
     "no_bos": [B, B, B, B],
     "prompt": [B, 0, 0, 0],  # what B's position predicts is steered no more

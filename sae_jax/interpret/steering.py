@@ -30,10 +30,8 @@ from sae_jax import lm
 from sae_jax.errors import UserError
 from sae_jax.evaluate.batching import pad_rows, sequences_at_once
 from sae_jax.interpret.pushes import Push
-
-as_generated = None  # TEMP
-Rules = None  # TEMP
-from sae_jax.progress_bar import progress
+from sae_jax.lm.generate import as_generated
+from sae_jax.lm.sampling import Rules
 
 POSITIONS = ("all", "no_bos", "prompt", "continuation")
 UNTOUCHED = "untouched"
@@ -158,7 +156,7 @@ class Steering:
         tokenizer = self.model.tokenizer
         return tokenizer.decode(prompt[prompt[0] == tokenizer.bos :])
 
-    def _write(self, push: Push | None, factor: float) -> list:
+    def _write(self, push: Push | None, factor: float) -> list[lm.Generated]:
         """Returns what the model writes after each prompt."""
         options = dataclasses.asdict(self.writing)
         if push is None:
@@ -178,7 +176,7 @@ class Steering:
             )
         ]
 
-    def _write_anew(self, prompt: Sequence[int], push: Push, factor: float) -> list:
+    def _write_anew(self, prompt: Sequence[int], push: Push, factor: float) -> list[lm.Generated]:
         """Returns the same for one prompt, without a cache.
 
         The untouched model has to run on every text so far, and then the steered one.
@@ -292,8 +290,7 @@ def measure(
     size = sequences_at_once(model.vocab_size, *texts.tokens.shape)
     taps = tuple(dict.fromkeys(site for push in pushes for site in push.reads))
     totals = np.zeros((1 + len(pushes), 3))
-    starts = range(0, len(texts.tokens), size)
-    for start in progress(starts, f"measuring at factor {factor:g}"):
+    for start in range(0, len(texts.tokens), size):
         tokens, counts, steered = (
             jnp.asarray(pad_rows(a[start : start + size], size))
             for a in (texts.tokens, texts.counts, texts.steered)
@@ -337,7 +334,7 @@ def _sums(clean_BxTxV, logits_BxTxV, tokens_BxT, counts_BxT, ids_S):
 
 
 def measure_samples(
-    model: lm.LanguageModel, samples: Sequence, concept: str | None = None
+    model: lm.LanguageModel, samples: Sequence[lm.Generated], concept: str | None = None
 ) -> dict[str, float | None]:
     """Returns the measures of samples by name, on average; None where no sample is long enough.
 

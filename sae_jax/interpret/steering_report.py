@@ -152,7 +152,7 @@ def dose_response(outcomes: Sequence[Outcome]) -> Figure:
     rows = -(-max(len(names), 1) // 2)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 0.6 + 2.3 * rows), layout="constrained")
-        panels = figure.subplots(rows, 2, squeeze=False).flat
+        panels = list(figure.subplots(rows, 2, squeeze=False).flat)
         for axes, name in zip(panels, names, strict=False):
             for push, color in zip(dict.fromkeys(o.push for o in steered), CYCLE, strict=False):
                 points = sorted(
@@ -167,7 +167,7 @@ def dose_response(outcomes: Sequence[Outcome]) -> Figure:
                 axes.axhline(BEARABLE, color=INK, linewidth=0.7, linestyle="--")
             axes.set_title(COLUMNS[name][1])
             axes.set_xlabel("factor, times the maximum")
-        for axes in list(panels)[len(names) :]:
+        for axes in panels[len(names) :]:
             axes.set_visible(False)
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper left", ncols=3)
