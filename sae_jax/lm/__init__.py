@@ -17,8 +17,9 @@ from sae_jax.lm.corpus import standard_library
 from sae_jax.lm.decoder import forward, next_token_loss
 from sae_jax.lm.directory import hub_name
 from sae_jax.lm.documents import read_texts, text_files
-from sae_jax.lm.edits import add_direction, at, clamp, put, reconstruct
+from sae_jax.lm.edits import add_direction, at, clamp, put, reading, reconstruct
 from sae_jax.lm.families import load_config
+from sae_jax.lm.generate import Generated, generate
 from sae_jax.lm.harvest import harvest
 from sae_jax.lm.language_model import LanguageModel, in_batches
 from sae_jax.lm.live import LiveStore, open_store, open_stream
@@ -31,6 +32,7 @@ __all__ = [
     "PACKING_RULE",
     "SITES",
     "DecoderConfig",
+    "Generated",
     "JaxModel",
     "LanguageModel",
     "LiveStore",
@@ -42,6 +44,7 @@ __all__ = [
     "clamp",
     "fingerprint",
     "forward",
+    "generate",
     "harvest",
     "hook_name",
     "hub_name",
@@ -61,6 +64,7 @@ __all__ = [
     "pack",
     "put",
     "read_texts",
+    "reading",
     "reconstruct",
     "save_model",
     "site_of_hook",
