@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from sae_jax.cli import counts, opening, path_lists, ports
+from sae_jax.cli import counts, opened_saes, opened_sources, path_lists, ports
 from sae_jax.errors import UserError
 
 SUMMARY = """Show every latent of an SAE on a page: what it fires on, promotes, and does.
@@ -124,24 +124,27 @@ def run(args, overrides) -> None:
         raise UserError("give either --serve or --single")
     if args.single and not args.run:
         raise UserError("--single shows the evaluation of a run besides; give --run=RUN")
-    chosen = _numbers(args.latents)
+    numbers = _numbers(args.latents)
     out = paths.local(args.out or interop.locate(args.run) / "dashboard")
-    found = opening.open_sae(args)
-    there = _there(args, out, found.settings)
+    chosen = opened_sources.chosen(args)
+    found = opened_saes.open_sae(args.run, args.sae, args.kind, chosen)
+    named = args.run or args.sae
+    which = {"sae": named if paths.is_remote(named) else str(found.path.absolute()), **found.about}
+    there = _there(args, out, which)
     labels = args.labels and dashboard.read_labels(args.labels, found.sae.config.d_sae)
-    data = dataclasses.replace(found.data, **opening.chosen(args))
-    store, model, settings = opening.open_store_and_model(args, data, lm.open_model)
+    data = dataclasses.replace(found.data, **opened_sources.chosen(args))
+    store, model, settings = opened_sources.open_store_and_model(args, data, lm.open_model)
     tokenizer = _tokenizer(args, model)
     collection, neurons = _collected(
         args,
         out,
         found.sae,
         there,
-        lambda: opening.make_source(args, data, store, model, heldout=False),
-        {**found.settings, **settings},
+        lambda: opened_sources.make_source(args, data, store, model, heldout=False),
+        {**which, **settings},
     )
     if args.single:
-        _write_single(args.single, found, collection, store, tokenizer, model, chosen)
+        _write_single(args.single, found, collection, store, tokenizer, model, numbers)
         return
     sites = tuple(collection.about.settings["site"].split(","))
     latents = dashboard.Latents(
