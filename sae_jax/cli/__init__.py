@@ -24,7 +24,8 @@ from sae_jax.errors import UserError, choose, one_line
 
 _MOST_CPU_DEVICES = 1024  # each is a few threads
 COMMANDS = (
-    "demo harvest store train eval dashboard steer sweep status fit compare plan export import "
+    "demo harvest store train eval dashboard steer attribute sweep status fit compare plan export "
+    "import bench launch"
     "bench launch"
 ).split()
 
