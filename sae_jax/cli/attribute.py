@@ -167,30 +167,24 @@ def _opened(args) -> tuple:
     import types
 
     from sae_jax import lm, paths
-    from sae_jax.cli import opening
+    from sae_jax.cli import opened_saes, opened_sources
     from sae_jax.interpret import dashboard
     from sae_jax.interpret.placed import Placed
 
     open_model = functools.cache(lm.open_model)
     placed, models, labels = [], [], []
     for n, named in enumerate(args.run or args.sae):
-        own = {
-            "run": named if args.run else None,
-            "sae": named if args.sae else None,
-            "site": args.site[n] if args.site else None,
-            "target_site": args.target_site[n] if args.target_site else None,
-            "kind": args.kind,
-            **dict.fromkeys(("store", "holdout_fraction", "include_excluded")),
-            "model": args.model,
-            "model_dtype": args.model_dtype,
-            **dict.fromkeys(("tokens_file", "text")),
-        }
-        flags_of_one = types.SimpleNamespace(**own)
-        opened = opening.open_sae(flags_of_one)
+        sites = {"site": args.site, "target_site": args.target_site}
+        chosen = {name: values[n] for name, values in sites.items() if values}
+        run, sae = (named, None) if args.run else (None, named)
+        opened = opened_saes.open_sae(run, sae, args.kind, chosen)
         data = opened.data
         if args.model and data.store and not paths.path(data.store).exists():
             data = dataclasses.replace(data, store="")
-        _, model, _ = opening.open_store_and_model(flags_of_one, data, open_model)
+        flags_of_model = types.SimpleNamespace(
+            model=args.model, model_dtype=args.model_dtype, tokens_file=None, text=None
+        )
+        _, model, _ = opened_sources.open_store_and_model(flags_of_model, data, open_model)
         if model is None:
             raise UserError("which language model? give its directory: --model=DIR")
         if not data.site:
