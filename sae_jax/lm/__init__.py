@@ -13,12 +13,14 @@ from sae_jax.lm.architecture import (
     site_width,
 )
 from sae_jax.lm.bridge import TorchModel, is_torch
+from sae_jax.lm.chat import chat_prompt
 from sae_jax.lm.corpus import standard_library
 from sae_jax.lm.decoder import forward, next_token_loss
 from sae_jax.lm.directory import hub_name
 from sae_jax.lm.documents import read_texts, text_files
-from sae_jax.lm.edits import add_direction, at, clamp, put, reconstruct
+from sae_jax.lm.edits import add_direction, at, clamp, put, reading, reconstruct
 from sae_jax.lm.families import load_config
+from sae_jax.lm.generate import Generated, generate
 from sae_jax.lm.harvest import harvest
 from sae_jax.lm.language_model import LanguageModel, in_batches
 from sae_jax.lm.live import LiveStore, open_store, open_stream
@@ -31,6 +33,7 @@ __all__ = [
     "PACKING_RULE",
     "SITES",
     "DecoderConfig",
+    "Generated",
     "JaxModel",
     "LanguageModel",
     "LiveStore",
@@ -39,9 +42,11 @@ __all__ = [
     "TorchModel",
     "add_direction",
     "at",
+    "chat_prompt",
     "clamp",
     "fingerprint",
     "forward",
+    "generate",
     "harvest",
     "hook_name",
     "hub_name",
@@ -61,6 +66,7 @@ __all__ = [
     "pack",
     "put",
     "read_texts",
+    "reading",
     "reconstruct",
     "save_model",
     "site_of_hook",
