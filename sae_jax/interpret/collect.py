@@ -278,7 +278,7 @@ def _encode(encoder: Encoder, source, text: _Text, folder: pathlib.Path) -> None
     starts = range(0, count, size)
     files = {start: folder / f"{start:010d}.npy" for start in starts}
     missing = [start for start in own_share(starts) if not files[start].is_file()]
-    for start in progress(missing, "encoding the texts", unit="piece"):
+    for start in progress(missing, "encoding the texts", len(missing), "piece"):
         stop = min(start + size, count)
         used = text.used[start:stop].reshape(-1)
         x = source.read(text.places[start:stop]).reshape(len(used), -1)
@@ -327,7 +327,7 @@ def _fill(counts, text: _Text, about: About, seed: int, folder: pathlib.Path) ->
     windows = WindowHashes(text.tokens, about.before, about.after)
     files = list(blocks)
     own = [files[i] for i in own_share(range(len(files))) if not files[i].is_file()]
-    for file in progress(own, "choosing the examples", unit="block"):
+    for file in progress(own, "choosing the examples", len(own), "block"):
         first, stop = blocks[file]
         events = _events_of(pieces, first, stop)
         found = statistics(events, stop - first)
@@ -355,7 +355,7 @@ def _compare(blocks, counts, folder: pathlib.Path) -> list[pathlib.Path]:
     ranges = list(similarities.blocks())
     files = [folder / f"{first:010d}.npz" for first, _ in ranges]
     own = [i for i in own_share(range(len(files))) if not files[i].is_file()]
-    for i in progress(own, "comparing latents", unit="block"):
+    for i in progress(own, "comparing latents", len(own), "block"):
         coactive, similarity = similarities.of(*ranges[i])
         found = {"coactive": coactive, "similarity": similarity}
         _save(files[i], lambda file, found=found: np.savez(file, **found))
