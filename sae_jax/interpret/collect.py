@@ -162,7 +162,7 @@ class Cost:
     def __str__(self) -> str:
         events = "12 bytes a firing latent"
         if self.events is not None:
-            events = f"at most {self.events * self.rows / 1e9:.2f} GB"
+            events = f"about {self.events * self.rows / 1e9:.2f} GB"
         return (
             f"{self.flops / 1e12:.3g} TFLOP of encoding, {events} of events on disk until it is "
             f"done, {self.disk / 1e9:.2f} GB of disk, {self.memory / 1e9:.2f} GB of memory beside "
@@ -172,7 +172,7 @@ class Cost:
     def measured(self, seconds: float, encoding: float, counts: np.ndarray, out) -> str:
         """Returns in one line what was stated and what it was."""
         disk = sum(file.stat().st_size for file in pathlib.Path(out).iterdir())
-        events = "" if self.events is None else f" (at most {self.events * self.rows / 1e9:.2f})"
+        events = "" if self.events is None else f" (stated {self.events * self.rows / 1e9:.2f})"
         return (
             f"{seconds:.0f} s, of which encoding {encoding:.0f} s "
             f"({self.flops / 1e9 / max(encoding, 1e-9):.0f} GFLOP/s); "
@@ -206,7 +206,7 @@ def _cost(sae: SAE, text: _Text, about: About) -> Cost:
     slots = about.top + about.intervals * about.per_interval
     of_slots = slots * (12 + 2 * (about.before + 1 + about.after))
     of_latent = 12 + 4 * BINS + of_slots + 8 * COACTIVE
-    k = getattr(config, "k", None)
+    k = config.k
     fired = min(_BLOCK_EVENTS, rows * (k or 64))
     memory = 13 * rows + max(
         160 * fired + 2 * min(_BLOCK_LATENTS, about.d_sae) * of_latent,
@@ -225,7 +225,7 @@ def _cost(sae: SAE, text: _Text, about: About) -> Cost:
 
 
 def _chosen(source, tokens: int) -> _Text:
-    if not hasattr(source, "texts"):
+    if not isinstance(source, HeldOutRows | ModelRows):
         raise UserError(f"{source.origin} has no tokens, so there is no text to show")
     texts = source.texts()
     length = texts.tokens.shape[1]
