@@ -86,6 +86,7 @@ WHOLE_RUN = (
 EVAL = "eval --run=run"
 HARVEST = "harvest --model=model --text=text.txt --sites=resid_post.0 --out=o"
 SWEEP = "sweep --workdir=w --config=grid.py"
+STEER = "steer --run=run --latent=1 --prompt=a"
 
 COMMANDS = rows(
     ("trian", "did you mean 'train'"),
@@ -108,6 +109,20 @@ COMMANDS = rows(
     ("eval --run=sweep", "is a sweep"),
     ("eval --results=sweep --out=all.json", "all.json"),
     ("eval --run=run --overwrite --out=model/config.json", "is no evaluation"),
+    ("steer --run=run --prompt=a", "--latent"),
+    ("steer --latent=1 --prompt=a", "--run"),
+    ("steer --sae=ours --latent=1", "--prompt"),
+    ("steer --run=run --latent=x --prompt=a", "--latent=x"),
+    (f"{STEER} --factors=1,two", "--factors=1,two"),
+    (f"{STEER} --factors=nan", "--factors=nan"),
+    (f"{STEER} --mode=pin --factors=1", "--factors"),
+    (f"{STEER} --mode=clmp", "clmp"),
+    (f"{STEER} --positive=text.txt", "--negative"),
+    (f"{STEER} --concept=(", "--concept=("),
+    (f"{STEER} --positions=prompt --text=text.txt", "--positions=prompt"),
+    (f"{STEER} --top_p=0", "--top_p"),
+    (f"{STEER}", "--model"),
+    (f"{STEER} --model=nothing", "nothing"),
     ("status", "status runs/a"),
     ("status nothing", "nothing"),
     ("status --path=", "status runs/a"),
