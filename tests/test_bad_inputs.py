@@ -86,6 +86,7 @@ WHOLE_RUN = (
 EVAL = "eval --run=run"
 HARVEST = "harvest --model=model --text=text.txt --sites=resid_post.0 --out=o"
 SWEEP = "sweep --workdir=w --config=grid.py"
+DASHBOARD = "dashboard --run=run --model=model"
 STEER = "steer --run=run --latent=1 --prompt=a"
 
 COMMANDS = rows(
@@ -109,6 +110,25 @@ COMMANDS = rows(
     ("eval --run=sweep", "is a sweep"),
     ("eval --results=sweep --out=all.json", "all.json"),
     ("eval --run=run --overwrite --out=model/config.json", "is no evaluation"),
+    ("dashboard", "--run"),
+    ("dashboard --run=run --sae=ours", "--run"),
+    ("dashboard --sae=ours", "--out"),
+    ("dashboard --run=nothing", "nothing"),
+    ("dashboard --run=sweep", "is a sweep"),
+    ("dashboard --run=run --host=0.0.0.0", "--serve"),
+    ("dashboard --run=run --serve=port", "port"),
+    ("dashboard --run=run --latents=1", "--single"),
+    ("dashboard --run=run --latents=1,x --single=o.html", "--latents=1,x"),
+    ("dashboard --run=run --single=o.html --serve", "--single"),
+    ("dashboard --sae=ours --out=o --single=o.html", "--run"),
+    ("dashboard --run=run", "--model=DIR"),
+    ("dashboard --run=run --tokenizer=nothing", "nothing"),
+    (DASHBOARD, "has no tokens"),
+    (f"{DASHBOARD} --labels=nothing.csv", "nothing.csv"),
+    (f"{DASHBOARD} --labels=table.csv", "table.csv"),
+    (f"{DASHBOARD} --labels=text.json", "text.json"),
+    (f"{DASHBOARD} --out=text.txt", "text.txt"),
+    (f"{DASHBOARD} --out=s3://bucket/o", "s3://bucket/o"),
     ("steer --run=run --prompt=a", "--latent"),
     ("steer --latent=1 --prompt=a", "--run"),
     ("steer --sae=ours --latent=1", "--prompt"),
@@ -302,6 +322,17 @@ FLAGS = [
         "store": "nothing",
         "model": "nothing",
         "target_site": "nowhere",
+    }),
+    *flag_rows(DASHBOARD, {
+        "tokens": NOT_A_COUNT,
+        "top": NOT_WHOLE,
+        "intervals": "-1 x",
+        "per_interval": NOT_WHOLE,
+        "before": "-1 x",
+        "seed": "-1 x",
+        "site": "nowhere",
+        "store": "nothing",
+        "model_dtype": "float64 x",
     }),
     *flag_rows(HARVEST, {
         "tokens": NOT_A_COUNT,
