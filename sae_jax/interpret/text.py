@@ -11,6 +11,7 @@ from sae_jax.json_files import parse_json
 
 _MARGIN = 64  # tokens looked at around a window, so that a character that it cuts is whole
 _MAX_TOKENS = 4  # of one character: UTF-8 has at most so many bytes
+_NEVER = (0xC0, 0xC1, *range(0xF5, 0x100))  # bytes that UTF-8 does not have
 _CONTROL_PICTURES = {i: 0x2400 + i for i in range(32)} | {127: 0x2421}
 _VISIBLE = _CONTROL_PICTURES | {ord("\n"): "↵", ord("\t"): "⇥"}
 
@@ -104,6 +105,21 @@ def _joined(parts: list[_Part], start: int) -> list[Piece]:
         found.append(Piece(start + first, start + last + 1, text))
         first, begin = last + 1, end
     return found
+
+
+def stray_bytes(tokenizer: lm.Tokenizer) -> set[int]:
+    """Returns the tokens that stand for one byte and that no text has.
+
+    UTF-8 has no bytes C0, C1 and from F5 on. A tokenizer that falls back to bytes (Llama's) has
+    besides no use for those of ASCII characters that are tokens themselves.
+    """
+    token_of, names = tokenizer.backend.token_to_id, {b: c for c, b in _byte_levels().items()}
+    if _is_byte_level(tokenizer):
+        found = {token_of(names[byte]) for byte in _NEVER}
+    else:
+        ascii_tokens = {byte for byte in range(128) if token_of(chr(byte)) is not None}
+        found = {token_of(f"<0x{byte:02X}>") for byte in {*_NEVER, *ascii_tokens}}
+    return found - {None}
 
 
 def _characters(data: bytes) -> dict[int, str]:

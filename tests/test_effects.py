@@ -1,0 +1,156 @@
+"""Output tokens and ablations: equal to what the model does, in closed form where there is one."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+
+from sae_jax import interpret, lm
+from sae_jax.errors import UserError
+from sae_jax.interpret import effects
+from sae_jax.sae import ReLU, ReLUConfig, resolve
+
+MODELS = pathlib.Path(__file__).parent / "fixtures" / "lm"
+TOKENS = np.array([[1, 7, 3, 12, 5, 9]])
+
+
+def relu_sae(w_dec, w_enc=None, kind="autoencoder", d_in=None, **parameters):
+    """A ReLU SAE of given rows (d_sae, d_out), which by default reads what it writes."""
+    d_sae, d_out = w_dec.shape
+    w_enc = w_dec.T if w_enc is None else w_enc
+    target = d_out if kind == "transcoder" else None
+    config = resolve(ReLUConfig(kind=kind, d_sae=d_sae), (len(w_enc),), target)
+    arrays = {"w_enc": w_enc, "w_dec": w_dec, "b_enc": np.zeros(d_sae), "b_dec": np.zeros(d_out)}
+    arrays = {name: jnp.asarray(a, jnp.float32) for name, a in (arrays | parameters).items()}
+    return ReLU.from_parameters(config, arrays)
+
+
+def direct_path(model, site, row):
+    """What a step along `row` at the last layer's `site` adds to the last position's logits (V,),
+    times the last norm's scale, with that scale frozen.
+
+    It is the derivative of the model's own logits, with the MLP held where it is, less what comes
+    from the change of the norm's scale.
+    """
+    last = model.config.num_layers - 1
+    held, norm = f"mlp_out.{last}", f"resid_post.{last}"
+    _, taps = model.forward(TOKENS, taps=(held,))
+    edits = {} if site.startswith("mlp") else {held: lm.put(taps[held])}
+
+    def run(step):
+        edit = lm.add_direction(step * jnp.asarray(row, jnp.float32))
+        logits, seen = model.forward(TOKENS, taps=(norm,), edits=edits | {site: edit})
+        if model.config.logit_softcap:
+            cap = model.config.logit_softcap
+            logits = cap * jnp.arctanh(logits / cap)
+        return logits[0, -1], seen[norm][0, -1]
+
+    (logits, x), (change, dx) = jax.jvp(run, (0.0,), (1.0,))
+    if model.config.norm == "layer":
+        x, dx = x - x.mean(), dx - dx.mean()
+    square = (x @ x) / len(x) + model.config.norm_eps
+    offset = 0.0
+    if "b_final_norm" in model.params:
+        unembed = model.params["embed"].T if model.config.tie_embeddings else None
+        unembed = model.params["unembed"] if unembed is None else unembed
+        offset = model.params["b_final_norm"] @ unembed
+    return np.asarray((change + (logits - offset) * (x @ dx) / len(x) / square) * square**0.5)
+
+
+@pytest.mark.parametrize(
+    "name, site",
+    [
+        ("llama_tied_gqa", "mlp_act"),
+        *(
+            pytest.param(name, site, marks=pytest.mark.slow)
+            for name, site in [
+                ("gemma2", "mlp_act"),
+                ("gemma2", "z"),
+                ("gpt2", "z"),
+                ("gpt2", "resid_post"),
+                ("gpt_neox", "mlp_out"),
+                ("llama_tied_gqa", "attn_out"),
+            ]
+        ),
+    ],
+)
+def test_output_tokens_are_finite_differences_of_the_logits_with_the_norm_frozen(name, site):
+    """Tied and untied, RMSNorm and LayerNorm, with Gemma's norms after attention and the MLP."""
+    model = lm.JaxModel(MODELS / name)
+    site = f"{site}.{model.config.num_layers - 1}"
+    width = model.site_width(site)
+    w_dec = np.random.default_rng(0).normal(size=(3, width)).astype(np.float32)
+    used = np.arange(model.vocab_size) % 5 != 0
+    found = interpret.output_tokens(relu_sae(w_dec), model, site, np.array([2, 0]), 4, used)
+    for place, latent in enumerate([2, 0]):
+        row = w_dec[latent] / np.linalg.norm(w_dec[latent])
+        if model.config.post_norms and site.startswith(("mlp_act", "z")):
+            row = through_post_norm(model, site, row)
+            at = "mlp_out" if site.startswith("mlp") else "attn_out"
+            values = direct_path(model, f"{at}.{model.config.num_layers - 1}", row)
+        else:
+            values = direct_path(model, site, row)
+        values = values - np.median(values[used])
+        order = np.argsort(np.where(used, -values, np.inf))
+        np.testing.assert_array_equal(found.promoted[place], order[:4])
+        close = {"rtol": 2e-3, "atol": 2e-3 * np.abs(values).max()}
+        np.testing.assert_allclose(found.promoted_values[place], values[order[:4]], **close)
+        least = order[used.sum() - 4 : used.sum()][::-1]
+        np.testing.assert_array_equal(found.suppressed[place], least)
+        np.testing.assert_allclose(found.suppressed_values[place], values[least], **close)
+
+
+def through_post_norm(model, site, row):
+    """A row of what the last matrix reads, in what the norm after it gives, its scale left out."""
+    p = model.params["layers"][model.config.num_layers - 1]
+    matrix, norm = ("w_down", "mlp_post_norm") if site[0] == "m" else ("w_o", "attn_post_norm")
+    return row @ np.asarray(p[matrix]).reshape(len(row), -1) * (1 + np.asarray(p[norm]))
+
+
+def test_histogram_median_and_blocks(monkeypatch):
+    model = lm.JaxModel(MODELS / "llama_tied_gqa")
+    w_dec = np.random.default_rng(0).normal(size=(9, 16)).astype(np.float32)
+    sae, latents = relu_sae(w_dec), np.arange(9)
+    for used in (np.ones(model.vocab_size, bool), np.arange(model.vocab_size) > 0):
+        whole = interpret.output_tokens(sae, model, "resid_post.0", latents, 3, used)
+        rows = w_dec / np.linalg.norm(w_dec, axis=1, keepdims=True)
+        p = model.params
+        values = (rows * np.asarray(p["final_norm"])) @ np.asarray(p["embed"]).T[:, used]
+        values -= np.median(values, axis=1, keepdims=True)
+        np.testing.assert_allclose(whole.low, values.min(axis=1), rtol=1e-4)
+        np.testing.assert_allclose(whole.high, values.max(axis=1), rtol=1e-4)
+        for row, counts, low, high in zip(
+            values, whole.histogram, whole.low, whole.high, strict=True
+        ):
+            expected = np.histogram(row, effects.BINS, (low, high))[0]
+            assert counts.sum() == used.sum() and np.abs(counts - expected).sum() <= 4
+        monkeypatch.setattr(effects, "_LOGITS", 2 * model.vocab_size)
+        blocks = interpret.output_tokens(sae, model, "resid_post.0", latents, 3, used)
+        np.testing.assert_array_equal(blocks.promoted, whole.promoted)
+        np.testing.assert_allclose(blocks.promoted_values, whole.promoted_values, rtol=1e-5)
+
+
+def test_tokens_that_text_never_has_are_left_out():
+    vocab = {"<s>": 0, "a": 1, "<unused3>": 2, "<0x61>": 3, "<0xC3>": 4, "<0xFF>": 5, "b": 6}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<s>"))
+    backend.add_special_tokens(["<end>"])
+    tokenizer = lm.Tokenizer(backend, 0, None, None, "small", (0,), "")
+    assert np.flatnonzero(interpret.used_tokens(tokenizer, 10)).tolist() == [1, 4, 6]
+    counts = np.array([9, 0, 9, 9, 2, 9, 5, 9, 9, 9])
+    assert np.flatnonzero(interpret.used_tokens(tokenizer, 10, counts)).tolist() == [4, 6]
+    with pytest.raises(UserError, match="counts of .* not of a vocabulary of 10"):
+        interpret.used_tokens(tokenizer, 10, counts[:3])
+
+
+def test_where_there_are_no_output_tokens():
+    model = lm.JaxModel(MODELS / "llama_tied_gqa")
+    sae = relu_sae(np.ones((2, 16)))
+    assert interpret.output_tokens(sae, model, "mlp_in.0", np.arange(2)) is None
+    with pytest.raises(UserError, match="width 16, but mlp_act.0 has"):
+        interpret.output_tokens(sae, model, "mlp_act.0", np.arange(2))
+    with pytest.raises(UserError, match="no token counts"):
+        none = np.zeros(model.vocab_size, bool)
+        interpret.output_tokens(sae, model, "resid_post.0", np.arange(2), used=none)
