@@ -95,7 +95,9 @@ def open_server(
                 f"--host={host} is no address of this machine ({why}); give one that it has, or "
                 "0.0.0.0 for all of them"
             ) from None
-        why = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
+        why = (
+            "is taken" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
+        )
         raise UserError(
             f"--serve: port {port} of this machine {why}; give another one, such as "
             f"--serve={port % 65535 + 1}, or --serve=0 for any that is free"

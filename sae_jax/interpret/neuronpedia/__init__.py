@@ -8,7 +8,7 @@ from sae_jax.interpret.neuronpedia.layouts import (
     write_saedashboard,
     write_upload_batches,
 )
-from sae_jax.interpret.neuronpedia.push import Pushed, push
+from sae_jax.interpret.neuronpedia.push import Pushed, planned, push
 
 __all__ = [
     "CREATOR_ID",
@@ -16,6 +16,7 @@ __all__ = [
     "Pushed",
     "Release",
     "Written",
+    "planned",
     "push",
     "write_bulk",
     "write_saedashboard",

@@ -8,7 +8,7 @@ What differs from what SAEDashboard writes:
 - Numbers have 5 significant digits; it rounds to 3 decimals, which makes 0 of small ones.
 - Examples are the collection's windows, not whole contexts.
 - An interval holds no tokens on which the latent is off; its lowest one does. What share of tokens
-  lies in an interval follows from the histogram, in proportion where the interval ends inside a bar.
+  lies in an interval follows from the histogram, in proportion where it ends inside a bar.
 - The histogram's bars begin at 0, and not at the smallest activation.
 - Promoted tokens are those of `effects`, with values whose median is 0.
 - Correlated neurons and latents are left empty. It correlates latents with those of their own batch
@@ -21,7 +21,6 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 
-import jax.numpy as jnp
 import numpy as np
 
 from sae_jax import lm
@@ -29,6 +28,7 @@ from sae_jax.errors import UserError
 from sae_jax.interpret import effects
 from sae_jax.interpret.collection import BINS, Collection
 from sae_jax.interpret.text import vocabulary
+from sae_jax.lm.text import well_formed
 from sae_jax.numpy_files import map_npy
 from sae_jax.sae import SAE
 
@@ -122,12 +122,14 @@ def check(export: Export) -> None:
         raise UserError(f"examples of {length:,} tokens; Neuronpedia takes {MOST_TOKENS:,}")
     wrong = ~((collection.density >= 0) & (collection.density <= 1))
     _refuse(wrong, collection.density, "density", "0 to 1", collection)
-    strengths = collection.max_activation
+    strengths = collection.max_activation.astype(np.float64)  # which tells the limit from 1e8
     wrong = ~((strengths >= 0) & (strengths <= MOST_VALUE))
     _refuse(wrong, strengths, "activations", f"0 to {MOST_VALUE:,}", collection)
-    for latent in export.labels:
+    for latent, text in export.labels.items():
         if not 0 <= latent < config.d_sae:
             raise UserError(f"a label is of latent {latent}, but the SAE has {config.d_sae:,}")
+        if text != well_formed(text):
+            raise UserError(f"latent {latent}: its label holds half of a character")
 
 
 def _check_name(name: str, pattern: re.Pattern, what: str, example: str) -> None:
@@ -191,8 +193,7 @@ def _check_finite(record: dict, latent: int) -> None:
 
 def _aligned(export: Export, latents: np.ndarray) -> list[dict]:
     """Returns the neurons that each latent writes to most, and its share of each head's norm."""
-    rows = export.sae.w_dec[...][jnp.asarray(latents)] / export.sae.target_scale
-    rows = np.asarray(rows, np.float32)
+    rows = np.asarray(export.sae.direction(latents), np.float32)
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     rows = rows / np.where(norms > 0, norms, 1.0)  # as SAEDashboard folds them
     best = np.argsort(-rows, axis=1, kind="stable")[:, :_ALIGNED]

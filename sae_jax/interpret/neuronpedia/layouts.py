@@ -83,7 +83,7 @@ class Written:
     files: list[str]
 
 
-def write_upload_batches(out, export: Export, *, batch: int = 64) -> Written:
+def write_upload_batches(out, export: Export, *, batch: int = 32) -> Written:
     """Writes the bodies of requests to neuronpedia.org's /api/feature/upload-batch.
 
     Latents that never fired are left out, since it refuses latents without an example. `push` sends

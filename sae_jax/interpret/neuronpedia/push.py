@@ -180,8 +180,8 @@ def _key(variable: str) -> str:
     key = os.environ.get(variable, "").strip()
     if not key:
         raise UserError(
-            "the environment variable for Neuronpedia's key is not set; make a key in your settings "
-            "at neuronpedia.org, and put it there"
+            "the environment variable for Neuronpedia's key is not set; you find the key in your "
+            "settings at neuronpedia.org"
         )
     if not (key.isascii() and key.isprintable()) or " " in key:
         raise UserError("the environment variable for Neuronpedia's key holds what is no key")
