@@ -52,14 +52,14 @@ class Pages(NamedTuple):
     Attributes:
       name: what the log calls it.
       get: gives the answer to a path and its query, or None where there is nothing.
-      post: gives what is sent back as JSON to a path and the JSON that was sent to it, or None
-        where there is nothing. Its UserError is sent to the page.
+      post: gives the answer to a path and the JSON that was sent to it, or None where there is
+        nothing. Its UserError is sent to the page.
       policy: the Content-Security-Policy.
     """
 
     name: str
     get: Callable[[str, Mapping[str, str]], Answer | None]
-    post: Callable[[str, object], object]
+    post: Callable[[str, object], Answer | None]
     policy: str
 
 
@@ -150,7 +150,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         try:
             answer = self.server.pages.get(path, query)
         except UserError as error:
-            answer = as_answer({"error": str(error)})._replace(status=400)
+            answer = _error(400, str(error))
         self._send(answer or _text(404, "there is nothing of this name"))
 
     def do_POST(self) -> None:
@@ -160,18 +160,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if not (self._is_for_this_machine() and self._has_secret({})):
             return
         if kind != "application/json" or not self._is_own_page():
-            return self._send(_text(415, "send application/json, from this server's page"))
+            return self._send(_error(415, "send application/json, from this server's page"))
         if not re.fullmatch("[0-9]{1,7}", size) or int(size) > _MOST_BYTES:
-            return self._send(_text(413, f"send at most {_MOST_BYTES:,} bytes, and say how many"))
+            return self._send(_error(413, f"send at most {_MOST_BYTES:,} bytes, and say how many"))
         path = urllib.parse.urlsplit(self.path).path
         try:
             values = parse_json(self.rfile.read(int(size)), "what was sent")
-            found = self.server.pages.post(path, values)
+            answer = self.server.pages.post(path, values)
         except UserError as error:
-            return self._send(as_answer({"error": str(error)})._replace(status=400))
+            return self._send(_error(400, str(error)))
         self.close_connection = False
-        missing = _text(404, "there is nothing of this name")
-        self._send(missing if found is None else as_answer(found))
+        self._send(answer or _error(404, "there is nothing of this name"))
 
     def _is_for_this_machine(self) -> bool:
         if self.server.knows(_host(self.headers.get("Host", ""))):
@@ -226,6 +225,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 def _text(status: int, sentence: str) -> Answer:
     return Answer(f"{sentence}\n".encode(), "text/plain", status)
+
+
+def _error(status: int, sentence: str) -> Answer:
+    return as_answer({"error": sentence})._replace(status=status)
 
 
 def _host(header: str) -> str | None:

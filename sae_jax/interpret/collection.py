@@ -25,6 +25,7 @@ Activations are lengths in the model's units: the latent times the norm of its d
 
 import dataclasses
 import functools
+import pathlib
 
 import numpy as np
 
@@ -157,14 +158,25 @@ def write(path, about: About, latents: dict[str, np.ndarray], arrays: dict) -> C
 
     Raises UserError if the directory exists and is not empty.
     """
-    path = paths.local(path)
-    if path.exists() and any(path.iterdir()):
-        raise UserError(f"{path} exists and is not empty; choose another directory")
+    path = free(path)
     temporary = path.with_name(f"tmp.{path.name}")
     temporary.mkdir(parents=True, exist_ok=True)
-    np.savez(temporary / "latents.npz", **latents)
     for name, array in arrays.items():
         np.save(temporary / f"{name}.npy", array)
+    return finish(temporary, path, about, latents)
+
+
+def free(path) -> pathlib.Path:
+    """Returns the path of a new collection. Raises UserError if something is there already."""
+    path = paths.local(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} exists and is not empty; choose another directory")
+    return path
+
+
+def finish(temporary: pathlib.Path, path: pathlib.Path, about: About, latents: dict) -> Collection:
+    """Adds latents.npz and collection.json to a folder with the arrays, and gives it its name."""
+    np.savez(temporary / "latents.npz", **latents)
     paths.save_json(dataclasses.asdict(about), temporary / "collection.json")
     if path.exists():
         path.rmdir()

@@ -14,7 +14,7 @@ from sae_jax.evaluate import figures
 from sae_jax.evaluate.report import Evaluation
 from sae_jax.interpret.effects import output_tokens
 from sae_jax.interpret.examples import Example, find_examples
-from sae_jax.interpret.text import pieces, token_text
+from sae_jax.interpret.text import interval_names, pieces, token_text
 from sae_jax.sae import SAE
 
 _MIN_ROWS = 10  # fewer say little about what a latent responds to
@@ -211,10 +211,5 @@ def _spans(tokenizer, example: Example, top: float) -> list[Span]:
 
 
 def _named_intervals(groups) -> list[tuple[str, list[list[Span]]]]:
-    n = len(groups)
-    percent = [(100 * (n - i - 1) // n, 100 * (n - i) // n) for i in range(n)]
-    return [
-        (f"{low}–{high}% of the maximum", group)
-        for (low, high), group in zip(percent, groups, strict=True)
-        if group
-    ]
+    names = interval_names(len(groups))
+    return [(name, group) for name, group in zip(names, groups, strict=True) if group]

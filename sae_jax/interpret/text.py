@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import re
 
 import numpy as np
@@ -71,6 +72,12 @@ def token_name(tokenizer: lm.Tokenizer, token: int) -> str:
 def token_bytes(tokenizer: lm.Tokenizer, token: int) -> bytes:
     """Returns the bytes of text that a token stands for."""
     return _part(tokenizer, int(token)).data
+
+
+def interval_names(count: int) -> list[str]:
+    """Returns names of the `count` equal parts of the range from 0 to a maximum, highest first."""
+    edges = [round(100 * i / count) for i in range(count + 1)]
+    return [f"{low}–{high}% of the maximum" for low, high in itertools.pairwise(edges)][::-1]
 
 
 @dataclasses.dataclass(frozen=True)

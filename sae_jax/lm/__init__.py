@@ -17,7 +17,15 @@ from sae_jax.lm.corpus import standard_library
 from sae_jax.lm.decoder import forward, next_token_loss
 from sae_jax.lm.directory import hub_name
 from sae_jax.lm.documents import read_texts, text_files
-from sae_jax.lm.edits import add_direction, at, clamp, put, reconstruct
+from sae_jax.lm.edits import (
+    add_direction,
+    at,
+    clamp,
+    latent_edits,
+    put,
+    reconstruct,
+    same_norm,
+)
 from sae_jax.lm.families import load_config
 from sae_jax.lm.harvest import harvest
 from sae_jax.lm.language_model import LanguageModel, in_batches
@@ -48,6 +56,7 @@ __all__ = [
     "in_batches",
     "init",
     "is_torch",
+    "latent_edits",
     "layout",
     "load_config",
     "load_params",
@@ -62,6 +71,7 @@ __all__ = [
     "put",
     "read_texts",
     "reconstruct",
+    "same_norm",
     "save_model",
     "site_of_hook",
     "site_width",

@@ -1,0 +1,183 @@
+"""Opens what commands about a trained SAE work on: the SAE, its store or text, and its model.
+
+The flags have the same names in all of them: --run or --sae (with --kind); --store, --tokens_file
+or --text (with --context_length and --collapse_newlines); --site and --target_site; --model and
+--model_dtype; --tokens, --holdout_fraction and --include_excluded.
+"""
+
+from typing import Any, NamedTuple
+
+from sae_jax.errors import UserError
+
+
+class Opened(NamedTuple):
+    """An SAE that flags name.
+
+    Attributes:
+      sae: the SAE.
+      path: where it is.
+      is_run: whether it is the directory of a run.
+      data: the run's data section, with what the flags say besides.
+      settings: its name, and which of a run's checkpoints it is.
+    """
+
+    sae: Any
+    path: Any
+    is_run: bool
+    data: Any
+    settings: dict
+
+
+def open_sae(args) -> Opened:
+    """Returns the SAE that --run or --sae names. Raises UserError if it cannot be read."""
+    import dataclasses
+
+    from sae_jax import interop, paths
+    from sae_jax.config import DataConfig
+    from sae_jax.train.directory import find_store, read_config
+
+    named = args.run or args.sae
+    path, about = interop.locate(named), {}
+    is_run = interop.format_of(path) is None and (path / "config.json").is_file()
+    if is_run:
+        checkpoint, about = latest(path)
+        sae = interop.load(checkpoint, kind=args.kind)
+    else:
+        sae = interop.load(named, kind=args.kind)
+    data = find_store(path, read_config(path).data) if is_run else DataConfig()
+    data = dataclasses.replace(data, **chosen(args))
+    if not data.site and not is_run:
+        data = dataclasses.replace(data, site=interop.site(path) or "")
+    name = named if paths.is_remote(named) else str(path.absolute())
+    return Opened(sae, path, is_run, data, {"sae": name, **about})
+
+
+def latest(run) -> tuple:
+    """Returns the path of a run's latest checkpoint, and the settings that tell it from others.
+
+    The checkpoint is named, so that one that the run saves meanwhile is not taken for it.
+    """
+    from sae_jax.evaluate.report import checkpoint_settings
+    from sae_jax.train.checkpoints import saved_steps
+
+    steps = saved_steps(run)
+    if not steps:
+        raise UserError(f"{run} holds no checkpoint yet; train it first")
+    return run / "checkpoints" / str(steps[-1]), checkpoint_settings(run, steps[-1])
+
+
+def chosen(args) -> dict:
+    """Returns the fields of a run's data section that the flags give."""
+    names = ("store", "site", "target_site", "holdout_fraction", "include_excluded")
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def open_source(
+    args, data, open_model, sequences: slice | None = None, lm_sequences: slice | None = None
+) -> tuple:
+    """Returns (source, model or None, settings): rows, tokens or text, as the flags and `data` say.
+
+    Args:
+      args: the flags.
+      data: a run's data section.
+      open_model: `lm.open_model`.
+      sequences: which sequences of the user's tokens or text are read; all.
+      lm_sequences: on which the language model is run; as `sequences`.
+
+    Raises UserError where what the flags name does not go together, or is not there.
+    """
+    from sae_jax import lm
+    from sae_jax.activations import is_world
+    from sae_jax.evaluate.sources import check_model
+
+    store = lm.open_store(data.store) if data.store and not is_world(data.store) else None
+    directory = _model(args.model, store)
+    model = None
+    if directory is not None:
+        model = open_model(directory, args.model_dtype)
+        if store is not None and not (args.tokens_file or args.text):
+            check_model(store, model)
+    settings = {"model": directory and str(directory)}
+    if model is not None:
+        settings["model_dtype"] = args.model_dtype
+    source = _source(args, data, store, model, sequences, lm_sequences)
+    return source, model, settings
+
+
+def _model(asked: str | None, store):
+    """Returns the model that the flag --model asks for, as `lm.open_model` takes it, or None.
+
+    Without the flag it is the store's own model, if that is the one that ships here or on the hub.
+    """
+    from sae_jax import lm
+
+    if asked is not None:
+        return {"demo": lm.DEMO_MODEL, "none": None}.get(asked, asked)
+    if store is None:
+        return None
+    if _is_from(store, lm.DEMO_MODEL):
+        return lm.DEMO_MODEL
+    return store.meta.model if lm.hub_name(store.meta.model or "") else None
+
+
+def _source(args, data, store, model, sequences: slice | None, lm_sequences: slice | None):
+    """Returns what to evaluate on: the user's tokens or text if given, else the store or world."""
+    from sae_jax import lm
+    from sae_jax.activations import is_world
+    from sae_jax.evaluate.sources import HeldOutRows, ModelRows, read_tokens
+    from sae_jax.evaluate.worlds import WorldRows
+
+    if is_world(data.store):
+        if model or args.tokens_file or args.text:
+            raise UserError(
+                f"{data.store} is a synthetic world, which no language model or text goes with; "
+                "leave out --model, --tokens_file and --text"
+            )
+        return WorldRows(data, tokens=args.tokens)
+    sites = f"{data.site},{data.target_site}" if data.target_site else data.site
+    if args.tokens_file and args.text:
+        raise UserError("give either --tokens_file or --text")
+    if not (args.tokens_file or args.text):
+        if store is None:
+            raise UserError("nothing to evaluate on: give --store, --tokens_file or --text")
+        return HeldOutRows(
+            store,
+            sites,
+            tokens=args.tokens,
+            holdout_fraction=data.holdout_fraction,
+            include_excluded=data.include_excluded,
+        )
+    if model is None:
+        raise UserError("activations on your tokens need the language model: give --model=DIR")
+    if not data.site:
+        raise UserError("which activations? give --site, such as --site=resid_post.2")
+    if args.tokens_file:
+        tokens, what = read_tokens(args.tokens_file), args.tokens_file
+    else:
+        texts = lm.read_texts(args.text, collapse_newlines=args.collapse_newlines)
+        length = args.context_length or min(model.max_context, 1024)
+        tokens = lm.pack(texts, model.tokenizer, length, args.tokens)
+        what = ", ".join(args.text)
+    excluded = {}
+    if not data.include_excluded:
+        if store is not None:
+            names = ("excluded_tokens", "excluded_positions")
+            excluded = {name: getattr(store.meta, name) for name in names}
+        else:
+            excluded = {"excluded_tokens": model.tokenizer.special_tokens}
+    return ModelRows(
+        model,
+        sites,
+        tokens[: max(1, args.tokens // tokens.shape[1])],
+        what=what,
+        sequences=sequences or slice(None),
+        spliced_sequences=lm_sequences or sequences or slice(None),
+        **excluded,
+    )
+
+
+def _is_from(store, model_directory) -> bool:
+    from sae_jax import lm
+
+    made_by = store.meta.provenance.get("model_fingerprint")
+    return made_by is not None and made_by == lm.fingerprint(model_directory)
