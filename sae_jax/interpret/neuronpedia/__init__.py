@@ -1,7 +1,7 @@
 """Brings what a collection holds about latents to Neuronpedia, and to SAEDashboard's programs."""
 
 from sae_jax.interpret.neuronpedia.bulk import CREATOR_ID, Release
-from sae_jax.interpret.neuronpedia.export import Export
+from sae_jax.interpret.neuronpedia.export import Export, check_names
 from sae_jax.interpret.neuronpedia.layouts import (
     Written,
     write_bulk,
@@ -16,6 +16,7 @@ __all__ = [
     "Pushed",
     "Release",
     "Written",
+    "check_names",
     "planned",
     "push",
     "write_bulk",

@@ -67,7 +67,7 @@ class Export:
     site: str
     model_id: str
     source: str
-    model: lm.JaxModel | None = None
+    model: lm.LanguageModel | None = None
     labels: Mapping[int, str] = dataclasses.field(default_factory=dict)
     method: str | None = None
     labeller: str | None = None
@@ -103,8 +103,7 @@ def check(export: Export) -> None:
     """Raises UserError for what Neuronpedia refuses of any latent, and for a damaged collection."""
     collection, sae = export.collection, export.sae
     about, config = collection.about, sae.config
-    _check_name(export.model_id, _MODEL, "the model's name", "gpt2-small")
-    _check_name(export.source, _SOURCE, "the source", "6-mine-res, of layer 6 and the set mine-res")
+    check_names(export.model_id, export.source)
     for what, name in (("method", export.method), ("model", export.labeller)):
         if name is not None and name != name.lower():
             raise UserError(f"the labels' {what} is {name!r}; Neuronpedia's names are lower case")
@@ -130,6 +129,12 @@ def check(export: Export) -> None:
             raise UserError(f"a label is of latent {latent}, but the SAE has {config.d_sae:,}")
         if text != well_formed(text):
             raise UserError(f"latent {latent}: its label holds half of a character")
+
+
+def check_names(model_id: str, source: str) -> None:
+    """Raises UserError unless these may be Neuronpedia's names of a model and of an SAE."""
+    _check_name(model_id, _MODEL, "the model's name", "gpt2-small")
+    _check_name(source, _SOURCE, "the source", "6-mine-res, of layer 6 and the set mine-res")
 
 
 def _check_name(name: str, pattern: re.Pattern, what: str, example: str) -> None:
@@ -201,7 +206,7 @@ def _aligned(export: Export, latents: np.ndarray) -> list[dict]:
     total = np.abs(rows).sum(axis=1, keepdims=True)
     shares = np.abs(values) / np.where(total > 0, total, 1.0)
     heads = [[]] * len(rows)
-    if export.site.startswith("z.") and export.model is not None:
+    if export.site.startswith("z.") and isinstance(export.model, lm.JaxModel):
         by_head = rows.reshape(len(rows), export.model.config.num_heads, -1)
         by_head = np.linalg.norm(by_head, axis=2)
         total = by_head.sum(axis=1, keepdims=True)
