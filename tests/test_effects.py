@@ -2,15 +2,20 @@
 
 import pathlib
 
+import hand_built
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
+import world
 
 from sae_jax import interpret, lm
 from sae_jax.errors import UserError
-from sae_jax.interpret import effects
+from sae_jax.interpret import ablation, effects
+from sae_jax.interpret import placed as placed_module
+from sae_jax.interpret.ablation import ablation_effects_of
+from sae_jax.interpret.placed import Placed
 from sae_jax.sae import ReLU, ReLUConfig, resolve
 
 MODELS = pathlib.Path(__file__).parent / "fixtures" / "lm"
@@ -154,3 +159,70 @@ def test_where_there_are_no_output_tokens():
     with pytest.raises(UserError, match="no token counts"):
         none = np.zeros(model.vocab_size, bool)
         interpret.output_tokens(sae, model, "resid_post.0", np.arange(2), used=none)
+
+
+def test_an_ablation_changes_the_log_probability_of_the_token_that_the_latent_makes(tmp_path):
+    """A bigram model: the log-ratio in closed form at what follows A, 0 elsewhere."""
+    b, v = 5.0, hand_built.V
+    model = hand_built.make_model(tmp_path / "model", 1, hand_built.bigram(b))
+    sae = relu_sae(np.eye(hand_built.D)[1:])  # a latent for each part but the constant
+    of_a = hand_built.CURRENT + hand_built.WORDS.index("A") - 1
+    texts = ("x A B y A", "A B A z A", "y x x z B", "A B A z A", "A B A z A")
+    latents, contexts = [of_a] * 4 + [of_a + 1], np.stack([hand_built.ids(t) for t in texts])
+    where = np.ones(contexts.shape, bool)
+    where[3, 2:] = False
+    helped = b - np.log(np.exp(b) + v - 1) + np.log(v)
+    hurt = -np.log((np.exp(b) + v - 1) / v)
+    expected = np.zeros((5, 6))
+    expected[[0, 1, 3], [3, 2, 2]] = helped
+    expected[1, 4] = hurt
+    found = ablation_effects_of(model, Placed(sae, "resid_post.0"), latents, contexts, where)
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+    assert (found[expected == 0] == 0).all()
+
+
+@pytest.mark.slow
+def test_ablations_of_a_transcoder_and_in_batches(tmp_path, monkeypatch):
+    """They equal the model's own run with the latent's part taken out of the site it writes."""
+    world.make_model(tmp_path / "model", num_layers=2)
+    model = lm.JaxModel(tmp_path / "model")
+    rng = np.random.default_rng(0)
+    sae = relu_sae(rng.normal(size=(24, 16)), rng.normal(size=(16, 24)), "transcoder")
+    contexts = rng.integers(1, model.vocab_size, (5, 9))
+    latents = rng.integers(0, 24, 5)
+    placed = Placed(sae, "mlp_in.1", "mlp_out.1")
+    whole = ablation_effects_of(model, placed, latents, contexts)
+    clean, taps = model.forward(contexts, taps=("mlp_in.1", "mlp_out.1"))
+    f = np.asarray(sae.encode(taps["mlp_in.1"]))[np.arange(5), :, latents]
+    new = taps["mlp_out.1"] - f[:, :, None] * np.asarray(sae.w_dec[...])[latents][:, None]
+    without, _ = model.forward(contexts, edits={"mlp_out.1": lm.put(new)})
+    log_p = [jax.nn.log_softmax(x)[np.arange(5)[:, None], np.arange(8), contexts[:, 1:]]
+             for x in (clean, without)]  # fmt: skip
+    np.testing.assert_allclose(whole[:, 1:], log_p[0] - log_p[1], atol=1e-4)
+    assert np.abs(whole).max() > 0.1 and not whole[:, 0].any()
+    monkeypatch.setattr(ablation, "sequences_at_once", lambda *_: 2)
+    monkeypatch.setattr(placed_module, "_LATENTS", 24 * 7)
+    batched = ablation_effects_of(model, placed, latents, contexts)
+    np.testing.assert_allclose(batched, whole, atol=1e-5)
+    one = interpret.ablation_effects(
+        model, sae, "mlp_in.1", latents[3], contexts[3], target_site="mlp_out.1"
+    )
+    np.testing.assert_allclose(one, whole[3], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kind, site, target, latent, ids, message",
+    [
+        ("autoencoder", "mlp_act.0", None, 0, [1], "width 16, but mlp_act.0 of this model has"),
+        ("autoencoder", "mlp_out.0", None, 2, [1], "there is no latent 2"),
+        ("transcoder", "mlp_in.0", None, 0, [1], "a transcoder needs a target site"),
+        ("autoencoder", "mlp_out.0", "mlp_out.0", 0, [1], "an autoencoder has no target site"),
+        ("autoencoder", "mlp_out.0", None, 0, [9999], "token 9999 is not of the model's"),
+        ("autoencoder", "mlp_out.0", None, 0, [0.5], "token ids are whole numbers"),
+    ],
+)
+def test_ablations_that_make_no_sense_are_refused(kind, site, target, latent, ids, message):
+    model = lm.JaxModel(MODELS / "llama_tied_gqa")
+    sae = relu_sae(np.ones((2, 16)), kind=kind)
+    with pytest.raises(UserError, match=message):
+        interpret.ablation_effects(model, sae, site, latent, ids, target_site=target)

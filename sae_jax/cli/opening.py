@@ -86,6 +86,15 @@ def open_source(
 
     Raises UserError where what the flags name does not go together, or is not there.
     """
+    store, model, settings = open_store_and_model(args, data, open_model)
+    return make_source(args, data, store, model, sequences, lm_sequences), model, settings
+
+
+def open_store_and_model(args, data, open_model) -> tuple:
+    """Returns (store or None, model or None, settings); the arguments are those of `open_source`.
+
+    Raises UserError where one is not there, or the model is not the store's.
+    """
     from sae_jax import lm
     from sae_jax.activations import is_world
     from sae_jax.evaluate.sources import check_model
@@ -100,8 +109,7 @@ def open_source(
     settings = {"model": directory and str(directory)}
     if model is not None:
         settings["model_dtype"] = args.model_dtype
-    source = _source(args, data, store, model, sequences, lm_sequences)
-    return source, model, settings
+    return store, model, settings
 
 
 def _model(asked: str | None, store):
@@ -120,8 +128,13 @@ def _model(asked: str | None, store):
     return store.meta.model if lm.hub_name(store.meta.model or "") else None
 
 
-def _source(args, data, store, model, sequences: slice | None, lm_sequences: slice | None):
-    """Returns what to evaluate on: the user's tokens or text if given, else the store or world."""
+def make_source(args, data, store, model, sequences=None, lm_sequences=None):
+    """Returns what rows are read of: the user's tokens or text if given, else the store or world.
+
+    The arguments are those of `open_source`, and the store and model, or None, that were opened.
+
+    Raises UserError where what the flags name does not go together, or is not there.
+    """
     from sae_jax import lm
     from sae_jax.activations import is_world
     from sae_jax.evaluate.sources import HeldOutRows, ModelRows, read_tokens
