@@ -72,6 +72,8 @@ def check(args) -> None:
         if stray := [*given, *(name for name in ("push", "dry_run") if args[name].value)]:
             raise UserError(f"--{stray[0]} is of --neuronpedia=DIR; give that too")
         return
+    if args.serve is not None or args.single:
+        raise UserError("--neuronpedia is instead of --serve and --single; give one of them")
     if not args.np_model or not args.np_source:
         raise UserError(
             "--neuronpedia needs Neuronpedia's names: --np_model, such as gpt2-small, and "
