@@ -20,7 +20,9 @@ def make_sae(d_sae: int, width: int = WIDTH, seed: int = 0) -> TopK:
         "w_enc": w_dec.T, "w_dec": w_dec, "b_enc": np.zeros(d_sae, np.float32),
         "b_dec": np.zeros(width, np.float32),
     }  # fmt: skip
-    return TopK.from_parameters(resolve(TopKConfig(d_sae=d_sae, k=4), width), parameters)
+    return TopK.from_parameters(
+        resolve(TopKConfig(d_sae=d_sae, k=min(4, d_sae)), width), parameters
+    )
 
 
 def make_tokens(tokenizer: lm.Tokenizer, texts=world.TEXTS) -> np.ndarray:

@@ -129,7 +129,7 @@ def run(args, overrides) -> None:
     found = opening.open_sae(args)
     there = _there(args, out, found.settings)
     labels = args.labels and dashboard.read_labels(args.labels, found.sae.config.d_sae)
-    data = dataclasses.replace(found.data, **opening.chosen(args), holdout_fraction=None)
+    data = dataclasses.replace(found.data, **opening.chosen(args))
     store, model, settings = opening.open_store_and_model(args, data, lm.open_model)
     tokenizer = _tokenizer(args, model)
     collection, neurons = _collected(
@@ -137,7 +137,7 @@ def run(args, overrides) -> None:
         out,
         found.sae,
         there,
-        lambda: opening.make_source(args, data, store, model),
+        lambda: opening.make_source(args, data, store, model, heldout=False),
         {**found.settings, **settings},
     )
     sites = tuple(collection.about.settings["site"].split(","))

@@ -69,7 +69,8 @@ def latest(run) -> tuple:
 def chosen(args) -> dict:
     """Returns the fields of a run's data section that the flags give."""
     names = ("store", "site", "target_site", "holdout_fraction", "include_excluded")
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    known = [name for name in names if name in args]
+    return {name: args[name].value for name in known if args[name].value is not None}
 
 
 def open_source(
@@ -128,10 +129,13 @@ def _model(asked: str | None, store):
     return store.meta.model if lm.hub_name(store.meta.model or "") else None
 
 
-def make_source(args, data, store, model, sequences=None, lm_sequences=None):
+def make_source(
+    args, data, store, model, sequences=None, lm_sequences=None, *, heldout: bool = True
+):
     """Returns what rows are read of: the user's tokens or text if given, else the store or world.
 
     The arguments are those of `open_source`, and the store and model, or None, that were opened.
+    Without `heldout` all sequences of a store are read, and not only those held out in training.
 
     Raises UserError where what the flags name does not go together, or is not there.
     """
@@ -157,7 +161,7 @@ def make_source(args, data, store, model, sequences=None, lm_sequences=None):
             store,
             sites,
             tokens=args.tokens,
-            holdout_fraction=data.holdout_fraction,
+            holdout_fraction=data.holdout_fraction if heldout else None,
             include_excluded=data.include_excluded,
         )
     if model is None:
