@@ -202,7 +202,7 @@ LIMITS = {
         {},
         dict(max_activation=np.array([1e8, 0, 1, 1, 1, 1], np.float32)),
     ),
-    "latent 0: values has inf": ({}, dict(value=np.full((D_SAE, 4), np.inf, np.float32))),
+    "latent 0: values has a number that is not finite": ({}, dict(value=np.full((D_SAE, 4), np.inf, np.float32))),
     "is of 7 latents, but the SAE has 6": ({}, dict(about={"d_sae": 7})),
     "no latent of": ({}, dict(max_activation=np.zeros(D_SAE, np.float32))),
     "latent 0 is not as it must be: activations: ": (

@@ -191,9 +191,9 @@ def features(export: Export, latents: np.ndarray) -> Iterator[dict]:
 
 def _check_finite(record: dict, latent: int) -> None:
     for field, value in record.items():
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, float) and not math.isfinite(number):
-                raise UserError(f"latent {latent}: {field} has {number}; the SAE is damaged")
+        numbers = value if isinstance(value, list) else [value]
+        if numbers and isinstance(numbers[0], float) and not all(map(math.isfinite, numbers)):
+            raise UserError(f"latent {latent}: {field} has a number that is not finite")
 
 
 def _aligned(export: Export, latents: np.ndarray) -> list[dict]:
@@ -210,7 +210,7 @@ def _aligned(export: Export, latents: np.ndarray) -> list[dict]:
         by_head = rows.reshape(len(rows), export.model.config.num_heads, -1)
         by_head = np.linalg.norm(by_head, axis=2)
         total = by_head.sum(axis=1, keepdims=True)
-        heads = digits(by_head / np.where(total > 0, total, 1.0))
+        heads = [digits(row) for row in by_head / np.where(total > 0, total, 1.0)]
     return [
         {
             "neuron_alignment_indices": best[i].tolist(),
@@ -272,11 +272,12 @@ def _activations(export: Export, latent: int) -> Iterator[dict]:
             low, high = digits(ends * top)
             share = digits((above - below) / about.rows)
         for example in examples:
+            shown = np.asarray(example.ids[example.start : example.stop])
             yield {
                 "bin_min": low,
                 "bin_max": high,
                 "bin_contains": share,
-                "tokens": [export.token(t) for t in example.ids[example.start : example.stop]],
+                "tokens": [export.token(t) for t in shown.tolist()],
                 "values": digits(example.activations),
                 "qualifying_token_index": example.peak - example.start,
             }
@@ -288,7 +289,7 @@ def shape(collection: Collection) -> tuple[int, int]:
 
 
 def digits(values):
-    """Returns a number, or the numbers of an array, with 5 significant digits."""
+    """Returns a number, or the list of the numbers of an array (N,), with 5 significant digits."""
     if np.ndim(values):
-        return [digits(value) for value in np.asarray(values).tolist()]
+        return [float(f"{v:.5g}") if v else 0.0 for v in np.asarray(values).tolist()]
     return float(f"{float(values):.5g}")
