@@ -144,7 +144,9 @@ class Collection:
     @functools.cached_property
     def _arrays(self) -> dict[str, np.ndarray]:
         names = ("histogram", "value", "sequence", "position", "window", "coactive", "similarity")
-        return {n: map_npy(self.path / f"{n}.npy") for n in (*names, "tokens", "numbers")}
+        names = (*names, "tokens", "numbers")
+        # Plain views, still mapped: a memmap makes objects of its own wherever it is indexed.
+        return {n: np.asarray(map_npy(self.path / f"{n}.npy")) for n in names}
 
 
 def write(path, about: About, latents: dict[str, np.ndarray], arrays: dict) -> Collection:

@@ -5,6 +5,7 @@ The page is one file, which needs nothing else.
 
 import dataclasses
 import pathlib
+import tempfile
 
 import numpy as np
 
@@ -12,11 +13,14 @@ from sae_jax import lm, pages, paths, plots
 from sae_jax.activations import Store
 from sae_jax.evaluate import figures
 from sae_jax.evaluate.report import Evaluation
+from sae_jax.evaluate.sources import HeldOutRows
+from sae_jax.interpret.collect import collect
+from sae_jax.interpret.collection import Example
 from sae_jax.interpret.effects import output_tokens
-from sae_jax.interpret.examples import Example, find_examples
 from sae_jax.interpret.text import interval_names, pieces, token_text
 from sae_jax.sae import SAE
 
+_EXAMPLES = {"top": 8, "intervals": 4, "per_interval": 2}
 _MIN_ROWS = 10  # fewer say little about what a latent responds to
 HOW_CHOSEN = (
     f"of the latents that fired on {_MIN_ROWS} tokens or more, sorted by density, {{count}} at "
@@ -111,9 +115,14 @@ def write_page(
     Raises UserError if the store has no tokens.
     """
     rows, site = evaluation.rows, evaluation.settings["site"]
+    sites = ",".join(filter(None, (site, evaluation.settings.get("target_site"))))
     latents = choose_latents(rows.density, rows.rows, count)
-    maxima = rows.max_activation[latents]
-    examples = find_examples(sae, store, site, latents, maxima, tokens=tokens)
+    source = HeldOutRows(store, sites, tokens=tokens, holdout_fraction=None)
+    with tempfile.TemporaryDirectory() as folder:
+        collected = collect(
+            sae, source, pathlib.Path(folder) / "collected", tokens=tokens, **_EXAMPLES
+        )
+        examples = [collected.examples(latent) for latent in latents]
     written = evaluation.settings.get("target_site", site)
     effects = None
     if model is not None and not evaluation.sites:

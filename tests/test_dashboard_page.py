@@ -1,0 +1,510 @@
+"""The dashboard's page in a real browser: headless Chromium, as a person would use it.
+
+What holds for every test: nothing is asked of any other server than the page's own, nothing is
+asked outside the folder, and the browser reports no error, which a breach of the
+Content-Security-Policy would be.
+"""
+
+import dataclasses
+import os
+import re
+import shutil
+import time
+
+import dashboard_api
+import dashboard_folder
+import numpy as np
+import pytest
+
+playwright = pytest.importorskip("playwright.sync_api", reason="needs the [test-page] extra")
+expect = playwright.expect
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+UNDER = "some/path/dashboard"  # a static host has the folder under any path
+LATENTS = 2_000
+MANY = 100_000
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt-get install chromium)"),
+]
+
+
+@dataclasses.dataclass
+class Folder:
+    address: str
+    columns: dict[str, np.ndarray]
+    path: object
+
+
+def serve_folder(tmp_path_factory, **options):
+    root = tmp_path_factory.mktemp("host")
+    path = root / UNDER
+    path.parent.mkdir(parents=True)
+    columns = dashboard_folder.write(path, **options)
+    with dashboard_api.serve(root) as server:
+        yield Folder(f"{server}/{UNDER}/", columns, path)
+
+
+@pytest.fixture(scope="module")
+def static(tmp_path_factory):
+    """A static folder, with no server but that of files."""
+    yield from serve_folder(tmp_path_factory, d_sae=LATENTS)
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory):
+    """A folder of a few latents and a server that encodes, generates and ablates."""
+    yield from serve_folder(tmp_path_factory, d_sae=64, live=True)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sandbox = [] if os.geteuid() else ["--no-sandbox"]  # Chromium has none for root
+    with playwright.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=sandbox)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(browser):
+    """Opens addresses in windows of their own; afterwards looks at what was asked and reported."""
+    contexts, asked, errors = [], [], []
+
+    def open_page(folder, hash="", **options):
+        context = browser.new_context(**options)
+        context.set_default_timeout(10_000)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("request", lambda request: asked.append((folder.address, request.url)))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda m: m.type in ("error", "warning") and errors.append(m.text))
+        page.goto(folder.address + hash)
+        return page
+
+    open_page.errors = errors
+    yield open_page
+    for context in contexts:
+        context.close()
+    outside = [url for own, url in asked if not url.startswith((own, "data:"))]
+    assert asked and not outside
+    assert not errors
+
+
+def numbers(page) -> list[int]:
+    """The latents of the rows that are seen, in the order of the list."""
+    return page.evaluate(
+        """[...document.querySelectorAll(".window .row:not([hidden])")]
+          .sort((a, b) => a.ariaRowIndex - b.ariaRowIndex)
+          .map((row) => Number(row.querySelector("a").textContent))"""
+    )
+
+
+def test_a_hundred_thousand_latents_are_usable_within_three_seconds(tmp_path_factory, opened):
+    for folder in serve_folder(tmp_path_factory, d_sae=MANY, shards=()):
+        began = time.perf_counter()
+        page = opened(folder)
+        page.wait_for_selector(".window .row")
+        shown = time.perf_counter() - began
+        page.click(".head .max button")
+        strongest = int(folder.columns["max"].argmax())
+        expect(page.locator(".window .row[aria-rowindex='2'] a")).to_have_text(str(strongest))
+        seconds = time.perf_counter() - began
+        print(
+            f"{MANY:,} latents: seen after {shown:.2f} s, sorted by a click after {seconds:.2f} s"
+        )
+        assert seconds < 3
+
+
+def between(column, low, high):
+    return (column >= np.float32(low)) & (column <= np.float32(high))
+
+
+def expected(columns, wanted, key=None, descending=True):
+    chosen = np.flatnonzero(wanted)
+    if key is not None:
+        values = columns[key][chosen].astype(np.float64)
+        values = np.where(np.isnan(values), np.inf, -values if descending else values)
+        chosen = chosen[np.argsort(values, kind="stable")]
+    return chosen
+
+
+LISTS = {
+    "#/": lambda c, i: expected(c, c["density"] > 0),
+    "#/?dead=1": lambda c, i: i,
+    "#/?sort=-density": lambda c, i: expected(c, c["density"] > 0, "density"),
+    "#/?sort=mean": lambda c, i: expected(c, c["density"] > 0, "mean", descending=False),
+    "#/?sort=-score": lambda c, i: expected(c, c["density"] > 0, "score"),
+    "#/?density=0.1..1&max=10..&sort=-max": lambda c, i: expected(
+        c, between(c["density"], 0.001, 0.01) & between(c["max"], 10, np.inf), "max"
+    ),
+    "#/?score=0.9..": lambda c, i: expected(c, between(c["score"], 0.9, 1) & (c["density"] > 0)),
+    "#/?q=KIND 96, number 1&dead=1": lambda c, i: i[
+        (i % 97 == 96) & (i % 2 == 0) & [str(n)[0] == "1" for n in i]
+    ],
+    "#/?q=zebra&in=examples": lambda c, i: np.array([3]),
+    "#/?q=עולם&in=examples&dead=1": lambda c, i: np.arange(0, 256, 5),
+}
+
+
+def test_a_link_to_a_list_shows_that_list(static, opened):
+    page = opened(static)
+    for hash, choose in LISTS.items():
+        page.goto(static.address + hash)
+        wanted = choose(static.columns, np.arange(LATENTS))
+        expect(page.locator("#shown")).to_have_text(f"{len(wanted):,} of {LATENTS:,} latents")
+        first = page.locator(".window .row[aria-rowindex='2'] a")
+        expect(first).to_have_text(str(wanted[0]))
+        rows = numbers(page)
+        assert rows == wanted[: len(rows)].tolist() and rows, hash
+
+
+def test_controls_make_the_link_and_the_label_of_a_row_is_its_own(static, opened):
+    page = opened(static)
+    page.fill("#search", "number 4")
+    page.wait_for_url(re.compile("q=number"))
+    page.click(".more summary")
+    page.fill("#max-low", "5")
+    page.keyboard.press("Tab")
+    page.wait_for_url(re.compile("max=5"))
+    first = page.locator(".window .row[aria-rowindex='2']")
+    latent = numbers(page)[0]
+    expect(first.locator(".label")).to_have_text(f"things of kind {latent % 97}, number {latent}")
+    link = page.url
+    again = opened(static, link.removeprefix(static.address))
+    expect(again.locator("#shown")).to_have_text(page.locator("#shown").text_content())
+    assert numbers(again) == numbers(page)
+    assert again.input_value("#search") == "number 4"
+    again.fill("#search", "no such label")
+    expect(again.locator(".list .message")).to_contain_text("No label has “no such label”")
+    again.click("text=Show all latents")
+    expect(again.locator(".window .row").first).to_be_visible()
+
+
+def test_a_shuffle_is_of_all_latents_and_its_link_repeats_it(static, opened):
+    page = opened(static, "#/?sort=random&seed=5&dead=1")
+    page.wait_for_selector(".window .row")
+    first = numbers(page)
+    assert len(set(first)) == len(first) and first != sorted(first)
+    assert min(first) < LATENTS / 3 and max(first) > LATENTS * 2 / 3
+    again = opened(static, "#/?sort=random&seed=5&dead=1")
+    again.wait_for_selector(".window .row")
+    assert numbers(again) == first
+    page.click("#shuffle")
+    page.wait_for_url(re.compile("seed=(?!5&)"))
+    assert numbers(page) != first
+
+
+def test_every_row_can_be_reached_where_the_scroll_bar_is_scaled(tmp_path_factory, opened):
+    latents = 250_000  # 10 million pixels: more than browsers lay out
+    for own in serve_folder(tmp_path_factory, d_sae=latents, shards=(), labelled=False):
+        page = opened(own, "#/?dead=1")
+        page.wait_for_selector(".window .row")
+        page.focus(".scroller")
+        page.keyboard.press("End")
+        expect(page.locator(":focus")).to_have_text(str(latents - 1))
+        expect(page.locator(":focus")).to_be_in_viewport()
+        for _ in range(30):
+            page.keyboard.press("ArrowUp")
+        expect(page.locator(":focus")).to_have_text(str(latents - 31))
+        expect(page.locator(":focus")).to_be_in_viewport()
+        page.evaluate("document.querySelector('.scroller').scrollTop = 4e6")
+        page.wait_for_timeout(50)
+        middle = numbers(page)
+        assert middle == list(range(middle[0], middle[0] + len(middle)))
+        assert abs(middle[0] - latents / 2) < 100
+
+
+def test_hostile_text_is_text(static, opened):
+    page = opened(static, "#/latent/3")
+    label = page.locator(".heading .label")
+    expect(label).to_have_text(dashboard_folder.HOSTILE)
+    piece = page.locator(".piece.peak", has_text=dashboard_folder.HOSTILE)
+    expect(piece).to_have_text(dashboard_folder.HOSTILE)
+    piece.hover()
+    expect(page.locator("#tip")).to_contain_text(dashboard_folder.HOSTILE)
+    page.click("#to-list")
+    expect(page.locator(".window .row[aria-rowindex='5'] .label")).to_have_text(
+        dashboard_folder.HOSTILE
+    )
+    assert page.evaluate("[window.hurt, document.images.length]") == [None, 0]
+
+
+def test_a_latent_has_all_its_parts(static, opened):
+    page = opened(static, "#/latent/4")
+    expect(page.locator("h1")).to_have_text("Latent 4")
+    assert page.title() == "Latent 4 · Planted latents"
+    facts = page.locator(".facts").text_content()
+    assert "1 % of tokens, 1 in 100" in facts and "maximum9" in facts and "score0.9" in facts
+    expect(page.locator("aside .histogram svg").first.locator(".bin")).to_have_count(50)
+    bars = page.locator(".diverging li")
+    expect(bars).to_have_count(20)
+    expect(bars.first).to_have_text(" the+2.5", use_inner_text=False)
+    middle = bars.first.locator(".track").bounding_box()
+    middle = middle["x"] + middle["width"] / 2
+    assert bars.first.locator(".bar").bounding_box()["x"] == pytest.approx(middle, abs=1)
+    less = bars.last.locator(".bar").bounding_box()
+    assert less["x"] + less["width"] == pytest.approx(middle, abs=1)
+    expect(page.locator("details.interval")).to_have_count(12)
+    expect(page.locator("details.interval").first).to_contain_text("92-100% of the maximum")
+    assert page.locator("details.interval .example").first.is_hidden()
+    page.click("text=open all")
+    expect(page.locator("details.interval .example").first).to_be_visible()
+    neighbour = page.locator(".links a").nth(1)
+    expect(neighbour).to_have_text(re.compile("^6things of kind 6, number 6"))
+    neighbour.click()
+    expect(page.locator("h1")).to_have_text("Latent 6")
+    assert not page.locator("button:text-is('ablate')").count()  # no server that could
+    assert page.locator("#to-live").is_hidden()
+
+
+def test_tokens_are_shaded_by_the_maximum_and_a_character_has_each_tokens_value(static, opened):
+    page = opened(static, "#/latent/5")
+    face = page.locator(".example .piece.peak").first
+    expect(face).to_have_text(" 🙂")
+    assert float(face.evaluate("e => e.style.getPropertyValue('--share')")) == 1
+    face.hover()
+    rows = page.locator("#tip tr")
+    assert rows.all_text_contents() == ["ĠðŁ2.25", "ĻĤ9"]
+    second = page.locator(".example").nth(1).locator(".piece")
+    assert second.nth(8).text_content() == ".↵"
+    assert float(second.nth(8).evaluate("e => e.style.getPropertyValue('--share')")) == 0.3
+
+
+def test_deep_links_open_the_example_and_a_latent_that_is_not_there_says_so(static, opened):
+    page = opened(static, "#/latent/4/example/6/1?sort=-max")
+    pointed = page.locator(".pointed")
+    expect(pointed).to_be_in_viewport()
+    assert pointed.get_attribute("data-example") == "6/1"
+    assert page.locator(".beside a").first.get_attribute("href") == (
+        "#/latent/4/example/0/0?sort=-max"
+    )
+    page.goto(static.address + "#/latent/123456789")
+    expect(page.locator(".message")).to_contain_text("There is no latent 123456789")
+    page.goto(static.address + "#/latent/nine")
+    expect(page.locator(".message")).to_contain_text("There is no latent nine")
+    page.go_back()
+    page.go_back()
+    expect(page.locator("h1")).to_have_text("Latent 4")
+
+
+def test_by_keyboard_alone(static, opened):
+    page = opened(static, "#/about")
+    page.wait_for_selector("table")
+    press = page.keyboard.press
+    press("?")
+    expect(page.locator("#keys")).to_be_visible()
+    press("Escape")
+    press("/")
+    expect(page.locator("#search")).to_be_focused()
+    page.keyboard.type("4")
+    press("Enter")
+    expect(page.locator("h1")).to_have_text("Latent 4")
+    press("ArrowRight")
+    expect(page.locator("h1")).to_have_text("Latent 5")
+    press("ArrowLeft")
+    press("ArrowLeft")
+    expect(page.locator("h1")).to_have_text("Latent 3")
+    page.locator(".example .text").first.focus()
+    for _ in range(2):
+        press("ArrowRight")
+    expect(page.locator("h1")).to_have_text("Latent 3")  # the arrows went along the text
+    expect(page.locator("#tip")).to_contain_text("zebra")
+    press("Escape")
+    expect(page.locator("#tip")).to_be_hidden()
+    press("u")
+    page.wait_for_selector(".scroller")
+    page.focus(".scroller")
+    for _ in range(3):
+        press("ArrowDown")
+    latent = page.locator(":focus").text_content()
+    press("Enter")
+    expect(page.locator("h1")).to_have_text(f"Latent {latent}")
+    press("r")
+    page.wait_for_url(re.compile(f"#/latent/(?!{latent}$)"))
+
+
+def contrast(page, element) -> float:
+    """The contrast of an element's text with what lies behind it, as WCAG 2 reckons it."""
+    return page.locator(element).first.evaluate(
+        """(element) => {
+          const context = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+          const bright = (colours) => {
+            for (const colour of colours) {
+              context.fillStyle = colour;
+              context.fillRect(0, 0, 1, 1);
+            }
+            const linear = [...context.getImageData(0, 0, 1, 1).data.slice(0, 3)]
+              .map((v) => v / 255)
+              .map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+            return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2];
+          };
+          const grounds = [];
+          for (let e = element; e; e = e.parentElement) {
+            grounds.unshift(getComputedStyle(e).backgroundColor);
+          }
+          const [low, high] = [bright([...grounds, getComputedStyle(element).color]),
+            bright(grounds)].sort((a, b) => a - b);
+          return (high + 0.05) / (low + 0.05);
+        }"""
+    )
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_light_and_dark_as_the_system_or_the_button_has_it(static, opened, scheme):
+    page = opened(static, "#/latent/5", color_scheme=scheme)
+    page.wait_for_selector(".piece.peak")
+    for element in (".piece.peak", ".soft", ".facts dt", ".links a .number", ".axis", "nav a"):
+        assert contrast(page, element) >= 4.5, element
+    ground = "getComputedStyle(document.body).backgroundColor"
+    system = page.evaluate(ground)
+    red = int(re.findall(r"\d+", system)[0])
+    assert red > 200 if scheme == "light" else red < 60
+    while page.evaluate(ground) == system:
+        page.click("#theme")
+    other = page.evaluate(ground)
+    page.reload()
+    page.wait_for_selector(".piece.peak")
+    assert page.evaluate(ground) == other  # this browser remembers
+
+
+@pytest.mark.parametrize(
+    "hash", ["#/", "#/latent/5", "#/live?t=a+bridge&not=x&clamp=3:5", "#/about"]
+)
+def test_on_a_phone_nothing_is_cut_and_everything_can_be_tapped(live, opened, hash):
+    page = opened(
+        live, hash, viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True
+    )
+    page.wait_for_selector(".window .row, .example, .active li, .pairs")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    small = page.evaluate(
+        """[...document.querySelectorAll("a, button, input, select, summary, textarea")]
+          .filter((e) => e.checkVisibility() && !e.closest("p, .skip, .window"))
+          .map((e) => (e.type === "checkbox" ? e.parentElement : e))
+          .map((e) => [e.outerHTML.slice(0, 80), e.getBoundingClientRect()])
+          .filter(([, r]) => r.height < 39.5 || r.width < 39.5 || r.right > 390)
+          .filter(([html]) => !html.includes("skip")).map(([html]) => html)"""
+    )
+    assert not small
+    if "latent" in hash:
+        page.locator(".piece.peak").first.tap()
+        expect(page.locator("#tip")).to_contain_text("2.25")
+
+
+def test_what_cannot_be_read_is_named_and_can_be_tried_again(static, opened):
+    page = opened(static, "#/latent/300")
+    shard = static.path / "data/latents/00001.json.gz"
+    expect(page.locator(".failed")).to_contain_text("Could not read data/latents/00001.json.gz: ")
+    expect(page.locator(".failed")).to_contain_text("404")
+    shard.write_bytes(b"\x1f\x8b damaged")
+    page.click("text=Try again")
+    expect(page.locator(".failed")).to_contain_text("data/latents/00001.json.gz is damaged")
+    table = static.columns
+    found = [dashboard_folder.latent(i, table, None, [["a", "b"]]) for i in range(256, 512)]
+    dashboard_folder.write_gzip(shard, found)
+    page.click("text=Try again")
+    expect(page.locator("h1")).to_have_text("Latent 300")
+    shard.unlink()
+    errors = [error for error in opened.errors if "404" not in error]
+    assert not errors
+    opened.errors.clear()  # the browser reports what is missing, too
+
+
+def test_an_index_of_another_dictionary_is_not_shown(tmp_path_factory, opened):
+    for folder in serve_folder(tmp_path_factory, d_sae=64):
+        (folder.path / "data/index.bin").write_bytes(b"short")
+        page = opened(folder)
+        expect(page.locator(".failed")).to_contain_text("has 5 bytes, not the 1024 of 64 latents")
+
+
+def test_opened_as_a_file_it_says_how_to_serve_it(static, browser):
+    page = browser.new_page()
+    page.goto((static.path / "index.html").as_uri())
+    expect(page.locator("#waiting")).to_contain_text("python -m http.server")
+    expect(page.locator(".late")).to_be_visible()
+    page.close()
+
+
+# The live panel.
+
+
+def show(page, *texts, negatives=()):
+    page.locator("textarea[aria-label='text']").first.fill(texts[0])
+    for text in texts[1:]:
+        page.click("text=+ another text")
+        page.locator("textarea[aria-label='text']").last.fill(text)
+    for text in negatives:
+        page.click("text=+ a text without it")
+        page.locator("textarea[aria-label='negative text']").last.fill(text)
+    page.click("text=Show latents")
+    expect(page.locator(".primary").first).to_have_text("Show latents")  # and not "reading …"
+
+
+def listed(page) -> list[str]:
+    found = page.locator(".result > .active > li")
+    return found.evaluate_all("items => items.map(item => item.dataset.latent)")
+
+
+def test_a_typed_sentence_shows_the_planted_latent_on_its_token(live, opened):
+    page = opened(live, "#/live")
+    show(page, "over the bridge in fog")
+    assert listed(page) == ["3", "4", "5"]
+    bridge = page.locator(".texts .piece", has_text="bridge")
+    on = page.locator(".texts .piece.on")
+    assert on.all_text_contents() == [" bridge"]  # shaded by the first of the list
+    bridge.hover()
+    assert page.locator("#tip th").all_text_contents() == ["3", "5"]
+    page.locator(".result > .active > li").nth(1).hover()
+    assert on.all_text_contents() == [" fog"]
+    bridge.click()
+    expect(page.locator(".token")).to_contain_text("bridge")
+    assert page.locator(".token li").evaluate_all("e => e.map(i => i.dataset.latent)") == ["3", "5"]
+
+
+def test_negative_texts_take_latents_away_and_more_texts_ask_for_all(live, opened):
+    page = opened(live, "#/live")
+    show(page, "over the bridge in fog", "a bridge")
+    assert listed(page) == ["3", "5"]
+    show(page, "over the bridge in fog", negatives=["my words"])
+    assert listed(page) == ["3"]
+    again = opened(live, page.url.removeprefix(live.address))
+    again.wait_for_selector(".active li")
+    assert listed(again) == ["3"]
+    assert again.locator(".box").count() == 3
+
+
+def test_clamping_changes_the_continuation(live, opened):
+    page = opened(live, "#/live")
+    show(page, "a bridge")
+    page.locator("button[aria-label='Clamp latent 3']").click()
+    page.locator("input[type=range]").fill("-2.5")
+    page.fill("#prompt", "I went")
+    page.click("#continue")
+    expect(page.locator("#clean")).to_have_text("I went and so on")
+    expect(page.locator("#steered")).to_have_text("I went and so on 3x-2.5")
+    again = opened(live, page.url.removeprefix(live.address))
+    assert again.input_value("input[type=range]") == "-2.5"
+    assert again.input_value("#prompt") == "I went"
+    again.fill("#prompt", "")
+    again.click("#continue")
+    expect(again.locator(".failed")).to_contain_text("the prompt is empty; type some text")
+    assert all("400" in error for error in opened.errors)
+    opened.errors.clear()
+
+
+def test_an_ablation_underlines_the_token_predicted(live, opened):
+    page = opened(live, "#/latent/4")
+    item = page.locator(".example").first
+    item.locator("text=ablate").click()
+    expect(item.locator(".effect")).to_contain_text("“ went”: −1.5 nats")
+    assert item.locator(".helped").all_text_contents() == [" went"]
+    assert item.locator(".hurt").all_text_contents() == [" over"]
+    expect(page.locator(".legend")).to_be_visible()
+    item.locator(".helped").hover()
+    expect(page.locator("#tip")).to_contain_text("−1.5")
+
+
+def test_a_live_search_asks_the_server(live, opened):
+    page = opened(live, "#/?q=a river&in=examples&dead=1")
+    expect(page.locator("#shown")).to_have_text("1 of 64 latents")
+    assert numbers(page) == [7]
