@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import world
 
-from sae_jax import lm
+from sae_jax import interop, lm
+from sae_jax.cli import main
 from sae_jax.errors import UserError
 from sae_jax.evaluate.metrics import activation_scale
 from sae_jax.interpret import collection, effects
+from sae_jax.interpret.dashboard import Neurons
 from sae_jax.interpret.neuronpedia import (
     Export,
     Release,
@@ -202,7 +204,10 @@ LIMITS = {
         {},
         dict(max_activation=np.array([1e8, 0, 1, 1, 1, 1], np.float32)),
     ),
-    "latent 0: values has a number that is not finite": ({}, dict(value=np.full((D_SAE, 4), np.inf, np.float32))),
+    "latent 0: values has a number that is not finite": (
+        {},
+        dict(value=np.full((D_SAE, 4), np.inf, np.float32)),
+    ),
     "is of 7 latents, but the SAE has 6": ({}, dict(about={"d_sae": 7})),
     "no latent of": ({}, dict(max_activation=np.zeros(D_SAE, np.float32))),
     "latent 0 is not as it must be: activations: ": (
@@ -425,6 +430,76 @@ def test_only_a_finished_upload_is_sent(export, server, tmp_path):
     write_saedashboard(tmp_path / "out", export)
     with pytest.raises(UserError, match="of the layout saedashboard; only upload can be sent"):
         send(tmp_path / "out", server)
+
+
+@pytest.fixture
+def board(tokenizer, model_directory, tmp_path):
+    """Returns a function that runs `sae-jax dashboard` on planted latents, and returns its code."""
+    sae, out = tmp_path / "sae", tmp_path / "board"
+    interop.export(make_sae(), "sae_jax", sae)
+    out.mkdir()
+    settings = {"sae": str(sae), "site": SITE}
+    write_collection(out / "collection", tokenizer, about={"settings": settings})
+    shape = (D_SAE, 3)
+    Neurons(np.zeros(shape, np.int32), np.zeros(shape, np.float32)).save(out / "neurons.npz")
+    (tmp_path / "labels.json").write_text('{"2": "the word fox"}')
+    flags = [f"--sae={sae}", f"--out={out}", f"--model={model_directory}"]
+    names = {"neuronpedia": tmp_path / "np", "np_model": "tiny-1", "np_source": "0-mine-res"}
+
+    def run(*more, **others):
+        named = (f"--{name}={value}" for name, value in (names | others).items() if value)
+        return main(["dashboard", *flags, *named, *more])
+
+    return run
+
+
+def test_the_command_writes_shows_and_sends(board, server, tmp_path, capsys):
+    labels = [f"--labels={tmp_path / 'labels.json'}", "--np_method=np_max-act"]
+    push_it = ["--push", f"--np_server={server.url}", "--np_key_env=MY_KEY", *labels]
+    assert board(*push_it, "--dry_run") == 0
+    shown = capsys.readouterr().out
+    assert "5 latents; 1 that never fired are left out" in shown and "1 requests" in shown
+    assert server.asked == 0
+    assert board(*push_it) == 0
+    assert "Sent: 1 files" in capsys.readouterr().out
+    (body,) = server.requests
+    assert body["features"][1]["explanations"] == [
+        {"text": "the word fox", "methodName": "np_max-act"}
+    ]
+    assert len(body["features"][1]["topLogits"]) == 10
+    assert board(*push_it) == 0
+    assert "Sent: 0 files" in capsys.readouterr().out and server.asked == 1
+
+
+def test_the_command_writes_the_other_layouts(board, tmp_path):
+    release = ["--np_release=r", "--np_creator=Me", "--np_weights=hf://me/saes/l0"]
+    for layout, more in (("saedashboard", []), ("bulk", release)):
+        flags = [f"--np_layout={layout}", "--np_batch=2", *more]
+        assert board(*flags, neuronpedia=tmp_path / layout) == 0
+    assert len(list((tmp_path / "saedashboard").glob("batch-*.json"))) == 3
+    folder = tmp_path / "bulk" / "tiny-1" / "0-mine-res"
+    source = read(folder / "source.jsonl")
+    assert (source["hfRepoId"], source["hfFolderId"]) == ("me/saes", "l0")
+    assert len(rows_of(folder)["features"]) == D_SAE
+
+
+@pytest.mark.parametrize(
+    "more, others, says",
+    [
+        ([], {"np_model": "GPT2"}, "the model's name at Neuronpedia is 'GPT2'"),
+        ([], {"np_source": None}, "--neuronpedia needs Neuronpedia's names"),
+        (["--np_layout=bulk", "--push"], {}, "--push is of --np_layout=upload"),
+        (["--dry_run"], {}, "--dry_run shows what --push would send"),
+        (["--np_creator=me"], {}, "--np_creator is of --np_layout=bulk"),
+        (["--np_method=x"], {}, "--np_method is of the labels of --labels=FILE"),
+        (["--serve"], {}, "--neuronpedia is instead of --serve"),
+        ([], {"neuronpedia": None}, "--np_model is of --neuronpedia=DIR"),
+    ],
+)
+def test_flags_that_do_not_go_together(more, others, says, board, tmp_path, capsys):
+    assert board(*more, **others) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "np").exists()
 
 
 THEIRS = """
