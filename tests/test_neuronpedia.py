@@ -5,8 +5,6 @@ import dataclasses
 import gzip
 import json
 import os
-import pathlib
-import subprocess
 
 import jax.numpy as jnp
 import neuronpedia_server
@@ -502,71 +500,45 @@ def test_flags_that_do_not_go_together(more, others, says, board, tmp_path, caps
     assert not (tmp_path / "np").exists()
 
 
-THEIRS = """
-import json, sys
-from sae_dashboard.neuronpedia.neuronpedia_dashboard import NeuronpediaDashboardBatch
-
-read = json.load(open(sys.argv[1] + "/batch-0.json", encoding="utf-8"))
-batch = NeuronpediaDashboardBatch(**read)
-print(json.dumps(batch.to_dict()))
-try:
-    from sae_dashboard.neuronpedia import neuronpedia_export
-except ImportError:  # it is in their repository, and not yet in a release
-    sys.exit()
-neuronpedia_export.export_neuronpedia_dashboards(
-    neuronpedia_export.NeuronpediaExportConfig(
-        saedashboard_output_dir=sys.argv[1], exports_dir=sys.argv[2], creator_name="Me",
-        creator_id="someone", release_id="tiny-release", release_title="A title",
-        url="https://example.org", model_name="tiny-1", neuronpedia_source_set_id="mine-res",
-        neuronpedia_source_set_description="A title", hf_weights_repo_id="me/saes",
-        hf_weights_path="l0/sae_weights.safetensors", hook_point="hook_resid_post", layer_num=0,
-        prompts_huggingface_dataset_path="a text", n_prompts_total=4, n_tokens_in_prompt=12,
-    )
-)
-"""
-
-
 @pytest.mark.peers
+@pytest.mark.filterwarnings("default")  # of what the package imports
 def test_saedashboards_own_programs_take_it(export, tmp_path):
-    """SAE_DASHBOARD_PYTHON is an interpreter with the package sae-dashboard, whose requirements are
-    not ours; with its repository on PYTHONPATH it has neuronpedia_export too."""
-    python = os.environ.get("SAE_DASHBOARD_PYTHON")
-    if not python:
-        pytest.skip("no SAE_DASHBOARD_PYTHON")
-    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    """How to have the package: test_export_peers.py. Its repository, first on PYTHONPATH, has
+    neuronpedia_export too, which needs orjson."""
+    dashboard = pytest.importorskip("sae_dashboard.neuronpedia.neuronpedia_dashboard")
     export = changed(export, source="0-mine-res__l0-40", dataset="a text")
-    write_saedashboard(tmp_path / "batches", export)
-    theirs.mkdir()
-    environment = os.environ | {"PYTHONPATH": os.environ.get("SAE_DASHBOARD_PATH", "")}
-    command = [python, "-c", THEIRS, tmp_path / "batches", theirs]
-    ran = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert json.loads(ran.stdout.splitlines()[0]) == read(tmp_path / "batches" / "batch-0.json")
-    if not list(theirs.iterdir()):
-        pytest.skip("this sae-dashboard has no neuronpedia_export; its classes read the files")
-    release = Release(
-        "tiny-release", "A title", "Me", "someone", "https://example.org", "me/saes", "l0"
-    )
-    write_bulk(ours, export, release)
-    place = pathlib.Path("tiny-1") / "0-mine-res__l0-40"
+    batches, ours, theirs = (tmp_path / name for name in ("batches", "ours", "theirs"))
+    write_saedashboard(batches, export)
+    written = read(batches / "batch-0.json")
+    assert dashboard.NeuronpediaDashboardBatch(**written).to_dict() == written
+    exporter = pytest.importorskip("sae_dashboard.neuronpedia.neuronpedia_export")
+    exporter.export_neuronpedia_dashboards(
+        exporter.NeuronpediaExportConfig(
+            saedashboard_output_dir=str(batches), exports_dir=str(theirs), creator_name="Me",
+            creator_id="someone", release_id="tiny-release", release_title="A title",
+            url="https://example.org", model_name="tiny-1", neuronpedia_source_set_id="mine-res",
+            neuronpedia_source_set_description="A title", hf_weights_repo_id="me/saes",
+            hf_weights_path="l0/sae_weights.safetensors", hook_point="hook_resid_post",
+            layer_num=0, prompts_huggingface_dataset_path="a text", n_prompts_total=4,
+            n_tokens_in_prompt=LENGTH,
+        )
+    )  # fmt: skip
+    about = ("tiny-release", "A title", "Me", "someone", "https://example.org", "me/saes", "l0")
+    write_bulk(ours, export, Release(*about))
+    (ours / "neuronpedia.json").unlink()
     names = {p.relative_to(theirs) for p in theirs.rglob("*") if p.is_file()}
-    assert names == {p.relative_to(ours) for p in ours.rglob("*") if p.is_file()} - {
-        pathlib.Path("neuronpedia.json")
-    }
-    for name in sorted(names):
+    assert len(names) == 6
+    assert names == {p.relative_to(ours) for p in ours.rglob("*") if p.is_file()}
+    for name in names:
         mine, other = (
             gzip.decompress(data) if name.suffix == ".gz" else data
             for data in ((root / name).read_bytes() for root in (ours, theirs))
         )
         mine, other = ([json.loads(x) for x in lines.splitlines()] for lines in (mine, other))
         assert len(mine) == len(other) >= 1, name
+        made_apart = {"createdAt", "updatedAt", "topkCosSimIndices", "topkCosSimValues"}
+        made_apart |= {"id"} if "activations" in name.parts else set()
         for row, expected in zip(mine, other, strict=True):
             assert row.keys() == expected.keys(), name
-            made_apart = {"id"} if "activations" in name.parts else set()
-            made_apart |= {"createdAt", "updatedAt", "topkCosSimIndices", "topkCosSimValues"}
             for field in row.keys() - made_apart:
                 assert row[field] == expected[field], (name, field)
-            assert len(row.get("id", "")) <= 25
-    assert place / "features" / "batch-0.jsonl.gz" in names
