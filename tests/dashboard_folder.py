@@ -14,7 +14,7 @@ HOSTILE = '</script><img src=x onerror="window.hurt=1">'
 CAN = ("encode", "generate", "ablate", "search")
 
 
-def about(d_sae: int, live: bool = False) -> dict:
+def about(d_sae: int) -> dict:
     edges = [round(100 * i / INTERVALS) for i in range(INTERVALS, -1, -1)]
     groups = [{"name": "highest"}]
     groups += [{"name": f"{edges[i + 1]}-{edges[i]}% of the maximum"} for i in range(INTERVALS)]
@@ -23,7 +23,7 @@ def about(d_sae: int, live: bool = False) -> dict:
         "rows": 1_000_000, "shard": SHARD, "groups": groups, "shards": -(-d_sae // SHARD),
         "sae": {"architecture": "topk", "k": 32, "width": 64},
         "metrics": [["variance explained", 0.812345, ""], ["L0", 32.0, "latents a token"]],
-        "live": live, "can": dict.fromkeys(CAN, live),
+        "live": False, "can": dict.fromkeys(CAN, False),
     }  # fmt: skip
 
 
@@ -94,7 +94,7 @@ def part_of(word: str) -> int:
     return value % 64
 
 
-def write(directory, d_sae: int, *, shards=(0,), live=False, labelled=True) -> dict:
+def write(directory, d_sae: int, *, shards=(0,), labelled=True) -> dict:
     """Writes a folder with `d_sae` latents, of which only those of some shards can be opened.
 
     Latent 3 has hostile texts and is the only one with the word "zebra"; latent 5 has a piece of
@@ -103,7 +103,7 @@ def write(directory, d_sae: int, *, shards=(0,), live=False, labelled=True) -> d
     shutil.copytree(PAGE, directory)
     data = directory / "data"
     (data / "latents").mkdir(parents=True)
-    (data / "about.json").write_text(json.dumps(about(d_sae, live)))
+    (data / "about.json").write_text(json.dumps(about(d_sae)))
     table = columns(d_sae)
     for name, planted in {"density": 0.01, "mean": 3.0, "max": 9.0, "score": 0.9}.items():
         table[name][3:6] = planted

@@ -86,6 +86,8 @@ WHOLE_RUN = (
 EVAL = "eval --run=run"
 HARVEST = "harvest --model=model --text=text.txt --sites=resid_post.0 --out=o"
 SWEEP = "sweep --workdir=w --config=grid.py"
+NEURONPEDIA = "dashboard --run=run --neuronpedia=np --np_model=m --np_source=0-s"
+STEER = "steer --run=run --latent=1 --prompt=a"
 
 COMMANDS = rows(
     ("trian", "did you mean 'train'"),
@@ -108,6 +110,31 @@ COMMANDS = rows(
     ("eval --run=sweep", "is a sweep"),
     ("eval --results=sweep --out=all.json", "all.json"),
     ("eval --run=run --overwrite --out=model/config.json", "is no evaluation"),
+    ("steer --run=run --prompt=a", "--latent"),
+    ("steer --latent=1 --prompt=a", "--run"),
+    ("steer --sae=ours --latent=1", "--prompt"),
+    ("steer --run=run --latent=x --prompt=a", "--latent=x"),
+    (f"{STEER} --factors=1,two", "--factors=1,two"),
+    (f"{STEER} --factors=nan", "--factors=nan"),
+    (f"{STEER} --mode=pin --factors=1", "--factors"),
+    (f"{STEER} --mode=clmp", "clmp"),
+    (f"{STEER} --positive=text.txt", "--negative"),
+    (f"{STEER} --concept=(", "--concept=("),
+    (f"{STEER} --positions=prompt --text=text.txt", "--positions=prompt"),
+    (f"{STEER} --top_p=0", "--top_p"),
+    (f"{STEER}", "--model"),
+    (f"{STEER} --model=nothing", "nothing"),
+    ("dashboard --run=run --np_model=m", "--neuronpedia=DIR"),
+    ("dashboard --run=run --push", "--neuronpedia=DIR"),
+    ("dashboard --run=run --neuronpedia=np", "--np_source"),
+    ("dashboard --run=run --neuronpedia=np --np_model=GPT2 --np_source=0-s", "GPT2"),
+    ("dashboard --run=run --neuronpedia=np --np_model=m --np_source=mine", "'mine'"),
+    ("dashboard --run=run --neuronpedia=np --np_model=m --np_source=0-../s", "'0-../s'"),
+    (f"{NEURONPEDIA} --push --np_layout=bulk", "--np_layout=upload"),
+    (f"{NEURONPEDIA} --dry_run", "--push"),
+    (f"{NEURONPEDIA} --serve", "--serve"),
+    (f"{NEURONPEDIA} --np_layout=saedashboard --np_title=a", "--np_layout=bulk"),
+    (f"{NEURONPEDIA} --np_labeller=a", "--labels"),
     ("status", "status runs/a"),
     ("status nothing", "nothing"),
     ("status --path=", "status runs/a"),
@@ -299,6 +326,7 @@ FLAGS = [
         "dtype": "float64 _",
         "model_dtype": "float16 _",
     }),
+    *flag_rows(NEURONPEDIA, {"np_batch": f"{NOT_WHOLE} 129", "np_layout": "x"}),
     *flag_rows("demo --out=o", {"tokens": f"{NOT_WHOLE} 1e30", "d_sae": f"{NOT_WHOLE} 10000000",
                                 "epochs": f"{NOT_WHOLE} 1000000000000"}),
     *flag_rows("bench", {"batch": NOT_WHOLE, "d_in": NOT_WHOLE, "d_sae": NOT_WHOLE, "k": "0 -1 x",

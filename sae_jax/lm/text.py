@@ -168,6 +168,24 @@ def load_tokenizer(directory) -> Tokenizer:
     return Tokenizer(backend, bos, eos, pad, name, tuple(sorted(special)), why)
 
 
+def eos_ids(directory: pathlib.Path) -> tuple[int, ...]:
+    """Returns the ids that end a text of a model, () where its files name none.
+
+    They are those of generation_config.json, of config.json, or of the tokenizer: of the first that
+    has any.
+
+    Raises UserError for a file that is damaged.
+    """
+    for name in ("generation_config.json", "config.json"):
+        values = checked(read_json(directory / name, default={}), _Ids, directory / name)
+        if ids := _ids_in(values, "eos"):
+            return tuple(ids)
+    if (directory / "tokenizer.json").is_file():
+        eos = load_tokenizer(directory).eos
+        return () if eos is None else (eos,)
+    return ()
+
+
 def _bos(backend, configured: list[int], where: str, eos: int | None) -> tuple[int | None, str]:
     """Returns the id of BOS, or None, and where it comes from."""
     with_special, without = (backend.encode("a", add_special_tokens=s).ids for s in (True, False))
@@ -186,15 +204,22 @@ def _special_ids(
 ) -> tuple[list[int], str]:
     """Returns the ids that the first file to name any gives, and the name of that file's field."""
     for file, values in configs.items():
-        for part in (values, values.text_config or _Ids()):
-            value = getattr(part, f"{kind}_token_id")
-            ids = value if isinstance(value, list) else [-1 if value is None else value]
-            if any(i >= 0 for i in ids):
-                return [i for i in ids if i >= 0], f"{kind}_token_id of {file}"
+        if ids := _ids_in(values, kind):
+            return ids, f"{kind}_token_id of {file}"
     token = getattr(names, f"{kind}_token")
     token = token.content if isinstance(token, _Token) else token
     found = None if token is None else backend.token_to_id(well_formed(token))
     return ([] if found is None else [found]), f"{kind}_token of tokenizer_config.json"
+
+
+def _ids_in(values: _Ids, kind: str) -> list[int]:
+    """Returns the ids that a file names, of its own or else of its language model."""
+    for part in (values, values.text_config or _Ids()):
+        value = getattr(part, f"{kind}_token_id")
+        ids = value if isinstance(value, list) else [-1 if value is None else value]
+        if any(i >= 0 for i in ids):
+            return [i for i in ids if i >= 0]
+    return []
 
 
 @contextlib.contextmanager

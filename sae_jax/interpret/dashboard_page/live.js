@@ -6,7 +6,7 @@ import { announce, button, count, failure, h, number } from "./dom.js";
 import { shade, text } from "./texts.js";
 import { hideTip } from "./tips.js";
 
-const MOST_LATENTS = 20;
+const MOST_LATENTS = 50;
 const REACH = 10; // of a clamp, in maxima
 const NEW_TOKENS = 40;
 

@@ -37,7 +37,7 @@ function values(example, at, effects) {
       {},
       h("th", { scope: "row", dir: "auto" }, name),
       h("td", {}, number(value)),
-      effects ? h("td", { class: effect < 0 ? "helped" : "hurt" }, signed(effect)) : null,
+      effects ? h("td", { class: effect > 0 ? "helped" : "hurt" }, signed(effect)) : null,
     );
   const first = firstTokens(example)[at];
   const rows = example.values[at].map((value, token) => {
@@ -45,7 +45,7 @@ function values(example, at, effects) {
     return row(name, value, effects?.[first + token]);
   });
   const head = effects
-    ? h("tr", {}, h("td"), h("td", {}, "activation"), h("td", {}, "log p when ablated"))
+    ? h("tr", {}, h("td"), h("td", {}, "activation"), h("td", {}, "raises log p by"))
     : null;
   return h("table", {}, head, rows);
 }
@@ -90,7 +90,7 @@ export function exampleItem(latent, example, { address, ablatable, onAblated }) 
     announce(said.textContent);
   };
   const asking = button("ablate", ablate, {
-    title: "What each token's probability loses when the latent is taken out",
+    title: "What the latent does to the probability of each token here",
   });
   return h(
     "li",
@@ -107,9 +107,10 @@ export function exampleItem(latent, example, { address, ablatable, onAblated }) 
 }
 
 /**
- * Underlines the tokens whose probability the ablation changed; returns a sentence about it.
+ * Underlines the tokens whose probability the latent changes; returns a sentence about it.
  *
- * The effect on a token is shown under that token, the one predicted, not the one that predicts it.
+ * An effect is by how much the log-probability falls when the latent is taken out: above zero it
+ * helps. It is shown under the token that is predicted, not under the one that predicts it.
  */
 function underline(example, spans, effects) {
   const firsts = firstTokens(example);
@@ -121,12 +122,13 @@ function underline(example, spans, effects) {
   byPiece.forEach((effect, i) => {
     const share = Math.abs(effect) / largest;
     if (share < FAINT) return;
-    spans[i].classList.add(effect < 0 ? "helped" : "hurt");
+    spans[i].classList.add(effect > 0 ? "helped" : "hurt");
     spans[i].style.setProperty("--effect", share.toFixed(4));
   });
   const at = byPiece.findIndex((effect) => Math.abs(effect) === largest);
+  const does = byPiece[at] > 0 ? "raises" : "lowers";
   return (
-    `Taken out, the log-probability changes most for “${example.pieces[at]}”: ` +
-    `${signed(byPiece[at])} nats.`
+    `Here it matters most for “${example.pieces[at]}”: it ${does} its log-probability by ` +
+    `${number(largest)} nats.`
   );
 }
