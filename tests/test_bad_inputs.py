@@ -238,6 +238,7 @@ COMMANDS = rows(
     ("plan --find=time --mesh=1,1,1", "--mesh"),
     ("plan --find=time", "--topology"),
     ("plan --find=luck", "find"),
+    ("plan --find=time --compiles=0 --top=3 --topology=h100:1x2", "--top"),
     ("plan --batch_sizes=64 --mesh=1,1,1", "--mesh"),
     ("plan --batch_sizes=64", "--topology"),
     ("plan --topology=h100:1x1 --batch_sizes=7", "virtual_shards"),
