@@ -469,6 +469,7 @@ def test_the_command_writes_shows_and_sends(board, server, tmp_path, capsys):
     assert "Sent: 0 files" in capsys.readouterr().out and server.asked == 1
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_other_layouts(board, tmp_path):
     release = ["--np_release=r", "--np_creator=Me", "--np_weights=hf://me/saes/l0"]
     for layout, more in (("saedashboard", []), ("bulk", release)):
