@@ -250,7 +250,9 @@ def _opened(args) -> tuple:
         raise UserError("which language model? give its directory: --model=DIR, or --model=demo")
     if not data.site:
         raise UserError("where does the SAE belong? give --site, such as --site=resid_post.2")
-    ours = not lm.is_torch(directory)  # whose layers as a loop compile in seconds, whatever the depth
+    ours = not lm.is_torch(
+        directory
+    )  # whose layers as a loop compile in seconds, whatever the depth
     model = lm.open_model(directory, args.model_dtype, scan=ours)
     if store is not None:
         check_model(store, model)
