@@ -250,10 +250,8 @@ def _opened(args) -> tuple:
         raise UserError("which language model? give its directory: --model=DIR, or --model=demo")
     if not data.site:
         raise UserError("where does the SAE belong? give --site, such as --site=resid_post.2")
-    ours = not lm.is_torch(
-        directory
-    )  # whose layers as a loop compile in seconds, whatever the depth
-    model = lm.open_model(directory, args.model_dtype, scan=ours)
+    # Layers that run in a loop compile in seconds, whatever the depth.
+    model = lm.open_model(directory, args.model_dtype, scan=not lm.is_torch(directory))
     if store is not None:
         check_model(store, model)
     sites = tuple(",".join(filter(None, (data.site, data.target_site))).split(","))
