@@ -87,6 +87,7 @@ EVAL = "eval --run=run"
 HARVEST = "harvest --model=model --text=text.txt --sites=resid_post.0 --out=o"
 SWEEP = "sweep --workdir=w --config=grid.py"
 DASHBOARD = "dashboard --run=run --model=model"
+NEURONPEDIA = "dashboard --run=run --neuronpedia=np --np_model=m --np_source=0-s"
 STEER = "steer --run=run --latent=1 --prompt=a"
 
 COMMANDS = rows(
@@ -143,6 +144,28 @@ COMMANDS = rows(
     (f"{STEER} --top_p=0", "--top_p"),
     (f"{STEER}", "--model"),
     (f"{STEER} --model=nothing", "nothing"),
+    ("dashboard --run=run --np_model=m", "--neuronpedia=DIR"),
+    ("dashboard --run=run --push", "--neuronpedia=DIR"),
+    ("dashboard --run=run --neuronpedia=np", "--np_source"),
+    ("dashboard --run=run --neuronpedia=np --np_model=GPT2 --np_source=0-s", "GPT2"),
+    ("dashboard --run=run --neuronpedia=np --np_model=m --np_source=mine", "'mine'"),
+    ("dashboard --run=run --neuronpedia=np --np_model=m --np_source=0-../s", "'0-../s'"),
+    (f"{NEURONPEDIA} --push --np_layout=bulk", "--np_layout=upload"),
+    (f"{NEURONPEDIA} --dry_run", "--push"),
+    (f"{NEURONPEDIA} --serve", "--serve"),
+    (f"{NEURONPEDIA} --np_layout=saedashboard --np_title=a", "--np_layout=bulk"),
+    (f"{NEURONPEDIA} --np_labeller=a", "--labels"),
+    ("attribute", "--run"),
+    ("attribute --run=run --sae=ours", "--run"),
+    ("attribute --run=run", "--prompt"),
+    ("attribute --run=run --prompt=a", "--target"),
+    ("attribute --run=run --prompt=a --target=b --loss", "--loss"),
+    ("attribute --run=run --prompt=a --loss --baseline=b", "--baseline"),
+    ("attribute --run=run --prompt=a --loss", "--model"),
+    ("attribute --run=run --prompt=a --loss --site=a --site=b", "--site"),
+    ("attribute --sae=nothing --model=model --prompt=a --loss", "nothing"),
+    ("attribute --sae=ours --model=model --prompt=a --loss --site=mlp_in.99", "mlp_in.99"),
+    ("attribute --sae=ours --model=nothing --prompt=a --loss --site=mlp_in.0", "nothing"),
     ("status", "status runs/a"),
     ("status nothing", "nothing"),
     ("status --path=", "status runs/a"),
@@ -246,6 +269,7 @@ COMMANDS = rows(
     ("plan --find=time --mesh=1,1,1", "--mesh"),
     ("plan --find=time", "--topology"),
     ("plan --find=luck", "find"),
+    ("plan --find=time --compiles=0 --top=3 --topology=h100:1x2", "--top"),
     ("plan --batch_sizes=64 --mesh=1,1,1", "--mesh"),
     ("plan --batch_sizes=64", "--topology"),
     ("plan --topology=h100:1x1 --batch_sizes=7", "virtual_shards"),
@@ -345,6 +369,7 @@ FLAGS = [
         "dtype": "float64 _",
         "model_dtype": "float16 _",
     }),
+    *flag_rows(NEURONPEDIA, {"np_batch": f"{NOT_WHOLE} 129", "np_layout": "x"}),
     *flag_rows("demo --out=o", {"tokens": f"{NOT_WHOLE} 1e30", "d_sae": f"{NOT_WHOLE} 10000000",
                                 "epochs": f"{NOT_WHOLE} 1000000000000"}),
     *flag_rows("bench", {"batch": NOT_WHOLE, "d_in": NOT_WHOLE, "d_sae": NOT_WHOLE, "k": "0 -1 x",

@@ -18,7 +18,7 @@ from sae_jax.activations import write_store
 from sae_jax.errors import UserError
 from sae_jax.evaluate.metrics import activation_scale
 from sae_jax.evaluate.sources import HeldOutRows, ModelRows
-from sae_jax.interpret import coactive, collect, hashes
+from sae_jax.interpret import coactive, collect, describe_cost, hashes
 from sae_jax.interpret.collection import BINS, FULL
 from sae_jax.ops.active import positive_entries
 
@@ -235,6 +235,25 @@ def test_some_of_the_sequences(store, tmp_path):
     np.testing.assert_array_equal(found.max_activation, acts.max((0, 1)))
     best = found.examples(6)[0][0]
     assert acts[list(numbers).index(best.sequence), best.peak, 6] == acts[:, :, 6].max()
+
+
+def test_what_it_costs_is_what_was_said(store, tmp_path):
+    sae = planted.sae("topk")
+    slots = {name: value for name, value in SLOTS.items() if name != "seed"}
+    cost = describe_cost(sae, rows(store), **slots)
+    assert cost.flops == 2 * 8 * N * 300 * T and cost.events == 12 * 5
+    found = collect(sae, rows(store), tmp_path / "out", **SLOTS)
+    disk = sum(len(data) for data in contents(found.path).values())
+    assert disk == pytest.approx(cost.disk, abs=5000)  # headers and collection.json
+
+
+def test_latents_that_never_fire(store, tmp_path):
+    sae = planted.sae("topk")
+    dead = {"b_enc": np.full(N, -1e6, np.float32)}
+    sae = type(sae).from_parameters(sae.config, sae.parameters() | dead)
+    found = collect(sae, rows(store), tmp_path / "out", **SLOTS)
+    assert not found.density.any() and not found.histogram.any()
+    assert found.examples(0) == [[]] * 6 and found.coactive(0) == []
 
 
 def test_what_is_refused(store, tmp_path):

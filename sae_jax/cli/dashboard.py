@@ -2,10 +2,17 @@
 
 from absl import flags
 
-from sae_jax.cli import counts, opened_saes, opened_sources, path_lists, ports
+from sae_jax.cli import (
+    counts,
+    neuronpedia_flags,
+    opened_saes,
+    opened_sources,
+    path_lists,
+    ports,
+)
 from sae_jax.errors import UserError
 
-SUMMARY = """Show every latent of an SAE on a page: what it fires on, promotes, and does.
+SUMMARY = f"""Show every latent of an SAE on a page: what it fires on, promotes, and does.
 
   sae-jax dashboard --run=runs/a --serve
 
@@ -34,6 +41,8 @@ is for any SAE that sae_jax reads, on text of yours; or with --store, on a store
 From another machine: ssh -L 8422:127.0.0.1:8422 HOST is safest. --host=0.0.0.0 listens to all who
 can reach this machine, and prints an address with a secret, without which nothing is answered; what
 is sent is not encrypted. A latent's activation is the length of what it adds, in the model's units.
+
+{neuronpedia_flags.HELP}
 """
 
 _PORT = 8422
@@ -101,6 +110,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_bool(
         "overwrite", False, "Replace a collection or files with other settings.", flag_values=values
     )
+    neuronpedia_flags.define(values)
 
 
 def run(args, overrides) -> None:
@@ -124,6 +134,7 @@ def run(args, overrides) -> None:
         raise UserError("give either --serve or --single")
     if args.single and not args.run:
         raise UserError("--single shows the evaluation of a run besides; give --run=RUN")
+    neuronpedia_flags.check(args)
     numbers = _numbers(args.latents)
     out = paths.local(args.out or interop.locate(args.run) / "dashboard")
     chosen = opened_sources.chosen(args)
@@ -147,15 +158,19 @@ def run(args, overrides) -> None:
         _write_single(args.single, found, collection, store, tokenizer, model, numbers)
         return
     sites = tuple(collection.about.settings["site"].split(","))
+    written_site = None if found.sae.config.kind == "crosscoder" else sites[-1]
     latents = dashboard.Latents(
         collection,
         found.sae,
         tokenizer,
         model,
-        written_site=None if found.sae.config.kind == "crosscoder" else sites[-1],
+        written_site=written_site,
         labels=labels,
         neurons=neurons,
     )
+    if args.neuronpedia:
+        neuronpedia_flags.write(args, latents, model, written_site)
+        return
     about = {
         "title": f"Latents of {found.path.name}",
         "model": model and str(model.spec),

@@ -13,6 +13,7 @@ from sae_jax.lm.architecture import (
     site_width,
 )
 from sae_jax.lm.bridge import TorchModel, is_torch
+from sae_jax.lm.chat import chat_prompt
 from sae_jax.lm.corpus import standard_library
 from sae_jax.lm.decoder import forward, next_token_loss
 from sae_jax.lm.directory import hub_name
@@ -42,6 +43,7 @@ __all__ = [
     "TorchModel",
     "add_direction",
     "at",
+    "chat_prompt",
     "clamp",
     "fingerprint",
     "forward",

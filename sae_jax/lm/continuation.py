@@ -85,7 +85,9 @@ def continuations(
         for x in (tokens, first, limits, numbers)
     )
     edits = prompt_edits((rows, width))
-    drawing = (numbers, np.array(rules.eos or (-1,), np.int32), *rules.numbers())
+    eos = np.full(_rounded(len(rules.eos)), -1, np.int32)
+    eos[: len(rules.eos)] = rules.eos
+    drawing = (numbers, eos, *rules.numbers())
     kind = rules.kind()
     state = _begin(params, tokens, first, limits, edits, drawing, config, width + room, kind)
     if on_tokens is None:
@@ -152,4 +154,4 @@ def _with_next(state: _State, logits, cache: Cache, drawing, kind) -> _State:
 def _rounded(length: int) -> int:
     """Returns a length rounded up, by a quarter of itself at most where it is long."""
     by = max(_SHORTEST, (1 << length.bit_length()) // 8)
-    return -(-length // by) * by
+    return max(-(-length // by), 1) * by

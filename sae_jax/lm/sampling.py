@@ -46,6 +46,7 @@ class Rules:
         return self.temperature > 0, self.top_p < 1
 
 
+@functools.partial(jax.jit, static_argnames=("drawn", "nucleus"))
 def next_tokens(logits, samples, step, key, temperature, top_p, drawn: bool, nucleus: bool):
     """Returns the next token of each row, (B,) of int32.
 

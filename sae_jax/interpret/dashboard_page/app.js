@@ -60,6 +60,14 @@ function share(about, index) {
       live = new URLSearchParams(query);
       document.getElementById("to-live").href = `#/live?${live}`;
     },
+    /** Puts settings of the live panel into the address, in place of those of the same names. */
+    keepInAddress(names, pairs) {
+      const { query } = route();
+      names.forEach((name) => query.delete(name));
+      pairs.forEach(([name, value]) => query.append(name, value));
+      history.replaceState(null, "", `#/live?${query}`);
+      this.keepLive(query);
+    },
     steerAddress(latent) {
       const query = new URLSearchParams(live);
       query.append("clamp", `${latent}:5`);
@@ -73,7 +81,12 @@ function open(dashboard) {
   document.getElementById("title").textContent = about.title;
   const live = about.can.encode || about.can.generate;
   document.getElementById("to-live").hidden = !live;
-  const makers = { "": listView, latent: latentView, about: aboutView, ...(live ? { live: liveView } : {}) };
+  const makers = {
+    "": listView,
+    latent: latentView,
+    about: aboutView,
+    ...(live ? { live: liveView } : {}),
+  };
   const views = new Map();
   let current = null;
 
@@ -84,7 +97,11 @@ function open(dashboard) {
     const view = views.get(name);
     hideTip();
     document.body.dataset.view = name || "list";
-    for (const [id, own] of [["to-list", ""], ["to-live", "live"], ["to-about", "about"]]) {
+    for (const [id, own] of [
+      ["to-list", ""],
+      ["to-live", "live"],
+      ["to-about", "about"],
+    ]) {
       document.getElementById(id).toggleAttribute("aria-current", own === name);
     }
     document.getElementById("to-list").href = dashboard.listAddress(asked.query);

@@ -63,7 +63,10 @@ export function diverging(rows) {
         h(
           "span",
           { class: "track" },
-          h("span", { class: value < 0 ? "bar less" : "bar more", share: Math.abs(value) / largest }),
+          h("span", {
+            class: value < 0 ? "bar less" : "bar more",
+            share: Math.abs(value) / largest,
+          }),
         ),
         h("span", { class: "value" }, signed(value)),
       ),

@@ -21,7 +21,11 @@ export function latentView(dashboard) {
         h(
           "div",
           { class: "message" },
-          h("p", {}, `There is no latent ${name || "without a number"}: they go from 0 to ${count(latents - 1)}.`),
+          h(
+            "p",
+            {},
+            `There is no latent ${name || "without a number"}: they go from 0 to ${count(latents - 1)}.`,
+          ),
           h("a", { href: dashboard.listAddress(query) }, "To the list"),
         ),
       );
@@ -68,7 +72,14 @@ function content(dashboard, latent, { order, labels, query }) {
     activations(latent),
     outputs(latent),
     others(dashboard, "Neighbours", "cosine of the decoder rows", latent.neighbours, labels, query),
-    others(dashboard, "Fires together with", "Jaccard index of the tokens", latent.coactive, labels, query),
+    others(
+      dashboard,
+      "Fires together with",
+      "Jaccard index of the tokens",
+      latent.coactive,
+      labels,
+      query,
+    ),
     neurons(latent),
   ];
   return [
@@ -98,20 +109,28 @@ function heading(dashboard, latent, order, query) {
       },
       text,
     );
-  const copy = button("copy link", async () => {
-    const address = `${location.href.split("#")[0]}#/latent/${index}`;
-    try {
-      await navigator.clipboard.writeText(address);
-      copy.textContent = "copied";
-    } catch {
-      copy.textContent = "the address bar has it"; // only https and this computer may copy
-    }
-    setTimeout(() => (copy.textContent = "copy link"), 2000);
-  }, { id: "copy" });
+  const copy = button(
+    "copy link",
+    async () => {
+      const address = `${location.href.split("#")[0]}#/latent/${index}`;
+      try {
+        await navigator.clipboard.writeText(address);
+        copy.textContent = "copied";
+      } catch {
+        copy.textContent = "the address bar has it"; // only https and this computer may copy
+      }
+      setTimeout(() => (copy.textContent = "copy link"), 2000);
+    },
+    { id: "copy" },
+  );
   const { can } = dashboard.about;
   const { density } = latent;
   const facts = [
-    ["fires on", percent(density), density > 0 ? `of tokens, 1 in ${count(Math.round(1 / density))}` : "of tokens"],
+    [
+      "fires on",
+      percent(density),
+      density > 0 ? `of tokens, 1 in ${count(Math.round(1 / density))}` : "of tokens",
+    ],
     ["maximum", number(latent.max), ""],
     ["mean when on", number(latent.mean), ""],
     ["score", latent.score === null ? null : number(latent.score), ""],
@@ -128,9 +147,13 @@ function heading(dashboard, latent, order, query) {
         { class: "actions" },
         step("previous", "←", "Previous latent", before),
         step("next", "→", "Next latent", after),
-        place < 0 ? null : h("span", { class: "soft" }, `${count(place + 1)} of ${count(order.length)}`),
+        place < 0
+          ? null
+          : h("span", { class: "soft" }, `${count(place + 1)} of ${count(order.length)}`),
         copy,
-        can.generate ? h("a", { class: "button", href: dashboard.steerAddress(index) }, "steer with it") : null,
+        can.generate
+          ? h("a", { class: "button", href: dashboard.steerAddress(index) }, "steer with it")
+          : null,
       ),
     ),
     h(
@@ -172,7 +195,8 @@ function examples(dashboard, latent, query) {
       return item;
     });
     const name = about.groups[g]?.name ?? `group ${g}`;
-    if (g === 0 || items.length === 0) return h("ol", { class: "examples", "aria-label": name }, items);
+    if (g === 0 || items.length === 0)
+      return h("ol", { class: "examples", "aria-label": name }, items);
     return h(
       "details",
       { class: "interval" },
@@ -187,7 +211,11 @@ function examples(dashboard, latent, query) {
     { class: "shown" },
     h("h2", {}, "Where it fires highest"),
     empty
-      ? h("p", { class: "message soft" }, `It did not fire on the ${count(about.rows)} tokens looked at.`)
+      ? h(
+          "p",
+          { class: "message soft" },
+          `It did not fire on the ${count(about.rows)} tokens looked at.`,
+        )
       : h(
           "p",
           { class: "soft" },

@@ -75,7 +75,9 @@ function select(index, labels, found, { sort, seed, text, dead, ranges }) {
   const bounds = RANGES.map((name) => {
     const scale = name === "density" ? 100 : 1;
     // In the precision of the columns, so that "from 0.9" has those that are shown as 0.9.
-    const [low, high] = [ranges[name].low, ranges[name].high].map((end) => Math.fround(end / scale));
+    const [low, high] = [ranges[name].low, ranges[name].high].map((end) =>
+      Math.fround(end / scale),
+    );
     return { values: index[name], low, high };
   }).filter(({ low, high }) => low > -Infinity || high < Infinity);
   const wanted = text.toLowerCase();
@@ -101,12 +103,16 @@ function sorted(chosen, index, labels, sort, seed) {
     return places.map((at) => chosen[at]);
   }
   // Those without a value come last in either direction.
-  const has = name === "label" ? (i) => labels.lower(i) !== "" : (i) => !Number.isNaN(index[name][i]);
+  const has =
+    name === "label" ? (i) => labels.lower(i) !== "" : (i) => !Number.isNaN(index[name][i]);
   const compare = name === "label" ? byLabel(labels) : (a, b) => index[name][a] - index[name][b];
   const present = chosen.filter(has).sort((a, b) => sign * compare(a, b));
   const result = new Uint32Array(chosen.length);
   result.set(present);
-  result.set(chosen.filter((i) => !has(i)), present.length);
+  result.set(
+    chosen.filter((i) => !has(i)),
+    present.length,
+  );
   return result;
 }
 
