@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from sae_jax.interpret.dashboard.hints import hints
 from sae_jax.interpret.dashboard.labels import Labels
 from sae_jax.interpret.dashboard.neighbours import Neighbours
 from sae_jax.interpret.dashboard.neurons import Neurons
-from sae_jax.interpret.effects import OutputTokens, output_tokens
+from sae_jax.interpret.effects import OutputTokens, output_tokens, used_tokens
 from sae_jax.interpret.text import interval_names, pieces, token_name, token_text
 from sae_jax.sae import SAE
 
@@ -146,11 +147,15 @@ class Latents:
         neighbours = self._neighbours.find(numbers)
         effects = None
         if self._model is not None and self._site is not None:
-            effects = output_tokens(self.sae, self._model, self._site, numbers)
+            effects = output_tokens(self.sae, self._model, self._site, numbers, used=self._used)
         return [
             self._latent(int(number), near, self._effects(effects, place))
             for place, (number, near) in enumerate(zip(numbers, neighbours, strict=True))
         ]
+
+    @functools.cached_property
+    def _used(self) -> np.ndarray:
+        return used_tokens(self.tokenizer, self._model.vocab_size)
 
     def _latent(self, number: int, neighbours, effects: dict) -> Latent:
         found = self.collection
