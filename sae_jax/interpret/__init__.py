@@ -1,14 +1,22 @@
 """Shows what latents respond to: examples, output tokens, and a page to look at."""
 
-from sae_jax.interpret.ablation import ablation_effects
+from sae_jax.interpret.ablation import ablation_effects, ablation_effects_of
+from sae_jax.interpret.attribution import Attribution, Target, ablate, attribute
 from sae_jax.interpret.effects import OutputTokens, output_tokens, used_tokens
 from sae_jax.interpret.examples import Example, find_examples
 from sae_jax.interpret.page import choose_latents, write_page
+from sae_jax.interpret.placed import Placed
 
 __all__ = [
+    "Attribution",
     "Example",
     "OutputTokens",
+    "Placed",
+    "Target",
+    "ablate",
     "ablation_effects",
+    "ablation_effects_of",
+    "attribute",
     "choose_latents",
     "find_examples",
     "output_tokens",
