@@ -4,7 +4,7 @@ import gzip
 import json
 
 import numpy as np
-import planted
+import planted_collection as planted
 import pytest
 import world
 

@@ -8,7 +8,7 @@ import json
 import threading
 
 import numpy as np
-import planted
+import planted_collection as planted
 import pytest
 import world
 

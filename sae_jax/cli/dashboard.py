@@ -2,10 +2,17 @@
 
 from absl import flags
 
-from sae_jax.cli import counts, opening, path_lists, ports
+from sae_jax.cli import (
+    counts,
+    neuronpedia_flags,
+    opened_saes,
+    opened_sources,
+    path_lists,
+    ports,
+)
 from sae_jax.errors import UserError
 
-SUMMARY = """Show every latent of an SAE on a page: what it fires on, promotes, and does.
+SUMMARY = f"""Show every latent of an SAE on a page: what it fires on, promotes, and does.
 
   sae-jax dashboard --run=runs/a --serve
 
@@ -34,6 +41,8 @@ is for any SAE that sae_jax reads, on text of yours; or with --store, on a store
 From another machine: ssh -L 8422:127.0.0.1:8422 HOST is safest. --host=0.0.0.0 listens to all who
 can reach this machine, and prints an address with a secret, without which nothing is answered; what
 is sent is not encrypted. A latent's activation is the length of what it adds, in the model's units.
+
+{neuronpedia_flags.HELP}
 """
 
 _PORT = 8422
@@ -101,6 +110,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_bool(
         "overwrite", False, "Replace a collection or files with other settings.", flag_values=values
     )
+    neuronpedia_flags.define(values)
 
 
 def run(args, overrides) -> None:
@@ -110,6 +120,7 @@ def run(args, overrides) -> None:
 
     from sae_jax import interop, lm, paths
     from sae_jax.interpret import dashboard
+    from sae_jax.local_server import LOCAL
 
     if bool(args.run) == bool(args.sae):
         raise UserError("give either --run=RUN or --sae=PATH")
@@ -121,31 +132,45 @@ def run(args, overrides) -> None:
         raise UserError("--latents chooses those of --single=FILE.html; give that too")
     if args.single and args.serve is not None:
         raise UserError("give either --serve or --single")
+    if args.single and not args.run:
+        raise UserError("--single shows the evaluation of a run besides; give --run=RUN")
+    neuronpedia_flags.check(args)
+    numbers = _numbers(args.latents)
     out = paths.local(args.out or interop.locate(args.run) / "dashboard")
-    found = opening.open_sae(args)
-    there = _there(args, out, found.settings)
+    chosen = opened_sources.chosen(args)
+    found = opened_saes.open_sae(args.run, args.sae, args.kind, chosen)
+    named = args.run or args.sae
+    which = {"sae": named if paths.is_remote(named) else str(found.path.absolute()), **found.about}
+    there = _there(args, out, which)
     labels = args.labels and dashboard.read_labels(args.labels, found.sae.config.d_sae)
-    data = dataclasses.replace(found.data, **opening.chosen(args), holdout_fraction=None)
-    store, model, settings = opening.open_store_and_model(args, data, lm.open_model)
+    data = dataclasses.replace(found.data, **opened_sources.chosen(args))
+    store, model, settings = opened_sources.open_store_and_model(args, data, lm.open_model)
     tokenizer = _tokenizer(args, model)
     collection, neurons = _collected(
         args,
         out,
         found.sae,
         there,
-        lambda: opening.make_source(args, data, store, model),
-        {**found.settings, **settings},
+        lambda: opened_sources.make_source(args, data, store, model, heldout=False),
+        {**which, **settings},
     )
+    if args.single:
+        _write_single(args.single, found, collection, store, tokenizer, model, numbers)
+        return
     sites = tuple(collection.about.settings["site"].split(","))
+    written_site = None if found.sae.config.kind == "crosscoder" else sites[-1]
     latents = dashboard.Latents(
         collection,
         found.sae,
         tokenizer,
         model,
-        written_site=None if found.sae.config.kind == "crosscoder" else sites[-1],
+        written_site=written_site,
         labels=labels,
         neurons=neurons,
     )
+    if args.neuronpedia:
+        neuronpedia_flags.write(args, latents, model, written_site)
+        return
     about = {
         "title": f"Latents of {found.path.name}",
         "model": model and str(model.spec),
@@ -158,10 +183,56 @@ def run(args, overrides) -> None:
         return
     live = dashboard.Live(latents, model, sites)
     known = dashboard.about(latents, **about, shard=dashboard.SHARD, can=live.can)
-    server, address = dashboard.open_server(latents, known, live, args.serve, args.host)
+    host = args.host or LOCAL
+    server, address = dashboard.open_server(latents, known, live, args.serve, host)
     with server:
         print(f"{found.sae.config.d_sae:,} latents at {address}; Ctrl-C ends it", flush=True)
         server.serve_forever()
+
+
+def _numbers(text: str | None) -> list[int] | None:
+    """Returns the numbers in a list such as "1,5,9"."""
+    from sae_jax.interpret.page import MOST_LATENTS
+
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and len(part) < 16 for part in parts):
+        raise UserError(f'--latents={text}: write the numbers of latents, such as "1,5,9"')
+    if len(parts) > MOST_LATENTS:
+        raise UserError(f"--latents has {len(parts)}; one page shows up to {MOST_LATENTS}")
+    return list(dict.fromkeys(map(int, parts)))
+
+
+def _write_single(file, found, collection, store, tokenizer, model, chosen) -> None:
+    """Writes one page of some latents, with the run's evaluation and training curves."""
+    from sae_jax import interpret, paths
+    from sae_jax.evaluate import report
+
+    out, evaluation = paths.local(file), found.path / "eval.json"
+    if wrong := [i for i in chosen or () if i >= found.sae.config.d_sae]:
+        raise UserError(f"no latent {wrong[0]}: there are 0 to {found.sae.config.d_sae - 1:,}")
+    if store is None:
+        raise UserError("--single is of a store's texts; leave it out, and the folder is written")
+    if not evaluation.is_file():
+        raise UserError(
+            f"--single shows {evaluation}, which is not there; make it with: "
+            f"sae-jax eval --run={found.path}"
+        )
+    metrics = found.path / "metrics.jsonl"
+    interpret.write_page(
+        out,
+        found.sae,
+        report.load(evaluation),
+        store,
+        tokenizer,
+        model,
+        metrics_file=metrics if metrics.is_file() else None,
+        latents=chosen,
+        collection=collection,
+        title=f"Latents of {found.path.name}",
+    )
+    print(f"Written: {out}")
 
 
 def _tokenizer(args, model):
@@ -251,10 +322,10 @@ def _collected(args, out, sae, there, make_source, settings: dict) -> tuple:
 
 
 def _metrics(run) -> list[tuple[str, float, str]]:
-    """Returns the metrics of a run's evaluation, if it is of what the run is now."""
+    """Returns the metrics of a run's evaluation, if it has one."""
     from sae_jax.evaluate import report
 
     file = run / "eval.json"
-    if not report.is_of(file, run):
+    if not file.is_file():
         return []
     return [line for _, lines in report.load(file).sections() for line in lines]

@@ -5,7 +5,7 @@ import sys
 
 from absl import flags
 
-from sae_jax.cli import counts, distributed, opening, path_lists
+from sae_jax.cli import counts, distributed, opened_saes, opened_sources, path_lists
 from sae_jax.errors import UserError
 
 SUMMARY = """Evaluate an SAE, alone and inside its language model.
@@ -142,10 +142,12 @@ def _evaluate(args) -> None:
         raise UserError("give either --run=RUN or --sae=PATH, or --results=SWEEP")
     if args.select:
         raise UserError("--select chooses among the runs of --results=SWEEP; give that too")
-    found = opening.open_sae(args)
-    sae, path = found.sae, found.path
-    source, model, settings = _open(args, found.data, lm.open_model)
-    settings = {**found.settings, **settings}
+    chosen = opened_sources.chosen(args)
+    sae, path, is_run, about, data = opened_saes.open_sae(args.run, args.sae, args.kind, chosen)
+    source, model, settings = _open(args, data, lm.open_model)
+    named = args.run or args.sae
+    name = named if paths.is_remote(named) else str(path.absolute())
+    settings = {"sae": name, **about, **settings}
     out = args.out or (path / "eval.json" if args.run else None)
     if out is not None:  # so that it is refused before the work
         check_sites(sae, source)
@@ -155,13 +157,13 @@ def _evaluate(args) -> None:
     if not is_writer():
         return
     print(evaluation.table())
-    if model is None and not is_world(found.data.store):
+    if model is None and not is_world(data.store):
         print("No cross-entropy: it needs --model=DIR, the language model's directory.")
     if out is None:
         print("Nothing was written; --out=FILE.json keeps it.")
         return
     save(evaluation, out, args.overwrite)
-    files = figures.save_all(evaluation, out, path / "metrics.jsonl" if found.is_run else None)
+    files = figures.save_all(evaluation, out, path / "metrics.jsonl" if is_run else None)
     print(f"Written: {', '.join(map(str, [out, dead_latents_file(out), *files]))}")
 
 
@@ -194,7 +196,7 @@ def _evaluate_sweep(args) -> None:
     groups: dict[tuple, list[str]] = {}
     for run_id in rows:
         config = runs[run_id].config
-        data = dataclasses.replace(config.data, **opening.chosen(args))
+        data = dataclasses.replace(config.data, **opened_sources.chosen(args))
         same = (data.store, data.site, data.target_site, data.holdout_fraction)
         groups.setdefault((config.sae.kind, *same, data.include_excluded), []).append(run_id)
     open_model = functools.cache(lm.open_model)
@@ -203,11 +205,11 @@ def _evaluate_sweep(args) -> None:
         first = runs[names[0]]
         data = find_store(directory.run_path(first), first.config.data)
         source, model, about = _open(
-            args, dataclasses.replace(data, **opening.chosen(args)), open_model
+            args, dataclasses.replace(data, **opened_sources.chosen(args)), open_model
         )
         jobs = []
         places = [directory.run_path(runs[name]).absolute() for name in names]
-        latest = at_once(opening.latest, places)
+        latest = at_once(opened_saes.latest, places)
         for name, path, (checkpoint, which) in zip(names, places, latest, strict=True):
             settings = {"sae": str(path), **which, **about}
             jobs.append(
@@ -286,11 +288,11 @@ def _shown(names: dict[str, str], done: dict[str, dict]) -> str:
 
 
 def _open(args, data, open_model) -> tuple:
-    """Returns (source, model or None, settings), as `opening.open_source` does."""
+    """Returns (source, model or None, settings), as `opened_sources.open_source` does."""
     slices = _slice(args.sequences, "--sequences"), _slice(args.lm_sequences, "--lm_sequences")
     if slices != (None, None) and not (args.tokens_file or args.text):
         raise UserError("--sequences and --lm_sequences are of --tokens_file or --text; give one")
-    return opening.open_source(args, data, open_model, *slices)
+    return opened_sources.open_source(args, data, open_model, *slices)
 
 
 def _slice(text: str | None, flag: str) -> slice | None:

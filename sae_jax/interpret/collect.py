@@ -162,7 +162,7 @@ class Cost:
     def __str__(self) -> str:
         events = "12 bytes a firing latent"
         if self.events is not None:
-            events = f"at most {self.events * self.rows / 1e9:.2f} GB"
+            events = f"about {self.events * self.rows / 1e9:.2f} GB"
         return (
             f"{self.flops / 1e12:.3g} TFLOP of encoding, {events} of events on disk until it is "
             f"done, {self.disk / 1e9:.2f} GB of disk, {self.memory / 1e9:.2f} GB of memory beside "
@@ -172,7 +172,7 @@ class Cost:
     def measured(self, seconds: float, encoding: float, counts: np.ndarray, out) -> str:
         """Returns in one line what was stated and what it was."""
         disk = sum(file.stat().st_size for file in pathlib.Path(out).iterdir())
-        events = "" if self.events is None else f" (at most {self.events * self.rows / 1e9:.2f})"
+        events = "" if self.events is None else f" (stated {self.events * self.rows / 1e9:.2f})"
         return (
             f"{seconds:.0f} s, of which encoding {encoding:.0f} s "
             f"({self.flops / 1e9 / max(encoding, 1e-9):.0f} GFLOP/s); "
@@ -206,7 +206,7 @@ def _cost(sae: SAE, text: _Text, about: About) -> Cost:
     slots = about.top + about.intervals * about.per_interval
     of_slots = slots * (12 + 2 * (about.before + 1 + about.after))
     of_latent = 12 + 4 * BINS + of_slots + 8 * COACTIVE
-    k = getattr(config, "k", None)
+    k = config.k
     fired = min(_BLOCK_EVENTS, rows * (k or 64))
     memory = 13 * rows + max(
         160 * fired + 2 * min(_BLOCK_LATENTS, about.d_sae) * of_latent,
@@ -225,7 +225,7 @@ def _cost(sae: SAE, text: _Text, about: About) -> Cost:
 
 
 def _chosen(source, tokens: int) -> _Text:
-    if not hasattr(source, "texts"):
+    if not isinstance(source, HeldOutRows | ModelRows):
         raise UserError(f"{source.origin} has no tokens, so there is no text to show")
     texts = source.texts()
     length = texts.tokens.shape[1]
@@ -278,7 +278,7 @@ def _encode(encoder: Encoder, source, text: _Text, folder: pathlib.Path) -> None
     starts = range(0, count, size)
     files = {start: folder / f"{start:010d}.npy" for start in starts}
     missing = [start for start in own_share(starts) if not files[start].is_file()]
-    for start in progress(missing, "encoding the texts", unit="piece"):
+    for start in progress(missing, "encoding the texts", len(missing), "piece"):
         stop = min(start + size, count)
         used = text.used[start:stop].reshape(-1)
         x = source.read(text.places[start:stop]).reshape(len(used), -1)
@@ -327,7 +327,7 @@ def _fill(counts, text: _Text, about: About, seed: int, folder: pathlib.Path) ->
     windows = WindowHashes(text.tokens, about.before, about.after)
     files = list(blocks)
     own = [files[i] for i in own_share(range(len(files))) if not files[i].is_file()]
-    for file in progress(own, "choosing the examples", unit="block"):
+    for file in progress(own, "choosing the examples", len(own), "block"):
         first, stop = blocks[file]
         events = _events_of(pieces, first, stop)
         found = statistics(events, stop - first)
@@ -355,7 +355,7 @@ def _compare(blocks, counts, folder: pathlib.Path) -> list[pathlib.Path]:
     ranges = list(similarities.blocks())
     files = [folder / f"{first:010d}.npz" for first, _ in ranges]
     own = [i for i in own_share(range(len(files))) if not files[i].is_file()]
-    for i in progress(own, "comparing latents", unit="block"):
+    for i in progress(own, "comparing latents", len(own), "block"):
         coactive, similarity = similarities.of(*ranges[i])
         found = {"coactive": coactive, "similarity": similarity}
         _save(files[i], lambda file, found=found: np.savez(file, **found))

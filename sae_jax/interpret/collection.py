@@ -2,9 +2,9 @@
 
 A collection has one fixed set of slots for each latent: `top` for the sequences on which it peaks
 highest, and `per_interval` for each of `intervals` equal parts of the range from 0 to its maximum,
-the highest part first (Bricken et al. 2023, "Towards Monosemanticity"). A slot is empty where its
-value is 0. Arrays are files of their own that are mapped, not read, so that a collection of any
-size opens at once:
+the highest part first (Bricken et al. 2023, "Towards Monosemanticity"), drawn from its other
+sequences. A slot is empty where its value is 0. Arrays are files of their own that are mapped, not
+read, so that a collection of any size opens at once:
 
     collection.json     the settings, and what was looked at
     latents.npz         density, mean_activation, max_activation (d_sae,) float32
@@ -144,7 +144,9 @@ class Collection:
     @functools.cached_property
     def _arrays(self) -> dict[str, np.ndarray]:
         names = ("histogram", "value", "sequence", "position", "window", "coactive", "similarity")
-        return {n: map_npy(self.path / f"{n}.npy") for n in (*names, "tokens", "numbers")}
+        names = (*names, "tokens", "numbers")
+        # Plain views, still mapped: a memmap makes objects of its own wherever it is indexed.
+        return {n: np.asarray(map_npy(self.path / f"{n}.npy")) for n in names}
 
 
 def write(path, about: About, latents: dict[str, np.ndarray], arrays: dict) -> Collection:

@@ -100,14 +100,14 @@ class Encoder:
 
     def _encode(self, x, used):
         if self._is_sparse:
-            return None, *_encode_top_k(self._sae, x, used)
-        return _encode_dense(self._sae, x, used, self._room)
+            return None, None, *_encode_top_k(self._sae, x, used)
+        return self._room, *_encode_dense(self._sae, x, used, self._room)
 
     def _take(self, batch, found) -> Events:
         """Returns the events on the host; with more room where there were more than it held."""
-        total, *found = found
-        if total is not None and (most := int(np.max(total))) > self._room:
-            self._room = min(1 << (most - 1).bit_length(), self._entries)
+        room, total, *found = found
+        if room is not None and (most := int(np.max(total))) > room:
+            self._room = max(self._room, min(1 << (most - 1).bit_length(), self._entries))
             return self._take(batch, self._dispatch(*batch))
         rows, latents, values = (np.asarray(a).reshape(-1) for a in found)
         values = values * self._scale[latents]

@@ -53,4 +53,6 @@ class WindowHashes:
         stop = np.minimum(peaks + self._after + 1, length)
         whole = self._prefix[sequences, stop]
         tokens = whole - self._prefix[sequences, start] * self._powers[stop - start]
-        return mix(mix(tokens + (stop - start).astype(np.uint64)) + (peaks - start).astype(np.uint64))
+        return mix(
+            mix(tokens + (stop - start).astype(np.uint64)) + (peaks - start).astype(np.uint64)
+        )

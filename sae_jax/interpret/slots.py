@@ -146,4 +146,6 @@ def _places(kept, latent, value, number, sequence, maxima, about: About, seed: i
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns the numbers of all items of ranges, and for each of them which range it is of."""
     which = np.repeat(np.arange(len(starts)), lengths)
-    return which, np.arange(len(which)) + np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
+    return which, np.arange(len(which)) + np.repeat(
+        starts - (np.cumsum(lengths) - lengths), lengths
+    )

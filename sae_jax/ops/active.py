@@ -143,8 +143,8 @@ def positive_entries(values, room: int):
       room: how many entries there is room for.
 
     Returns:
-      How many entries are above 0, () int32, and of the first `room` of them the tokens, the latents
-      and the values, (room,) each; 0 where there are no more.
+      How many entries are above 0, () int32, and of the first `room` of them the tokens, the
+      latents and the values, (room,) each; 0 where there are no more.
     """
     rows, n = values.shape
     words = _words(jnp.pad(values > 0, ((0, 0), (0, -n % _BITS))))

@@ -25,7 +25,7 @@ from absl import logging
 from sae_jax import paths
 from sae_jax.errors import UserError
 from sae_jax.interpret.dashboard.latents import Latent, Latents
-from sae_jax.interpret.dashboard.words import Words
+from sae_jax.interpret.dashboard.words import Words, Written
 from sae_jax.json_files import checked, parse_json, read_json
 from sae_jax.place_errors import explained
 from sae_jax.progress_bar import progress
@@ -228,9 +228,9 @@ def _write(file: pathlib.Path, made: list[Latent]) -> None:
     paths.write(file, packed(made))
 
 
-def _read(file: pathlib.Path) -> list[Latent]:
+def _read(file: pathlib.Path) -> list[Written]:
     try:
         data = gzip.decompress(file.read_bytes())
     except (OSError, EOFError) as error:
         raise UserError(f"{file} is damaged ({error}); remove it, and it is made again") from None
-    return checked(parse_json(data, file), list[Latent], file)
+    return checked(parse_json(data, file), list[Written], file)

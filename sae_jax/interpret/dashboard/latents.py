@@ -31,7 +31,8 @@ class Example:
       start: the position of the first token.
       peak: which piece is the most active.
       pieces: the text, cut between characters and as finely as tokens are.
-      values: the activations of the tokens of each piece.
+      values: the activations of the tokens of each piece, a list of lists, as JSON: so many lists
+        would take far longer to make than to write.
       tokens: the tokenizer's names for the tokens of each piece, where a piece has several.
     """
 
@@ -39,7 +40,7 @@ class Example:
     start: int
     peak: int
     pieces: list[str]
-    values: list[list[float]]
+    values: msgspec.Raw
     tokens: list[list[str]] | msgspec.UnsetType = msgspec.UNSET
 
 
@@ -185,14 +186,24 @@ class Latents:
         last = bisect.bisect_left(text.starts, window.stop)
         decimals = 3 - math.floor(math.log10(largest)) if largest > 0 else 0
         values = np.round(window.activations.astype(np.float64), decimals).tolist()
-        cuts = [0, *(start - window.start for start in text.starts[first + 1 : last]), len(values)]
-        shown = [values[a:b] for a, b in itertools.pairwise(cuts)]
+        cuts = [start - window.start for start in text.starts[first:last]]
+        cuts = [0, *cuts[1:], len(values)]
         tokens = msgspec.UNSET
-        if len(shown) < len(values):
+        if len(cuts) > len(values):  # a token each
+            shown = f"[[{str(values)[1:-1].replace(', ', '],[')}]]"
+        else:
+            shown = str([values[a:b] for a, b in itertools.pairwise(cuts)])
             names = [token_name(self.tokenizer, i) for i in window.ids[window.start : window.stop]]
             tokens = [names[a:b] if b > a + 1 else [] for a, b in itertools.pairwise(cuts)]
         peak = bisect.bisect_right(text.starts, window.peak) - 1 - first
-        return Example(window.sequence, window.start, peak, text.texts[first:last], shown, tokens)
+        return Example(
+            window.sequence,
+            window.start,
+            peak,
+            text.texts[first:last],
+            msgspec.Raw(shown.encode()),
+            tokens,
+        )
 
     def _text(self, window: Window) -> "_Text":
         text = self._texts.pop(window.sequence, None)

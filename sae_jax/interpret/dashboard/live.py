@@ -114,7 +114,7 @@ class Live:
 
     @property
     def can(self) -> dict[str, bool]:
-        """Which requests are answered, by name."""
+        """The requests by name, and whether each is answered."""
         ours, kind = isinstance(self._model, lm.JaxModel), self._sae.config.kind
         return {
             "encode": self._model is not None,

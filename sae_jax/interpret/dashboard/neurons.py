@@ -54,7 +54,7 @@ class Neurons:
     @classmethod
     def load(cls, file: pathlib.Path) -> "Neurons":
         """Reads them from an .npz file. Raises UserError if it is missing or damaged."""
-        found = read_npz(file)
+        found = read_npz(paths.path(file))
         if found.keys() != {"index", "pearson"}:
             raise UserError(f"{file} has no correlated neurons; remove it, and it is made again")
         return cls(**found)

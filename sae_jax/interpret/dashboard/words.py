@@ -1,6 +1,7 @@
 """An index of the words that latents are most active on, in files that a page reads one of."""
 
 import collections
+import dataclasses
 import re
 
 from sae_jax.interpret.dashboard.latents import Latent
@@ -11,7 +12,23 @@ _WORD = re.compile(r"\w+")
 _LONGEST = 64  # characters of a word
 
 
-def words_of(latent: Latent) -> set[str]:
+@dataclasses.dataclass(frozen=True)
+class Peak:
+    """What of an example in a file its words are found by."""
+
+    peak: int
+    pieces: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What of a latent in a file its words are found by."""
+
+    index: int
+    groups: list[list[Peak]]
+
+
+def words_of(latent: Latent | Written) -> set[str]:
     """Returns the words, in lower case, at the peaks of a latent's highest examples and a few
     pieces before them."""
     found = set()
@@ -36,7 +53,7 @@ class Words:
         """Begins with none."""
         self._latents: dict[str, list[int]] = collections.defaultdict(list)
 
-    def add(self, latent: Latent) -> None:
+    def add(self, latent: Latent | Written) -> None:
         """Adds the words of a latent."""
         for word in words_of(latent):
             self._latents[word].append(latent.index)

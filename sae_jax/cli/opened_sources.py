@@ -1,75 +1,19 @@
-"""Opens what commands about a trained SAE work on: the SAE, its store or text, and its model.
+"""Opens the rows that commands about a trained SAE read: of a store, of tokens or of text.
 
-The flags have the same names in all of them: --run or --sae (with --kind); --store, --tokens_file
-or --text (with --context_length and --collapse_newlines); --site and --target_site; --model and
---model_dtype; --tokens, --holdout_fraction and --include_excluded.
+The flags have the same names in all of them: --store, --tokens_file or --text (with
+--context_length and --collapse_newlines); --site and --target_site; --model and --model_dtype;
+--tokens, --holdout_fraction and --include_excluded.
 """
 
-from typing import Any, NamedTuple
-
+from sae_jax.cli import opened_saes
 from sae_jax.errors import UserError
-
-
-class Opened(NamedTuple):
-    """An SAE that flags name.
-
-    Attributes:
-      sae: the SAE.
-      path: where it is.
-      is_run: whether it is the directory of a run.
-      data: the run's data section, with what the flags say besides.
-      settings: its name, and which of a run's checkpoints it is.
-    """
-
-    sae: Any
-    path: Any
-    is_run: bool
-    data: Any
-    settings: dict
-
-
-def open_sae(args) -> Opened:
-    """Returns the SAE that --run or --sae names. Raises UserError if it cannot be read."""
-    import dataclasses
-
-    from sae_jax import interop, paths
-    from sae_jax.config import DataConfig
-    from sae_jax.train.directory import find_store, read_config
-
-    named = args.run or args.sae
-    path, about = interop.locate(named), {}
-    is_run = interop.format_of(path) is None and (path / "config.json").is_file()
-    if is_run:
-        checkpoint, about = latest(path)
-        sae = interop.load(checkpoint, kind=args.kind)
-    else:
-        sae = interop.load(named, kind=args.kind)
-    data = find_store(path, read_config(path).data) if is_run else DataConfig()
-    data = dataclasses.replace(data, **chosen(args))
-    if not data.site and not is_run:
-        data = dataclasses.replace(data, site=interop.site(path) or "")
-    name = named if paths.is_remote(named) else str(path.absolute())
-    return Opened(sae, path, is_run, data, {"sae": name, **about})
-
-
-def latest(run) -> tuple:
-    """Returns the path of a run's latest checkpoint, and the settings that tell it from others.
-
-    The checkpoint is named, so that one that the run saves meanwhile is not taken for it.
-    """
-    from sae_jax.evaluate.report import checkpoint_settings
-    from sae_jax.train.checkpoints import saved_steps
-
-    steps = saved_steps(run)
-    if not steps:
-        raise UserError(f"{run} holds no checkpoint yet; train it first")
-    return run / "checkpoints" / str(steps[-1]), checkpoint_settings(run, steps[-1])
 
 
 def chosen(args) -> dict:
     """Returns the fields of a run's data section that the flags give."""
     names = ("store", "site", "target_site", "holdout_fraction", "include_excluded")
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    known = [name for name in names if name in args]
+    return {name: args[name].value for name in known if args[name].value is not None}
 
 
 def open_source(
@@ -100,7 +44,7 @@ def open_store_and_model(args, data, open_model) -> tuple:
     from sae_jax.evaluate.sources import check_model
 
     store = lm.open_store(data.store) if data.store and not is_world(data.store) else None
-    directory = _model(args.model, store)
+    directory = opened_saes.model_of(args.model, store)
     model = None
     if directory is not None:
         model = open_model(directory, args.model_dtype)
@@ -112,26 +56,13 @@ def open_store_and_model(args, data, open_model) -> tuple:
     return store, model, settings
 
 
-def _model(asked: str | None, store):
-    """Returns the model that the flag --model asks for, as `lm.open_model` takes it, or None.
-
-    Without the flag it is the store's own model, if that is the one that ships here or on the hub.
-    """
-    from sae_jax import lm
-
-    if asked is not None:
-        return {"demo": lm.DEMO_MODEL, "none": None}.get(asked, asked)
-    if store is None:
-        return None
-    if _is_from(store, lm.DEMO_MODEL):
-        return lm.DEMO_MODEL
-    return store.meta.model if lm.hub_name(store.meta.model or "") else None
-
-
-def make_source(args, data, store, model, sequences=None, lm_sequences=None):
+def make_source(
+    args, data, store, model, sequences=None, lm_sequences=None, *, heldout: bool = True
+):
     """Returns what rows are read of: the user's tokens or text if given, else the store or world.
 
     The arguments are those of `open_source`, and the store and model, or None, that were opened.
+    Without `heldout` all sequences of a store are read, and not only those held out in training.
 
     Raises UserError where what the flags name does not go together, or is not there.
     """
@@ -157,7 +88,7 @@ def make_source(args, data, store, model, sequences=None, lm_sequences=None):
             store,
             sites,
             tokens=args.tokens,
-            holdout_fraction=data.holdout_fraction,
+            holdout_fraction=data.holdout_fraction if heldout else None,
             include_excluded=data.include_excluded,
         )
     if model is None:
@@ -187,10 +118,3 @@ def make_source(args, data, store, model, sequences=None, lm_sequences=None):
         spliced_sequences=lm_sequences or sequences or slice(None),
         **excluded,
     )
-
-
-def _is_from(store, model_directory) -> bool:
-    from sae_jax import lm
-
-    made_by = store.meta.provenance.get("model_fingerprint")
-    return made_by is not None and made_by == lm.fingerprint(model_directory)
