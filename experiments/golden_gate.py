@@ -134,7 +134,7 @@ def main(argv):
         raise UserError(f"unexpected argument {argv[1]!r}; flags are --name=value")
     concept = chosen_concept()
     out = pathlib.Path(_OUT.value)
-    model = lm.open_model(_MODEL.value)
+    model = lm.open_model(_MODEL.value, scan=True)  # compiles in seconds, whatever the depth
     site = _SITE.value or middle_site(model)
     sae, store = trained(out, model, site)
     rows = HeldOutRows(

@@ -131,7 +131,10 @@ def test_same_norm_turns_the_activations_and_does_not_lengthen_them(model):
     np.testing.assert_allclose(tapped[SITE][..., 7] / norms[0], 1.0, atol=2e-3)
 
 
-@pytest.mark.parametrize("same_norm", [False, True])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("same_norm", [False, pytest.param(True, marks=SLOW)])
 @pytest.mark.parametrize("architecture", ["relu", "topk"])
 def test_clamping_to_the_present_value_changes_no_bit(architecture, same_norm):
     """Of one latent and of several, at each position its own, in a model with all its parts."""
@@ -220,6 +223,7 @@ WROTE = {  # after BOS and w1, greedily; nothing else makes any token likelier
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positions", steering.POSITIONS)
 def test_what_is_written_is_steered_at_chosen_positions(model, positions):
     prompts = [[0, 1], [0, 2, 4], [0]]
@@ -247,6 +251,7 @@ def test_what_is_written_is_steered_at_chosen_positions(model, positions):
     assert steered.measures["kl"] > 0
 
 
+@pytest.mark.slow
 def test_a_crosscoder_writes_too(tmp_path):
     """Without a cache, but the same: what nothing is added to, it writes as the model does."""
     make_model(tmp_path, num_layers=2, d_model=D)
@@ -279,8 +284,8 @@ def transcoder_run(kind: str, mode: str):
     return model, sae, sites, latents, told, tokens, clean, x, y
 
 
-@pytest.mark.parametrize("mode", ["clamp", "add"])
-@pytest.mark.parametrize("kind", ["transcoder", "skip_transcoder"])
+@pytest.mark.parametrize("mode", ["clamp", pytest.param("add", marks=SLOW)])
+@pytest.mark.parametrize("kind", ["transcoder", pytest.param("skip_transcoder", marks=SLOW)])
 def test_a_transcoder_is_steered_where_it_writes_by_what_it_reads(kind, mode):
     model, sae, sites, latents, told, tokens, clean, x, y = transcoder_run(kind, mode)
     scale = np.asarray(activation_scale(sae))

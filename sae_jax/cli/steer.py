@@ -108,11 +108,12 @@ def define(values: flags.FlagValues) -> None:
     )  # fmt: skip
     integer("seed", 0, "Of samples and of the random direction.", 0)
     string("concept", None, "A regular expression, whose share of the samples is told.")
-    flags.DEFINE_list(
-        "tokens_of", None,
-        "Words whose (first) tokens are the set of log p(set), spaces counted; those that the "
-        "first latent promotes.", flag_values=values,
-    )  # fmt: skip
+    string(
+        "tokens_of",
+        None,
+        "Words with commas, whose (first) tokens are the set of log p(set); a space before a word "
+        "counts. By default those that the first latent promotes.",
+    )
     path_lists.define("text", "Text files to measure on, instead of the store's.", values)
     integer("context_length", 256, "With --text: tokens of a context.", 2)
     counts.define("tokens", 65_536, "For maxima and means: of about so many tokens.", values)
@@ -249,7 +250,8 @@ def _opened(args) -> tuple:
         raise UserError("which language model? give its directory: --model=DIR, or --model=demo")
     if not data.site:
         raise UserError("where does the SAE belong? give --site, such as --site=resid_post.2")
-    model = lm.open_model(directory, args.model_dtype)
+    # Layers that run in a loop compile in seconds, whatever the depth.
+    model = lm.open_model(directory, args.model_dtype, scan=not lm.is_torch(directory))
     if store is not None:
         check_model(store, model)
     sites = tuple(",".join(filter(None, (data.site, data.target_site))).split(","))
@@ -341,7 +343,7 @@ def _token_set(args, sae, model, site: str, latents: list[int]) -> tuple[list[in
 
     ids = []
     if args.tokens_of:
-        for word in args.tokens_of:
+        for word in args.tokens_of.split(","):
             tokens = model.tokenizer.encode(word)
             if not tokens:
                 raise UserError(f"--tokens_of has {word!r}, which is no token; leave it out")
