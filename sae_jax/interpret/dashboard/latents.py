@@ -13,6 +13,7 @@ import numpy as np
 from sae_jax import lm
 from sae_jax.interpret.collection import Collection
 from sae_jax.interpret.collection import Example as Window
+from sae_jax.interpret.dashboard.hints import hints
 from sae_jax.interpret.dashboard.labels import Labels
 from sae_jax.interpret.dashboard.neighbours import Neighbours
 from sae_jax.interpret.dashboard.neurons import Neurons
@@ -127,6 +128,10 @@ class Latents:
     def group_names(self) -> list[str]:
         """The names of the groups of examples."""
         return ["highest", *interval_names(self.collection.about.intervals)]
+
+    def hints(self) -> dict[int, str]:
+        """Returns the tokens on which each latent peaks, as text, by its number."""
+        return hints(self.collection, self.tokenizer)
 
     def columns(self) -> np.ndarray:
         """Returns density, mean and largest activation, and score (NaN: none): (4, d_sae)."""
