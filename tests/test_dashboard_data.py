@@ -106,6 +106,16 @@ def test_the_index_and_the_labels(folder, made):
     assert read(folder / "data/labels.json.gz") == {"3": "</script> a name", "299": "last"}
 
 
+def test_the_tokens_at_the_peaks_stand_for_a_latent(folder, tokenizer):
+    shown = [one for i in range(2) for one in read(folder / f"data/latents/{i:05}.json.gz")]
+    peaks = read(folder / "data/peaks.json.gz")
+    assert len(peaks) == D_SAE and peaks[0] == [] and max(map(len, peaks)) == planted.TOP
+    for one, tokens in zip(shown, peaks, strict=True):
+        pieces_at = {example["pieces"][example["peak"]] for example in one["groups"][0]}
+        if not any("tokens" in example for example in one["groups"][0]):
+            assert set(tokens) == pieces_at
+
+
 def test_the_words_at_the_peaks_are_found_in_the_file_of_their_hash(folder):
     found = {}
     for part in range(64):

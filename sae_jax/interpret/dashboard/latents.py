@@ -1,7 +1,9 @@
 """Makes what the dashboard shows of a latent, and of all of them, from a collection."""
 
 import bisect
+import collections
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -17,9 +19,11 @@ from sae_jax.interpret.dashboard.neighbours import Neighbours
 from sae_jax.interpret.dashboard.neurons import Neurons
 from sae_jax.interpret.effects import OutputTokens, output_tokens
 from sae_jax.interpret.text import interval_names, pieces, token_name, token_text
+from sae_jax.numpy_files import map_npy
 from sae_jax.sae import SAE
 
 _SEQUENCES_KEPT = 2**14  # whose text is kept
+_PEAKS = 4  # tokens that stand for a latent in a list
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +138,21 @@ class Latents:
         score[list(self.labels.scores)] = list(self.labels.scores.values())
         columns = (found.density, found.mean_activation, found.max_activation, score)
         return np.stack(columns).astype("<f4")
+
+    @functools.cached_property
+    def peaks(self) -> list[list[str]]:
+        """The tokens on which each latent peaks in its highest examples, the most frequent first:
+        what a list of latents can show of one that has no label."""
+        found = self.collection
+        value, sequence, position, tokens = (
+            map_npy(found.path / f"{name}.npy")
+            for name in ("value", "sequence", "position", "tokens")
+        )
+        top = slice(found.about.top)
+        ids = np.where(value[:, top] > 0, tokens[sequence[:, top], position[:, top]], -1)
+        texts = {int(i): token_text(self.tokenizer, int(i)) for i in np.unique(ids) if i >= 0}
+        counts = (collections.Counter(i for i in row if i >= 0) for row in ids.tolist())
+        return [[texts[i] for i, _ in count.most_common(_PEAKS)] for count in counts]
 
     def make(self, numbers: Sequence[int]) -> list[Latent]:
         """Returns the latents of these numbers."""

@@ -65,6 +65,8 @@ class _Site:
             return _packed(self._latents.columns().tobytes())
         if name == "data/labels.json.gz":
             return _packed(packed(self._latents.labels.names, _LEVEL))
+        if name == "data/peaks.json.gz":
+            return _packed(packed(self._latents.peaks, _LEVEL))
         shard = re.fullmatch(r"data/latents/([0-9]{5,9})\.json\.gz", name)
         if shard and int(shard[1]) < self._about.shards:
             with self._lock:

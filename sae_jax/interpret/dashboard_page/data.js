@@ -86,19 +86,32 @@ export async function columns(latents) {
   return { density: column(0), mean: column(1), max: column(2), score: column(3) };
 }
 
-/** Labels by latent: as written, and in lower case for searching; "" where there is none. */
+/**
+ * What latents are called, and what stands for those that have no label: the tokens at their peaks.
+ */
 export class Labels {
-  constructor(latents, texts = {}) {
-    this.any = Object.keys(texts).length > 0;
-    this.written = new Array(latents).fill("");
-    for (const [latent, text] of Object.entries(texts)) this.written[latent] = text;
-    this.lowered = this.written.map((text) => text.toLowerCase());
+  constructor(latents, texts = {}, peaks = []) {
+    this.names = Array.from({ length: latents }, (_, i) =>
+      (peaks[i] ?? []).map((token) => token.trim() || token).join(" · "),
+    );
+    this.labelled = new Uint8Array(latents);
+    for (const [latent, text] of Object.entries(texts)) {
+      this.names[latent] = text;
+      this.labelled[latent] = 1;
+    }
+    this.lowered = this.names.map((text) => text.toLowerCase());
   }
 
+  /** A latent's label, or tokens, or "". */
   of(latent) {
-    return this.written[latent];
+    return this.names[latent];
   }
 
+  has(latent) {
+    return this.labelled[latent] === 1;
+  }
+
+  /** The same as `of` in lower case, for searching. */
   lower(latent) {
     return this.lowered[latent];
   }
@@ -106,7 +119,8 @@ export class Labels {
 
 /** The labels of all latents. */
 export async function labels(latents) {
-  return new Labels(latents, await json("data/labels.json.gz"));
+  const files = ["data/labels.json.gz", "data/peaks.json.gz"];
+  return new Labels(latents, ...(await Promise.all(files.map(json))));
 }
 
 /** One latent, with all that its page shows. */

@@ -10,7 +10,7 @@ const NAMES = {
   max: "maximum",
   mean: "mean",
   score: "score",
-  label: "label",
+  label: "label, or the tokens at its peaks",
 };
 const RANGE_NAMES = { density: "fires on, % of tokens", max: "maximum", score: "score" };
 

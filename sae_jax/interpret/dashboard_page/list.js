@@ -137,6 +137,7 @@ function rows(dashboard, columns) {
       cells.mean.textContent = number(index.mean[latent]);
       if (cells.score) cells.score.textContent = number(index.score[latent]);
       cells.label.textContent = labels?.of(latent) ?? "";
+      cells.label.classList.toggle("soft", !labels?.has(latent));
     };
     return { row, link, set };
   }
