@@ -1,7 +1,6 @@
 """Makes what the dashboard shows of a latent, and of all of them, from a collection."""
 
 import bisect
-import collections
 import dataclasses
 import functools
 import itertools
@@ -14,16 +13,15 @@ import numpy as np
 from sae_jax import lm
 from sae_jax.interpret.collection import Collection
 from sae_jax.interpret.collection import Example as Window
+from sae_jax.interpret.dashboard.hints import hints
 from sae_jax.interpret.dashboard.labels import Labels
 from sae_jax.interpret.dashboard.neighbours import Neighbours
 from sae_jax.interpret.dashboard.neurons import Neurons
-from sae_jax.interpret.effects import OutputTokens, output_tokens
+from sae_jax.interpret.effects import OutputTokens, output_tokens, used_tokens
 from sae_jax.interpret.text import interval_names, pieces, token_name, token_text
-from sae_jax.numpy_files import map_npy
 from sae_jax.sae import SAE
 
 _SEQUENCES_KEPT = 2**14  # whose text is kept
-_PEAKS = 4  # tokens that stand for a latent in a list
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +129,10 @@ class Latents:
         """The names of the groups of examples."""
         return ["highest", *interval_names(self.collection.about.intervals)]
 
+    def hints(self) -> dict[int, str]:
+        """Returns the tokens on which each latent peaks, as text, by its number."""
+        return hints(self.collection, self.tokenizer)
+
     def columns(self) -> np.ndarray:
         """Returns density, mean and largest activation, and score (NaN: none): (4, d_sae)."""
         found = self.collection
@@ -139,32 +141,21 @@ class Latents:
         columns = (found.density, found.mean_activation, found.max_activation, score)
         return np.stack(columns).astype("<f4")
 
-    @functools.cached_property
-    def peaks(self) -> list[list[str]]:
-        """The tokens on which each latent peaks in its highest examples, the most frequent first:
-        what a list of latents can show of one that has no label."""
-        found = self.collection
-        value, sequence, position, tokens = (
-            map_npy(found.path / f"{name}.npy")
-            for name in ("value", "sequence", "position", "tokens")
-        )
-        top = slice(found.about.top)
-        ids = np.where(value[:, top] > 0, tokens[sequence[:, top], position[:, top]], -1)
-        texts = {int(i): token_text(self.tokenizer, int(i)) for i in np.unique(ids) if i >= 0}
-        counts = (collections.Counter(i for i in row if i >= 0) for row in ids.tolist())
-        return [[texts[i] for i, _ in count.most_common(_PEAKS)] for count in counts]
-
     def make(self, numbers: Sequence[int]) -> list[Latent]:
         """Returns the latents of these numbers."""
         numbers = np.asarray(numbers, np.int64)
         neighbours = self._neighbours.find(numbers)
         effects = None
         if self._model is not None and self._site is not None:
-            effects = output_tokens(self.sae, self._model, self._site, numbers)
+            effects = output_tokens(self.sae, self._model, self._site, numbers, used=self._used)
         return [
             self._latent(int(number), near, self._effects(effects, place))
             for place, (number, near) in enumerate(zip(numbers, neighbours, strict=True))
         ]
+
+    @functools.cached_property
+    def _used(self) -> np.ndarray:
+        return used_tokens(self.tokenizer, self._model.vocab_size)
 
     def _latent(self, number: int, neighbours, effects: dict) -> Latent:
         found = self.collection

@@ -87,40 +87,36 @@ export async function columns(latents) {
 }
 
 /**
- * What latents are called, and what stands for those that have no label: the tokens at their peaks.
+ * What latents are called, and of those without a label the tokens on which they peak: as written,
+ * and in lower case for searching; "" where there is neither.
  */
 export class Labels {
-  constructor(latents, texts = {}, peaks = []) {
-    this.names = Array.from({ length: latents }, (_, i) =>
-      (peaks[i] ?? []).map((token) => token.trim() || token).join(" · "),
-    );
-    this.labelled = new Uint8Array(latents);
-    for (const [latent, text] of Object.entries(texts)) {
-      this.names[latent] = text;
-      this.labelled[latent] = 1;
-    }
-    this.lowered = this.names.map((text) => text.toLowerCase());
+  constructor(latents, texts = {}, hints = {}) {
+    this.texts = texts;
+    this.written = new Array(latents).fill("");
+    for (const [latent, text] of Object.entries(hints)) this.written[latent] = text;
+    for (const [latent, text] of Object.entries(texts)) this.written[latent] = text;
+    this.lowered = this.written.map((text) => text.toLowerCase());
   }
 
-  /** A latent's label, or tokens, or "". */
   of(latent) {
-    return this.names[latent];
+    return this.written[latent];
   }
 
-  has(latent) {
-    return this.labelled[latent] === 1;
+  /** Whether what it is called is only a hint. */
+  isHint(latent) {
+    return !Object.hasOwn(this.texts, latent);
   }
 
-  /** The same as `of` in lower case, for searching. */
   lower(latent) {
     return this.lowered[latent];
   }
 }
 
-/** The labels of all latents. */
+/** The labels of all latents, and hints. */
 export async function labels(latents) {
-  const files = ["data/labels.json.gz", "data/peaks.json.gz"];
-  return new Labels(latents, ...(await Promise.all(files.map(json))));
+  const files = ["labels", "hints"].map((name) => json(`data/${name}.json.gz`));
+  return new Labels(latents, ...(await Promise.all(files)));
 }
 
 /** One latent, with all that its page shows. */
