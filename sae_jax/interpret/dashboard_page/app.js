@@ -8,7 +8,7 @@ import { failure } from "./dom.js";
 import { latentView } from "./latent.js";
 import { listView } from "./list.js";
 import { liveView } from "./live.js";
-import { listQuery, lists } from "./order.js";
+import { beside, listQuery, lists } from "./order.js";
 import { themeButton } from "./theme.js";
 import { hideTip } from "./tips.js";
 
@@ -130,14 +130,21 @@ function open(dashboard) {
     }
     views.get("").focusSearch();
   };
+  // From what the address says, not from what is drawn: keys may come faster.
+  const step = async (side) => {
+    const list = await dashboard.list(route().query);
+    const { view, parts, query } = route();
+    const to = view === "latent" ? beside(list, Number(parts[0]), about.d_sae)[side] : null;
+    if (to !== null) location.hash = dashboard.latentAddress(to, query);
+  };
   const actions = {
     "/": search,
     "?": () => keys.showModal(),
     r: random,
     c: () => click("copy"),
     u: () => (location.hash = dashboard.listAddress(route().query)),
-    ArrowLeft: () => click("previous"),
-    ArrowRight: () => click("next"),
+    ArrowLeft: () => step(0),
+    ArrowRight: () => step(1),
   };
   document.addEventListener("keydown", (event) => {
     const { target, key, altKey, ctrlKey, metaKey, defaultPrevented } = event;

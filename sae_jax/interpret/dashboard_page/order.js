@@ -70,6 +70,16 @@ export function lists(index, labels, search) {
   };
 }
 
+/**
+ * The latents before and after one in a list, null where there is none. One that the list lacks has
+ * those of the next numbers, of `latents` in all.
+ */
+export function beside(list, latent, latents) {
+  const place = list.indexOf(latent);
+  if (place >= 0) return [list[place - 1] ?? null, list[place + 1] ?? null];
+  return [latent > 0 ? latent - 1 : null, latent < latents - 1 ? latent + 1 : null];
+}
+
 function select(index, labels, found, { sort, seed, text, dead, ranges }) {
   const latents = index.density.length;
   const bounds = RANGES.map((name) => {
