@@ -65,21 +65,13 @@ def direct_path(model, site, row):
     return np.asarray((change + (logits - offset) * (x @ dx) / len(x) / square) * square**0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, site",
     [
         ("llama_tied_gqa", "mlp_act"),
-        *(
-            pytest.param(name, site, marks=pytest.mark.slow)
-            for name, site in [
-                ("gemma2", "mlp_act"),
-                ("gemma2", "z"),
-                ("gpt2", "z"),
-                ("gpt2", "resid_post"),
-                ("gpt_neox", "mlp_out"),
-                ("llama_tied_gqa", "attn_out"),
-            ]
-        ),
+        ("gemma2", "z"),
+        ("gpt_neox", "mlp_out"),
     ],
 )
 def test_output_tokens_are_finite_differences_of_the_logits_with_the_norm_frozen(name, site):
@@ -115,27 +107,31 @@ def through_post_norm(model, site, row):
     return row @ np.asarray(p[matrix]).reshape(len(row), -1) * (1 + np.asarray(p[norm]))
 
 
-def test_histogram_median_and_blocks(monkeypatch):
+def test_values_histogram_and_median_whole_and_in_blocks(monkeypatch):
+    """Of an even and an odd number of tokens."""
     model = lm.JaxModel(MODELS / "llama_tied_gqa")
     w_dec = np.random.default_rng(0).normal(size=(9, 16)).astype(np.float32)
     sae, latents = relu_sae(w_dec), np.arange(9)
     for used in (np.ones(model.vocab_size, bool), np.arange(model.vocab_size) > 0):
-        whole = interpret.output_tokens(sae, model, "resid_post.0", latents, 3, used)
+        found = interpret.output_tokens(sae, model, "resid_post.0", latents, 3, used)
         rows = w_dec / np.linalg.norm(w_dec, axis=1, keepdims=True)
         p = model.params
         values = (rows * np.asarray(p["final_norm"])) @ np.asarray(p["embed"]).T[:, used]
         values -= np.median(values, axis=1, keepdims=True)
-        np.testing.assert_allclose(whole.low, values.min(axis=1), rtol=1e-4)
-        np.testing.assert_allclose(whole.high, values.max(axis=1), rtol=1e-4)
+        order = np.argsort(-values, axis=1)
+        np.testing.assert_array_equal(found.promoted, np.flatnonzero(used)[order[:, :3]])
+        np.testing.assert_array_equal(found.suppressed, np.flatnonzero(used)[order[:, :-4:-1]])
+        ranked = np.take_along_axis(values, order, axis=1)
+        np.testing.assert_allclose(found.promoted_values, ranked[:, :3], rtol=1e-3)
+        np.testing.assert_allclose(found.suppressed_values, ranked[:, :-4:-1], rtol=1e-3)
+        np.testing.assert_allclose(found.high, ranked[:, 0], rtol=1e-3)
+        np.testing.assert_allclose(found.low, ranked[:, -1], rtol=1e-3)
         for row, counts, low, high in zip(
-            values, whole.histogram, whole.low, whole.high, strict=True
+            values, found.histogram, found.low, found.high, strict=True
         ):
             expected = np.histogram(row, effects.BINS, (low, high))[0]
             assert counts.sum() == used.sum() and np.abs(counts - expected).sum() <= 4
-        monkeypatch.setattr(effects, "_LOGITS", 2 * model.vocab_size)
-        blocks = interpret.output_tokens(sae, model, "resid_post.0", latents, 3, used)
-        np.testing.assert_array_equal(blocks.promoted, whole.promoted)
-        np.testing.assert_allclose(blocks.promoted_values, whole.promoted_values, rtol=1e-5)
+        monkeypatch.setattr(effects, "_LOGITS", 2 * model.vocab_size)  # of the second
 
 
 def test_tokens_that_text_never_has_are_left_out():

@@ -69,7 +69,8 @@ def main(_) -> int:
 
 def random_sae(source: ModelRows) -> TopK:
     """A TopK SAE of random directions, around the mean of the activations."""
-    x = source.read(np.arange(64)).reshape(-1, source.site_widths[0])
+    sequences = min(64, source.num_rows // _CONTEXT_LENGTH.value)
+    x = source.read(np.arange(sequences)).reshape(-1, source.site_widths[0])
     fresh = TopK(d_in=x.shape[1], d_sae=_LATENTS.value, k=_K.value)
     return TopK.from_parameters(
         fresh.config, fresh.parameters() | {"b_dec": jnp.asarray(x.mean(axis=0))}

@@ -2,10 +2,17 @@
 
 from absl import flags
 
-from sae_jax.cli import counts, opened_saes, opened_sources, path_lists, ports
+from sae_jax.cli import (
+    counts,
+    neuronpedia_flags,
+    opened_saes,
+    opened_sources,
+    path_lists,
+    ports,
+)
 from sae_jax.errors import UserError
 
-SUMMARY = """Show every latent of an SAE on a page: what it fires on, promotes, and does.
+SUMMARY = f"""Show every latent of an SAE on a page: what it fires on, promotes, and does.
 
   sae-jax dashboard --run=runs/a --serve
 
@@ -34,6 +41,8 @@ is for any SAE that sae_jax reads, on text of yours; or with --store, on a store
 From another machine: ssh -L 8422:127.0.0.1:8422 HOST is safest. --host=0.0.0.0 listens to all who
 can reach this machine, and prints an address with a secret, without which nothing is answered; what
 is sent is not encrypted. A latent's activation is the length of what it adds, in the model's units.
+
+{neuronpedia_flags.HELP}
 """
 
 _PORT = 8422
@@ -101,6 +110,7 @@ def define(values: flags.FlagValues) -> None:
     flags.DEFINE_bool(
         "overwrite", False, "Replace a collection or files with other settings.", flag_values=values
     )
+    neuronpedia_flags.define(values)
 
 
 def run(args, overrides) -> None:
@@ -124,6 +134,7 @@ def run(args, overrides) -> None:
         raise UserError("give either --serve or --single")
     if args.single and not args.run:
         raise UserError("--single shows the evaluation of a run besides; give --run=RUN")
+    neuronpedia_flags.check(args)
     numbers = _numbers(args.latents)
     out = paths.local(args.out or interop.locate(args.run) / "dashboard")
     chosen = opened_sources.chosen(args)
@@ -147,18 +158,22 @@ def run(args, overrides) -> None:
         _write_single(args.single, found, collection, store, tokenizer, model, numbers)
         return
     sites = tuple(collection.about.settings["site"].split(","))
+    written_site = None if found.sae.config.kind == "crosscoder" else sites[-1]
     latents = dashboard.Latents(
         collection,
         found.sae,
         tokenizer,
         model,
-        written_site=None if found.sae.config.kind == "crosscoder" else sites[-1],
+        written_site=written_site,
         labels=labels,
         neurons=neurons,
     )
+    if args.neuronpedia:
+        neuronpedia_flags.write(args, latents, model, written_site)
+        return
     about = {
         "title": f"Latents of {found.path.name}",
-        "model": model and str(model.spec),
+        "model": tokenizer.name,
         "metrics": _metrics(found.path) if found.is_run else (),
     }
     if args.serve is None:
@@ -236,10 +251,9 @@ def _there(args, out, settings: dict):
     """Returns the collection that is in `out`, None if there is none, and takes from it what flags
     that are not given were when it was made.
 
-    Raises UserError if it is of another SAE, or was made by other flags than those given.
+    Raises UserError if it is of another SAE, or was made by other flags than those given, and may
+    not be made again.
     """
-    import shutil
-
     from sae_jax.interpret.collection import Collection
 
     place = out / "collection"
@@ -247,15 +261,19 @@ def _there(args, out, settings: dict):
         return None
     there = Collection(place)
     before = there.about.settings
-    now = settings | {name: args[name].value for name in _ASKED if args[name].present}
-    then = before | before.get("asked", {})
+    asked = before.get("asked", {})
     unlike = [
-        f"{name} was {then[name]!r} and is {value!r}"
-        for name, value in now.items()
-        if name in then and then[name] != value
+        f"{name} was {before[name]!r} and is {value!r}"
+        for name, value in settings.items()
+        if before.get(name, value) != value
     ]
+    for name in (name for name in _ASKED if args[name].present):
+        then, value = asked.get(name), args[name].value
+        default = before.get(name) if then is None else None  # what a run had, and no flag said
+        if then != value and str(value) not in str(default).split(","):
+            unlike.append(f"{name} was {default if then is None else then!r} and is {value!r}")
     if not unlike:
-        for name, value in ({"model": before.get("model")} | before.get("asked", {})).items():
+        for name, value in ({"model": before.get("model")} | asked).items():
             if not args[name].present:
                 args[name].value = value
         return there
@@ -264,8 +282,6 @@ def _there(args, out, settings: dict):
             f"{place} was made otherwise: {'; '.join(unlike)}; give --overwrite to make it again, "
             "or another --out"
         )
-    shutil.rmtree(place)
-    (out / "neurons.npz").unlink(missing_ok=True)
     return None
 
 
@@ -280,6 +296,8 @@ def _collected(args, out, sae, there, make_source, settings: dict) -> tuple:
       make_source: makes what rows are read of.
       settings: what the collection is to say of the SAE and its model.
     """
+    import shutil
+
     from sae_jax.interpret import dashboard
     from sae_jax.interpret.collect import collect
 
@@ -291,6 +309,8 @@ def _collected(args, out, sae, there, make_source, settings: dict) -> tuple:
     if there is None:
         beside.unlink(missing_ok=True)
         out.mkdir(parents=True, exist_ok=True)
+        if (out / "collection" / "collection.json").is_file():  # with --overwrite
+            shutil.rmtree(out / "collection")
         asked = {name: args[name].value for name in _ASKED}
         names = ("tokens", "top", "intervals", "per_interval", "before", "after", "seed")
         there = collect(

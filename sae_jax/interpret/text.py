@@ -198,3 +198,27 @@ def _text(tokenizer: lm.Tokenizer, token: int) -> str:
     """
     bos = tokenizer.decode([tokenizer.bos])
     return tokenizer.decode([tokenizer.bos, token]).removeprefix(bos)
+
+
+def vocabulary(tokenizer: lm.Tokenizer) -> list[str]:
+    """Returns the tokens as SAEDashboard writes them for Neuronpedia, by their ids.
+
+    They are the names of the tokenizer's vocabulary, so that spaces of SentencePiece stay "▁" and a
+    byte is "<0x0A>", which Neuronpedia replaces. Names of a byte-level vocabulary become the text
+    that they stand for, "Ġthe" " the". SAEDashboard replaces some of these and leaves the others,
+    "é" as "Ã©"; here all are text but the parts of characters, and the character 0, which
+    Neuronpedia's database does not take.
+    """
+    by_level = _is_byte_level(tokenizer)
+    return [_vocabulary_text(tokenizer, i, by_level) for i in range(tokenizer.vocab_size)]
+
+
+def _vocabulary_text(tokenizer: lm.Tokenizer, token: int, by_level: bool) -> str:
+    name = _name(tokenizer, token)
+    if not by_level:
+        return name
+    try:
+        text = _bytes(tokenizer, token, by_level).decode()
+    except UnicodeDecodeError:
+        return name
+    return name if "\0" in text else text
