@@ -147,10 +147,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if self.server.secret and "token" in query:
             return self._keep_secret(url.path)
         path = urllib.parse.unquote(url.path, errors="replace")
-        try:
-            answer = self.server.pages.get(path, query)
-        except UserError as error:
-            answer = _error(400, str(error))
+        answer = self._answer(self.server.pages.get, path, query)
         self._send(answer or _text(404, "there is nothing of this name"))
 
     def do_POST(self) -> None:
@@ -164,13 +161,24 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if not re.fullmatch("[0-9]{1,7}", size) or int(size) > _MOST_BYTES:
             return self._send(_error(413, f"send at most {_MOST_BYTES:,} bytes, and say how many"))
         path = urllib.parse.urlsplit(self.path).path
-        try:
-            values = parse_json(self.rfile.read(int(size)), "what was sent")
-            answer = self.server.pages.post(path, values)
-        except UserError as error:
-            return self._send(_error(400, str(error)))
+        body = self.rfile.read(int(size))
         self.close_connection = False
+        answer = self._answer(self._post, path, body)
         self._send(answer or _error(404, "there is nothing of this name"))
+
+    def _post(self, path: str, body: bytes) -> Answer | None:
+        return self.server.pages.post(path, parse_json(body, "what was sent"))
+
+    def _answer(self, function: Callable, path: str, given) -> Answer | None:
+        """Returns what `function` answers; its error, so that no page takes us to be gone."""
+        try:
+            return function(path, given)
+        except UserError as error:
+            return _error(400, str(error))
+        except Exception as error:
+            failed = f"{path} failed: {type(error).__name__}: {on_one_line(error)}"
+            logging.error("%s: %s", self.server.pages.name, failed)
+            return _error(500, failed)
 
     def _is_for_this_machine(self) -> bool:
         if self.server.knows(_host(self.headers.get("Host", ""))):

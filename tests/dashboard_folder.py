@@ -113,6 +113,7 @@ def write(directory, d_sae: int, *, shards=(0,), labelled=True) -> dict:
     labels = {str(i): f"things of kind {i % 97}, number {i}" for i in numbers}
     labels["3"] = HOSTILE
     write_gzip(data / "labels.json.gz", labels)
+    write_gzip(data / "hints.json.gz", {"7": "over · the"})
     plain = ["We", " went", " over", " the", " Golden", " Gate", " Bridge", " in fog", ".↵"]
     right = ["שלום", " עולם", ",", " זה", " טקסט"]
     for shard in shards:

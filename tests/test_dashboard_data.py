@@ -1,5 +1,6 @@
 """What the dashboard shows of latents, against a planted collection, and the folder it writes."""
 
+import collections
 import gzip
 import json
 
@@ -14,7 +15,7 @@ from sae_jax.interpret import dashboard
 from sae_jax.interpret.collection import FULL
 from sae_jax.interpret.dashboard import neighbours, words
 from sae_jax.interpret.dashboard.search import TextSearch
-from sae_jax.interpret.text import pieces, token_bytes
+from sae_jax.interpret.text import pieces, token_bytes, token_text
 
 D_SAE = 300
 HOSTILE = ["</script><script>alert(1)</script>", "<img src=x onerror=alert(1)>", "\u202e\u0000'\"&"]
@@ -104,6 +105,17 @@ def test_the_index_and_the_labels(folder, made):
     np.testing.assert_array_equal(largest, latents.collection.max_activation)
     assert score[3] == 0.5 and np.isnan(np.delete(score, 3)).all()
     assert read(folder / "data/labels.json.gz") == {"3": "</script> a name", "299": "last"}
+
+
+def test_a_hint_says_on_which_tokens_a_latent_peaks_most_often(folder, made, tokenizer):
+    latents, arrays, tokens = made
+    found = read(folder / "data/hints.json.gz")
+    for latent in range(D_SAE):
+        slots = np.flatnonzero(arrays["value"][latent, : latents.collection.about.top] > 0)
+        rows, places = arrays["sequence"][latent, slots], arrays["position"][latent, slots]
+        texts = [token_text(tokenizer, i).strip() or "␣" for i in tokens[rows, places]]
+        expected = [text for text, _ in collections.Counter(texts).most_common(4)]
+        assert found.get(str(latent), "") == " · ".join(expected)
 
 
 def test_the_words_at_the_peaks_are_found_in_the_file_of_their_hash(folder):

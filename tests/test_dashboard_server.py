@@ -203,6 +203,18 @@ def test_a_bad_request_is_one_sentence(ask, name, body, says):
     assert status == 400 and says in error and "\n" not in error, error
 
 
+def test_a_failure_of_ours_is_said_to_the_page_and_in_the_log(made, monkeypatch, caplog):
+    def fail(*_):
+        raise RuntimeError("two\nlines")
+
+    with serving(*made) as (_, ask):
+        monkeypatch.setattr(dashboard.Live, "search", fail)
+        status, _, body = ask("POST", "/api/search", '{"query": "a"}', **JSON)
+    assert status == 500
+    assert json.loads(body)["error"] == "/api/search failed: RuntimeError: two lines"
+    assert "the dashboard: /api/search failed: RuntimeError: two lines" in caplog.text
+
+
 def test_what_is_not_for_this_server_is_refused(ask):
     texts = json.dumps({"query": "a"})
     refused = [

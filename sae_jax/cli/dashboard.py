@@ -173,7 +173,7 @@ def run(args, overrides) -> None:
         return
     about = {
         "title": f"Latents of {found.path.name}",
-        "model": model and str(model.spec),
+        "model": tokenizer.name,
         "metrics": _metrics(found.path) if found.is_run else (),
     }
     if args.serve is None:
@@ -251,10 +251,9 @@ def _there(args, out, settings: dict):
     """Returns the collection that is in `out`, None if there is none, and takes from it what flags
     that are not given were when it was made.
 
-    Raises UserError if it is of another SAE, or was made by other flags than those given.
+    Raises UserError if it is of another SAE, or was made by other flags than those given, and may
+    not be made again.
     """
-    import shutil
-
     from sae_jax.interpret.collection import Collection
 
     place = out / "collection"
@@ -262,15 +261,19 @@ def _there(args, out, settings: dict):
         return None
     there = Collection(place)
     before = there.about.settings
-    now = settings | {name: args[name].value for name in _ASKED if args[name].present}
-    then = before | before.get("asked", {})
+    asked = before.get("asked", {})
     unlike = [
-        f"{name} was {then[name]!r} and is {value!r}"
-        for name, value in now.items()
-        if name in then and then[name] != value
+        f"{name} was {before[name]!r} and is {value!r}"
+        for name, value in settings.items()
+        if before.get(name, value) != value
     ]
+    for name in (name for name in _ASKED if args[name].present):
+        then, value = asked.get(name), args[name].value
+        default = before.get(name) if then is None else None  # what a run had, and no flag said
+        if then != value and str(value) not in str(default).split(","):
+            unlike.append(f"{name} was {default if then is None else then!r} and is {value!r}")
     if not unlike:
-        for name, value in ({"model": before.get("model")} | before.get("asked", {})).items():
+        for name, value in ({"model": before.get("model")} | asked).items():
             if not args[name].present:
                 args[name].value = value
         return there
@@ -279,8 +282,6 @@ def _there(args, out, settings: dict):
             f"{place} was made otherwise: {'; '.join(unlike)}; give --overwrite to make it again, "
             "or another --out"
         )
-    shutil.rmtree(place)
-    (out / "neurons.npz").unlink(missing_ok=True)
     return None
 
 
@@ -295,6 +296,8 @@ def _collected(args, out, sae, there, make_source, settings: dict) -> tuple:
       make_source: makes what rows are read of.
       settings: what the collection is to say of the SAE and its model.
     """
+    import shutil
+
     from sae_jax.interpret import dashboard
     from sae_jax.interpret.collect import collect
 
@@ -306,6 +309,8 @@ def _collected(args, out, sae, there, make_source, settings: dict) -> tuple:
     if there is None:
         beside.unlink(missing_ok=True)
         out.mkdir(parents=True, exist_ok=True)
+        if (out / "collection" / "collection.json").is_file():  # with --overwrite
+            shutil.rmtree(out / "collection")
         asked = {name: args[name].value for name in _ASKED}
         names = ("tokens", "top", "intervals", "per_interval", "before", "after", "seed")
         there = collect(

@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from sae_jax.cli import counts, opened_saes, path_lists
+from sae_jax.cli import counts, opened_saes, opened_sources, path_lists
 from sae_jax.errors import UserError
 
 SUMMARY = """Steer a language model by an SAE's latents, and measure what that does.
@@ -115,7 +115,9 @@ def define(values: flags.FlagValues) -> None:
         "counts. By default those that the first latent promotes.",
     )
     path_lists.define("text", "Text files to measure on, instead of the store's.", values)
+    string("tokens_file", None, "An .npy or .npz of token ids (sequences, length), instead.")
     integer("context_length", 256, "With --text: tokens of a context.", 2)
+    boolean("collapse_newlines", False, "With --text: make one of several newlines.")
     counts.define("tokens", 65_536, "For maxima and means: of about so many tokens.", values)
     counts.define("lm_tokens", 2_048, "For KL and cross-entropy: about so many tokens.", values)
     string("out", None, "Directory of the results; without it they are printed alone.")
@@ -155,7 +157,8 @@ def _check(args) -> None:
 
     if not args.latent:
         raise UserError("which latent? give --latent=7, or several: --latent=7,12")
-    if not (args.prompt or args.prompts or args.text or args.run or args.store):
+    texts = args.text or args.tokens_file
+    if not (args.prompt or args.prompts or texts or args.run or args.store):
         raise UserError("nothing to steer: give --prompt=TEXT to go on from, or --text=FILE")
     if args.mode in FIXED_FACTORS and args.factors:
         raise UserError(f"--mode={args.mode} has no factors; leave out --factors")
@@ -164,10 +167,10 @@ def _check(args) -> None:
     if args.positive and not args.baselines:
         raise UserError("--positive and --negative are for the baselines; leave out --nobaselines")
     if args.positions in ("prompt", "continuation"):
-        if args.text:
+        if texts:
             raise UserError(
-                f"--positions={args.positions} is of prompts and what follows them, which --text "
-                "has not; leave out --text, and it is measured on what the untouched model writes"
+                f"--positions={args.positions} is of prompts and what follows them; leave out "
+                "--text and --tokens_file, and what the untouched model writes is measured on"
             )
         if not (args.prompt or args.prompts):
             raise UserError(f"--positions={args.positions} needs a prompt: give --prompt=TEXT")
@@ -233,48 +236,30 @@ def _prepared(args) -> tuple:
 
 def _opened(args) -> tuple:
     """Returns the SAE as opened, its model, its sites, and rows to look at or None."""
+    import dataclasses
+
     from sae_jax import lm
     from sae_jax.activations import is_world
-    from sae_jax.evaluate.sources import HeldOutRows, ModelRows, check_model
 
-    names = ("store", "site", "target_site")
-    chosen = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    opened = opened_saes.open_sae(args.run, args.sae, args.kind, chosen)
-    data = opened.data
-    if data.store and is_world(data.store):
+    def open_model(name, dtype: str):
+        # Layers of ours compile in seconds as a loop, whatever the depth.
+        return lm.open_model(name, dtype, scan=not lm.is_torch(name))
+
+    opened = opened_saes.open_sae(args.run, args.sae, args.kind, opened_sources.chosen(args))
+    data, has_text = opened.data, bool(args.text or args.tokens_file)
+    if is_world(data.store):
         raise UserError(f"{data.store} is a synthetic world, which has no language model to steer")
-    # What the flags say needs no store, which may be elsewhere.
-    store = lm.open_store(data.store) if data.store and not (args.model and args.text) else None
-    directory = opened_saes.model_of(args.model, store)
-    if directory is None:
-        raise UserError("which language model? give its directory: --model=DIR, or --model=demo")
     if not data.site:
         raise UserError("where does the SAE belong? give --site, such as --site=resid_post.2")
-    # Layers that run in a loop compile in seconds, whatever the depth.
-    model = lm.open_model(directory, args.model_dtype, scan=not lm.is_torch(directory))
-    if store is not None:
-        check_model(store, model)
+    if args.model and has_text:  # a store is not needed, and may be elsewhere
+        data = dataclasses.replace(data, store="")
+    store, model, _ = opened_sources.open_store_and_model(args, data, open_model)
+    if model is None:
+        raise UserError("which language model? give its directory: --model=DIR, or --model=demo")
     sites = tuple(",".join(filter(None, (data.site, data.target_site))).split(","))
-    if args.text:
-        texts = lm.read_texts(args.text)
-        length = min(args.context_length, model.max_context)
-        source = ModelRows(
-            model,
-            sites,
-            lm.pack(texts, model.tokenizer, length, args.tokens),
-            what=", ".join(args.text),
-            excluded_tokens=model.tokenizer.special_tokens,
-        )
-    elif store is not None:
-        source = HeldOutRows(
-            store,
-            sites,
-            tokens=args.tokens,
-            holdout_fraction=data.holdout_fraction,
-            include_excluded=bool(data.include_excluded),
-        )
-    else:
-        source = None
+    source = None
+    if store is not None or has_text:
+        source = opened_sources.make_source(args, data, store, model)
     return opened, model, sites, source
 
 
@@ -319,8 +304,9 @@ def _prompts(args, model) -> list[list[int]]:
             texts += [line for line in lines if line.strip()]
     tokenizer = model.tokenizer
     if args.chat:
-        return [lm.chat_prompt(model, text) for text in texts]
-    return [[tokenizer.bos, *tokenizer.encode(text)] for text in texts]
+        texts = [lm.chat_prompt(tokenizer, text) for text in texts]
+    prompts = [tokenizer.encode(text) for text in texts]
+    return [ids if ids[:1] == [tokenizer.bos] else [tokenizer.bos, *ids] for ids in prompts]
 
 
 def _texts(args, model, source, prompts, special) -> tuple:

@@ -130,6 +130,12 @@ class Collection:
             groups[group].append(Example(number, ids, start, stop, peak, activations))
         return groups
 
+    def peak_tokens(self) -> np.ndarray:
+        """Returns the tokens on which the highest peaks lie, (d_sae, top); -1 in empty slots."""
+        top = slice(self.about.top)
+        places = (self._map(name)[:, top] for name in ("sequence", "position"))
+        return np.where(self._map("value")[:, top] > 0, self._map("tokens")[*places], -1)
+
     def coactive(self, latent: int) -> list[tuple[int, float]]:
         """Returns (latent, Jaccard index) of those that fire on the same tokens, best first."""
         found, similarity = self._map("coactive")[latent], self._map("similarity")[latent]

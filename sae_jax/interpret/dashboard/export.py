@@ -4,6 +4,7 @@
     data/about.json             what it is about; written last, so that what has it is whole
     data/index.bin              density, mean and largest activation, and score of every latent
     data/labels.json.gz         what latents are called
+    data/hints.json.gz          on which tokens they peak
     data/latents/00000.json.gz  256 latents each
     data/words/00.json.gz       the latents that are most active on each word, in 64 files
     data/settings.json          of what it was made, which one that goes on must be made of too
@@ -157,6 +158,7 @@ def export(out, latents: Latents, known: About, overwrite: bool = False) -> path
     paths.write(data / "index.bin", latents.columns().tobytes())
     names = {str(latent): name for latent, name in sorted(latents.labels.names.items())}
     paths.write(data / "labels.json.gz", packed(names))
+    paths.write(data / "hints.json.gz", packed(latents.hints()))
     for file in page_files():
         paths.write(out / file.name, file.read_bytes())
     paths.save_json(dataclasses.asdict(known), data / "about.json")

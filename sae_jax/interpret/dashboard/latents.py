@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -12,10 +13,11 @@ import numpy as np
 from sae_jax import lm
 from sae_jax.interpret.collection import Collection
 from sae_jax.interpret.collection import Example as Window
+from sae_jax.interpret.dashboard.hints import hints
 from sae_jax.interpret.dashboard.labels import Labels
 from sae_jax.interpret.dashboard.neighbours import Neighbours
 from sae_jax.interpret.dashboard.neurons import Neurons
-from sae_jax.interpret.effects import OutputTokens, output_tokens
+from sae_jax.interpret.effects import OutputTokens, output_tokens, used_tokens
 from sae_jax.interpret.text import interval_names, pieces, token_name, token_text
 from sae_jax.sae import SAE
 
@@ -127,6 +129,10 @@ class Latents:
         """The names of the groups of examples."""
         return ["highest", *interval_names(self.collection.about.intervals)]
 
+    def hints(self) -> dict[int, str]:
+        """Returns the tokens on which each latent peaks, as text, by its number."""
+        return hints(self.collection, self.tokenizer)
+
     def columns(self) -> np.ndarray:
         """Returns density, mean and largest activation, and score (NaN: none): (4, d_sae)."""
         found = self.collection
@@ -141,11 +147,15 @@ class Latents:
         neighbours = self._neighbours.find(numbers)
         effects = None
         if self._model is not None and self._site is not None:
-            effects = output_tokens(self.sae, self._model, self._site, numbers)
+            effects = output_tokens(self.sae, self._model, self._site, numbers, used=self._used)
         return [
             self._latent(int(number), near, self._effects(effects, place))
             for place, (number, near) in enumerate(zip(numbers, neighbours, strict=True))
         ]
+
+    @functools.cached_property
+    def _used(self) -> np.ndarray:
+        return used_tokens(self.tokenizer, self._model.vocab_size)
 
     def _latent(self, number: int, neighbours, effects: dict) -> Latent:
         found = self.collection

@@ -54,6 +54,10 @@ class _Site:
         self._pages = {file.name: file for file in page_files()}
         self._shard = functools.lru_cache(_KEPT)(self._make)
 
+    @functools.cached_property
+    def _hints(self) -> bytes:
+        return packed(self._latents.hints(), _LEVEL)
+
     def get(self, path: str, query: Mapping[str, str]) -> Answer | None:
         del query
         name = path.removeprefix("/") or "index.html"
@@ -65,6 +69,9 @@ class _Site:
             return _packed(self._latents.columns().tobytes())
         if name == "data/labels.json.gz":
             return _packed(packed(self._latents.labels.names, _LEVEL))
+        if name == "data/hints.json.gz":
+            with self._lock:
+                return _packed(self._hints)
         shard = re.fullmatch(r"data/latents/([0-9]{5,9})\.json\.gz", name)
         if shard and int(shard[1]) < self._about.shards:
             with self._lock:

@@ -86,11 +86,15 @@ export async function columns(latents) {
   return { density: column(0), mean: column(1), max: column(2), score: column(3) };
 }
 
-/** Labels by latent: as written, and in lower case for searching; "" where there is none. */
+/**
+ * What latents are called, and of those without a label the tokens on which they peak: as written,
+ * and in lower case for searching; "" where there is neither.
+ */
 export class Labels {
-  constructor(latents, texts = {}) {
-    this.any = Object.keys(texts).length > 0;
+  constructor(latents, texts = {}, hints = {}) {
+    this.texts = texts;
     this.written = new Array(latents).fill("");
+    for (const [latent, text] of Object.entries(hints)) this.written[latent] = text;
     for (const [latent, text] of Object.entries(texts)) this.written[latent] = text;
     this.lowered = this.written.map((text) => text.toLowerCase());
   }
@@ -99,14 +103,20 @@ export class Labels {
     return this.written[latent];
   }
 
+  /** Whether what it is called is only a hint. */
+  isHint(latent) {
+    return !Object.hasOwn(this.texts, latent);
+  }
+
   lower(latent) {
     return this.lowered[latent];
   }
 }
 
-/** The labels of all latents. */
+/** The labels of all latents, and hints. */
 export async function labels(latents) {
-  return new Labels(latents, await json("data/labels.json.gz"));
+  const files = ["labels", "hints"].map((name) => json(`data/${name}.json.gz`));
+  return new Labels(latents, ...(await Promise.all(files)));
 }
 
 /** One latent, with all that its page shows. */

@@ -10,7 +10,7 @@ const NAMES = {
   max: "maximum",
   mean: "mean",
   score: "score",
-  label: "label",
+  label: "label, or tokens at its peaks",
 };
 const RANGE_NAMES = { density: "fires on, % of tokens", max: "maximum", score: "score" };
 
@@ -30,8 +30,8 @@ export function filters(ranges, change) {
   const where = h(
     "select",
     { id: "where", "aria-label": "Where to search" },
-    h("option", { value: "" }, "in labels"),
-    h("option", { value: "examples" }, "in labels and examples"),
+    h("option", { value: "" }, "in labels and peaks"),
+    h("option", { value: "examples" }, "in examples too"),
   );
   const alive = h("input", { type: "checkbox", id: "alive" });
   const bounds = ranges.map((name) => {

@@ -83,12 +83,12 @@ function content(dashboard, latent, { order, labels, query }) {
     neurons(latent),
   ];
   return [
-    heading(dashboard, latent, order, query),
+    heading(dashboard, latent, { order, labels, query }),
     h("div", { class: "columns" }, examples(dashboard, latent, query), h("aside", {}, side)),
   ];
 }
 
-function heading(dashboard, latent, order, query) {
+function heading(dashboard, latent, { order, labels, query }) {
   const { index } = latent;
   const place = order.indexOf(index);
   const last = dashboard.about.d_sae - 1;
@@ -159,7 +159,7 @@ function heading(dashboard, latent, order, query) {
     h(
       "p",
       { class: latent.label ? "label" : "label soft", dir: "auto" },
-      latent.label || "no label",
+      latent.label || `peaks on ${labels.of(index) || "nothing"}`,
     ),
     h(
       "dl",
@@ -290,7 +290,7 @@ function others(dashboard, title, what, list, labels, query) {
             "a",
             { href: dashboard.latentAddress(index, query) },
             h("span", { class: "number" }, index),
-            h("span", { class: "name", dir: "auto" }, labels.of(index)),
+            h("span", { class: labels.isHint(index) ? "name hint" : "name", dir: "auto" }, labels.of(index)),
             h("span", { class: "value" }, number(value, 2)),
           ),
         ),

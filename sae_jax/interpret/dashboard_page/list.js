@@ -108,8 +108,8 @@ function rows(dashboard, columns) {
     },
     spacer,
   );
-  const bar = densityBar(index.density);
-  const strongest = index.max.reduce((a, b) => (b > a ? b : a), 1e-30);
+  const bar = logBar(index.density);
+  const strength = logBar(index.max);
   let labels = null;
   let list = new Uint32Array();
   let shownKey = null;
@@ -133,10 +133,11 @@ function rows(dashboard, columns) {
       link.textContent = latent;
       link.href = dashboard.latentAddress(latent, dashboard.query());
       density(percent(index.density[latent], 2), bar(index.density[latent]));
-      max(number(index.max[latent]), index.max[latent] / strongest);
+      max(number(index.max[latent]), strength(index.max[latent]));
       cells.mean.textContent = number(index.mean[latent]);
       if (cells.score) cells.score.textContent = number(index.score[latent]);
       cells.label.textContent = labels?.of(latent) ?? "";
+      cells.label.classList.toggle("hint", labels?.isHint(latent) ?? false);
     };
     return { row, link, set };
   }
@@ -240,11 +241,11 @@ function meter(cell) {
   };
 }
 
-/** How long the bar of a density is: logarithmic between the rarest and the commonest. */
-function densityBar(density) {
-  let low = 1;
-  let high = 1e-9;
-  for (const value of density) {
+/** How long the bar of a value is: logarithmic between the smallest above zero and the largest. */
+function logBar(values) {
+  let low = Infinity;
+  let high = 0;
+  for (const value of values) {
     if (!(value > 0)) continue;
     low = Math.min(low, value);
     high = Math.max(high, value);
