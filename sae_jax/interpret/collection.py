@@ -130,6 +130,12 @@ class Collection:
             groups[group].append(Example(number, ids, start, stop, peak, activations))
         return groups
 
+    def peak_tokens(self) -> np.ndarray:
+        """Returns the tokens on which the highest peaks lie, (d_sae, top); -1 in empty slots."""
+        top = slice(self.about.top)
+        places = (self._map(name)[:, top] for name in ("sequence", "position"))
+        return np.where(self._map("value")[:, top] > 0, self._map("tokens")[*places], -1)
+
     def coactive(self, latent: int) -> list[tuple[int, float]]:
         """Returns (latent, Jaccard index) of those that fire on the same tokens, best first."""
         found, similarity = self._map("coactive")[latent], self._map("similarity")[latent]
@@ -144,7 +150,9 @@ class Collection:
     @functools.cached_property
     def _arrays(self) -> dict[str, np.ndarray]:
         names = ("histogram", "value", "sequence", "position", "window", "coactive", "similarity")
-        return {n: map_npy(self.path / f"{n}.npy") for n in (*names, "tokens", "numbers")}
+        names = (*names, "tokens", "numbers")
+        # Plain views, still mapped: a memmap makes objects of its own wherever it is indexed.
+        return {n: np.asarray(map_npy(self.path / f"{n}.npy")) for n in names}
 
 
 def write(path, about: About, latents: dict[str, np.ndarray], arrays: dict) -> Collection:

@@ -288,6 +288,12 @@ def site_width(config: DecoderConfig, site: str) -> int:
     return widths.get(name, config.d_model)
 
 
+def place(site: str) -> tuple[int, int]:
+    """Returns a site's layer and its place in it, which sort as the forward pass visits them."""
+    name, _, layer = site.rpartition(".")
+    return int(layer), SITES.index(name)
+
+
 def hook_name(site: str) -> str | None:
     """Returns TransformerLens' name of a site.
 

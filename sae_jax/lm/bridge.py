@@ -16,9 +16,11 @@ in both cases the first tensor.
 import contextlib
 import dataclasses
 import functools
+import inspect
 import pathlib
 from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -27,6 +29,7 @@ from sae_jax import hub, paths
 from sae_jax.errors import UserError, choose, on_one_line, some
 from sae_jax.json_files import checked, read_json
 from sae_jax.lm.directory import TORCH, model_directory, pinned_spec
+from sae_jax.lm.edits import INPUTS, POSITIONS, TOKENS, apply, sites_read
 from sae_jax.lm.families import LAYERS
 from sae_jax.lm.language_model import LanguageModel
 from sae_jax.lm.weights import fingerprint, with_weights
@@ -121,7 +124,7 @@ class TorchModel(LanguageModel):
 
         Raises UserError for a site that the model does not have.
         """
-        _, taps = self._run(np.zeros((2, 3), np.int32), (site,), {}, head=False)
+        _, taps = self._run(np.zeros((2, 3), np.int32), (site,), head=False)
         return taps[site].shape[-1]
 
     def flops_per_token(self, sites: Sequence[str], context_length: int) -> None:
@@ -132,7 +135,7 @@ class TorchModel(LanguageModel):
         sites, dtype = tuple(sites), getattr(self._torch, np.dtype(dtype).name)
 
         def run(tokens):
-            _, taps = self._run(tokens, sites, {}, head=False)
+            _, taps = self._run(tokens, sites, head=False)
             return {site: self._to_numpy(taps[site].to(dtype)) for site in sites}
 
         return run
@@ -142,31 +145,75 @@ class TorchModel(LanguageModel):
 
         The activations of an edited site are copied to JAX and back.
         """
+        out, tapped = self._run(np.asarray(tokens), tuple(taps), edits or {}, head=logits)
+        tapped = {site: self._to_jax(x) for site, x in tapped.items()}
+        return (self._to_jax(out.logits.float()) if logits else None), tapped
 
-        def in_torch(site, edit, x):
-            x_BxTxW = jnp.asarray(self._to_numpy(x))
-            new_BxTxW = edit(x_BxTxW)
-            if new_BxTxW.shape != x_BxTxW.shape:
+    def continuations(self, prompts, samples, rules, prompt_edits, new_edits, on_tokens=None):
+        """Writes texts as `LanguageModel.continuations` says, with transformers' own cache.
+
+        Raises UserError for a model that keeps no keys and values, such as a state space model.
+        """
+        width, samples = max(len(prompt) for prompt in prompts), np.array(samples, np.int32)
+        lengths = np.array([len(prompt) for prompt in prompts])
+        limits = np.minimum(rules.max_new_tokens, self.max_context - lengths)
+        tokens = np.zeros((len(prompts), width), np.int32)
+        for row, prompt in zip(tokens, prompts, strict=True):
+            row[width - len(prompt) :] = prompt
+        edits, cache = prompt_edits(tokens.shape), None
+        new, ended = [[] for _ in prompts], np.zeros(len(prompts), bool)
+        while not ended.all():
+            step = max(len(row) for row in new)
+            positions = np.arange(width + step)[None] - (width - lengths)[:, None]
+            out, _ = self._run(tokens, (), edits, positions=positions, cache=cache)
+            cache = out[self._cache_name]
+            logits = self._to_jax(out.logits[:, -1].float())
+            chosen, grown = np.asarray(rules.next_tokens(logits, samples, step)), ~ended
+            for row in np.flatnonzero(grown):
+                new[row].append(chosen[row])
+                ended[row] = chosen[row] in rules.eos or len(new[row]) == limits[row]
+            if on_tokens is not None:
+                on_tokens(np.flatnonzero(grown), chosen[grown])
+            tokens, edits = chosen[:, None], new_edits
+        return [np.array(row, np.int32) for row in new]
+
+    def _run(
+        self, tokens_BxT: np.ndarray, taps=(), edits=None, head=True, positions=None, cache=None
+    ):
+        """Returns what transformers' model gives, and {tap: tensor (B, T, width)}.
+
+        Args:
+          tokens_BxT: ids.
+          taps: names of sites.
+          edits: edits by site.
+          head: whether logits are wanted.
+          positions: in generation, those of all tokens so far, (B, past + T), negative for padding.
+          cache: transformers' cache of the past.
+        """
+        torch, tapped, edits = self._torch, {}, edits or {}
+        reads = {other for edit in edits.values() for other in sites_read(edit)} - set(INPUTS)
+        points = {site: self._hook_point(site) for site in (*taps, *edits, *reads)}
+        length = tokens_BxT.shape[1]
+        own = np.arange(length)[None] if positions is None else positions[:, -length:]
+        given = {POSITIONS: jnp.asarray(own), TOKENS: jnp.asarray(tokens_BxT)}
+
+        def edited(site, x):
+            """Returns the replacement of the tensor x (B, T, width)."""
+            read = dict(given)
+            for other in set(sites_read(edits[site])) & reads:
+                if other not in tapped:
+                    raise UserError(
+                        f"the edit of {site} reads {other}, which does not come before it in the "
+                        "forward pass; read an earlier site"
+                    )
+                read[other] = self._to_jax(tapped[other])
+            new_BxTxW = apply(edits[site], self._to_jax(x), read)
+            if new_BxTxW.shape != x.shape:
                 raise UserError(
-                    f"the edit of {site} turned shape {x_BxTxW.shape} into {new_BxTxW.shape}"
+                    f"the edit of {site} turned shape {tuple(x.shape)} into {new_BxTxW.shape}"
                 )
             new_BxTxW = np.array(new_BxTxW.astype(jnp.float32))  # torch wants to own it
-            return self._torch.from_numpy(new_BxTxW).to(x.device, x.dtype)
-
-        edits = {
-            site: functools.partial(in_torch, site, edit) for site, edit in (edits or {}).items()
-        }
-        out, tapped = self._run(np.asarray(tokens), tuple(taps), edits, head=logits)
-        tapped = {site: jnp.asarray(self._to_numpy(x)) for site, x in tapped.items()}
-        return (jnp.asarray(self._to_numpy(out.float())) if logits else None), tapped
-
-    def _run(self, tokens_BxT: np.ndarray, taps: tuple, edits: dict, head: bool):
-        """Returns logits, or None without `head`, and {tap: tensor (B, T, width)}.
-
-        edits: functions from such a tensor to its replacement, by site.
-        """
-        torch, tapped = self._torch, {}
-        points = {site: self._hook_point(site) for site in (*taps, *edits)}
+            return torch.from_numpy(new_BxTxW).to(x.device, x.dtype)
 
         def visit(site, x):
             """Returns what the model goes on with in place of `x`."""
@@ -174,7 +221,7 @@ class TorchModel(LanguageModel):
                 raise UserError(f"{site} runs several times in one pass of {self.directory}")
             x_BxTxW = _by_token(x, tokens_BxT.shape, site)
             if site in edits:
-                x_BxTxW = edits[site](x_BxTxW)
+                x_BxTxW = edited(site, x_BxTxW)
             tapped[site] = x_BxTxW.clone()  # some add to it in place, Falcon's layers for one
             return x_BxTxW.reshape(x.shape)
 
@@ -187,12 +234,29 @@ class TorchModel(LanguageModel):
         with torch.inference_mode(), contextlib.ExitStack() as hooks:
             for site, point in points.items():
                 hooks.enter_context(_hook(module, point, functools.partial(visit, site), torch))
-            ids = torch.tensor(tokens_BxT, dtype=torch.long, device=module.device)
-            out = run(input_ids=ids, use_cache=False)
+            to_torch = functools.partial(torch.tensor, dtype=torch.long, device=module.device)
+            inputs = {"input_ids": to_torch(tokens_BxT), "use_cache": positions is not None}
+            if positions is not None:
+                inputs |= {"attention_mask": to_torch(positions >= 0), self._cache_name: cache}
+                if "position_ids" in inspect.signature(run.forward).parameters:
+                    inputs["position_ids"] = to_torch(np.maximum(own, 0))
+            out = run(**inputs)
         for site in points:
             if site not in tapped:
                 raise UserError(f"{site} has no part in a pass of {self.directory}; name another")
-        return out.logits if head else None, {site: tapped[site] for site in taps}
+        return out, {site: tapped[site] for site in taps}
+
+    @functools.cached_property
+    def _cache_name(self) -> str:
+        """The name of keys and values in what transformers' model takes and gives."""
+        takes = inspect.signature(self._module.forward).parameters
+        for name in ("cache", "past_key_values"):  # the second in older versions of transformers
+            if name in takes:
+                return name
+        raise UserError(
+            f"{self.directory} keeps no keys and values of past tokens, which generation needs; "
+            "run transformers' own generate on it"
+        )
 
     def _hook_point(self, site: str) -> _HookPoint:
         if site.startswith(_HOOK):
@@ -243,6 +307,9 @@ class TorchModel(LanguageModel):
         ) as error:  # of any class, where a field of config.json is not as it must be
             reason = on_one_line(error) or type(error).__name__
             raise UserError(f"transformers cannot read {self.directory}: {reason}") from None
+
+    def _to_jax(self, x) -> jax.Array:
+        return jnp.asarray(self._to_numpy(x))
 
     def _to_numpy(self, x) -> np.ndarray:
         if x.dtype == self._torch.bfloat16:  # which torch does not give to numpy

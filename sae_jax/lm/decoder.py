@@ -1,4 +1,7 @@
-"""Runs a decoder: `forward` is a function of its parameters, which are a plain dict.
+"""Runs a decoder, of whose parameters, a plain dict, its functions are functions.
+
+`forward` runs whole contexts. `extend` runs the tokens that follow those in a cache of keys and
+values, by the same layers.
 
 The mesh is read from the arrays' types (Explicit axes) and is no argument. Its axis `model` shards
 heads, the MLP's width and the vocabulary (`architecture.layout`), and `data` shards the batch. Each
@@ -12,9 +15,11 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from sae_jax.errors import UserError
-from sae_jax.lm.architecture import DecoderConfig, LayerKind, site_width
+from sae_jax.errors import UserError, on_one_line
+from sae_jax.lm.architecture import DecoderConfig, LayerKind, place, site_width
 from sae_jax.lm.attention import attend, rotate
+from sae_jax.lm.cache import Cache
+from sae_jax.lm.edits import INPUTS, POSITIONS, TOKENS, apply, sites_read
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -32,8 +37,8 @@ def forward(params, tokens, config: DecoderConfig, taps=(), edits=None, logits=T
     and the softmax of attention are float32 whatever the parameters are; the residual stream has
     the parameters' dtype. Products of float32 have full float32 precision on every device.
 
-    Raises UserError for an unknown site, for an edit that changes the shape, and for a context
-    longer than the model's.
+    Raises UserError for an unknown site, for an edit that changes the shape or reads a site that
+    comes later, and for a context longer than the model's.
 
     Args:
       params: the tree of `architecture.layout`. Its layers are a list, or one dict of parameters
@@ -43,49 +48,49 @@ def forward(params, tokens, config: DecoderConfig, taps=(), edits=None, logits=T
       config: the decoder's config.
       taps: the names of sites whose activations are returned.
       edits: functions by site. Each takes the site's activations (B, T, width) and returns their
-        replacement, with which the rest of the model goes on (`lm.edits` has some).
+        replacement, with which the rest of the model goes on (`lm.edits` has some, and those of
+        `lm.reading` take activations of other sites too).
       logits: whether logits are computed. Without them the model stops after the last tap's layer.
 
     Returns:
       The float32 logits (B, T, vocab), or None, and {tap: (B, T, width)}. A tap at an edited site
       gives the replacement.
     """
-    edits = edits or {}
-    for site in (*taps, *edits):
-        site_width(config, site)
+    tokens = jnp.asarray(tokens)
     if tokens.shape[1] > config.max_context:
         raise UserError(
             f"a context of {tokens.shape[1]} tokens is longer than the model's {config.max_context}"
         )
-    visited = {int(site.rpartition(".")[2]) for site in (*taps, *edits)}
     depth = config.num_layers
     if not logits:
-        depth = 1 + max((int(site.rpartition(".")[2]) for site in taps), default=-1)
-    tapped = {}
+        depth = 1 + max((place(site)[0] for site in taps), default=-1)
+    with _precision(params):
+        x_BxTxD, kept, _ = _layers(params, tokens, config, depth, taps, edits or {})
+        return (_unembed(params, x_BxTxD, config) if logits else None), {s: kept[s] for s in taps}
 
-    def visit(layer, name, x_BxTxW):
-        site = f"{name}.{layer}"
-        if site in edits:
-            x_BxTxW = _replacement(edits[site](x_BxTxW), x_BxTxW, site)
-        if site in taps:
-            tapped[site] = x_BxTxW
-        return x_BxTxW
 
-    full = params["embed"].dtype == jnp.float32
-    with jax.default_matmul_precision("highest" if full else "default"):
-        x_BxTxD = _embed(params, jnp.asarray(tokens), config)
-        layer = 0
-        while layer < depth:
-            stop = min((site for site in visited if layer <= site < depth), default=depth)
-            if stop - layer > 1 and isinstance(params["layers"], dict):
-                x_BxTxD = _loop(x_BxTxD, params["layers"], layer, stop, config)
-                layer = stop
-                continue
-            p = _layer_of(params["layers"], layer)
-            see = functools.partial(visit, layer) if layer in visited else None
-            x_BxTxD = _layer(x_BxTxD, p, config, config.kind(layer), see)
-            layer += 1
-        return (_unembed(params, x_BxTxD, config) if logits else None), tapped
+def extend(params, tokens, config: DecoderConfig, cache: Cache, edits=None):
+    """Runs a decoder on tokens that follow those of a cache.
+
+    A cache that holds tokens is followed by one token a row.
+
+    Raises UserError as `forward` does, but for a long context, which its caller has to bound.
+
+    Args:
+      params: as in `forward`.
+      tokens: (B, T) integers.
+      config: the decoder's config.
+      cache: keys and values of the tokens before.
+      edits: as in `forward`.
+
+    Returns:
+      The float32 logits (B, vocab) after the last token, and the cache with the tokens in it.
+    """
+    with _precision(params):
+        x_BxTxD, _, cache = _layers(
+            params, tokens, config, config.num_layers, (), edits or {}, cache
+        )
+        return _unembed(params, x_BxTxD[:, -1:], config)[:, 0], cache.after(tokens.shape[1])
 
 
 def next_token_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -102,19 +107,71 @@ def next_token_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
-def _loop(x_BxTxD, stacked, first: int, stop: int, config: DecoderConfig):
+def _precision(params):
+    full = params["embed"].dtype == jnp.float32
+    return jax.default_matmul_precision("highest" if full else "default")
+
+
+def _layers(params, tokens, config: DecoderConfig, depth: int, taps, edits, cache=None):
+    """Runs the first `depth` layers.
+
+    Returns what leaves the last of them, the activations of all sites that are tapped or read, and
+    the cache with the tokens' keys and values.
+    """
+    reads = {other for edit in edits.values() for other in sites_read(edit)} - set(INPUTS)
+    for site in (*taps, *edits, *reads):
+        site_width(config, site)
+    for site, edit in edits.items():
+        for other in set(sites_read(edit)) & reads:
+            if place(other) >= place(site):
+                raise UserError(
+                    f"the edit of {site} reads {other}, which does not come before it in the "
+                    "forward pass; read an earlier site"
+                )
+    visited = {place(site)[0] for site in (*taps, *edits, *reads)}
+    length = tokens.shape[1]
+    positions = jnp.arange(length)[None] if cache is None else cache.positions(length)
+    kept = {POSITIONS: positions, TOKENS: tokens}
+    run = apply if cache is None else _apply_in_generation
+
+    def visit(layer, name, x_BxTxW):
+        site = f"{name}.{layer}"
+        if site in edits:
+            x_BxTxW = _replacement(run(edits[site], x_BxTxW, kept), x_BxTxW, site)
+        if site in taps or site in reads:
+            kept[site] = x_BxTxW
+        return x_BxTxW
+
+    x_BxTxD = _embed(params, tokens, config, None if cache is None else positions)
+    layer = 0
+    while layer < depth:
+        stop = min((site for site in visited if layer <= site < depth), default=depth)
+        if stop - layer > 1 and isinstance(params["layers"], dict):
+            x_BxTxD, cache = _loop(x_BxTxD, cache, params["layers"], layer, stop, config, positions)
+            layer = stop
+            continue
+        p = _layer_of(params["layers"], layer)
+        see = functools.partial(visit, layer) if layer in visited else None
+        x_BxTxD, cache = _layer(
+            x_BxTxD, cache, p, layer, positions, config=config, kind=config.kind(layer), see=see
+        )
+        layer += 1
+    return x_BxTxD, kept, cache
+
+
+def _loop(x_BxTxD, cache, stacked, first: int, stop: int, config: DecoderConfig, positions):
     """Runs layers without taps and edits in a loop, compiled once for each kind of layer."""
     kinds = list(dict.fromkeys(config.kind(layer) for layer in range(first, stop)))
     bodies = [functools.partial(_layer, config=config, kind=kind) for kind in kinds]
     number = jnp.array([kinds.index(config.kind(layer)) for layer in range(first, stop)])
 
-    def body(layer, x_BxTxD):
-        p = _layer_of(stacked, layer)
+    def body(layer, carried):
+        operands = (*carried, _layer_of(stacked, layer), layer, positions)
         if len(bodies) == 1:
-            return bodies[0](x_BxTxD, p)
-        return jax.lax.switch(number[layer - first], bodies, x_BxTxD, p)
+            return bodies[0](*operands)
+        return jax.lax.switch(number[layer - first], bodies, *operands)
 
-    return jax.lax.fori_loop(first, stop, body, x_BxTxD)
+    return jax.lax.fori_loop(first, stop, body, (x_BxTxD, cache))
 
 
 def _layer_of(layers, layer) -> dict:
@@ -123,11 +180,17 @@ def _layer_of(layers, layer) -> dict:
     return jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), layers)
 
 
-def _layer(x_BxTxD, p, config: DecoderConfig, kind: LayerKind, see=None):
-    """Runs a layer. `see(name, x)` takes a site's activations and returns what to go on with."""
+def _layer(
+    x_BxTxD, cache, p, layer, positions, *, config: DecoderConfig, kind: LayerKind, see=None
+):
+    """Runs a layer, and returns what leaves it and the cache with the layer's keys and values.
+
+    `see(name, x)` takes a site's activations and returns what to go on with.
+    """
     visit = see or (lambda name, x: x)
     x_BxTxD = resid_pre = visit("resid_pre", x_BxTxD)
-    z = _heads(_norm(x_BxTxD, p, "attn_norm", config), p, config, kind)
+    attn_in = _norm(x_BxTxD, p, "attn_norm", config)
+    z, cache = _heads(attn_in, cache, p, layer, positions, config, kind)
     if see is not None:
         z = _split_heads(visit("z", _merge_heads(z)), z)
     attn_out = _add_bias(_sum_over_model("btngk,ngkd->btd", z, p["w_o"]), p, "b_o")
@@ -142,19 +205,24 @@ def _layer(x_BxTxD, p, config: DecoderConfig, kind: LayerKind, see=None):
     mlp_out = _add_bias(_sum_over_model("btf,fd->btd", act_BxTxF, p["w_down"]), p, "b_down")
     if config.post_norms:
         mlp_out = _norm(mlp_out, p, "mlp_post_norm", config)
-    return visit("resid_post", x_BxTxD + visit("mlp_out", mlp_out))
+    return visit("resid_post", x_BxTxD + visit("mlp_out", mlp_out)), cache
 
 
-def _heads(x_BxTxD, p, config: DecoderConfig, kind: LayerKind):
-    """Returns the outputs (b, t, n, g, k) of the attention heads, axes as in `attention`."""
+def _heads(x_BxTxD, cache, p, layer, positions, config: DecoderConfig, kind: LayerKind):
+    """Returns the outputs (b, t, n, g, k) of the attention heads, axes as in `attention`.
+
+    With a cache, keys and values go into it, and it is returned too.
+    """
     q = _add_bias(jnp.einsum("btd,dngk->btngk", x_BxTxD, p["w_q"]), p, "b_q")
     k = _add_bias(jnp.einsum("btd,dnk->btnk", x_BxTxD, p["w_k"]), p, "b_k")
     v = _add_bias(jnp.einsum("btd,dnk->btnk", x_BxTxD, p["w_v"]), p, "b_v")
     if config.qk_norm:
         q, k = _norm(q, p, "q_norm", config), _norm(k, p, "k_norm", config)
     if kind.rope is not None:
-        q, k = rotate(q, kind.rope), rotate(k, kind.rope)
-    return attend(q, k, v, kind, config.attn_softcap)
+        q, k = rotate(q, kind.rope, positions), rotate(k, kind.rope, positions)
+    if cache is None:
+        return attend(q, k, v, kind, config.attn_softcap), None
+    return cache.attend(q, k, v, layer, kind, config.attn_softcap)
 
 
 def _merge_heads(z):
@@ -203,13 +271,17 @@ def _norm(x, p, name: str, config: DecoderConfig):
     return y.astype(x.dtype) * weight
 
 
-def _embed(params, tokens_BxT, config: DecoderConfig):
+def _embed(params, tokens_BxT, config: DecoderConfig, positions_BxT=None):
+    """Returns the embeddings; `positions_BxT` are None where every row counts from 0."""
     x_BxTxD = _look_up(params["embed"], tokens_BxT)
     if config.embed_scale != 1.0:
         x_BxTxD = x_BxTxD * jnp.asarray(config.embed_scale, x_BxTxD.dtype)
-    if "positions" in params:
-        x_BxTxD = x_BxTxD + params["positions"][None, : tokens_BxT.shape[1]]
-    return x_BxTxD
+    if "positions" not in params:
+        return x_BxTxD
+    if positions_BxT is None:
+        return x_BxTxD + params["positions"][None, : tokens_BxT.shape[1]]
+    known = jnp.clip(positions_BxT, 0, config.max_context - 1)  # padding has others
+    return x_BxTxD + _look_up(params["positions"], known)
 
 
 def _unembed(params, x_BxTxD, config: DecoderConfig):
@@ -255,6 +327,16 @@ def _like_batch(x, w) -> NamedSharding | None:
 def _is_sharded(w, axis: int) -> bool:
     sharding = jax.typeof(w).sharding
     return not sharding.mesh.empty and sharding.spec[axis] is not None
+
+
+def _apply_in_generation(edit, x_BxTxW, kept):
+    try:
+        return apply(edit, x_BxTxW, kept)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"an edit fails on activations {x_BxTxW.shape}, which it is given in generation "
+            f"({on_one_line(error)}); it must treat each row and position by itself"
+        ) from error
 
 
 def _replacement(new, old, site: str):

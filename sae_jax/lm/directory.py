@@ -6,6 +6,7 @@ from sae_jax import hub, paths
 
 TORCH = "torch:"  # before the name of a model, for one that transformers runs
 _SMALL = (
+    "chat_template.jinja",
     "config.json",
     "generation_config.json",
     "model.safetensors.index.json",

@@ -9,8 +9,9 @@ import jax
 import numpy as np
 
 from sae_jax.lm.directory import TORCH
-from sae_jax.lm.edits import Edit
-from sae_jax.lm.text import Tokenizer, load_tokenizer
+from sae_jax.lm.edits import Edit, ReadingEdit
+from sae_jax.lm.sampling import Rules
+from sae_jax.lm.text import Tokenizer, eos_ids, load_tokenizer
 
 
 class LanguageModel(abc.ABC):
@@ -38,6 +39,16 @@ class LanguageModel(abc.ABC):
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of its directory. Raises UserError if it has none."""
         return load_tokenizer(self.spec.removeprefix(TORCH))
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether there is a tokenizer.json in its directory."""
+        return (self.directory / "tokenizer.json").is_file()
+
+    @functools.cached_property
+    def eos(self) -> tuple[int, ...]:
+        """The ids of the tokens that end a text, as its files name them."""
+        return eos_ids(self.directory)
 
     @property
     @abc.abstractmethod
@@ -68,7 +79,7 @@ class LanguageModel(abc.ABC):
         self,
         tokens,
         taps: Sequence[str] = (),
-        edits: Mapping[str, Edit] | None = None,
+        edits: Mapping[str, Edit | ReadingEdit] | None = None,
         logits: bool = True,
     ) -> tuple[jax.Array | None, dict[str, jax.Array]]:
         """Runs the model on tokens, and returns its logits and the activations of sites.
@@ -87,6 +98,30 @@ class LanguageModel(abc.ABC):
         Returns:
           The float32 logits (B, T, vocab_size), or None, and {tap: (B, T, width)}. A tap at an
           edited site gives the replacement.
+        """
+
+    @abc.abstractmethod
+    def continuations(
+        self,
+        prompts: Sequence[Sequence[int]],
+        samples: Sequence[int],
+        rules: Rules,
+        prompt_edits: Callable[[tuple[int, int]], Mapping[str, Edit | ReadingEdit]],
+        new_edits: Mapping[str, Edit | ReadingEdit],
+        on_tokens: Callable[[np.ndarray, np.ndarray], None] | None = None,
+    ) -> list[np.ndarray]:
+        """Returns the new tokens that follow each prompt, for `lm.generate`.
+
+        Raises UserError for an unknown site and for an edit that cannot run.
+
+        Args:
+          prompts: ids, of different lengths. On a mesh there may be any number.
+          samples: the number of each prompt's sample, on which its random numbers depend.
+          rules: how texts go on and where they stop.
+          prompt_edits: gives the edits of the prompts, whose shape (B, T) after padding at the left
+            it is told.
+          new_edits: the edits of the tokens that follow.
+          on_tokens: is called after every step with the rows that have a new token, and these.
         """
 
     @abc.abstractmethod

@@ -15,6 +15,7 @@ from sae_jax.errors import UserError
 from sae_jax.json_files import read_json
 from sae_jax.lm import bridge
 from sae_jax.lm.architecture import layout, site_width
+from sae_jax.lm.continuation import continuations
 from sae_jax.lm.decoder import forward
 from sae_jax.lm.directory import model_directory, pinned_spec
 from sae_jax.lm.edits import as_pytree
@@ -103,6 +104,25 @@ class JaxModel(LanguageModel):
         with self._on_mesh():
             return self._compiled(
                 self.params, self._placed(tokens), edits, taps=tuple(taps), logits=logits
+            )
+
+    def continuations(self, prompts, samples, rules, prompt_edits, new_edits, on_tokens=None):
+        """Writes texts as `LanguageModel.continuations` says.
+
+        The programs are compiled once for prompts and limits of similar length and for all edits of
+        one kind.
+        """
+        with self._on_mesh():
+            return continuations(
+                self.params,
+                self.config,
+                self.mesh,
+                prompts,
+                samples,
+                rules,
+                prompt_edits,
+                new_edits,
+                on_tokens,
             )
 
     def runner(self, sites, dtype):

@@ -50,8 +50,12 @@ class _Ids:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Token:
-    """A special token in tokenizer_config.json that is written with its properties."""
+class SpecialToken:
+    """A special token in tokenizer_config.json that is written with its properties.
+
+    Attributes:
+      content: its text.
+    """
 
     content: str
 
@@ -60,9 +64,9 @@ class _Token:
 class _Tokens:
     """The fields of tokenizer_config.json that name special tokens."""
 
-    bos_token: str | _Token | None = None
-    eos_token: str | _Token | None = None
-    pad_token: str | _Token | None = None
+    bos_token: str | SpecialToken | None = None
+    eos_token: str | SpecialToken | None = None
+    pad_token: str | SpecialToken | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +81,7 @@ class Tokenizer:
       name: the name of the model's directory, or its name on the hub.
       special_tokens: the sorted ids of BOS, every EOS and PAD, which stand for no text.
       bos_why: which file or rule BOS comes from.
+      directory: where its files are, if it was read from any.
     """
 
     backend: tokenizers.Tokenizer
@@ -86,6 +91,7 @@ class Tokenizer:
     name: str
     special_tokens: tuple[int, ...]
     bos_why: str
+    directory: pathlib.Path | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -165,7 +171,25 @@ def load_tokenizer(directory) -> Tokenizer:
     special = {bos, eos, pad, *(marked & set(ids["eos"][0]))} - {None}
     on_hub = hub.is_hub_name(spec)
     name = str(hub.pinned(spec, directory)) if on_hub else directory.resolve().name
-    return Tokenizer(backend, bos, eos, pad, name, tuple(sorted(special)), why)
+    return Tokenizer(backend, bos, eos, pad, name, tuple(sorted(special)), why, directory)
+
+
+def eos_ids(directory: pathlib.Path) -> tuple[int, ...]:
+    """Returns the ids that end a text of a model, () where its files name none.
+
+    They are those of generation_config.json, of config.json, or of the tokenizer: of the first that
+    has any.
+
+    Raises UserError for a file that is damaged.
+    """
+    for name in ("generation_config.json", "config.json"):
+        values = checked(read_json(directory / name, default={}), _Ids, directory / name)
+        if ids := _ids_in(values, "eos"):
+            return tuple(ids)
+    if (directory / "tokenizer.json").is_file():
+        eos = load_tokenizer(directory).eos
+        return () if eos is None else (eos,)
+    return ()
 
 
 def _bos(backend, configured: list[int], where: str, eos: int | None) -> tuple[int | None, str]:
@@ -186,15 +210,22 @@ def _special_ids(
 ) -> tuple[list[int], str]:
     """Returns the ids that the first file to name any gives, and the name of that file's field."""
     for file, values in configs.items():
-        for part in (values, values.text_config or _Ids()):
-            value = getattr(part, f"{kind}_token_id")
-            ids = value if isinstance(value, list) else [-1 if value is None else value]
-            if any(i >= 0 for i in ids):
-                return [i for i in ids if i >= 0], f"{kind}_token_id of {file}"
+        if ids := _ids_in(values, kind):
+            return ids, f"{kind}_token_id of {file}"
     token = getattr(names, f"{kind}_token")
-    token = token.content if isinstance(token, _Token) else token
+    token = token.content if isinstance(token, SpecialToken) else token
     found = None if token is None else backend.token_to_id(well_formed(token))
     return ([] if found is None else [found]), f"{kind}_token of tokenizer_config.json"
+
+
+def _ids_in(values: _Ids, kind: str) -> list[int]:
+    """Returns the ids that a file names, of its own or else of its language model."""
+    for part in (values, values.text_config or _Ids()):
+        value = getattr(part, f"{kind}_token_id")
+        ids = value if isinstance(value, list) else [-1 if value is None else value]
+        if any(i >= 0 for i in ids):
+            return [i for i in ids if i >= 0]
+    return []
 
 
 @contextlib.contextmanager
