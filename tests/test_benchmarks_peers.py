@@ -29,6 +29,20 @@ def test_scripts_explain_themselves(script):
     assert f"python experiments/benchmarks/{script}" in shown.stdout and "--out" in shown.stdout
 
 
+@pytest.mark.slow
+def test_collecting_without_a_peer(tmp_path):
+    (tmp_path / "text.txt").write_text(WORDS)
+    out = tmp_path / "figures.json"
+    ended = run(
+        "collect_beside_saedashboard.py", f"--model={lm.DEMO_MODEL}", "--site=resid_post.0",
+        f"--text={tmp_path / 'text.txt'}", "--tokens=4000", "--latents=64", "--k=4", f"--out={out}",
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    figures = json.loads(out.read_text())
+    assert figures["seconds"] > figures["floor_seconds"] > 0
+    assert figures["memory_stated_gb"] > 0 and "peer_seconds" not in figures
+
+
 @pytest.mark.peers
 @pytest.mark.parametrize(
     "architecture,count", [("topk", 3), pytest.param("relu", 2, marks=pytest.mark.long)]

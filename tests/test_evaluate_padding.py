@@ -181,6 +181,7 @@ def test_losses_of_a_padded_batch_beside_transformer_lens(directory, model, text
     assert found["ce_spliced"] == pytest.approx(edited.item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_store_of_padded_texts(tmp_path, model, texts):
     """Its rows are as they are; in the language model its padding is none of the text."""
     left = padded(texts, "left")

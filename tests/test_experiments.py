@@ -139,6 +139,33 @@ def test_every_design_of_scaling_laws_could_start(design):
         call_in_file(spec.replace(design, "tny"), "get_sweep", "")
 
 
+@pytest.mark.long
+def test_golden_gate_goes_from_text_to_a_steered_model(tmp_path):
+    """On the model that ships here, in which a latent of Python's classes is found."""
+    for name, lines in {
+        "positive": ["class A:\\n    def f(self): return self.x", "    def g(self, y): self.y = y"],
+        "negative": ["import os, sys", "# A comment in English about nothing at all."],
+    }.items():
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines))
+    command = [
+        sys.executable, str(ROOT / "experiments" / "golden_gate.py"), f"--model={lm.DEMO_MODEL}",
+        f"--text={pathlib.Path(json.__file__).parent}", "--out=gate", "--concept=self",
+        "--regex=self", "--positive=positive.txt", "--negative=negative.txt", "--tokens=16384",
+        "--d_sae=128", "--k=8", "--epochs=3", "--samples=1", "--max_new_tokens=8",
+        "--lm_tokens=256",
+    ]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    for _ in range(2):  # the second time all is there
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "gate" / "self" / "found.json").read_text())
+    assert found["candidates"][0]["positives"] > found["candidates"][0]["negatives"]
+    steered = json.loads((tmp_path / "gate" / "self" / "steered" / "steer.json").read_text())
+    assert len(steered["outcomes"]) == 1 + 4 * 4
+
+
 @pytest.mark.slow
 def test_the_readme_from_a_sweep_to_the_run_it_plans(directory):
     """The law predicts the largest budget from the others within 3%, and the planned run ends

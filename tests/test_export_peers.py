@@ -15,9 +15,11 @@ import pathlib
 import numpy as np
 import pytest
 
-from sae_jax import lm
+from sae_jax import interop, interpret, lm
 from sae_jax.cli import main
 from sae_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
+from sae_jax.evaluate.sources import ModelRows
+from sae_jax.interpret import neuronpedia
 from sae_jax.sae import by_name
 from sae_jax.train.run import train_run
 
@@ -211,6 +213,75 @@ def test_saedashboard_builds_its_page_from_an_export(exported, hooked, tokens, t
     save_feature_centric_vis(data, tmp_path / "features.html")
     assert sorted(data.feature_data_dict) == list(range(4))
     assert len((tmp_path / "features.html").read_text()) > 10_000
+
+
+@pytest.mark.slow
+def test_saedashboard_says_of_latents_what_we_say(exported, hooked, tokens, tmp_path):
+    """Density, strengths, the best example and the aligned neurons of every latent that fires."""
+    torch = pytest.importorskip("torch")
+    runner = pytest.importorskip("sae_dashboard.sae_vis_runner")
+    from sae_dashboard.components_config import (
+        ActsHistogramConfig,
+        Column,
+        FeatureTablesConfig,
+        LogitsHistogramConfig,
+        LogitsTableConfig,
+        SequencesConfig,
+    )
+    from sae_dashboard.layout import SaeVisLayoutConfig
+    from sae_dashboard.neuronpedia.neuronpedia_converter import NeuronpediaConverter
+    from sae_dashboard.neuronpedia.neuronpedia_runner_config import NeuronpediaRunnerConfig
+    from sae_dashboard.sae_vis_data import SaeVisConfig
+    from sae_lens import SAE
+
+    run, folder = exported("topk")
+    model = lm.open_model(MODEL)
+    rows = ModelRows(model, "resid_post.2", tokens, what="tokens")
+    sae = interop.load(run / "checkpoints" / "150")
+    planted = interpret.collect(
+        sae, rows, tmp_path / "collection", top=3, intervals=5, before=CONTEXT, after=CONTEXT
+    )
+    export = neuronpedia.Export(
+        planted, sae, model.tokenizer, "resid_post.2", "stories", "2-res", model=model
+    )
+    neuronpedia.write_saedashboard(tmp_path / "ours", export, batch=64)
+    ours = json.loads((tmp_path / "ours" / "batch-0.json").read_text())["features"]
+
+    parts = (
+        SequencesConfig(buffer=None, n_quantiles=5, top_acts_group_size=3, quantile_group_size=5),
+        ActsHistogramConfig(), LogitsHistogramConfig(), LogitsTableConfig(),
+        FeatureTablesConfig(n_rows=3),
+    )  # fmt: skip
+    theirs = SAE.load_from_disk(str(folder), device="cpu")
+    config = SaeVisConfig(
+        hook_point=theirs.cfg.metadata.hook_name, features=range(64),
+        feature_centric_layout=SaeVisLayoutConfig(columns=[Column(*parts)]),
+    )  # fmt: skip
+    data = runner.SaeVisRunner(config).run(theirs, hooked, torch.from_numpy(tokens))
+    names = {i: export.token(i) for i in range(hooked.cfg.d_vocab)}
+    about = NeuronpediaRunnerConfig("res", "", "", model_id="stories", layer=2)
+    made = NeuronpediaConverter.convert_to_np_json(hooked, data, about, names)
+    found = json.loads(made)["features"]
+    compared = 0
+    for mine, other in zip(ours, found, strict=True):
+        assert mine.keys() == other.keys() and mine["feature_index"] == other["feature_index"]
+        assert mine["frac_nonzero"] == pytest.approx(other["frac_nonzero"], abs=2e-5)
+        assert mine["neuron_alignment_indices"] == other["neuron_alignment_indices"]
+        for name in ("neuron_alignment_values", "neuron_alignment_l1"):
+            np.testing.assert_allclose(mine[name], other[name], atol=1e-3)
+        if not mine["activations"]:
+            assert other["frac_nonzero"] == 0
+            continue
+        assert sum(mine["freq_hist_data_bar_heights"]) == sum(other["freq_hist_data_bar_heights"])
+        top, best = (found["activations"][0] for found in (mine, other))
+        assert top["bin_max"] == pytest.approx(best["bin_max"], abs=2e-3)
+        if not top["qualifying_token_index"]:
+            continue  # BOS, which is alike in all texts
+        compared += 1
+        assert top["tokens"][1:] == best["tokens"]  # which leaves out the first
+        np.testing.assert_allclose(top["values"][1:], best["values"], atol=2e-3)
+        assert top["qualifying_token_index"] == best["qualifying_token_index"] + 1
+    assert compared > 16
 
 
 def in_their_words(found: dict) -> dict[str, float]:

@@ -192,6 +192,7 @@ def test_few_rows_on_several_devices(monkeypatch):
     assert fewer.config.data.batch_size == 4
 
 
+@pytest.mark.slow
 def test_a_path_is_fitted_like_its_store(tmp_path):
     store = sae_jax.write_store(tmp_path / "store", [ROWS[:500]])
     of_store, of_path = (sae_jax.train(fresh(), data) for data in (store, tmp_path / "store"))

@@ -103,8 +103,10 @@ def test_runs_of_a_pack_have_rows_of_their_own(monkeypatch):
         np.testing.assert_allclose(got[run], want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3])
-@pytest.mark.parametrize("d", [5, 128])
+@pytest.mark.parametrize(
+    "d, share",
+    [(5, 0.3), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(5, 0), (128, 0.3)])],
+)
 def test_sparse_autoencoder_equals_dense(as_on_gpu, d, share):
     """Both codes, decoded, and all gradients. Rows of 5 have no kernel."""
     B, n, k, aux_k = 6, 64, 4, 5

@@ -22,6 +22,7 @@ ROWS = [
     {
         "hub",
         "json_files",
+        "local_server",
         "numpy_files",
         "pages",
         "plots",

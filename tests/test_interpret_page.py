@@ -213,7 +213,8 @@ def test_output_tokens_are_those_of_the_decoder_row_through_the_model(model_dire
     sae = TopK.from_parameters(
         config, {name: jnp.asarray(v, jnp.float32) for name, v in parameters.items()}
     )
-    found = interpret.output_tokens(sae, model, SITE, np.array([4]), count=5)
+    every = np.ones(model.vocab_size, bool)
+    found = interpret.output_tokens(sae, model, SITE, np.array([4]), count=5, used=every)
     p = {name: np.asarray(model.params[name], np.float64) for name in ("final_norm", "unembed")}
     w_down = np.asarray(model.params["layers"][0]["w_down"], np.float64)
     logits = (w_dec[4] @ w_down * p["final_norm"]) @ p["unembed"]

@@ -145,6 +145,7 @@ def test_an_array_without_variance_in_python(given):
         )
 
 
+@pytest.mark.slow
 def test_a_small_variance_is_one():
     """Of a thousandth of the mean, which float32 has: FVU is that of the rows less their mean."""
     rows = 1000 + sparse_rows(4096)

@@ -178,6 +178,7 @@ def test_an_interrupted_run_is_one_run_in_both(store, tmp_path):
     assert json.loads(summary["eval_fvu"]) == result["eval_fvu"]
 
 
+@pytest.mark.slow
 def test_a_log_that_begins_late_gets_the_lines_before(store, tmp_path):
     config, run = small(store), tmp_path / "run"
     train_and_die(config, run, 17, None)

@@ -178,6 +178,7 @@ def test_epochs_named_in_the_message_are_enough(store, tmp_path):
     assert epochs == 3
 
 
+@pytest.mark.slow
 def test_store_with_nan(tmp_path):
     rows = sparse_rows(4096)
     rows[100, 3], rows[200, 5] = np.nan, np.inf

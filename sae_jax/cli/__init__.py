@@ -24,8 +24,9 @@ from sae_jax.errors import UserError, choose, one_line
 
 _MOST_CPU_DEVICES = 1024  # each is a few threads
 COMMANDS = (
-    "demo harvest store train eval sweep status fit compare plan export import bench launch".split()
-)
+    "demo harvest store train eval dashboard steer attribute sweep status fit compare plan export "
+    "import bench launch"
+).split()
 
 _TAKE_PATHS = ("status",)  # whose arguments without a flag are those of --path
 
@@ -221,7 +222,7 @@ def _overview() -> str:
     lines = ["sae-jax COMMAND [--flag=value ...]    (sae-jax COMMAND --help for one command)", ""]
     for name in COMMANDS:
         summary = _command(name).SUMMARY.strip()
-        lines.append(f"  {name:9}{summary.splitlines()[0]}")
+        lines.append(f"  {name:11}{summary.splitlines()[0]}")
     return "\n".join(lines)
 
 

@@ -179,6 +179,7 @@ Open {page.absolute()}
 Numbers and figures: {out / "run"}/eval.json, eval_*.png
 
 Next:
+  sae-jax dashboard --run={out / "run"} --serve
   sae-jax harvest --model=YOUR_MODEL --text=YOUR_TEXT --sites=resid_post.6 --out=stores/mine
   sae-jax train --workdir=runs/mine --config.data.store=stores/mine --config.sae.d_sae=16384
   sae-jax eval --run=runs/mine --model=YOUR_MODEL"""

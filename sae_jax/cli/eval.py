@@ -5,7 +5,7 @@ import sys
 
 from absl import flags
 
-from sae_jax.cli import counts, distributed, path_lists
+from sae_jax.cli import counts, distributed, opened_saes, opened_sources, path_lists
 from sae_jax.errors import UserError
 
 SUMMARY = """Evaluate an SAE, alone and inside its language model.
@@ -125,11 +125,8 @@ def run(args, overrides) -> int:
 
 
 def _evaluate(args) -> None:
-    import dataclasses
-
-    from sae_jax import interop, lm, paths
+    from sae_jax import lm, paths
     from sae_jax.activations import is_world
-    from sae_jax.config import DataConfig
     from sae_jax.evaluate import figures
     from sae_jax.evaluate.report import (
         dead_latents_file,
@@ -139,25 +136,16 @@ def _evaluate(args) -> None:
         save,
     )
     from sae_jax.evaluate.sources import check_sites
-    from sae_jax.train.directory import find_store, is_writer, read_config
+    from sae_jax.train.directory import is_writer
 
     if bool(args.run) == bool(args.sae):
         raise UserError("give either --run=RUN or --sae=PATH, or --results=SWEEP")
     if args.select:
         raise UserError("--select chooses among the runs of --results=SWEEP; give that too")
-    named = args.run or args.sae
-    path, about = interop.locate(named), {}
-    is_run = interop.format_of(path) is None and (path / "config.json").is_file()
-    if is_run:
-        checkpoint, about = _latest(path)
-        sae = interop.load(checkpoint, kind=args.kind)
-    else:
-        sae = interop.load(named, kind=args.kind)
-    data = find_store(path, read_config(path).data) if is_run else DataConfig()
-    data = dataclasses.replace(data, **_chosen(args))
-    if not data.site and not is_run:
-        data = dataclasses.replace(data, site=interop.site(path) or "")
+    chosen = opened_sources.chosen(args)
+    sae, path, is_run, about, data = opened_saes.open_sae(args.run, args.sae, args.kind, chosen)
     source, model, settings = _open(args, data, lm.open_model)
+    named = args.run or args.sae
     name = named if paths.is_remote(named) else str(path.absolute())
     settings = {"sae": name, **about, **settings}
     out = args.out or (path / "eval.json" if args.run else None)
@@ -177,51 +165,6 @@ def _evaluate(args) -> None:
     save(evaluation, out, args.overwrite)
     files = figures.save_all(evaluation, out, path / "metrics.jsonl" if is_run else None)
     print(f"Written: {', '.join(map(str, [out, dead_latents_file(out), *files]))}")
-
-
-def _latest(run) -> tuple:
-    """Returns the path of a run's latest checkpoint, and the settings that tell it from others.
-
-    The checkpoint is named, so that one that the run saves meanwhile is not taken for it.
-    """
-    from sae_jax.evaluate.report import checkpoint_settings
-    from sae_jax.train.checkpoints import saved_steps
-
-    steps = saved_steps(run)
-    if not steps:
-        raise UserError(f"{run} holds no checkpoint yet; train it first")
-    return run / "checkpoints" / str(steps[-1]), checkpoint_settings(run, steps[-1])
-
-
-def _chosen(args) -> dict:
-    """Returns the fields of a run's data section that the flags give."""
-    names = ("store", "site", "target_site", "holdout_fraction", "include_excluded")
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-
-
-def _open(args, data, open_model) -> tuple:
-    """Returns (source, model or None, settings): what to evaluate on, as the flags and `data` say.
-
-    `open_model` is `lm.open_model`.
-    """
-    from sae_jax import lm
-    from sae_jax.activations import is_world
-    from sae_jax.evaluate.sources import check_model
-
-    slices = _slice(args.sequences, "--sequences"), _slice(args.lm_sequences, "--lm_sequences")
-    if slices != (None, None) and not (args.tokens_file or args.text):
-        raise UserError("--sequences and --lm_sequences are of --tokens_file or --text; give one")
-    store = lm.open_store(data.store) if data.store and not is_world(data.store) else None
-    directory = _model(args.model, store)
-    model = None
-    if directory is not None:
-        model = open_model(directory, args.model_dtype)
-        if store is not None and not (args.tokens_file or args.text):
-            check_model(store, model)
-    settings = {"model": directory and str(directory)}
-    if model is not None:
-        settings["model_dtype"] = args.model_dtype
-    return _source(args, data, store, model, *slices), model, settings
 
 
 def _evaluate_sweep(args) -> None:
@@ -253,7 +196,7 @@ def _evaluate_sweep(args) -> None:
     groups: dict[tuple, list[str]] = {}
     for run_id in rows:
         config = runs[run_id].config
-        data = dataclasses.replace(config.data, **_chosen(args))
+        data = dataclasses.replace(config.data, **opened_sources.chosen(args))
         same = (data.store, data.site, data.target_site, data.holdout_fraction)
         groups.setdefault((config.sae.kind, *same, data.include_excluded), []).append(run_id)
     open_model = functools.cache(lm.open_model)
@@ -261,10 +204,12 @@ def _evaluate_sweep(args) -> None:
     for (kind, *_), names in groups.items():
         first = runs[names[0]]
         data = find_store(directory.run_path(first), first.config.data)
-        source, model, about = _open(args, dataclasses.replace(data, **_chosen(args)), open_model)
+        source, model, about = _open(
+            args, dataclasses.replace(data, **opened_sources.chosen(args)), open_model
+        )
         jobs = []
         places = [directory.run_path(runs[name]).absolute() for name in names]
-        latest = at_once(_latest, places)
+        latest = at_once(opened_saes.latest, places)
         for name, path, (checkpoint, which) in zip(names, places, latest, strict=True):
             settings = {"sae": str(path), **which, **about}
             jobs.append(
@@ -342,76 +287,12 @@ def _shown(names: dict[str, str], done: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def _model(asked: str | None, store):
-    """Returns the model that the flag --model asks for, as `lm.open_model` takes it, or None.
-
-    Without the flag it is the store's own model, if that is the one that ships here or on the hub.
-    """
-    from sae_jax import lm
-
-    if asked is not None:
-        return {"demo": lm.DEMO_MODEL, "none": None}.get(asked, asked)
-    if store is None:
-        return None
-    if _is_from(store, lm.DEMO_MODEL):
-        return lm.DEMO_MODEL
-    return store.meta.model if lm.hub_name(store.meta.model or "") else None
-
-
-def _source(args, data, store, model, sequences: slice | None, lm_sequences: slice | None):
-    """Returns what to evaluate on: the user's tokens or text if given, else the store or world."""
-    from sae_jax import lm
-    from sae_jax.activations import is_world
-    from sae_jax.evaluate.sources import HeldOutRows, ModelRows, read_tokens
-    from sae_jax.evaluate.worlds import WorldRows
-
-    if is_world(data.store):
-        if model or args.tokens_file or args.text:
-            raise UserError(
-                f"{data.store} is a synthetic world, which no language model or text goes with; "
-                "leave out --model, --tokens_file and --text"
-            )
-        return WorldRows(data, tokens=args.tokens)
-    sites = f"{data.site},{data.target_site}" if data.target_site else data.site
-    if args.tokens_file and args.text:
-        raise UserError("give either --tokens_file or --text")
-    if not (args.tokens_file or args.text):
-        if store is None:
-            raise UserError("nothing to evaluate on: give --store, --tokens_file or --text")
-        return HeldOutRows(
-            store,
-            sites,
-            tokens=args.tokens,
-            holdout_fraction=data.holdout_fraction,
-            include_excluded=data.include_excluded,
-        )
-    if model is None:
-        raise UserError("activations on your tokens need the language model: give --model=DIR")
-    if not data.site:
-        raise UserError("which activations? give --site, such as --site=resid_post.2")
-    if args.tokens_file:
-        tokens, what = read_tokens(args.tokens_file), args.tokens_file
-    else:
-        texts = lm.read_texts(args.text, collapse_newlines=args.collapse_newlines)
-        length = args.context_length or min(model.max_context, 1024)
-        tokens = lm.pack(texts, model.tokenizer, length, args.tokens)
-        what = ", ".join(args.text)
-    excluded = {}
-    if not data.include_excluded:
-        if store is not None:
-            names = ("excluded_tokens", "excluded_positions")
-            excluded = {name: getattr(store.meta, name) for name in names}
-        else:
-            excluded = {"excluded_tokens": model.tokenizer.special_tokens}
-    return ModelRows(
-        model,
-        sites,
-        tokens[: max(1, args.tokens // tokens.shape[1])],
-        what=what,
-        sequences=sequences or slice(None),
-        spliced_sequences=lm_sequences or sequences or slice(None),
-        **excluded,
-    )
+def _open(args, data, open_model) -> tuple:
+    """Returns (source, model or None, settings), as `opened_sources.open_source` does."""
+    slices = _slice(args.sequences, "--sequences"), _slice(args.lm_sequences, "--lm_sequences")
+    if slices != (None, None) and not (args.tokens_file or args.text):
+        raise UserError("--sequences and --lm_sequences are of --tokens_file or --text; give one")
+    return opened_sources.open_source(args, data, open_model, *slices)
 
 
 def _slice(text: str | None, flag: str) -> slice | None:
@@ -421,10 +302,3 @@ def _slice(text: str | None, flag: str) -> slice | None:
     if not match or int(match[1]) >= int(match[2]):
         raise UserError(f"{flag} is START:STOP, such as 0:64, not {text!r}")
     return slice(int(match[1]), int(match[2]))
-
-
-def _is_from(store, model_directory) -> bool:
-    from sae_jax import lm
-
-    made_by = store.meta.provenance.get("model_fingerprint")
-    return made_by is not None and made_by == lm.fingerprint(model_directory)

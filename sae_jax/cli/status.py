@@ -2,6 +2,7 @@
 
 from absl import flags
 
+from sae_jax.cli import ports
 from sae_jax.errors import UserError
 
 SUMMARY = """Show where runs, sweeps and stores stand, and the time left; --serve shows curves.
@@ -24,18 +25,6 @@ sweep gets by --extend or --rerun appear, and new ones in a local directory.
 """
 
 _PORT = 8421
-_MOST_PORT = 65_535
-
-
-class _PortParser(flags.ArgumentParser):
-    syntactic_help = "a port"
-
-    def parse(self, argument) -> int | None:
-        if argument in ("true", "false", None):  # --serve, --noserve
-            return _PORT if argument == "true" else None
-        if not str(argument).isdecimal() or not 0 <= int(argument) <= _MOST_PORT:
-            raise ValueError(f"a port is a number from 1 to {_MOST_PORT}, or 0 for any free one")
-        return int(argument)
 
 
 def define(values: flags.FlagValues) -> None:
@@ -46,15 +35,7 @@ def define(values: flags.FlagValues) -> None:
         "A run, a sweep, a store, or a directory of such; the flag's name may be left out.",
         flag_values=values,
     )
-    serve = flags.Flag(
-        _PortParser(),
-        flags.ArgumentSerializer(),
-        "serve",
-        None,
-        f"Serve a page of the curves, at port {_PORT}, or at the one that is given.",
-        boolean=True,
-    )
-    flags.DEFINE_flag(serve, flag_values=values)
+    ports.define("serve", _PORT, "Serve a page of the curves", values)
 
 
 def run(args: flags.FlagValues, overrides: dict[str, str]) -> None:

@@ -8,14 +8,18 @@
     batches(rows)            an iterator over batches of at most about `rows` rows
     num_batches(rows)        how many batches this process gets
     sequences(limit, tokenizer)  the tokens to run a language model on
+    texts()                  the sequences whose rows these are, as `Texts`
+    read(places)             the activations of some of these sequences
     origin                   a short name for messages
     settings                 what it is, in words and numbers
 
 A batch is a pair of activations (B, sum of widths) and a mask (B,) of the rows that count. Where
 there are several processes, each gets its own share of the batches. `sequences` returns
 `Sequences` of at least `limit` tokens, as far as there are so many; None where there are no tokens.
+A world has neither `texts` nor `read`.
 """
 
+import functools
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -31,11 +35,12 @@ from sae_jax.errors import UserError, some
 from sae_jax.evaluate.batching import evenly_spaced, pad_rows
 from sae_jax.evaluate.padding import IGNORED, text_first, tokenizer_of
 from sae_jax.evaluate.processes import own_share
-from sae_jax.lm import PACKING_RULE, LanguageModel, Tokenizer
+from sae_jax.lm import PACKING_RULE, LanguageModel, Tokenizer, in_batches
 from sae_jax.numpy_files import map_npy, read_npz
 from sae_jax.sae import SAE
 from sae_jax.sae.config import TRANSCODERS
 
+_READ = 2048  # tokens that a model runs on at once for `read`
 _PLAIN_BYTES = 1 << 28  # of token ids that may be compressed to any size
 _MOST_COMPRESSED = 100  # how many times its size a larger file may hold; text's ids: about 5
 
@@ -52,6 +57,24 @@ class Sequences(NamedTuple):
     tokens: np.ndarray
     used: np.ndarray
     is_text: np.ndarray
+
+
+class Texts(NamedTuple):
+    """All sequences of a source.
+
+    Attributes:
+      numbers: the number of each in the store or text, (n,) int64, ascending.
+      tokens: token ids (n, T).
+      used: the positions that count, (n, T) bool.
+      at_once: of how many sequences at a time reading is cheap, or a multiple of them.
+      fingerprint: a hash of what the activations come from.
+    """
+
+    numbers: np.ndarray
+    tokens: np.ndarray
+    used: np.ndarray
+    at_once: int
+    fingerprint: str
 
 
 class HeldOutRows:
@@ -148,6 +171,34 @@ class HeldOutRows:
         found = text_first(ids, tokenizer, self.origin)
         return Sequences(found.tokens, found.moved(used) & found.is_text, found.is_text)
 
+    def texts(self) -> Texts:
+        """Returns all sequences. Raises UserError where the store has no tokens."""
+        meta, store = self.store.meta, self.store
+        if meta.tokens_sha256 is None:
+            raise UserError(f"{store.path} has no tokens, so there is no text to show")
+        numbers = self._chunks[:, None] * meta.chunk_sequences + np.arange(meta.chunk_sequences)
+        numbers = numbers.reshape(-1)
+        there = numbers < meta.num_sequences
+        used = self._used(self._chunks).reshape(len(numbers), meta.context_length)[there]
+        numbers = numbers[there].astype(np.int64)
+        tokens = store.read_tokens(numbers)
+        return Texts(numbers, tokens, used, meta.chunk_sequences, store.fingerprint)
+
+    def read(self, places: np.ndarray) -> np.ndarray:
+        """Returns the activations (n, T, sum of widths) of the sequences texts()[places].
+
+        `places` are in order. Raises UserError if the store is damaged there.
+        """
+        meta, sites = self.store.meta, self._sites
+        which, place = np.divmod(places, meta.chunk_sequences)
+        which, row = np.unique(which, return_inverse=True)
+        chunks = self._chunks[which]
+        x = np.zeros((len(chunks), meta.chunk_rows, sites.width), sites.dtype)
+        sites.read_chunks(chunks, x)
+        sites.check_finite(chunks, x, self._used(chunks))
+        x = x.reshape(len(chunks), meta.chunk_sequences, meta.context_length, sites.width)
+        return x[row, place]
+
     def _layout(self, rows: int) -> tuple[int, int]:
         """Returns (chunks to read at once, batches to cut them into) for batches of `rows` rows."""
         chunk_rows = self.store.meta.chunk_rows
@@ -208,6 +259,7 @@ class ModelRows:
         for part in (self._rows, self._spliced):
             if not len(part.tokens):
                 raise UserError(f"{what} has {len(tokens)} sequences, none of those asked for")
+        self._first = _describe(sequences, len(tokens))[0]
         self.num_rows = self._rows.tokens.size
         left_out = [
             f"{name} {', '.join(map(str, values))}"
@@ -242,6 +294,26 @@ class ModelRows:
         del tokenizer
         count = -(-limit // self._spliced.tokens.shape[1])
         return Sequences(*(part[:count] for part in self._spliced))
+
+    def texts(self) -> Texts:
+        """Returns all sequences."""
+        tokens, used, _ = self._rows
+        numbers = self._first + np.arange(len(tokens), dtype=np.int64)
+        return Texts(numbers, tokens, used, self._sequences_at_once(_READ), self.model.fingerprint)
+
+    def read(self, places: np.ndarray) -> np.ndarray:
+        """Returns the activations (n, T, sum of widths) of the sequences texts()[places]."""
+        tokens = self._rows.tokens[places]
+        size = self._sequences_at_once(_READ)
+        parts = [
+            np.concatenate([np.asarray(arrays[site]) for site in self.site_names], axis=-1)
+            for _, arrays in in_batches(self._run, tokens, size)
+        ]
+        return np.concatenate(parts)[: len(tokens)]
+
+    @functools.cached_property
+    def _run(self):
+        return self.model.runner(self.site_names, np.float32)
 
     def _sequences_at_once(self, rows: int) -> int:
         tokens = self._rows.tokens

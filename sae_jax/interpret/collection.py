@@ -2,9 +2,9 @@
 
 A collection has one fixed set of slots for each latent: `top` for the sequences on which it peaks
 highest, and `per_interval` for each of `intervals` equal parts of the range from 0 to its maximum,
-the highest part first (Bricken et al. 2023, "Towards Monosemanticity"). A slot is empty where its
-value is 0. Arrays are files of their own that are mapped, not read, so that a collection of any
-size opens at once:
+the highest part first (Bricken et al. 2023, "Towards Monosemanticity"), drawn from its other
+sequences. A slot is empty where its value is 0. Arrays are files of their own that are mapped, not
+read, so that a collection of any size opens at once:
 
     collection.json     the settings, and what was looked at
     latents.npz         density, mean_activation, max_activation (d_sae,) float32
@@ -25,6 +25,7 @@ Activations are lengths in the model's units: the latent times the norm of its d
 
 import dataclasses
 import functools
+import pathlib
 
 import numpy as np
 
@@ -129,6 +130,12 @@ class Collection:
             groups[group].append(Example(number, ids, start, stop, peak, activations))
         return groups
 
+    def peak_tokens(self) -> np.ndarray:
+        """Returns the tokens on which the highest peaks lie, (d_sae, top); -1 in empty slots."""
+        top = slice(self.about.top)
+        places = (self._map(name)[:, top] for name in ("sequence", "position"))
+        return np.where(self._map("value")[:, top] > 0, self._map("tokens")[*places], -1)
+
     def coactive(self, latent: int) -> list[tuple[int, float]]:
         """Returns (latent, Jaccard index) of those that fire on the same tokens, best first."""
         found, similarity = self._map("coactive")[latent], self._map("similarity")[latent]
@@ -143,7 +150,9 @@ class Collection:
     @functools.cached_property
     def _arrays(self) -> dict[str, np.ndarray]:
         names = ("histogram", "value", "sequence", "position", "window", "coactive", "similarity")
-        return {n: map_npy(self.path / f"{n}.npy") for n in (*names, "tokens", "numbers")}
+        names = (*names, "tokens", "numbers")
+        # Plain views, still mapped: a memmap makes objects of its own wherever it is indexed.
+        return {n: np.asarray(map_npy(self.path / f"{n}.npy")) for n in names}
 
 
 def write(path, about: About, latents: dict[str, np.ndarray], arrays: dict) -> Collection:
@@ -157,14 +166,25 @@ def write(path, about: About, latents: dict[str, np.ndarray], arrays: dict) -> C
 
     Raises UserError if the directory exists and is not empty.
     """
-    path = paths.local(path)
-    if path.exists() and any(path.iterdir()):
-        raise UserError(f"{path} exists and is not empty; choose another directory")
+    path = free(path)
     temporary = path.with_name(f"tmp.{path.name}")
     temporary.mkdir(parents=True, exist_ok=True)
-    np.savez(temporary / "latents.npz", **latents)
     for name, array in arrays.items():
         np.save(temporary / f"{name}.npy", array)
+    return finish(temporary, path, about, latents)
+
+
+def free(path) -> pathlib.Path:
+    """Returns the path of a new collection. Raises UserError if something is there already."""
+    path = paths.local(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} exists and is not empty; choose another directory")
+    return path
+
+
+def finish(temporary: pathlib.Path, path: pathlib.Path, about: About, latents: dict) -> Collection:
+    """Adds latents.npz and collection.json to a folder with the arrays, and gives it its name."""
+    np.savez(temporary / "latents.npz", **latents)
     paths.save_json(dataclasses.asdict(about), temporary / "collection.json")
     if path.exists():
         path.rmdir()

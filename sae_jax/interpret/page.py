@@ -3,8 +3,11 @@
 The page is one file, which needs nothing else.
 """
 
+import contextlib
 import dataclasses
 import pathlib
+import tempfile
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -12,16 +15,20 @@ from sae_jax import lm, pages, paths, plots
 from sae_jax.activations import Store
 from sae_jax.evaluate import figures
 from sae_jax.evaluate.report import Evaluation
+from sae_jax.evaluate.sources import HeldOutRows
+from sae_jax.interpret.collect import collect
+from sae_jax.interpret.collection import Collection, Example
 from sae_jax.interpret.effects import output_tokens
-from sae_jax.interpret.examples import Example, find_examples
-from sae_jax.interpret.text import pieces, token_text
+from sae_jax.interpret.text import interval_names, pieces, token_text
 from sae_jax.sae import SAE
 
+_EXAMPLES = {"top": 8, "intervals": 4, "per_interval": 2}
 _MIN_ROWS = 10  # fewer say little about what a latent responds to
 HOW_CHOSEN = (
-    f"of the latents that fired on {_MIN_ROWS} tokens or more, sorted by density, {{count}} at "
-    "equal steps from the rarest to the most frequent"
+    f"Not hand-picked: of the latents that fired on {_MIN_ROWS} tokens or more, sorted by density, "
+    "{count} at equal steps from the rarest to the most frequent."
 )
+MOST_LATENTS = 200  # of one page
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +97,8 @@ def write_page(
     *,
     metrics_file=None,
     count: int = 30,
+    latents: Sequence[int] | None = None,
+    collection: Collection | None = None,
     tokens: int = 1_000_000,
     title: str = "Sparse autoencoder",
 ) -> None:
@@ -105,15 +114,26 @@ def write_page(
         either where a decoder row does not stand for one place in the residual stream.
       metrics_file: the run's metrics.jsonl. Without it no training curves are shown.
       count: how many latents to show.
+      latents: the numbers of the latents to show; by default `count`, of all densities.
+      collection: their examples; by default they are looked for in the store.
       tokens: about how many of the store's tokens to look at.
       title: the title of the page.
 
     Raises UserError if the store has no tokens.
     """
     rows, site = evaluation.rows, evaluation.settings["site"]
-    latents = choose_latents(rows.density, rows.rows, count)
-    maxima = rows.max_activation[latents]
-    examples = find_examples(sae, store, site, latents, maxima, tokens=tokens)
+    sites = ",".join(filter(None, (site, evaluation.settings.get("target_site"))))
+    how_chosen = "They were asked for by number."
+    if latents is None:
+        latents = choose_latents(rows.density, rows.rows, count)
+        how_chosen = HOW_CHOSEN.format(count=len(latents))
+    with contextlib.ExitStack() as stack:
+        if collection is None:
+            source = HeldOutRows(store, sites, tokens=tokens, holdout_fraction=None)
+            folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            collection = collect(sae, source, folder / "collected", tokens=tokens, **_EXAMPLES)
+        examples = [collection.examples(latent) for latent in latents]
+        looked_at = collection.about.settings.get("looked_at", collection.about.rows)
     written = evaluation.settings.get("target_site", site)
     effects = None
     if model is not None and not evaluation.sites:
@@ -146,8 +166,9 @@ def write_page(
         store=store,
         figures=_figures(evaluation, metrics_file),
         latents=views,
-        tokens=min(tokens, store.num_rows),
+        tokens=looked_at,
         without_effects=model is not None and effects is None,
+        how_chosen=how_chosen,
     )
     out = paths.local(out)
     temporary = out.with_name(f"tmp.{out.name}")
@@ -155,7 +176,7 @@ def write_page(
     temporary.replace(out)
 
 
-def render(*, title, sae, evaluation, store, figures, latents, tokens, without_effects) -> str:
+def render(*, title, sae, evaluation, store, figures, latents, tokens, without_effects, how_chosen):
     """Returns the page as HTML.
 
     Args:
@@ -167,6 +188,7 @@ def render(*, title, sae, evaluation, store, figures, latents, tokens, without_e
       latents: a `LatentView` for each latent to show.
       tokens: how many tokens were looked at.
       without_effects: whether to say that no output tokens are shown.
+      how_chosen: a sentence that says how the latents were chosen.
     """
     return pages.render(
         pathlib.Path(__file__).with_name("page.html"),
@@ -182,7 +204,7 @@ def render(*, title, sae, evaluation, store, figures, latents, tokens, without_e
         latents=latents,
         tokens=tokens,
         without_effects=without_effects,
-        how_chosen=HOW_CHOSEN.format(count=len(latents)),
+        how_chosen=how_chosen,
     )
 
 
@@ -211,10 +233,5 @@ def _spans(tokenizer, example: Example, top: float) -> list[Span]:
 
 
 def _named_intervals(groups) -> list[tuple[str, list[list[Span]]]]:
-    n = len(groups)
-    percent = [(100 * (n - i - 1) // n, 100 * (n - i) // n) for i in range(n)]
-    return [
-        (f"{low}–{high}% of the maximum", group)
-        for (low, high), group in zip(percent, groups, strict=True)
-        if group
-    ]
+    names = interval_names(len(groups))
+    return [(name, group) for name, group in zip(names, groups, strict=True) if group]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import re
 
 import numpy as np
@@ -11,6 +12,7 @@ from sae_jax.json_files import parse_json
 
 _MARGIN = 64  # tokens looked at around a window, so that a character that it cuts is whole
 _MAX_TOKENS = 4  # of one character: UTF-8 has at most so many bytes
+_NEVER = (0xC0, 0xC1, *range(0xF5, 0x100))  # bytes that UTF-8 does not have
 _CONTROL_PICTURES = {i: 0x2400 + i for i in range(32)} | {127: 0x2421}
 _VISIBLE = _CONTROL_PICTURES | {ord("\n"): "↵", ord("\t"): "⇥"}
 
@@ -40,31 +42,91 @@ def pieces(
     """
     stop = len(ids) if stop is None else stop
     low = max(0, start - _MARGIN)
-    ids = [int(i) for i in ids[low : stop + _MAX_TOKENS]]
-    by_level = _is_byte_level(tokenizer)
-    parts = [_bytes(tokenizer, i, by_level) for i in ids]
-    characters = _characters(b"".join(parts))
-    ends = np.cumsum([len(part) for part in parts]).tolist()  # of the tokens, in bytes
-    found, first, begin = [], 0, 0
-    for last, end in enumerate(ends):
-        if end not in characters:
-            continue  # inside a character
-        text = "".join(characters[at] for at in range(begin + 1, end + 1) if at in characters)
-        text = text.translate(_VISIBLE)
-        text = text or "".join(_name(tokenizer, i) for i in ids[first : last + 1])
-        found.append(Piece(low + first, low + last + 1, text))
-        first, begin = last + 1, end
+    parts = [_part(tokenizer, i) for i in np.asarray(ids[low : stop + _MAX_TOKENS]).tolist()]
+    found, first = [], 0
+    while first < len(parts):
+        last = first
+        while last < len(parts) and parts[last].text is None:
+            last += 1  # no part of a character combines with whole ones
+        if last == first:
+            found.append(Piece(low + first, low + first + 1, parts[first].text))
+            first += 1
+        else:
+            found += _joined(parts[first:last], low + first)
+            first = last
     inside = (p for p in found if p.stop > start and p.start < stop)
     return [Piece(max(p.start, start), min(p.stop, stop), p.text) for p in inside]
 
 
 def token_text(tokenizer: lm.Tokenizer, token: int) -> str:
     """Returns the text of a token, or the tokenizer's name for it if it is part of a character."""
+    part = _part(tokenizer, int(token))
+    return part.name if part.text is None else part.text
+
+
+def token_name(tokenizer: lm.Tokenizer, token: int) -> str:
+    """Returns the tokenizer's own name for a token."""
+    return _part(tokenizer, int(token)).name
+
+
+def token_bytes(tokenizer: lm.Tokenizer, token: int) -> bytes:
+    """Returns the bytes of text that a token stands for."""
+    return _part(tokenizer, int(token)).data
+
+
+def interval_names(count: int) -> list[str]:
+    """Returns names of the `count` equal parts of the range from 0 to a maximum, highest first."""
+    edges = [round(100 * i / count) for i in range(count + 1)]
+    return [f"{low}–{high}% of the maximum" for low, high in itertools.pairwise(edges)][::-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """What a token is: its bytes, its name, and its text, None if it is part of a character."""
+
+    data: bytes
+    name: str
+    text: str | None
+
+
+@functools.lru_cache(2**19)
+def _part(tokenizer: lm.Tokenizer, token: int) -> _Part:
+    data, name = _bytes(tokenizer, token, _is_byte_level(tokenizer)), _name(tokenizer, token)
     try:
-        text = _bytes(tokenizer, int(token), _is_byte_level(tokenizer)).decode()
+        return _Part(data, name, data.decode().translate(_VISIBLE) or name)
     except UnicodeDecodeError:
-        return _name(tokenizer, int(token))
-    return text.translate(_VISIBLE)
+        return _Part(data, name, None)
+
+
+def _joined(parts: list[_Part], start: int) -> list[Piece]:
+    """Returns the pieces of tokens of which none is whole characters; the first is at `start`."""
+    characters = _characters(b"".join(part.data for part in parts))
+    ends = np.cumsum([len(part.data) for part in parts]).tolist()  # of the tokens, in bytes
+    found, first, begin = [], 0, 0
+    for last, end in enumerate(ends):
+        if end not in characters:
+            continue  # inside a character
+        text = "".join(characters[at] for at in range(begin + 1, end + 1) if at in characters)
+        text = text.translate(_VISIBLE)
+        text = text or "".join(part.name for part in parts[first : last + 1])
+        found.append(Piece(start + first, start + last + 1, text))
+        first, begin = last + 1, end
+    return found
+
+
+def stray_bytes(tokenizer: lm.Tokenizer) -> set[int]:
+    """Returns the tokens that stand for one byte and that no text has.
+
+    UTF-8 has no bytes C0, C1 and from F5 on. A tokenizer that falls back to bytes (Llama's) has
+    besides no use for those of ASCII characters that are tokens themselves.
+    """
+    token_of, names = tokenizer.backend.token_to_id, {b: c for c, b in _byte_levels().items()}
+    if _is_byte_level(tokenizer):
+        found = {token_of(names[byte]) for byte in _NEVER}
+    else:
+        ascii_tokens = {byte for byte in range(128) if token_of(chr(byte)) is not None}
+        found = {token_of(f"<0x{byte:02X}>") for byte in {*_NEVER, *ascii_tokens}}
+    return found - {None}
 
 
 def _characters(data: bytes) -> dict[int, str]:
@@ -102,6 +164,7 @@ def _bytes(tokenizer: lm.Tokenizer, token: int, by_level: bool) -> bytes:
     return bytes.fromhex(byte[1]) if byte and text != name else text.encode()
 
 
+@functools.lru_cache(8)
 def _is_byte_level(tokenizer: lm.Tokenizer) -> bool:
     decoder = tokenizer.backend.decoder
     if decoder is None:
@@ -135,3 +198,21 @@ def _text(tokenizer: lm.Tokenizer, token: int) -> str:
     """
     bos = tokenizer.decode([tokenizer.bos])
     return tokenizer.decode([tokenizer.bos, token]).removeprefix(bos)
+
+
+def vocabulary(tokenizer: lm.Tokenizer) -> list[str]:
+    """Returns the tokens as SAEDashboard writes them for Neuronpedia, by their ids.
+
+    They are the names of the tokenizer's vocabulary, so that spaces of SentencePiece stay "▁" and a
+    byte is "<0x0A>", which Neuronpedia replaces. Names of a byte-level vocabulary become the text
+    that they stand for, "Ġthe" " the". SAEDashboard replaces some of these and leaves the others,
+    "é" as "Ã©"; here all are text but the parts of characters. The character 0, which Neuronpedia's
+    database does not take, is "<0x00>".
+    """
+    return [_vocabulary_text(tokenizer, token) for token in range(tokenizer.vocab_size)]
+
+
+def _vocabulary_text(tokenizer: lm.Tokenizer, token: int) -> str:
+    part = _part(tokenizer, token)
+    whole = _is_byte_level(tokenizer) and part.text is not None
+    return (part.data.decode() if whole else part.name).replace("\0", "<0x00>")

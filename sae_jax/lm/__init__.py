@@ -18,11 +18,12 @@ from sae_jax.lm.corpus import standard_library
 from sae_jax.lm.decoder import forward, next_token_loss
 from sae_jax.lm.directory import hub_name
 from sae_jax.lm.documents import read_texts, text_files
-from sae_jax.lm.edits import add_direction, at, clamp, put, reading, reconstruct
+from sae_jax.lm.edits import add_direction, at, put, reading, same_norm, unless
 from sae_jax.lm.families import load_config
 from sae_jax.lm.generate import Generated, generate
 from sae_jax.lm.harvest import harvest
 from sae_jax.lm.language_model import LanguageModel, in_batches
+from sae_jax.lm.latent_edits import clamp, latent_edits, reconstruct
 from sae_jax.lm.live import LiveStore, open_store, open_stream
 from sae_jax.lm.model import JaxModel, local_mesh, open_model
 from sae_jax.lm.text import PACKING_RULE, Tokenizer, load_tokenizer, pack
@@ -53,6 +54,7 @@ __all__ = [
     "in_batches",
     "init",
     "is_torch",
+    "latent_edits",
     "layout",
     "load_config",
     "load_params",
@@ -68,11 +70,13 @@ __all__ = [
     "read_texts",
     "reading",
     "reconstruct",
+    "same_norm",
     "save_model",
     "site_of_hook",
     "site_width",
     "standard_library",
     "text_files",
+    "unless",
     "with_weights",
 ]
 

@@ -1,12 +1,10 @@
-"""Makes edits of a language model's activations, by an SAE's latents or by steering.
+"""Makes edits of a language model's activations.
 
-    logits, _ = model.forward(tokens, edits={
-        "resid_post.6": lm.clamp(sae, latent=1234, activation=5 * maximum)})
+    logits, _ = model.forward(tokens, edits={"resid_post.6": lm.add_direction(direction, 5.0)})
 
 An edit is a function from a site's activations (B, T, width) to their replacement. Those made here
-are pytrees: `jax.jit` takes them as arguments, so that one compiled program serves all latents and
-strengths. An SAE's edits compute in float32, and are for the site that it was trained on. The SAE
-must be an autoencoder.
+are pytrees: `jax.jit` takes them as arguments, so that one compiled program serves all directions
+and strengths. Those of an SAE's latents are in `latent_edits`.
 
 An edit that `reading` makes is given activations of other sites too. In `lm.generate` an edit sees
 the prompt at once and then every new token alone (B, 1, width), so it must treat each position by
@@ -19,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 
 from sae_jax.errors import UserError
@@ -80,50 +79,8 @@ class At(ReadingEdit):
         return jnp.where(where[..., None], apply(self.edit, x, read).astype(x.dtype), x)
 
 
-def reconstruct(
-    sae, change: Callable[[jax.Array], jax.Array] | None = None, with_error: bool = False
-) -> Edit:
-    """Returns an edit that replaces activations by an SAE's reconstruction of them.
-
-    Raises UserError if the SAE is not an autoencoder.
-
-    Args:
-      sae: the SAE.
-      change: a function from the latents (B, T, d_sae) to those that are decoded; by default they
-        are not changed.
-      with_error: whether the SAE's error is added back, so that only the change has an effect.
-    """
-    _check(sae)
-    edit = _change_latents if with_error else _reconstruct
-    return Partial(edit, sae, as_pytree(change or _unchanged))
-
-
-def clamp(sae, latent: int, activation: float) -> Edit:
-    """Returns an edit that sets one latent to a fixed activation at every position.
-
-    The SAE's error is kept, as in Scaling Monosemanticity (Templeton et al. 2024, "Methodological
-    details" of steering), where the activation is a multiple of the latent's maximum.
-
-    Raises UserError if the SAE has no such latent or is not an autoencoder.
-
-    Args:
-      sae: the SAE.
-      latent: the latent's index.
-      activation: the norm of what the latent adds to the reconstruction, in the model's units, of
-        which `sae-jax eval` writes the maximum as max_activation. 0 removes the latent.
-    """
-    _check(sae)
-    if not 0 <= latent < sae.config.d_sae:
-        raise UserError(f"no latent {latent}: the SAE has latents 0 to {sae.config.d_sae - 1}")
-    off_and_on = jnp.zeros((2, sae.config.d_sae)).at[1, latent].set(1.0)
-    without, with_it = sae.decode(off_and_on)
-    row_D = with_it - without
-    norm = jnp.maximum(jnp.linalg.norm(row_D), jnp.finfo(jnp.float32).tiny)
-    return Partial(_clamp, sae, latent, row_D, activation / norm)
-
-
 def add_direction(direction: jax.Array, scale: float = 1.0) -> Edit:
-    """Returns an edit that adds scale * direction (width,) at every position."""
+    """Returns an edit that adds scale * direction, (width,) or for each position (B, T, width)."""
     return Partial(_add, scale * jnp.asarray(direction, jnp.float32))
 
 
@@ -144,6 +101,29 @@ def at(positions, edit: Edit | ReadingEdit) -> ReadingEdit:
       edit: the edit.
     """
     return At(Partial(positions) if callable(positions) else positions, as_pytree(edit))
+
+
+def unless(tokens: Sequence[int], edit: Edit | ReadingEdit) -> ReadingEdit:
+    """Returns an edit that applies `edit` except at some tokens, such as BOS.
+
+    Args:
+      tokens: the ids of the tokens whose activations are left as they are.
+      edit: the edit. A mask within it (`at`) does not work in `lm.generate`; put it around.
+    """
+    ids = jnp.asarray(np.asarray(tokens, np.int32))
+    reads = dict.fromkeys((TOKENS, *sites_read(edit)))
+    return reading(tuple(reads), Partial(_unless, ids, as_pytree(edit)))
+
+
+def same_norm(edit: Edit | ReadingEdit) -> Edit | ReadingEdit:
+    """Returns `edit` with its result scaled to the norm that the activations had before.
+
+    So a strong edit turns activations and does not make them longer. A mask (`at`) goes around it.
+    """
+    edit = as_pytree(edit)
+    if isinstance(edit, ReadingEdit):
+        return reading(edit.sites, Partial(_same_norm_reading, edit))
+    return Partial(_same_norm, edit)
 
 
 def reading(
@@ -190,25 +170,6 @@ def as_pytree(edit: Edit | ReadingEdit) -> Partial | ReadingEdit:
     return edit if isinstance(edit, (Partial, ReadingEdit)) else Partial(edit)
 
 
-def _reconstruct(sae, change, x):
-    return sae.decode(change(sae.encode(x.astype(jnp.float32))))
-
-
-def _change_latents(sae, change, x):
-    x_BxTxD = x.astype(jnp.float32)
-    latents = sae.encode(x_BxTxD)
-    return sae.decode(change(latents)) + (x_BxTxD - sae.decode(latents))
-
-
-def _unchanged(latents):
-    return latents
-
-
-def _clamp(sae, latent, row_D, value, x):
-    x_BxTxD = x.astype(jnp.float32)
-    return x_BxTxD + (value - sae.encode(x_BxTxD)[..., latent, None]) * row_D
-
-
 def _add(direction, x):
     return x + direction.astype(x.dtype)
 
@@ -217,9 +178,21 @@ def _put(new, x):
     return jnp.broadcast_to(new, x.shape).astype(x.dtype)
 
 
-def _check(sae) -> None:
-    if sae.config.kind != "autoencoder":
-        raise UserError(
-            f"a {sae.config.kind} does not reconstruct the site that it reads; edit with an "
-            "autoencoder"
-        )
+def _unless(ids_S, edit, x, read):
+    where = ~jnp.any(read[TOKENS][..., None] == ids_S, axis=-1)
+    return jnp.where(where[..., None], apply(edit, x, read).astype(x.dtype), x)
+
+
+def _same_norm(edit, x):
+    return _as_long(edit(x), x)
+
+
+def _same_norm_reading(edit, x, read):
+    return _as_long(edit(x, read), x)
+
+
+def _as_long(new, x):
+    """Returns `new` with the norm of x at each position; what is as it was stays so to the bit."""
+    old, new = x.astype(jnp.float32), new.astype(jnp.float32)
+    before, after = (jnp.linalg.norm(a, axis=-1, keepdims=True) for a in (old, new))
+    return new * (before / jnp.maximum(after, jnp.finfo(jnp.float32).tiny))

@@ -115,7 +115,7 @@ def generate(
             tell if on_token else None,
         )
     return [
-        _generated(model, prompts[prompt], ids[prompt], sample, new.tolist(), rules)
+        as_generated(model, prompts[prompt], ids[prompt], sample, new.tolist(), rules)
         for (prompt, sample), new in zip(texts, made, strict=True)
     ]
 
@@ -188,7 +188,24 @@ def _padded(edit, ids: list[list[int]], rows: list[int], shape: tuple[int, int])
     return At(positions, _padded(edit.edit, ids, rows, shape))
 
 
-def _generated(model: LanguageModel, prompt, ids, sample: int, new: list[int], rules: Rules):
+def as_generated(
+    model: LanguageModel,
+    prompt: Prompt,
+    ids: Sequence[int],
+    sample: int,
+    new: list[int],
+    rules: Rules,
+) -> Generated:
+    """Returns the text of new tokens.
+
+    Args:
+      model: the model that wrote them.
+      prompt: what they follow, as it was given.
+      ids: its token ids.
+      sample: the text's number among those of its prompt.
+      new: the ids of the new tokens, with an EOS that ended them.
+      rules: where the text had to stop.
+    """
     ended = bool(new) and new[-1] in rules.eos
     if ended:
         stopped = "eos"

@@ -135,6 +135,31 @@ def find_active(support: Callable, x, w_enc, per_latent: dict, compute_dtype) ->
     return ActiveLatents(complete[None], used[None], *found)
 
 
+def positive_entries(values, room: int):
+    """Returns the entries above 0 of dense latents, token by token, without sorting them.
+
+    Args:
+      values: dense latents (B, M), of which a device has B * M below 2^31.
+      room: how many entries there is room for.
+
+    Returns:
+      How many entries are above 0, () int32, and of the first `room` of them the tokens, the
+      latents and the values, (room,) each; 0 where there are no more.
+    """
+    rows, n = values.shape
+    words = _words(jnp.pad(values > 0, ((0, 0), (0, -n % _BITS))))
+    groups, words = words.shape[1], words.reshape(-1)
+    counts = jax.lax.population_count(words).astype(jnp.int32)
+    until = jnp.cumsum(counts)
+    slot = jnp.arange(room, dtype=jnp.int32)
+    here = slot < until[-1]
+    place = jnp.minimum(_first_above(until, 0, rows * groups, slot), rows * groups - 1)
+    rank = jnp.where(here, slot - (_at(until, place) - _at(counts, place)), 0)
+    token = jnp.where(here, place // groups, 0)
+    latent = jnp.where(here, _set_bit(_at(words, place), rank) * groups + place % groups, 0)
+    return until[-1], token, latent, jnp.where(here, values[token, latent], 0.0)
+
+
 def _words(active_BxN):
     """Returns the activity of latents as words (B, N / 32) uint32.
 

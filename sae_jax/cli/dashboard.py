@@ -1,0 +1,336 @@
+"""Shows every latent of an SAE on a page: `sae-jax dashboard`."""
+
+from absl import flags
+
+from sae_jax.cli import (
+    counts,
+    neuronpedia_flags,
+    opened_saes,
+    opened_sources,
+    path_lists,
+    ports,
+)
+from sae_jax.errors import UserError
+
+SUMMARY = f"""Show every latent of an SAE on a page: what it fires on, promotes, and does.
+
+  sae-jax dashboard --run=runs/a --serve
+
+looks at a million tokens of the run's store, once, which takes a few minutes and goes on where it
+was stopped, keeps what it found in runs/a/dashboard/collection, and opens http://127.0.0.1:PORT for
+this machine only, until Ctrl-C. The next time it opens at once. The page has an index of all
+latents to sort, filter and search, and of each the texts on which it is most and less active, the
+output tokens that it promotes, and its neighbours. With the language model (the store's, if it is
+the shipped one or on the hub; else --model=DIR) it takes any sentence of yours, shows the latents
+of each token, finds those that are active in some texts and not in others, clamps latents while the
+model writes, and shows what ablating one does.
+
+  sae-jax dashboard --run=runs/a --out=site
+
+writes it as files instead, which any web server serves and which need none of us: it has all but
+what needs the model. About 6 to 30 kB a latent; what there will be is said before.
+
+  sae-jax dashboard --sae=hf://ORG/REPOSITORY/FOLDER --model=hf://ORG/MODEL --text=books.txt \\
+      --site=resid_post.6 --out=boards/a --serve
+
+is for any SAE that sae_jax reads, on text of yours; or with --store, on a store's rows.
+
+  sae-jax dashboard --run=runs/a --labels=labels.csv       names of latents: latent,label[,score]
+  sae-jax dashboard --run=runs/a --latents=1,5,9 --single=page.html    one file that needs no other
+
+From another machine: ssh -L 8422:127.0.0.1:8422 HOST is safest. --host=0.0.0.0 listens to all who
+can reach this machine, and prints an address with a secret, without which nothing is answered; what
+is sent is not encrypted. A latent's activation is the length of what it adds, in the model's units.
+
+{neuronpedia_flags.HELP}
+"""
+
+_PORT = 8422
+_ASKED = (  # the flags that a collection is made by
+    "store text tokens_file context_length collapse_newlines site target_site include_excluded "
+    "tokens top intervals per_interval before after seed"
+).split()
+
+
+def define(values: flags.FlagValues) -> None:
+    """Defines the flags of `sae-jax dashboard`."""
+
+    def string(name, text):
+        flags.DEFINE_string(name, None, text, flag_values=values)
+
+    def integer(name, default, text, lowest, most):
+        flags.DEFINE_integer(
+            name, default, text, lower_bound=lowest, upper_bound=most, flag_values=values
+        )
+
+    string("run", "Directory of a run.")
+    string("sae", "Any SAE instead: what sae_jax.load reads, such as hf://ORG/REPOSITORY/FOLDER.")
+    string("kind", "Of a Gemma Scope file, which does not say it: autoencoder or transcoder.")
+    string(
+        "out",
+        "Directory of the collection, and of the files that are written without --serve; "
+        "RUN/dashboard.",
+    )
+    ports.define("serve", _PORT, "Serve the page", values)
+    string("host", "With --serve: the address to listen at, such as 0.0.0.0; this machine alone.")
+    string("store", "Look for texts in this store; the run's.")
+    string("site", "Site of the store or of the model; the run's, or what the SAE's file says.")
+    string("target_site", "The site that a transcoder predicts; the run's.")
+    string(
+        "model",
+        "Directory of the language model, or hf://ORG/REPOSITORY[@REVISION]; demo: the one that "
+        "ships here; torch: before either: run by transformers; none: leave its part out. By "
+        "default the store's, if it is on the hub.",
+    )
+    flags.DEFINE_enum(
+        "model_dtype", "float32", ["float32", "bfloat16"], "In which the model computes.",
+        flag_values=values,
+    )  # fmt: skip
+    string("tokenizer", "Directory of a tokenizer, where there is no model.")
+    path_lists.define("text", "Text files instead of a store, as for harvest.", values)
+    string("tokens_file", "An .npy or .npz of token ids (sequences, length), instead of a store.")
+    integer("context_length", None, "With --text: tokens of a context; at most 1024.", 1, 2**20)
+    flags.DEFINE_bool(
+        "collapse_newlines", False, "With --text: make one of several newlines.", flag_values=values
+    )
+    flags.DEFINE_bool(
+        "include_excluded", None, "Look at all positions, BOS too; as the run was trained.",
+        flag_values=values,
+    )  # fmt: skip
+    counts.define("tokens", 1_000_000, "Look at about so many tokens, spread evenly.", values)
+    integer("top", 20, "Examples of a latent with its highest activations.", 1, 1000)
+    integer("intervals", 12, "Parts of 0 to the maximum that examples are drawn from.", 0, 100)
+    integer("per_interval", 5, "Examples to draw from each.", 1, 1000)
+    integer("before", 28, "Tokens of an example before the peak.", 0, 4096)
+    integer("after", 14, "Tokens of an example after the peak.", 0, 4096)
+    integer("seed", 0, "Seed of what is drawn.", 0, 2**31 - 1)
+    string("labels", "A .csv or .json of what latents are called: latent, label and perhaps score.")
+    string("latents", 'With --single: which, such as "1,5,9"; by default 30 across the densities.')
+    string("single", "Write one page that needs no other file, of up to 200 latents, here.")
+    flags.DEFINE_bool(
+        "overwrite", False, "Replace a collection or files with other settings.", flag_values=values
+    )
+    neuronpedia_flags.define(values)
+
+
+def run(args, overrides) -> None:
+    """Makes or opens the collection, and serves or writes the page."""
+    del overrides
+    import dataclasses
+
+    from sae_jax import interop, lm, paths
+    from sae_jax.interpret import dashboard
+    from sae_jax.local_server import LOCAL
+
+    if bool(args.run) == bool(args.sae):
+        raise UserError("give either --run=RUN or --sae=PATH")
+    if args.sae and not args.out:
+        raise UserError("--sae needs --out=DIR, for what is collected about its latents")
+    if args.host and args.serve is None:
+        raise UserError("--host is where --serve listens; give --serve too")
+    if args.latents and not args.single:
+        raise UserError("--latents chooses those of --single=FILE.html; give that too")
+    if args.single and args.serve is not None:
+        raise UserError("give either --serve or --single")
+    if args.single and not args.run:
+        raise UserError("--single shows the evaluation of a run besides; give --run=RUN")
+    neuronpedia_flags.check(args)
+    numbers = _numbers(args.latents)
+    out = paths.local(args.out or interop.locate(args.run) / "dashboard")
+    chosen = opened_sources.chosen(args)
+    found = opened_saes.open_sae(args.run, args.sae, args.kind, chosen)
+    named = args.run or args.sae
+    which = {"sae": named if paths.is_remote(named) else str(found.path.absolute()), **found.about}
+    there = _there(args, out, which)
+    labels = args.labels and dashboard.read_labels(args.labels, found.sae.config.d_sae)
+    data = dataclasses.replace(found.data, **opened_sources.chosen(args))
+    store, model, settings = opened_sources.open_store_and_model(args, data, lm.open_model)
+    tokenizer = _tokenizer(args, model)
+    collection, neurons = _collected(
+        args,
+        out,
+        found.sae,
+        there,
+        lambda: opened_sources.make_source(args, data, store, model, heldout=False),
+        {**which, **settings},
+    )
+    if args.single:
+        _write_single(args.single, found, collection, store, tokenizer, model, numbers)
+        return
+    sites = tuple(collection.about.settings["site"].split(","))
+    written_site = None if found.sae.config.kind == "crosscoder" else sites[-1]
+    latents = dashboard.Latents(
+        collection,
+        found.sae,
+        tokenizer,
+        model,
+        written_site=written_site,
+        labels=labels,
+        neurons=neurons,
+    )
+    if args.neuronpedia:
+        neuronpedia_flags.write(args, latents, model, written_site)
+        return
+    about = {
+        "title": f"Latents of {found.path.name}",
+        "model": tokenizer.name,
+        "metrics": _metrics(found.path) if found.is_run else (),
+    }
+    if args.serve is None:
+        page = dashboard.export(out, latents, dashboard.about(latents, **about), args.overwrite)
+        print(f"Written: {page}. A browser needs a web server for it, such as\n"
+              f"  python -m http.server --bind 127.0.0.1 --directory {page.parent}")  # fmt: skip
+        return
+    live = dashboard.Live(latents, model, sites)
+    known = dashboard.about(latents, **about, shard=dashboard.SHARD, can=live.can)
+    host = args.host or LOCAL
+    server, address = dashboard.open_server(latents, known, live, args.serve, host)
+    with server:
+        print(f"{found.sae.config.d_sae:,} latents at {address}; Ctrl-C ends it", flush=True)
+        server.serve_forever()
+
+
+def _numbers(text: str | None) -> list[int] | None:
+    """Returns the numbers in a list such as "1,5,9"."""
+    from sae_jax.interpret.page import MOST_LATENTS
+
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and len(part) < 16 for part in parts):
+        raise UserError(f'--latents={text}: write the numbers of latents, such as "1,5,9"')
+    if len(parts) > MOST_LATENTS:
+        raise UserError(f"--latents has {len(parts)}; one page shows up to {MOST_LATENTS}")
+    return list(dict.fromkeys(map(int, parts)))
+
+
+def _write_single(file, found, collection, store, tokenizer, model, chosen) -> None:
+    """Writes one page of some latents, with the run's evaluation and training curves."""
+    from sae_jax import interpret, paths
+    from sae_jax.evaluate import report
+
+    out, evaluation = paths.local(file), found.path / "eval.json"
+    if wrong := [i for i in chosen or () if i >= found.sae.config.d_sae]:
+        raise UserError(f"no latent {wrong[0]}: there are 0 to {found.sae.config.d_sae - 1:,}")
+    if store is None:
+        raise UserError("--single is of a store's texts; leave it out, and the folder is written")
+    if not evaluation.is_file():
+        raise UserError(
+            f"--single shows {evaluation}, which is not there; make it with: "
+            f"sae-jax eval --run={found.path}"
+        )
+    metrics = found.path / "metrics.jsonl"
+    interpret.write_page(
+        out,
+        found.sae,
+        report.load(evaluation),
+        store,
+        tokenizer,
+        model,
+        metrics_file=metrics if metrics.is_file() else None,
+        latents=chosen,
+        collection=collection,
+        title=f"Latents of {found.path.name}",
+    )
+    print(f"Written: {out}")
+
+
+def _tokenizer(args, model):
+    from sae_jax import lm
+
+    if args.tokenizer:
+        return lm.load_tokenizer(args.tokenizer)
+    if model is None:
+        raise UserError(
+            "the texts need a tokenizer: give --model=DIR, the language model, or --tokenizer=DIR"
+        )
+    return model.tokenizer
+
+
+def _there(args, out, settings: dict):
+    """Returns the collection that is in `out`, None if there is none, and takes from it what flags
+    that are not given were when it was made.
+
+    Raises UserError if it is of another SAE, or was made by other flags than those given, and may
+    not be made again.
+    """
+    from sae_jax.interpret.collection import Collection
+
+    place = out / "collection"
+    if not (place / "collection.json").is_file():
+        return None
+    there = Collection(place)
+    before = there.about.settings
+    asked = before.get("asked", {})
+    unlike = [
+        f"{name} was {before[name]!r} and is {value!r}"
+        for name, value in settings.items()
+        if before.get(name, value) != value
+    ]
+    for name in (name for name in _ASKED if args[name].present):
+        then, value = asked.get(name), args[name].value
+        default = before.get(name) if then is None else None  # what a run had, and no flag said
+        if then != value and str(value) not in str(default).split(","):
+            unlike.append(f"{name} was {default if then is None else then!r} and is {value!r}")
+    if not unlike:
+        for name, value in ({"model": before.get("model")} | asked).items():
+            if not args[name].present:
+                args[name].value = value
+        return there
+    if not args.overwrite:
+        raise UserError(
+            f"{place} was made otherwise: {'; '.join(unlike)}; give --overwrite to make it again, "
+            "or another --out"
+        )
+    return None
+
+
+def _collected(args, out, sae, there, make_source, settings: dict) -> tuple:
+    """Returns the collection and the neurons, or None, and makes them where they are missing.
+
+    Args:
+      args: the flags.
+      out: the directory of both.
+      sae: the SAE.
+      there: the collection that is there, or None.
+      make_source: makes what rows are read of.
+      settings: what the collection is to say of the SAE and its model.
+    """
+    import shutil
+
+    from sae_jax.interpret import dashboard
+    from sae_jax.interpret.collect import collect
+
+    beside = out / "neurons.npz"
+    wanted = sae.config.d_in <= dashboard.WIDEST
+    if there is not None and (beside.is_file() or not wanted):
+        return there, dashboard.Neurons.load(beside) if wanted else None
+    source = make_source()
+    if there is None:
+        beside.unlink(missing_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
+        if (out / "collection" / "collection.json").is_file():  # with --overwrite
+            shutil.rmtree(out / "collection")
+        asked = {name: args[name].value for name in _ASKED}
+        names = ("tokens", "top", "intervals", "per_interval", "before", "after", "seed")
+        there = collect(
+            sae,
+            source,
+            out / "collection",
+            **{name: asked[name] for name in names},
+            settings=settings | {"asked": asked},
+        )
+    neurons = dashboard.correlated_neurons(sae, source) if wanted else None
+    if neurons is not None:
+        neurons.save(beside)
+    return there, neurons
+
+
+def _metrics(run) -> list[tuple[str, float, str]]:
+    """Returns the metrics of a run's evaluation, if it has one."""
+    from sae_jax.evaluate import report
+
+    file = run / "eval.json"
+    if not file.is_file():
+        return []
+    return [line for _, lines in report.load(file).sections() for line in lines]

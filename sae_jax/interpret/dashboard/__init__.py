@@ -1,0 +1,24 @@
+"""The dashboard of an SAE: every latent on a page, as files or from a server."""
+
+from sae_jax.interpret.dashboard.export import About, about, export
+from sae_jax.interpret.dashboard.labels import Labels, read_labels
+from sae_jax.interpret.dashboard.latents import Latent, Latents
+from sae_jax.interpret.dashboard.live import Live
+from sae_jax.interpret.dashboard.neurons import WIDEST, Neurons, correlated_neurons
+from sae_jax.interpret.dashboard.server import SHARD, open_server
+
+__all__ = [
+    "SHARD",
+    "WIDEST",
+    "About",
+    "Labels",
+    "Latent",
+    "Latents",
+    "Live",
+    "Neurons",
+    "about",
+    "correlated_neurons",
+    "export",
+    "open_server",
+    "read_labels",
+]
