@@ -44,7 +44,7 @@ async function start() {
 function share(about, index) {
   const labels = data.labels(about.d_sae);
   const search = about.can.search
-    ? async (text) => new Set((await data.ask("search", { query: text, limit: 1000 })).latents)
+    ? async (text) => new Set((await data.ask("search", { query: text, limit: 10_000 })).latents)
     : data.latentsOfWords;
   let live = new URLSearchParams();
   return {
@@ -92,7 +92,7 @@ function open(dashboard) {
 
   async function show() {
     const asked = route();
-    const name = asked.view in makers ? asked.view : "";
+    const name = Object.hasOwn(makers, asked.view) ? asked.view : "";
     if (!views.has(name)) views.set(name, makers[name](dashboard));
     const view = views.get(name);
     hideTip();

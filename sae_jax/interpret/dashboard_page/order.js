@@ -18,7 +18,7 @@ export function settings(query) {
   const ranges = RANGES.map((name) => [name, range(query.get(name) ?? "")]);
   const sort = query.get("sort") ?? "latent";
   return {
-    sort: sort === "random" || sort.replace(/^-/, "") in COLUMNS ? sort : "latent",
+    sort: sort === "random" || Object.hasOwn(COLUMNS, sort.replace(/^-/, "")) ? sort : "latent",
     seed: Number(query.get("seed") ?? 0) >>> 0,
     text: (query.get("q") ?? "").trim(),
     everywhere: query.get("in") === "examples",
