@@ -35,7 +35,7 @@ from sae_jax.lm.sampling import Rules
 
 POSITIONS = ("all", "no_bos", "prompt", "continuation")
 UNTOUCHED = "untouched"
-_LENGTHS = 64  # tokens that the lengths of texts are rounded up to
+_LENGTHS = 16  # tokens that the lengths of texts are rounded up to
 
 
 @dataclasses.dataclass(frozen=True)
