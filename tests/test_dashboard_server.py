@@ -14,7 +14,7 @@ import world
 
 from sae_jax import lm, local_server
 from sae_jax.errors import UserError
-from sae_jax.interpret import dashboard
+from sae_jax.interpret import dashboard, used_tokens
 from sae_jax.interpret.ablation import ablation_effects
 
 D_SAE, SITE = 60, "resid_post.0"
@@ -77,7 +77,7 @@ def post(ask, name: str, values) -> dict:
 
 @pytest.mark.slow
 def test_the_files_are_those_of_the_folder_made_when_asked_for(made, ask):
-    latents, _ = made
+    latents, model = made
     about = json.loads(ask("GET", "/data/about.json")[2])
     assert about["live"] and all(about["can"].values()) and about["shard"] * about["shards"] >= 60
     assert ask("GET", "/data/index.bin")[2] == latents.columns().tobytes()
@@ -90,7 +90,8 @@ def test_the_files_are_those_of_the_folder_made_when_asked_for(made, ask):
     assert [one["index"] for one in found] == list(range(D_SAE))
     (seven,) = [one for one in found if one["index"] == 7]
     assert seven["label"] == "a fox" and len(seven["promoted"]) == 8
-    assert sum(seven["logit_histogram"]["counts"]) > 200
+    used = used_tokens(model.tokenizer, model.vocab_size)
+    assert sum(seven["logit_histogram"]["counts"]) == used.sum() > 100
 
 
 def test_a_page_is_served_with_headers_that_keep_it_to_itself(ask):
