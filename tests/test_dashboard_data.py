@@ -263,6 +263,7 @@ class Rows:
         return self._x[places]
 
 
+@pytest.mark.slow
 def test_correlated_neurons_are_those_of_numpy():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(11, 16, planted.WIDTH)).astype(np.float32) + 0.7

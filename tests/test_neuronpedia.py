@@ -5,6 +5,9 @@ import dataclasses
 import gzip
 import json
 import os
+import subprocess
+import sys
+import time
 
 import jax.numpy as jnp
 import neuronpedia_server
@@ -151,9 +154,19 @@ def test_tokens_are_text_where_they_can_be(tokenizer, export):
     for name, shown in (("Ġ", " "), ("Ċ", "\n"), ("ĉ", "\t"), ("<|bos|>", "<|bos|>"), ("a", "a")):
         assert export.token(names[name]) == shown  # as SAEDashboard's HTML_ANOMALIES have it
     assert export.token(names["Ã"]) == "Ã"  # the first byte of é, é and others
-    assert export.token(names["Ā"]) == "Ā"  # the character 0
+    assert export.token(names["Ā"]) == "<0x00>"  # the character 0
     assert export.token(-1) == export.token(10**6) == "<|outofrange|>"
     assert all(export.vocabulary)
+
+
+def test_hostile_text_is_text(export, tmp_path):
+    label = '</script><script>alert(1)</script>"\\\u2028\r\n\u202e\x1b[31m🙂'
+    write_upload_batches(tmp_path / "out", changed(export, labels={0: label}))
+    lines = (tmp_path / "out" / "batch-0.json").read_bytes().split(b"\n")
+    assert len(lines) == 2 and not lines[1]
+    body = json.loads(lines[0])
+    assert body["features"][0]["explanations"][0]["text"] == label
+    assert neuronpedia_server.what_is_wrong(body) is None
 
 
 def test_values_are_those_of_the_sae_that_is_exported():
@@ -190,6 +203,7 @@ LIMITS = {
     "latent 2: its label, explanations.text, has 513": (dict(labels={2: "x" * 513}), {}),
     "latent 2: its label, explanations.text, has 514": (dict(labels={2: "🙂" * 257}), {}),
     "latent 3: its label holds half of a character": (dict(labels={3: "\ud800"}), {}),
+    "latent 3: its label holds the character 0": (dict(labels={3: "a\0"}), {}),
     "a label is of latent 6": (dict(labels={6: "x"}), {}),
     "the labels' method is 'OAI'": (dict(method="OAI"), {}),
     "examples of 1,025 tokens": ({}, dict(about={"before": 1000, "after": 24})),
@@ -373,6 +387,26 @@ def test_an_upload_that_was_stopped_goes_on(export, server, tmp_path):
     server.always = None
     assert send(tmp_path / "out", server).sent == ["batch-2.json", "batch-3.json", "batch-4.json"]
     assert len(server.requests) == 5
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_while_it_sends(export, server, tmp_path):
+    """SIGKILL between an upload's requests, and then the same call: each file arrives once."""
+    write_upload_batches(tmp_path / "out", export, batch=1)
+    server.failures = [None, None, (503, {"retry-after": "100"}, b"")]
+    send = (
+        "import sys; from sae_jax.interpret.neuronpedia import push; "
+        "push(sys.argv[1], url=sys.argv[2], key_variable='MY_KEY')"
+    )
+    command = [sys.executable, "-c", send, str(tmp_path / "out"), server.url]
+    process = subprocess.Popen(command)
+    while server.asked < 3 and process.poll() is None:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert len(server.requests) == 2
+    subprocess.run(command, check=True)
+    assert [body["features"][0]["index"] for body in server.requests] == [0, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(

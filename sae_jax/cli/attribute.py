@@ -97,12 +97,12 @@ def run(args, overrides) -> int:
     from sae_jax.interpret import attribution_report
 
     _check(args)
-    placed, model, labels = _opened(args)
+    placed, model, labels, origins = _opened(args)
     tokenizer = model.tokenizer
     ids = np.array([tokenizer.bos, *tokenizer.encode(args.prompt)])
     target, said = _target(args, tokenizer)
     settings = {
-        "saes": [place.name for place in placed],
+        "saes": origins,
         "model": model.spec,
         "model_dtype": args.model_dtype,
         "prompt": args.prompt,
@@ -161,44 +161,51 @@ def _check(args) -> None:
 
 
 def _opened(args) -> tuple:
-    """Returns the SAEs at their sites, their model, and what the latents of each are called."""
-    import dataclasses
+    """Returns the SAEs at their sites, their model, what the latents of each are called, and where
+    each is from."""
     import functools
-    import types
 
     from sae_jax import lm, paths
-    from sae_jax.cli import opened_saes, opened_sources
+    from sae_jax.activations import is_world
+    from sae_jax.cli import opened_saes
+    from sae_jax.evaluate.sources import check_model
     from sae_jax.interpret import dashboard
     from sae_jax.interpret.placed import Placed
 
     open_model = functools.cache(lm.open_model)
-    placed, models, labels = [], [], []
+    placed, models, labels, origins = [], [], [], []
     for n, named in enumerate(args.run or args.sae):
         sites = {"site": args.site, "target_site": args.target_site}
         chosen = {name: values[n] for name, values in sites.items() if values}
         run, sae = (named, None) if args.run else (None, named)
         opened = opened_saes.open_sae(run, sae, args.kind, chosen)
-        data = opened.data
-        if args.model and data.store and not paths.path(data.store).exists():
-            data = dataclasses.replace(data, store="")
-        flags_of_model = types.SimpleNamespace(
-            model=args.model, model_dtype=args.model_dtype, tokens_file=None, text=None
-        )
-        _, model, _ = opened_sources.open_store_and_model(flags_of_model, data, open_model)
-        if model is None:
+        data, store = opened.data, None
+        if data.store and is_world(data.store):
+            raise UserError(f"{data.store} is a synthetic world, which no language model goes with")
+        # A model that is named needs no store, which may be elsewhere.
+        if data.store and not (args.model and not paths.path(data.store).exists()):
+            store = lm.open_store(data.store)
+        directory = opened_saes.model_of(args.model, store)
+        if directory is None:
             raise UserError("which language model? give its directory: --model=DIR")
+        model = open_model(directory, args.model_dtype)
+        if store is not None:
+            check_model(store, model)
         if not data.site:
             raise UserError(f"where does {named} belong? give --site, such as --site=resid_post.2")
         models.append(model)
         name = named if len(args.run or args.sae) > 1 else data.site
         placed.append(Placed(opened.sae, data.site, data.target_site or None, name))
+        origin = named if paths.is_remote(named) else str(opened.path.absolute())
+        where = {"site": data.site, "target_site": data.target_site or None}
+        origins.append({"sae": origin, **opened.about, **where})
         if args.labels:
             labels.append(dashboard.read_labels(args.labels[n], opened.sae.config.d_sae).names)
     if len({model.spec for model in models}) > 1:
         raise UserError(
             "the SAEs are of different models: " + ", ".join(model.spec for model in models)
         )
-    return placed, models[0], labels
+    return placed, models[0], labels, origins
 
 
 def _target(args, tokenizer) -> tuple:

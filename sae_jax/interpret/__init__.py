@@ -1,22 +1,30 @@
 """Shows what latents respond to: examples, output tokens, a page to look at; and steers by them."""
 
-from sae_jax.interpret.ablation import ablation_effects
+from sae_jax.interpret.ablation import ablation_effects, ablation_effects_of
+from sae_jax.interpret.attribution import Attribution, Target, ablate, attribute
 from sae_jax.interpret.collect import Cost, collect, describe_cost
 from sae_jax.interpret.collection import Collection, Example
 from sae_jax.interpret.effects import OutputTokens, output_tokens, used_tokens
 from sae_jax.interpret.page import choose_latents, write_page
+from sae_jax.interpret.placed import Placed
 from sae_jax.interpret.pushes import direction_push, latent_push
 from sae_jax.interpret.steering import Outcome, Steering, Writing
 
 __all__ = [
+    "Attribution",
     "Collection",
     "Cost",
     "Example",
     "Outcome",
     "OutputTokens",
+    "Placed",
     "Steering",
+    "Target",
     "Writing",
+    "ablate",
     "ablation_effects",
+    "ablation_effects_of",
+    "attribute",
     "choose_latents",
     "collect",
     "describe_cost",

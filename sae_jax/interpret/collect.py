@@ -29,7 +29,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from sae_jax import paths
+from sae_jax import lm, paths
 from sae_jax.errors import UserError
 from sae_jax.evaluate.batching import evenly_spaced
 from sae_jax.evaluate.processes import from_all, own_share
@@ -92,8 +92,8 @@ def collect(
       before: how many tokens of a window lie before the peak.
       after: how many tokens of a window lie after it.
       seed: the seed of what is drawn.
-      mesh: local devices with axes `data`, which shares the rows, and `model`, which shares the
-        dictionary. None: JAX's default device.
+      mesh: devices of this process with axes `data`, which shares the rows, and `model`, which
+        shares the dictionary. None: all of them share the rows, and each holds the whole SAE.
       settings: what else collection.json is to say, such as the SAE's name.
 
     Raises UserError if the sites do not fit the SAE, the source has no tokens, `out` is not empty,
@@ -123,6 +123,8 @@ def collect(
     logging.info("collecting: %s", cost)
     begin = time.monotonic()
     folder = _begun(out, sae, text, about)
+    if mesh is None and jax.local_device_count() > 1:
+        mesh = lm.local_mesh()
     _encode(Encoder(sae, mesh), source, text, folder / "events")
     encoded = time.monotonic()
     counts = _count(folder / "events", about.d_sae)

@@ -193,7 +193,7 @@ def _layer(
     z, cache = _heads(attn_in, cache, p, layer, positions, config, kind)
     if see is not None:
         z = _split_heads(visit("z", _merge_heads(z)), z)
-    attn_out = _add_bias(_sum_over_model("btngk,ngkd->btd", z, p["w_o"]), p, "b_o")
+    attn_out = _add_bias(_mix_heads(z, p["w_o"]), p, "b_o")
     if config.post_norms:
         attn_out = _norm(attn_out, p, "attn_post_norm", config)
     x_BxTxD = x_BxTxD + visit("attn_out", attn_out)
@@ -223,6 +223,13 @@ def _heads(x_BxTxD, cache, p, layer, positions, config: DecoderConfig, kind: Lay
     if cache is None:
         return attend(q, k, v, kind, config.attn_softcap), None
     return cache.attend(q, k, v, layer, kind, config.attn_softcap)
+
+
+def _mix_heads(z, w_o):
+    if jax.typeof(z).sharding.mesh.empty:
+        # As one matrix, which XLA would transpose for each token that is generated otherwise.
+        return jnp.einsum("bth,hd->btd", _merge_heads(z), w_o.reshape(-1, w_o.shape[-1]))
+    return _sum_over_model("btngk,ngkd->btd", z, w_o)
 
 
 def _merge_heads(z):

@@ -80,7 +80,7 @@ class At(ReadingEdit):
 
 
 def add_direction(direction: jax.Array, scale: float = 1.0) -> Edit:
-    """Returns an edit that adds scale * direction (width,) at every position."""
+    """Returns an edit that adds scale * direction, (width,) or for each position (B, T, width)."""
     return Partial(_add, scale * jnp.asarray(direction, jnp.float32))
 
 

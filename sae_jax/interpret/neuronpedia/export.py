@@ -129,6 +129,8 @@ def check(export: Export) -> None:
             raise UserError(f"a label is of latent {latent}, but the SAE has {config.d_sae:,}")
         if text != well_formed(text):
             raise UserError(f"latent {latent}: its label holds half of a character")
+        if "\0" in text:
+            raise UserError(f"latent {latent}: its label holds the character 0; leave it out")
 
 
 def check_names(model_id: str, source: str) -> None:
