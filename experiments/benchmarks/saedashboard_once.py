@@ -16,7 +16,7 @@ from transformer_lens.pretrained.weight_conversions import convert_llama_weights
 
 
 def main(folder: pathlib.Path) -> None:
-    """Writes result.json: seconds, those of the cores, and the largest activation of each latent."""
+    """Writes result.json: seconds, those of the cores, the largest activation of each latent."""
     asked = json.loads((folder / "peer.json").read_text())
     tokens = torch.from_numpy(np.load(folder / "tokens.npy").astype(np.int64))
     model = hooked(asked["model"], tokens.shape[1])
