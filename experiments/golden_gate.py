@@ -97,7 +97,7 @@ CONCEPTS = {
             "DUKE VINCENTIO:\nWhat news abroad? Speak, friar, for we attend.",
         ],
         PLAIN,
-        r"\b(thou|thee|thy|thine|hath|doth|hast|art thou|prithee|[Mm]y lord|sirrah)\b"
+        r"(?m)\b(thou|thee|thy|thine|hath|doth|hast|art thou|prithee|[Mm]y lord|sirrah)\b"
         r"|^[A-Z][A-Z ]+:$",
     ),
     "html": Concept(

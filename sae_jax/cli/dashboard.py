@@ -262,10 +262,11 @@ def _there(args, out, settings: dict, d_sae: int):
     there = Collection(place)
     before = there.about.settings
     asked = before.get("asked", {})
+    moved = settings.get("result") is not None and settings["result"] == before.get("result")
     unlike = [
         f"{name} was {before[name]!r} and is {value!r}"
         for name, value in settings.items()
-        if before.get(name, value) != value
+        if before.get(name, value) != value and not (moved and name == "sae")
     ]
     if there.about.d_sae != d_sae:
         unlike.append(f"d_sae was {there.about.d_sae:,} and is {d_sae:,}")

@@ -132,7 +132,7 @@ class Steering:
     def at(self, factor: float) -> list[Outcome]:
         """Returns what each push does at a factor.
 
-        Raises UserError if no position of the texts counts, and for samples of a crosscoder.
+        Raises UserError if no position of the texts counts, and as edits and `lm.generate` do.
         """
         measures = [{} for _ in self.pushes]
         if self.texts is not None:

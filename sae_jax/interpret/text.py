@@ -75,7 +75,7 @@ def token_bytes(tokenizer: lm.Tokenizer, token: int) -> bytes:
 
 def interval_names(count: int) -> list[str]:
     """Returns names of the `count` equal parts of the range from 0 to a maximum, highest first."""
-    edges = [round(100 * i / count) for i in range(count + 1)]
+    edges = [round(100 * i / max(count, 1)) for i in range(count + 1)]
     return [f"{low}–{high}% of the maximum" for low, high in itertools.pairwise(edges)][::-1]
 
 
