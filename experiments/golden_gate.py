@@ -97,7 +97,7 @@ CONCEPTS = {
             "DUKE VINCENTIO:\nWhat news abroad? Speak, friar, for we attend.",
         ],
         PLAIN,
-        r"\b(thou|thee|thy|thine|hath|doth|hast|art thou|prithee|[Mm]y lord|sirrah)\b"
+        r"(?m)\b(thou|thee|thy|thine|hath|doth|hast|art thou|prithee|[Mm]y lord|sirrah)\b"
         r"|^[A-Z][A-Z ]+:$",
     ),
     "html": Concept(
@@ -277,7 +277,7 @@ def found_latents(folder, model, sae, site: str, concept: Concept, rows) -> tupl
 
 
 def made_pushes(model, sae, site: str, concept: Concept, latents, maxima) -> list[pushes.Push]:
-    """The found latent, a random one, the difference of means and a random direction."""
+    """The found latent, a random one, and the difference of means."""
     sites, (latent, control) = (site,), latents
     length = pushes.written_length(sae, [latent], maxima[[latent]])
     means = pushes.difference_of_means(
@@ -289,11 +289,9 @@ def made_pushes(model, sae, site: str, concept: Concept, latents, maxima) -> lis
     )
     made = [pushes.latent_push(sae, sites, [i], maxima[[i]]) for i in (latent, control)]
     named = [f"{made[0].name} (found)", f"{made[1].name} (random)"]
-    at_random = pushes.random_direction(sae.config.d_out, _SEED.value)
     return [
         *(dataclasses.replace(p, name=name) for p, name in zip(made, named, strict=True)),
         pushes.direction_push("difference of means", sae, sites, means, length),
-        pushes.direction_push("random direction", sae, sites, at_random, length),
     ]
 
 

@@ -183,7 +183,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _is_for_this_machine(self) -> bool:
         if self.server.knows(_host(self.headers.get("Host", ""))):
             return True
-        self._send(_text(403, "this page is for this machine alone"))
+        self._send(_text(403, "open the address that was printed: this server has no other name"))
         return False
 
     def _has_secret(self, query: Mapping[str, str]) -> bool:

@@ -162,6 +162,7 @@ def test_few_latents_have_few_neighbours():
 def test_the_search_finds_exactly_the_windows_with_the_query(made, tokenizer):
     latents, arrays, tokens = made
     search = TextSearch(latents.collection, tokenizer, latents.labels)
+    assert search.find("\ud800", 10) == [], "half a character"
     for query in ("brown</b> fox", "QUICK", "עולם", "script>alert", "e", "🙂", "no such text"):
         plain, expected = query.encode().lower(), set()
         for latent, slot in np.argwhere(arrays["value"] > 0):
@@ -263,6 +264,7 @@ class Rows:
         return self._x[places]
 
 
+@pytest.mark.slow
 def test_correlated_neurons_are_those_of_numpy():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(11, 16, planted.WIDTH)).astype(np.float32) + 0.7

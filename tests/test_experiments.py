@@ -163,7 +163,7 @@ def test_golden_gate_goes_from_text_to_a_steered_model(tmp_path):
     found = json.loads((tmp_path / "gate" / "self" / "found.json").read_text())
     assert found["candidates"][0]["positives"] > found["candidates"][0]["negatives"]
     steered = json.loads((tmp_path / "gate" / "self" / "steered" / "steer.json").read_text())
-    assert len(steered["outcomes"]) == 1 + 4 * 4
+    assert len(steered["outcomes"]) == 1 + 3 * 4
 
 
 @pytest.mark.slow

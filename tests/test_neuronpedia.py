@@ -5,6 +5,9 @@ import dataclasses
 import gzip
 import json
 import os
+import subprocess
+import sys
+import time
 
 import jax.numpy as jnp
 import neuronpedia_server
@@ -384,6 +387,26 @@ def test_an_upload_that_was_stopped_goes_on(export, server, tmp_path):
     server.always = None
     assert send(tmp_path / "out", server).sent == ["batch-2.json", "batch-3.json", "batch-4.json"]
     assert len(server.requests) == 5
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_while_it_sends(export, server, tmp_path):
+    """SIGKILL between an upload's requests, and then the same call: each file arrives once."""
+    write_upload_batches(tmp_path / "out", export, batch=1)
+    server.failures = [None, None, (503, {"retry-after": "100"}, b"")]
+    send = (
+        "import sys; from sae_jax.interpret.neuronpedia import push; "
+        "push(sys.argv[1], url=sys.argv[2], key_variable='MY_KEY')"
+    )
+    command = [sys.executable, "-c", send, str(tmp_path / "out"), server.url]
+    process = subprocess.Popen(command)
+    while server.asked < 3 and process.poll() is None:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert len(server.requests) == 2
+    subprocess.run(command, check=True)
+    assert [body["features"][0]["index"] for body in server.requests] == [0, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(

@@ -58,9 +58,10 @@ def test_the_way_from_text_to_an_evaluated_sae(tmp_path):
         (texts / f"{file.parent.name}_{file.name}.txt").write_text(file.read_text())
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     (branches,) = (block for block in blocks("bash") if "--extend_tokens" in block)
-    lines = (commands + more + branches).replace("\\\n", " ").splitlines()
+    (reading,) = (block for block in blocks("bash") if "sae-jax dashboard" in block)
+    lines = (commands + more + branches + reading).replace("\\\n", " ").splitlines()
     lines = [line for line in lines if line]
-    assert len(lines) == 4 + 3 + 2
+    assert len(lines) == 4 + 3 + 2 + 3
     for line in lines:
         program, *arguments = shlex.split(line)
         assert program == "sae-jax"

@@ -8,8 +8,7 @@ import pytest
 import sae_jax
 from sae_jax import cli, lm
 from sae_jax.interpret import steering_report
-
-pytestmark = pytest.mark.slow
+from sae_jax.interpret.steering import UNTOUCHED, Outcome
 
 SITE = "resid_post.0"
 
@@ -19,7 +18,7 @@ def run(tmp_path_factory):
     """A run of seconds, whose store knows its model."""
     directory = tmp_path_factory.mktemp("steer")
     texts = lm.read_texts(lm.standard_library())
-    lm.harvest(lm.DEMO_MODEL, texts, directory / "store", sites=SITE, tokens=16_384)
+    lm.harvest(lm.DEMO_MODEL, texts, directory / "store", sites=SITE, tokens=8_192)
     config = sae_jax.TopKConfig(d_sae=128, k=8)
     sae_jax.train(config, str(directory / "store"), workdir=directory / "run", epochs=4)
     return directory / "run"
@@ -39,6 +38,7 @@ def steer(capsys, *arguments: str) -> tuple[int, str]:
     return code, captured.out + captured.err
 
 
+@pytest.mark.slow
 def test_steering_a_run_from_latent_to_figure(run, latent, tmp_path, capsys):
     out = tmp_path / "steered"
     command = [
@@ -85,6 +85,7 @@ def test_steering_a_run_from_latent_to_figure(run, latent, tmp_path, capsys):
     assert code == 2 and "holds no steering" in said
 
 
+@pytest.mark.long
 def test_texts_of_ones_own_and_other_modes(run, latent, tmp_path, capsys):
     for name, text in (
         ("a", "def f(self):\n    return self.x\n"),
@@ -110,6 +111,7 @@ def test_texts_of_ones_own_and_other_modes(run, latent, tmp_path, capsys):
     assert code == 0 and "what the untouched model writes" in said, said
 
 
+@pytest.mark.slow
 def test_maxima_are_those_of_the_evaluation_where_there_is_one(run, latent, capsys):
     assert cli.main(["eval", f"--run={run}", "--model=none", "--tokens=2048"]) == 0
     arrays = np.load(run / "eval_latents.npz")
@@ -133,6 +135,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", WRONG)
 def test_mistakes_are_one_line(run, latent, flags, capsys):
     flags_given = flags.replace("LATENT", str(latent)).split()
@@ -141,9 +144,8 @@ def test_mistakes_are_one_line(run, latent, flags, capsys):
     assert len([line for line in said.splitlines() if line.startswith("sae-jax steer:")]) == 1
 
 
+@pytest.mark.slow
 def test_the_figure_has_a_line_for_each_push_even_of_few_measures():
-    from sae_jax.interpret.steering import UNTOUCHED, Outcome
-
     outcomes = [Outcome(UNTOUCHED, 0.0, {}, []), Outcome("latent $1$", 1.0, {"kl": 0.5}, [])]
     figure = steering_report.dose_response(outcomes)
     (axes,) = [axes for axes in figure.axes if axes.get_visible()]

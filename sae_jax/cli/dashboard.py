@@ -141,7 +141,7 @@ def run(args, overrides) -> None:
     found = opened_saes.open_sae(args.run, args.sae, args.kind, chosen)
     named = args.run or args.sae
     which = {"sae": named if paths.is_remote(named) else str(found.path.absolute()), **found.about}
-    there = _there(args, out, which)
+    there = _there(args, out, which, found.sae.config.d_sae)
     labels = args.labels and dashboard.read_labels(args.labels, found.sae.config.d_sae)
     data = dataclasses.replace(found.data, **opened_sources.chosen(args))
     store, model, settings = opened_sources.open_store_and_model(args, data, lm.open_model)
@@ -247,7 +247,7 @@ def _tokenizer(args, model):
     return model.tokenizer
 
 
-def _there(args, out, settings: dict):
+def _there(args, out, settings: dict, d_sae: int):
     """Returns the collection that is in `out`, None if there is none, and takes from it what flags
     that are not given were when it was made.
 
@@ -262,11 +262,14 @@ def _there(args, out, settings: dict):
     there = Collection(place)
     before = there.about.settings
     asked = before.get("asked", {})
+    moved = settings.get("result") is not None and settings["result"] == before.get("result")
     unlike = [
         f"{name} was {before[name]!r} and is {value!r}"
         for name, value in settings.items()
-        if before.get(name, value) != value
+        if before.get(name, value) != value and not (moved and name == "sae")
     ]
+    if there.about.d_sae != d_sae:
+        unlike.append(f"d_sae was {there.about.d_sae:,} and is {d_sae:,}")
     for name in (name for name in _ASKED if args[name].present):
         then, value = asked.get(name), args[name].value
         default = before.get(name) if then is None else None  # what a run had, and no flag said

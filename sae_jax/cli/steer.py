@@ -249,13 +249,13 @@ def _opened(args) -> tuple:
     data, has_text = opened.data, bool(args.text or args.tokens_file)
     if is_world(data.store):
         raise UserError(f"{data.store} is a synthetic world, which has no language model to steer")
-    if not data.site:
-        raise UserError("where does the SAE belong? give --site, such as --site=resid_post.2")
     if args.model and has_text:  # a store is not needed, and may be elsewhere
         data = dataclasses.replace(data, store="")
     store, model, _ = opened_sources.open_store_and_model(args, data, open_model)
     if model is None:
         raise UserError("which language model? give its directory: --model=DIR, or --model=demo")
+    if not data.site:
+        raise UserError("where does the SAE belong? give --site, such as --site=resid_post.2")
     sites = tuple(",".join(filter(None, (data.site, data.target_site))).split(","))
     source = None
     if store is not None or has_text:

@@ -1,4 +1,4 @@
-"""Shows what latents respond to: examples, output tokens, and a page to look at."""
+"""Shows what latents respond to: examples, output tokens, a page to look at; and steers by them."""
 
 from sae_jax.interpret.ablation import ablation_effects, ablation_effects_of
 from sae_jax.interpret.attribution import Attribution, Target, ablate, attribute
@@ -7,15 +7,20 @@ from sae_jax.interpret.collection import Collection, Example
 from sae_jax.interpret.effects import OutputTokens, output_tokens, used_tokens
 from sae_jax.interpret.page import choose_latents, write_page
 from sae_jax.interpret.placed import Placed
+from sae_jax.interpret.pushes import direction_push, latent_push
+from sae_jax.interpret.steering import Outcome, Steering, Writing
 
 __all__ = [
     "Attribution",
     "Collection",
     "Cost",
     "Example",
+    "Outcome",
     "OutputTokens",
     "Placed",
+    "Steering",
     "Target",
+    "Writing",
     "ablate",
     "ablation_effects",
     "ablation_effects_of",
@@ -23,6 +28,8 @@ __all__ = [
     "choose_latents",
     "collect",
     "describe_cost",
+    "direction_push",
+    "latent_push",
     "output_tokens",
     "used_tokens",
     "write_page",

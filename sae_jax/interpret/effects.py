@@ -61,9 +61,9 @@ def used_tokens(
 ) -> np.ndarray:
     """Returns which tokens text can have, (vocab_size,) bool.
 
-    Left out are ids without a token (a padded vocabulary), special tokens, those that are named
-    unused or reserved, bytes that text never has by themselves, and, where there are counts, tokens
-    that were never seen.
+    Left out are ids without a token (a padded vocabulary), special tokens, and those that are named
+    unused or reserved. Of the others those that were never seen are left out, or, where there are
+    no counts, single bytes that are no text by themselves (`text.stray_bytes`).
 
     Args:
       tokenizer: the tokenizer.
@@ -78,7 +78,9 @@ def used_tokens(
         )
     added = tokenizer.backend.get_added_tokens_decoder()
     special = {i for i, token in added.items() if token.special}
-    left_out = special | {*tokenizer.special_tokens} | stray_bytes(tokenizer)
+    left_out = special | {*tokenizer.special_tokens}
+    if counts is None:
+        left_out |= stray_bytes(tokenizer)
     names = tokenizer.backend.get_vocab(with_added_tokens=True)
     kept = [i for name, i in names.items() if i not in left_out and not _UNUSED.fullmatch(name)]
     used = np.isin(np.arange(vocab_size), kept)

@@ -35,7 +35,7 @@ from sae_jax.lm.sampling import Rules
 
 POSITIONS = ("all", "no_bos", "prompt", "continuation")
 UNTOUCHED = "untouched"
-_LENGTHS = 64  # tokens that the lengths of texts are rounded up to
+_LENGTHS = 16  # tokens that the lengths of texts are rounded up to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Steering:
     def at(self, factor: float) -> list[Outcome]:
         """Returns what each push does at a factor.
 
-        Raises UserError if no position of the texts counts, and for samples of a crosscoder.
+        Raises UserError if no position of the texts counts, and as edits and `lm.generate` do.
         """
         measures = [{} for _ in self.pushes]
         if self.texts is not None:

@@ -12,7 +12,6 @@ from sae_jax.json_files import parse_json
 
 _MARGIN = 64  # tokens looked at around a window, so that a character that it cuts is whole
 _MAX_TOKENS = 4  # of one character: UTF-8 has at most so many bytes
-_NEVER = (0xC0, 0xC1, *range(0xF5, 0x100))  # bytes that UTF-8 does not have
 _CONTROL_PICTURES = {i: 0x2400 + i for i in range(32)} | {127: 0x2421}
 _VISIBLE = _CONTROL_PICTURES | {ord("\n"): "↵", ord("\t"): "⇥"}
 
@@ -76,7 +75,7 @@ def token_bytes(tokenizer: lm.Tokenizer, token: int) -> bytes:
 
 def interval_names(count: int) -> list[str]:
     """Returns names of the `count` equal parts of the range from 0 to a maximum, highest first."""
-    edges = [round(100 * i / count) for i in range(count + 1)]
+    edges = [round(100 * i / max(count, 1)) for i in range(count + 1)]
     return [f"{low}–{high}% of the maximum" for low, high in itertools.pairwise(edges)][::-1]
 
 
@@ -115,17 +114,19 @@ def _joined(parts: list[_Part], start: int) -> list[Piece]:
 
 
 def stray_bytes(tokenizer: lm.Tokenizer) -> set[int]:
-    """Returns the tokens that stand for one byte and that no text has.
+    """Returns the tokens that stand for one byte that is no text by itself.
 
-    UTF-8 has no bytes C0, C1 and from F5 on. A tokenizer that falls back to bytes (Llama's) has
-    besides no use for those of ASCII characters that are tokens themselves.
+    These are the bytes from 80 on, which are parts of characters, and control characters but tab
+    and line ends. A tokenizer that falls back to bytes (Llama's) has besides no use for those of
+    ASCII characters that are tokens themselves.
     """
     token_of, names = tokenizer.backend.token_to_id, {b: c for c, b in _byte_levels().items()}
+    stray = {*range(0x20), 0x7F, *range(0x80, 0x100)} - set(b"\t\n\r")
     if _is_byte_level(tokenizer):
-        found = {token_of(names[byte]) for byte in _NEVER}
+        found = {token_of(names[byte]) for byte in stray}
     else:
-        ascii_tokens = {byte for byte in range(128) if token_of(chr(byte)) is not None}
-        found = {token_of(f"<0x{byte:02X}>") for byte in {*_NEVER, *ascii_tokens}}
+        stray |= {byte for byte in range(0x80) if token_of(chr(byte)) is not None}
+        found = {token_of(f"<0x{byte:02X}>") for byte in stray}
     return found - {None}
 
 

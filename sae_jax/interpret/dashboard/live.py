@@ -200,8 +200,8 @@ class Live:
         return {"clean": clean, "steered": steered}
 
     def ablate(self, request: Ablate) -> dict:
-        """Returns by how much the log-probability of each token of an example changes where the
-        latent is ablated at every position."""
+        """Returns by how much the latent, at all positions, raises the log-probability of each
+        token of an example: what the token loses where the latent is ablated."""
         self._check_latent(request.latent)
         groups = self._latents.collection.examples(request.latent)
         windows = [window for group in groups for window in group]

@@ -32,7 +32,8 @@ class TextSearch:
             return []
         names = self._labels.names
         named = [latent for latent in sorted(names) if folded in names[latent].casefold()]
-        found = dict.fromkeys([*named, *self._in_examples(query.encode().lower())])
+        data = query.encode(errors="surrogatepass")  # half a character is in no text
+        found = dict.fromkeys([*named, *self._in_examples(data.lower())])
         return list(found)[:limit]
 
     def _in_examples(self, query: bytes) -> list[int]:

@@ -45,12 +45,13 @@ def open_server(
 
 
 class _Site:
-    """Answers requests, of which it makes what is new one at a time: JAX's work is shared by all
-    the processors anyway, and what is made is kept for who asks next."""
+    """Answers requests. Files are made one at a time, as JAX's work is shared by all the processors
+    anyway, and kept for who asks next; the model answers one at a time beside that, so that a long
+    continuation keeps nobody from reading."""
 
     def __init__(self, latents: Latents, known: About, live: Live):
         self._latents, self._about, self._live = latents, known, live
-        self._lock = threading.Lock()
+        self._making, self._asking = threading.Lock(), threading.Lock()
         self._pages = {file.name: file for file in page_files()}
         self._shard = functools.lru_cache(_KEPT)(self._make)
 
@@ -70,16 +71,16 @@ class _Site:
         if name == "data/labels.json.gz":
             return _packed(packed(self._latents.labels.names, _LEVEL))
         if name == "data/hints.json.gz":
-            with self._lock:
+            with self._making:
                 return _packed(self._hints)
         shard = re.fullmatch(r"data/latents/([0-9]{5,9})\.json\.gz", name)
         if shard and int(shard[1]) < self._about.shards:
-            with self._lock:
+            with self._making:
                 return _packed(self._shard(int(shard[1])))
         return None
 
     def post(self, path: str, values: object) -> Answer | None:
-        with self._lock:
+        with self._asking:
             found = self._live.answer(path.removeprefix("/api/"), values)
         return None if found is None else _json(found)
 

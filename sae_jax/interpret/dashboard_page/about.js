@@ -20,10 +20,7 @@ export function aboutView({ about }) {
     ["latents", count(about.d_sae)],
     ["tokens looked at", count(about.rows)],
   ].filter(([, value]) => value);
-  const sae = Object.entries(about.sae ?? {}).map(([name, value]) => [
-    name.replaceAll("_", " "),
-    String(value),
-  ]);
+  const sae = Object.entries(about.sae ?? {}).map(([name, value]) => [name, String(value)]);
   const element = h(
     "article",
     { class: "view" },

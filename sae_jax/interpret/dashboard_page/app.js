@@ -8,7 +8,7 @@ import { failure } from "./dom.js";
 import { latentView } from "./latent.js";
 import { listView } from "./list.js";
 import { liveView } from "./live.js";
-import { listQuery, lists } from "./order.js";
+import { beside, listQuery, lists } from "./order.js";
 import { themeButton } from "./theme.js";
 import { hideTip } from "./tips.js";
 
@@ -44,7 +44,7 @@ async function start() {
 function share(about, index) {
   const labels = data.labels(about.d_sae);
   const search = about.can.search
-    ? async (text) => new Set((await data.ask("search", { query: text, limit: 1000 })).latents)
+    ? async (text) => new Set((await data.ask("search", { query: text, limit: 10_000 })).latents)
     : data.latentsOfWords;
   let live = new URLSearchParams();
   return {
@@ -92,7 +92,7 @@ function open(dashboard) {
 
   async function show() {
     const asked = route();
-    const name = asked.view in makers ? asked.view : "";
+    const name = Object.hasOwn(makers, asked.view) ? asked.view : "";
     if (!views.has(name)) views.set(name, makers[name](dashboard));
     const view = views.get(name);
     hideTip();
@@ -130,14 +130,21 @@ function open(dashboard) {
     }
     views.get("").focusSearch();
   };
+  // From what the address says, not from what is drawn: keys may come faster.
+  const step = async (side) => {
+    const list = await dashboard.list(route().query);
+    const { view, parts, query } = route();
+    const to = view === "latent" ? beside(list, Number(parts[0]), about.d_sae)[side] : null;
+    if (to !== null) location.hash = dashboard.latentAddress(to, query);
+  };
   const actions = {
     "/": search,
     "?": () => keys.showModal(),
     r: random,
     c: () => click("copy"),
     u: () => (location.hash = dashboard.listAddress(route().query)),
-    ArrowLeft: () => click("previous"),
-    ArrowRight: () => click("next"),
+    ArrowLeft: () => step(0),
+    ArrowRight: () => step(1),
   };
   document.addEventListener("keydown", (event) => {
     const { target, key, altKey, ctrlKey, metaKey, defaultPrevented } = event;

@@ -3,6 +3,7 @@
 import { diverging, histogram } from "./charts.js";
 import * as data from "./data.js";
 import { button, count, failure, h, number, percent } from "./dom.js";
+import { beside } from "./order.js";
 import { exampleItem } from "./texts.js";
 
 /** The view of a latent; `dashboard` is what app.js shares with all views. */
@@ -91,11 +92,7 @@ function content(dashboard, latent, { order, labels, query }) {
 function heading(dashboard, latent, { order, labels, query }) {
   const { index } = latent;
   const place = order.indexOf(index);
-  const last = dashboard.about.d_sae - 1;
-  const [before, after] =
-    place < 0
-      ? [index > 0 ? index - 1 : null, index < last ? index + 1 : null]
-      : [order[place - 1] ?? null, order[place + 1] ?? null];
+  const [before, after] = beside(order, index, dashboard.about.d_sae);
   const step = (id, text, name, to) =>
     h(
       "a",
@@ -290,7 +287,11 @@ function others(dashboard, title, what, list, labels, query) {
             "a",
             { href: dashboard.latentAddress(index, query) },
             h("span", { class: "number" }, index),
-            h("span", { class: labels.isHint(index) ? "name hint" : "name", dir: "auto" }, labels.of(index)),
+            h(
+              "span",
+              { class: labels.isHint(index) ? "name hint" : "name", dir: "auto" },
+              labels.of(index),
+            ),
             h("span", { class: "value" }, number(value, 2)),
           ),
         ),

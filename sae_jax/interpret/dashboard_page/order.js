@@ -18,7 +18,7 @@ export function settings(query) {
   const ranges = RANGES.map((name) => [name, range(query.get(name) ?? "")]);
   const sort = query.get("sort") ?? "latent";
   return {
-    sort: sort === "random" || sort.replace(/^-/, "") in COLUMNS ? sort : "latent",
+    sort: sort === "random" || Object.hasOwn(COLUMNS, sort.replace(/^-/, "")) ? sort : "latent",
     seed: Number(query.get("seed") ?? 0) >>> 0,
     text: (query.get("q") ?? "").trim(),
     everywhere: query.get("in") === "examples",
@@ -68,6 +68,16 @@ export function lists(index, labels, search) {
     }
     return last.list;
   };
+}
+
+/**
+ * The latents before and after one in a list, null where there is none. One that the list lacks has
+ * those of the next numbers, of `latents` in all.
+ */
+export function beside(list, latent, latents) {
+  const place = list.indexOf(latent);
+  if (place >= 0) return [list[place - 1] ?? null, list[place + 1] ?? null];
+  return [latent > 0 ? latent - 1 : null, latent < latents - 1 ? latent + 1 : null];
 }
 
 function select(index, labels, found, { sort, seed, text, dead, ranges }) {

@@ -4,7 +4,8 @@ import { ask, Labels } from "./data.js";
 import { announce, button, failure, h, number, percent } from "./dom.js";
 import { shade, text } from "./texts.js";
 
-const MOST_LATENTS = 50;
+const FEW = 20; // latents that are shown at first
+const MANY = 200;
 
 /** The panel; `clamp` is told of a latent that is to be held. */
 export function readingPanel(dashboard, clamp) {
@@ -34,13 +35,13 @@ export function readingPanel(dashboard, clamp) {
   );
   let asked = null;
 
-  async function run() {
+  async function run(top = FEW) {
     const texts = positives.get();
     if (!texts.length) {
       result.replaceChildren(h("p", { class: "soft" }, "Type a text first."));
       return;
     }
-    const request = { texts, negatives: negatives.get(), top: MOST_LATENTS, sort: sort.value };
+    const request = { texts, negatives: negatives.get(), top, sort: sort.value };
     const mine = (asked = JSON.stringify(request));
     send.disabled = true;
     send.textContent = "reading …";
@@ -48,10 +49,12 @@ export function readingPanel(dashboard, clamp) {
       const answer = await ask("encode", request);
       const labels = await dashboard.labels.catch(() => new Labels(dashboard.about.d_sae));
       const by = request.sort === "frequency" ? percent : number;
-      if (mine === asked) result.replaceChildren(...found(dashboard, answer, labels, by, clamp));
+      if (mine !== asked) return;
+      result.replaceChildren(...found(dashboard, answer, labels, by, clamp));
+      if (answer.latents.length === FEW) result.append(button("show more", () => run(MANY)));
     } catch (error) {
       asked = null;
-      result.replaceChildren(failure(error, run));
+      result.replaceChildren(failure(error, () => run(top)));
     } finally {
       send.disabled = false;
       send.textContent = "Show latents";

@@ -26,7 +26,7 @@ export function steeringPanel(dashboard) {
   });
   const temperature = field("temperature", { min: 0, max: 5, step: 0.1, id: "temperature" });
   const seed = field("seed", { min: 0, step: 1, id: "seed" });
-  const tokens = field("new tokens", { min: 1, max: 500, step: 1, id: "new-tokens" });
+  const tokens = field("new tokens", { min: 1, max: 400, step: 1, id: "new-tokens" });
   const byNumber = h("input", {
     type: "number",
     min: 0,

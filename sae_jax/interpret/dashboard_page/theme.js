@@ -34,7 +34,7 @@ export function themeButton(button) {
     button.title = `Colours: ${name}`;
     button.setAttribute("aria-label", `Colours: ${name}`);
   };
-  set(stored() in THEMES ? stored() : "");
+  set(Object.hasOwn(THEMES, stored()) ? stored() : "");
   button.addEventListener("click", () => {
     const at = names.indexOf(document.documentElement.dataset.theme);
     const next = names[(at + 1) % names.length];

@@ -16,9 +16,10 @@ import urllib.parse
 import urllib.request
 
 import msgspec
+from absl import logging
 
 from sae_jax import paths
-from sae_jax.errors import UserError
+from sae_jax.errors import UserError, one_line
 from sae_jax.interpret.neuronpedia.files import MANIFEST
 from sae_jax.json_files import checked, parse_json, read_json
 from sae_jax.progress_bar import progress
@@ -208,7 +209,10 @@ def _send(address: str, key: str, body: bytes, wait: float) -> None:
                     "exist there, and are they yours?"
                 ) from None
             pause = wait * 2 ** (tried - 1) * random.uniform(0.5, 1.0)
-            time.sleep(min(_LONGEST_WAIT, max(pause, error.wait or 0.0)))
+            pause = min(_LONGEST_WAIT, max(pause, error.wait or 0.0))
+            told = one_line(error).replace(key, "***")
+            logging.warning("%s %s; again in %.0f s", address, told, pause)
+            time.sleep(pause)
 
 
 def _post(address: str, key: str, body: bytes) -> None:
