@@ -120,6 +120,7 @@ COMMANDS = rows(
     ("attribute --run=run --prompt=a --loss", "--model"),
     ("attribute --run=run --prompt=a --loss --site=a --site=b", "--site"),
     ("attribute --sae=nothing --model=model --prompt=a --loss", "nothing"),
+    ("attribute --sae=ours --model=model --prompt=a --loss --site=mlp_in.0 --out=many", "many"),
     ("attribute --sae=ours --model=model --prompt=a --loss --site=mlp_in.99", "mlp_in.99"),
     ("attribute --sae=ours --model=nothing --prompt=a --loss --site=mlp_in.0", "nothing"),
     ("dashboard", "--run"),

@@ -319,6 +319,16 @@ def test_the_difference_of_means_is_that_of_texts_or_of_the_latents_own_examples
     (rows,) = [pushes.text_rows(model, (SITE,), ["w1 w3 w3 w2", "w3 w5"], "texts")]
     direction = pushes.difference_at_examples(sae, rows, [LATENT])
     np.testing.assert_allclose(direction, embed[3] - embed[[1, 2, 5]].mean(axis=0), atol=1e-6)
+
+    class Damaged:  # a store whose excluded rows are not finite
+        num_batches = rows.num_batches
+
+        def batches(self, size):
+            for x, used in rows.batches(size):
+                yield np.where(used[:, None], x, np.nan), used
+
+    same = pushes.difference_at_examples(sae, Damaged(), [LATENT])
+    np.testing.assert_array_equal(same, direction)
     nowhere = pushes.text_rows(model, (SITE,), ["w1 w2"], "texts")
     assert pushes.difference_at_examples(sae, nowhere, [LATENT]) is None
     assert pushes.written_length(sae, [LATENT], [2.5]) == pytest.approx(2.5)
@@ -333,10 +343,13 @@ def test_the_largest_factor_that_the_model_bears():
         return steering.Outcome(push, factor, {"ce_increase": rise}, [])
 
     rises = {"a": [0.1, 0.6, 0.2], "b": [0.9, 1.0, 2.0], "c": [0.0, 0.1, 0.49]}
+    rises |= {"nan": [0.1, float("nan"), 0.2], "read again": [0.1, None, 0.2]}
     outcomes = [made(steering.UNTOUCHED, 0.0, 0.0), made("a", -5.0, 9.0)]
     for push, values in rises.items():
         outcomes += [made(push, f, rise) for f, rise in zip((1.0, 2.0, 5.0), values, strict=True)]
-    assert steering_report.bearable(outcomes) == {"a": 1.0, "b": None, "c": 5.0}
+    assert steering_report.bearable(outcomes) == {
+        "a": 1.0, "b": None, "c": 5.0, "nan": 1.0, "read again": 1.0,
+    }  # fmt: skip
 
 
 def test_distinct_n_grams():

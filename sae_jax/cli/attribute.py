@@ -113,7 +113,7 @@ def run(args, overrides) -> int:
     }
     if args.out:  # so that it is refused before the work
         attribution_report.check_out(args.out, settings)
-    special = np.isin(ids, tokenizer.special_tokens)
+    special = np.isin(ids, tokenizer.marks)
     made = attribution_report.report(
         model,
         placed,

@@ -189,7 +189,7 @@ def _prepared(args) -> tuple:
 
     from sae_jax.interpret import pushes
     from sae_jax.interpret.maxima import find_maxima
-    from sae_jax.interpret.steering import Steering, Writing, special_tokens
+    from sae_jax.interpret.steering import Steering, Writing
 
     latents = _numbers(args.latent, "--latent", int)
     factors = pushes.FIXED_FACTORS.get(args.mode)
@@ -202,7 +202,7 @@ def _prepared(args) -> tuple:
     if args.baselines and args.mode != "ablate":
         made += _baselines(args, sae, model, sites, latents, maxima, source)
     prompts = _prompts(args, model)
-    special = special_tokens(model.tokenizer)
+    special = model.tokenizer.marks
     texts, measured = _texts(args, model, source, prompts, special)
     token_set, words = _token_set(args, sae, model, sites[-1], latents)
     writing = Writing(args.max_new_tokens, args.temperature, args.top_p, args.seed, args.samples)
@@ -302,6 +302,8 @@ def _prompts(args, model) -> list[list[int]]:
         else:
             lines = "".join(lm.read_texts(args.prompts)).splitlines()
             texts += [line for line in lines if line.strip()]
+    if args.prompts and not texts:
+        raise UserError(f"{args.prompts} holds no prompt; write one a line")
     tokenizer = model.tokenizer
     if args.chat:
         texts = [lm.chat_prompt(tokenizer, text) for text in texts]

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+_LATENTS = 2**25  # elements of one batch's dense latents
 _LOGITS = 2**25  # elements of one batch's logits, of which four or so exist at once
 
 
@@ -11,6 +12,11 @@ def pad_rows(x: np.ndarray, rows: int) -> np.ndarray:
     So the last batch, which may be short, compiles no new program.
     """
     return np.pad(x, [(0, rows - len(x)), *[(0, 0)] * (x.ndim - 1)]) if len(x) < rows else x
+
+
+def rows_at_once(d_sae: int) -> int:
+    """Returns of how many rows the dense latents of an SAE fit in memory."""
+    return min(max(128, _LATENTS // d_sae), 8192)
 
 
 def evenly_spaced(items: np.ndarray, count: int) -> np.ndarray:

@@ -12,6 +12,7 @@ import numpy as np
 from sae_jax import lm, paths
 from sae_jax.config import difference
 from sae_jax.errors import UserError
+from sae_jax.evaluate.batching import rows_at_once
 from sae_jax.evaluate.metrics import RowMetrics, measure_rows
 from sae_jax.evaluate.padding import tokenizer_of
 from sae_jax.evaluate.recovery import Recovery, measure_recovery
@@ -29,7 +30,6 @@ from sae_jax.paths import AnyPath
 from sae_jax.progress_bar import progress
 from sae_jax.sae import SAE
 
-_LATENTS = 2**25  # elements of one batch's dense latents
 _HISTOGRAM_EDGES = np.linspace(-6.0, 0.0, 25)  # of log10 density
 
 _ROWS = {  # name: (label, unit)
@@ -229,7 +229,7 @@ def evaluate_each(
     """
     for sae in saes:
         check_sites(sae, source)
-    size = min(max(128, _LATENTS // max(sae.config.d_sae for sae in saes)), 8192)
+    size = rows_at_once(max(sae.config.d_sae for sae in saes))
     what = f"evaluating {len(saes):,} SAEs" if len(saes) > 1 else "evaluating"
     batches = progress(
         source.batches(size), f"{what} on {source.num_rows:,} rows", source.num_batches(size)
@@ -382,8 +382,8 @@ def checkpoint_settings(run: AnyPath, step: int) -> dict:
 
 
 def is_of(out: AnyPath, run: AnyPath) -> bool:
-    """Whether the JSON file `out` is there and holds an evaluation of a run as it has ended, not
-    one of a checkpoint before, nor of what the run was before it was trained again.
+    """Whether the JSON file `out` is there and holds what was found of a run as it has ended, such
+    as an evaluation: not of a checkpoint before, nor of the run before it was trained again.
     """
     try:
         settings = read_json(out, default={}).get("settings")

@@ -36,6 +36,7 @@ from sae_jax.errors import UserError
 from sae_jax.evaluate.batching import pad_rows, sequences_at_once
 from sae_jax.evaluate.metrics import activation_scale
 from sae_jax.interpret.placed import Placed, check_ids, unit_directions
+from sae_jax.ops.sharding import matmul_f32
 from sae_jax.progress_bar import progress
 
 METHODS = ("gradient", "integrated", "ablation")
@@ -314,7 +315,7 @@ def _of_rows(sae, x_RxD, y_RxW, g_RxW, where_R, count: int) -> dict[str, jax.Arr
     """Returns the fields of `Attribution` that rows have."""
     x_RxD, y_RxW, g_RxW = (a.astype(jnp.float32) for a in (x_RxD, y_RxW, g_RxW))
     latents = sae.encode(x_RxD) * where_R[:, None]
-    each = latents * (g_RxW @ (sae.w_dec[...] / sae.target_scale).T)
+    each = latents * matmul_f32(g_RxW, (sae.w_dec[...] / sae.target_scale).T)
     _, places = ops.top_k(jnp.where(latents > 0, jnp.abs(each), -1.0), count)
     constant_RxW = sae.decode(jnp.zeros_like(latents), x_RxD)
     error_RxW = y_RxW - sae.decode(latents, x_RxD)

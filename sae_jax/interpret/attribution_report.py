@@ -284,6 +284,8 @@ def check_out(out, settings: dict) -> pathlib.Path:
                     f"{file} is of {name} {there.get(name)!r:.60}, not {settings[name]!r:.60}; "
                     "choose another --out"
                 )
+    elif out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out} exists and holds no attribution; choose another --out")
     return out
 
 

@@ -123,6 +123,7 @@ def collect(
     logging.info("collecting: %s", cost)
     begin = time.monotonic()
     folder = _begun(out, sae, text, about)
+    _check_room(cost, folder, out)
     if mesh is None and jax.local_device_count() > 1:
         mesh = lm.local_mesh()
     _encode(Encoder(sae, mesh), source, text, folder / "events")
@@ -167,8 +168,8 @@ class Cost:
             events = f"about {self.events * self.rows / 1e9:.2f} GB"
         return (
             f"{self.flops / 1e12:.3g} TFLOP of encoding, {events} of events on disk until it is "
-            f"done, {self.disk / 1e9:.2f} GB of disk, {self.memory / 1e9:.2f} GB of memory beside "
-            "the SAE"
+            f"done, {self.disk / 1e9:.2f} GB of disk (twice that while it is made), "
+            f"{self.memory / 1e9:.2f} GB of memory beside the SAE"
         )
 
     def measured(self, seconds: float, encoding: float, counts: np.ndarray, out) -> str:
@@ -221,6 +222,15 @@ def _cost(sae: SAE, text: _Text, about: About) -> Cost:
         disk=about.d_sae * of_latent + text.tokens.nbytes + text.numbers.nbytes,
         memory=memory,
     )
+
+
+def _check_room(cost: Cost, folder: pathlib.Path, out: pathlib.Path) -> None:
+    free = shutil.disk_usage(folder).free
+    if 2 * cost.disk > free:
+        raise UserError(
+            f"{out} needs {2 * cost.disk / 1e9:.1f} GB of disk while it is made, and there are "
+            f"{free / 1e9:.1f} GB; keep fewer examples, or choose another --out"
+        )
 
 
 # ------------------------------------------------------------------------------ passes

@@ -23,6 +23,7 @@ from sae_jax import lm, ops
 from sae_jax.errors import UserError
 from sae_jax.interpret.text import stray_bytes
 from sae_jax.ops.kth_largest import kth_largest, sort_keys
+from sae_jax.ops.sharding import matmul_f32
 from sae_jax.sae import SAE
 
 BINS = 50
@@ -76,9 +77,7 @@ def used_tokens(
         raise UserError(
             f"counts of {np.shape(counts)} tokens are not of a vocabulary of {vocab_size}"
         )
-    added = tokenizer.backend.get_added_tokens_decoder()
-    special = {i for i, token in added.items() if token.special}
-    left_out = special | {*tokenizer.special_tokens}
+    left_out = {*tokenizer.marks}
     if counts is None:
         left_out |= stray_bytes(tokenizer)
     names = tokenizer.backend.get_vocab(with_added_tokens=True)
@@ -168,12 +167,12 @@ def _of_block(rows_LxW, path, config: lm.DecoderConfig, count: int):
     norm_L = jnp.linalg.norm(rows_LxW, axis=1, keepdims=True)
     rows_LxD = rows_LxW / jnp.maximum(norm_L, jnp.finfo(jnp.float32).tiny)
     if matrix is not None:
-        rows_LxD = rows_LxD @ matrix.astype(jnp.float32)
+        rows_LxD = matmul_f32(rows_LxD, matrix.astype(jnp.float32))
     for weight_D in norms:
         if config.norm == "layer":
             rows_LxD = rows_LxD - rows_LxD.mean(axis=1, keepdims=True)
         rows_LxD = rows_LxD * (weight_D.astype(jnp.float32) + config.norm_plus_one)
-    values_LxV = rows_LxD @ unembed_DxV
+    values_LxV = matmul_f32(rows_LxD, unembed_DxV)
     values_LxV = values_LxV - _median(values_LxV)[:, None]
     most, promoted = ops.top_k(values_LxV, count)
     least, suppressed = ops.top_k(-values_LxV, count)

@@ -69,8 +69,9 @@ class Encoder:
             sae = placed(sae, mesh)
         self._sae, self._is_sparse = sae, type(sae).activate is TopK.activate
         self._scale = np.asarray(activation_scale(sae))
-        most = _ROWS if self._is_sparse else max(1, DENSE * model // sae.config.d_sae)
-        self.rows_at_once = data * min(_ROWS, most)
+        own = max(1, _ROWS // data)  # so that a piece of the text is several batches
+        most = own if self._is_sparse else max(1, DENSE * model // sae.config.d_sae)
+        self.rows_at_once = data * min(own, most)
         self._entries = self.rows_at_once // data * (sae.config.d_sae // model)
         self._room = min(_ROOM * self.rows_at_once // data, self._entries)
 

@@ -8,13 +8,12 @@ import numpy as np
 from sae_jax import paths
 from sae_jax.errors import UserError
 from sae_jax.evaluate import report
+from sae_jax.evaluate.batching import rows_at_once
 from sae_jax.evaluate.metrics import measure_rows
 from sae_jax.evaluate.sources import HeldOutRows, ModelRows, check_sites
 from sae_jax.interpret.collection import Collection
 from sae_jax.progress_bar import progress
 from sae_jax.sae import SAE
-
-_LATENTS = 2**25  # elements of one batch's dense latents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +60,7 @@ def find_maxima(
             "--text to measure them on"
         )
     check_sites(sae, source)
-    size = min(max(128, _LATENTS // sae.config.d_sae), 8192)
+    size = rows_at_once(sae.config.d_sae)
     what = f"maxima over {source.num_rows:,} tokens"
     batches = progress(source.batches(size), what, source.num_batches(size))
     (rows,) = measure_rows([sae], batches)
@@ -79,7 +78,7 @@ def _evaluated(run: paths.AnyPath) -> Maxima | None:
 
 def _collected(run: paths.AnyPath) -> Maxima | None:
     folder = run / "dashboard" / "collection"
-    if not (folder / "collection.json").is_file():
+    if not report.is_of(folder / "collection.json", run):
         return None
     collection = Collection(folder)
     return Maxima(collection.max_activation, collection.about.rows, str(folder))

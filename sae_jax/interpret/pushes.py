@@ -15,9 +15,11 @@ import numpy as np
 
 from sae_jax import lm
 from sae_jax.errors import UserError, choose
+from sae_jax.evaluate.batching import rows_at_once
 from sae_jax.evaluate.metrics import activation_scale
 from sae_jax.evaluate.padding import IGNORED
 from sae_jax.evaluate.sources import HeldOutRows, ModelRows
+from sae_jax.interpret.placed import unit_directions
 from sae_jax.progress_bar import progress
 from sae_jax.sae import SAE
 
@@ -120,8 +122,7 @@ def written_length(sae: SAE, latents: Sequence[int], maxima) -> float:
       latents: the latents' indices.
       maxima: the maxima of their activations, (latents,).
     """
-    rows_LxD = np.asarray(sae.direction(np.asarray(latents)))
-    units = rows_LxD / np.linalg.norm(rows_LxD, axis=1, keepdims=True)
+    units = np.asarray(unit_directions(sae, np.asarray(latents)))
     return float(np.linalg.norm(np.asarray(maxima) @ units))
 
 
@@ -168,9 +169,11 @@ def difference_at_examples(
     scale = activation_scale(sae)[np.asarray(latents)]
     sums = [np.zeros(sae.config.d_out) for _ in range(2)]
     weights = [0.0, 0.0]
-    batches = progress(source.batches(_ROWS), "examples' means", source.num_batches(_ROWS))
+    size = rows_at_once(sae.config.d_sae)
+    batches = progress(source.batches(size), "examples' means", source.num_batches(size))
     for rows, used in batches:
-        x, y = sae.split(np.asarray(rows, np.float32))
+        # Rows that do not count may hold NaN, and 0 times NaN is NaN.
+        x, y = sae.split(np.where(used[:, None], np.asarray(rows, np.float32), 0))
         activation = np.asarray(_encode(sae, x)[:, np.asarray(latents)] * scale).sum(axis=1)
         for i, weight in enumerate((activation * used, (activation == 0) & used)):
             sums[i] += weight.astype(np.float64) @ y

@@ -192,6 +192,8 @@ class Steering:
             logits, _ = model.forward(tokens, edits=edits)
             last = logits[:, count + step - 1]
             tokens[:, count + step] = rules.next_tokens(last, np.arange(how.samples), step)
+            if np.isin(tokens[:, count : count + step + 1], model.eos).any(axis=1).all():
+                break
         return [
             as_generated(model, prompt, prompt, sample, _until(row[count:], model.eos), rules)
             for sample, row in enumerate(tokens)
@@ -206,12 +208,6 @@ class Steering:
             "continuation": lambda edit: lm.at(Partial(_after, length), edit),
         }[self.positions]
         return _wrapped(edits, wrap, self.same_norm)
-
-
-def special_tokens(tokenizer: lm.Tokenizer) -> list[int]:
-    """Returns the ids that stand for no text, those of a chat template's marks included."""
-    added = tokenizer.backend.get_added_tokens_decoder()
-    return sorted({*tokenizer.special_tokens, *(i for i, token in added.items() if token.special)})
 
 
 def texts_of(

@@ -131,11 +131,12 @@ def bearable(outcomes: Sequence[Outcome]) -> dict[str, float | None]:
     """
     found: dict[str, float | None] = {}
     for outcome in sorted(outcomes, key=lambda outcome: outcome.factor):
-        rise = outcome.measures.get("ce_increase")
-        if outcome.push == UNTOUCHED or rise is None or outcome.factor <= 0:
+        known = "ce_increase" in outcome.measures
+        if outcome.push == UNTOUCHED or not known or outcome.factor <= 0:
             continue
         least, ended = found.get(outcome.push, (None, False))
-        ended = ended or not rise < BEARABLE
+        rise = outcome.measures["ce_increase"]  # None where a file says that it is not finite
+        ended = ended or rise is None or not rise < BEARABLE
         found[outcome.push] = (least if ended else outcome.factor, ended)
     return {push: factor for push, (factor, _) in found.items()}
 

@@ -98,6 +98,13 @@ class Tokenizer:
         """The number of tokens, added ones included."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
+    @property
+    def marks(self) -> list[int]:
+        """The sorted ids of all tokens that stand for no text: `special_tokens`, and those that
+        were added as special, such as a chat template's."""
+        added = self.backend.get_added_tokens_decoder().items()
+        return sorted({*self.special_tokens, *(i for i, token in added if token.special)})
+
     def bos_provenance(self) -> dict:
         """Returns what a store's provenance says of BOS: its id, its text and where it is from."""
         return {"id": self.bos, "token": self.backend.id_to_token(self.bos), "why": self.bos_why}
