@@ -25,6 +25,7 @@ import dataclasses
 import json
 import pathlib
 import random
+import sys
 from typing import NamedTuple
 
 import jax
@@ -151,7 +152,7 @@ def main(argv):
     latent, control = found_latents(folder, model, sae, site, concept, evaluation.rows)
     maxima = evaluation.rows.max_activation
     made = made_pushes(model, sae, site, concept, (latent, control), maxima)
-    special = model.tokenizer.special_tokens
+    special = model.tokenizer.marks
     text = rows.sequences(_LM_TOKENS.value, model.tokenizer)
     experiment = steering.Steering(
         model,
@@ -296,4 +297,8 @@ def made_pushes(model, sae, site: str, concept: Concept, latents, maxima) -> lis
 
 
 if __name__ == "__main__":
-    app.run(main)
+    try:
+        app.run(main)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -89,11 +89,11 @@ def open_server(
     try:
         server = _Server((host, port), _Handler)
     except OSError as error:  # of a name that is none, too
-        if error.errno != errno.EADDRINUSE and host not in _LOCAL_NAMES:
+        if error.errno not in (errno.EADDRINUSE, errno.EACCES) and host not in _LOCAL_NAMES:
             why = error.strerror or error
             raise UserError(
-                f"--host={host} is no address of this machine ({why}); give one that it has, or "
-                "0.0.0.0 for all of them"
+                f"--host={host} is no IPv4 address of this machine ({why}); give one that it has, "
+                "or 0.0.0.0 for all of them"
             ) from None
         why = (
             "is taken" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"

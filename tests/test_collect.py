@@ -1,5 +1,6 @@
 """Examples of every latent in one pass, against brute force over a planted world."""
 
+import fcntl
 import pathlib
 import signal
 import sys
@@ -270,6 +271,10 @@ def test_what_is_refused(store, tmp_path):
         collect(sae, rows(store), tmp_path / "out", mesh=mesh)
     with pytest.raises(UserError, match="other settings"):
         collect(sae, rows(store), tmp_path / "out", top=3)
+    with (tmp_path / "tmp.out" / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is at work"):
+            collect(sae, rows(store), tmp_path / "out")
 
 
 @pytest.mark.slow

@@ -72,6 +72,7 @@ def test_a_run_is_written_as_files_and_as_one_page(run, tmp_path, capsys):
     assert main(["dashboard", *where, *FLAGS]) == 0
     assert "python -m http.server" in capsys.readouterr().out
     assert (tmp_path / "o/index.html").is_file() and (tmp_path / "o/app.js").is_file()
+    assert not (tmp_path / "o/collection").exists(), "it is the run's, and no web server's"
     found = json.loads(gzip.decompress((tmp_path / "o/data/latents/00000.json.gz").read_bytes()))
     assert len(found) == 128 and any(one["neurons"] for one in found)
     assert any(one["promoted"] for one in found)
@@ -82,7 +83,7 @@ def test_a_run_is_written_as_files_and_as_one_page(run, tmp_path, capsys):
     assert main(["dashboard", *where, f"--labels={labels}", "--overwrite"]) == 0
     assert main(["dashboard", *where, "--top=5"]) == 2
     err = capsys.readouterr().err
-    assert "top was 4 and is 5; give --overwrite to make it again, or another --out" in err
+    assert "top was 4 and is 5; give --overwrite to make it again" in err
     single = tmp_path / "one.html"
     assert main(["dashboard", *where, "--latents=1,5", f"--single={single}"]) == 0
     page = single.read_text()

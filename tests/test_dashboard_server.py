@@ -270,7 +270,7 @@ def test_others_need_the_secret_of_the_address(made):
         search = json.dumps({"query": "fox"})
         assert ask("POST", "/api/search", search, **JSON)[0] == 403
         assert ask("POST", "/api/search", search, **JSON, Cookie=kept)[0] == 200
-    with pytest.raises(UserError, match="--host=nowhere.invalid is no address of this machine"):
+    with pytest.raises(UserError, match="--host=nowhere.invalid is no IPv4 address"):
         local_server.open_server(None, 0, "nowhere.invalid")
 
 

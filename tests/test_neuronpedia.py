@@ -115,7 +115,7 @@ def read(path):
 
 
 def test_an_upload_is_this(export, tmp_path):
-    tokens = [export.token(int(t)) for t in export.collection._map("tokens")[0]]
+    tokens = [export.token(int(t)) for t in export.collection.array("tokens")[0]]
     assert tokens[:4] == ["<|bos|>", "The", " ", "q"]
     labelled = changed(export, labels={0: "the word fox", 1: "dead"}, method="oai_token-act-pair")
     written = write_upload_batches(tmp_path / "out", labelled, batch=2)

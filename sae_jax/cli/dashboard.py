@@ -68,8 +68,8 @@ def define(values: flags.FlagValues) -> None:
     string("kind", "Of a Gemma Scope file, which does not say it: autoencoder or transcoder.")
     string(
         "out",
-        "Directory of the collection, and of the files that are written without --serve; "
-        "RUN/dashboard.",
+        "Directory of the files that are written without --serve; RUN/dashboard/page. With --sae, "
+        "and of a run in an object store, OUT/collection is what was collected.",
     )
     ports.define("serve", _PORT, "Serve the page", values)
     string("host", "With --serve: the address to listen at, such as 0.0.0.0; this machine alone.")
@@ -118,7 +118,7 @@ def run(args, overrides) -> None:
     del overrides
     import dataclasses
 
-    from sae_jax import interop, lm, paths
+    from sae_jax import lm, paths
     from sae_jax.interpret import dashboard
     from sae_jax.local_server import LOCAL
 
@@ -136,19 +136,21 @@ def run(args, overrides) -> None:
         raise UserError("--single shows the evaluation of a run besides; give --run=RUN")
     neuronpedia_flags.check(args)
     numbers = _numbers(args.latents)
-    out = paths.local(args.out or interop.locate(args.run) / "dashboard")
+    home, out = _directories(args)
     chosen = opened_sources.chosen(args)
     found = opened_saes.open_sae(args.run, args.sae, args.kind, chosen)
     named = args.run or args.sae
     which = {"sae": named if paths.is_remote(named) else str(found.path.absolute()), **found.about}
-    there = _there(args, out, which, found.sae.config.d_sae)
+    there = _there(args, home, which, found.sae.config.d_sae)
     labels = args.labels and dashboard.read_labels(args.labels, found.sae.config.d_sae)
     data = dataclasses.replace(found.data, **opened_sources.chosen(args))
     store, model, settings = opened_sources.open_store_and_model(args, data, lm.open_model)
     tokenizer = _tokenizer(args, model)
+    if args.single:
+        _check_single(args, found, store, numbers)
     collection, neurons = _collected(
         args,
-        out,
+        home,
         found.sae,
         there,
         lambda: opened_sources.make_source(args, data, store, model, heldout=False),
@@ -190,6 +192,18 @@ def run(args, overrides) -> None:
         server.serve_forever()
 
 
+def _directories(args) -> tuple:
+    """Returns where what is collected lies, and where files are written: of a run on this machine
+    --out is for the latter alone, since a web server needs no more."""
+    from sae_jax import interop, paths
+
+    run = args.run and interop.locate(args.run)
+    if args.out and (not run or paths.is_remote(str(run))):
+        return (paths.local(args.out),) * 2
+    home = paths.local(run / "dashboard")
+    return home, paths.local(args.out) if args.out else home / "page"
+
+
 def _numbers(text: str | None) -> list[int] | None:
     """Returns the numbers in a list such as "1,5,9"."""
     from sae_jax.interpret.page import MOST_LATENTS
@@ -204,21 +218,27 @@ def _numbers(text: str | None) -> list[int] | None:
     return list(dict.fromkeys(map(int, parts)))
 
 
+def _check_single(args, found, store, chosen) -> None:
+    """Raises UserError where one page cannot be made of the latents `chosen`, or None."""
+    from sae_jax.evaluate import report
+
+    if wrong := [i for i in chosen or () if i >= found.sae.config.d_sae]:
+        raise UserError(f"no latent {wrong[0]}: there are 0 to {found.sae.config.d_sae - 1:,}")
+    if store is None or args.text or args.tokens_file:
+        raise UserError("--single is of a store's texts; leave it out, and the folder is written")
+    if not report.is_of(found.path / "eval.json", found.path):
+        raise UserError(
+            f"--single shows {found.path / 'eval.json'}, which is not there, or not of the run as "
+            f"it ended; make it with: sae-jax eval --run={found.path}"
+        )
+
+
 def _write_single(file, found, collection, store, tokenizer, model, chosen) -> None:
     """Writes one page of some latents, with the run's evaluation and training curves."""
     from sae_jax import interpret, paths
     from sae_jax.evaluate import report
 
     out, evaluation = paths.local(file), found.path / "eval.json"
-    if wrong := [i for i in chosen or () if i >= found.sae.config.d_sae]:
-        raise UserError(f"no latent {wrong[0]}: there are 0 to {found.sae.config.d_sae - 1:,}")
-    if store is None:
-        raise UserError("--single is of a store's texts; leave it out, and the folder is written")
-    if not evaluation.is_file():
-        raise UserError(
-            f"--single shows {evaluation}, which is not there; make it with: "
-            f"sae-jax eval --run={found.path}"
-        )
     metrics = found.path / "metrics.jsonl"
     interpret.write_page(
         out,
@@ -247,8 +267,8 @@ def _tokenizer(args, model):
     return model.tokenizer
 
 
-def _there(args, out, settings: dict, d_sae: int):
-    """Returns the collection that is in `out`, None if there is none, and takes from it what flags
+def _there(args, home, settings: dict, d_sae: int):
+    """Returns the collection that is in `home`, None if there is none, and takes from it what flags
     that are not given were when it was made.
 
     Raises UserError if it is of another SAE, or was made by other flags than those given, and may
@@ -256,7 +276,7 @@ def _there(args, out, settings: dict, d_sae: int):
     """
     from sae_jax.interpret.collection import Collection
 
-    place = out / "collection"
+    place = home / "collection"
     if not (place / "collection.json").is_file():
         return None
     there = Collection(place)
@@ -281,19 +301,20 @@ def _there(args, out, settings: dict, d_sae: int):
                 args[name].value = value
         return there
     if not args.overwrite:
+        other = ", or another --out" if args.sae else ""
         raise UserError(
-            f"{place} was made otherwise: {'; '.join(unlike)}; give --overwrite to make it again, "
-            "or another --out"
+            f"{place} was made otherwise: {'; '.join(unlike)}; give --overwrite to make it again"
+            + other
         )
     return None
 
 
-def _collected(args, out, sae, there, make_source, settings: dict) -> tuple:
+def _collected(args, home, sae, there, make_source, settings: dict) -> tuple:
     """Returns the collection and the neurons, or None, and makes them where they are missing.
 
     Args:
       args: the flags.
-      out: the directory of both.
+      home: the directory of both.
       sae: the SAE.
       there: the collection that is there, or None.
       make_source: makes what rows are read of.
@@ -303,26 +324,35 @@ def _collected(args, out, sae, there, make_source, settings: dict) -> tuple:
 
     from sae_jax.interpret import dashboard
     from sae_jax.interpret.collect import collect
+    from sae_jax.interpret.collection import Collection
 
-    beside = out / "neurons.npz"
+    beside = home / "neurons.npz"
     wanted = sae.config.d_in <= dashboard.WIDEST
     if there is not None and (beside.is_file() or not wanted):
         return there, dashboard.Neurons.load(beside) if wanted else None
     source = make_source()
     if there is None:
-        beside.unlink(missing_ok=True)
-        out.mkdir(parents=True, exist_ok=True)
-        if (out / "collection" / "collection.json").is_file():  # with --overwrite
-            shutil.rmtree(out / "collection")
+        home.mkdir(parents=True, exist_ok=True)
+        place = home / "collection"
+        # With --overwrite: the old one is kept until another is whole.
+        old = (place / "collection.json").is_file()
+        made = home / "new.collection" if old else place
+        if old and (made / "collection.json").is_file():  # stopped before it took the place
+            shutil.rmtree(made)
         asked = {name: args[name].value for name in _ASKED}
         names = ("tokens", "top", "intervals", "per_interval", "before", "after", "seed")
         there = collect(
             sae,
             source,
-            out / "collection",
+            made,
             **{name: asked[name] for name in names},
             settings=settings | {"asked": asked},
         )
+        beside.unlink(missing_ok=True)
+        if old:
+            shutil.rmtree(place)
+            made.rename(place)
+            there = Collection(place)
     neurons = dashboard.correlated_neurons(sae, source) if wanted else None
     if neurons is not None:
         neurons.save(beside)
@@ -330,10 +360,10 @@ def _collected(args, out, sae, there, make_source, settings: dict) -> tuple:
 
 
 def _metrics(run) -> list[tuple[str, float, str]]:
-    """Returns the metrics of a run's evaluation, if it has one."""
+    """Returns the metrics of a run's evaluation, if there is one of the run as it ended."""
     from sae_jax.evaluate import report
 
     file = run / "eval.json"
-    if not file.is_file():
+    if not report.is_of(file, run):
         return []
     return [line for _, lines in report.load(file).sections() for line in lines]

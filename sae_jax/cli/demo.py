@@ -5,6 +5,8 @@ import sys
 
 from absl import flags
 
+from sae_jax.cli import opened_saes
+
 SUMMARY = """From text to a page about a sparse autoencoder, in minutes, with no download.
 
 Harvests what the MLP of the one-layer transformer that ships here computes over the sources of
@@ -117,7 +119,11 @@ def demo(
         source = HeldOutRows(
             store, site, tokens=tokens, holdout_fraction=config.data.holdout_fraction
         )
-        settings = {"sae": str(run_directory), "model": str(model_directory)}
+        settings = {
+            "sae": str(run_directory),
+            "model": str(model_directory),
+            **opened_saes.latest(run_directory)[1],
+        }
         evaluation = report.evaluate(sae, source, model, LM_TOKENS, settings)
         figures.save_all(evaluation, evaluation_file, metrics_file)
         report.save(evaluation, evaluation_file)

@@ -17,7 +17,9 @@ with what is missing, when it is started again with the same settings. Several p
 see the same directory, share the pieces and then the latents.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
 import pathlib
@@ -124,10 +126,21 @@ def collect(
     begin = time.monotonic()
     folder = _begun(out, sae, text, about)
     _check_room(cost, folder, out)
+    with _alone(folder):
+        counts, encoding = _pass(sae, source, text, about, seed, mesh, folder, out)
+    seconds = time.monotonic() - begin
+    logging.info("collected: %s", cost.measured(seconds, encoding, counts, out))
+    return Collection(out)
+
+
+def _pass(sae, source, text: _Text, about: About, seed: int, mesh, folder, out) -> tuple:
+    """Makes the collection, and returns how many events each latent has, and the seconds that
+    encoding took."""
+    begin = time.monotonic()
     if mesh is None and jax.local_device_count() > 1:
         mesh = lm.local_mesh()
     _encode(Encoder(sae, mesh), source, text, folder / "events")
-    encoded = time.monotonic()
+    encoding = time.monotonic() - begin
     counts = _count(folder / "events", about.d_sae)
     from_all(None)  # all have read the events before any block is made
     blocks = _fill(counts, text, about, seed, folder)
@@ -136,9 +149,7 @@ def collect(
     if jax.process_index() == 0:
         _assemble(blocks, similar, text, about, folder, out)
     from_all(None)
-    seconds = time.monotonic() - begin
-    logging.info("collected: %s", cost.measured(seconds, encoded - begin, counts, out))
-    return Collection(out)
+    return counts, encoding
 
 
 # ------------------------------------------------------------------------------ cost
@@ -281,6 +292,21 @@ def _begun(out: pathlib.Path, sae: SAE, text: _Text, about: About) -> pathlib.Pa
             "go on with those, or delete it"
         )
     return folder
+
+
+@contextlib.contextmanager
+def _alone(folder: pathlib.Path):
+    """Keeps other passes out of the directory. Raises UserError if one is at work there."""
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            file = stack.enter_context((folder / "lock").open("w"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(
+                    f"another process is at work in {folder}; wait for it, or stop it"
+                ) from None
+        yield
 
 
 def _encode(encoder: Encoder, source, text: _Text, folder: pathlib.Path) -> None:

@@ -91,7 +91,7 @@ class About:
 
 
 class Collection:
-    """A collection on disk; the arrays above are attributes."""
+    """A collection on disk. What latents.npz has is its attributes, the rest is `array(name)`."""
 
     def __init__(self, path):
         """Opens the collection in a directory. Raises UserError if there is none, or damaged."""
@@ -107,45 +107,46 @@ class Collection:
         self.mean_activation = latents["mean_activation"]
         self.max_activation = latents["max_activation"]
 
+    def array(self, name: str) -> np.ndarray:
+        """Returns the array in the file NAME.npy, mapped and not read."""
+        return self._arrays[name]
+
     @functools.cached_property
     def histogram(self) -> np.ndarray:
         """The counts of activations above zero, (d_sae, BINS)."""
-        return self._map("histogram")
+        return self.array("histogram")
 
     def examples(self, latent: int) -> list[list[Example]]:
         """Returns a latent's examples by group: group 0 the highest peaks, then the intervals from
         the highest to the lowest, each from the largest value down for group 0, else as drawn."""
-        about, length = self.about, self._map("tokens").shape[1]
-        values, windows = self._map("value")[latent], self._map("window")[latent]
+        about, length = self.about, self.array("tokens").shape[1]
+        values, windows = self.array("value")[latent], self.array("window")[latent]
         groups = [[] for _ in range(1 + about.intervals)]
         for slot in np.flatnonzero(values > 0):
-            row, peak = int(self._map("sequence")[latent, slot]), self._peak(latent, slot)
+            row, peak = int(self.array("sequence")[latent, slot]), self._peak(latent, slot)
             start, stop = max(0, peak - about.before), min(length, peak + about.after + 1)
             first = start - (peak - about.before)
             parts = windows[slot, first : first + stop - start]
             activations = parts.astype(np.float32) * (self.max_activation[latent] / FULL)
             activations[peak - start] = values[slot]
             group = 0 if slot < about.top else 1 + (slot - about.top) // about.per_interval
-            number, ids = int(self._map("numbers")[row]), self._map("tokens")[row]
+            number, ids = int(self.array("numbers")[row]), self.array("tokens")[row]
             groups[group].append(Example(number, ids, start, stop, peak, activations))
         return groups
 
     def peak_tokens(self) -> np.ndarray:
         """Returns the tokens on which the highest peaks lie, (d_sae, top); -1 in empty slots."""
         top = slice(self.about.top)
-        places = (self._map(name)[:, top] for name in ("sequence", "position"))
-        return np.where(self._map("value")[:, top] > 0, self._map("tokens")[*places], -1)
+        places = (self.array(name)[:, top] for name in ("sequence", "position"))
+        return np.where(self.array("value")[:, top] > 0, self.array("tokens")[*places], -1)
 
     def coactive(self, latent: int) -> list[tuple[int, float]]:
         """Returns (latent, Jaccard index) of those that fire on the same tokens, best first."""
-        found, similarity = self._map("coactive")[latent], self._map("similarity")[latent]
+        found, similarity = self.array("coactive")[latent], self.array("similarity")[latent]
         return [(int(i), float(s)) for i, s in zip(found, similarity, strict=True) if i >= 0]
 
     def _peak(self, latent: int, slot: int) -> int:
-        return int(self._map("position")[latent, slot])
-
-    def _map(self, name: str) -> np.ndarray:
-        return self._arrays[name]
+        return int(self.array("position")[latent, slot])
 
     @functools.cached_property
     def _arrays(self) -> dict[str, np.ndarray]:

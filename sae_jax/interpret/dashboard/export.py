@@ -196,6 +196,7 @@ def _settings(latents: Latents, known: About) -> dict:
     return {
         "collection": dataclasses.asdict(collection.about),
         "model": known.model,
+        "language_model": latents.language_model,
         "shard": known.shard,
         "content": digest.hexdigest(),
     }

@@ -125,6 +125,11 @@ class Latents:
         self._texts: dict[int, _Text] = {}  # by the number of the sequence, the latest last
 
     @property
+    def language_model(self) -> str | None:
+        """The fingerprint of the language model; None without one."""
+        return self._model and self._model.fingerprint
+
+    @property
     def group_names(self) -> list[str]:
         """The names of the groups of examples."""
         return ["highest", *interval_names(self.collection.about.intervals)]

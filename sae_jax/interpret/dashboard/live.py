@@ -241,7 +241,7 @@ class Live:
         x = np.concatenate([np.asarray(taps[site][0], np.float32) for site in inputs], axis=-1)
         x = x[1 : len(ids) + 1]
         norms = np.linalg.norm(x, axis=1)
-        counted = ~np.isin(ids, tokenizer.special_tokens) & (norms <= SINK * np.median(norms))
+        counted = ~np.isin(ids, tokenizer.marks) & (norms <= SINK * np.median(norms))
         size = min(64, max(8, _AT_ONCE // self._sae.config.d_sae))
         parts = []
         for first in range(0, len(x), size):

@@ -9,7 +9,6 @@ from sae_jax.interpret.collection import Collection
 from sae_jax.interpret.dashboard.labels import Labels
 from sae_jax.interpret.text import token_bytes
 from sae_jax.lm import Tokenizer
-from sae_jax.numpy_files import map_npy
 
 _MOST_PLACES = 200_000  # in the texts, where a query is found
 
@@ -24,8 +23,8 @@ class TextSearch:
     def find(self, query: str, limit: int) -> list[int]:
         """Returns up to `limit` latents, those with the query in their label first.
 
-        The others are those with the query in an example, sorted by in how many of their examples
-        it is. Of the letters a to z, upper and lower case count as the same.
+        The others are those with the query in an example, sorted by the share of their
+        examples that have it. Of the letters a to z, upper and lower case count as the same.
         """
         folded = query.casefold()
         if not folded.strip():
@@ -42,7 +41,7 @@ class TextSearch:
             re.finditer(re.escape(query), text), range(_MOST_PLACES), strict=False)]  # fmt: skip
         first = np.searchsorted(ends, places, side="right")
         last = np.searchsorted(ends, np.asarray(places) + len(query) - 1, side="right")
-        sequences, length = self._map("tokens").shape
+        sequences, length = self._collection.array("tokens").shape
         whole = first // length == last // length  # and not across two sequences
         rows, where = np.unique(first[whole] // length, return_inverse=True)
         if not len(rows):
@@ -52,11 +51,11 @@ class TextSearch:
         begins = begins.cumsum(axis=1)
         at = np.full(sequences, -1)
         at[rows] = np.arange(len(rows))
-        about = self._collection.about
-        filled = self._map("value") > 0
-        slots = np.argwhere(filled & (at[self._map("sequence")] >= 0))
+        about, array = self._collection.about, self._collection.array
+        filled = array("value") > 0
+        slots = np.argwhere(filled & (at[array("sequence")] >= 0))
         picked = tuple(slots.T)
-        row, peak = at[self._map("sequence")[picked]], self._map("position")[picked]
+        row, peak = at[array("sequence")[picked]], array("position")[picked]
         low, high = np.maximum(peak - about.before, 0), np.minimum(peak + about.after + 1, length)
         hit = begins[row, high] > begins[row, low]
         counts = np.bincount(slots[hit, 0], minlength=about.d_sae)
@@ -64,13 +63,10 @@ class TextSearch:
         latents = np.flatnonzero(counts)
         return latents[np.argsort(-share[latents], kind="stable")].tolist()
 
-    def _map(self, name: str) -> np.ndarray:
-        return map_npy(self._collection.path / f"{name}.npy")
-
     @functools.cached_property
     def _text(self) -> tuple[bytes, np.ndarray]:
         """The bytes of all sequences, in lower case, and where each token's end."""
-        ids = self._map("tokens").reshape(-1)
+        ids = self._collection.array("tokens").reshape(-1)
         used, place = np.unique(ids, return_inverse=True)
         parts = [token_bytes(self._tokenizer, int(i)).lower() for i in used]
         ends = np.cumsum(np.array([len(part) for part in parts], np.int64)[place])

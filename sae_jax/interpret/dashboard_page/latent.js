@@ -149,7 +149,7 @@ function heading(dashboard, latent, { order, labels, query }) {
           : h("span", { class: "soft" }, `${count(place + 1)} of ${count(order.length)}`),
         copy,
         can.generate
-          ? h("a", { class: "button", href: dashboard.steerAddress(index) }, "steer with it")
+          ? steerLink(dashboard, index)
           : null,
       ),
     ),
@@ -166,6 +166,13 @@ function heading(dashboard, latent, { order, labels, query }) {
       ),
     ),
   );
+}
+
+/** A link to the live panel as it is left, with one latent more; made anew when it is followed. */
+function steerLink(dashboard, index) {
+  const link = h("a", { class: "button", href: dashboard.steerAddress(index) }, "steer with it");
+  link.addEventListener("click", () => (link.href = dashboard.steerAddress(index)));
+  return link;
 }
 
 function examples(dashboard, latent, query) {

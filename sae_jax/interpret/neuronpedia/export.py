@@ -29,7 +29,6 @@ from sae_jax.interpret import effects
 from sae_jax.interpret.collection import BINS, Collection
 from sae_jax.interpret.text import vocabulary
 from sae_jax.lm.text import well_formed
-from sae_jax.numpy_files import map_npy
 from sae_jax.sae import SAE
 
 MOST_TOKENS, MOST_VALUE, MOST_INDEX = 1024, 99_999_999, 10_000_000
@@ -287,7 +286,7 @@ def _activations(export: Export, latent: int) -> Iterator[dict]:
 
 def shape(collection: Collection) -> tuple[int, int]:
     """Returns how many texts there are, and their length in tokens."""
-    return map_npy(collection.path / "tokens.npy").shape
+    return collection.array("tokens").shape
 
 
 def digits(values):
