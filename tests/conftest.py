@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import pathlib
 import shutil
 import signal
 import tempfile
@@ -28,6 +29,16 @@ import s3_server  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_programs():
+    """Forgets compiled programs before they are too many: each has memory maps of its own, of which
+    Linux allows a process 65,530, and XLA crashes where it gets no more."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
 
 
 @pytest.fixture(params=[(1, 1), (4, 1), (1, 4), (2, 2)], ids=lambda s: f"data{s[0]}-model{s[1]}")
