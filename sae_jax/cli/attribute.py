@@ -143,7 +143,11 @@ def _check(args) -> None:
         raise UserError("give --run=RUN or --sae=PATH; one of them again for another layer")
     if not args.prompt:
         raise UserError('which text? give --prompt="The capital of France is"')
-    if args.loss == (args.target is not None):
+    if args.loss and args.target is not None:
+        raise UserError("give either --target or --loss")
+    if args["steps"].present and args.method != "integrated":
+        raise UserError("--steps are those of --method=integrated; give that too")
+    if not args.loss and args.target is None:
         raise UserError(
             'attribute what? give --target=" TOKEN", the token after the prompt, or --loss for the '
             "loss of the prompt"

@@ -80,7 +80,7 @@ def define(values: flags.FlagValues) -> None:
         "model",
         "Directory of the language model, or hf://ORG/REPOSITORY[@REVISION]; demo: the one that "
         "ships here; torch: before either: run by transformers; none: leave its part out. By "
-        "default the store's, if it is on the hub.",
+        "default the store's, if it is the shipped one or on the hub.",
     )
     flags.DEFINE_enum(
         "model_dtype", "float32", ["float32", "bfloat16"], "In which the model computes.",
@@ -148,6 +148,8 @@ def run(args, overrides) -> None:
     tokenizer = _tokenizer(args, model)
     if args.single:
         _check_single(args, found, store, numbers)
+    elif args.serve is None and not args.neuronpedia:
+        dashboard.check_folder(out)
     collection, neurons = _collected(
         args,
         home,
@@ -347,6 +349,7 @@ def _collected(args, home, sae, there, make_source, settings: dict) -> tuple:
             made,
             **{name: asked[name] for name in names},
             settings=settings | {"asked": asked},
+            overwrite=args.overwrite,
         )
         beside.unlink(missing_ok=True)
         if old:

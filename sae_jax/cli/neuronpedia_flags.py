@@ -105,6 +105,11 @@ def write(args, latents, model, site: str | None) -> None:
     """
     from sae_jax.interpret import neuronpedia
 
+    layer = args.np_source.partition("-")[0]
+    if site is not None and layer != site.rpartition(".")[2]:
+        logging.warning(
+            "--np_source=%s says layer %s; the SAE writes %s", args.np_source, layer, site
+        )
     export = neuronpedia.Export(
         latents.collection,
         latents.sae,

@@ -141,7 +141,7 @@ class Attribution:
 
 def attribute(
     model: lm.LanguageModel,
-    placed: Sequence[Placed],
+    placed: Placed | Sequence[Placed],
     ids: np.ndarray,
     target: Target,
     *,
@@ -152,7 +152,7 @@ def attribute(
 
     Args:
       model: the language model, which our own decoder runs.
-      placed: the SAEs and their sites, of the same layer or of several.
+      placed: an SAE and its site, or several, of the same layer or of others.
       ids: the tokens of the context, (T,).
       target: what is attributed.
       steps: over how many steps from f = 0 the gradient is averaged, by the midpoints of equal
@@ -169,6 +169,7 @@ def attribute(
             f"{'a mesh' if isinstance(model, lm.JaxModel) else 'torch:'}"
         )
     ids = check_ids(model, ids)
+    placed = [placed] if isinstance(placed, Placed) else placed
     for place in placed:
         place.check(model)
     target.check(model, ids)

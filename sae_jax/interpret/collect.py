@@ -22,6 +22,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import os
 import pathlib
 import shutil
 import time
@@ -32,6 +33,7 @@ import numpy as np
 from absl import logging
 
 from sae_jax import lm, paths
+from sae_jax.activations import Store
 from sae_jax.errors import UserError
 from sae_jax.evaluate.batching import evenly_spaced
 from sae_jax.evaluate.processes import from_all, own_share
@@ -67,7 +69,7 @@ class _Text(NamedTuple):
 
 def collect(
     sae: SAE,
-    source: HeldOutRows | ModelRows,
+    source: HeldOutRows | ModelRows | Store | str | os.PathLike,
     out,
     *,
     tokens: int = 1_000_000,
@@ -79,6 +81,7 @@ def collect(
     seed: int = 0,
     mesh: jax.sharding.Mesh | None = None,
     settings: dict | None = None,
+    overwrite: bool = False,
 ) -> Collection:
     """Collects examples of every latent, and returns them as they lie in the directory `out`.
 
@@ -97,11 +100,13 @@ def collect(
       mesh: devices of this process with axes `data`, which shares the rows, and `model`, which
         shares the dictionary. None: all of them share the rows, and each holds the whole SAE.
       settings: what else collection.json is to say, such as the SAE's name.
+      overwrite: whether a pass that was begun with other settings, and did not end, is thrown away.
 
     Raises UserError if the sites do not fit the SAE, the source has no tokens, `out` is not empty,
     there is no room on the disk, or another pass into `out` was begun with other settings.
     """
     out = collection.free(out)
+    source = _rows_of(source, tokens)
     check_sites(sae, source)
     text = _chosen(source, tokens)
     about = About(
@@ -124,7 +129,7 @@ def collect(
     cost = _cost(sae, text, about)
     logging.info("collecting: %s", cost)
     begin = time.monotonic()
-    folder = _begun(out, sae, text, about)
+    folder = _begun(out, sae, text, about, overwrite)
     _check_room(cost, folder, out)
     with _alone(folder):
         counts, encoding = _pass(sae, source, text, about, seed, mesh, folder, out)
@@ -247,6 +252,15 @@ def _check_room(cost: Cost, folder: pathlib.Path, out: pathlib.Path) -> None:
 # ------------------------------------------------------------------------------ passes
 
 
+def _rows_of(source, tokens: int):
+    """Returns all rows of the store that `source` is or names, or what it is else."""
+    if isinstance(source, str | os.PathLike):
+        source = lm.open_store(source)
+    if isinstance(source, Store):
+        return HeldOutRows(source, "", tokens=tokens, holdout_fraction=None)
+    return source
+
+
 def _chosen(source, tokens: int) -> _Text:
     if not isinstance(source, HeldOutRows | ModelRows):
         raise UserError(f"{source.origin} has no tokens, so there is no text to show")
@@ -263,10 +277,10 @@ def _chosen(source, tokens: int) -> _Text:
     )
 
 
-def _begun(out: pathlib.Path, sae: SAE, text: _Text, about: About) -> pathlib.Path:
+def _begun(out: pathlib.Path, sae: SAE, text: _Text, about: About, overwrite: bool) -> pathlib.Path:
     """Returns the temporary directory, where a pass may have been begun.
 
-    Raises UserError if that one had other settings.
+    Raises UserError if that one had other settings, and is not to be thrown away.
     """
     folder = out.with_name(f"tmp.{out.name}")
     digest = hashlib.sha256(text.fingerprint.encode())
@@ -279,17 +293,20 @@ def _begun(out: pathlib.Path, sae: SAE, text: _Text, about: About) -> pathlib.Pa
         digest.update(np.asarray(scale, np.float32).tobytes())
     config = json.dumps(dataclasses.asdict(sae.config), sort_keys=True, default=str)
     what = {"about": dataclasses.asdict(about), "config": config, "of": digest.hexdigest()}
+    what = json.loads(json.dumps(what))
     file = folder / "pass.json"
     if jax.process_index() == 0:
+        if overwrite and file.is_file() and read_json(file) != what:
+            shutil.rmtree(folder)
         for name in ("events", "blocks", "similar"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         if not file.is_file():
             paths.save_json(what, file)
     from_all(None)
-    if read_json(file) != json.loads(json.dumps(what)):
+    if read_json(file) != what:
         raise UserError(
             f"{folder} holds a pass that was begun with other settings, another SAE or other text; "
-            "go on with those, or delete it"
+            "go on with those, or throw it away with --overwrite (overwrite=True)"
         )
     return folder
 

@@ -119,6 +119,7 @@ class Collection:
     def examples(self, latent: int) -> list[list[Example]]:
         """Returns a latent's examples by group: group 0 the highest peaks, then the intervals from
         the highest to the lowest, each from the largest value down for group 0, else as drawn."""
+        self._check(latent)
         about, length = self.about, self.array("tokens").shape[1]
         values, windows = self.array("value")[latent], self.array("window")[latent]
         groups = [[] for _ in range(1 + about.intervals)]
@@ -142,8 +143,13 @@ class Collection:
 
     def coactive(self, latent: int) -> list[tuple[int, float]]:
         """Returns (latent, Jaccard index) of those that fire on the same tokens, best first."""
+        self._check(latent)
         found, similarity = self.array("coactive")[latent], self.array("similarity")[latent]
         return [(int(i), float(s)) for i, s in zip(found, similarity, strict=True) if i >= 0]
+
+    def _check(self, latent: int) -> None:
+        if not 0 <= latent < self.about.d_sae:
+            raise UserError(f"no latent {latent}: there are 0 to {self.about.d_sae - 1:,}")
 
     def _peak(self, latent: int, slot: int) -> int:
         return int(self.array("position")[latent, slot])

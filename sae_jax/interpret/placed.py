@@ -62,7 +62,10 @@ def check_ids(model: lm.LanguageModel, ids) -> np.ndarray:
     """Returns token ids (..., T) as int32. Raises UserError for what is none of the model's."""
     ids = np.asarray(ids)
     if ids.dtype.kind not in "iu" or ids.size == 0:
-        raise UserError(f"token ids are whole numbers, one or more; got {ids.shape} of {ids.dtype}")
+        raise UserError(
+            f"token ids are whole numbers, one or more, such as tokenizer.encode gives; got "
+            f"{ids.shape} of {ids.dtype}"
+        )
     wrong = ids[(ids < 0) | (ids >= model.vocab_size)]
     if wrong.size:
         raise UserError(f"token {wrong[0]} is not of the model's {model.vocab_size}")

@@ -64,8 +64,8 @@ def generate(
     not edited. A function of positions, lm.at(lambda position: position > 0, edit), is asked at
     prompt and new positions alike.
 
-    Raises UserError for a prompt that is empty or leaves no room in the model's context, for a
-    setting out of its range, and for edits as `lm.forward` does.
+    Raises UserError for a prompt of no tokens (a text has BOS at least), or that leaves no room in
+    the model's context, for a setting out of its range, and for edits as `lm.forward` does.
 
     Args:
       model: a model that `lm.open_model` opened.

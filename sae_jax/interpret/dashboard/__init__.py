@@ -1,6 +1,6 @@
 """The dashboard of an SAE: every latent on a page, as files or from a server."""
 
-from sae_jax.interpret.dashboard.export import About, about, export
+from sae_jax.interpret.dashboard.export import About, about, check_folder, export
 from sae_jax.interpret.dashboard.labels import Labels, read_labels
 from sae_jax.interpret.dashboard.latents import Latent, Latents
 from sae_jax.interpret.dashboard.live import Live
@@ -17,6 +17,7 @@ __all__ = [
     "Live",
     "Neurons",
     "about",
+    "check_folder",
     "correlated_neurons",
     "export",
     "open_server",

@@ -136,7 +136,10 @@ def export(out, latents: Latents, known: About, overwrite: bool = False) -> path
     if missing:
         each = _bytes_a_latent(latents)
         logging.info(
-            "%s will have about %s in %s files", out, size(each * known.d_sae), f"{len(files):,}"
+            "%s will have about %s of latents in %s files, and some 90 small ones",
+            out,
+            size(each * known.d_sae),
+            f"{len(files):,}",
         )
     words = Words()
     with futures.ThreadPoolExecutor(1) as packing:  # beside the making of the next file
@@ -163,6 +166,17 @@ def export(out, latents: Latents, known: About, overwrite: bool = False) -> path
         paths.write(out / file.name, file.read_bytes())
     paths.save_json(dataclasses.asdict(known), data / "about.json")
     return out / "index.html"
+
+
+def check_folder(out) -> None:
+    """Raises UserError if files that are no dashboard's are where its files are to be."""
+    data = paths.local(out) / "data"
+    if (data / "settings.json").is_file():
+        return
+    strange = [data] if data.exists() and any(data.iterdir()) else []
+    strange += [data.with_name(page.name) for page in page_files()]
+    for there in (path for path in strange if path.exists()):
+        raise UserError(f"{there} is there, and of no dashboard; give another --out")
 
 
 def page_files() -> list[pathlib.Path]:
@@ -214,10 +228,7 @@ def _begin(data: pathlib.Path, settings: dict, overwrite: bool) -> None:
             (data / name).unlink(missing_ok=True)
         shutil.rmtree(data / "latents", ignore_errors=True)
     elif not file.is_file():
-        strange = [data] if data.exists() and any(data.iterdir()) else []
-        strange += [data.with_name(page.name) for page in page_files()]
-        for there in (path for path in strange if path.exists()):
-            raise UserError(f"{there} is there, and of no dashboard; give another --out")
+        check_folder(data.parent)
     data.mkdir(parents=True, exist_ok=True)
     paths.save_json(settings, file)
 

@@ -6,9 +6,14 @@ import { explain, steppable } from "./tips.js";
 
 const FAINT = 0.02; // a smaller part of the largest effect is not underlined
 
-/** The element of a piece, shaded by `share` of the latent's maximum. */
+/**
+ * The element of a piece, shaded by `share` of the latent's maximum. Spaces that it begins with are
+ * left plain: where a line ends there, they stay behind without the word.
+ */
 function shaded(text, share) {
-  const piece = h("span", { class: "piece" }, text);
+  const [space] = text.trim() ? text.match(/^ */) : [""];
+  const ink = h("span", { class: "ink" }, text.slice(space.length));
+  const piece = h("span", { class: "piece" }, space, ink);
   shade(piece, share);
   return piece;
 }
