@@ -1,6 +1,6 @@
 """Defines the flags of `sae-jax dashboard` that bring latents to Neuronpedia, and does it."""
 
-from absl import flags
+from absl import flags, logging
 
 from sae_jax.errors import UserError
 
@@ -107,9 +107,7 @@ def write(args, latents, model, site: str | None) -> None:
 
     layer = args.np_source.partition("-")[0]
     if site is not None and layer != site.rpartition(".")[2]:
-        logging.warning(
-            "--np_source=%s says layer %s; the SAE writes %s", args.np_source, layer, site
-        )
+        logging.warning("--np_source says layer %s; the SAE writes %s", layer, site)
     export = neuronpedia.Export(
         latents.collection,
         latents.sae,

@@ -63,7 +63,7 @@ def check_ids(model: lm.LanguageModel, ids) -> np.ndarray:
     ids = np.asarray(ids)
     if ids.dtype.kind not in "iu" or ids.size == 0:
         raise UserError(
-            f"token ids are whole numbers, one or more, such as tokenizer.encode gives; got "
+            "token ids are whole numbers, one or more, such as tokenizer.encode gives; got "
             f"{ids.shape} of {ids.dtype}"
         )
     wrong = ids[(ids < 0) | (ids >= model.vocab_size)]
