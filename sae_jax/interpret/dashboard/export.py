@@ -170,7 +170,10 @@ def export(out, latents: Latents, known: About, overwrite: bool = False) -> path
 
 def check_folder(out) -> None:
     """Raises UserError if files that are no dashboard's are where its files are to be."""
-    data = paths.local(out) / "data"
+    out = paths.local(out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; give another --out")
+    data = out / "data"
     if (data / "settings.json").is_file():
         return
     strange = [data] if data.exists() and any(data.iterdir()) else []
