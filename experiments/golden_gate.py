@@ -15,10 +15,10 @@ regular expression, whose share of the samples is counted. The expression is a p
 samples.md. The prompts have nothing to do with the concept. `--concept=NAME` is one of those below;
 --regex, --positive and --negative (files, a text a line) make one of your own, of that name.
 
-Seen on SmolLM2-135M (resid_post.12, 120,000 tokens, 12 samples, share with the concept at 2, 5, 10):
-DNA: the latent found 0, .17, .08; the difference of means .83, 1, 1. Shakespeare: the latent found 0,
-0, 0; the difference of means .33, .83, .08; a latent that the dashboard shows on "thou"
-(`--latent`) .42, .58, .75. Random latents 0. What reads a concept need not write it.
+Seen on SmolLM2-135M (resid_post.12, 120,000 tokens, 12 samples; share of samples with the concept
+at 2, 5, 10). DNA: the latent found 0, .17, .08; the difference of means .83, 1, 1. Shakespeare: the
+latent found 0, 0, 0; the difference of means .33, .83, .08; a latent that the dashboard shows on
+"thou" (--latent) .42, .58, .75. Random latents 0. What reads a concept need not write it.
 
 What to expect of an SAE of 4,096 latents and some hundred thousand tokens: it finds what a text is
 written in (a language, HTML, verse), and not a bridge. Whether the latent or the difference of
