@@ -24,7 +24,6 @@ from sae_jax.interpret.collection import BINS, FULL
 from sae_jax.ops.active import positive_entries
 
 ARRAYS = ("histogram", "value", "sequence", "position", "window", "coactive", "similarity")
-MODULE = sys.modules["sae_jax.interpret.collect"]  # interpret.collect is the function
 KINDS = {
     "autoencoder": ("a", (8,)),
     "transcoder": ("a,b", (8, 8)),
@@ -170,9 +169,9 @@ def test_the_same_on_every_mesh_at_any_batch(store, whole, tmp_path, mesh, monke
     sae, expected = whole
     monkeypatch.setattr("sae_jax.interpret.events._ROWS", 48)
     monkeypatch.setattr("sae_jax.interpret.events._ROOM", 1)
-    monkeypatch.setattr(MODULE, "_PIECE", 700)
-    monkeypatch.setattr(MODULE, "_BLOCK_EVENTS", 900)
-    monkeypatch.setattr(MODULE, "_BLOCK_LATENTS", 3)
+    monkeypatch.setattr("sae_jax.interpret.passes._PIECE", 700)
+    monkeypatch.setattr("sae_jax.interpret.passes.BLOCK_EVENTS", 900)
+    monkeypatch.setattr("sae_jax.interpret.passes.BLOCK_LATENTS", 3)
     monkeypatch.setattr("sae_jax.interpret.coactive._PAIRS", 100)
     parts = collect(sae, rows(store), tmp_path / "parts", mesh=mesh, **SLOTS)
     assert contents(parts.path) == contents(expected.path)

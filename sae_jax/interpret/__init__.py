@@ -2,8 +2,9 @@
 
 from sae_jax.interpret.ablation import ablation_effects, ablation_effects_of
 from sae_jax.interpret.attribution import Attribution, Target, ablate, attribute
-from sae_jax.interpret.collect import Cost, collect, describe_cost
+from sae_jax.interpret.collect import collect
 from sae_jax.interpret.collection import Collection, Example
+from sae_jax.interpret.cost import Cost, describe_cost
 from sae_jax.interpret.effects import OutputTokens, output_tokens, used_tokens
 from sae_jax.interpret.page import choose_latents, write_page
 from sae_jax.interpret.placed import Placed
