@@ -1,0 +1,1 @@
+"""Says what latents mean, and measures how well what is said holds."""

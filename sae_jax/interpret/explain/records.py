@@ -1,0 +1,110 @@
+"""What was said about latents and how well it held, as files of one line each.
+
+    explanations.jsonl   an `Explanation` a line
+    scores.jsonl         a `Score` a line
+
+Both are written whole, sorted, so that the same work gives the same bytes whatever happened on the
+way.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Iterable
+
+from sae_jax import paths
+from sae_jax.errors import UserError
+from sae_jax.json_files import checked, parse_json
+
+EXPLANATIONS, SCORES = "explanations.jsonl", "scores.jsonl"
+
+LATENTS = "latents"
+"""The name of the units that are the SAE's own latents; others are controls."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """A text that says what a unit responds to.
+
+    Attributes:
+      units: what is explained: `LATENTS`, or a control: neurons, random, shuffled_model.
+      unit: the number of the latent or control unit.
+      by: the way: statistics, embedding, llm, or labels for those that were given.
+      method: which one of that way, with the version of its prompts.
+      text: the explanation; "" where nothing was found to say.
+      kind: what sort of thing it names, such as token, script or regex; "" where that is not known.
+      details: what the way knows besides, as values that JSON can hold.
+    """
+
+    units: str
+    unit: int
+    by: str
+    method: str
+    text: str
+    kind: str = ""
+    details: dict = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """How well an explanation, or a control in its place, tells where a unit is active.
+
+    Attributes:
+      units: as in `Explanation`.
+      unit: the number of the unit.
+      by: the way that made the explanation that is scored.
+      method: its method.
+      scorer: what scores: f1, detection, fuzzing, intruder, simulation, embedding and so on.
+      control: "" for the explanation itself; shuffled for that of another unit; none for one that
+        says nothing.
+      value: the score; None where it is not defined, as of a unit that is never active.
+      examples: how many examples it is made of.
+      unparsable: how many answers could not be read; they count as wrong.
+      details: what the scorer knows besides.
+    """
+
+    units: str
+    unit: int
+    by: str
+    method: str
+    scorer: str
+    control: str = ""
+    value: float | None = None
+    examples: int = 0
+    unparsable: int = 0
+    details: dict = dataclasses.field(default_factory=dict)
+
+
+def write(directory, explanations: Iterable[Explanation], scores: Iterable[Score]) -> None:
+    """Writes both files to a directory, each under a temporary name first."""
+    directory = paths.local(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, records in ((EXPLANATIONS, explanations), (SCORES, scores)):
+        lines = sorted(json.dumps(dataclasses.asdict(r), sort_keys=True) for r in records)
+        temporary = directory / f"{name}.tmp"
+        temporary.write_text("".join(f"{line}\n" for line in lines))
+        os.replace(temporary, directory / name)
+
+
+def read(directory) -> tuple[list[Explanation], list[Score]]:
+    """Returns what the two files in a directory hold; a file that is not there holds nothing.
+
+    Raises UserError if one is damaged.
+    """
+    directory = paths.local(directory)
+    return (
+        _lines(directory / EXPLANATIONS, Explanation),
+        _lines(directory / SCORES, Score),
+    )
+
+
+def _lines(file: pathlib.Path, kind) -> list:
+    try:
+        lines = file.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from None
+    places = ((f"{file}, line {number}", line) for number, line in enumerate(lines, 1))
+    return [checked(parse_json(line, where), kind, where) for where, line in places]
