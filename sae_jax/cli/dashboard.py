@@ -4,6 +4,7 @@ from absl import flags
 
 from sae_jax.cli import (
     counts,
+    made_before,
     neuronpedia_flags,
     opened_saes,
     opened_sources,
@@ -282,33 +283,8 @@ def _there(args, home, settings: dict, d_sae: int):
     if not (place / "collection.json").is_file():
         return None
     there = Collection(place)
-    before = there.about.settings
-    asked = before.get("asked", {})
-    moved = settings.get("result") is not None and settings["result"] == before.get("result")
-    unlike = [
-        f"{name} was {before[name]!r} and is {value!r}"
-        for name, value in settings.items()
-        if before.get(name, value) != value and not (moved and name == "sae")
-    ]
-    if there.about.d_sae != d_sae:
-        unlike.append(f"d_sae was {there.about.d_sae:,} and is {d_sae:,}")
-    for name in (name for name in _ASKED if args[name].present):
-        then, value = asked.get(name), args[name].value
-        default = before.get(name) if then is None else None  # what a run had, and no flag said
-        if then != value and str(value) not in str(default).split(","):
-            unlike.append(f"{name} was {default if then is None else then!r} and is {value!r}")
-    if not unlike:
-        for name, value in ({"model": before.get("model")} | asked).items():
-            if not args[name].present:
-                args[name].value = value
-        return there
-    if not args.overwrite:
-        other = ", or another --out" if args.sae else ""
-        raise UserError(
-            f"{place} was made otherwise: {'; '.join(unlike)}; give --overwrite to make it again"
-            + other
-        )
-    return None
+    same = made_before.check(args, place, there, settings | {"d_sae": d_sae}, _ASKED)
+    return there if same else None
 
 
 def _collected(args, home, sae, there, make_source, settings: dict) -> tuple:
@@ -322,8 +298,6 @@ def _collected(args, home, sae, there, make_source, settings: dict) -> tuple:
       make_source: makes what rows are read of.
       settings: what the collection is to say of the SAE and its model.
     """
-    import shutil
-
     from sae_jax.interpret import dashboard
     from sae_jax.interpret.collect import collect
     from sae_jax.interpret.collection import Collection
@@ -335,27 +309,20 @@ def _collected(args, home, sae, there, make_source, settings: dict) -> tuple:
     source = make_source()
     if there is None:
         home.mkdir(parents=True, exist_ok=True)
-        place = home / "collection"
-        # With --overwrite: the old one is kept until another is whole.
-        old = (place / "collection.json").is_file()
-        made = home / "new.collection" if old else place
-        if old and (made / "collection.json").is_file():  # stopped before it took the place
-            shutil.rmtree(made)
         asked = {name: args[name].value for name in _ASKED}
         names = ("tokens", "top", "intervals", "per_interval", "before", "after", "seed")
-        there = collect(
-            sae,
-            source,
-            made,
-            **{name: asked[name] for name in names},
-            settings=settings | {"asked": asked},
-            overwrite=args.overwrite,
-        )
-        beside.unlink(missing_ok=True)
-        if old:
-            shutil.rmtree(place)
-            made.rename(place)
-            there = Collection(place)
+        place = home / "collection"
+        with made_before.replacing(place) as made:
+            collect(
+                sae,
+                source,
+                made,
+                **{name: asked[name] for name in names},
+                settings=settings | {"asked": asked},
+                overwrite=args.overwrite,
+            )
+            beside.unlink(missing_ok=True)
+        there = Collection(place)
     neurons = dashboard.correlated_neurons(sae, source) if wanted else None
     if neurons is not None:
         neurons.save(beside)
