@@ -15,7 +15,7 @@ from fontTools import unicodedata
 
 from sae_jax import lm
 from sae_jax.errors import UserError
-from sae_jax.interpret.text import pieces
+from sae_jax.interpret.text import pieces, token_bytes
 from sae_jax.progress_bar import progress
 
 _CODE = r"def|return|import|class|self|lambda|elif|None|True|False|var|const|function|public|void"
@@ -104,12 +104,24 @@ def spell(tokenizer: lm.Tokenizer, ids: np.ndarray) -> Spelled:
     parts, starts, stops, at = [], np.zeros(len(ids), int), np.zeros(len(ids), int), 0
     special = tokenizer.special_tokens
     for piece in pieces(tokenizer, ids):
-        is_text = piece.stop - piece.start > 1 or int(ids[piece.start]) not in special
-        text = piece.text.translate(_RAW) if is_text else "\n"
+        text = piece.text.translate(_RAW)
+        own = ids[piece.start : piece.stop].tolist()
+        if len(own) == 1 and own[0] in special:
+            text = "\n"
+        elif not (text.isascii() or _is_whole(tokenizer, own)):
+            text = "\ufffd"  # a part of a character that is cut, which is no text
         starts[piece.start : piece.stop], at = at, at + len(text)
         stops[piece.start : piece.stop] = at
         parts.append(text)
     return Spelled("".join(parts), starts, stops)
+
+
+def _is_whole(tokenizer: lm.Tokenizer, ids: list[int]) -> bool:
+    """Returns whether tokens are whole characters together."""
+    try:
+        return bool(b"".join(token_bytes(tokenizer, i) for i in ids).decode())
+    except UnicodeDecodeError:
+        return False
 
 
 def indicators(

@@ -1,0 +1,79 @@
+"""Tests whether a rule holds on text that it was not found on."""
+
+import dataclasses
+
+import numpy as np
+import scipy.stats
+
+from sae_jax.interpret.explain.statistics.finding import f1
+from sae_jax.interpret.explain.statistics.rules import IndexedText, Rule
+
+
+@dataclasses.dataclass(frozen=True)
+class Tested:
+    """How a rule did on the held-out half.
+
+    Attributes:
+      precision: the part of the tokens at which it holds on which the latent is active.
+      recall: the part of the tokens on which the latent is active at which it holds.
+      f1: their harmonic mean.
+      active: on how many tokens the latent is active.
+      holds: at how many the rule holds.
+      p_value: how likely so many hits are if the rule has nothing to do with the latent.
+    """
+
+    precision: float
+    recall: float
+    f1: float
+    active: int
+    holds: int
+    p_value: float
+
+
+def test_rule(text: IndexedText, rule: Rule, rows: np.ndarray, rule_rows: np.ndarray) -> Tested:
+    """Returns how a rule tells where a latent is active, on held-out text.
+
+    Tokens of a sequence depend on each other, so sequences are what is counted: in each, the hits
+    above those expected, of a rule that holds so often and a latent that fires so often. The test
+    is a one-sided t test of their sum.
+
+    Args:
+      text: the text.
+      rule: the rule.
+      rows: where the latent is active in the held-out half.
+      rule_rows: where the rule holds there.
+    """
+    hit = rule.holds(text, rows)
+    hits, active, holds = int(hit.sum()), len(rows), len(rule_rows)
+    density = active / max(int((text.used & text.held_out).sum()), 1)
+    n = len(text.tokens) // text.length
+    surplus = np.bincount(rows[hit] // text.length, minlength=n).astype(float)
+    surplus -= density * np.bincount(rule_rows // text.length, minlength=n)
+    counted = np.count_nonzero(surplus)
+    p = 1.0
+    if counted > 1:
+        t = surplus.sum() / np.sqrt(np.square(surplus).sum())
+        p = float(scipy.stats.t.sf(t, counted - 1))
+    return Tested(
+        hits / holds if holds else 0.0,
+        hits / active if active else 0.0,
+        float(f1(hits, active, holds)),
+        active,
+        holds,
+        p,
+    )
+
+
+def discoveries(p_values: np.ndarray, rate: float) -> np.ndarray:
+    """Returns which tests of many hold at a rate of false discoveries (Benjamini & Hochberg 1995).
+
+    p_values: (n,). The result is (n,) bool.
+    """
+    if not len(p_values):
+        return np.zeros(0, bool)
+    order = np.argsort(p_values)
+    below = p_values[order] <= rate * np.arange(1, len(p_values) + 1) / len(p_values)
+    count = len(below) - int(np.argmax(below[::-1])) if below.any() else 0
+    found = np.zeros(len(p_values), bool)
+    found[order[:count]] = True
+    return found
