@@ -63,8 +63,9 @@ def best_rule(text: IndexedText, latent: int, rows: np.ndarray) -> tuple[Rule, f
     rated = [(rule, f1(h - rule.cost, len(rows), holds)) for rule, h, holds in found if h]
     if not rated:
         return None
-    if max(value for _, value in rated) < _GOOD:
-        rated += _trees(text, latent, rows, [rule for rule, _ in rated])
+    best = max(value for _, value in rated)
+    if best < _GOOD:
+        rated += _trees(text, latent, rows, [rule for rule, _ in rated], best)
     best = max(value for _, value in rated)
     near = [pair for pair in rated if pair[1] >= best - _ALIKE]
     return min(near, key=lambda pair: (_SIMPLEST.index(pair[0].kind), -pair[1]))
@@ -121,14 +122,16 @@ def _in_context(text: IndexedText, rows: np.ndarray, found: list) -> list:
     return result
 
 
-def _trees(text: IndexedText, latent: int, rows: np.ndarray, rules: list[Rule]) -> list:
-    """Returns the tree grown on a sample, with its F1, if it has more than one choice.
+def _trees(
+    text: IndexedText, latent: int, rows: np.ndarray, rules: list[Rule], best: float
+) -> list:
+    """Returns the tree grown on a sample, with its F1, if that is above `best` on the sample.
 
     It asks what the text's indicators say of a token and of the two before it, and the rules.
     """
     on = rows[np.argsort(mix(rows + latent), kind="stable")[:_SAMPLE]]
     off = mix(np.arange(4 * _SAMPLE) + (latent << 20)) % np.uint64(len(text.tokens))
-    off = np.unique(off.astype(np.int64))
+    off = off.astype(np.int64)
     off = off[text.used[off] & ~text.held_out[off] & ~np.isin(off, rows)][:_SAMPLE]
     if not len(off):
         return []
@@ -149,7 +152,7 @@ def _trees(text: IndexedText, latent: int, rows: np.ndarray, rules: list[Rule]) 
     order = np.argsort(-hits / holds, kind="stable")
     values = f1(np.cumsum(hits[order]), len(rows), np.cumsum(holds[order]))
     paths = _joined([leaves[i][0] for i in order[: 1 + int(np.argmax(values))].tolist()])
-    if sum(map(len, paths)) < 2:  # a rule by itself, or none
+    if values.max() <= best or sum(map(len, paths)) < 2:  # a rule by itself, or none
         return []
     tree = Tree(tuple(tuple((asked[i], wanted) for i, wanted in path) for path in paths))
     where = tree.rows(text)

@@ -26,6 +26,7 @@ class IndexedText:
       tokens: token ids, (R,), R counted over all sequences.
       used: which tokens count, (R,) bool.
       held_out: which tokens rules are tested on, (R,) bool.
+      all_rows: those that count, rising.
       length: the tokens of a sequence.
       indicators: what holds at each token besides.
     """
@@ -36,14 +37,16 @@ class IndexedText:
         self.tokens, self.used = activity.tokens.reshape(-1), activity.used.reshape(-1)
         self.held_out = np.repeat(activity.held_out, self.length)
         self.indicators = indicators
-        self._flags = indicators.array.reshape(len(indicators.names), -1)
+        # A token's flags lie together, since they are looked up at a latent's few tokens.
+        self._flags = np.ascontiguousarray(indicators.array.reshape(len(indicators.names), -1).T)
         self._order = np.argsort(self.tokens, kind="stable").astype(np.int32)
         self._ends = np.cumsum(np.bincount(self.tokens))
+        self.all_rows = np.flatnonzero(self.used).astype(np.int32)
         self._flagged = functools.lru_cache(None)(self._all_flagged)
         found = self.used & ~self.held_out
         self.found_on = int(found.sum())
         """The number of tokens that rules are found on."""
-        self.flag_counts = self._flags[:, found].sum(axis=1)
+        self.flag_counts = self._flags[found].sum(axis=0)
         """The number of these at which each indicator holds, (P,)."""
         self._counts = [self._count(offset, found) for offset in (-1, 0, 1)]
         self._rates = np.bincount(self.tokens, self.used) / max(int(self.used.sum()), 1)
@@ -73,14 +76,14 @@ class IndexedText:
 
     def flags(self, rows: np.ndarray) -> np.ndarray:
         """Returns which indicators hold at these rows, (P, m) bool."""
-        return self._flags[:, rows]
+        return self._flags[rows].T
 
     def flagged(self, indicator: int) -> np.ndarray:
         """Returns all rows at which an indicator holds, rising."""
         return self._flagged(indicator)
 
     def _all_flagged(self, indicator: int) -> np.ndarray:
-        return np.flatnonzero(self._flags[indicator] & self.used).astype(np.int32)
+        return np.flatnonzero(self._flags[:, indicator] & self.used).astype(np.int32)
 
     def _count(self, offset: int, found: np.ndarray) -> np.ndarray:
         tokens = self.around(np.flatnonzero(found), offset)
@@ -239,11 +242,11 @@ class Tree:
         found = []
         for leaf in self.leaves:
             known = [rule.rows(text) for rule, wanted in leaf if wanted]
-            inside = min(known, key=len) if known else np.flatnonzero(text.used)
+            inside = min(known, key=len) if known else text.all_rows
             for rule, wanted in leaf:
                 inside = inside[rule.holds(text, inside) == wanted]
             found.append(inside)
-        return np.unique(np.concatenate(found))
+        return np.sort(np.concatenate(found))  # leaves share no row
 
     def label(self, tokenizer: lm.Tokenizer, names: Sequence[str]) -> str:
         """Returns it in words."""
