@@ -180,3 +180,13 @@ class _Draw:
             peak,
             activations,
         )
+
+
+def draw_latents(activity: Activity, count: int, seed: int = 0, least: int = 20) -> list[int]:
+    """Returns `count` of the latents that are active on at least `least` tokens, rising.
+
+    They are a uniform sample by hashes: of more latents, fewer are the same ones.
+    """
+    latents = np.flatnonzero(activity.counts >= least)
+    order = np.argsort(priorities(seed, latents, np.zeros_like(latents)), kind="stable")
+    return np.sort(latents[order[::-1][:count]]).tolist()

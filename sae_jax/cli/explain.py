@@ -1,0 +1,374 @@
+"""Says what latents mean and measures how well it holds: `sae-jax explain`."""
+
+from absl import flags
+
+from sae_jax.cli import counts, made_before, opened_saes, opened_sources, path_lists
+from sae_jax.errors import UserError, choose
+
+SUMMARY = """Say what latents mean, and measure how well it holds.
+
+  sae-jax explain --run=runs/a
+
+looks at a million tokens of the run's store and, for every latent, looks for a rule that tells
+where it is active: a token, a token after another, a script, a regular expression, a place in the
+context. It is found on one half of the text and tested on the other; where nothing holds, nothing
+is claimed. It needs no language model, leaves runs/a/explain/report.html, and `sae-jax dashboard
+--run=runs/a` shows what was found. What was stopped goes on when it is started again.
+
+  sae-jax explain --run=runs/a --by=statistics,embedding --sentences=hf://ORG/MODEL
+
+also measures, by a sentence encoder such as sentence-transformers/all-MiniLM-L6-v2, how alike the
+texts of a latent are, and how near they are to what it was called.
+
+  export OPENAI_API_KEY=...
+  sae-jax explain --run=runs/a --by=llm --judge=gpt-4o-mini --sample=100 --dry_run
+  sae-jax explain --run=runs/a --by=llm --judge=gpt-4o-mini --sample=100 --price=0.15,0.6
+
+asks a language model behind any server of OpenAI's protocol (--base_url=http://127.0.0.1:8080/v1)
+for explanations, and then, on texts that it has not seen, to tell by them where the latent is
+active. --dry_run says how many calls and tokens that is, and what it costs. Every answer is kept in
+OUT/cache.jsonl, so that none is paid for twice. The key comes from the environment variable that
+--key_variable names, and goes nowhere else. --explainer and --scorers choose the protocol;
+--explainer=FILE.md is a prompt of your own.
+
+Scores mean little alone. Beside each are the same scores of other units' explanations (shuffled),
+of one that says nothing (none), and of --controls: neurons of the same site, random directions, and
+with shuffled_model an SAE that is trained, as the run's was, on the language model with its weights
+shuffled, which takes as long as the run did.
+
+  sae-jax explain --run=runs/a --proxies=all --labelled_text=texts.jsonl --label_field=language
+
+finds the latents of concepts that rules of ours know (scripts, DNA, base64, HTML, URLs, ..., or
+your own NAME=REGEX) and says how specific they are, with figures, beside the site's best neuron.
+"""
+
+_ASKED = (  # the flags that an activity is recorded by
+    "store text tokens_file context_length collapse_newlines site target_site include_excluded "
+    "tokens"
+).split()
+_WAYS = ("statistics", "embedding", "llm")
+
+
+def define(values: flags.FlagValues) -> None:
+    """Defines the flags of `sae-jax explain`."""
+
+    def string(name, default, text):
+        flags.DEFINE_string(name, default, text, flag_values=values)
+
+    def integer(name, default, text, lowest=1):
+        flags.DEFINE_integer(name, default, text, lower_bound=lowest, flag_values=values)
+
+    def boolean(name, default, text):
+        flags.DEFINE_bool(name, default, text, flag_values=values)
+
+    def listed(name, default, text):
+        flags.DEFINE_list(name, default, text, flag_values=values)
+
+    string("run", None, "Directory of a run.")
+    string("sae", None, "Any SAE instead: what sae_jax.load reads.")
+    string("kind", None, "Of a Gemma Scope file: autoencoder or transcoder.")
+    string("out", None, "Directory of the results; RUN/explain. Needed with --sae.")
+    listed("by", None, f"Ways to explain: one or more of {', '.join(_WAYS)}; statistics.")
+    string("store", None, "Look at this store's text; the run's.")
+    string("site", None, "Site of the store or model; the run's, or what the SAE's file says.")
+    string("target_site", None, "The site that a transcoder predicts; the run's.")
+    string(
+        "model",
+        None,
+        "The language model that the SAE is of: a directory, hf://ORG/REPOSITORY[@REVISION], demo or "
+        "none. By default the store's, if it is the shipped one or on the hub.",
+    )
+    flags.DEFINE_enum(
+        "model_dtype", "float32", ["float32", "bfloat16"], "In which it computes.",
+        flag_values=values,
+    )  # fmt: skip
+    string("tokenizer", None, "Directory of a tokenizer, where there is no model.")
+    path_lists.define("text", "Text files instead of a store, as for harvest.", values)
+    string("tokens_file", None, "An .npy or .npz of token ids (sequences, length), instead.")
+    integer("context_length", None, "With --text: tokens of a context; at most 1024.")
+    boolean("collapse_newlines", False, "With --text: make one of several newlines.")
+    boolean("include_excluded", None, "Look at all positions, BOS too; as the run was trained.")
+    counts.define("tokens", 1_000_000, "Look at about so many tokens, spread evenly.", values)
+    boolean("overwrite", False, "Replace what was recorded with other settings.")
+    integer("seed", 0, "Seed of all that is drawn.", 0)
+    listed(
+        "controls",
+        ["neurons", "random"],
+        "What is explained beside: neurons, random (directions), shuffled_model; or none.",
+    )
+    counts.define(
+        "shuffled_tokens", None, "Train shuffled_model's SAE on so many; as many.", values
+    )
+
+    counts.define_float(
+        "fdr", 0.05, "statistics: the rate of false discoveries.", values, lower_bound=0.0
+    )
+    counts.define_float(
+        "least_f1", 0.2, "statistics: claim nothing of which F1 is lower.", values, lower_bound=0.0
+    )
+
+    string("latents", None, 'embedding and llm: look at these, such as "1,5,9".')
+    integer("sample", 100, "embedding and llm: look at so many latents, drawn at random.")
+    integer("control_sample", 50, "embedding and llm: look at so many units of each control.")
+
+    string("sentences", None, "embedding: directory or hf:// name of a sentence encoder.")
+
+    string(
+        "base_url",
+        "https://api.openai.com/v1",
+        "llm: the server, such as http://127.0.0.1:8080/v1.",
+    )
+    string("judge", None, "llm: the name that the server has for the model that is asked.")
+    string("key_variable", "OPENAI_API_KEY", "llm: the environment variable that holds the key.")
+    string(
+        "explainer", "bricken2023", "llm: bricken2023, delphi, saebench, max_act_logits or a file."
+    )
+    listed(
+        "scorers",
+        ["detection", "fuzzing"],
+        "llm: one or more of detection, fuzzing, intruder, bricken2023, saebench, logits.",
+    )
+    listed("score", None, "llm: also score the explanations of these ways; of llm alone.")
+    integer("concurrency", 8, "llm: calls at once.")
+    counts.define("tokens_per_minute", None, "llm: the server's limit.", values)
+    listed("price", None, "llm: money for a million tokens in and out, such as 0.15,0.6.")
+    counts.define_float("budget", None, "llm: stop once so much is spent.", values, lower_bound=0.0)
+    boolean("dry_run", False, "llm: say how many calls and tokens it is, and what it costs.")
+
+    listed(
+        "proxies", None, "Measure specificity: all, or names such as arabic,dna,html, NAME=REGEX."
+    )
+    path_lists.define(
+        "labelled_text", "The text that was harvested, with a label a document.", values
+    )
+    string("label_field", "label", "The field of --labelled_text's JSON that holds the label.")
+    string("explanations", None, "A .csv or .json of labels of yours, scored as well.")
+
+
+def run(args, overrides) -> None:
+    """Explains and scores in the ways asked for, and writes what was found."""
+    del overrides
+    ways = _ways(args)
+    opened = opened_saes.open_sae(args.run, args.sae, args.kind, opened_sources.chosen(args))
+    work = _Work(args, opened)
+    if args.dry_run:
+        print(work.planned(ways))
+        return
+    for way in ways:
+        work.explain(way)
+    if args.proxies:
+        work.measure_specificity()
+    work.report()
+
+
+def _ways(args) -> list[str]:
+    """Returns the ways that are asked for, in the order in which they build on each other.
+
+    Raises UserError for flags that do not go together, before anything is opened.
+    """
+    asked = args.by or ["statistics"]
+    for way in asked:
+        choose(way, _WAYS, "--by")
+    if args.sae and not args.out:
+        raise UserError("--sae needs --out=DIR, for what is found of its latents")
+    for name in args.controls:
+        choose(name, (*_CONTROLS, "none"), "--controls")
+    if "embedding" in asked and not args.sentences:
+        raise UserError(
+            "--by=embedding needs a sentence encoder: give --sentences=DIR, such as a copy of "
+            "hf://sentence-transformers/all-MiniLM-L6-v2, or that name"
+        )
+    if "llm" in asked and not args.judge:
+        raise UserError(
+            "--by=llm needs the name that the server has for its model: give --judge=NAME, and "
+            "--base_url=ADDRESS if it is not OpenAI's server"
+        )
+    if args.dry_run and "llm" not in asked:
+        raise UserError("--dry_run says what calls cost; only --by=llm makes any")
+    return [way for way in _WAYS if way in asked]
+
+
+class _Work:
+    """What is explained, and the directory that holds what is known of it."""
+
+    def __init__(self, args, opened):
+        """Opens the SAE's activity, or records it, and those of the controls."""
+        from sae_jax import lm, paths
+        from sae_jax.interpret.explain import controls, records
+
+        self.args, self.sae = args, opened.sae
+        self.out = paths.local(args.out or opened.path / "explain")
+        place, which = self.out / "activity", {"sae": opened.name, **opened.about}
+        there = self._there(place, which)
+        data = dataclasses.replace(opened.data, **opened_sources.chosen(args))
+        store, self.model, settings = opened_sources.open_store_and_model(args, data, lm.open_model)
+        self.tokenizer = opened_sources.tokenizer(args, self.model)
+
+        def make_source():
+            return opened_sources.make_source(args, data, store, self.model, heldout=False)
+
+        own = there or self._recorded(place, make_source(), which | settings)
+        self.activities = {records.LATENTS: own}
+        for name in self._controls():
+            made = controls.record(...)
+            self.activities[name] = made
+
+    def _there(self, place, which: dict):
+        """Returns the activity that is there, or None where it is to be recorded."""
+        from sae_jax.interpret.activity import Activity
+
+        if not (place / "activity.json").is_file():
+            return None
+        there, which = Activity(place), which | {"d_sae": self.sae.config.d_sae}
+        return there if made_before.check(self.args, place, there, which, _ASKED) else None
+
+    def _recorded(self, place, source, settings: dict):
+        from sae_jax.interpret.activity import Activity, record
+
+        asked = {name: self.args[name].value for name in _ASKED}
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with made_before.replacing(place) as made:
+            record(
+                self.sae,
+                source,
+                made,
+                tokens=self.args.tokens,
+                settings=settings | {"asked": asked},
+                overwrite=self.args.overwrite,
+            )
+        return Activity(place)
+
+    def explain(self, way: str) -> None:
+        """Explains and scores all units in a way, and puts what was found beside what there is."""
+        from sae_jax.interpret.explain import records
+
+        ways = {"statistics": self._statistics, "embedding": self._embedding, "llm": self._llm}
+        for units, activity in self.activities.items():
+            records.update(self.out, *ways[way](units, activity))
+
+    def _statistics(self, units: str, activity) -> tuple:
+        from sae_jax.interpret.explain.statistics import by_statistics
+
+        return by_statistics(
+            activity,
+            self.tokenizer,
+            units=units,
+            fdr=self.args.fdr,
+            least_f1=self.args.least_f1,
+            seed=self.args.seed,
+            indicators=self._known,
+        )
+
+    @functools.cached_property
+    def _known(self):
+        """What is known of each token of the text, which is the same for all units."""
+        from sae_jax.interpret import proxies
+
+        return proxies.indicators(self.tokenizer, self.activities["latents"].tokens)
+
+    def _embedding(self, units: str, activity) -> tuple:
+        from sae_jax.interpret.explain.embedding import by_embedding
+
+        chosen = self._chosen(units, activity)
+        scores = by_embedding(
+            activity,
+            self.tokenizer,
+            self._sentences,
+            self._said(units, chosen),
+            chosen,
+            units=units,
+            seed=self.args.seed,
+        )
+        return [], scores
+
+    @functools.cached_property
+    def _sentences(self):
+        from sae_jax import lm
+
+        return lm.open_sentence_encoder(self.args.sentences)
+
+    def _llm(self, units: str, activity) -> tuple:
+        from sae_jax.interpret.explain import llm
+
+        chosen, effects = self._chosen(units, activity), self._effects(units, activity)
+        explained = llm.explain(
+            activity,
+            self.tokenizer,
+            self._client,
+            chosen,
+            explainer=self.args.explainer,
+            effects=effects,
+            units=units,
+            seed=self.args.seed,
+        )
+        others = [e for e in self._said(units, chosen) if e.by in (self.args.score or ())]
+        scores = llm.score(
+            activity,
+            self.tokenizer,
+            self._client,
+            [*explained, *others],
+            scorers=self.args.scorers,
+            effects=effects,
+            seed=self.args.seed,
+        )
+        return explained, scores
+
+    def _chosen(self, units: str, activity) -> list[int]:
+        """Returns the units that the dearer ways look at."""
+        from sae_jax.interpret.explain.examples import draw_latents
+
+        if units == "latents" and self.args.latents:
+            return _numbers(self.args.latents, activity.d_sae)
+        count = self.args.sample if units == "latents" else self.args.control_sample
+        return draw_latents(activity, count, self.args.seed)
+
+    def _said(self, units: str, chosen: list[int]) -> list:
+        """Returns what was said about these units so far."""
+        from sae_jax.interpret.explain import records
+
+        explanations, _ = records.read(self.out)
+        return [e for e in explanations if e.units == units and e.unit in set(chosen) and e.text]
+
+    @functools.cached_property
+    def _client(self):
+        from sae_jax.interpret.explain.llm.client import Client
+
+        args = self.args
+        return Client(
+            args.base_url,
+            args.judge,
+            cache=self.out / "cache.jsonl",
+            key_variable=args.key_variable,
+            concurrency=args.concurrency,
+            tokens_per_minute=args.tokens_per_minute,
+            budget=args.budget,
+            price=_price(args.price),
+        )
+
+    def _effects(self, units: str, activity):
+        """Returns the output tokens of the latents; None where they are not known."""
+        from sae_jax.interpret.explain.llm.source import logit_weights
+
+        if units != "latents" or self.model is None or self._written is None:
+            return None
+        return logit_weights(self.sae, self.model, self._written, self._chosen(units, activity))
+
+    def planned(self) -> str:
+        """Returns what explaining by a language model would ask and cost; nothing is asked."""
+        from sae_jax.interpret.explain.llm.scoring import planned
+
+        lines = []
+        for units, activity in self.activities.items():
+            chosen = self._chosen(units, activity)
+            plan = planned(
+                activity,
+                self.tokenizer,
+                self._client,
+                chosen,
+                explainer=self.args.explainer,
+                scorers=self.args.scorers,
+                effects=self._effects(units, activity),
+                seed=self.args.seed,
+            )
+            lines.append(f"{len(chosen)} {units}: {plan}")
+        return "\n".join(lines)
