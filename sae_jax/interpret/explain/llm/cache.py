@@ -77,7 +77,7 @@ class Cache:
             except BlockingIOError:
                 closing()
                 raise UserError(
-                    f"another process has {self.path}; wait for it, or stop it"
+                    f"another process asks for {self.path}; wait for it, or stop it"
                 ) from None
             except UserError:
                 closing()

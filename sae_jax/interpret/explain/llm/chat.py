@@ -9,7 +9,7 @@ import json
 import re
 
 from sae_jax.errors import UserError
-from sae_jax.http_posts import Refused
+from sae_jax.http_posts import Refused, said
 from sae_jax.interpret.explain.llm.questions import Request
 
 _SCHEMAS = ("json_schema", "json_object", "text")  # how it is asked for, the strictest first
@@ -77,7 +77,7 @@ def next_form(form: Form, request: Request, refused: Refused) -> Form | None:
         was_sent = name not in form.without and (name != "logprobs" or request.logprobs)
         if was_sent and pattern.search(text):
             return dataclasses.replace(form, without=form.without | {name})
-    if request.schema is not None and form.schema != "text":
+    if request.schema is not None and form.schema != "text" and not said(refused.value):
         return _with_weaker_schema(form)  # it does not say what it refuses
     return None
 

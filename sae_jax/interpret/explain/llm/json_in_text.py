@@ -22,13 +22,14 @@ def find_json(text: str, schema: dict) -> tuple[bool, object]:
         raise UserError(
             'answers in JSON need the package jsonschema: pip install "sae-jax[explain]"'
         ) from None
-    whole = jsonschema.Draft202012Validator(schema)
+    fits = jsonschema.Draft202012Validator(schema).is_valid
+    found = list(_values(text[-_LONGEST:]))
     names = list(schema.get("properties", ()))
-    for value in _values(text[-_LONGEST:]):
-        if whole.is_valid(value):
+    if len(names) == 1:
+        found += [{names[0]: value} for value in found]
+    for value in found:
+        if fits(value):
             return True, value
-        if len(names) == 1 and whole.is_valid({names[0]: value}):
-            return True, {names[0]: value}
     return False, None
 
 
@@ -47,7 +48,9 @@ def _values(text: str) -> Iterator[object]:
         try:
             value, place = decoder.raw_decode(text, place)
             found.append(value)
-        except (ValueError, RecursionError):
+        except RecursionError:
+            break  # of a model that repeats itself
+        except ValueError:
             place += 1
     yield from reversed(found)
 
