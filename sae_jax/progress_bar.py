@@ -6,7 +6,7 @@ Only process 0 of a program shows anything.
 import datetime
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import tqdm
@@ -15,17 +15,35 @@ from absl import logging
 _SECONDS_BETWEEN_LINES = 10  # of the log, where there is no bar
 
 
-def progress(items: Iterable, what: str, total: int | None = None, unit: str = "it") -> Iterable:
-    """Returns `items` to iterate over, which shows how many are done once that takes 2 seconds."""
+def progress(
+    items: Iterable,
+    what: str,
+    total: int | None = None,
+    unit: str = "it",
+    tally: Callable[[], str] | None = None,
+) -> Iterable:
+    """Returns `items` to iterate over, which shows how many are done once that takes 2 seconds.
+
+    `tally` says more that is shown beside it.
+    """
     if total == 0:
         return items
     if _has_bar() or jax.process_index() > 0:
-        return make_bar(items, desc=what, total=total, unit=unit, delay=2)
+        bar = make_bar(items, desc=what, total=total, unit=unit, delay=2)
+        return _with_tally(bar, tally) if tally else bar
     logging.info("%s", what)
-    return _with_lines(items, what, total, unit)
+    return _with_lines(items, what, total, unit, tally)
 
 
-def _with_lines(items: Iterable, what: str, total: int | None, unit: str) -> Iterator:
+def _with_tally(bar: tqdm.tqdm, tally: Callable[[], str]) -> Iterator:
+    for item in bar:
+        bar.set_postfix_str(tally(), refresh=False)
+        yield item
+
+
+def _with_lines(
+    items: Iterable, what: str, total: int | None, unit: str, tally: Callable[[], str] | None
+) -> Iterator:
     """Yields `items`, and logs now and then how many are done."""
     clock = _Clock(0)
     next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
@@ -36,7 +54,8 @@ def _with_lines(items: Iterable, what: str, total: int | None, unit: str) -> Ite
             of = f" of {total}" if total else ""
             counted = "" if unit == "it" else f" {unit}s"  # tqdm's name for what has none
             left = clock.left(done, total) if total else ""
-            logging.info("%s: %s%s%s done%s", what, done, of, counted, left)
+            more = f", {tally()}" if tally else ""
+            logging.info("%s: %s%s%s done%s%s", what, done, of, counted, left, more)
         yield item
 
 

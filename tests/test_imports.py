@@ -20,6 +20,7 @@ ROWS = [
     {"place_errors", "fields"},
     {"buckets", "paths", "recipe_files"},
     {
+        "http_posts",
         "hub",
         "json_files",
         "local_server",
@@ -47,8 +48,9 @@ APART = {("sweep", "laws"), ("laws", "sweep")}  # results.csv alone joins them
 
 # Packages that an extra brings, which only some need: whoever does imports them in a function.
 OPTIONAL = {
-    "datasets", "dictionary_learning", "huggingface_hub", "pyarrow", "sae_lens", "sparsify",
-    "tensorboard", "tensorboardX", "torch", "transformers", "wandb", "yaml", "zstandard",
+    "datasets", "dictionary_learning", "huggingface_hub", "jsonschema", "pyarrow", "sae_lens",
+    "sparsify", "tensorboard", "tensorboardX", "torch", "transformers", "wandb", "yaml",
+    "zstandard",
 }  # fmt: skip
 
 # What is still wrong: (the complaint's start, a part of it). To be kept empty.

@@ -5,21 +5,21 @@ and goes into the header x-api-key and nowhere else: not into messages, not to a
 """
 
 import dataclasses
-import http.client
 import os
 import pathlib
-import random
 import re
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
-
-import msgspec
-from absl import logging
 
 from sae_jax import paths
-from sae_jax.errors import UserError, one_line
+from sae_jax.errors import UserError
+from sae_jax.http_posts import (
+    Key,
+    Refused,
+    check_address,
+    check_secrecy,
+    post,
+    read_key,
+    until_answered,
+)
 from sae_jax.interpret.neuronpedia.files import MANIFEST
 from sae_jax.json_files import checked, parse_json, read_json
 from sae_jax.progress_bar import progress
@@ -29,11 +29,7 @@ KEY = "NEURONPEDIA_API_KEY"
 
 _PATH = "/api/feature/upload-batch"
 _STATE = "pushed.json"
-_TRIES = 8
-_LONGEST_WAIT, _TIMEOUT = 120.0, 300.0  # seconds
-_MOST_ANSWER = 2**16  # bytes
-_HERE = ("localhost", "127.0.0.1", "::1")
-_AGAIN = (408, 425, 429)  # and all of 5xx
+_TIMEOUT = 300.0  # seconds
 _ADVICE = {
     401: "is the key right?",
     403: "is the key right, and the source set yours?",
@@ -76,29 +72,14 @@ class Pushed:
     size: int
 
 
-class _Again(Exception):
-    """Is raised for an answer after which a request is worth another try."""
-
-    def __init__(self, what: str, wait: float | None = None):
-        super().__init__(what)
-        self.wait = wait
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows no redirect, which would take the key to another server and drop the body."""
-
-    def redirect_request(self, *_):
-        """Returns None, for which urllib raises the answer as an error."""
-
-
 def push(directory, *, url: str = URL, key_variable: str = KEY, wait: float = 1.0) -> Pushed:
     """Sends the files that are not there yet, one after the other.
 
     What was sent is noted beside the files, so that the same call goes on after an interruption. A
-    request that gets no answer, or one of 408, 425, 429 or 5xx, is tried again up to 8 times, with
-    waits that double, or as long as the server asks for. Neuronpedia keeps what it has of a latent.
-    Where it took a file but its answer was lost, it may then have examples twice, of which it shows
-    each once.
+    request that gets no answer, or one of 408, 409, 425, 429 or 5xx, is tried again up to 8 times,
+    with waits that double, or as long as the server asks for. Neuronpedia keeps what it has of a
+    latent. Where it took a file but its answer was lost, it may then have examples twice, of which
+    it shows each once.
 
     Args:
       directory: the directory that `write_upload_batches` made.
@@ -110,7 +91,8 @@ def push(directory, *, url: str = URL, key_variable: str = KEY, wait: float = 1.
     """
     address, manifest, todo = _plan(directory, url)
     directory, state = paths.local(directory), _state(directory)
-    key = _key(key_variable)
+    advice = "you find the key in your settings at neuronpedia.org"
+    key = read_key(key_variable, "Neuronpedia's", advice)
     sent, size = [], 0
     for name in progress(todo, f"sending to {address}", len(todo), "file"):
         body = _body(directory / name)
@@ -118,8 +100,9 @@ def push(directory, *, url: str = URL, key_variable: str = KEY, wait: float = 1.
         try:
             _send(address, key, body, wait)
         except UserError as error:
-            text = str(error).replace(key, "***")  # should a server repeat it
-            raise UserError(f"{name}: {text}; {done} are there, the same command goes on") from None
+            raise UserError(
+                f"{name}: {error}; {done} are there, the same command goes on"
+            ) from None
         sent.append(name)
         size += len(body)
         state.sent.setdefault(address, []).append(name)
@@ -150,13 +133,8 @@ def planned(directory, *, url: str = URL, key_variable: str = KEY) -> str:
 
 def _plan(directory, url: str) -> tuple[str, _Manifest, list[str]]:
     """Returns the address, the manifest, and the names of the files that are still to be sent."""
-    parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("https", "http") or not parts.hostname or parts.query:
-        raise UserError(f"{url} is no address of a server; write {URL}")
-    if parts.scheme == "http" and parts.hostname not in _HERE:
-        raise UserError(f"{url}: the key would go over the network in the clear; write https://")
-    if parts.username or parts.password:
-        raise UserError("the server's address holds a password; the key belongs in the environment")
+    check_address(url, URL)
+    check_secrecy(url)
     directory = paths.local(directory)
     if not (directory / MANIFEST).is_file():
         raise UserError(f"{directory} holds no finished export for Neuronpedia; write one first")
@@ -176,19 +154,6 @@ def _state(directory) -> _State:
     return checked(read_json(file, default={}), _State, file)
 
 
-def _key(variable: str) -> str:
-    """Returns the key. No message has the variable's name, for which a key may be mistaken."""
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise UserError(
-            "the environment variable for Neuronpedia's key is not set; you find the key in your "
-            "settings at neuronpedia.org"
-        )
-    if not (key.isascii() and key.isprintable()) or " " in key:
-        raise UserError("the environment variable for Neuronpedia's key holds what is no key")
-    return key
-
-
 def _body(file: pathlib.Path) -> bytes:
     try:
         return file.read_bytes()
@@ -196,63 +161,13 @@ def _body(file: pathlib.Path) -> bytes:
         raise UserError(f"cannot read {file}: {error.strerror}; write the export again") from None
 
 
-def _send(address: str, key: str, body: bytes, wait: float) -> None:
+def _send(address: str, key: Key, body: bytes, wait: float) -> None:
     """Sends one body, and tries again where that may help."""
-    for tried in range(1, _TRIES + 1):
-        try:
-            _post(address, key, body)
-            return
-        except _Again as error:
-            if tried == _TRIES:
-                raise UserError(
-                    f"{address} {error} {tried} times; do the source set and this source of it "
-                    "exist there, and are they yours?"
-                ) from None
-            pause = wait * 2 ** (tried - 1) * random.uniform(0.5, 1.0)
-            pause = min(_LONGEST_WAIT, max(pause, error.wait or 0.0))
-            told = one_line(error).replace(key, "***")
-            logging.warning("%s %s; again in %.0f s", address, told, pause)
-            time.sleep(pause)
-
-
-def _post(address: str, key: str, body: bytes) -> None:
-    headers = {"content-type": "application/json", "x-api-key": key}
-    request = urllib.request.Request(address, body, headers, method="POST")
-    opener = urllib.request.build_opener(_NoRedirects)
+    advice = "do the source set and this source of it exist there, and are they yours?"
     try:
-        with opener.open(request, timeout=_TIMEOUT) as answer:
-            answer.read(_MOST_ANSWER)
-    except urllib.error.HTTPError as error:
-        with error:
-            _refused(address, error)
-    except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", None) or error
-        raise _Again(f"did not answer ({reason})") from None
-
-
-def _refused(address: str, error: urllib.error.HTTPError) -> None:
-    """Raises what an answer with an error's status means."""
-    try:
-        said = _said(error.read(_MOST_ANSWER))
-    except (OSError, http.client.HTTPException):
-        said = ""
-    if error.code in _AGAIN or error.code >= 500:
-        asked = error.headers.get("retry-after", "")
-        raise _Again(f"answered {error.code}{said}", float(asked) if asked.isdecimal() else None)
-    if 300 <= error.code < 400:
-        to = error.headers.get("location", "elsewhere")
-        raise UserError(f"{address} points to {to}; give the address that it has now")
-    advice = _ADVICE.get(error.code)
-    raise UserError(f"{address} answered {error.code}{said}" + (f"; {advice}" if advice else ""))
-
-
-def _said(data: bytes) -> str:
-    """Returns what the body of an error says, in brackets."""
-    try:
-        found = msgspec.json.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return ""  # a page of HTML
-    if not isinstance(found, dict):
-        return ""
-    parts = [str(found[name])[:200] for name in ("error", "message", "path") if found.get(name)]
-    return f" ({', '.join(parts)})" if parts else ""
+        until_answered(
+            lambda: post(address, body, key, "x-api-key", _TIMEOUT), address, wait, advice
+        )
+    except Refused as error:
+        advice = _ADVICE.get(error.status)
+        raise UserError(f"{address} {error}" + (f"; {advice}" if advice else "")) from None
