@@ -27,7 +27,6 @@ from sae_jax.errors import UserError, choose
 from sae_jax.json_files import checked, parse_json, read_json
 from sae_jax.lm.text import Tokenizer, load_tokenizer, well_formed
 from sae_jax.lm.weights import with_weights
-from sae_jax.progress_bar import progress
 
 _POOLING = "1_Pooling"
 _EXTRA = (
@@ -121,24 +120,26 @@ class SentenceEncoder:
         """Returns the vector of each text, (n, width) float32 and of length 1.
 
         What comes after the first `max_length` tokens of a text is not read. Texts of similar
-        length are computed together; a text's vector does not depend on the others.
+        length are computed together, and one that comes several times is computed once; a text's
+        vector does not depend on the others.
 
         Args:
           texts: the texts.
           batch_size: how many are computed together.
         """
-        texts = [well_formed(text) for text in texts]
+        numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+        clean = [well_formed(text) for text in numbers]
         if self._lower:
-            texts = [text.lower() for text in texts]
-        ids = [e.ids for e in self._backend.encode_batch_fast(texts, add_special_tokens=True)]
+            clean = [text.lower() for text in clean]
+        ids = [e.ids for e in self._backend.encode_batch_fast(clean, add_special_tokens=True)]
         order = np.argsort([len(i) for i in ids], kind="stable")
-        out = np.empty((len(ids), self.width), np.float32)
+        vectors = np.empty((len(ids), self.width), np.float32)
         batch_size = min(batch_size, 1 << max(len(ids) - 1, 0).bit_length())
-        starts = range(0, len(ids), batch_size)
-        for start in progress(starts, "encoding sentences", len(starts), "batch"):
+        for start in range(0, len(ids), batch_size):
             rows = order[start : start + batch_size]
-            out[rows] = self._run(self._params, *self._padded(ids, rows, batch_size))[: len(rows)]
-        return out
+            found = self._run(self._params, *self._padded(ids, rows, batch_size))
+            vectors[rows] = found[: len(rows)]
+        return vectors[[numbers[text] for text in texts]]
 
     def _padded(self, ids: list[list[int]], rows, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the ids of some texts (batch_size, T), and how many of each count. Rows beyond
