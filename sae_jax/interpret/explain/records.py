@@ -80,11 +80,48 @@ def write(directory, explanations: Iterable[Explanation], scores: Iterable[Score
     """Writes both files to a directory, each under a temporary name first."""
     directory = paths.local(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    temporary = {}
     for name, records in ((EXPLANATIONS, explanations), (SCORES, scores)):
         lines = sorted(json.dumps(dataclasses.asdict(r), sort_keys=True) for r in records)
-        temporary = directory / f"{name}.tmp"
-        temporary.write_text("".join(f"{line}\n" for line in lines))
-        os.replace(temporary, directory / name)
+        temporary[name] = directory / f"{name}.tmp"
+        temporary[name].write_text("".join(f"{line}\n" for line in lines))
+    for name, file in temporary.items():
+        os.replace(file, directory / name)
+
+
+def update(directory, explanations: Iterable[Explanation], scores: Iterable[Score]) -> None:
+    """Puts records into the two files of a directory, in place of what they replace there.
+
+    Explanations replace all those of their units, way and method, and scores all those that besides
+    are of their scorer, with all controls. Where the explanations of a way are others than before,
+    what other scorers said of the earlier ones is dropped.
+
+    Raises UserError if a file is damaged.
+    """
+    explanations, scores = list(explanations), list(scores)
+    old_explanations, old_scores = read(directory)
+    before, after = _texts(old_explanations), _texts(explanations)
+    changed = {way for way in after if after[way] != before.get(way)}
+    replaced = {(*_way(score), score.scorer) for score in scores}
+    kept = [e for e in old_explanations if _way(e) not in after]
+    kept_scores = [
+        score
+        for score in old_scores
+        if _way(score) not in changed and (*_way(score), score.scorer) not in replaced
+    ]
+    write(directory, [*kept, *explanations], [*kept_scores, *scores])
+
+
+def _way(record: Explanation | Score) -> tuple[str, str, str]:
+    return record.units, record.by, record.method
+
+
+def _texts(explanations: Iterable[Explanation]) -> dict[tuple, dict[int, str]]:
+    """Returns the texts by unit, of each way."""
+    found = {}
+    for explanation in explanations:
+        found.setdefault(_way(explanation), {})[explanation.unit] = explanation.text
+    return found
 
 
 def read(directory) -> tuple[list[Explanation], list[Score]]:
