@@ -15,7 +15,7 @@ from fontTools import unicodedata
 
 from sae_jax import lm
 from sae_jax.errors import UserError
-from sae_jax.interpret.text import pieces, token_bytes
+from sae_jax.interpret.text import token_bytes
 from sae_jax.progress_bar import progress
 
 _CODE = r"def|return|import|class|self|lambda|elif|None|True|False|var|const|function|public|void"
@@ -41,9 +41,7 @@ PATTERNS = {
 """Regular expressions by what they are called; they hold at every token of a match."""
 
 _COMMON = ("Zyyy", "Zinh", "Zzzz")  # characters of no script of their own
-_RAW = str.maketrans(
-    {0x2400 + i: i for i in range(32)} | {0x2421: 127} | {ord("↵"): "\n", ord("⇥"): "\t"}
-)  # what `pieces` shows, back to what it is
+_NO_TEXT = dict.fromkeys(range(0xDC80, 0xDD00), 0xFFFD)  # what Python decodes stray bytes to
 _CHARACTERS = {
     "letters": lambda text: text.isalpha(),
     "digits": lambda text: text.isdigit(),
@@ -100,28 +98,22 @@ class Spelled:
 
 
 def spell(tokenizer: lm.Tokenizer, ids: np.ndarray) -> Spelled:
-    """Returns token ids (T,) as text, with the characters that each token has a part of."""
-    parts, starts, stops, at = [], np.zeros(len(ids), int), np.zeros(len(ids), int), 0
+    """Returns token ids (T,) as text, with the characters that each token has a part of.
+
+    A special token stands for a line end, and a byte that is of no whole character for U+FFFD.
+    """
     special = tokenizer.special_tokens
-    for piece in pieces(tokenizer, ids):
-        text = piece.text.translate(_RAW)
-        own = ids[piece.start : piece.stop].tolist()
-        if len(own) == 1 and own[0] in special:
-            text = "\n"
-        elif not (text.isascii() or _is_whole(tokenizer, own)):
-            text = "\ufffd"  # a part of a character that is cut, which is no text
-        starts[piece.start : piece.stop], at = at, at + len(text)
-        stops[piece.start : piece.stop] = at
-        parts.append(text)
-    return Spelled("".join(parts), starts, stops)
-
-
-def _is_whole(tokenizer: lm.Tokenizer, ids: list[int]) -> bool:
-    """Returns whether tokens are whole characters together."""
-    try:
-        return bool(b"".join(token_bytes(tokenizer, i) for i in ids).decode())
-    except UnicodeDecodeError:
-        return False
+    parts = [b"\n" if i in special else token_bytes(tokenizer, i) for i in ids.tolist()]
+    text = b"".join(parts).decode(errors="surrogateescape")  # a character for each stray byte
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    stray = (codes >= 0xDC80) & (codes <= 0xDCFF)
+    lengths = 1 + np.sum([codes >= first for first in (0x80, 0x800, 0x10000)], axis=0)
+    ends = np.cumsum(np.where(stray, 1, lengths))  # of the characters, in bytes
+    stop = np.cumsum([len(part) for part in parts])
+    start = stop - [len(part) for part in parts]
+    first, last = np.searchsorted(ends, start, "right"), np.searchsorted(ends, stop, "left") + 1
+    text = text.translate(_NO_TEXT) if stray.any() else text
+    return Spelled(text, first, np.where(stop > start, last, first))
 
 
 def indicators(
