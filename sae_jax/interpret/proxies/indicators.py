@@ -8,7 +8,7 @@ byte-level vocabularies, has the character's script.
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from fontTools import unicodedata
@@ -131,22 +131,47 @@ def indicators(
 
     Raises UserError if a pattern is no regular expression.
     """
-    patterns = PATTERNS | dict(patterns or {})
-    expressions = {name: _compiled(name, pattern) for name, pattern in patterns.items()}
+    expressions = _compiled(PATTERNS | dict(patterns or {}))
     found = _Found(tokens.shape)
     for row, ids in enumerate(progress(tokens, "reading the text", len(tokens), "sequence")):
         spelled = spell(tokenizer, ids)
         for token, (start, stop) in enumerate(zip(spelled.starts, spelled.stops, strict=True)):
             for rule in _rules_of(spelled.text[start:stop]):
                 found.at(rule)[row, token] = True
-        for name, expression in expressions.items():
-            for match in expression.finditer(spelled.text):
-                if match.end() > match.start():
-                    found.at((name, "regex"))[row, spelled.tokens_at(*match.span())] = True
+        for name, matched in _matched(expressions, spelled):
+            found.at((name, "regex"))[row, matched] = True
     for name, stop in (("first token", 1), ("first 4 tokens", 4), ("first 16 tokens", 16)):
         if stop < tokens.shape[1]:
             found.at((f"{name} of a context", "position"))[:, :stop] = True
     return found.indicators()
+
+
+def matches(
+    tokenizer: lm.Tokenizer, tokens: np.ndarray, patterns: Mapping[str, str]
+) -> dict[str, np.ndarray]:
+    """Returns the tokens of the matches of regular expressions, for each (n, T) bool.
+
+    Args:
+      tokenizer: what turns tokens into text.
+      tokens: token ids, (n, T).
+      patterns: the expressions by name.
+
+    Raises UserError if one is no regular expression.
+    """
+    expressions = _compiled(patterns)
+    found = {name: np.zeros(tokens.shape, bool) for name in expressions}
+    for row, ids in enumerate(progress(tokens, "matching patterns", len(tokens), "sequence")):
+        for name, matched in _matched(expressions, spell(tokenizer, ids)):
+            found[name][row, matched] = True
+    return found
+
+
+def _matched(expressions: dict[str, re.Pattern], spelled: Spelled) -> Iterator[tuple[str, slice]]:
+    """Yields the name of an expression and the tokens of a match, for each match."""
+    for name, expression in expressions.items():
+        for match in expression.finditer(spelled.text):
+            if match.end() > match.start():
+                yield name, spelled.tokens_at(*match.span())
 
 
 class _Found:
@@ -194,8 +219,11 @@ def scripts(text: str) -> tuple[str, ...]:
     return tuple(sorted(unicodedata.script_name(c) for c in codes if c not in _COMMON))
 
 
-def _compiled(name: str, expression: str) -> re.Pattern:
-    try:
-        return re.compile(expression)
-    except re.error as error:
-        raise UserError(f"{name}={expression} is no regular expression: {error}") from None
+def _compiled(patterns: Mapping[str, str]) -> dict[str, re.Pattern]:
+    found = {}
+    for name, expression in patterns.items():
+        try:
+            found[name] = re.compile(expression)
+        except re.error as error:
+            raise UserError(f"{name}={expression} is no regular expression: {error}") from None
+    return found
