@@ -17,7 +17,7 @@ from sae_jax.lm.chat import chat_prompt
 from sae_jax.lm.corpus import standard_library
 from sae_jax.lm.decoder import forward, next_token_loss
 from sae_jax.lm.directory import hub_name
-from sae_jax.lm.documents import read_texts, text_files
+from sae_jax.lm.documents import read_labelled, read_texts, text_files
 from sae_jax.lm.edits import add_direction, at, put, reading, same_norm, unless
 from sae_jax.lm.families import load_config
 from sae_jax.lm.generate import Generated, generate
@@ -26,11 +26,19 @@ from sae_jax.lm.language_model import LanguageModel, in_batches
 from sae_jax.lm.latent_edits import clamp, latent_edits, reconstruct
 from sae_jax.lm.live import LiveStore, open_store, open_stream
 from sae_jax.lm.model import JaxModel, local_mesh, open_model
-from sae_jax.lm.text import PACKING_RULE, Tokenizer, load_tokenizer, pack
+from sae_jax.lm.text import (
+    NO_DOCUMENT,
+    PACKING_RULE,
+    Tokenizer,
+    load_tokenizer,
+    pack,
+    pack_documents,
+)
 from sae_jax.lm.weights import fingerprint, load_params, mlp_norm, save_model, with_weights
 
 __all__ = [
     "DEMO_MODEL",
+    "NO_DOCUMENT",
     "PACKING_RULE",
     "SITES",
     "DecoderConfig",
@@ -66,7 +74,9 @@ __all__ = [
     "open_store",
     "open_stream",
     "pack",
+    "pack_documents",
     "put",
+    "read_labelled",
     "read_texts",
     "reading",
     "reconstruct",

@@ -52,13 +52,50 @@ def read_texts(sources, field: str = "text", collapse_newlines: bool = False) ->
       collapse_newlines: whether several newlines become one, for models that never saw an empty
         line.
     """
-    sources = [sources] if isinstance(sources, (str, pathlib.Path)) else sources
-    for document in _in_order([str(source) for source in sources], field):
+    for document in _in_order(_listed(sources), field):
         if collapse_newlines:
-            while "\n\n" in document:
-                document = document.replace("\n\n", "\n")
+            document = _collapsed(document)
         if document.strip():
             yield document
+
+
+def read_labelled(
+    sources, label_field: str, field: str = "text", collapse_newlines: bool = False
+) -> Iterator[tuple[str, str]]:
+    """Yields the documents that `read_texts` does, each with its label.
+
+    Raises UserError as `read_texts` does, and where a document is no object with fields, which has
+    no label.
+
+    Args:
+      sources: a source, or a list of them.
+      label_field: the field of objects and datasets that holds the label, a text.
+      field: the field that holds the text.
+      collapse_newlines: as for `read_texts`.
+    """
+    sources = _listed(sources)
+    both = zip(_in_order(sources, field), _in_order(sources, label_field), strict=True)
+    for number, (document, label) in enumerate(both, 1):
+        if not document.strip():
+            continue
+        if label == document:  # a text file, or a list of texts
+            raise UserError(
+                f"document {number} of {some(sources)} has no label: it is no object with the "
+                f"fields {field!r} and {label_field!r}"
+            )
+        yield _collapsed(document) if collapse_newlines else document, label
+
+
+def _listed(sources) -> list[str]:
+    sources = [sources] if isinstance(sources, (str, pathlib.Path)) else sources
+    return [str(source) for source in sources]
+
+
+def _collapsed(document: str) -> str:
+    """Returns a document with several newlines as one."""
+    while "\n\n" in document:
+        document = document.replace("\n\n", "\n")
+    return document
 
 
 def text_files(directory) -> list[pathlib.Path]:

@@ -32,6 +32,8 @@ from sae_jax.json_files import checked, parse_json, read_json
 from sae_jax.lm.directory import model_directory
 
 PACKING_RULE = "documents joined by BOS, cut every context_length - 1 tokens, each cut after a BOS"
+NO_DOCUMENT = -1
+"""The number of the document of a token that is of none, which BOS is."""
 _SEPARATOR = "<|endoftext|>"  # between documents of GPT-2, Pythia, Qwen and their kin
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _DOCUMENTS_PER_BATCH = 256  # tokenised together, by the tokenizer's own threads
@@ -292,6 +294,27 @@ def pack(
       context_length: tokens of a context, BOS included.
       max_tokens: how many tokens to return at most, BOS counted. None: all.
     """
+    return _packed(texts, tokenizer, context_length, max_tokens, documents=False)[0]
+
+
+def pack_documents(
+    texts: Iterable[str], tokenizer: Tokenizer, context_length: int, max_tokens: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns what `pack` does, and of which text each token is.
+
+    The second array, of the same shape, has the number of the text, and `NO_DOCUMENT` at BOS.
+    """
+    return _packed(texts, tokenizer, context_length, max_tokens, documents=True)
+
+
+def _packed(
+    texts: Iterable[str],
+    tokenizer: Tokenizer,
+    context_length: int,
+    max_tokens: int | None,
+    documents: bool,
+) -> tuple[np.ndarray, ...]:
+    """Returns the contexts, and with `documents` the numbers of the documents of their tokens."""
     if context_length < 2:
         raise UserError(
             f"context_length is {context_length}; a context is BOS and one token or more"
@@ -300,9 +323,10 @@ def pack(
     if limit is not None and limit < 1:
         raise UserError(f"{max_tokens} tokens are less than one context of {context_length}")
     blocks, count = [], 0
-    for block in _contexts(texts, tokenizer, context_length):
-        blocks.append(block if limit is None else block[: limit - count])
-        count += len(blocks[-1])
+    for block, numbers in _contexts(texts, tokenizer, context_length):
+        part = slice(None if limit is None else limit - count)
+        blocks.append((block[part], numbers[part]) if documents else (block[part],))
+        count += len(blocks[-1][0])
         if count == limit:
             break
     if not count:
@@ -310,22 +334,27 @@ def pack(
             f"the text has fewer tokens than one context of {context_length}; give more text or a "
             "smaller context_length"
         )
-    return np.concatenate(blocks)
+    return tuple(map(np.concatenate, zip(*blocks, strict=True)))
 
 
-def _contexts(texts: Iterable[str], tokenizer: Tokenizer, length: int) -> Iterator[np.ndarray]:
-    """Yields blocks of contexts.
+def _contexts(
+    texts: Iterable[str], tokenizer: Tokenizer, length: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields blocks of contexts, and the number of the document of each of their tokens.
 
     A BOS between documents that falls on a cut is left out, since the context has one already.
     """
     bos, text_length, texts = tokenizer.bos, length - 1, iter(texts)
-    stream = np.zeros(0, np.int32)
+    stream, of, seen = np.zeros(0, np.int32), np.zeros(0, np.int32), 0
     while batch := list(itertools.islice(texts, _DOCUMENTS_PER_BATCH)):
         try:
             parts = [np.array([bos, *ids], np.int32) for ids in tokenizer.encode_batch(batch)]
         except OverflowError:
             raise UserError(f"the tokenizer of {tokenizer.name} gives a token above 2^31") from None
         stream = np.concatenate([stream, *parts])
+        numbers = np.arange(seen, seen + len(batch), dtype=np.int32)
+        of = np.concatenate([of, np.repeat(numbers, [len(part) for part in parts])])
+        seen += len(batch)
         starts, at = [], 0
         while True:
             while at < len(stream) and stream[at] == bos:
@@ -335,7 +364,10 @@ def _contexts(texts: Iterable[str], tokenizer: Tokenizer, length: int) -> Iterat
             starts.append(at)
             at += text_length
         block = np.full((len(starts), length), bos, np.int32)
-        for row, start in zip(block, starts, strict=True):
+        documents = np.full(block.shape, NO_DOCUMENT, np.int32)
+        for row, numbers, start in zip(block, documents, starts, strict=True):
             row[1:] = stream[start : start + text_length]
-        yield block
-        stream = stream[at:].copy()
+            numbers[1:] = of[start : start + text_length]
+        documents[block == bos] = NO_DOCUMENT
+        yield block, documents
+        stream, of = stream[at:].copy(), of[at:].copy()

@@ -8,14 +8,14 @@ byte-level vocabularies, has the character's script.
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from fontTools import unicodedata
 
 from sae_jax import lm
 from sae_jax.errors import UserError
-from sae_jax.interpret.text import pieces, token_bytes
+from sae_jax.interpret.text import token_bytes
 from sae_jax.progress_bar import progress
 
 _CODE = r"def|return|import|class|self|lambda|elif|None|True|False|var|const|function|public|void"
@@ -41,9 +41,7 @@ PATTERNS = {
 """Regular expressions by what they are called; they hold at every token of a match."""
 
 _COMMON = ("Zyyy", "Zinh", "Zzzz")  # characters of no script of their own
-_RAW = str.maketrans(
-    {0x2400 + i: i for i in range(32)} | {0x2421: 127} | {ord("↵"): "\n", ord("⇥"): "\t"}
-)  # what `pieces` shows, back to what it is
+_NO_TEXT = dict.fromkeys(range(0xDC80, 0xDD00), 0xFFFD)  # what Python decodes stray bytes to
 _CHARACTERS = {
     "letters": lambda text: text.isalpha(),
     "digits": lambda text: text.isdigit(),
@@ -100,28 +98,22 @@ class Spelled:
 
 
 def spell(tokenizer: lm.Tokenizer, ids: np.ndarray) -> Spelled:
-    """Returns token ids (T,) as text, with the characters that each token has a part of."""
-    parts, starts, stops, at = [], np.zeros(len(ids), int), np.zeros(len(ids), int), 0
+    """Returns token ids (T,) as text, with the characters that each token has a part of.
+
+    A special token stands for a line end, and a byte that is of no whole character for U+FFFD.
+    """
     special = tokenizer.special_tokens
-    for piece in pieces(tokenizer, ids):
-        text = piece.text.translate(_RAW)
-        own = ids[piece.start : piece.stop].tolist()
-        if len(own) == 1 and own[0] in special:
-            text = "\n"
-        elif not (text.isascii() or _is_whole(tokenizer, own)):
-            text = "\ufffd"  # a part of a character that is cut, which is no text
-        starts[piece.start : piece.stop], at = at, at + len(text)
-        stops[piece.start : piece.stop] = at
-        parts.append(text)
-    return Spelled("".join(parts), starts, stops)
-
-
-def _is_whole(tokenizer: lm.Tokenizer, ids: list[int]) -> bool:
-    """Returns whether tokens are whole characters together."""
-    try:
-        return bool(b"".join(token_bytes(tokenizer, i) for i in ids).decode())
-    except UnicodeDecodeError:
-        return False
+    parts = [b"\n" if i in special else token_bytes(tokenizer, i) for i in ids.tolist()]
+    text = b"".join(parts).decode(errors="surrogateescape")  # a character for each stray byte
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+    stray = (codes >= 0xDC80) & (codes <= 0xDCFF)
+    lengths = 1 + np.sum([codes >= first for first in (0x80, 0x800, 0x10000)], axis=0)
+    ends = np.cumsum(np.where(stray, 1, lengths))  # of the characters, in bytes
+    stop = np.cumsum([len(part) for part in parts])
+    start = stop - [len(part) for part in parts]
+    first, last = np.searchsorted(ends, start, "right"), np.searchsorted(ends, stop, "left") + 1
+    text = text.translate(_NO_TEXT) if stray.any() else text
+    return Spelled(text, first, np.where(stop > start, last, first))
 
 
 def indicators(
@@ -139,22 +131,47 @@ def indicators(
 
     Raises UserError if a pattern is no regular expression.
     """
-    patterns = PATTERNS | dict(patterns or {})
-    expressions = {name: _compiled(name, pattern) for name, pattern in patterns.items()}
+    expressions = _compiled(PATTERNS | dict(patterns or {}))
     found = _Found(tokens.shape)
     for row, ids in enumerate(progress(tokens, "reading the text", len(tokens), "sequence")):
         spelled = spell(tokenizer, ids)
         for token, (start, stop) in enumerate(zip(spelled.starts, spelled.stops, strict=True)):
             for rule in _rules_of(spelled.text[start:stop]):
                 found.at(rule)[row, token] = True
-        for name, expression in expressions.items():
-            for match in expression.finditer(spelled.text):
-                if match.end() > match.start():
-                    found.at((name, "regex"))[row, spelled.tokens_at(*match.span())] = True
+        for name, matched in _matched(expressions, spelled):
+            found.at((name, "regex"))[row, matched] = True
     for name, stop in (("first token", 1), ("first 4 tokens", 4), ("first 16 tokens", 16)):
         if stop < tokens.shape[1]:
             found.at((f"{name} of a context", "position"))[:, :stop] = True
     return found.indicators()
+
+
+def matches(
+    tokenizer: lm.Tokenizer, tokens: np.ndarray, patterns: Mapping[str, str]
+) -> dict[str, np.ndarray]:
+    """Returns the tokens of the matches of regular expressions, for each (n, T) bool.
+
+    Args:
+      tokenizer: what turns tokens into text.
+      tokens: token ids, (n, T).
+      patterns: the expressions by name.
+
+    Raises UserError if one is no regular expression.
+    """
+    expressions = _compiled(patterns)
+    found = {name: np.zeros(tokens.shape, bool) for name in expressions}
+    for row, ids in enumerate(progress(tokens, "matching patterns", len(tokens), "sequence")):
+        for name, matched in _matched(expressions, spell(tokenizer, ids)):
+            found[name][row, matched] = True
+    return found
+
+
+def _matched(expressions: dict[str, re.Pattern], spelled: Spelled) -> Iterator[tuple[str, slice]]:
+    """Yields the name of an expression and the tokens of a match, for each match."""
+    for name, expression in expressions.items():
+        for match in expression.finditer(spelled.text):
+            if match.end() > match.start():
+                yield name, spelled.tokens_at(*match.span())
 
 
 class _Found:
@@ -202,8 +219,11 @@ def scripts(text: str) -> tuple[str, ...]:
     return tuple(sorted(unicodedata.script_name(c) for c in codes if c not in _COMMON))
 
 
-def _compiled(name: str, expression: str) -> re.Pattern:
-    try:
-        return re.compile(expression)
-    except re.error as error:
-        raise UserError(f"{name}={expression} is no regular expression: {error}") from None
+def _compiled(patterns: Mapping[str, str]) -> dict[str, re.Pattern]:
+    found = {}
+    for name, expression in patterns.items():
+        try:
+            found[name] = re.compile(expression)
+        except re.error as error:
+            raise UserError(f"{name}={expression} is no regular expression: {error}") from None
+    return found
