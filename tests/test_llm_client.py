@@ -98,12 +98,15 @@ def test_all_requests_keep_quiet_for_as_long_as_the_server_asks(tmp_path):
 
     def timed(body):
         times.append(time.monotonic())
-        return Fault(429, headers={"Retry-After": "0.3"}) if len(times) == 1 else judge(body)
+        if len(times) == 1:
+            return Fault(429, headers={"Retry-After": "0.3"})
+        time.sleep(0.05)
+        return judge(body)
 
     with judge_server.serve(timed) as server:
-        client = client_of(server, tmp_path, concurrency=1)
-        assert values(client.ask(QUESTIONS[:2])) == ANSWERS[:2]
-        assert times[1] - times[0] >= 0.29
+        client = client_of(server, tmp_path, concurrency=2)
+        assert values(client.ask(QUESTIONS)) == ANSWERS
+        assert times[2] - times[0] >= 0.29  # the second was under way
     pauses = [http_posts.asked_to_wait(headers) for headers in (
         {"retry-after": "7"},
         {"retry-after": LATER, "date": LATER.replace("09:00:00", "08:58:30")},
@@ -166,7 +169,7 @@ def test_what_a_server_does_not_take_is_put_otherwise_and_remembered(refused, nu
         assert last["response_format"] == {"type": "json_schema", "json_schema": schema}
 
 
-def test_a_wrong_answer_is_asked_again_with_another_seed_and_then_is_unparsable(tmp_path):
+def test_a_wrong_answer_is_asked_again_with_another_seed_and_then_is_unparsable(tmp_path, caplog):
     """Question 2 is answered well at once, 3 the third time, 4 never, and 5 in words."""
 
     def erring(body):
@@ -186,6 +189,7 @@ def test_a_wrong_answer_is_asked_again_with_another_seed_and_then_is_unparsable(
         drawn = [(body["seed"], body["temperature"]) for body in server.calls]
         again = [(7, 0.0), (8, 0.5), (9, 0.5)]
         assert drawn == [(7, 0.0), *again * 3]
+        assert "2 of 4 answers cannot be read; the last: it holds no JSON" in caplog.text
         assert answers[2].prompt_tokens == 3 * answers[0].prompt_tokens  # all was paid for
         first.cache.close()
         assert client_of(server, tmp_path).ask(asked, check) == answers

@@ -12,13 +12,12 @@ import json
 import os
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 
 from absl import logging
 
 from sae_jax import background, http_posts
-from sae_jax.errors import UserError
+from sae_jax.errors import UserError, one_line
 from sae_jax.interpret.explain.llm.cache import Cache, Entry
 from sae_jax.interpret.explain.llm.chat import (
     Completion,
@@ -28,6 +27,7 @@ from sae_jax.interpret.explain.llm.chat import (
     request_body,
 )
 from sae_jax.interpret.explain.llm.json_in_text import find_json
+from sae_jax.interpret.explain.llm.pace import Pace
 from sae_jax.interpret.explain.llm.questions import Answer, Plan, Request, shown_money
 from sae_jax.progress_bar import progress
 
@@ -44,35 +44,6 @@ _ADVICE = {
 
 class _Stopped(Exception):
     """Is raised in threads whose work is no longer wanted."""
-
-
-class _Pace:
-    """When requests may go, so that no more than so many tokens go in a minute.
-
-    A request waits until those before it have had their share of the minute.
-    """
-
-    def __init__(self, tokens_per_minute: int | None):
-        self._seconds = 60.0 / tokens_per_minute if tokens_per_minute else 0.0  # of a token
-        self._free = self._not_before = 0.0
-        self._lock = threading.Lock()
-
-    def wait(self, tokens: int, sleep: Callable[[float], None]) -> None:
-        with self._lock:
-            begin = max(time.monotonic(), self._free)
-            self._free = begin + tokens * self._seconds
-        while (left := max(begin, self._not_before) - time.monotonic()) > 0:
-            sleep(left)
-
-    def correct(self, tokens: int) -> None:
-        """Notes that a request took so many tokens more than was thought, or fewer."""
-        with self._lock:
-            self._free += tokens * self._seconds
-
-    def pause(self, seconds: float) -> None:
-        """Keeps all requests for a while, since the server asks for it."""
-        with self._lock:
-            self._not_before = max(self._not_before, time.monotonic() + seconds)
 
 
 class Client:
@@ -138,10 +109,11 @@ class Client:
         self._concurrency, self._retries = concurrency, retries
         self._budget, self._price = budget, price
         self._count = count_tokens or (lambda text: (len(text.encode("utf-8", "replace")) + 3) // 4)
-        self._pace, self._form = _Pace(tokens_per_minute), Form()
+        self._pace, self._form = Pace(tokens_per_minute), Form()
         self._asking, self._lock = threading.Lock(), threading.Lock()
         self._stop = threading.Event()
         self._paid = [0, 0]  # tokens there and back, since this client is
+        self._wrong = ""  # with the last answer that cannot be read
 
     def ask(
         self,
@@ -171,7 +143,7 @@ class Client:
             results = self._results(todo, check)
             shown = progress(results, what, len(todo), "answer", tally=self._tally)
             answers = dict(shown)
-            _warn_of(list(answers.values()))
+            self._warn_of(list(answers.values()))
             return [answers[key] for key in keys]
 
     def planned(self, requests: Sequence[Request]) -> Plan:
@@ -229,6 +201,9 @@ class Client:
                 if isinstance(result, Exception):
                     raise result
                 yield result
+        except BaseException:  # Ctrl-C too; a second one does not wait
+            logging.warning("stopping once the answers that are under way are there")
+            raise
         finally:
             self._stop.set()
             concurrent.futures.wait(threads)  # what is under way is paid for
@@ -242,6 +217,7 @@ class Client:
             value, wrong = _judged(request, entry, check)
             if not wrong:
                 break
+        self._wrong = wrong or self._wrong
         status = "unparsable" if wrong else entry.status
         text = entry.text if entry.status == "ok" else ""
         return Answer(text, None if wrong else value, status, sent, got, entry.logprobs)
@@ -364,6 +340,17 @@ class Client:
         if self._stop.wait(seconds):
             raise _Stopped
 
+    def _warn_of(self, answers: list[Answer]) -> None:
+        """Says in the log how many answers are of no use."""
+        meanings = (
+            ("unparsable", f"cannot be read; the last: {one_line(self._wrong)}"),
+            ("cut", "were cut at max_tokens"),
+            ("refused", "were refused"),
+        )
+        for status, meaning in meanings:
+            if number := sum(answer.status == status for answer in answers):
+                logging.warning("%d of %d answers %s", number, len(answers), meaning)
+
 
 def _judged(request: Request, entry: Entry, check) -> tuple[object, str | None]:
     """Returns the value of an answer, and what is wrong with it, None if nothing is."""
@@ -378,15 +365,3 @@ def _judged(request: Request, entry: Entry, check) -> tuple[object, str | None]:
         return None, "it is empty"
     subject = entry.text if request.schema is None else value
     return value, check(subject) if check else None
-
-
-def _warn_of(answers: list[Answer]) -> None:
-    """Says in the log how many answers are of no use."""
-    meanings = (
-        ("unparsable", "cannot be read"),
-        ("cut", "were cut at max_tokens"),
-        ("refused", "were refused"),
-    )
-    for status, meaning in meanings:
-        if number := sum(answer.status == status for answer in answers):
-            logging.warning("%d of %d answers %s", number, len(answers), meaning)
