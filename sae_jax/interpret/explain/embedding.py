@@ -220,7 +220,13 @@ class _Vectors:
 
 
 class _Windows:
-    """Windows of the text: the row after whose start and before whose end each is, and its text."""
+    """Windows of the text around some rows.
+
+    Attributes:
+      starts: the first row of each.
+      stops: the row after its last.
+      texts: its text.
+    """
 
     def __init__(self, activity: Activity, tokenizer: lm.Tokenizer, rows: Iterable[int]):
         length, found = activity.tokens.shape[1], []
@@ -231,7 +237,7 @@ class _Windows:
         self.texts = [text for _, _, text in found]
 
     def off(self, rows: np.ndarray) -> np.ndarray:
-        """Returns which windows have none of these rising rows."""
+        """Returns the numbers of the windows that have none of these rising rows."""
         at_start, at_stop = np.searchsorted(rows, self.starts), np.searchsorted(rows, self.stops)
         return np.flatnonzero(at_start == at_stop)
 
@@ -239,7 +245,17 @@ class _Windows:
 class _Half:
     """One half of the text: the vectors of windows with units and without."""
 
-    def __init__(self, activity, tokenizer, encoder, held_out, windows, seed, hard):
+    def __init__(
+        self,
+        activity: Activity,
+        tokenizer: lm.Tokenizer,
+        encoder: SentenceEncoder,
+        *,
+        held_out: bool,
+        windows: int,
+        seed: int,
+        hard: bool,
+    ):
         self._activity, self._tokenizer, self._encoder = activity, tokenizer, encoder
         self._held_out, self._windows, self._seed, self._hard = held_out, windows, seed, hard
         self._row_of = {int(number): row for row, number in enumerate(activity.numbers)}
@@ -290,7 +306,13 @@ class _Half:
 class _Labels:
     """Explanations and their controls, with the vectors of their labels."""
 
-    def __init__(self, encoder, explanations: Iterable[Explanation], controls, seed: int):
+    def __init__(
+        self,
+        encoder: SentenceEncoder,
+        explanations: Iterable[Explanation],
+        controls: Sequence[str],
+        seed: int,
+    ):
         for control in controls:
             choose(control, CONTROLS, "a control of embeddings")
         self._controls, self._of = controls, collections.defaultdict(list)
