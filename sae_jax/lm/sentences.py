@@ -85,7 +85,7 @@ class _Module:
 class _Sentences:
     """The fields of sentence_bert_config.json."""
 
-    max_seq_length: _Size | None = None
+    max_seq_length: Annotated[int, msgspec.Meta(ge=3)] | None = None  # two of them special
     do_lower_case: bool = False
 
 
@@ -114,7 +114,7 @@ class SentenceEncoder:
         self._params, self._lower = params, sentences.do_lower_case
         self._backend = tokenizer.backend
         self._backend.enable_truncation(self.max_length)
-        self._run = jax.jit(functools.partial(_vectors, config=config, pooling=pooling))
+        self._config = config
 
     def encode(self, texts: Sequence[str], batch_size: int = 32) -> np.ndarray:
         """Returns the vector of each text, (n, width) float32 and of length 1.
@@ -137,7 +137,8 @@ class SentenceEncoder:
         batch_size = min(batch_size, 1 << max(len(ids) - 1, 0).bit_length())
         for start in range(0, len(ids), batch_size):
             rows = order[start : start + batch_size]
-            found = self._run(self._params, *self._padded(ids, rows, batch_size))
+            batch = self._padded(ids, rows, batch_size)
+            found = _vectors(self._params, *batch, config=self._config, pooling=self.pooling)
             vectors[rows] = found[: len(rows)]
         return vectors[[numbers[text] for text in texts]]
 
@@ -297,6 +298,7 @@ def _params(file: pathlib.Path, config: _Bert) -> dict:
     return params
 
 
+@functools.partial(jax.jit, static_argnames=("config", "pooling"))
 def _vectors(params: dict, ids, lengths, *, config: _Bert, pooling: str) -> jax.Array:
     """Returns the vectors (B, width) of sentences, ids (B, T) of which the first `lengths` (B,)
     count."""
