@@ -24,8 +24,8 @@ from sae_jax.errors import UserError, choose, one_line
 
 _MOST_CPU_DEVICES = 1024  # each is a few threads
 COMMANDS = (
-    "demo harvest store train eval dashboard steer attribute sweep status fit compare plan export "
-    "import bench launch"
+    "demo harvest store train eval dashboard explain steer attribute sweep status fit compare plan "
+    "export import bench launch"
 ).split()
 
 _TAKE_PATHS = ("status",)  # whose arguments without a flag are those of --path

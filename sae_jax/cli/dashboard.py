@@ -136,7 +136,7 @@ def run(args, overrides) -> None:
     labels = args.labels and dashboard.read_labels(args.labels, found.sae.config.d_sae)
     data = dataclasses.replace(found.data, **opened_sources.chosen(args))
     store, model, settings = opened_sources.open_store_and_model(args, data, lm.open_model)
-    tokenizer = _tokenizer(args, model)
+    tokenizer = opened_sources.open_tokenizer(args, model)
     if args.single:
         _check_single(args, found, store, numbers)
     elif args.serve is None and not args.neuronpedia:
@@ -246,18 +246,6 @@ def _write_single(file, found, collection, store, tokenizer, model, chosen) -> N
         title=f"Latents of {found.path.name}",
     )
     print(f"Written: {out}")
-
-
-def _tokenizer(args, model):
-    from sae_jax import lm
-
-    if args.tokenizer:
-        return lm.load_tokenizer(args.tokenizer)
-    if model is None:
-        raise UserError(
-            "the texts need a tokenizer: give --model=DIR, the language model, or --tokenizer=DIR"
-        )
-    return model.tokenizer
 
 
 def _there(args, home, settings: dict, d_sae: int):

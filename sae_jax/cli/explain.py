@@ -1,5 +1,7 @@
 """Says what latents mean and measures how well it holds: `sae-jax explain`."""
 
+import functools
+
 from absl import flags
 
 from sae_jax.cli import counts, made_before, opened_saes, opened_sources, path_lists
@@ -46,7 +48,9 @@ _ASKED = (  # the flags that an activity is recorded by
     "store text tokens_file context_length collapse_newlines site target_site include_excluded "
     "tokens"
 ).split()
+LATENTS = "latents"  # as interpret.explain.records has it
 _WAYS = ("statistics", "embedding", "llm")
+_CONTROLS = ("neurons", "random", "shuffled_model")
 
 
 def define(values: flags.FlagValues) -> None:
@@ -72,16 +76,7 @@ def define(values: flags.FlagValues) -> None:
     string("store", None, "Look at this store's text; the run's.")
     string("site", None, "Site of the store or model; the run's, or what the SAE's file says.")
     string("target_site", None, "The site that a transcoder predicts; the run's.")
-    string(
-        "model",
-        None,
-        "The language model that the SAE is of: a directory, hf://ORG/REPOSITORY[@REVISION], demo or "
-        "none. By default the store's, if it is the shipped one or on the hub.",
-    )
-    flags.DEFINE_enum(
-        "model_dtype", "float32", ["float32", "bfloat16"], "In which it computes.",
-        flag_values=values,
-    )  # fmt: skip
+    opened_sources.define_model(values)
     string("tokenizer", None, "Directory of a tokenizer, where there is no model.")
     path_lists.define("text", "Text files instead of a store, as for harvest.", values)
     string("tokens_file", None, "An .npy or .npz of token ids (sequences, length), instead.")
@@ -152,7 +147,7 @@ def run(args, overrides) -> None:
     opened = opened_saes.open_sae(args.run, args.sae, args.kind, opened_sources.chosen(args))
     work = _Work(args, opened)
     if args.dry_run:
-        print(work.planned(ways))
+        print(work.planned())
         return
     for way in ways:
         work.explain(way)
@@ -178,6 +173,8 @@ def _ways(args) -> list[str]:
             "--by=embedding needs a sentence encoder: give --sentences=DIR, such as a copy of "
             "hf://sentence-transformers/all-MiniLM-L6-v2, or that name"
         )
+    if "llm" in asked and not args.judge and args.model:
+        args.judge, args["model"].value = args.model, None  # --base_url=... --model=NAME
     if "llm" in asked and not args.judge:
         raise UserError(
             "--by=llm needs the name that the server has for its model: give --judge=NAME, and "
@@ -194,24 +191,20 @@ class _Work:
     def __init__(self, args, opened):
         """Opens the SAE's activity, or records it, and those of the controls."""
         from sae_jax import lm, paths
-        from sae_jax.interpret.explain import controls, records
+        from sae_jax.interpret.explain.controls import record_controls
 
         self.args, self.sae = args, opened.sae
         self.out = paths.local(args.out or opened.path / "explain")
         place, which = self.out / "activity", {"sae": opened.name, **opened.about}
         there = self._there(place, which)
-        data = dataclasses.replace(opened.data, **opened_sources.chosen(args))
+        data = opened.data
         store, self.model, settings = opened_sources.open_store_and_model(args, data, lm.open_model)
-        self.tokenizer = opened_sources.tokenizer(args, self.model)
-
-        def make_source():
-            return opened_sources.make_source(args, data, store, self.model, heldout=False)
-
-        own = there or self._recorded(place, make_source(), which | settings)
-        self.activities = {records.LATENTS: own}
-        for name in self._controls():
-            made = controls.record(...)
-            self.activities[name] = made
+        self.tokenizer = opened_sources.open_tokenizer(args, self.model)
+        self.source = opened_sources.make_source(args, data, store, self.model, heldout=False)
+        own = there or self._recorded(place, which | settings)
+        self.written = own.about.settings["site"].split(",")[-1]
+        controls = [name for name in args.controls if name != "none"]
+        self.activities = {LATENTS: own}
 
     def _there(self, place, which: dict):
         """Returns the activity that is there, or None where it is to be recorded."""
@@ -222,7 +215,7 @@ class _Work:
         there, which = Activity(place), which | {"d_sae": self.sae.config.d_sae}
         return there if made_before.check(self.args, place, there, which, _ASKED) else None
 
-    def _recorded(self, place, source, settings: dict):
+    def _recorded(self, place, settings: dict):
         from sae_jax.interpret.activity import Activity, record
 
         asked = {name: self.args[name].value for name in _ASKED}
@@ -230,7 +223,7 @@ class _Work:
         with made_before.replacing(place) as made:
             record(
                 self.sae,
-                source,
+                self.source,
                 made,
                 tokens=self.args.tokens,
                 settings=settings | {"asked": asked},
@@ -264,7 +257,7 @@ class _Work:
         """What is known of each token of the text, which is the same for all units."""
         from sae_jax.interpret import proxies
 
-        return proxies.indicators(self.tokenizer, self.activities["latents"].tokens)
+        return proxies.indicators(self.tokenizer, self.activities[LATENTS].tokens)
 
     def _embedding(self, units: str, activity) -> tuple:
         from sae_jax.interpret.explain.embedding import by_embedding
@@ -283,15 +276,16 @@ class _Work:
 
     @functools.cached_property
     def _sentences(self):
-        from sae_jax import lm
+        from sae_jax.lm.sentences import open_sentence_encoder
 
-        return lm.open_sentence_encoder(self.args.sentences)
+        return open_sentence_encoder(self.args.sentences)
 
     def _llm(self, units: str, activity) -> tuple:
-        from sae_jax.interpret.explain import llm
+        from sae_jax.interpret.explain.llm.explaining import explain
+        from sae_jax.interpret.explain.llm.scoring import score
 
         chosen, effects = self._chosen(units, activity), self._effects(units, activity)
-        explained = llm.explain(
+        explained = explain(
             activity,
             self.tokenizer,
             self._client,
@@ -302,7 +296,7 @@ class _Work:
             seed=self.args.seed,
         )
         others = [e for e in self._said(units, chosen) if e.by in (self.args.score or ())]
-        scores = llm.score(
+        scores = score(
             activity,
             self.tokenizer,
             self._client,
@@ -317,9 +311,9 @@ class _Work:
         """Returns the units that the dearer ways look at."""
         from sae_jax.interpret.explain.examples import draw_latents
 
-        if units == "latents" and self.args.latents:
+        if units == LATENTS and self.args.latents:
             return _numbers(self.args.latents, activity.d_sae)
-        count = self.args.sample if units == "latents" else self.args.control_sample
+        count = self.args.sample if units == LATENTS else self.args.control_sample
         return draw_latents(activity, count, self.args.seed)
 
     def _said(self, units: str, chosen: list[int]) -> list:
@@ -349,9 +343,9 @@ class _Work:
         """Returns the output tokens of the latents; None where they are not known."""
         from sae_jax.interpret.explain.llm.source import logit_weights
 
-        if units != "latents" or self.model is None or self._written is None:
+        if units != LATENTS or self.model is None or self.sae.config.kind == "crosscoder":
             return None
-        return logit_weights(self.sae, self.model, self._written, self._chosen(units, activity))
+        return logit_weights(self.sae, self.model, self.written, self._chosen(units, activity))
 
     def planned(self) -> str:
         """Returns what explaining by a language model would ask and cost; nothing is asked."""
@@ -372,3 +366,37 @@ class _Work:
             )
             lines.append(f"{len(chosen)} {units}: {plan}")
         return "\n".join(lines)
+
+    def report(self) -> None:
+        """Sums up all that is known, prints it, and writes the report and the labels."""
+        from sae_jax.interpret.explain import records
+        from sae_jax.interpret.explain.summary import summarise, write_summary
+
+        explanations, scores = records.read(self.out)
+        found = summarise(explanations, scores, seed=self.args.seed)
+        write_summary(self.out, found)
+        print(found)
+
+
+def _numbers(text: str, d_sae: int) -> list[int]:
+    """Returns the numbers of latents in a list such as "1,5,9"."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and len(part) < 16 for part in parts):
+        raise UserError(f'--latents={text}: write the numbers of latents, such as "1,5,9"')
+    if wrong := [part for part in parts if int(part) >= d_sae]:
+        raise UserError(f"no latent {wrong[0]}: there are 0 to {d_sae - 1:,}")
+    return sorted(set(map(int, parts)))
+
+
+def _price(parts: list[str] | None) -> tuple[float, float] | None:
+    """Returns the price of a million tokens in and out."""
+    if parts is None:
+        return None
+    try:
+        there, back = map(float, parts)
+    except ValueError:
+        raise UserError(
+            f"--price={','.join(parts)}: write what a million tokens cost in and out, such as "
+            "--price=0.15,0.6"
+        ) from None
+    return there, back

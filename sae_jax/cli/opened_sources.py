@@ -98,6 +98,22 @@ def _model_of(asked: str | None, store):
     return store.meta.model if lm.hub_name(store.meta.model or "") else None
 
 
+def open_tokenizer(args, model):
+    """Returns the tokenizer of the flag --tokenizer, or else the model's.
+
+    Raises UserError if there is neither.
+    """
+    from sae_jax import lm
+
+    if args.tokenizer:
+        return lm.load_tokenizer(args.tokenizer)
+    if model is None:
+        raise UserError(
+            "the texts need a tokenizer: give --model=DIR, the language model, or --tokenizer=DIR"
+        )
+    return model.tokenizer
+
+
 def make_source(
     args, data, store, model, sequences=None, lm_sequences=None, *, heldout: bool = True
 ):

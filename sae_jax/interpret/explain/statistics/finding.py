@@ -152,6 +152,8 @@ def _trees(
     order = np.argsort(-hits / holds, kind="stable")
     values = f1(np.cumsum(hits[order]), len(rows), np.cumsum(holds[order]))
     paths = _joined([leaves[i][0] for i in order[: 1 + int(np.argmax(values))].tolist()])
+    alone = {path[0] for path in paths if len(path) == 1}  # A, or not A and B: A, or B
+    paths = [tuple(c for c in path if (c[0], not c[1]) not in alone) for path in paths]
     if values.max() <= best or sum(map(len, paths)) < 2:  # a rule by itself, or none
         return []
     tree = Tree(tuple(tuple((asked[i], wanted) for i, wanted in path) for path in paths))

@@ -14,6 +14,7 @@ import numpy as np
 from sae_jax import lm
 from sae_jax.interpret.activity import Activity
 from sae_jax.interpret.proxies import Indicators
+from sae_jax.interpret.slots import firsts
 from sae_jax.interpret.text import token_text
 
 _NAMED = 6  # tokens that a label names
@@ -215,6 +216,8 @@ class Indicated:
 class Tree:
     """Holds in some leaves of a shallow decision tree, each a list of rules that hold or do not.
 
+    A choice that other leaves make needless is left out, so that leaves may overlap.
+
     Attributes:
       leaves: for each leaf, (rule, whether it holds) along the way to it.
     """
@@ -246,7 +249,8 @@ class Tree:
             for rule, wanted in leaf:
                 inside = inside[rule.holds(text, inside) == wanted]
             found.append(inside)
-        return np.sort(np.concatenate(found))  # leaves share no row
+        rows = np.sort(np.concatenate(found))
+        return rows[firsts(rows)]
 
     def label(self, tokenizer: lm.Tokenizer, names: Sequence[str]) -> str:
         """Returns it in words."""
