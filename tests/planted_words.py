@@ -125,9 +125,9 @@ def question(messages: list[dict]) -> tuple[str, list]:
 
 def explained(messages: list[dict]) -> dict:
     """What a judge that knows the concepts answers to an explainer."""
-    text = messages[-1]["content"]
-    found = re.findall(r"(sun|cat|map|tin)\d+", text)
-    return {"thinking": "", "list": 1, "explanation": max(CONCEPTS, key=found.count)}
+    found = re.findall(r"(sun|cat|map|tin)\d+", messages[-1]["content"])
+    answer = {"thinking": "", "list": 1, "explanation": max(CONCEPTS, key=found.count)}
+    return {name: value for name, value in answer.items() if f'"{name}"' in messages[0]["content"]}
 
 
 def knowing(messages: list[dict]) -> dict:

@@ -7,8 +7,9 @@ from absl import logging
 from sae_jax import lm
 from sae_jax.interpret.activity import Activity
 from sae_jax.interpret.explain.llm import answers
-from sae_jax.interpret.explain.llm.client import Answer, Client, Request
+from sae_jax.interpret.explain.llm.client import Client
 from sae_jax.interpret.explain.llm.explainers import Explainer, explainer_of, messages
+from sae_jax.interpret.explain.llm.questions import Answer, Request
 from sae_jax.interpret.explain.llm.source import LogitWeights, Source
 from sae_jax.interpret.explain.records import LATENTS, Explanation
 

@@ -175,7 +175,7 @@ def _intruder(source: Source, latent: int) -> list[Question]:
                 40,
                 (place + 1,),
                 (0,),
-                functools.partial(answers.read_intruder, count=_TOGETHER),
+                answers.read_intruder,
                 1,
             )
         )
@@ -237,7 +237,7 @@ def _labels(
         40 + 4 * len(texts),
         tuple(truth),
         tuple(1 - label for label in truth),
-        functools.partial(answers.read_labels, count=len(texts)),
+        answers.read_labels,
         len(texts),
     )
 

@@ -11,9 +11,10 @@ from sae_jax import lm
 from sae_jax.errors import UserError, choose
 from sae_jax.interpret.activity import Activity
 from sae_jax.interpret.explain.llm import measures
-from sae_jax.interpret.explain.llm.client import Answer, Client, Plan, Request
+from sae_jax.interpret.explain.llm.client import Client
 from sae_jax.interpret.explain.llm.explainers import explainer_of
 from sae_jax.interpret.explain.llm.explaining import request_of, why_dropped
+from sae_jax.interpret.explain.llm.questions import Answer, Plan, Request
 from sae_jax.interpret.explain.llm.scorers import SCORERS, Question
 from sae_jax.interpret.explain.llm.simulation import Simulator
 from sae_jax.interpret.explain.llm.source import LEAST, LogitWeights, Source
