@@ -21,8 +21,7 @@ from sae_jax.interpret.explain.llm.scorers import SCORERS
 from sae_jax.interpret.explain.llm.scoring import NOTHING, planned, score
 from sae_jax.interpret.explain.records import Explanation
 
-LATENTS = range(len(CONCEPTS))
-LABELLED = [Explanation("latents", i, "labels", "", name) for i, name in enumerate(CONCEPTS)]
+LABELLED = [Explanation("latents", i, "labels", "", name) for i, name in enumerate(CONCEPTS[:2])]
 BALANCED = ("detection", "fuzzing", "logits")
 
 
@@ -58,24 +57,15 @@ def values(scores, control=""):
 @pytest.mark.parametrize("way", ["bricken2023", "delphi", "saebench", "np_max_act_logits"])
 def test_explains_what_is_active_often_enough(world, tmp_path, way):
     with judge(tmp_path) as (server, client):
-        found = explain(*world, client, [*LATENTS, DEAD, RARE], explainer=way,
+        found = explain(*world, client, [2, 0, DEAD, RARE], explainer=way,
                         effects=planted_words.effects())  # fmt: skip
-    assert [e.text for e in found] == [*CONCEPTS, "", ""]
-    assert [e.details.get("dropped") for e in found[4:]] == ["dead", "few_windows"]
+    assert [e.text for e in found] == ["map", "sun", "", ""]
+    assert [e.details.get("dropped") for e in found[2:]] == ["dead", "few_windows"]
     assert re.fullmatch(f"explain_{way}@[0-9a-f]{{12}}", found[0].method)
-    assert len(server.calls) == len(CONCEPTS)
+    assert len(server.calls) == 2
     for body in server.calls:
         text = body["messages"][-1]["content"]
         assert "<|" not in text and "[/INST" not in text  # what a server may take for a turn's end
-
-
-def kinds(windows):
-    """How many windows have a concept's word that is active, one that is not, or none."""
-    return collections.Counter(
-        "on" if any(any(planted_words.active(c, words)) for c in CONCEPTS)
-        else "off" if any(map(planted_words.strength, words)) else "none"
-        for words in windows
-    )  # fmt: skip
 
 
 def test_composition_of_49_and_60(world, tmp_path):
@@ -105,18 +95,15 @@ def test_judge_that_knows_scores_one_and_controls_do_not(world, tmp_path):
     with judge(tmp_path) as (server, client):
         found = score(*world, client, LABELLED, scorers=list(SCORERS),
                       effects=planted_words.effects())  # fmt: skip
-        again = score(*world, client, LABELLED, scorers=list(SCORERS),
-                      effects=planted_words.effects())  # fmt: skip
-    assert found == again
-    assert values(found) == {name: [1.0] * len(CONCEPTS) for name in SCORERS}
+    assert values(found) == {name: [1.0] * 2 for name in SCORERS}
     none, shuffled = values(found, "none"), values(found, "shuffled")
     for name in BALANCED:
-        assert none[name] == [0.5] * 4 and max(shuffled[name]) <= 0.5
-    assert none["saebench"] == [10 / 14] * 4
-    assert none["bricken2023"] == [0.0] * 4 and max(shuffled["bricken2023"]) < 0.1
+        assert none[name] == [0.5] * 2 and max(shuffled[name]) <= 0.5
+    assert none["saebench"] == [10 / 14] * 2
+    assert none["bricken2023"] == [0.0] * 2 and max(shuffled["bricken2023"]) < 0.1
     assert "intruder" not in none
     others = [s.details["of"] for s in found if s.control == "shuffled" and s.scorer == "detection"]
-    assert sorted(others) == list(LATENTS) and all(map(int.__ne__, others, LATENTS))
+    assert others == [1, 0]
     assert any(json.dumps(NOTHING) in body["messages"][-1]["content"] for body in server.calls)
     assert not any(s.unparsable for s in found)
     assert {s.examples for s in found if s.scorer == "detection"} == {100}
@@ -147,17 +134,17 @@ def test_judges_that_know_nothing(world, tmp_path):
     effects = planted_words.effects()
     with judge(tmp_path / "a", constant) as (_, client):
         found = values(score(*world, client, LABELLED, scorers=list(SCORERS), effects=effects))
-    assert all(found[name] == [0.5] * 4 for name in BALANCED)
-    assert found["bricken2023"] == [0.0] * 4 and found["saebench"] == [10 / 14] * 4
+    assert all(found[name] == [0.5] * 2 for name in BALANCED)
+    assert found["bricken2023"] == [0.0] * 2 and found["saebench"] == [10 / 14] * 2
     with judge(tmp_path / "b", guessing) as (_, client):
         found = values(score(*world, client, LABELLED, scorers=list(SCORERS), effects=effects))
     for name, chance, examples in (
-        ("detection", 0.5, 400), ("fuzzing", 0.5, 400), ("logits", 0.5, 400),
-        ("saebench", 0.5, 56), ("intruder", 0.2, 40),
+        ("detection", 0.5, 200), ("fuzzing", 0.5, 200), ("logits", 0.5, 200),
+        ("saebench", 0.5, 28), ("intruder", 0.2, 20),
     ):  # fmt: skip
         error = np.sqrt(chance * (1 - chance) / examples)
         assert abs(np.mean(found[name]) - chance) < 3 * error
-    assert abs(np.mean(found["bricken2023"])) < 3 / np.sqrt(4 * 540)
+    assert abs(np.mean(found["bricken2023"])) < 3 / np.sqrt(2 * 540)
 
 
 def runs(text, length=5):
@@ -168,23 +155,31 @@ def runs(text, length=5):
 
 def test_nothing_is_tested_that_was_explained(world, tmp_path):
     shown, tested = set(), set()
-    scorers = ["detection", "fuzzing", "intruder", "saebench"]
     with judge(tmp_path) as (server, client):
-        explain(*world, client, LATENTS, explainer="delphi")
+        explain(*world, client, [0, 1], explainer="delphi")
         explained = len(server.calls)
-        for negatives in ("random", "same_tokens"):
-            score(*world, client, LABELLED, scorers=scorers, negatives=negatives)
+        for scorer, negatives in (
+            ("detection", "random"), ("intruder", "same_tokens"), ("saebench", "random"),
+        ):  # fmt: skip
+            score(*world, client, LABELLED, scorers=[scorer], negatives=negatives, controls=[])
     for number, body in enumerate(server.calls):
         for line in body["messages"][-1]["content"].split("\n"):
             if re.match(r"\d+\. ", line):
                 (shown if number < explained else tested).update(runs(line.partition(". ")[2]))
-    assert len(shown) > 2000 and len(tested) > 2000
+    assert len(shown) > 1000 and len(tested) > 1000
     assert not shown & tested
 
 
-@pytest.mark.parametrize("bad", ["I cannot say.", '{"labels": [1]}', '{"labels": [1, 0, 1, 0, 2]}',
-                                 {"content": "", "refusal": "no"},
-                                 {"content": '{"labels": [1', "finish_reason": "length"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "I cannot say.",
+        '{"labels": [1]}',
+        '{"labels": [1, 0, 1, 0, 2]}',
+        {"content": "", "refusal": "no"},
+        {"content": '{"labels": [1', "finish_reason": "length"},
+    ],
+)
 def test_what_cannot_be_read_is_wrong_and_is_counted(world, tmp_path, bad):
     def answer(messages):
         _, examples = planted_words.question(messages)
@@ -192,11 +187,10 @@ def test_what_cannot_be_read_is_wrong_and_is_counted(world, tmp_path, bad):
         return bad if sum(map(ord, first)) % 4 == 0 else planted_words.knowing(messages)
 
     with judge(tmp_path, answer) as (_, client):
-        found = score(*world, client, LABELLED, scorers=["detection"], controls=[])
-    for one in found:
-        assert 0 < one.unparsable < 20
-        assert one.details["without_unparsable"] == 1
-        assert one.details["accuracy"] == 1 - one.unparsable / 20
+        (one,) = score(*world, client, LABELLED[:1], scorers=["detection"], controls=[])
+    assert 0 < one.unparsable < 20
+    assert one.details["without_unparsable"] == 1
+    assert one.details["accuracy"] == 1 - one.unparsable / 20
 
 
 def test_auc_is_of_the_probabilities_of_labels(world, tmp_path):
@@ -215,17 +209,17 @@ def test_auc_is_of_the_probabilities_of_labels(world, tmp_path):
         found = score(*world, client, LABELLED, scorers=["detection"], controls=["none"],
                       logprobs=5)  # fmt: skip
     assert all(body["logprobs"] and body["top_logprobs"] == 5 for body in server.calls)
-    assert [s.details["auc"] for s in found] == [1.0, 0.5] * 4
+    assert [s.details["auc"] for s in found] == [1.0, 0.5] * 2
     assert {s.value for s in found} == {0.5}
 
 
 def test_plan_counts_the_calls(world, tmp_path):
     with judge(tmp_path) as (server, client):
-        plan = planned(*world, client, [*LATENTS, DEAD], scorers=["detection", "intruder"])
+        plan = planned(*world, client, [0, 1, DEAD], scorers=["saebench", "intruder"])
         assert not server.calls
-        explanations = explain(*world, client, [*LATENTS, DEAD])
-        score(*world, client, explanations, scorers=["detection", "intruder"])
-    assert plan.calls == len(server.calls) == 4 * (1 + 3 * 20 + 10)
+        explanations = explain(*world, client, [0, 1, DEAD])
+        score(*world, client, explanations, scorers=["saebench", "intruder"])
+    assert plan.calls == len(server.calls) == 2 * (1 + 3 + 10)
 
 
 def test_a_prompt_of_ones_own(world, tmp_path):
@@ -279,7 +273,7 @@ class Simulating:
 
 
 def test_simulation_by_probabilities(world):
-    found = score(*world, None, LABELLED[:2], scorers=["simulation"], judge=Simulating())
+    found = score(*world, None, LABELLED, scorers=["simulation"], judge=Simulating())
     assert [s.control for s in found[:3]] == ["", "shuffled", "none"]
     assert {s.examples for s in found} == {10}
     assert values(found)["simulation"] == pytest.approx([1, 1])

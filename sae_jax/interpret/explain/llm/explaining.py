@@ -36,7 +36,7 @@ def explain(
     A latent that is never active, that is on less than `LEAST_DENSITY` of the text, or that is
     active on fewer sequences than the explainer needs, is not asked about: its text is "", and its
     details have `dropped`, which is dead, rare or few_windows. Where an answer could not be read
-    the text is "" too, and the details have `unparsable`.
+    the text is "" too, and the details have `unparsable`. The details also name the model.
 
     Args:
       activity: where the latents are active. Windows are of the half that is not held out.
@@ -93,6 +93,7 @@ def _explained(
     for latent in latents:
         why = dropped[latent]
         text, details = ("", {"dropped": why}) if why else _said(way, found[latent])
+        details |= {"model": client.model}
         records.append(
             Explanation(units, int(latent), "llm", way.prompt.title, text, details=details)
         )

@@ -65,8 +65,10 @@ def score(
 
     Everything is tested on the half that is held out. Explanations without a text are left out. A
     score is None for a unit that is active on fewer than `source.LEAST` sequences of that half.
+    A judge that says the same of everything has a balanced accuracy of 0.5, and a correlation of 0.
     Answers that cannot be read, that were cut or refused, are wrong; where there are any, the
-    details have the score without them, `without_unparsable`.
+    details have the score without them, `without_unparsable`. The details also name the model, and
+    the unit whose explanation a shuffled one is, `of`.
 
     Args:
       activity: where the units are active.
@@ -238,12 +240,12 @@ def _asked(source: Source, client: Client, tests: Sequence[_Test], logprobs: int
     questions = _questions(source, tests)
     answers = iter(client.ask(_requests(tests, questions, logprobs), None, "answers"))
     return [
-        _score(test, asked, [next(answers) for _ in asked])
+        _score(test, asked, [next(answers) for _ in asked], client.model)
         for test, asked in zip(tests, questions, strict=True)
     ]
 
 
-def _score(test: _Test, questions: list[Question], answers: list[Answer]) -> Score:
+def _score(test: _Test, questions: list[Question], answers: list[Answer], model: str) -> Score:
     if not questions:
         return Score(*_record(test), details=test.details | {"why": "too few held-out windows"})
     scorer = SCORERS[test.scorer]
@@ -253,10 +255,13 @@ def _score(test: _Test, questions: list[Question], answers: list[Answer]) -> Sco
         question.wrong if said is None else said
         for question, said in zip(questions, read, strict=True)
     )
-    details = test.details | {name: of(truth, predicted) for name, of in scorer.others}
+    details = {**test.details, "model": model}
+    details |= {name: of(truth, predicted) for name, of in scorer.others}
     unread = read.count(None)
     if unread:
-        pairs = [(q.truth, said) for q, said in zip(questions, read, strict=True) if said]
+        pairs = [
+            (q.truth, said) for q, said in zip(questions, read, strict=True) if said is not None
+        ]
         readable = [_joined(part) for part in zip(*pairs, strict=True)]
         details["without_unparsable"] = scorer.measure(*readable) if readable else None
     if scorer.has_labels and (area := _auc(questions, answers)) is not None:
@@ -296,7 +301,7 @@ def _joined(parts) -> np.ndarray:
 
 
 def _auc(questions: list[Question], answers: list[Answer]) -> float | None:
-    """Returns the AUC of labels by their probabilities, where all answers have these."""
+    """Returns the AUC of labels by their probabilities, of the answers that have these."""
     truth, values = [], []
     for question, answer in zip(questions, answers, strict=True):
         found = label_probabilities(answer)
@@ -315,9 +320,10 @@ def label_probabilities(answer: Answer) -> list[float]:
     found, is_list = [], False
     for token in answer.logprobs or ():
         text = token["token"]
-        before, bracket, after = text.partition("[")
-        is_list, text = is_list or bool(bracket), after if bracket and not is_list else text
-        digits = _DIGIT.findall(text) if is_list else []
+        if not is_list:
+            _, bracket, text = text.partition("[")
+            is_list = bool(bracket)
+        digits = _DIGIT.findall(text)
         if len(digits) > 1:
             return []
         if digits:
