@@ -48,7 +48,8 @@ def explain(
       units: whose latents these are, as in `Explanation`.
       seed: the seed of what is drawn.
 
-    Raises UserError for an unknown explainer, for a prompt with mistakes, and as the client does.
+    Raises UserError for an unknown explainer or latent, for mistakes in a prompt, and as the client
+    does.
     """
     way, source = explainer_of(explainer), Source(activity, tokenizer, effects, seed)
     found = []
@@ -75,10 +76,10 @@ def request_of(explainer: Explainer, source: Source, latent: int) -> Request:
 
 def why_dropped(explainer: Explainer, source: Source, latent: int) -> str:
     """Returns why a latent is not asked about, as `explain` says; "" if it is."""
-    density = source.activity.density[latent]
+    windows, density = source.windows(latent, held_out=False), source.activity.density[latent]
     if density < LEAST_DENSITY:
         return "rare" if density else "dead"
-    return "few_windows" if source.windows(latent, False) < explainer.least else ""
+    return "few_windows" if windows < explainer.least else ""
 
 
 def _explained(
