@@ -138,6 +138,14 @@ class Activity:
         events = slice(self._starts[latent], self._starts[latent + 1])
         return self._rows[events], self._values[events]
 
+    def between(self, first: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns the events of the latents first..stop: where those of each begin among them,
+        (stop - first + 1,), and of all the tokens and the activations, as `of` does.
+        """
+        starts = self._starts[first : stop + 1]
+        events = slice(starts[0], starts[-1])
+        return starts - starts[0], self._rows[events], self._values[events]
+
     def dense(self, latent: int) -> np.ndarray:
         """Returns the latent's activation on every token, (n, T) float32."""
         rows, values = self.of(latent)

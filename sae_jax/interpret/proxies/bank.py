@@ -93,14 +93,28 @@ class Bank:
             if name in self._kinds
         }
 
-    def of(self, tokens: np.ndarray) -> list[Proxy]:
-        """Returns the proxies of a text, token ids (n, T)."""
-        matched = matches(self._tokenizer, tokens, self._patterns) if self._patterns else {}
-        is_corpus, scripts = tokens is self._corpus, self._found
-        if self._scripts and not is_corpus:
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the proxies."""
+        return tuple(self._kinds)
+
+    def of(self, tokens: np.ndarray, names: Sequence[str] | None = None) -> list[Proxy]:
+        """Returns the proxies of a text.
+
+        Args:
+          tokens: token ids, (n, T).
+          names: which of `names`; None: all.
+        """
+        kinds = {name: self._kinds[name] for name in (self.names if names is None else names)}
+        patterns = {
+            name: self._patterns[name] for name, kind in kinds.items() if kind == "patterns"
+        }
+        matched = matches(self._tokenizer, tokens, patterns) if patterns else {}
+        scripts = self._found
+        if "scripts" in kinds.values() and tokens is not self._corpus:
             scripts = scripts_of(self._tokenizer, tokens)
         proxies = []
-        for name, kind in self._kinds.items():
+        for name, kind in kinds.items():
             if kind == "patterns":
                 values = matched[name]
             elif kind == "scripts":

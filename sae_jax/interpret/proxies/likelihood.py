@@ -7,8 +7,8 @@ one context, that end with it. P(s) is the product of the probabilities of its t
 A concept that is an alphabet gives each character of it the same probability, and 1e-10 to any
 other. A script goes by Bayes: the ratio is P(script | s) / P(script), where P(script | s) is 1 if
 all characters are of the script, and else 1e-10; so no substring is better than the last token, or
-the whole character that it ends. A token that ends no character has the share of its occurrences
-in the corpus that belong to the script.
+the whole character that it ends. A token that ends no character, spaces aside, has the share of
+its occurrences in the corpus that belong to the script.
 """
 
 import string
@@ -16,7 +16,7 @@ import string
 import numpy as np
 
 from sae_jax import lm
-from sae_jax.interpret.proxies.scripts import Scripts
+from sae_jax.interpret.proxies.scripts import OTHER, Scripts
 from sae_jax.interpret.text import token_bytes
 
 ELSEWHERE = 1e-10
@@ -96,7 +96,8 @@ class ScriptRatio:
           neighbours.
         """
         self.name, self._inherit = name, inherit
-        parts, ours = tokens[found.is_part], found.codes[found.is_part] == found.code(name)
+        known = found.is_part & (found.codes != OTHER)
+        parts, ours = tokens[known], found.codes[known] == found.code(name)
         size = int(tokens.max(initial=0)) + 1
         of_all, of_ours = (np.bincount(t, minlength=size) for t in (parts, parts[ours]))
         self._share = of_ours / np.maximum(of_all, 1)

@@ -16,8 +16,10 @@ from sae_jax.interpret.proxies.indicators import spell
 from sae_jax.progress_bar import progress
 
 OTHER, COMMON, SPECIAL = -1, -2, -3
-"""Codes of tokens that are of no one script: of several, of none of their own, and no text."""
+"""Codes of tokens that are of no one script: of several or of a character that the context cuts, of
+none of their own, and no text."""
 
+_CUT = "\ufffd"  # what `spell` has for bytes of a character that the context cuts
 _SHARED = ("Zyyy", "Zinh", "Zzzz")
 
 
@@ -28,8 +30,8 @@ class Scripts:
     Attributes:
       names: Unicode's names, such as Arabic and Han.
       codes: the script of the characters that each token ends, as a place in `names` or one of the
-        codes above, (n, T) int16. A token that ends none has the script of its character.
-      is_part: the tokens that end no character, (n, T) bool.
+        codes above, (n, T) int16. A token that ends none has the script of the one it begins.
+      is_part: the tokens that end no character, or only spaces, and begin one, (n, T) bool.
     """
 
     names: tuple[str, ...]
@@ -58,22 +60,46 @@ def scripts_of(tokenizer: lm.Tokenizer, tokens: np.ndarray) -> Scripts:
     special, places, known = set(tokenizer.special_tokens), {}, {}
     for row, ids in enumerate(progress(tokens, "reading scripts", len(tokens), "sequence")):
         spelled = spell(tokenizer, ids)
-        starts, stops = spelled.starts, spelled.stops
-        goes_on = np.append(starts[1:], len(spelled.text)) < stops  # the last character does
-        is_part[row] = goes_on & (stops - 1 <= starts)
-        stops = np.where(is_part[row], stops, stops - goes_on)
-        for token, (start, stop) in enumerate(zip(starts.tolist(), stops.tolist(), strict=True)):
-            text = spelled.text[start:stop]
+        starts, stops = spelled.starts.tolist(), spelled.stops.tolist()
+        following = [*starts[1:], len(spelled.text)]
+        for token, bounds in enumerate(zip(starts, stops, following, strict=True)):
+            text, is_part[row, token] = _ended(spelled.text, *bounds)
             if text not in known:
-                found = {_script(character) for character in text.strip()}
-                if found <= {None}:
-                    known[text] = COMMON
-                else:
-                    name = found.pop()
-                    known[text] = OTHER if found else places.setdefault(name, len(places))
+                known[text] = _code(text, places)
             codes[row, token] = known[text]
         codes[row, [i in special for i in ids.tolist()]] = SPECIAL
     return Scripts(tuple(places), codes, is_part)
+
+
+def _ended(text: str, start: int, stop: int, following: int) -> tuple[str, bool]:
+    """Returns the characters that a token ends, or if it ends none the one that it begins, and
+    whether it is that.
+
+    Args:
+      text: the text of the sequence.
+      start: where the token's part of it begins.
+      stop: where it ends.
+      following: where that of the next token begins, before `stop` if they share a character.
+    """
+    own = text[start:stop]
+    if following < stop:
+        return (own[:-1], False) if own[:-1].strip() else (own[-1], True)
+    return own, _is_cut(own)
+
+
+def _is_cut(text: str) -> bool:
+    return _CUT in text and not text.strip().strip(_CUT)
+
+
+def _code(text: str, places: dict[str, int]) -> int:
+    """Returns the code of a text; a script that is not in `places` gets the next place."""
+    found = {_script(character) for character in text.strip()}
+    if _is_cut(text) or len(found) > 1:
+        return OTHER
+    if found <= {None}:
+        return COMMON
+    name = found.pop()
+    return places.setdefault(name, len(places))
 
 
 @functools.lru_cache(2**16)
