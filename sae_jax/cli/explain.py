@@ -50,6 +50,7 @@ _ASKED = (  # the flags that an activity is recorded by
 ).split()
 LATENTS = "latents"  # as interpret.explain.records has it
 _WAYS = ("statistics", "embedding", "llm")
+_ALL = {"all": ["scripts", "alphabets", "patterns", "documents"]}
 _CONTROLS = ("neurons", "random", "shuffled_model")
 
 
@@ -137,7 +138,7 @@ def define(values: flags.FlagValues) -> None:
         "labelled_text", "The text that was harvested, with a label a document.", values
     )
     string("label_field", "label", "The field of --labelled_text's JSON that holds the label.")
-    string("explanations", None, "A .csv or .json of labels of yours, scored as well.")
+    string("labels", None, "A .csv or .json of labels of yours, which are scored as well.")
 
 
 def run(args, overrides) -> None:
@@ -149,6 +150,8 @@ def run(args, overrides) -> None:
     if args.dry_run:
         print(work.planned())
         return
+    if args.labels:
+        work.take_labels()
     for way in ways:
         work.explain(way)
     if args.proxies:
@@ -203,8 +206,20 @@ class _Work:
         self.source = opened_sources.make_source(args, data, store, self.model, heldout=False)
         own = there or self._recorded(place, which | settings)
         self.written = own.about.settings["site"].split(",")[-1]
-        controls = [name for name in args.controls if name != "none"]
-        self.activities = {LATENTS: own}
+        controls = record_controls(
+            [name for name in args.controls if name != "none"],
+            own,
+            self.sae,
+            self.source,
+            self.out,
+            run=opened.path if opened.is_run else None,
+            model=self.model,
+            tokens=args.shuffled_tokens,
+            seed=args.seed,
+            overwrite=args.overwrite,
+        )
+        self.activities = {LATENTS: own, **controls}
+        self.title = f"Latents of {opened.path.name}, explained"
 
     def _there(self, place, which: dict):
         """Returns the activity that is there, or None where it is to be recorded."""
@@ -230,6 +245,18 @@ class _Work:
                 overwrite=self.args.overwrite,
             )
         return Activity(place)
+
+    def take_labels(self) -> None:
+        """Puts the user's own labels among the explanations, so that they are scored."""
+        from sae_jax.interpret.dashboard import read_labels
+        from sae_jax.interpret.explain import records
+
+        found = read_labels(self.args.labels, self.sae.config.d_sae)
+        said = [
+            records.Explanation(LATENTS, latent, "labels", "given", text)
+            for latent, text in found.names.items()
+        ]
+        records.update(self.out, said, [])
 
     def explain(self, way: str) -> None:
         """Explains and scores all units in a way, and puts what was found beside what there is."""
@@ -367,15 +394,54 @@ class _Work:
             lines.append(f"{len(chosen)} {units}: {plan}")
         return "\n".join(lines)
 
+    def measure_specificity(self) -> None:
+        """Measures how specific latents are for the concepts of --proxies, and writes it."""
+        from sae_jax.interpret import proxies
+
+        args, own, labels = self.args, self.activities[LATENTS], None
+        if args.labelled_text:
+            labels = proxies.document_labels(
+                args.labelled_text,
+                self.tokenizer,
+                own.tokens,
+                own.numbers,
+                label_field=args.label_field,
+                collapse_newlines=args.collapse_newlines,
+            )
+        wanted = [name for one in args.proxies for name in _ALL.get(one, [one])]
+        model = None if self.sae.config.kind == "crosscoder" else self.model
+        found = proxies.specificity(
+            own,
+            self.tokenizer,
+            wanted,
+            neurons=self.source,
+            labels=labels,
+            sae=self.sae,
+            model=model,
+            steer=args.steer or (),
+        )
+        print(f"Written: {proxies.write_specificity(self.out / 'proxies', found)}")
+
     def report(self) -> None:
         """Sums up all that is known, prints it, and writes the report and the labels."""
-        from sae_jax.interpret.explain import records
-        from sae_jax.interpret.explain.summary import summarise, write_summary
+        from sae_jax.interpret.explain import labels, records, report, summary
 
         explanations, scores = records.read(self.out)
-        found = summarise(explanations, scores, seed=self.args.seed)
-        write_summary(self.out, found)
+        found = summary.summarise(explanations, scores, seed=self.args.seed)
+        summary.write_summary(self.out, found)
+        labels.write_labels(self.out, explanations, scores)
         print(found)
+        page = report.write_report(
+            self.out,
+            found,
+            explanations,
+            scores,
+            self.activities[LATENTS],
+            self.tokenizer,
+            title=self.title,
+            seed=self.args.seed,
+        )
+        print(f"Written: {page}")
 
 
 def _numbers(text: str, d_sae: int) -> list[int]:
