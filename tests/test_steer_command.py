@@ -3,10 +3,12 @@
 import json
 
 import numpy as np
+import planted
 import pytest
 
 import sae_jax
 from sae_jax import cli, lm
+from sae_jax.cli import opened_saes
 from sae_jax.interpret import steering_report
 from sae_jax.interpret.steering import UNTOUCHED, Outcome
 
@@ -60,6 +62,7 @@ def test_steering_a_run_from_latent_to_figure(run, latent, tmp_path, capsys):
         assert 0 < outcome["distinct_1"] <= 1 and 0 <= outcome["concept"] <= 1
     assert outcomes[f"latent {latent}", 5.0]["kl"] > outcomes[f"latent {latent}", 0.0]["kl"]
     settings = saved["settings"]
+    assert settings["sae"] == str(run)
     assert settings["maxima_of"].endswith("rows: held-out sequences of the store")
     assert settings["token_set"] == ["self", " return"] and settings["latents"] == [latent]
     lines = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
@@ -123,6 +126,13 @@ def test_maxima_are_those_of_the_evaluation_where_there_is_one(run, latent, caps
     assert code == 0 and f"latent {latent}: {arrays['max_activation'][latent]:.4g}" in said, said
     assert str(run / "eval.json") in said
     (run / "eval.json").unlink()
+
+
+def test_what_was_opened_has_a_name(tmp_path, monkeypatch):
+    planted.sae("topk").save(tmp_path / "saved")
+    monkeypatch.chdir(tmp_path)
+    for run, sae in (("saved", None), (None, "saved")):
+        assert opened_saes.open_sae(run, sae, None, {}).name == str(tmp_path / "saved")
 
 
 WRONG = {

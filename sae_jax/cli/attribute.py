@@ -2,6 +2,7 @@
 
 from absl import flags
 
+from sae_jax.cli import opened_saes, opened_sources
 from sae_jax.errors import UserError
 
 SUMMARY = """Find the latents that make a language model say what it says.
@@ -61,15 +62,7 @@ def define(values: flags.FlagValues) -> None:
     string("kind", "Of Gemma Scope files, which do not say it: autoencoder or transcoder.")
     strings("site", "The site that each --sae reads; what its file says, or the run's.")
     strings("target_site", "The site that each transcoder writes; the run's.")
-    string(
-        "model",
-        "Directory of the language model, or hf://ORG/REPOSITORY[@REVISION]; demo: the one that "
-        "ships here. By default that of the run's store, if it is on the hub or ships here.",
-    )
-    flags.DEFINE_enum(
-        "model_dtype", "float32", ["float32", "bfloat16"], "In which the model computes.",
-        flag_values=values,
-    )  # fmt: skip
+    opened_sources.define_model(values)
     string("prompt", "The text. BOS comes before it.")
     string("target", 'The token after the prompt, such as " Paris".')
     string("baseline", "Another token, whose logit is taken off; the mean of all.")
@@ -167,12 +160,11 @@ def _check(args) -> None:
 def _opened(args) -> tuple:
     """Returns the SAEs at their sites, their model, what the latents of each are called, and where
     each is from."""
+    import dataclasses
     import functools
 
     from sae_jax import lm, paths
     from sae_jax.activations import is_world
-    from sae_jax.cli import opened_saes
-    from sae_jax.evaluate.sources import check_model
     from sae_jax.interpret import dashboard
     from sae_jax.interpret.placed import Placed
 
@@ -183,26 +175,22 @@ def _opened(args) -> tuple:
         chosen = {name: values[n] for name, values in sites.items() if values}
         run, sae = (named, None) if args.run else (None, named)
         opened = opened_saes.open_sae(run, sae, args.kind, chosen)
-        data, store = opened.data, None
+        data = opened.data
         if data.store and is_world(data.store):
             raise UserError(f"{data.store} is a synthetic world, which no language model goes with")
         # A model that is named needs no store, which may be elsewhere.
-        if data.store and not (args.model and not paths.path(data.store).exists()):
-            store = lm.open_store(data.store)
-        directory = opened_saes.model_of(args.model, store)
-        if directory is None:
+        if args.model and data.store and not paths.path(data.store).exists():
+            data = dataclasses.replace(data, store="")
+        _, model, _ = opened_sources.open_store_and_model(args, data, open_model)
+        if model is None:
             raise UserError("which language model? give its directory: --model=DIR")
-        model = open_model(directory, args.model_dtype)
-        if store is not None:
-            check_model(store, model)
         if not data.site:
             raise UserError(f"where does {named} belong? give --site, such as --site=resid_post.2")
         models.append(model)
         name = named if len(args.run or args.sae) > 1 else data.site
         placed.append(Placed(opened.sae, data.site, data.target_site or None, name))
-        origin = named if paths.is_remote(named) else str(opened.path.absolute())
         where = {"site": data.site, "target_site": data.target_site or None}
-        origins.append({"sae": origin, **opened.about, **where})
+        origins.append({"sae": opened.name, **opened.about, **where})
         if args.labels:
             labels.append(dashboard.read_labels(args.labels[n], opened.sae.config.d_sae).names)
     if len({model.spec for model in models}) > 1:

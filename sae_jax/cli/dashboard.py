@@ -77,16 +77,7 @@ def define(values: flags.FlagValues) -> None:
     string("store", "Look for texts in this store; the run's.")
     string("site", "Site of the store or of the model; the run's, or what the SAE's file says.")
     string("target_site", "The site that a transcoder predicts; the run's.")
-    string(
-        "model",
-        "Directory of the language model, or hf://ORG/REPOSITORY[@REVISION]; demo: the one that "
-        "ships here; torch: before either: run by transformers; none: leave its part out. By "
-        "default the store's, if it is the shipped one or on the hub.",
-    )
-    flags.DEFINE_enum(
-        "model_dtype", "float32", ["float32", "bfloat16"], "In which the model computes.",
-        flag_values=values,
-    )  # fmt: skip
+    opened_sources.define_model(values)
     string("tokenizer", "Directory of a tokenizer, where there is no model.")
     path_lists.define("text", "Text files instead of a store, as for harvest.", values)
     string("tokens_file", "An .npy or .npz of token ids (sequences, length), instead of a store.")
@@ -119,7 +110,7 @@ def run(args, overrides) -> None:
     del overrides
     import dataclasses
 
-    from sae_jax import lm, paths
+    from sae_jax import lm
     from sae_jax.interpret import dashboard
     from sae_jax.local_server import LOCAL
 
@@ -140,8 +131,7 @@ def run(args, overrides) -> None:
     home, out = _directories(args)
     chosen = opened_sources.chosen(args)
     found = opened_saes.open_sae(args.run, args.sae, args.kind, chosen)
-    named = args.run or args.sae
-    which = {"sae": named if paths.is_remote(named) else str(found.path.absolute()), **found.about}
+    which = {"sae": found.name, **found.about}
     there = _there(args, home, which, found.sae.config.d_sae)
     labels = args.labels and dashboard.read_labels(args.labels, found.sae.config.d_sae)
     data = dataclasses.replace(found.data, **opened_sources.chosen(args))
@@ -227,7 +217,7 @@ def _check_single(args, found, store, chosen) -> None:
 
     if wrong := [i for i in chosen or () if i >= found.sae.config.d_sae]:
         raise UserError(f"no latent {wrong[0]}: there are 0 to {found.sae.config.d_sae - 1:,}")
-    if store is None or args.text or args.tokens_file:
+    if store is None or opened_sources.has_own_text(args):
         raise UserError("--single is of a store's texts; leave it out, and the folder is written")
     if not report.is_of(found.path / "eval.json", found.path):
         raise UserError(

@@ -63,19 +63,7 @@ def define(values: flags.FlagValues) -> None:
     counts.define(
         "lm_tokens", 262_144, "Run the language model on at most about so many tokens.", values
     )
-    string(
-        "model",
-        "Directory of the language model, or hf://ORG/REPOSITORY[@REVISION]; demo: the one that "
-        "ships here; torch: before either: run by transformers, whatever its family; none: leave "
-        "its part out. By default the store's, if it is on the hub.",
-    )
-    flags.DEFINE_enum(
-        "model_dtype",
-        "float32",
-        ["float32", "bfloat16"],
-        "In which the language model computes; losses are float32 in any case.",
-        flag_values=values,
-    )
+    opened_sources.define_model(values)
     string("tokens_file", "An .npy or .npz of token ids (sequences, length), instead of a store.")
     path_lists.define("text", "Text files instead of a store, as for harvest.", values)
     flags.DEFINE_integer(
@@ -143,11 +131,10 @@ def _evaluate(args) -> None:
     if args.select:
         raise UserError("--select chooses among the runs of --results=SWEEP; give that too")
     chosen = opened_sources.chosen(args)
-    sae, path, is_run, about, data = opened_saes.open_sae(args.run, args.sae, args.kind, chosen)
-    source, model, settings = _open(args, data, lm.open_model)
-    named = args.run or args.sae
-    name = named if paths.is_remote(named) else str(path.absolute())
-    settings = {"sae": name, **about, **settings}
+    opened = opened_saes.open_sae(args.run, args.sae, args.kind, chosen)
+    sae, path = opened.sae, opened.path
+    source, model, settings = _open(args, opened.data, lm.open_model)
+    settings = {"sae": opened.name, **opened.about, **settings}
     out = args.out or (path / "eval.json" if args.run else None)
     if out is not None:  # so that it is refused before the work
         check_sites(sae, source)
@@ -157,13 +144,13 @@ def _evaluate(args) -> None:
     if not is_writer():
         return
     print(evaluation.table())
-    if model is None and not is_world(data.store):
+    if model is None and not is_world(opened.data.store):
         print("No cross-entropy: it needs --model=DIR, the language model's directory.")
     if out is None:
         print("Nothing was written; --out=FILE.json keeps it.")
         return
     save(evaluation, out, args.overwrite)
-    files = figures.save_all(evaluation, out, path / "metrics.jsonl" if is_run else None)
+    files = figures.save_all(evaluation, out, path / "metrics.jsonl" if opened.is_run else None)
     print(f"Written: {', '.join(map(str, [out, dead_latents_file(out), *files]))}")
 
 
@@ -290,7 +277,7 @@ def _shown(names: dict[str, str], done: dict[str, dict]) -> str:
 def _open(args, data, open_model) -> tuple:
     """Returns (source, model or None, settings), as `opened_sources.open_source` does."""
     slices = _slice(args.sequences, "--sequences"), _slice(args.lm_sequences, "--lm_sequences")
-    if slices != (None, None) and not (args.tokens_file or args.text):
+    if slices != (None, None) and not opened_sources.has_own_text(args):
         raise UserError("--sequences and --lm_sequences are of --tokens_file or --text; give one")
     return opened_sources.open_source(args, data, open_model, *slices)
 

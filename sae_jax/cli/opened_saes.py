@@ -1,4 +1,4 @@
-"""Opens the SAE and the language model that the flags of a command name."""
+"""Opens the SAE that the flags of a command name."""
 
 from typing import NamedTuple
 
@@ -10,6 +10,8 @@ class OpenedSAE(NamedTuple):
 
     Attributes:
       sae: the SAE.
+      name: what was opened: the absolute path of a run or SAE, or its name on the hub or in an
+        object store.
       path: the run's directory or the SAE's folder.
       is_run: whether it is a run's.
       about: of a run, the settings that tell its checkpoint from others.
@@ -17,6 +19,7 @@ class OpenedSAE(NamedTuple):
     """
 
     sae: object
+    name: str
     path: object
     is_run: bool
     about: dict
@@ -36,7 +39,7 @@ def open_sae(run: str | None, sae: str | None, kind: str | None, chosen: dict) -
     """
     import dataclasses
 
-    from sae_jax import interop
+    from sae_jax import interop, paths
     from sae_jax.config import DataConfig
     from sae_jax.train.directory import find_store, read_config
 
@@ -54,7 +57,8 @@ def open_sae(run: str | None, sae: str | None, kind: str | None, chosen: dict) -
     data = dataclasses.replace(data, **chosen)
     if not data.site and not is_run:
         data = dataclasses.replace(data, site=interop.site(path) or "")
-    return OpenedSAE(opened, path, is_run, about, data)
+    name = named if paths.is_remote(named) else str(path.absolute())
+    return OpenedSAE(opened, name, path, is_run, about, data)
 
 
 def latest(run) -> tuple:
@@ -70,20 +74,3 @@ def latest(run) -> tuple:
     if not steps:
         raise UserError(f"{run} holds no checkpoint yet; train it first")
     return run / "checkpoints" / str(steps[-1]), checkpoint_settings(run, steps[-1])
-
-
-def model_of(asked: str | None, store):
-    """Returns the model that the flag --model asks for, as `lm.open_model` takes it, or None.
-
-    Without the flag it is the store's own model, if that is the one that ships here or on the hub.
-    """
-    from sae_jax import lm
-
-    if asked is not None:
-        return {"demo": lm.DEMO_MODEL, "none": None}.get(asked, asked)
-    if store is None:
-        return None
-    made_by = store.meta.provenance.get("model_fingerprint")
-    if made_by is not None and made_by == lm.fingerprint(lm.DEMO_MODEL):
-        return lm.DEMO_MODEL
-    return store.meta.model if lm.hub_name(store.meta.model or "") else None

@@ -5,8 +5,28 @@ The flags have the same names in all of them: --store, --tokens_file or --text (
 --tokens, --holdout_fraction and --include_excluded.
 """
 
-from sae_jax.cli import opened_saes
+from absl import flags
+
 from sae_jax.errors import UserError
+
+
+def define_model(values: flags.FlagValues) -> None:
+    """Defines the flags --model and --model_dtype."""
+    flags.DEFINE_string(
+        "model",
+        None,
+        "Directory of the language model, or hf://ORG/REPOSITORY[@REVISION]; demo: the one that "
+        "ships here; torch: before either: run by transformers, whatever its family; none: leave "
+        "its part out. By default the store's, if it is the shipped one or on the hub.",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "model_dtype",
+        "float32",
+        ["float32", "bfloat16"],
+        "In which the language model computes; losses are float32 in any case.",
+        flag_values=values,
+    )
 
 
 def chosen(args) -> dict:
@@ -14,6 +34,11 @@ def chosen(args) -> dict:
     names = ("store", "site", "target_site", "holdout_fraction", "include_excluded")
     known = [name for name in names if name in args]
     return {name: args[name].value for name in known if args[name].value is not None}
+
+
+def has_own_text(args) -> bool:
+    """Whether the flags give text or tokens of the user's, instead of a store's."""
+    return any(name in args and args[name].value for name in ("text", "tokens_file"))
 
 
 def open_source(
@@ -44,16 +69,33 @@ def open_store_and_model(args, data, open_model) -> tuple:
     from sae_jax.evaluate.sources import check_model
 
     store = lm.open_store(data.store) if data.store and not is_world(data.store) else None
-    directory = opened_saes.model_of(args.model, store)
+    directory = _model_of(args.model, store)
     model = None
     if directory is not None:
         model = open_model(directory, args.model_dtype)
-        if store is not None and not (args.tokens_file or args.text):
+        if store is not None and not has_own_text(args):
             check_model(store, model)
     settings = {"model": directory and str(directory)}
     if model is not None:
         settings["model_dtype"] = args.model_dtype
     return store, model, settings
+
+
+def _model_of(asked: str | None, store):
+    """Returns the model that the flag --model asks for, as `lm.open_model` takes it, or None.
+
+    Without the flag it is the store's own model, if that is the one that ships here or on the hub.
+    """
+    from sae_jax import lm
+
+    if asked is not None:
+        return {"demo": lm.DEMO_MODEL, "none": None}.get(asked, asked)
+    if store is None:
+        return None
+    made_by = store.meta.provenance.get("model_fingerprint")
+    if made_by is not None and made_by == lm.fingerprint(lm.DEMO_MODEL):
+        return lm.DEMO_MODEL
+    return store.meta.model if lm.hub_name(store.meta.model or "") else None
 
 
 def make_source(
@@ -72,7 +114,7 @@ def make_source(
     from sae_jax.evaluate.worlds import WorldRows
 
     if is_world(data.store):
-        if model or args.tokens_file or args.text:
+        if model or has_own_text(args):
             raise UserError(
                 f"{data.store} is a synthetic world, which no language model or text goes with; "
                 "leave out --model, --tokens_file and --text"
@@ -81,7 +123,7 @@ def make_source(
     sites = f"{data.site},{data.target_site}" if data.target_site else data.site
     if args.tokens_file and args.text:
         raise UserError("give either --tokens_file or --text")
-    if not (args.tokens_file or args.text):
+    if not has_own_text(args):
         if store is None:
             raise UserError("nothing to evaluate on: give --store, --tokens_file or --text")
         return HeldOutRows(

@@ -66,16 +66,7 @@ def define(values: flags.FlagValues) -> None:
     string("store", None, "The store whose held-out text is measured on; the run's.")
     string("site", None, "Site of the model; the run's, or what the SAE's file says.")
     string("target_site", None, "The site that a transcoder predicts; the run's.")
-    string(
-        "model", None,
-        "Directory of the language model, or hf://ORG/REPOSITORY[@REVISION]; demo: the one that "
-        "ships here; torch: before either: run by transformers. By default the store's, if it is "
-        "on the hub or ships here.",
-    )  # fmt: skip
-    flags.DEFINE_enum(
-        "model_dtype", "float32", ["float32", "bfloat16"], "In which the model computes.",
-        flag_values=values,
-    )  # fmt: skip
+    opened_sources.define_model(values)
     flags.DEFINE_list("latent", None, "A latent, or several with commas.", flag_values=values)
     flags.DEFINE_list(
         "factors", None, "Of the maximum, with commas; -10,-5,-2,0,2,5,10.", flag_values=values
@@ -157,7 +148,7 @@ def _check(args) -> None:
 
     if not args.latent:
         raise UserError("which latent? give --latent=7, or several: --latent=7,12")
-    texts = args.text or args.tokens_file
+    texts = opened_sources.has_own_text(args)
     if not (args.prompt or args.prompts or texts or args.run or args.store):
         raise UserError("nothing to steer: give --prompt=TEXT to go on from, or --text=FILE")
     if args.mode in FIXED_FACTORS and args.factors:
@@ -211,7 +202,7 @@ def _prepared(args) -> tuple:
         args.concept,
     )  # fmt: skip
     settings = {
-        "sae": str(opened.path.absolute() if opened.is_run else args.sae),
+        "sae": opened.name,
         **opened.about,
         "model": model.spec,
         "model_dtype": args.model_dtype,
@@ -246,7 +237,7 @@ def _opened(args) -> tuple:
         return lm.open_model(name, dtype, scan=not lm.is_torch(name))
 
     opened = opened_saes.open_sae(args.run, args.sae, args.kind, opened_sources.chosen(args))
-    data, has_text = opened.data, bool(args.text or args.tokens_file)
+    data, has_text = opened.data, opened_sources.has_own_text(args)
     if is_world(data.store):
         raise UserError(f"{data.store} is a synthetic world, which has no language model to steer")
     if args.model and has_text:  # a store is not needed, and may be elsewhere
