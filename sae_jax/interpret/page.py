@@ -142,7 +142,7 @@ def write_page(
     for place, latent in enumerate(latents):
         found = examples[place]
         top = found[0][0].activations.max() if found[0] else 1.0
-        shown = [[_spans(tokenizer, e, top) for e in group] for group in found]
+        shown = [[spans(tokenizer, e, top) for e in group] for group in found]
         promoted, suppressed = (
             [token_text(tokenizer, t) for t in part[place]] if effects else []
             for part in (effects and effects.promoted, effects and effects.suppressed)
@@ -222,14 +222,15 @@ def _figures(evaluation: Evaluation, metrics_file) -> list[tuple[str, str]]:
     return drawn
 
 
-def _spans(tokenizer, example: Example, top: float) -> list[Span]:
-    spans = []
+def spans(tokenizer: lm.Tokenizer, example: Example, top: float) -> list[Span]:
+    """Returns the pieces of an example as a page shows them, beside the latent's maximum `top`."""
+    found = []
     for piece in pieces(tokenizer, example.ids, example.start, example.stop):
         part = slice(piece.start - example.start, piece.stop - example.start)
         activation = float(example.activations[part].max())
         peak = piece.start <= example.peak < piece.stop
-        spans.append(Span(piece.text, activation, min(activation / top, 1.0), peak))
-    return spans
+        found.append(Span(piece.text, activation, min(activation / top, 1.0), peak))
+    return found
 
 
 def _named_intervals(groups) -> list[tuple[str, list[list[Span]]]]:

@@ -47,11 +47,11 @@ def _of(one: Scored) -> Iterator[str]:
             yield f"{of} {verb} higher, {control.mean.value:.3f}, than the latents' {mean:.3f}"
         elif less.low <= 0:
             yield (
-                f"{of} {verb} as well, {control.mean.value:.3f} and {mean:.3f}: the difference is "
-                f"{less.value:.3f}, {less.low:.3f} to {less.high:.3f}"
+                f"{of} may {verb.removesuffix('s')} as well, {control.mean.value:.3f} and "
+                f"{mean:.3f}: the difference is {less.value:.3f}, {less.low:.3f} to {less.high:.3f}"
             )
         elif several.low is not None and several.low <= 0:
-            yield f"without single-token units {of} {verb} as well"
+            yield f"without single-token units {of} may {verb.removesuffix('s')} as well"
     names = {control.name for control in one.controls}
     if one.by and not names & set(IN_PLACE):
         yield "no other explanation was scored in place of these, so it may be easy to score well"
