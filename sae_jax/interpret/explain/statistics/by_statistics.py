@@ -4,14 +4,15 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-import scipy.stats
+import scipy.special
 
 from sae_jax import lm
 from sae_jax.interpret import proxies
 from sae_jax.interpret.activity import Activity
 from sae_jax.interpret.explain.records import LATENTS, Explanation, Score
 from sae_jax.interpret.explain.statistics.finding import best_rule
-from sae_jax.interpret.explain.statistics.rules import IndexedText, Rule
+from sae_jax.interpret.explain.statistics.indexed_text import IndexedText
+from sae_jax.interpret.explain.statistics.rules import Rule
 from sae_jax.interpret.explain.statistics.testing import Tested, discoveries, test_rule
 from sae_jax.interpret.hashes import mix
 from sae_jax.interpret.text import token_text
@@ -29,10 +30,9 @@ _SHOWN = 10  # tokens whose lift is told
 
 @dataclasses.dataclass(frozen=True)
 class _Found:
-    """What was found of a latent: its rule, where that holds on held-out text, and how it did."""
+    """What was found of a latent: its rule, its F1 on the text for finding, and how it did."""
 
     rule: Rule
-    rows: np.ndarray
     found_f1: float
     tested: Tested
 
@@ -70,11 +70,11 @@ def by_statistics(
     """
     if indicators is None:
         indicators = proxies.indicators(tokenizer, activity.tokens)
-    text = IndexedText(activity, indicators)
+    finding, testing = (IndexedText(activity, indicators, side) for side in (False, True))
     numbers = list(range(activity.d_sae)) if latents is None else [int(i) for i in latents]
     found = {}
     for latent in progress(numbers, "finding rules", len(numbers), "latent"):
-        if (one := _find(activity, text, latent)) is not None:
+        if (one := _find(finding, testing, activity.of(latent)[0])) is not None:
             found[latent] = one
     tried = list(found)
     holds = discoveries(np.array([found[i].tested.p_value for i in tried]), fdr)
@@ -83,52 +83,45 @@ def by_statistics(
         for latent, hold in zip(tried, holds, strict=True)
         if hold and found[latent].tested.f1 >= least_f1
     }
-    explanations, scores = [], []
+    rates = np.bincount(activity.tokens[activity.used]) / max(activity.about.rows, 1)
     others = dict(zip(tried, _others(tried, seed), strict=True))
-    for latent in numbers:
-        about = _about(activity, tokenizer, text, latent)
-        one = found.get(latent)
-        label = one.rule.label(tokenizer, indicators.names) if one and latent in claimed else ""
-        kind = one.rule.kind if label else ""
-        explanations.append(Explanation(units, latent, "statistics", METHOD, label, kind, about))
-        details = {"claimed": bool(label), "too_seldom": one is None}
-        if one is None:
-            scores.append(Score(units, latent, "statistics", METHOD, "f1", details=details))
-            continue
-        details |= {"rule": one.rule.label(tokenizer, indicators.names), "kind": one.rule.kind}
-        details |= {"found_f1": round(one.found_f1, 6)} | _rounded(one.tested)
+    explanations, scores = [], []
+
+    def score(latent, control, tested, details):
+        value, active = (tested.f1, tested.active) if tested else (None, 0)
+        details |= _rounded(tested) if tested else {}
         scores.append(
-            Score(units, latent, "statistics", METHOD, "f1", "", one.tested.f1,
-                  one.tested.active, 0, details)
-        )  # fmt: skip
-        if others[latent] != latent:
-            other = found[others[latent]]
-            tested = test_rule(text, other.rule, _half(activity, text, latent, True), other.rows)
-            details = {"of": others[latent]} | _rounded(tested)
-            scores.append(
-                Score(units, latent, "statistics", METHOD, "f1", "shuffled", tested.f1,
-                      tested.active, 0, details)
-            )  # fmt: skip
+            Score(units, latent, "statistics", METHOD, "f1", control, value, active, 0, details)
+        )
+
+    for latent in progress(numbers, "testing rules", len(numbers), "latent"):
+        rows, values = activity.of(latent)
+        one, label, kind = found.get(latent), "", ""
+        about = _about(activity, tokenizer, rates, rows, values)
+        details = {"claimed": latent in claimed, "too_seldom": one is None}
+        if one is not None:
+            label, kind = one.rule.label(tokenizer, indicators.names), one.rule.kind
+            details |= {"rule": label, "kind": kind, "found_f1": _short(one.found_f1)}
+        said = (label, kind) if latent in claimed else ("", "")
+        explanations.append(Explanation(units, latent, "statistics", METHOD, *said, about))
+        score(latent, "", one and one.tested, details)
+        if one is not None and (other := others[latent]) != latent:
+            tested = test_rule(testing, found[other].rule, testing.rows_of(rows))
+            score(latent, "shuffled", tested, {"of": other})
     return explanations, scores
 
 
-def _find(activity: Activity, text: IndexedText, latent: int) -> _Found | None:
-    """Returns the rule of a latent, tested; None if the latent is active too seldom to say."""
-    halves = [_half(activity, text, latent, side) for side in (False, True)]
-    if min(len(np.unique(rows // text.length)) for rows in halves) < LEAST_SEQUENCES:
-        return None
-    best = best_rule(text, latent, halves[0])
-    if best is None:
-        return None
-    rule, value = best
-    rows = rule.rows(text)
-    rows = rows[text.held_out[rows]]
-    return _Found(rule, rows, float(value), test_rule(text, rule, halves[1], rows))
+def _find(finding: IndexedText, testing: IndexedText, rows: np.ndarray) -> _Found | None:
+    """Returns the rule of a latent that is active at these rows of the activity, tested.
 
-
-def _half(activity: Activity, text: IndexedText, latent: int, held_out: bool) -> np.ndarray:
-    rows, _ = activity.of(latent)
-    return rows[text.held_out[rows] == held_out]
+    It is None if that is too seldom to say.
+    """
+    halves = [(text, text.rows_of(rows)) for text in (finding, testing)]
+    if min(len(set((own // text.length).tolist())) for text, own in halves) < LEAST_SEQUENCES:
+        return None
+    (_, to_find), (_, to_test) = halves
+    rule, value = best_rule(finding, to_find)
+    return _Found(rule, float(value), test_rule(testing, rule, to_test))
 
 
 def _others(latents: list[int], seed: int) -> list[int]:
@@ -139,38 +132,49 @@ def _others(latents: list[int], seed: int) -> list[int]:
     return others.tolist()
 
 
-def _about(activity: Activity, tokenizer, text: IndexedText, latent: int) -> dict:
-    """Returns what the tokens on which a latent is active say, beside its rule."""
-    rows, values = activity.of(latent)
+def _about(activity: Activity, tokenizer, rates: np.ndarray, rows, values) -> dict:
+    """Returns what the tokens on which a latent is active say, beside its rule.
+
+    Args:
+      activity: the activity.
+      tokenizer: what turns tokens into text.
+      rates: what part of the text each token is, (vocabulary,).
+      rows: the rows at which the latent is active.
+      values: its activations there.
+    """
     if not len(rows):
         return {"active": 0}
-    tokens, which, hits = np.unique(text.tokens[rows], return_inverse=True, return_counts=True)
-    mass = np.bincount(which, values)
-    expected = text.rate(tokens)
-    lift = hits / len(rows) / expected
-    p = scipy.stats.binom.sf(hits - 1, len(rows), expected) * len(tokens)  # Bonferroni
-    order = np.argsort(-mass, kind="stable")[:_SHOWN]
-    sequences = rows // text.length
+    ids, length = activity.tokens.reshape(-1)[rows], activity.tokens.shape[1]
+    tokens, which, hits = np.unique(ids, return_inverse=True, return_counts=True)
+    mass, total, different = np.bincount(which, values), values.sum(dtype=float), len(tokens)
     strongest = np.lexsort((rows, -values))
-    _, first = np.unique(sequences[strongest], return_index=True)
-    top = text.tokens[rows[strongest[np.sort(first)[:_TOP]]]]
+    _, first = np.unique((rows // length)[strongest], return_index=True)
+    top = ids[strongest[np.sort(first)[:_TOP]]]
+    order = np.argsort(-mass, kind="stable")[:_SHOWN]
+    hits, mass, tokens, expected = hits[order], mass[order], tokens[order], rates[tokens[order]]
+    p = scipy.special.bdtrc(hits - 1, len(rows), expected) * different  # Bonferroni
+    lift = hits / len(rows) / expected
     return {
         "active": len(rows),
         "single_token": bool(len(top) == _TOP and (top == top[0]).all()),
-        "coverage": round(float(mass.max() / mass.sum()), 6),
+        "coverage": _short(mass[0] / total),
         "tokens": [
             {
-                "token": token_text(tokenizer, tokens[i]),
-                "share": round(float(mass[i] / mass.sum()), 6),
-                "mean_activation": float(f"{mass[i] / hits[i]:.6g}"),
-                "lift": float(f"{lift[i]:.4g}"),
-                "p_value": float(f"{min(p[i], 1.0):.3g}"),
+                "token": token_text(tokenizer, token),
+                "share": _short(mass[i] / total),
+                "mean_activation": _short(mass[i] / hits[i]),
+                "lift": _short(lift[i]),
+                "p_value": _short(min(p[i], 1.0)),
             }
-            for i in order.tolist()
+            for i, token in enumerate(tokens.tolist())
         ],
     }
 
 
 def _rounded(tested: Tested) -> dict:
     found = dataclasses.asdict(tested)
-    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in found.items()}
+    return {k: _short(v) if isinstance(v, float) else v for k, v in found.items()}
+
+
+def _short(number) -> float:
+    return float(f"{number:.6g}")

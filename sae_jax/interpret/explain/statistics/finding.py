@@ -4,23 +4,19 @@ A rule is judged by F1, where each choice that it is made of pays one hit: so a 
 were seen once each is worth nothing.
 """
 
+import functools
+
 import numpy as np
 
-from sae_jax.interpret.explain.statistics.rules import (
-    InContext,
-    IndexedText,
-    Indicated,
-    Rule,
-    Tokens,
-    Tree,
-)
-from sae_jax.interpret.hashes import mix
+from sae_jax.interpret.explain.statistics.indexed_text import IndexedText, some
+from sae_jax.interpret.explain.statistics.rules import InContext, Indicated, Rule, Tokens, Tree
 
 _MOST_TOKENS = 32  # of a rule
 _ALIKE = 0.01  # of F1: the simpler rule is taken
 _GOOD = 0.9  # F1 of a rule beside which no tree is looked for
 _DEPTH = 3  # of a tree
-_SAMPLE = 2048  # tokens with the latent, and as many without, that a tree is grown on
+_BEFORE = 3  # so many tokens before its own a tree asks about
+_SAMPLE = 1024  # tokens with the latent that a tree is grown on
 _SIMPLEST = (
     "token",
     "script",
@@ -39,33 +35,21 @@ def f1(hits, active, holds):
     return 2 * hits / np.maximum(active + holds, 1)
 
 
-def best_rule(text: IndexedText, latent: int, rows: np.ndarray) -> tuple[Rule, float] | None:
-    """Returns the simplest of the best rules for a latent, and its F1; None if none hits at all.
+def best_rule(text: IndexedText, rows: np.ndarray) -> tuple[Rule, float]:
+    """Returns the simplest of the best rules for a latent, and its F1.
 
     Args:
-      text: the text.
-      latent: the latent's number, by which samples are drawn.
-      rows: where it is active, in the half for finding.
+      text: the half of the text for finding.
+      rows: where the latent is active in it, at least one.
     """
     found = []  # (rule, hits, at how many tokens it holds)
     for offset in (0, -1, 1):
         found += _token_rules(text, rows, offset)
-    found += _in_context(text, rows, found)
-    hits, kinds = text.flags(rows).sum(axis=1), np.asarray(text.indicators.kinds)
-    for kind in np.unique(kinds):
-        members = np.flatnonzero((kinds == kind) & (hits > 0))
-        if len(members):
-            best = _best_sets(
-                members, hits[members], text.flag_counts[members], len(rows),
-                lambda i, kind=str(kind): Indicated(i, kind),
-            )  # fmt: skip
-            found += best if kind == "script" else best[:1]  # only scripts leave each other out
-    rated = [(rule, f1(h - rule.cost, len(rows), holds)) for rule, h, holds in found if h]
-    if not rated:
-        return None
+    found += _in_context(text, rows, found) + _indicated(text, rows)
+    rated = [(rule, f1(hits - rule.cost, len(rows), holds)) for rule, hits, holds in found]
     best = max(value for _, value in rated)
     if best < _GOOD:
-        rated += _trees(text, latent, rows, [rule for rule, _ in rated], best)
+        rated += _trees(text, rows, [rule for rule, _ in rated], best)
     best = max(value for _, value in rated)
     near = [pair for pair in rated if pair[1] >= best - _ALIKE]
     return min(near, key=lambda pair: (_SIMPLEST.index(pair[0].kind), -pair[1]))
@@ -73,7 +57,7 @@ def best_rule(text: IndexedText, latent: int, rows: np.ndarray) -> tuple[Rule, f
 
 def _token_rules(text: IndexedText, rows: np.ndarray, offset: int) -> list:
     """Returns the best rules of one token, and of several, `offset` places after the rows."""
-    around = text.around(rows, offset)
+    around = text.tokens(rows, offset)
     tokens, hits = np.unique(around[around >= 0], return_counts=True)
     if not len(tokens):
         return []
@@ -82,114 +66,156 @@ def _token_rules(text: IndexedText, rows: np.ndarray, offset: int) -> list:
     )
 
 
-def _best_sets(tokens, hits, holds, active: int, rule) -> list:
-    """Returns (rule, hits, holds) of the best token and of the best set of several.
+def _best_sets(members, hits, holds, active: int, rule) -> list:
+    """Returns (rule, hits, holds) of the best one of some members, and of the best set of several.
 
     The best set for F1 is one of the first in the order of precision.
+
+    Args:
+      members: numbers of tokens or indicators that leave each other out, (m,).
+      hits: on how many tokens the latent is active at which each holds.
+      holds: at how many it holds.
+      active: on how many tokens the latent is active.
+      rule: makes a rule of a tuple of members.
     """
     one = int(np.argmax(f1(hits - 1, active, holds)))
-    found = [(rule((int(tokens[one]),)), int(hits[one]), int(holds[one]))]
+    found = [(rule((int(members[one]),)), int(hits[one]), int(holds[one]))]
     order = np.lexsort((-hits, -(hits - 1) / holds))[:_MOST_TOKENS]
     all_hits, all_hold = np.cumsum(hits[order]), np.cumsum(holds[order])
     count = 1 + int(np.argmax(f1(all_hits - np.arange(1, len(order) + 1), active, all_hold)))
     if count > 1:
         chosen = sorted(order[:count].tolist(), key=lambda i: -hits[i])
-        several = tuple(int(tokens[i]) for i in chosen)
+        several = tuple(int(members[i]) for i in chosen)
         found.append((rule(several), int(all_hits[count - 1]), int(all_hold[count - 1])))
     return found
 
 
 def _in_context(text: IndexedText, rows: np.ndarray, found: list) -> list:
-    """Returns the best rules of tokens after others, for the current tokens that are found best,
-    and for those that cover most."""
-    current, counts = np.unique(text.tokens[rows], return_counts=True)
-    sets = {rule.tokens for rule, _, _ in found if rule.offset == 0}
-    sets.add((int(current[np.argmax(counts)]),))
+    """Returns the best rules of tokens after others.
+
+    One side is what was found best of that side alone, or the most frequent token there, and the
+    other is the best one beside it.
+    """
     result = []
-    for tokens in sets:
-        all_rows = text.rows(np.asarray(tokens))
-        all_rows = all_rows[~text.held_out[all_rows]]
-        before, holds = np.unique(text.around(all_rows, -1), return_counts=True)
-        inside = rows[np.isin(text.tokens[rows], tokens)]
-        active = text.around(inside, -1)
-        hits = np.bincount(np.searchsorted(before, active), minlength=len(before))
-        known = (hits > 0) & (before >= 0)
-        if known.any():
-            result += _best_sets(
-                before[known], hits[known], holds[known], len(rows),
-                lambda b, tokens=tokens: InContext(tokens, b),
-            )  # fmt: skip
+    for known, other in ((0, -1), (-1, 0)):
+        sets = {r.tokens for r, _, _ in found if r.offset == known}
+        tokens, counts = np.unique(text.tokens(rows, known), return_counts=True)
+        if (most := int(tokens[np.argmax(counts)])) >= 0:
+            sets.add((most,))
+        for tokens in sorted(sets):
+            beside = text.tokens(text.rows(tokens, known), other)
+            inside = text.tokens(rows[text.is_one(rows, tokens, known)], other)
+            members, hits = np.unique(inside[inside >= 0], return_counts=True)
+            if not len(members):
+                continue
+            holds = np.bincount(beside[beside >= 0], minlength=int(members[-1]) + 1)[members]
+
+            def rule(chosen, tokens=tokens, known=known):
+                return InContext(chosen, tokens) if known else InContext(tokens, chosen)
+
+            result += _best_sets(members, hits, holds, len(rows), rule)
     return result
 
 
-def _trees(
-    text: IndexedText, latent: int, rows: np.ndarray, rules: list[Rule], best: float
-) -> list:
+def _indicated(text: IndexedText, rows: np.ndarray) -> list:
+    """Returns the best rule of each kind of indicator, and the best set of scripts."""
+    found, kinds = [], np.asarray(text.indicators.kinds)
+    hits = text.flags(rows).sum(axis=0)
+    for kind in np.unique(kinds).tolist():
+        members = np.flatnonzero((kinds == kind) & (hits > 0))
+        if not len(members):
+            continue
+
+        def rule(chosen, kind=kind):
+            return Indicated(chosen, kind)
+
+        best = _best_sets(members, hits[members], text.flag_counts[members], len(rows), rule)
+        found += best if kind == "script" else best[:1]  # only scripts leave each other out
+    return found
+
+
+def _trees(text: IndexedText, rows: np.ndarray, rules: list[Rule], best: float) -> list:
     """Returns the tree grown on a sample, with its F1, if that is above `best` on the sample.
 
-    It asks what the text's indicators say of a token and of the two before it, and the rules.
+    It asks what the indicators say of a token and of those before it, and the rules.
     """
-    on = rows[np.argsort(mix(rows + latent), kind="stable")[:_SAMPLE]]
-    off = mix(np.arange(4 * _SAMPLE) + (latent << 20)) % np.uint64(len(text.tokens))
-    off = off.astype(np.int64)
-    off = off[text.used[off] & ~text.held_out[off] & ~np.isin(off, rows)][:_SAMPLE]
+    is_on = np.zeros(len(text.used), bool)
+    is_on[rows] = True
+    on, off = some(rows, _SAMPLE), text.sample[~is_on[text.sample]]
     if not len(off):
         return []
     sample = np.concatenate([on, off])
-    weights = np.repeat(
-        [len(rows) / len(on), (text.found_on - len(rows)) / len(off)], [len(on), len(off)]
-    )
+    rules = [rule for rule in rules if not (isinstance(rule, Indicated) and rule.cost == 1)]
+    asked = [*_questions(text.indicators.kinds), *rules]
+    flags = [text.flags(sample, -before) for before in range(_BEFORE + 1)]
+    answers = np.concatenate(flags + [r.holds(text, sample)[:, None] for r in rules], axis=1)
     active = np.arange(len(sample)) < len(on)
-    kinds = text.indicators.kinds
-    asked = [Indicated((i,), kind) for i, kind in enumerate(kinds)]
-    asked += [rule for rule in rules if not isinstance(rule, Indicated)]
-    answers = np.concatenate(
-        [text.flags(sample), [r.holds(text, sample) for r in asked[len(kinds) :]]]
-    ).astype(bool)
-    leaves = _grow(answers, weights, active, np.ones(len(sample), bool), ())
-    hits = np.array([(weights * (inside & active)).sum() for _, inside in leaves])
-    holds = np.array([(weights * inside).sum() for _, inside in leaves])
-    order = np.argsort(-hits / holds, kind="stable")
-    values = f1(np.cumsum(hits[order]), len(rows), np.cumsum(holds[order]))
-    paths = _joined([leaves[i][0] for i in order[: 1 + int(np.argmax(values))].tolist()])
-    alone = {path[0] for path in paths if len(path) == 1}  # A, or not A and B: A, or B
-    paths = [tuple(c for c in path if (c[0], not c[1]) not in alone) for path in paths]
-    if values.max() <= best or sum(map(len, paths)) < 2:  # a rule by itself, or none
+    weights = np.array([len(rows) / len(on), (len(text.all_rows) - len(rows)) / len(off)])
+    leaves = _grow(answers.astype(np.float32), np.stack([active, ~active]), weights, ())
+    hits, others = np.array([weights * inside.sum(axis=1) for _, inside in leaves]).T
+    order = np.argsort(-hits / (hits + others), kind="stable")
+    values = f1(np.cumsum(hits[order]), len(rows), np.cumsum((hits + others)[order]))
+    chosen = [leaves[i][0] for i in order[: 1 + int(np.argmax(values))].tolist()]
+    if values.max() <= best or () in chosen:
         return []
-    tree = Tree(tuple(tuple((asked[i], wanted) for i, wanted in path) for path in paths))
-    where = tree.rows(text)
+    tree = Tree(
+        tuple(tuple((asked[i], wanted) for i, wanted in leaf) for leaf in simplified(chosen))
+    )
     hits = tree.holds(text, rows).sum() - tree.cost
-    return [(tree, float(f1(hits, len(rows), (~text.held_out[where]).sum())))]
+    return [(tree, float(f1(hits, len(rows), len(tree.rows(text)))))]
 
 
-def _joined(paths: list[tuple]) -> list[tuple]:
-    """Returns the paths of leaves, of which both below one node are that node."""
-    for path in paths:
-        beside = (*path[:-1], (path[-1][0], not path[-1][1])) if path else None
-        if beside in paths:
-            return _joined([p for p in paths if p not in (path, beside)] + [path[:-1]])
-    return paths
+@functools.lru_cache(8)
+def _questions(kinds: tuple[str, ...]) -> list[Indicated]:
+    """Returns what a tree asks of every token, by the kinds of the indicators: of each indicator
+    whether it holds there, then whether it does at the token before, and so on."""
+    return [
+        Indicated((i,), kind, -before)
+        for before in range(_BEFORE + 1)
+        for i, kind in enumerate(kinds)
+    ]
 
 
-def _grow(answers, weights, active, inside, path) -> list:
-    """Returns the leaves below a node: (path, which of the sample are in it)."""
-    if len(path) == _DEPTH or not (inside & active).any() or not (inside & ~active).any():
+def simplified(leaves: list[tuple]) -> list[tuple]:
+    """Returns leaves that hold at the same tokens together, with no answer that can be left out.
+
+    A leaf is a tuple of (question, answer). An answer can be left out where the leaf with the other
+    answer lies in another leaf: "A; or not A and B" is "A; or B".
+    """
+    for leaf in leaves:
+        for question, answer in leaf:
+            rest = tuple(pair for pair in leaf if pair != (question, answer))
+            if any({*rest, (question, not answer)} >= set(other) for other in leaves):
+                shorter = [one for one in leaves if not set(one) >= set(rest)]
+                return simplified([*shorter, rest])
+    return leaves
+
+
+def _grow(answers, inside, weights, path) -> list:
+    """Returns the leaves below a node: (path, which of the sample are in it).
+
+    Args:
+      answers: what each question says of each token of the sample, (m, questions) float32.
+      inside: which tokens with the latent are in the node, and which without it, (2, m) bool.
+      weights: how many tokens each of these stands for, (2,).
+      path: (question, answer) along the way to the node.
+    """
+    if len(path) == _DEPTH or not inside.any(axis=1).all():
         return [(path, inside)]
-    here = weights * inside
-    on, total = answers @ (here * active), answers @ here
-    all_on, everything = (here * active).sum(), here.sum()
-    impurity = _gini(on, total) + _gini(all_on - on, everything - total)
+    here = weights * inside.sum(axis=1)
+    there = weights[:, None] * (inside.astype(np.float32) @ answers)  # counts, so without rounding
+    impurity = _gini(*there) + _gini(*(here[:, None] - there))
     best = int(np.argmin(impurity))
-    if impurity[best] > _gini(all_on, everything) * (1 - 1e-6):
+    if impurity[best] > _gini(*here) * (1 - 1e-6):
         return [(path, inside)]
     return [
         leaf
-        for wanted in (True, False)
+        for answer in (True, False)
         for leaf in _grow(
-            answers, weights, active, inside & (answers[best] == wanted), (*path, (best, wanted))
+            answers, inside & (answers[:, best] == answer), weights, (*path, (best, answer))
         )
     ]
 
 
-def _gini(on, total):
-    return on * (total - on) / np.maximum(total, 1e-9)
+def _gini(on, off):
+    return on * off / np.maximum(on + off, 1e-9)

@@ -5,90 +5,14 @@ of them, which is found by an index of the text and not by going through it.
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
 from sae_jax import lm
-from sae_jax.interpret.activity import Activity
-from sae_jax.interpret.proxies import Indicators
-from sae_jax.interpret.slots import firsts
-from sae_jax.interpret.text import token_text
-
-_NAMED = 6  # tokens that a label names
-
-
-class IndexedText:
-    """A text in which tokens are found fast.
-
-    Attributes:
-      tokens: token ids, (R,), R counted over all sequences.
-      used: which tokens count, (R,) bool.
-      held_out: which tokens rules are tested on, (R,) bool.
-      all_rows: those that count, rising.
-      length: the tokens of a sequence.
-      indicators: what holds at each token besides.
-    """
-
-    def __init__(self, activity: Activity, indicators: Indicators):
-        """Indexes the text of an activity."""
-        self.length = activity.tokens.shape[1]
-        self.tokens, self.used = activity.tokens.reshape(-1), activity.used.reshape(-1)
-        self.held_out = np.repeat(activity.held_out, self.length)
-        self.indicators = indicators
-        # A token's flags lie together, since they are looked up at a latent's few tokens.
-        self._flags = np.ascontiguousarray(indicators.array.reshape(len(indicators.names), -1).T)
-        self._order = np.argsort(self.tokens, kind="stable").astype(np.int32)
-        self._ends = np.cumsum(np.bincount(self.tokens))
-        self.all_rows = np.flatnonzero(self.used).astype(np.int32)
-        self._flagged = functools.lru_cache(None)(self._all_flagged)
-        found = self.used & ~self.held_out
-        self.found_on = int(found.sum())
-        """The number of tokens that rules are found on."""
-        self.flag_counts = self._flags[found].sum(axis=0)
-        """The number of these at which each indicator holds, (P,)."""
-        self._counts = [self._count(offset, found) for offset in (-1, 0, 1)]
-        self._rates = np.bincount(self.tokens, self.used) / max(int(self.used.sum()), 1)
-
-    def around(self, rows: np.ndarray, offset: int) -> np.ndarray:
-        """Returns the tokens `offset` places after these, -1 beyond the sequence."""
-        inside = (rows % self.length + offset >= 0) & (rows % self.length + offset < self.length)
-        return np.where(inside, self.tokens[np.where(inside, rows + offset, 0)], -1)
-
-    def counts(self, tokens: np.ndarray, offset: int) -> np.ndarray:
-        """Returns for how many of the tokens that rules are found on each of `tokens` is `offset`
-        places after them."""
-        return self._counts[offset + 1][tokens]
-
-    def rate(self, tokens: np.ndarray) -> np.ndarray:
-        """Returns what part of the whole text each of `tokens` is."""
-        return self._rates[tokens]
-
-    def rows(self, tokens: np.ndarray, offset: int = 0) -> np.ndarray:
-        """Returns all rows that have one of the tokens `offset` places after them, rising."""
-        starts = np.where(tokens > 0, self._ends[tokens - 1], 0)
-        parts = [self._order[a:b] for a, b in zip(starts, self._ends[tokens], strict=True)]
-        rows = np.sort(np.concatenate(parts)) if parts else np.zeros(0, np.int32)
-        place = rows % self.length - offset
-        rows = (rows - offset)[(place >= 0) & (place < self.length)]
-        return rows[self.used[rows]]
-
-    def flags(self, rows: np.ndarray) -> np.ndarray:
-        """Returns which indicators hold at these rows, (P, m) bool."""
-        return self._flags[rows].T
-
-    def flagged(self, indicator: int) -> np.ndarray:
-        """Returns all rows at which an indicator holds, rising."""
-        return self._flagged(indicator)
-
-    def _all_flagged(self, indicator: int) -> np.ndarray:
-        return np.flatnonzero(self._flags[:, indicator] & self.used).astype(np.int32)
-
-    def _count(self, offset: int, found: np.ndarray) -> np.ndarray:
-        tokens = self.around(np.flatnonzero(found), offset)
-        return np.bincount(tokens[tokens >= 0], minlength=len(self._ends))
+from sae_jax.interpret.explain.statistics.indexed_text import IndexedText
+from sae_jax.interpret.text import token_bytes, token_text
 
 
 class Rule(Protocol):
@@ -108,8 +32,8 @@ class Rule(Protocol):
     def rows(self, text: IndexedText) -> np.ndarray:
         """Returns all rows at which it holds and that count, rising."""
 
-    def label(self, tokenizer: lm.Tokenizer, names: Sequence[str]) -> str:
-        """Returns it in words; `names` are those of the indicators."""
+    def label(self, tokenizer: lm.Tokenizer, names: Sequence[str], named: int) -> str:
+        """Returns it in words, with at most `named` tokens of a list, by the indicators' names."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,16 +62,16 @@ class Tokens:
 
     def holds(self, text: IndexedText, rows: np.ndarray) -> np.ndarray:
         """Returns at which of these rows it holds, (m,) bool."""
-        return np.isin(text.around(rows, self.offset), self.tokens)
+        return text.is_one(rows, self.tokens, self.offset)
 
     def rows(self, text: IndexedText) -> np.ndarray:
         """Returns all rows at which it holds and that count, rising."""
-        return text.rows(np.asarray(self.tokens), self.offset)
+        return text.rows(self.tokens, self.offset)
 
-    def label(self, tokenizer: lm.Tokenizer, names: Sequence[str]) -> str:
-        """Returns it in words."""
-        named = _one_of(self.tokens, tokenizer)
-        return {0: named, -1: f"what follows {named}", 1: f"what comes before {named}"}[self.offset]
+    def label(self, tokenizer: lm.Tokenizer, names: Sequence[str], named: int = 6) -> str:
+        """Returns it in words, with at most `named` tokens."""
+        tokens = _one_of(self.tokens, tokenizer, named)
+        return {0: "", -1: "what follows ", 1: "what comes before "}[self.offset] + tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,29 +94,32 @@ class InContext:
 
     def holds(self, text: IndexedText, rows: np.ndarray) -> np.ndarray:
         """Returns at which of these rows it holds, (m,) bool."""
-        return np.isin(text.tokens[rows], self.tokens) & np.isin(text.around(rows, -1), self.before)
+        return text.is_one(rows, self.tokens) & text.is_one(rows, self.before, -1)
 
     def rows(self, text: IndexedText) -> np.ndarray:
         """Returns all rows at which it holds and that count, rising."""
-        rows = text.rows(np.asarray(self.tokens))
-        return rows[np.isin(text.around(rows, -1), self.before)]
+        rows = text.rows(self.tokens)
+        return rows[text.is_one(rows, self.before, -1)]
 
-    def label(self, tokenizer: lm.Tokenizer, names: Sequence[str]) -> str:
-        """Returns it in words."""
-        return f"{_one_of(self.tokens, tokenizer)} after {_one_of(self.before, tokenizer)}"
+    def label(self, tokenizer: lm.Tokenizer, names: Sequence[str], named: int = 3) -> str:
+        """Returns it in words, with at most `named` tokens of each list."""
+        tokens, before = (_one_of(t, tokenizer, named) for t in (self.tokens, self.before))
+        return f"{tokens} after {before}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Indicated:
-    """Holds where one of some indicators of the text does.
+    """Holds where one of some indicators of the text does, there or at a token before.
 
     Attributes:
       indicators: their numbers.
       kind: their kind.
+      offset: 0 the token itself, -1 the one before it, and so on.
     """
 
     indicators: tuple[int, ...]
     kind: str
+    offset: int = 0
 
     @property
     def cost(self) -> int:
@@ -201,25 +128,27 @@ class Indicated:
 
     def holds(self, text: IndexedText, rows: np.ndarray) -> np.ndarray:
         """Returns at which of these rows it holds, (m,) bool."""
-        return text.flags(rows)[list(self.indicators)].any(axis=0)
+        return text.is_flagged(rows, self.indicators, self.offset)
 
     def rows(self, text: IndexedText) -> np.ndarray:
         """Returns all rows at which it holds and that count, rising."""
-        return functools.reduce(np.union1d, map(text.flagged, self.indicators))
+        return text.flagged(self.indicators, self.offset)
 
-    def label(self, tokenizer: lm.Tokenizer, names: Sequence[str]) -> str:
-        """Returns it in words."""
-        return " or ".join(names[indicator] for indicator in self.indicators)
+    def label(self, tokenizer: lm.Tokenizer, names: Sequence[str], named: int = 6) -> str:
+        """Returns it in words, with at most `named` indicators."""
+        more = f" and {len(self.indicators) - named} more" if len(self.indicators) > named else ""
+        label = " or ".join(names[indicator] for indicator in self.indicators[:named]) + more
+        if self.offset < -1:
+            return f"{-self.offset} tokens after {label}"
+        return f"after {label}" if self.offset else label
 
 
 @dataclasses.dataclass(frozen=True)
 class Tree:
     """Holds in some leaves of a shallow decision tree, each a list of rules that hold or do not.
 
-    A choice that other leaves make needless is left out, so that leaves may overlap.
-
     Attributes:
-      leaves: for each leaf, (rule, whether it holds) along the way to it.
+      leaves: for each leaf, (rule, whether it holds) along the way to it. Leaves may share rows.
     """
 
     leaves: tuple[tuple[tuple[Rule, bool], ...], ...]
@@ -234,36 +163,46 @@ class Tree:
         """Returns at which of these rows it holds, (m,) bool."""
         found = np.zeros(len(rows), bool)
         for leaf in self.leaves:
-            inside = np.ones(len(rows), bool)
+            inside = np.flatnonzero(~found)
             for rule, wanted in leaf:
-                inside[inside] = rule.holds(text, rows[inside]) == wanted
-            found |= inside
+                inside = inside[rule.holds(text, rows[inside]) == wanted]
+            found[inside] = True
         return found
 
     def rows(self, text: IndexedText) -> np.ndarray:
         """Returns all rows at which it holds and that count, rising."""
-        found = []
+        found = np.zeros(len(text.used), bool)
         for leaf in self.leaves:
             known = [rule.rows(text) for rule, wanted in leaf if wanted]
             inside = min(known, key=len) if known else text.all_rows
             for rule, wanted in leaf:
                 inside = inside[rule.holds(text, inside) == wanted]
-            found.append(inside)
-        rows = np.sort(np.concatenate(found))
-        return rows[firsts(rows)]
+            found[inside] = True
+        return np.flatnonzero(found)
 
-    def label(self, tokenizer: lm.Tokenizer, names: Sequence[str]) -> str:
-        """Returns it in words."""
+    def label(self, tokenizer: lm.Tokenizer, names: Sequence[str], named: int = 2) -> str:
+        """Returns it in words, with at most `named` tokens of each list."""
         leaves = (
             " and ".join(
-                ("" if wanted else "not ") + rule.label(tokenizer, names) for rule, wanted in leaf
+                ("" if wanted else "not ") + rule.label(tokenizer, names, named)
+                for rule, wanted in leaf
             )
             for leaf in self.leaves
         )
         return "; or ".join(leaves)
 
 
-def _one_of(tokens: Sequence[int], tokenizer: lm.Tokenizer) -> str:
-    names = [f'"{token_text(tokenizer, token)}"' for token in tokens[:_NAMED]]
-    more = f" and {len(tokens) - _NAMED} more" if len(tokens) > _NAMED else ""
-    return (names[0] if len(tokens) == 1 else "one of " + ", ".join(names)) + more
+def _one_of(tokens: Sequence[int], tokenizer: lm.Tokenizer, named: int) -> str:
+    texts = [_quoted(token, tokenizer) for token in tokens[:named]]
+    more = f" and {len(tokens) - named} more" if len(tokens) > named else ""
+    return (texts[0] if len(tokens) == 1 else "one of " + ", ".join(texts)) + more
+
+
+def _quoted(token: int, tokenizer: lm.Tokenizer) -> str:
+    """Returns a token's text in quotes; its bytes, if it is a part of a character."""
+    data = token_bytes(tokenizer, token)
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return f"byte{'s' * (len(data) > 1)} {data.hex(' ').upper()}"
+    return f'"{token_text(tokenizer, token)}"'

@@ -3,10 +3,11 @@
 import dataclasses
 
 import numpy as np
-import scipy.stats
+import scipy.special
 
 from sae_jax.interpret.explain.statistics.finding import f1
-from sae_jax.interpret.explain.statistics.rules import IndexedText, Rule
+from sae_jax.interpret.explain.statistics.indexed_text import IndexedText
+from sae_jax.interpret.explain.statistics.rules import Rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Tested:
     p_value: float
 
 
-def test_rule(text: IndexedText, rule: Rule, rows: np.ndarray, rule_rows: np.ndarray) -> Tested:
+def test_rule(text: IndexedText, rule: Rule, rows: np.ndarray) -> Tested:
     """Returns how a rule tells where a latent is active, on held-out text.
 
     Tokens of a sequence depend on each other, so sequences are what is counted: in each, the hits
@@ -38,22 +39,20 @@ def test_rule(text: IndexedText, rule: Rule, rows: np.ndarray, rule_rows: np.nda
     is a one-sided t test of their sum.
 
     Args:
-      text: the text.
+      text: the held-out half.
       rule: the rule.
-      rows: where the latent is active in the held-out half.
-      rule_rows: where the rule holds there.
+      rows: where the latent is active in it.
     """
-    hit = rule.holds(text, rows)
-    hits, active, holds = int(hit.sum()), len(rows), len(rule_rows)
-    density = active / max(int((text.used & text.held_out).sum()), 1)
-    n = len(text.tokens) // text.length
-    surplus = np.bincount(rows[hit] // text.length, minlength=n).astype(float)
-    surplus -= density * np.bincount(rule_rows // text.length, minlength=n)
+    hit, rule_rows = rows[rule.holds(text, rows)], rule.rows(text)
+    hits, active, holds = len(hit), len(rows), len(rule_rows)
+    density = active / max(len(text.all_rows), 1)
+    surplus = np.bincount(hit // text.length, minlength=text.sequences).astype(float)
+    surplus -= density * np.bincount(rule_rows // text.length, minlength=text.sequences)
     counted = np.count_nonzero(surplus)
     p = 1.0
     if counted > 1:
         t = surplus.sum() / np.sqrt(np.square(surplus).sum())
-        p = float(scipy.stats.t.sf(t, counted - 1))
+        p = float(scipy.special.stdtr(counted - 1, -t))
     return Tested(
         hits / holds if holds else 0.0,
         hits / active if active else 0.0,
