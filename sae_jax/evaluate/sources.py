@@ -220,6 +220,7 @@ class ModelRows:
         what: str,
         excluded_tokens=(),
         excluded_positions=(),
+        used: np.ndarray | None = None,
         sequences: slice = slice(None),
         spliced_sequences: slice = slice(None),
     ):
@@ -232,6 +233,8 @@ class ModelRows:
           what: what messages and the evaluation's settings call the tokens.
           excluded_tokens: the ids that do not count.
           excluded_positions: the positions of a sequence that do not count.
+          used: the positions that count, (sequences, T) bool, of tokens that are all text and run
+            as they are. None: all but padding and what is excluded.
           sequences: which sequences `batches` takes.
           spliced_sequences: which sequences `sequences` takes.
 
@@ -241,8 +244,10 @@ class ModelRows:
         self.site_names = tuple(split_names(sites))
         check_distinct(self.site_names, self.origin)
         self.site_widths = tuple(model.site_width(site) for site in self.site_names)
-        found = text_first(np.asarray(tokens), tokenizer_of(model), what)
-        tokens, is_text = found.tokens, found.is_text
+        tokens, is_text = np.asarray(tokens), np.ones(np.shape(tokens), bool)
+        if used is None:
+            found = text_first(tokens, tokenizer_of(model), what)
+            tokens, is_text = found.tokens, found.is_text
         wrong = tokens[(tokens >= model.vocab_size) | (tokens < 0)]
         if len(wrong):
             raise UserError(
@@ -250,8 +255,17 @@ class ModelRows:
                 f"they do not belong together (padding is PAD, or {IGNORED})"
             )
         tokens = tokens.astype(np.int32)
-        used = is_text & ~np.isin(tokens, excluded_tokens)
-        used[:, [p for p in excluded_positions if p < tokens.shape[1]]] = False
+        left_out = [
+            f"{name} {', '.join(map(str, values))}"
+            for name, values in (("tokens", excluded_tokens), ("positions", excluded_positions))
+            if len(values)
+        ]
+        left_out += [] if is_text.all() else [f"{np.sum(~is_text):,} of padding"]
+        if used is None:
+            used = is_text & ~np.isin(tokens, excluded_tokens)
+            used[:, [p for p in excluded_positions if p < tokens.shape[1]]] = False
+        else:
+            left_out = [f"{np.sum(~used):,} that were left out"]
         self._rows, self._spliced = (
             Sequences(tokens[part], used[part], is_text[part])
             for part in (sequences, spliced_sequences)
@@ -261,12 +275,6 @@ class ModelRows:
                 raise UserError(f"{what} has {len(tokens)} sequences, none of those asked for")
         self._first = _describe(sequences, len(tokens))[0]
         self.num_rows = self._rows.tokens.size
-        left_out = [
-            f"{name} {', '.join(map(str, values))}"
-            for name, values in (("tokens", excluded_tokens), ("positions", excluded_positions))
-            if len(values)
-        ]
-        left_out += [] if is_text.all() else [f"{np.sum(~is_text):,} of padding"]
         self.settings = {
             "rows": f"activations on {what}",
             "sequences": _describe(sequences, len(tokens)),

@@ -26,6 +26,7 @@ from sae_jax.lm.language_model import LanguageModel, in_batches
 from sae_jax.lm.latent_edits import clamp, latent_edits, reconstruct
 from sae_jax.lm.live import LiveStore, open_store, open_stream
 from sae_jax.lm.model import JaxModel, local_mesh, open_model
+from sae_jax.lm.shuffled import shuffled_model
 from sae_jax.lm.text import (
     NO_DOCUMENT,
     PACKING_RULE,
@@ -82,6 +83,7 @@ __all__ = [
     "reconstruct",
     "same_norm",
     "save_model",
+    "shuffled_model",
     "site_of_hook",
     "site_width",
     "standard_library",

@@ -48,7 +48,7 @@ _OTHER_TENSORS = {  # hooks of TransformerLens beside sites, and what is there
 @known_arguments
 def harvest(
     model_dir,
-    texts: str | pathlib.Path | Iterable[str],
+    texts: str | pathlib.Path | Iterable[str] | np.ndarray,
     out,
     *,
     sites: str | Sequence[str],
@@ -78,7 +78,8 @@ def harvest(
 
     Args:
       model_dir: the model, as `open_model` takes it.
-      texts: the documents, or the path of a file or folder of them (`read_texts`).
+      texts: the documents, or the path of a file or folder of them (`read_texts`), or the token ids
+        (sequences, T) of contexts that are packed already, whatever `context_length` says.
       out: the store's directory.
       sites: the site to harvest, or several, by our names or TransformerLens'
         (blocks.3.hook_resid_post), which become ours.
@@ -114,7 +115,10 @@ def harvest(
     if not sites:
         raise UserError("no sites to harvest; name some, such as resid_post.0")
     widths = {site: model.site_width(site) for site in sites}
-    if context_length is None:
+    is_packed = isinstance(texts, np.ndarray)
+    if is_packed:
+        context_length = texts.shape[1]
+    elif context_length is None:
         context_length = min(model.max_context, DEFAULT_CONTEXT)
     if not 2 <= context_length <= model.max_context:
         raise UserError(
@@ -125,7 +129,10 @@ def harvest(
     if max_bytes is not None:
         fit = _tokens_in(max_bytes, widths, dtype, context_length, live)
         limit = fit if tokens is None else min(tokens, fit)
-    tokens_NxT = pack(_with_progress(texts), tokenizer, context_length, limit)
+    if is_packed:
+        tokens_NxT = texts[: limit and limit // context_length]
+    else:
+        tokens_NxT = pack(_with_progress(texts), tokenizer, context_length, limit)
     if limit is not None and limit == tokens and len(tokens_NxT) < tokens // context_length:
         logging.warning(
             "the text has %s tokens, not the %s of --tokens; all of them are harvested",
@@ -137,7 +144,7 @@ def harvest(
             f"{model.vocab_size}; they do not belong together"
         )
     known = {
-        "packing": PACKING_RULE,
+        **({} if is_packed else {"packing": PACKING_RULE}),
         "bos": tokenizer.bos_provenance(),
         "hooks": {site: hook_name(site) for site in sites},  # TransformerLens' names
         "layers_module": model.layers_module,

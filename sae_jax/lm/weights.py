@@ -189,7 +189,7 @@ def fingerprint(directory, files: Sequence[str] = ()) -> str:
     directory = with_weights(directory)
     try:
         digest = hashlib.sha256((directory / "config.json").read_bytes())
-        for name in files or _weight_files(directory):
+        for name in files or weight_files(directory):
             with (directory / name).open("rb") as file:
                 size = file.seek(0, 2)
                 digest.update(f"{name} {size}".encode())
@@ -260,7 +260,7 @@ def _files(directory: pathlib.Path, stem: str) -> dict[str, str]:
     return files
 
 
-def _weight_files(directory: pathlib.Path) -> list[str]:
+def weight_files(directory: pathlib.Path) -> list[str]:
     """Returns the names of a directory's weight files, which exist.
 
     A single model.safetensors comes before an index beside it, as in transformers.
@@ -283,7 +283,7 @@ def _open(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict:
     Raises UserError if a tensor stands in two files and the index does not say which is meant.
     """
     slices, found_in = {}, {}
-    names = _weight_files(directory)
+    names = weight_files(directory)
     index = _files(directory, "model.safetensors") if names != ["model.safetensors"] else {}
     for name in names:
         file = directory / name

@@ -87,6 +87,19 @@ def draw(
     return _Draw(activity, latent, wanted, held_out, seed).drawn()
 
 
+def peaks(rows: np.ndarray, values: np.ndarray, length: int) -> np.ndarray:
+    """Returns where the highest activation of each sequence is, (n,), the strongest first.
+
+    Args:
+      rows: the tokens of a latent's events, (m,) rising, as `Activity.of` gives them.
+      values: its activations there, (m,).
+      length: the tokens of a sequence.
+    """
+    strongest = np.lexsort((rows, -values))
+    _, first = np.unique((rows // length)[strongest], return_index=True)
+    return strongest[np.sort(first)]
+
+
 class _Draw:
     """The drawing of one latent's windows."""
 
@@ -126,11 +139,8 @@ class _Draw:
     def _peaks(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns the row of the highest peak of each sequence, and its activation, the strongest
         first, of windows with the same tokens only the first."""
-        strongest = np.lexsort((self.rows, -self.values))
-        _, first = np.unique((self.rows // self.length)[strongest], return_index=True)
-        order = strongest[np.sort(first)]
         seen, kept = set(), []
-        for place in order.tolist():
+        for place in peaks(self.rows, self.values, self.length).tolist():
             window = self._window(self.rows[place])
             text = self.activity.tokens.reshape(-1)[slice(*window)].tobytes()
             if text not in seen:

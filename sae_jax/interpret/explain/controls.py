@@ -1,0 +1,312 @@
+"""The controls of explanations: other units on the same text, explained and scored in the same way.
+
+What a score of latents means is seen beside that of units nobody takes for meaningful (Bricken et
+al. 2023, "Towards Monosemanticity"):
+
+    neurons         the neurons of the site that the SAE reads
+    random          directions in it, drawn at random
+    shuffled_model  the latents of an SAE of the same recipe, of the model with shuffled weights
+
+All are SAEs, so that whatever takes an `Activity` takes theirs. An SAE of a shuffled model has more
+latents that only tell one token from others, which are easy to explain: `single_token` says which
+units are such, to be counted apart.
+"""
+
+import pathlib
+import shutil
+from collections.abc import Callable
+
+import numpy as np
+
+from sae_jax import lm
+from sae_jax.errors import UserError, choose
+from sae_jax.evaluate.batching import evenly_spaced
+from sae_jax.evaluate.sources import HeldOutRows, ModelRows, input_and_target_sites
+from sae_jax.interpret.activity import Activity, record
+from sae_jax.interpret.explain.examples import peaks
+from sae_jax.interpret.explain.shuffled_run import shuffled_run
+from sae_jax.interpret.hashes import WindowHashes
+from sae_jax.interpret.passes import Text, chosen_text
+from sae_jax.paths import local
+from sae_jax.progress_bar import progress
+from sae_jax.sae import SAE, ReLU, ReLUConfig, resolve
+from sae_jax.sae.config import TRANSCODERS
+
+CONTROLS = ("neurons", "random", "shuffled_model")
+"""The names of all controls, as `records.Explanation.units` has them."""
+
+_SAMPLE = 65_536  # rows that thresholds are taken from, at most
+_UNITS = 256  # whose thresholds are found at once
+
+
+def neurons(source: HeldOutRows | ModelRows, density: float, kind: str = "autoencoder") -> SAE:
+    """Returns the neurons of the site as a ReLU SAE, each of which fires on part of the tokens.
+
+    A neuron's activation is what is above its threshold, in the model's units. The threshold is the
+    neuron's own quantile, 1 - density, on up to 65,536 of the source's tokens, evenly spaced.
+
+    Args:
+      source: what rows are read of.
+      density: on what part of the tokens each fires, above 0 and below 1; fewer where values are
+        equal, as of a neuron that is mostly 0.
+      kind: the kind of the SAE that these are the control of. The neurons are those of all sites of
+        a crosscoder, and of the input site of a transcoder, where what they write means nothing.
+
+    Raises UserError if the density is not in this range, or no row counts.
+    """
+    x = _sample(source, kind)
+    thresholds = _thresholds(x.shape[1], lambda block: x[:, block].T, density)
+    return _units(source, np.eye(x.shape[1], dtype=np.float32), thresholds, kind)
+
+
+def random_directions(
+    source: HeldOutRows | ModelRows,
+    count: int,
+    density: float,
+    seed: int = 0,
+    kind: str = "autoencoder",
+) -> SAE:
+    """Returns directions drawn at random, uniformly, as a ReLU SAE.
+
+    Args:
+      source: what rows are read of.
+      count: how many directions.
+      density: as for `neurons`.
+      seed: the seed of the directions.
+      kind: as for `neurons`.
+
+    Raises UserError where `neurons` does.
+    """
+    x = _sample(source, kind)
+    drawn = np.random.default_rng(seed).normal(size=(count, x.shape[1]))
+    drawn = (drawn / np.linalg.norm(drawn, axis=1, keepdims=True)).astype(np.float32)
+    thresholds = _thresholds(count, lambda block: drawn[block] @ x.T, density)
+    return _units(source, drawn, thresholds, kind)
+
+
+def record_controls(
+    names,
+    activity: Activity,
+    sae: SAE,
+    source: HeldOutRows | ModelRows,
+    out,
+    *,
+    run=None,
+    model: lm.LanguageModel | None = None,
+    tokens: int | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> dict[str, Activity]:
+    """Records where the units of each control are active on the text of the latents' activity.
+
+    OUT/controls/NAME/activity is written for each. What is there is not made again, and what was
+    stopped goes on. Neurons and random directions, of which there are as many, fire as often as the
+    latents that fire at all do in the mean.
+
+    Args:
+      names: the controls that are wanted, of `CONTROLS`.
+      activity: that of the latents.
+      sae: the SAE.
+      source: what `activity` was recorded of.
+      out: the directory that they are written to.
+      run: for shuffled_model, the run's directory.
+      model: for shuffled_model, the language model.
+      tokens: for shuffled_model, of how many tokens to train; as many as the run.
+      seed: the seed of directions and of shuffled weights.
+      overwrite: whether controls that were made otherwise are made again.
+
+    Raises UserError if the source has other text than `activity`, if a control was made otherwise,
+    and where making one does.
+    """
+    fires = activity.counts > 0
+    density = float(activity.density[fires].mean()) if fires.any() else 0.0
+    made_by = {
+        "neurons": {"density": density},
+        "random": {"density": density, "seed": seed},
+        "shuffled_model": {"seed": seed, "tokens": tokens},
+    }
+    made = {}
+    for name in names:
+        choose(name, CONTROLS, "the control")
+        folder, settings = local(out) / "controls" / name, {"control": name} | made_by[name]
+        made[name] = _there(folder / "activity", activity, settings, overwrite)
+        if made[name] is not None:
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        text, kind = source, sae.config.kind
+        if name == "neurons":
+            units = neurons(source, density, kind)
+        elif name == "random":
+            units = random_directions(source, sum(_widths(source, kind)), density, seed, kind)
+        else:
+            units, text = _of_shuffled_model(activity, source, folder, run, model, tokens, seed)
+        if not _same_text(chosen_text(text, activity.tokens.size), activity):
+            raise UserError(
+                f"{activity.path} was recorded on other text than {source.origin} has; record it "
+                "again with --overwrite, or give the same text"
+            )
+        made[name] = record(
+            units,
+            text,
+            folder / "activity",
+            tokens=activity.tokens.size,
+            settings=settings,
+            overwrite=overwrite,
+        )
+    return made
+
+
+def single_token(activity: Activity, latents=None, top: int = 20) -> np.ndarray:
+    """Returns whether a latent's strongest windows all peak on one and the same token, (n,) bool.
+
+    A sequence has one window, around the latent's peak there, and sequences whose windows have the
+    same tokens count once. Of a latent that has fewer than `top` all are looked at, which must be
+    two at least.
+
+    Args:
+      activity: where the latents are active.
+      latents: which, (n,). None: all.
+      top: how many windows are looked at.
+    """
+    tokens, length = np.array(activity.tokens).reshape(-1), activity.tokens.shape[1]
+    windows = WindowHashes(activity.tokens, 4, 4)
+    latents = range(activity.d_sae) if latents is None else latents
+    found = np.zeros(len(latents), bool)
+    for i, latent in enumerate(progress(latents, "single tokens", len(latents), "latent")):
+        rows, values = activity.of(latent)
+        rows = rows[peaks(rows, values, length)]
+        _, first = np.unique(windows(rows // length, rows % length), return_index=True)
+        of_peaks = tokens[rows[np.sort(first)[:top]]]
+        found[i] = len(of_peaks) > 1 and (of_peaks == of_peaks[0]).all()
+    return found
+
+
+def token_coverage(activity: Activity, latents=None) -> np.ndarray:
+    """Returns what share of a latent's activation is on the token that has most of it, (n,).
+
+    It is 0 where the latent is never active.
+
+    Args:
+      activity: where the latents are active.
+      latents: which, (n,). None: all.
+    """
+    tokens = np.array(activity.tokens).reshape(-1)
+    latents = range(activity.d_sae) if latents is None else latents
+    found = np.zeros(len(latents))
+    for i, latent in enumerate(progress(latents, "top tokens", len(latents), "latent")):
+        rows, values = activity.of(latent)
+        if len(rows):
+            _, which = np.unique(tokens[rows], return_inverse=True)
+            mass = np.bincount(which, values)
+            found[i] = mass.max() / mass.sum()
+    return found
+
+
+def _widths(source, kind: str) -> tuple[int, ...]:
+    """Returns the widths of the sites that an SAE of this kind reads."""
+    return input_and_target_sites(kind, source.site_widths)[0]
+
+
+def _sample(source: HeldOutRows | ModelRows, kind: str) -> np.ndarray:
+    """Returns rows that count of what an SAE of this kind reads, (m, d_in) float32."""
+    text = chosen_text(source, source.num_rows)
+    count, length = text.tokens.shape
+    # Whole groups of sequences, since reading one takes as long as reading its group.
+    size = text.at_once
+    groups = evenly_spaced(np.arange(-(-count // size)), max(1, _SAMPLE // (size * length)))
+    width = sum(_widths(source, kind))
+    parts = []
+    for group in progress(groups, "reading rows for thresholds", len(groups), "group"):
+        which = slice(group * size, (group + 1) * size)
+        x = source.read(text.places[which])[..., :width]
+        parts.append(x[text.used[which]].astype(np.float32))
+    x = np.concatenate(parts)
+    if len(x) < 2:
+        raise UserError(f"{source.origin} has no rows that count, so there are no controls")
+    return evenly_spaced(x, _SAMPLE)
+
+
+def _thresholds(count: int, values: Callable[[slice], np.ndarray], density: float) -> np.ndarray:
+    """Returns what a part of the values of each of `count` units is above, (count,).
+
+    values: gives the values (n, rows) of a slice of the units.
+
+    Raises UserError if the density is not above 0 and below 1.
+    """
+    if not 0 < density < 1:
+        raise UserError(f"controls cannot fire on {density:g} of the tokens; it must be in (0, 1)")
+    found = []
+    for first in range(0, count, _UNITS):
+        block = values(slice(first, first + _UNITS))
+        rows = block.shape[1]
+        place = rows - 1 - min(max(round(density * rows), 1), rows - 1)
+        found.append(np.partition(block, place, axis=1)[:, place])
+    return np.concatenate(found)
+
+
+def _units(source, directions: np.ndarray, thresholds: np.ndarray, kind: str) -> SAE:
+    """Returns the ReLU SAE of directions (n, d_in) that fire above their thresholds (n,)."""
+    target = source.site_widths[-1] if kind in TRANSCODERS else None
+    config = resolve(
+        ReLUConfig(d_sae=len(directions), kind=kind, normalize="none", apply_b_dec_to_input=False),
+        _widths(source, kind),
+        target,
+    )
+    written = directions
+    if target is not None:  # of length 1, so that activations are in the units of the input
+        written = np.eye(target, dtype=np.float32)[np.arange(len(directions)) % target]
+    parameters = {
+        "w_enc": directions.T,
+        "b_enc": -thresholds,
+        "w_dec": written,
+        "b_dec": np.zeros(config.d_out, np.float32),
+    }
+    if kind == "skip_transcoder":
+        parameters["w_skip"] = np.zeros((config.d_in, config.d_out), np.float32)
+    return ReLU.from_parameters(config, parameters)
+
+
+def _of_shuffled_model(activity, source, folder, run, model, tokens, seed) -> tuple:
+    """Returns the SAE of the shuffled model, and that model on the text of the activity."""
+    if run is None or model is None:
+        raise UserError(
+            "the control shuffled_model trains as a run did, on what its language model gives: "
+            "give --run and --model, or leave it out"
+        )
+    control = shuffled_run(run, folder, model=model, tokens=tokens, seed=seed)
+    text = ModelRows(
+        lm.open_model(control.model, model.dtype),
+        source.site_names,
+        np.asarray(activity.tokens),
+        what="the text of the latents",
+        used=np.asarray(activity.used),
+    )
+    return control.sae, text
+
+
+def _same_text(text: Text | Activity, activity: Activity) -> bool:
+    """Returns whether a text has the tokens of the activity, and the same of them count."""
+    pairs = (text.tokens, activity.tokens), (text.used, activity.used)
+    return all(np.array_equal(*pair) for pair in pairs)
+
+
+def _there(
+    place: pathlib.Path, activity: Activity, settings: dict, overwrite: bool
+) -> Activity | None:
+    """Returns the control's activity that is there, or None where it is to be made."""
+    if not (place / "activity.json").is_file():
+        return None
+    found = Activity(place)
+    before = {name: found.about.settings.get(name) for name in settings}
+    if before == settings and _same_text(found, activity):
+        return found
+    if not overwrite:
+        unlike = [f"{n} was {before[n]!r} and is {v!r}" for n, v in settings.items()
+                  if before[n] != v]  # fmt: skip
+        raise UserError(
+            f"{place} was made otherwise: {'; '.join(unlike) or 'on other text'}; give "
+            "--overwrite to make it again"
+        )
+    # On other text the model and its SAE are still those that are wanted.
+    shutil.rmtree(place if before == settings else place.parent)
+    return None
