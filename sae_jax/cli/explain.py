@@ -49,6 +49,7 @@ _ASKED = (  # the flags that an activity is recorded by
     "tokens"
 ).split()
 LATENTS = "latents"  # as interpret.explain.records has it
+_NO_EXPLAINER = "none"
 _WAYS = ("statistics", "embedding", "llm")
 _ALL = {"all": ["scripts", "alphabets", "patterns", "documents"]}
 _CONTROLS = ("neurons", "random", "shuffled_model")
@@ -117,14 +118,23 @@ def define(values: flags.FlagValues) -> None:
     string("judge", None, "llm: the name that the server has for the model that is asked.")
     string("key_variable", "OPENAI_API_KEY", "llm: the environment variable that holds the key.")
     string(
-        "explainer", "bricken2023", "llm: bricken2023, delphi, saebench, max_act_logits or a file."
+        "explainer",
+        "bricken2023",
+        "llm: bricken2023, delphi, saebench, np_max_act_logits, a prompt of yours (FILE.md), none.",
     )
     listed(
         "scorers",
         ["detection", "fuzzing"],
-        "llm: one or more of detection, fuzzing, intruder, bricken2023, saebench, logits.",
+        "llm: of detection, fuzzing, intruder, bricken2023, saebench, logits, and simulation.",
     )
-    listed("score", None, "llm: also score the explanations of these ways; of llm alone.")
+    flags.DEFINE_enum(
+        "negatives", "random", ["random", "same_tokens"],
+        "llm: texts without the latent: any, or, which is hard, with its tokens.",
+        flag_values=values,
+    )  # fmt: skip
+    integer("logprobs", 0, "llm: ask for so many log-probabilities, for an AUC.", 0)
+    string("simulator", None, "llm: the language model that --scorers=simulation runs here.")
+    listed("score", None, "llm: test these explanations too: statistics, labels.")
     integer("concurrency", 8, "llm: calls at once.")
     counts.define("tokens_per_minute", None, "llm: the server's limit.", values)
     listed("price", None, "llm: money for a million tokens in and out, such as 0.15,0.6.")
@@ -132,8 +142,12 @@ def define(values: flags.FlagValues) -> None:
     boolean("dry_run", False, "llm: say how many calls and tokens it is, and what it costs.")
 
     listed(
-        "proxies", None, "Measure specificity: all, or names such as arabic,dna,html, NAME=REGEX."
+        "proxies",
+        None,
+        "Measure how specific latents are for concepts: all; or scripts, alphabets, patterns, "
+        "documents; or single ones, such as DNA, and NAME=REGEX of yours.",
     )
+    listed("steer", None, "proxies: concepts to which the model is steered by their latents.")
     path_lists.define(
         "labelled_text", "The text that was harvested, with a label a document.", values
     )
@@ -176,16 +190,50 @@ def _ways(args) -> list[str]:
             "--by=embedding needs a sentence encoder: give --sentences=DIR, such as a copy of "
             "hf://sentence-transformers/all-MiniLM-L6-v2, or that name"
         )
-    if "llm" in asked and not args.judge and args.model:
+    if "llm" in asked:
+        _check_llm(args)
+    elif args.dry_run:
+        raise UserError("--dry_run says what calls cost; only --by=llm makes any")
+    _numbers(args.latents)
+    return [way for way in _WAYS if way in asked]
+
+
+def _check_llm(args) -> None:
+    """Raises UserError for flags of --by=llm that do not go together."""
+    from sae_jax.interpret.explain.llm.explainers import explainer_of
+    from sae_jax.interpret.explain.llm.scoring import SCORERS, SIMULATION
+
+    for name in args.scorers:
+        choose(name, (*SCORERS, SIMULATION), "--scorers")
+    for way in args.score or ():
+        choose(way, ("statistics", "labels"), "--score")
+    if args.explainer != _NO_EXPLAINER:
+        explainer_of(args.explainer)
+    elif not args.score:
+        raise UserError("--explainer=none explains nothing; --score=statistics tests what is there")
+    if SIMULATION in args.scorers and not args.simulator:
+        raise UserError(
+            "--scorers=simulation runs a language model here: give --simulator=DIR or hf://ORG/NAME"
+        )
+    _price(args.price)
+    if not args.judge and args.model and not _is_place(args.model):
         args.judge, args["model"].value = args.model, None  # --base_url=... --model=NAME
-    if "llm" in asked and not args.judge:
+    if not args.judge and _needs_server(args):
         raise UserError(
             "--by=llm needs the name that the server has for its model: give --judge=NAME, and "
             "--base_url=ADDRESS if it is not OpenAI's server"
         )
-    if args.dry_run and "llm" not in asked:
-        raise UserError("--dry_run says what calls cost; only --by=llm makes any")
-    return [way for way in _WAYS if way in asked]
+
+
+def _needs_server(args) -> bool:
+    return args.explainer != _NO_EXPLAINER or args.scorers != ["simulation"]
+
+
+def _is_place(model: str) -> bool:
+    """Returns whether --model names the language model that the SAE is of, and not a judge."""
+    from sae_jax import hub, paths
+
+    return model in ("demo", "none") or hub.is_hub_name(model) or paths.local(model).exists()
 
 
 class _Work:
@@ -312,25 +360,30 @@ class _Work:
         from sae_jax.interpret.explain.llm.scoring import score
 
         chosen, effects = self._chosen(units, activity), self._effects(units, activity)
-        explained = explain(
-            activity,
-            self.tokenizer,
-            self._client,
-            chosen,
-            explainer=self.args.explainer,
-            effects=effects,
-            units=units,
-            seed=self.args.seed,
-        )
+        explained = []
+        if self.args.explainer != _NO_EXPLAINER:
+            explained = explain(
+                activity,
+                self.tokenizer,
+                self._client,
+                chosen,
+                explainer=self.args.explainer,
+                effects=effects,
+                units=units,
+                seed=self.args.seed,
+            )
         others = [e for e in self._said(units, chosen) if e.by in (self.args.score or ())]
         scores = score(
             activity,
             self.tokenizer,
-            self._client,
+            self._client if _needs_server(self.args) else None,
             [*explained, *others],
             scorers=self.args.scorers,
             effects=effects,
             seed=self.args.seed,
+            negatives=self.args.negatives,
+            judge=self._simulator,
+            logprobs=self.args.logprobs,
         )
         return explained, scores
 
@@ -339,7 +392,10 @@ class _Work:
         from sae_jax.interpret.explain.examples import draw_latents
 
         if units == LATENTS and self.args.latents:
-            return _numbers(self.args.latents, activity.d_sae)
+            chosen = _numbers(self.args.latents)
+            if chosen[-1] >= activity.d_sae:
+                raise UserError(f"no latent {chosen[-1]}: there are 0 to {activity.d_sae - 1:,}")
+            return chosen
         count = self.args.sample if units == LATENTS else self.args.control_sample
         return draw_latents(activity, count, self.args.seed)
 
@@ -349,6 +405,12 @@ class _Work:
 
         explanations, _ = records.read(self.out)
         return [e for e in explanations if e.units == units and e.unit in set(chosen) and e.text]
+
+    @functools.cached_property
+    def _simulator(self):
+        from sae_jax import lm
+
+        return self.args.simulator and lm.open_model(self.args.simulator, self.args.model_dtype)
 
     @functools.cached_property
     def _client(self):
@@ -386,10 +448,11 @@ class _Work:
                 self.tokenizer,
                 self._client,
                 chosen,
-                explainer=self.args.explainer,
+                explainer=None if self.args.explainer == _NO_EXPLAINER else self.args.explainer,
                 scorers=self.args.scorers,
                 effects=self._effects(units, activity),
                 seed=self.args.seed,
+                negatives=self.args.negatives,
             )
             lines.append(f"{len(chosen)} {units}: {plan}")
         return "\n".join(lines)
@@ -444,13 +507,11 @@ class _Work:
         print(f"Written: {page}")
 
 
-def _numbers(text: str, d_sae: int) -> list[int]:
-    """Returns the numbers of latents in a list such as "1,5,9"."""
-    parts = [part.strip() for part in text.split(",")]
+def _numbers(text: str | None) -> list[int]:
+    """Returns the numbers of latents in a list such as "1,5,9", rising."""
+    parts = [] if text is None else [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and len(part) < 16 for part in parts):
         raise UserError(f'--latents={text}: write the numbers of latents, such as "1,5,9"')
-    if wrong := [part for part in parts if int(part) >= d_sae]:
-        raise UserError(f"no latent {wrong[0]}: there are 0 to {d_sae - 1:,}")
     return sorted(set(map(int, parts)))
 
 
