@@ -287,7 +287,8 @@ def test_explanations_are_on_the_page_in_the_index_and_in_the_search(made, token
     assert llm == {
         "by": "llm", "method": "delphi-1", "text": "ANIMALS </script>", "kind": "",
         "model": "judge", "scores": [{"scorer": "detection", "value": 0.9,
-        "controls": {"shuffled": 0.5}, "examples": 100, "unparsable": 2}],
+        "controls": {"shuffled": 0.5}, "examples": 100, "unparsable": 2,
+        "model": ""}],
     }  # fmt: skip
     assert (rules["text"], rules["kind"]) == ("the token fox", "token")
     assert [one["text"] for one in found[5]["explanations"]] == [""]
