@@ -84,6 +84,16 @@ def test_a_run_is_written_as_files_and_as_one_page(run, tmp_path, capsys):
     assert main(["dashboard", *where, "--top=5"]) == 2
     err = capsys.readouterr().err
     assert "top was 4 and is 5; give --overwrite to make it again" in err
+    (run / "explain").mkdir()
+    (run / "explain/explanations.jsonl").write_text(
+        '{"units": "latents", "unit": 9, "by": "llm", "method": "a-1", "text": "nine"}\n'
+    )
+    assert main(["dashboard", *where, "--overwrite"]) == 0
+    assert json.loads(gzip.decompress((tmp_path / "o/data/labels.json.gz").read_bytes())) == {
+        "9": "nine"
+    }
+    assert main(["dashboard", *where, f"--explanations={tmp_path}"]) == 2
+    assert "holds no explanations.jsonl" in capsys.readouterr().err
     single = tmp_path / "one.html"
     assert main(["dashboard", *where, "--latents=1,5", f"--single={single}"]) == 0
     page = single.read_text()

@@ -15,6 +15,8 @@ from sae_jax.interpret import dashboard
 from sae_jax.interpret.collection import FULL
 from sae_jax.interpret.dashboard import neighbours, words
 from sae_jax.interpret.dashboard.search import TextSearch
+from sae_jax.interpret.explain import records
+from sae_jax.interpret.explain.records import Explanation, Score
 from sae_jax.interpret.text import pieces, token_bytes, token_text
 
 D_SAE = 300
@@ -245,6 +247,72 @@ def test_labels_are_read_or_refused_in_a_line(tmp_path, name, text, says):
     with pytest.raises(UserError, match=says.replace("[", "\\[")) as error:
         dashboard.read_labels(tmp_path / name, 300)
     assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def explain(directory):
+    """Latent 3 has two explanations and 5 one that says nothing; 7 only a score without any."""
+    rules, llm = ("statistics", "rules-1"), ("llm", "delphi-1")
+    records.write(
+        directory,
+        [
+            Explanation("latents", 3, *rules, "the token fox", "token"),
+            Explanation("latents", 3, *llm, "ANIMALS </script>", details={"model": "judge"}),
+            Explanation("latents", 5, *rules, ""),
+            Explanation("neurons", 9, *rules, "of no latent"),
+        ],
+        [
+            Score("latents", 3, *llm, "detection", "", 0.9, 100, 2),
+            Score("latents", 3, *llm, "detection", "shuffled", 0.5, 100),
+            Score("latents", 3, *rules, "detection", "", 0.7, 100),
+            Score("latents", 7, "", "", "intruder", "", 0.25, 10),
+        ],
+    )
+    return directory
+
+
+def test_explanations_are_on_the_page_in_the_index_and_in_the_search(made, tokenizer, tmp_path):
+    plain, _, _ = made
+    explained = dashboard.read_explanations(explain(tmp_path / "explain"), D_SAE)
+    latents = dashboard.Latents(plain.collection, plain.sae, tokenizer, explained=explained)
+    out = tmp_path / "out"
+    dashboard.export(out, latents, about_of(latents))
+    about = json.loads((out / "data/about.json").read_text())
+    assert about["explained"].startswith("The explanation with the highest score by detection;")
+    assert read(out / "data/labels.json.gz") == {"3": "ANIMALS </script>"}
+    assert latents.columns()[3, 3] == np.float32(0.9) and np.isnan(latents.columns()[3, 7])
+    assert read(out / "data/explanations.json.gz") == {"3": ["ANIMALS </script>", "the token fox"]}
+    found = {one["index"]: one for one in read(out / "data/latents/00000.json.gz")}
+    llm, rules = found[3]["explanations"]
+    assert (found[3]["label"], found[3]["score"]) == ("ANIMALS </script>", 0.9)
+    assert llm == {
+        "by": "llm", "method": "delphi-1", "text": "ANIMALS </script>", "kind": "",
+        "model": "judge", "scores": [{"scorer": "detection", "value": 0.9,
+        "controls": {"shuffled": 0.5}, "examples": 100, "unparsable": 2,
+        "model": ""}],
+    }  # fmt: skip
+    assert (rules["text"], rules["kind"]) == ("the token fox", "token")
+    assert [one["text"] for one in found[5]["explanations"]] == [""]
+    assert [one["text"] for one in found[7]["explanations"]] == [None]
+    assert found[9]["explanations"] == []
+    search = TextSearch(plain.collection, tokenizer, latents.labels, explained.texts)
+    assert search.find("TOKEN fox", 10) == search.find("animals", 10) == [3]
+    given = dashboard.Labels({3: "mine"})
+    both = dashboard.Latents(
+        plain.collection, plain.sae, tokenizer, labels=given, explained=explained
+    )
+    assert (both.make([3])[0].label, len(both.make([3])[0].explanations)) == ("mine", 2)
+    with pytest.raises(UserError, match="other latents, texts or labels"):
+        dashboard.export(out, plain, about_of(plain))
+    dashboard.export(out, plain, about_of(plain), overwrite=True)
+    assert not (out / "data/explanations.json.gz").exists()
+    assert "explanations" not in read(out / "data/latents/00000.json.gz")[3]
+
+
+@pytest.mark.parametrize("d_sae, says", [(5, "explains latent 5; there are 0 to 4"), (0, "")])
+def test_explanations_of_another_sae_or_none_are_refused(tmp_path, d_sae, says):
+    directory = tmp_path if not d_sae else explain(tmp_path / "explain")
+    with pytest.raises(UserError, match=says or "holds no explanations.jsonl; make it with"):
+        dashboard.read_explanations(directory, d_sae)
 
 
 class Rows:

@@ -25,6 +25,8 @@ import pytest
 from sae_jax.evaluate.sources import ModelRows
 from sae_jax.interpret import dashboard
 from sae_jax.interpret.collect import collect
+from sae_jax.interpret.explain import records
+from sae_jax.interpret.explain.records import Explanation, Score
 from sae_jax.sae import ReLU, ReLUConfig, resolve
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs the [test-page] extra")
@@ -618,3 +620,50 @@ def test_the_exported_folder_has_all_but_what_needs_the_model(words, tmp_path, o
         expect(page.locator(".links a").first).to_be_visible()
         assert page.locator("#to-live").is_hidden()
         assert not page.locator("button:text-is('ablate')").count()
+
+
+def test_explanations_are_shown_with_their_controls_and_searched(words, tmp_path, opened):
+    latents, _ = words
+    rules, llm = ("statistics", "rules-1"), ("llm", "delphi-1")
+    hostile = f"zebras {dashboard_folder.HOSTILE}"
+    records.write(
+        tmp_path / "explain",
+        [
+            Explanation("latents", A, *llm, "the first letter", details={"model": "judge"}),
+            Explanation("latents", A, *rules, hostile, "token"),
+            Explanation("latents", B, *rules, ""),
+        ],
+        [
+            Score("latents", A, *llm, "detection", "", 0.875, 100, 3),
+            Score("latents", A, *llm, "detection", "shuffled", 0.5, 100),
+            Score("latents", A, *llm, "detection", "none", None, 100),
+        ],
+    )
+    explained = dashboard.read_explanations(tmp_path / "explain", len(latents.collection.density))
+    shown = dashboard.Latents(
+        latents.collection, latents.sae, latents.tokenizer, explained=explained
+    )
+    (tmp_path / "host/some/path").mkdir(parents=True)
+    out = tmp_path / "host" / UNDER
+    dashboard.export(out, shown, dashboard.about(shown, title="Words"))
+    with files_of(tmp_path / "host") as address:
+        page = opened(Folder(f"{address}{UNDER}/"), "#/?q=ZEBRAS")
+        expect(page.locator("#shown")).to_have_text(
+            f"1 of {len(latents.collection.density)} latents"
+        )
+        row = page.locator(".window .row[aria-rowindex='2']")
+        expect(row.locator(".label")).to_have_text("the first letter")
+        expect(row.locator(".score")).to_have_text("0.875")
+        page.keyboard.press("Escape")
+        row.locator("a").click()
+        said = page.locator(".explained li")
+        expect(said.nth(0)).to_contain_text("the first letterllm · delphi-1 · judge")
+        marks = "detection 0.875 (saying nothing –, another's 0.5, 3 unreadable)"
+        expect(said.nth(0)).to_contain_text(marks)
+        expect(said.nth(1)).to_contain_text(hostile)
+        expect(said.nth(1)).to_contain_text("statistics · rules-1 · token")
+        assert page.evaluate("window.hurt") is None
+        page.goto(f"{address}{UNDER}/#/latent/{B}")
+        expect(said).to_have_text("nothing to say: statistics · rules-1")
+        page.goto(f"{address}{UNDER}/#/about")
+        expect(page.locator(".view")).to_contain_text("highest score by detection")

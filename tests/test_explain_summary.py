@@ -186,6 +186,13 @@ def test_records_replace_their_own(tmp_path):
     assert [s.value for s in scores if s.by == "llm" and s.units == "latents"] == [0.9]
 
 
+def test_any_text_of_a_model_is_read_again(tmp_path):
+    text = 'half \ud83d of one,\u2028 \x00 \n and "all" of 🙂 עולם'
+    write(tmp_path, [explanation(1, text, thinking=text)], [])
+    (found,), _ = read(tmp_path)
+    assert found.text == found.details["thinking"] == text.replace("\ud83d", "\ufffd")
+
+
 def test_where_the_second_file_cannot_be_written_the_first_stays_as_it_was(tmp_path):
     write(tmp_path, [explanation(1, "a")], [score(1, 0.5)])
     before = read(tmp_path)

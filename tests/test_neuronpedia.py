@@ -21,6 +21,7 @@ from sae_jax.errors import UserError
 from sae_jax.evaluate.metrics import activation_scale
 from sae_jax.interpret import collection, effects
 from sae_jax.interpret.dashboard import Neurons
+from sae_jax.interpret.explain.labels import Mark, Said
 from sae_jax.interpret.neuronpedia import (
     Export,
     Release,
@@ -147,6 +148,58 @@ def test_an_upload_is_this(export, tmp_path):
     assert (low["quantileMin"], low["quantileMax"], low["quantileFraction"]) == (0.0, 1.0, 0.04)
     assert low["tokens"][-1] == "<|outofrange|>" and low["values"] == [0.0, 0.0, 0.5, 0.0]
     assert bodies[1]["features"][0]["activations"][0]["values"] == [0.0, 0.0, 8.0, 1.6]
+
+
+EXPLAINED = {
+    0: [
+        Said("llm", "Delphi-1", "foxes \0" + "🙂" * 300, "", "GPT-4o-mini", [
+            Mark("detection", 0.75, {"shuffled": 0.5}, 100, 2, "Judge-1"),
+            Mark("fuzzing", None, {}, 0, 0), Mark("simulation", 0.5, {"none": 0.25}, 60, 1),
+        ]),
+        Said("statistics", "rules-1", "the token fox", "token", "", [Mark("f1", 0.9, {}, 8, 0)]),
+    ],
+    2: [Said("statistics", "rules-1", "", "", "", []), Said("", "", None, "", "", [])],
+}  # fmt: skip
+
+
+def test_all_explanations_are_uploaded_with_their_methods_and_within_the_limits(export, tmp_path):
+    explained = changed(export, labels={0: "mine"}, method="by-hand", explanations=EXPLAINED)
+    write_upload_batches(tmp_path / "out", explained)
+    body = read(tmp_path / "out" / "batch-0.json")
+    mine, llm, rules = body["features"][0]["explanations"]
+    assert mine == {"text": "mine", "methodName": "by-hand"}
+    assert (llm["methodName"], llm["modelName"]) == ("sae_jax-llm-delphi-1", "gpt-4o-mini")
+    assert llm["text"].startswith("foxes ") and llm["text"].endswith("🙂…")
+    assert 511 <= len(llm["text"].encode("utf-16-le")) // 2 <= 512
+    assert rules == {"text": "the token fox", "methodName": "sae_jax-statistics-rules-1"}
+    assert all("explanations" not in feature for feature in body["features"][1:])
+    assert neuronpedia_server.what_is_wrong(body) is None
+    with pytest.raises(UserError, match="another export, with explanations"):
+        write_upload_batches(tmp_path / "out", changed(explained, explanations={}))
+    with pytest.raises(UserError, match="latent 6 is explained, but the SAE has 6"):
+        write_upload_batches(tmp_path / "o", changed(export, explanations={6: EXPLAINED[0]}))
+
+
+def test_the_bulk_layout_has_explanations_and_their_scores(export, tmp_path):
+    explained = changed(export, labels={2: "mine"}, explanations=EXPLAINED)
+    write_bulk(tmp_path / "out", explained, Release(), batch=4)
+    rows = rows_of(tmp_path / "out" / "tiny-1" / "0-mine-res")
+    llm, rules, mine = rows["explanations"]
+    assert [row["index"] for row in rows["explanations"]] == [0, 0, 2]
+    assert (mine["description"], mine["typeName"]) == ("mine", None)
+    assert len(llm["description"]) > 300 and llm["explanationModelName"] == "gpt-4o-mini"
+    assert len({row["id"] for kind in rows.values() for row in kind if "id" in row}) == 26
+    assert [
+        (row["explanationId"], row["explanationScoreTypeName"], row["value"])
+        for row in rows["scores"]
+    ] == [
+        (llm["id"], "eleuther_recall", 0.75),
+        (llm["id"], "sae_jax-simulation", 0.5),
+        (rules["id"], "sae_jax-f1", 0.9),
+    ]
+    assert rows["scores"][0]["explanationScoreModelName"] == "judge-1"
+    assert json.loads(rows["scores"][0]["jsonDetails"]) == []
+    assert json.loads(rows["scores"][1]["jsonDetails"])["controls"] == {"none": 0.25}
 
 
 def test_tokens_are_text_where_they_can_be(tokenizer, export):
@@ -323,7 +376,7 @@ def test_saedashboards_files(export, tmp_path):
 
 def rows_of(folder):
     found = {}
-    for kind in ("features", "activations", "explanations"):
+    for kind in ("features", "activations", "explanations", "scores"):
         files = sorted((folder / kind).glob("*.jsonl.gz"))
         lines = [line for file in files for line in gzip.decompress(file.read_bytes()).splitlines()]
         found[kind] = [json.loads(line) for line in lines]

@@ -37,6 +37,7 @@ what needs the model. About 6 to 30 kB a latent; what there will be is said befo
 is for any SAE that sae_jax reads, on text of yours; or with --store, on a store's rows.
 
   sae-jax dashboard --run=runs/a --labels=labels.csv       names of latents: latent,label[,score]
+  sae-jax dashboard --run=runs/a --explanations=DIR        what sae-jax explain found; RUN/explain
   sae-jax dashboard --run=runs/a --latents=1,5,9 --single=page.html    one file that needs no other
 
 From another machine: ssh -L 8422:127.0.0.1:8422 HOST is safest. --host=0.0.0.0 listens to all who
@@ -97,6 +98,10 @@ def define(values: flags.FlagValues) -> None:
     integer("after", 14, "Tokens of an example after the peak.", 0, 4096)
     integer("seed", 0, "Seed of what is drawn.", 0, 2**31 - 1)
     string("labels", "A .csv or .json of what latents are called: latent, label and perhaps score.")
+    string(
+        "explanations",
+        "Directory of what sae-jax explain found: labels, and all that was said; RUN/explain.",
+    )
     string("latents", 'With --single: which, such as "1,5,9"; by default 30 across the densities.')
     string("single", "Write one page that needs no other file, of up to 200 latents, here.")
     flags.DEFINE_bool(
@@ -134,6 +139,7 @@ def run(args, overrides) -> None:
     which = {"sae": found.name, **found.about}
     there = _there(args, home, which, found.sae.config.d_sae)
     labels = args.labels and dashboard.read_labels(args.labels, found.sae.config.d_sae)
+    explained = _explained(args, found)
     data = dataclasses.replace(found.data, **opened_sources.chosen(args))
     store, model, settings = opened_sources.open_store_and_model(args, data, lm.open_model)
     tokenizer = opened_sources.open_tokenizer(args, model)
@@ -162,6 +168,7 @@ def run(args, overrides) -> None:
         written_site=written_site,
         labels=labels,
         neurons=neurons,
+        explained=explained,
     )
     if args.neuronpedia:
         neuronpedia_flags.write(args, latents, model, written_site)
@@ -195,6 +202,19 @@ def _directories(args) -> tuple:
         return (paths.local(args.out),) * 2
     home = paths.local(run / "dashboard")
     return home, paths.local(args.out) if args.out else home / "page"
+
+
+def _explained(args, found):
+    """Returns what was said of the latents, None where nothing was and nothing is asked for."""
+    from sae_jax import paths
+    from sae_jax.interpret import dashboard
+    from sae_jax.interpret.explain import records
+
+    place = args.explanations
+    if place is None and found.is_run and not paths.is_remote(str(found.path)):
+        there = found.path / "explain"
+        place = there if (there / records.EXPLANATIONS).is_file() else None
+    return place and dashboard.read_explanations(place, found.sae.config.d_sae)
 
 
 def _numbers(text: str | None) -> list[int] | None:

@@ -12,8 +12,9 @@ HELP = """\
   sae-jax dashboard --run=runs/a --neuronpedia=np --np_model=gpt2-small --np_source=6-mine-res
 
 writes np/batch-N.json, the requests that add latents to a source set of your own (make it at
-neuronpedia.org/source-set/new: here mine-res, of which 6-mine-res is layer 6), with the labels of
---labels as explanations. With --push they are sent, with your key from the environment:
+neuronpedia.org/source-set/new: here mine-res, of which 6-mine-res is layer 6). The labels of
+--labels, and what `sae-jax explain` found, become explanations. With --push they are sent, with
+your key from the environment:
 
   NEURONPEDIA_API_KEY=... sae-jax dashboard --run=runs/a ... --push     (--dry_run: only shown)
 
@@ -116,7 +117,8 @@ def write(args, latents, model, site: str | None) -> None:
         args.np_model,
         args.np_source,
         model=model,
-        labels=latents.labels.names,
+        labels=latents.labels.names if args.labels else {},
+        explanations=latents.explained.said if latents.explained else {},
         method=args.np_method,
         labeller=args.np_labeller,
         dataset=args.np_dataset or "",

@@ -1,5 +1,6 @@
 """The dashboard of an SAE: every latent on a page, as files or from a server."""
 
+from sae_jax.interpret.dashboard.explanations import Explained, read_explanations
 from sae_jax.interpret.dashboard.export import About, about, check_folder, export
 from sae_jax.interpret.dashboard.labels import Labels, read_labels
 from sae_jax.interpret.dashboard.latents import Latent, Latents
@@ -11,6 +12,7 @@ __all__ = [
     "SHARD",
     "WIDEST",
     "About",
+    "Explained",
     "Labels",
     "Latent",
     "Latents",
@@ -21,5 +23,6 @@ __all__ = [
     "correlated_neurons",
     "export",
     "open_server",
+    "read_explanations",
     "read_labels",
 ]

@@ -5,6 +5,7 @@
     data/index.bin              density, mean and largest activation, and score of every latent
     data/labels.json.gz         what latents are called
     data/hints.json.gz          on which tokens they peak
+    data/explanations.json.gz   all that was said of each, where latents were explained
     data/latents/00000.json.gz  256 latents each
     data/words/00.json.gz       the latents that are most active on each word, in 64 files
     data/settings.json          of what it was made, which one that goes on must be made of too
@@ -54,6 +55,7 @@ class About:
       metrics: how good the SAE is, as triples of a label, a value and a unit.
       live: whether a server makes the files when they are asked for.
       can: which parts of the API there are: encode, generate, ablate, search.
+      explained: how labels were chosen among explanations; "" where latents were not explained.
     """
 
     title: str
@@ -68,6 +70,7 @@ class About:
     metrics: list[tuple[str, float, str]]
     live: bool
     can: dict[str, bool]
+    explained: str = ""
 
 
 def about(
@@ -104,6 +107,7 @@ def about(
         metrics=[(label, float(value), unit) for label, value, unit in metrics],
         live=can is not None,
         can={part: bool((can or {}).get(part)) for part in parts},
+        explained=latents.explained.rule if latents.explained else "",
     )
 
 
@@ -162,6 +166,8 @@ def export(out, latents: Latents, known: About, overwrite: bool = False) -> path
     names = {str(latent): name for latent, name in sorted(latents.labels.names.items())}
     paths.write(data / "labels.json.gz", packed(names))
     paths.write(data / "hints.json.gz", packed(latents.hints()))
+    if latents.explained:
+        paths.write(data / "explanations.json.gz", packed(latents.explained.texts))
     for file in page_files():
         paths.write(out / file.name, file.read_bytes())
     paths.save_json(dataclasses.asdict(known), data / "about.json")
@@ -208,6 +214,8 @@ def _settings(latents: Latents, known: About) -> dict:
     collection, labels = latents.collection, latents.labels
     arrays = (collection.density, collection.mean_activation, collection.max_activation)
     digest = hashlib.sha256(msgspec.json.encode([labels, latents.neurons is not None]))
+    if latents.explained:
+        digest.update(msgspec.json.encode(sorted(latents.explained.said.items())))
     for array in arrays:
         digest.update(np.ascontiguousarray(array).tobytes())
     return {
@@ -227,7 +235,7 @@ def _begin(data: pathlib.Path, settings: dict, overwrite: bool) -> None:
                 f"{data.parent} holds the files of other latents, texts or labels; give "
                 "--overwrite to replace them, or another --out"
             )
-        for name in ("about.json", "settings.json"):
+        for name in ("about.json", "settings.json", "explanations.json.gz"):
             (data / name).unlink(missing_ok=True)
         shutil.rmtree(data / "latents", ignore_errors=True)
     elif not file.is_file():

@@ -13,11 +13,13 @@ import numpy as np
 from sae_jax import lm
 from sae_jax.interpret.collection import Collection
 from sae_jax.interpret.collection import Example as Window
+from sae_jax.interpret.dashboard.explanations import Explained
 from sae_jax.interpret.dashboard.hints import hints
 from sae_jax.interpret.dashboard.labels import Labels
 from sae_jax.interpret.dashboard.neighbours import Neighbours
 from sae_jax.interpret.dashboard.neurons import Neurons
 from sae_jax.interpret.effects import OutputTokens, output_tokens, used_tokens
+from sae_jax.interpret.explain.labels import Said
 from sae_jax.interpret.text import interval_names, pieces, token_name, token_text
 from sae_jax.sae import SAE
 
@@ -74,6 +76,7 @@ class Latent:
       neighbours: the latents with the most similar decoder rows, with cosines.
       coactive: the latents that fire on the same tokens, with Jaccard indices.
       neurons: the most correlated neurons, with Pearson correlations; None where not known.
+      explanations: all that was said of it, with scores; left out where nothing was explained.
     """
 
     index: int
@@ -90,6 +93,7 @@ class Latent:
     neighbours: list[tuple[int, float]]
     coactive: list[tuple[int, float]]
     neurons: list[tuple[int, float]] | None
+    explanations: list[Said] | msgspec.UnsetType = msgspec.UNSET
 
 
 class Latents:
@@ -105,6 +109,7 @@ class Latents:
         written_site: str | None = None,
         labels: Labels | None = None,
         neurons: Neurons | None = None,
+        explained: Explained | None = None,
     ):
         """Takes what latents are shown from; nothing is read yet.
 
@@ -115,11 +120,13 @@ class Latents:
           model: the language model. Without it, and where it is run by transformers, no output
             tokens are shown.
           written_site: the site that the SAE writes to; None where there are several.
-          labels: what latents are called.
+          labels: what latents are called; by default the best explanation of each.
           neurons: the neurons that they are correlated with.
+          explained: what was said of them.
         """
         self.collection, self.sae, self.tokenizer = collection, sae, tokenizer
-        self.labels, self.neurons = labels or Labels(), neurons
+        self.labels = labels or (explained.labels if explained else Labels())
+        self.neurons, self.explained = neurons, explained
         self._model, self._site = model, written_site
         self._neighbours = Neighbours(sae)
         self._texts: dict[int, _Text] = {}  # by the number of the sequence, the latest last
@@ -178,6 +185,7 @@ class Latents:
             neighbours=[(latent, short(cosine)) for latent, cosine in neighbours],
             coactive=[(latent, short(jaccard)) for latent, jaccard in found.coactive(number)],
             neurons=None if self.neurons is None else self.neurons.of(number),
+            explanations=self.explained.of(number) if self.explained else msgspec.UNSET,
         )
 
     def _effects(self, effects: OutputTokens | None, place: int) -> dict:

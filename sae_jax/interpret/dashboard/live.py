@@ -85,7 +85,7 @@ class Ablate:
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """Asks which latents have a text in their label or their examples."""
+    """Asks which latents have a text in their label, their explanations or their examples."""
 
     query: Annotated[str, Meta(max_length=1000)]
     limit: Annotated[int, Meta(ge=1, le=10_000)] = 100
@@ -109,7 +109,12 @@ class Live:
         """
         self._latents, self._model, self._sites = latents, model, tuple(sites)
         self._sae = latents.sae
-        self._search = TextSearch(latents.collection, latents.tokenizer, latents.labels)
+        self._search = TextSearch(
+            latents.collection,
+            latents.tokenizer,
+            latents.labels,
+            latents.explained.texts if latents.explained else {},
+        )
         self._activations = jax.jit(lambda sae, x: sae.encode(x) * activation_scale(sae))
 
     @property
@@ -219,7 +224,8 @@ class Live:
         return {"effects": [short(v) for v in effects[request.start : request.stop]]}
 
     def search(self, request: Search) -> dict:
-        """Returns the latents with the query in their label, or else in their examples."""
+        """Returns the latents with the query in their label or explanations, or else in their
+        examples."""
         return {"latents": self._search.find(request.query, request.limit)}
 
     def _check_latent(self, latent: int) -> None:

@@ -1,7 +1,9 @@
-"""Finds latents by the texts of their examples and by their labels."""
+"""Finds latents by the texts of their examples, and by what they are called and said to be."""
 
 import functools
 import re
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
@@ -14,14 +16,21 @@ _MOST_PLACES = 200_000  # in the texts, where a query is found
 
 
 class TextSearch:
-    """Searches the windows of all examples, and the labels."""
+    """Searches the windows of all examples, the labels, and the explanations of each latent."""
 
-    def __init__(self, collection: Collection, tokenizer: Tokenizer, labels: Labels):
+    def __init__(
+        self,
+        collection: Collection,
+        tokenizer: Tokenizer,
+        labels: Labels,
+        explanations: Mapping[int, Sequence[str]] = MappingProxyType({}),
+    ):
         """Takes what is searched. The texts are read at the first search."""
         self._collection, self._tokenizer, self._labels = collection, tokenizer, labels
+        self._explanations = explanations
 
     def find(self, query: str, limit: int) -> list[int]:
-        """Returns up to `limit` latents, those with the query in their label first.
+        """Returns up to `limit` latents, those with the query in their label or explanations first.
 
         The others are those with the query in an example, sorted by the share of their
         examples that have it. Of the letters a to z, upper and lower case count as the same.
@@ -29,8 +38,12 @@ class TextSearch:
         folded = query.casefold()
         if not folded.strip():
             return []
-        names = self._labels.names
-        named = [latent for latent in sorted(names) if folded in names[latent].casefold()]
+        names, texts = self._labels.names, self._explanations
+        named = [
+            latent
+            for latent in sorted(names.keys() | texts.keys())
+            if any(folded in t.casefold() for t in (names.get(latent, ""), *texts.get(latent, ())))
+        ]
         data = query.encode(errors="surrogatepass")  # half a character is in no text
         found = dict.fromkeys([*named, *self._in_examples(data.lower())])
         return list(found)[:limit]

@@ -70,6 +70,8 @@ class _Site:
             return _packed(self._latents.columns().tobytes())
         if name == "data/labels.json.gz":
             return _packed(packed(self._latents.labels.names, _LEVEL))
+        if name == "data/explanations.json.gz" and self._latents.explained:
+            return _packed(packed(self._latents.explained.texts, _LEVEL))
         if name == "data/hints.json.gz":
             with self._making:
                 return _packed(self._hints)

@@ -30,6 +30,9 @@ export function aboutView({ about }) {
       { class: "soft" },
       "An activation is the length of what its latent adds to the reconstruction, in the units of the model's activations.",
     ),
+    about.explained
+      ? h("p", { class: "soft" }, `What a latent is called, where labels were not given: ${about.explained}`)
+      : null,
     h(
       "div",
       { class: "tables" },

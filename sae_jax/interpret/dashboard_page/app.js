@@ -42,7 +42,7 @@ async function start() {
 
 /** What all views know. */
 function share(about, index) {
-  const labels = data.labels(about.d_sae);
+  const labels = data.labels(about.d_sae, about.explained);
   const search = about.can.search
     ? async (text) => new Set((await data.ask("search", { query: text, limit: 10_000 })).latents)
     : data.latentsOfWords;

@@ -88,15 +88,19 @@ export async function columns(latents) {
 
 /**
  * What latents are called, and of those without a label the tokens on which they peak: as written,
- * and in lower case for searching; "" where there is neither.
+ * and in lower case for sorting; "" where there is neither. Searched are all explanations besides.
  */
 export class Labels {
-  constructor(latents, texts = {}, hints = {}) {
+  constructor(latents, texts = {}, hints = {}, explanations = {}) {
     this.texts = texts;
     this.written = new Array(latents).fill("");
     for (const [latent, text] of Object.entries(hints)) this.written[latent] = text;
     for (const [latent, text] of Object.entries(texts)) this.written[latent] = text;
     this.lowered = this.written.map((text) => text.toLowerCase());
+    this.searched = this.lowered.slice();
+    for (const [latent, said] of Object.entries(explanations)) {
+      this.searched[latent] += `\n${said.join("\n").toLowerCase()}`;
+    }
   }
 
   of(latent) {
@@ -111,11 +115,17 @@ export class Labels {
   lower(latent) {
     return this.lowered[latent];
   }
+
+  /** Whether a text, in lower case, is in what it is called or in an explanation of it. */
+  has(latent, text) {
+    return this.searched[latent].includes(text);
+  }
 }
 
-/** The labels of all latents, and hints. */
-export async function labels(latents) {
-  const files = ["labels", "hints"].map((name) => json(`data/${name}.json.gz`));
+/** The labels of all latents, hints, and explanations where the latents were explained. */
+export async function labels(latents, explained) {
+  const names = ["labels", "hints", ...(explained ? ["explanations"] : [])];
+  const files = names.map((name) => json(`data/${name}.json.gz`));
   return new Labels(latents, ...(await Promise.all(files)));
 }
 

@@ -18,7 +18,7 @@ const RANGE_NAMES = { density: "fires on, % of tokens", max: "maximum", score: "
  * The search and the filters; `change` is told the new settings by name. Its `fill` shows those of
  * an address's query, its `focusSearch` goes to the search.
  */
-export function filters(ranges, change) {
+export function filters(ranges, change, explained) {
   const search = h("input", {
     type: "search",
     id: "search",
@@ -30,7 +30,7 @@ export function filters(ranges, change) {
   const where = h(
     "select",
     { id: "where", "aria-label": "Where to search" },
-    h("option", { value: "" }, "in labels and peaks"),
+    h("option", { value: "" }, explained ? "in explanations and peaks" : "in labels and peaks"),
     h("option", { value: "examples" }, "in examples too"),
   );
   const alive = h("input", { type: "checkbox", id: "alive" });

@@ -4,6 +4,7 @@ import { diverging, histogram } from "./charts.js";
 import * as data from "./data.js";
 import { button, count, failure, h, number, percent } from "./dom.js";
 import { beside } from "./order.js";
+import { explanations } from "./explanations.js";
 import { exampleItem } from "./texts.js";
 
 /** The view of a latent; `dashboard` is what app.js shares with all views. */
@@ -85,7 +86,12 @@ function content(dashboard, latent, { order, labels, query }) {
   ];
   return [
     heading(dashboard, latent, { order, labels, query }),
-    h("div", { class: "columns" }, examples(dashboard, latent, query), h("aside", {}, side)),
+    h(
+      "div",
+      { class: "columns" },
+      h("div", {}, explanations(latent), examples(dashboard, latent, query)),
+      h("aside", {}, side),
+    ),
   ];
 }
 

@@ -23,7 +23,7 @@ export function listView(dashboard) {
     }
     dashboard.replace(dashboard.listAddress(next));
   };
-  const controls = filters(ranges, change);
+  const controls = filters(ranges, change, about.explained);
   const head = header(columns, change);
   const table = rows(dashboard, columns);
   const shown = h("span", { class: "soft", role: "status", id: "shown" });
@@ -88,7 +88,7 @@ export function listView(dashboard) {
 function nothing(wanted, about, clear) {
   const where = about.can.search ? "examples" : "best examples, at and just before the peak,";
   const why = wanted.text
-    ? `No label${wanted.everywhere ? ` and none of the ${where}` : ""} has “${wanted.text}”, within the other filters.`
+    ? `No label${about.explained ? ", no explanation" : ""}${wanted.everywhere ? ` and none of the ${where}` : ""} has “${wanted.text}”, within the other filters.`
     : "No latent passes these filters.";
   return h("div", {}, h("p", {}, why), button("Show all latents", clear));
 }

@@ -97,7 +97,7 @@ function select(index, labels, found, { sort, seed, text, dead, ranges }) {
     if (!dead && !(index.density[i] > 0)) continue;
     // A value that is missing (NaN) lies in no range.
     if (!bounds.every((b) => b.values[i] >= b.low && b.values[i] <= b.high)) continue;
-    if (wanted && !labels.lower(i).includes(wanted) && !found?.has(i)) continue;
+    if (wanted && !labels.has(i, wanted) && !found?.has(i)) continue;
     chosen[size++] = i;
   }
   return sorted(chosen.slice(0, size), index, labels, sort, seed);

@@ -28,6 +28,7 @@ class Mark:
       controls: the scores of what was put in its place, by name.
       examples: how many examples it is made of.
       unparsable: how many answers could not be read.
+      model: the language model that was asked, or "".
     """
 
     scorer: str
@@ -35,6 +36,7 @@ class Mark:
     controls: dict[str, float | None]
     examples: int
     unparsable: int
+    model: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +101,7 @@ def _mark(scorer: str, by_control: Mapping[str, Score]) -> Mark:
         {name: score.value for name, score in sorted(by_control.items()) if name},
         own.examples if own else 0,
         own.unparsable if own else 0,
+        str(own.details.get("model", "")) if own else "",
     )
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from sae_jax import paths
 from sae_jax.errors import UserError
 from sae_jax.json_files import checked, parse_json
+from sae_jax.lm.text import well_formed
 
 EXPLANATIONS, SCORES = "explanations.jsonl", "scores.jsonl"
 
@@ -82,11 +83,17 @@ def write(directory, explanations: Iterable[Explanation], scores: Iterable[Score
     directory.mkdir(parents=True, exist_ok=True)
     temporary = {}
     for name, records in ((EXPLANATIONS, explanations), (SCORES, scores)):
-        lines = sorted(json.dumps(dataclasses.asdict(r), sort_keys=True) for r in records)
+        lines = sorted(_line(record) for record in records)
         temporary[name] = directory / f"{name}.tmp"
-        temporary[name].write_text("".join(f"{line}\n" for line in lines))
+        temporary[name].write_text("".join(lines), encoding="utf-8")
     for name, file in temporary.items():
         os.replace(file, directory / name)
+
+
+def _line(record: Explanation | Score) -> str:
+    """Returns a record as a line of JSON, halves of characters replaced: JSON cannot hold them."""
+    values = dataclasses.asdict(record)
+    return well_formed(json.dumps(values, sort_keys=True, ensure_ascii=False)) + "\n"
 
 
 def update(directory, explanations: Iterable[Explanation], scores: Iterable[Score]) -> None:

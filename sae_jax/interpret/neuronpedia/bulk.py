@@ -6,9 +6,11 @@ Source: sae_dashboard/neuronpedia/neuronpedia_export.py of SAEDashboard's reposi
 import dataclasses
 import datetime
 import hashlib
+import json
 from collections.abc import Iterator
 
 from sae_jax import lm
+from sae_jax.interpret.neuronpedia.explanations import details_of, named, score_type
 from sae_jax.interpret.neuronpedia.export import Export, digits, shape
 
 CREATOR_ID = "clkht01d40000jv08hvalcvly"  # Neuronpedia's own, as in SAEDashboard
@@ -150,20 +152,37 @@ class Rows:
                 "zValues": None,
             }
 
-    def explanation(self, latent: int) -> dict:
-        """Returns the row of a label. Neuronpedia makes the embedding that it searches by."""
-        return {
-            "id": self._id("explanation", latent, 0),
-            **self._place(latent),
-            "description": self._export.labels[latent],
-            "authorId": self._release.creator_id,
-            "embedding": None,
-            "triggeredById": None,
-            "typeName": self._export.method,
-            "explanationModelName": self._export.labeller,
-            "notes": None,
-            "createdAt": self._created,
-        }
+    def explanations(self, latent: int) -> Iterator[dict]:
+        """Yields the rows of what a latent is said to be. Neuronpedia makes the embeddings that it
+        searches by."""
+        for number, one in enumerate(named(self._export, latent)):
+            yield {
+                "id": self._id("explanation", latent, number),
+                **self._place(latent),
+                "description": one.text,
+                "authorId": self._release.creator_id,
+                "embedding": None,
+                "triggeredById": None,
+                "typeName": one.method,
+                "explanationModelName": one.model,
+                "notes": None,
+                "createdAt": self._created,
+            }
+
+    def scores(self, latent: int) -> Iterator[dict]:
+        """Yields the rows of the scores of these."""
+        for number, one in enumerate(named(self._export, latent)):
+            for mark in one.scores:
+                yield {
+                    "id": self._id("score", latent, number, mark.scorer),
+                    "value": mark.value,
+                    "explanationId": self._id("explanation", latent, number),
+                    "initiatedByUserId": self._release.creator_id,
+                    "explanationScoreTypeName": score_type(mark.scorer),
+                    "explanationScoreModelName": mark.model.lower() or None,
+                    "jsonDetails": json.dumps(details_of(mark)),
+                    "createdAt": self._created,
+                }
 
     def _place(self, latent: int) -> dict:
         return {"modelId": self._export.model_id, "layer": self._export.source, "index": latent}

@@ -19,7 +19,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from sae_jax import lm
 from sae_jax.errors import UserError
 from sae_jax.interpret import effects
 from sae_jax.interpret.collection import BINS, Collection
+from sae_jax.interpret.explain.labels import Said
 from sae_jax.interpret.text import vocabulary
 from sae_jax.lm.text import well_formed
 from sae_jax.sae import SAE
@@ -57,6 +58,8 @@ class Export:
       labels: texts by latents, which become explanations.
       method: Neuronpedia's name of the method that made the labels.
       labeller: Neuronpedia's name of the model that wrote the labels.
+      explanations: what `sae-jax explain` said of latents, by their numbers, which become
+        explanations too, with names of their methods that begin with sae_jax, and scores.
       dataset: what text the examples are from.
     """
 
@@ -70,6 +73,7 @@ class Export:
     labels: Mapping[int, str] = dataclasses.field(default_factory=dict)
     method: str | None = None
     labeller: str | None = None
+    explanations: Mapping[int, Sequence[Said]] = dataclasses.field(default_factory=dict)
     dataset: str = ""
 
     @property
@@ -123,6 +127,8 @@ def check(export: Export) -> None:
     strengths = collection.max_activation.astype(np.float64)  # which tells the limit from 1e8
     wrong = ~((strengths >= 0) & (strengths <= MOST_VALUE))
     _refuse(wrong, strengths, "activations", f"0 to {MOST_VALUE:,}", collection)
+    if strange := [i for i in export.explanations if not 0 <= i < config.d_sae]:
+        raise UserError(f"latent {strange[0]} is explained, but the SAE has {config.d_sae:,}")
     for latent, text in export.labels.items():
         if not 0 <= latent < config.d_sae:
             raise UserError(f"a label is of latent {latent}, but the SAE has {config.d_sae:,}")

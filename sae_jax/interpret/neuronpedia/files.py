@@ -85,6 +85,7 @@ def settings_of(export: Export, layout: str, batch: int) -> dict:
     for array in (collection.density, collection.max_activation):
         known.update(np.ascontiguousarray(array).tobytes())
     labels = json_line(sorted((int(i), text) for i, text in export.labels.items()))
+    said = json_line(sorted((int(i), list(each)) for i, each in export.explanations.items()))
     return {
         "layout": layout,
         "model": export.model_id,
@@ -94,6 +95,7 @@ def settings_of(export: Export, layout: str, batch: int) -> dict:
         "batch": batch,
         "collection": known.hexdigest(),
         "labels": hashlib.sha256(labels).hexdigest() if export.labels else None,
+        "explanations": hashlib.sha256(said).hexdigest() if export.explanations else None,
         "method": export.method,
         "labeller": export.labeller,
         "language_model": export.model and export.model.fingerprint,

@@ -14,7 +14,9 @@ import numpy as np
 from sae_jax import paths
 from sae_jax.errors import UserError
 from sae_jax.interpret.dashboard.neighbours import Neighbours
+from sae_jax.interpret.explain.labels import short
 from sae_jax.interpret.neuronpedia.bulk import Release, Rows
+from sae_jax.interpret.neuronpedia.explanations import named
 from sae_jax.interpret.neuronpedia.export import (
     MOST_INDEX,
     MOST_TOKENS,
@@ -86,8 +88,8 @@ class Written:
 def write_upload_batches(out, export: Export, *, batch: int = 32) -> Written:
     """Writes the bodies of requests to neuronpedia.org's /api/feature/upload-batch.
 
-    Latents that never fired are left out, since it refuses latents without an example. `push` sends
-    the files.
+    Latents that never fired are left out, since it refuses latents without an example, and
+    explanations of more than 512 characters are cut. `push` sends the files.
 
     Args:
       out: the directory.
@@ -159,7 +161,8 @@ def write_bulk(out, export: Export, release: Release, *, batch: int = 128) -> Wr
     """Writes the layout that Neuronpedia imports, as SAEDashboard's neuronpedia_export does.
 
     That is MODEL/SOURCE/ with release.jsonl, model.jsonl, sourceset.jsonl, source.jsonl and
-    batch-N.jsonl.gz in features/, activations/ and, where there are labels, explanations/.
+    batch-N.jsonl.gz in features/, activations/ and, where there are labels or explanations,
+    explanations/ and scores/.
     Besides what SAEDashboard writes there are neighbours by the cosine of decoder rows.
 
     Args:
@@ -176,17 +179,20 @@ def write_bulk(out, export: Export, release: Release, *, batch: int = 128) -> Wr
     check(export)
     rows, neighbours = Rows(export, release), Neighbours(export.sae)
     folder = f"{export.model_id}/{export.source}"
-    kinds = ("features", "activations", *(["explanations"] if export.labels else []))
+    kinds = ["features", "activations"]
+    kinds += ["explanations"] if export.labels or export.explanations else []
+    kinds += ["scores"] if export.explanations else []
 
     def make(number: int, latents: np.ndarray) -> list[bytes]:
         found, near = list(features(export, latents)), neighbours.find(latents)
-        made = [
-            [rows.feature(*pair) for pair in zip(found, near, strict=True)],
-            [row for feature in found for row in rows.activations(feature)],
-        ]
-        if export.labels:
-            made.append([rows.explanation(i) for i in latents.tolist() if i in export.labels])
-        return [gzip.compress(b"".join(map(json_line, part)), mtime=0) for part in made]
+        made = {
+            "features": [rows.feature(*pair) for pair in zip(found, near, strict=True)],
+            "activations": [row for feature in found for row in rows.activations(feature)],
+            "explanations": [row for i in latents.tolist() for row in rows.explanations(i)],
+            "scores": [row for i in latents.tolist() for row in rows.scores(i)],
+        }
+        parts = [b"".join(map(json_line, made[kind])) for kind in kinds]
+        return [gzip.compress(part, mtime=0) for part in parts]
 
     latents = np.arange(export.collection.about.d_sae)
     settings = settings_of(export, "bulk", batch) | {"release": dataclasses.asdict(release)}
@@ -209,10 +215,15 @@ def _uploaded(export: Export, feature: dict) -> dict:
         pairs = zip(feature[f"{ours}_str"], feature[f"{ours}_values"], strict=True)
         if found := [{"token": token, "value": value} for token, value in pairs]:
             made[theirs] = found
-    if latent in export.labels:
-        by = {"methodName": export.method, "modelName": export.labeller}
-        by = {name: value for name, value in by.items() if value is not None}
-        made["explanations"] = [{"text": export.labels[latent], **by}]
+    if explanations := named(export, latent):
+        made["explanations"] = [
+            {
+                "text": short(one.text, _LONGEST_TEXT),
+                **({"methodName": one.method} if one.method is not None else {}),
+                **({"modelName": one.model} if one.model is not None else {}),
+            }
+            for one in explanations
+        ]
     made["activations"] = [
         {
             "tokens": example["tokens"],
