@@ -56,7 +56,7 @@ def test_from_a_run_to_its_report(run, tmp_path, capsys):
     explanations, scores = records.read(out)
     assert {e.units for e in explanations} == {"latents", "neurons", "random"}
     assert sum(e.units == "latents" for e in explanations) == 64
-    labels = list(csv.DictReader((out / "labels.csv").open()))
+    labels = list(csv.DictReader((out / "labels.csv").read_text().splitlines()))
     own = {s.unit: s for s in scores if s.units == "latents" and not s.control}
     assert labels and all(own[int(row["latent"])].details["claimed"] for row in labels)
     assert "<html" in (out / "report.html").read_text()
