@@ -226,7 +226,10 @@ def test_values_are_those_of_the_sae_that_is_exported():
     sae = make_sae(scale=3.0)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(50, WIDTH)), jnp.float32)
     activations = sae.encode(x) * activation_scale(sae)
-    np.testing.assert_allclose(sae.fold().encode(x), activations, rtol=1e-5)
+    # Small ones are differences of large numbers, and rounded as these are.
+    np.testing.assert_allclose(
+        sae.fold().encode(x), activations, rtol=1e-5, atol=1e-6 * float(activations.max())
+    )
 
 
 def test_with_a_model_the_promoted_tokens_and_their_histogram(export, model_directory, tmp_path):
