@@ -230,8 +230,8 @@ class _Group:
             )
             for name in self.in_place
         ]
-        others = [groups.get((units, *self.key[1:])) for units in FROM_UNITS]
         if self.key[0] == LATENTS:
+            others = [groups.get((units, *self.key[1:])) for units in FROM_UNITS]
             controls += [
                 Control(
                     other.key[0],

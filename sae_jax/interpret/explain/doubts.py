@@ -42,21 +42,21 @@ def _of(one: Scored) -> Iterator[str]:
         less, several = control.difference, control.several_tokens
         if less.value is None or less.low is None:
             continue
-        verb = "scores" if control.name in IN_PLACE else "score"
         if less.high < 0:
+            verb = "scores" if control.name in IN_PLACE else "score"
             yield f"{of} {verb} higher, {control.mean.value:.3f}, than the latents' {mean:.3f}"
         elif less.low <= 0:
             yield (
-                f"{of} may {verb.removesuffix('s')} as well, {control.mean.value:.3f} and "
+                f"{of} may score as well, {control.mean.value:.3f} and "
                 f"{mean:.3f}: the difference is {less.value:.3f}, {less.low:.3f} to {less.high:.3f}"
             )
         elif several.low is not None and several.low <= 0:
-            yield f"without single-token units {of} may {verb.removesuffix('s')} as well"
+            yield f"without single-token units {of} may score as well"
     names = {control.name for control in one.controls}
     if one.by and not names & set(IN_PLACE):
         yield "no other explanation was scored in place of these, so it may be easy to score well"
     if not names - set(IN_PLACE):
-        yield "it was scored of no neurons, random directions or shuffled model"
+        yield "no neurons, random directions or latents of a shuffled model were scored beside it"
     if one.chance is not None and one.mean.low is not None and one.mean.low <= one.chance:
         yield f"{mean:.3f} is at chance, which is {one.chance:g}"
     if one.affected > _MANY:
