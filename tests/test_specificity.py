@@ -135,6 +135,7 @@ def test_an_activity_of_neurons_and_another_sae(planted, tmp_path):
     other = planted.activity(tmp_path / "b", 1.0 * korean, 2.0 * activity.dense(0))
     found = specificity(activity, planted.tokenizer, ["Arabic"], neurons=other, other=other)
     concept = found.of("Arabic script")
+    assert concept.latents_inside == 1
     assert (concept.other.unit, concept.other.pearson) == (1, pytest.approx(1))
     assert concept.neuron.unit == concept.neuron_of_latent.unit == 1
     assert concept.neuron.pearson == pytest.approx(concept.latents[0].pearson)
@@ -146,6 +147,7 @@ def test_no_latent_is_said_to_be_none(planted, tmp_path):
     found = specificity(activity, planted.tokenizer, ["Arabic", "Hebrew"])
     assert not found.of("Arabic script").has_latent
     assert found.of("Arabic script").said.startswith("no latent")
+    assert found.of("Arabic script").latents_inside == 0
     assert found.of("Hebrew script").said == "too little text: 0 tokens of it"
 
 
@@ -156,6 +158,7 @@ def test_thresholds_ceilings_and_bands(planted, tmp_path):
     found = specificity(activity, planted.tokenizer, ["Arabic", "documents"], labels=planted.labels)
     concept = found.of("Arabic script")
     (unit,) = concept.latents
+    assert concept.latents_inside == 0 and found.of("Arabic documents").latents_inside == 0
     assert unit.at_best.threshold == 3 and unit.at_best.f1 == 1 and unit.above_zero.f1 < 0.6
     assert unit.bands[:3] == [None] * 3 and unit.bands[-1] == 1 and unit.bands[4] == 0
     tested = activity.held_out[:, None] & planted.used
@@ -164,7 +167,8 @@ def test_thresholds_ceilings_and_bands(planted, tmp_path):
     assert concept.ceiling.recall == pytest.approx(inside[ours].mean())
     assert concept.ceiling.precision == 1
     assert concept.ceiling.pearson == pytest.approx(np.corrcoef(ours, inside)[0, 1], abs=2e-3)
-    assert found.of("Arabic").kind == "documents" and found.of("Arabic").ceiling is None
+    assert found.of("Arabic documents").kind == "documents"
+    assert found.of("Arabic documents").ceiling is None
     folder = write_specificity(tmp_path / "out", found)
     assert json.loads((folder / "specificity.json").read_text())["concepts"]
     (line, *_) = [row for _, row in read_csv(folder / "table.csv")]

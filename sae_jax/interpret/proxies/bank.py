@@ -5,8 +5,9 @@
     patterns    regular expressions (`PATTERNS`), such as URLs, numbers, HTML tags and quotes
     documents   each label of a document, where documents have labels
 
-A proxy is above 0 inside its concept: ratios where the concept makes the text likelier, the others
-are 1 there. What is below 0 counts as 0, and DNA as 1 or 0, as in Bricken et al. 2023.
+Of ratios what is below 0 counts as 0, and DNA as 1 or 0, as in Bricken et al. 2023; other proxies
+are 1 or 0. A token is inside a concept where the proxy is above 0, and inside a script where it is
+more likely than not of it: most scripts share the bytes that their characters begin with.
 """
 
 import dataclasses
@@ -38,16 +39,13 @@ class Proxy:
       name: the concept, such as Arabic script, DNA, URLs, or a label.
       kind: the group that it is of: one of `GROUPS`.
       values: the proxy, as said above, (n, T) float32 or bool, never below 0.
+      inside: the tokens inside the concept, (n, T) bool.
     """
 
     name: str
     kind: str
     values: np.ndarray
-
-    @property
-    def inside(self) -> np.ndarray:
-        """The tokens inside the concept, (n, T) bool."""
-        return self.values > 0
+    inside: np.ndarray
 
 
 class Bank:
@@ -116,19 +114,22 @@ class Bank:
         proxies = []
         for name, kind in kinds.items():
             if kind == "patterns":
-                values = matched[name]
+                values = inside = matched[name]
             elif kind == "scripts":
-                values = np.maximum(self._scripts[name].of(scripts, tokens), 0)
+                ratio, given = self._scripts[name].of(scripts, tokens)
+                values, inside = np.maximum(ratio, 0), given > 0.5
             else:
                 ratio = alphabet_ratio(self._tokenizer, self._unigrams, tokens, name)
-                values = ratio > 0 if name in _BY_SIGN else np.maximum(ratio, 0)
-            proxies.append(Proxy(name, kind, values))
+                inside = ratio > 0
+                values = inside if name in _BY_SIGN else np.maximum(ratio, 0)
+            proxies.append(Proxy(name, kind, values, inside))
         return proxies
 
 
 def of_documents(labels: DocumentLabels) -> list[Proxy]:
-    """Returns a proxy for each label: whether a token is of a document with it."""
-    return [Proxy(name, "documents", labels.of(name)) for name in labels.names]
+    """Returns a proxy for each label, called LABEL documents: whether a token is of one of them."""
+    masks = {f"{name} documents": labels.of(name) for name in labels.names}
+    return [Proxy(name, "documents", mask, mask) for name, mask in masks.items()]
 
 
 def _chosen(wanted: Sequence[str], kinds: Mapping[str, str], there: set[str]) -> list[str]:

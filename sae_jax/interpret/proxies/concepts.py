@@ -58,6 +58,8 @@ class Concept:
       share: what part of them.
       said: in words whether there is a latent for it.
       latents: the best latents, the one first that went best with the proxy on the other half.
+      latents_inside: how many latents have most of their tokens inside: the concept may be split
+        over many, of which none tells it alone.
       ceiling: see `Ceiling`; None without labels.
       neuron: the best neuron; None where none were given.
       neuron_of_latent: the neuron that goes best with the best latent, or the other way round.
@@ -72,6 +74,7 @@ class Concept:
     share: float
     said: str
     latents: list[Unit]
+    latents_inside: int
     ceiling: Ceiling | None = None
     neuron: Unit | None = None
     neuron_of_latent: Partner | None = None
@@ -81,8 +84,8 @@ class Concept:
 
     @property
     def has_latent(self) -> bool:
-        """Whether some latent tells the concept with F1 of at least `SPECIFIC`."""
-        return any(latent.at_best.f1 >= SPECIFIC for latent in self.latents)
+        """Whether the best latent tells the concept with F1 of at least `SPECIFIC`."""
+        return bool(self.latents) and self.latents[0].at_best.f1 >= SPECIFIC
 
 
 @dataclasses.dataclass(frozen=True)

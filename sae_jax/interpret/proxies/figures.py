@@ -3,6 +3,7 @@
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from sae_jax.interpret.proxies.concepts import Concept
 from sae_jax.interpret.proxies.units import BANDS, BINS, Unit
@@ -81,6 +82,7 @@ def _histogram(axes, concept: Concept, unit: Unit) -> None:
     axes.set_title("Tokens by activation")
     axes.set_xlabel("activation")
     axes.set_yscale("symlog", linthresh=10)
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.set_ylim(bottom=0)
     axes.legend()
 

@@ -103,10 +103,12 @@ class ScriptRatio:
         self._share = of_ours / np.maximum(of_all, 1)
         self.prior = max(float(self._given(found, tokens)[used].mean()), ELSEWHERE)
 
-    def of(self, found: Scripts, tokens: np.ndarray) -> np.ndarray:
-        """Returns the proxy at each token of token ids (n, T) with these scripts, float32."""
-        given = np.maximum(self._given(found, tokens), ELSEWHERE)
-        return np.log(given / self.prior).astype(np.float32)
+    def of(self, found: Scripts, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the proxy at each token of token ids (n, T) with these scripts, float32, and
+        P(script | token).
+        """
+        given = self._given(found, tokens)
+        return np.log(np.maximum(given, ELSEWHERE) / self.prior).astype(np.float32), given
 
     def _given(self, found: Scripts, tokens: np.ndarray) -> np.ndarray:
         """Returns P(script | token) at each token, (n, T)."""

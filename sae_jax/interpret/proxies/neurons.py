@@ -1,7 +1,7 @@
 """Reads the neurons of a site, with values of both signs, beside an activity on the same text."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -56,26 +56,31 @@ class Neurons:
             x = x.reshape(-1, x.shape[-1])
             yield slice(first, first + len(x)), x
 
-    def correlations(self, targets: list[np.ndarray], where: np.ndarray) -> np.ndarray:
-        """Returns the Pearson correlation of targets with all neurons, (targets, neurons).
+    def correlations(
+        self, targets: list[Callable[[slice], np.ndarray]], halves: Sequence[np.ndarray]
+    ) -> list[np.ndarray]:
+        """Returns the Pearson correlation of targets with all neurons, (targets, neurons), on each
+        of several parts of the text.
 
         It is NaN where one of both is constant.
 
         Args:
-          targets: values of each token, (n*T,) each.
-          where: the tokens that count, (n*T,) bool.
+          targets: functions that give the values of a part of the tokens.
+          halves: the tokens that count, (n*T,) bool each.
         """
-        products = None
+        sums, center = [None] * len(halves), None
         for part, x in self.blocks("correlating neurons"):
-            here = where[part]
-            x = x[here].astype(np.float64)
-            v = np.stack([target[part][here] for target in targets], axis=1).astype(np.float64)
-            found = (x.sum(axis=0), (x**2).sum(axis=0), v.T @ x, v.sum(axis=0), (v**2).sum(axis=0))
-            products = found if products is None else tuple(map(np.add, products, found))
-        sums, squares, products, target_sums, target_squares = products
-        return pearson(
-            int(where.sum()), sums, squares, target_sums[:, None], target_squares[:, None], products
-        )
+            center = x.mean(axis=0) if center is None else center
+            x = x - center  # so that float32 is enough for products within a block
+            v = np.stack([target(part) for target in targets], axis=1).astype(np.float32)
+            for place, half in enumerate(halves):
+                found = _sums(x[half[part]], v[half[part]])
+                before = sums[place]
+                sums[place] = found if before is None else tuple(map(np.add, before, found))
+        return [
+            pearson(int(half.sum()), x, xx, v[:, None], vv[:, None], vx)
+            for half, (x, xx, v, vv, vx) in zip(halves, sums, strict=True)
+        ]
 
     def values(self, neurons: list[int]) -> np.ndarray:
         """Returns the values of some neurons on all tokens, (neurons, n*T) float32."""
@@ -83,3 +88,9 @@ class Neurons:
         for part, x in self.blocks("reading neurons"):
             found[:, part] = x[:, neurons].T
         return found
+
+
+def _sums(x: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Returns the sums of values, squares and products, of neurons and of targets, float64."""
+    sums = (part.sum(axis=0, dtype=np.float64) for part in (x, x**2, v, v**2))
+    return (*sums, (v.T @ x).astype(np.float64))

@@ -8,7 +8,7 @@ of the text and measured on the other.
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -28,12 +28,12 @@ from sae_jax.interpret.proxies.concepts import (
 from sae_jax.interpret.proxies.influence import logit_weights, steered
 from sae_jax.interpret.proxies.labels import DocumentLabels
 from sae_jax.interpret.proxies.neurons import Neurons
-from sae_jax.interpret.proxies.units import Halves, Unit, correlations, measured
+from sae_jax.interpret.proxies.units import Halves, Unit, correlations, latents_inside, measured
 from sae_jax.sae import SAE
 
 FEWEST = 100
 """Tokens inside a concept, in each half, without which no latent is looked for."""
-_CONCEPTS = 32  # whose neurons are looked for together; the values of two of each are in memory
+_CONCEPTS = 32  # whose neurons' values are in memory together
 _MOSTLY = 0.5  # of a label's tokens are inside a concept that the label is counted to
 
 
@@ -135,8 +135,10 @@ class _Search:
         """Returns the concepts with their best latents."""
         looked_for = [proxy for proxy in self.proxies if self._is_frequent(proxy)]
         chosen = self._best(self.activity, looked_for)
+        masks = [proxy.inside.reshape(-1) for proxy in self.proxies]
+        inside_of = latents_inside(self.activity, masks, self.halves.tested)
         found = []
-        for proxy in self.proxies:
+        for proxy, within in zip(self.proxies, inside_of.tolist(), strict=True):
             inside = proxy.inside.reshape(-1)[self.halves.tested]
             latents = [self._latent(proxy, i) for i in chosen.get(proxy.name, [])]
             said = (
@@ -152,59 +154,56 @@ class _Search:
                     float(inside.mean()) if len(inside) else 0.0,
                     said,
                     latents,
+                    within,
                     self._ceiling(proxy),
                 )
             )
         return found
 
     def beside_neurons(self, concepts: list[Concept], neurons: Activity | Neurons) -> list[Concept]:
-        """Returns the concepts with the best neuron of each."""
-        concepts = list(concepts)
-        places = [i for i, concept in enumerate(concepts) if concept.latents]
-        for at in range(0, len(places), _CONCEPTS):
-            self._beside_neurons(concepts, places[at : at + _CONCEPTS], neurons)
-        return concepts
-
-    def _beside_neurons(self, concepts: list[Concept], places: list[int], neurons) -> None:
-        """Puts the best neuron into the concepts at some places."""
-        proxies = [self.proxies[i] for i in places]
+        """Returns the concepts with the best neuron of each, and that of its best latent."""
+        concepts, places = list(concepts), [i for i, c in enumerate(concepts) if c.latents]
+        if not places:
+            return concepts
         firsts = [concepts[i].latents[0].unit for i in places]
-        activations = [self.activity.dense(unit).reshape(-1) for unit in firsts]
-        targets = [*(p.values.reshape(-1) for p in proxies), *activations]
+        halves, count = (self.halves.found, self.halves.tested), len(places)
         if isinstance(neurons, Activity):
-            found = correlations(neurons, targets, self.halves.found)
-            size = found.copy()
+            targets = [self.proxies[i].values.reshape(-1) for i in places]
+            targets += [self.activity.dense(unit).reshape(-1) for unit in firsts]
+            found, tested = (correlations(neurons, targets, half) for half in halves)
+            size = found
         else:
-            found = neurons.correlations(targets, self.halves.found)
+            targets = [_part_of(self.proxies[i].values) for i in places]
+            targets += [_part_of_events(*self.activity.of(unit)) for unit in firsts]
+            found, tested = neurons.correlations(targets, halves)
             size = np.abs(found)
         units = np.argmax(np.where(np.isnan(size), -1, size), axis=1)
-        signs = np.where(found[np.arange(len(targets)), units] < 0, -1, 1)
-        if isinstance(neurons, Activity):
-            values = np.stack([neurons.dense(int(unit)).reshape(-1) for unit in units])
-        else:
-            values = neurons.values(units.tolist())
-        for i, place in enumerate(places):
-            j = i + len(places)  # where the latent is the target
-            tested = self.halves.tested
-            together = np.corrcoef(values[j][tested], activations[i][tested])[0, 1]
-            concepts[place] = dataclasses.replace(
-                concepts[place],
-                neuron=self._neuron(proxies[i], units[i], signs[i], values[i]),
-                neuron_of_latent=Partner(int(units[j]), _number(together)),
-            )
+        signs = np.where(found[np.arange(len(units)), units] < 0, -1, 1)
+        for at in range(0, count, _CONCEPTS):
+            chosen = range(at, min(at + _CONCEPTS, count))
+            if isinstance(neurons, Activity):
+                values = [neurons.dense(int(units[i])).reshape(-1) for i in chosen]
+            else:
+                values = neurons.values(units[chosen.start : chosen.stop].tolist())
+            for i, own in zip(chosen, values, strict=True):
+                partner = units[count + i]
+                concepts[places[i]] = dataclasses.replace(
+                    concepts[places[i]],
+                    neuron=self._neuron(self.proxies[places[i]], units[i], signs[i], own),
+                    neuron_of_latent=Partner(int(partner), _number(tested[count + i, partner])),
+                )
+        return concepts
 
     def beside_other(self, concepts: list[Concept], other: Activity) -> list[Concept]:
         """Returns the concepts with the latent of another SAE that goes with the best of each."""
         places = [i for i, concept in enumerate(concepts) if concept.latents]
         dense = [self.activity.dense(concepts[i].latents[0].unit).reshape(-1) for i in places]
         found = correlations(other, dense, self.halves.found)
-        tested, concepts = self.halves.tested, list(concepts)
-        for place, own, row in zip(places, dense, found, strict=True):
+        tested, concepts = correlations(other, dense, self.halves.tested), list(concepts)
+        for place, row, together in zip(places, found, tested, strict=True):
             unit = int(np.argmax(np.where(np.isnan(row), -1, row)))
-            theirs = other.dense(unit).reshape(-1)
-            together = np.corrcoef(own[tested], theirs[tested])[0, 1]
             concepts[place] = dataclasses.replace(
-                concepts[place], other=Partner(unit, _number(together))
+                concepts[place], other=Partner(unit, _number(together[unit]))
             )
         return concepts
 
@@ -253,7 +252,7 @@ class _Search:
         """Returns in words whether there is a latent for a concept that has enough text."""
         if not latents:
             return "no latent: none goes with it"
-        first = max(latents, key=lambda latent: latent.at_best.f1)
+        first = latents[0]
         how = f"F1 {first.at_best.f1:.2f}"
         if first.at_best.f1 < SPECIFIC:
             return f"no latent: the best, {first.unit}, has {how}"
@@ -276,6 +275,7 @@ class _Search:
         usable = self.activity.used & (codes >= 0)
         totals = np.bincount(codes[usable], minlength=count)
         by_name = {name.lower(): code for code, name in enumerate(self.labels.names)}
+        by_name |= {f"{name} documents": code for name, code in by_name.items()}
         found = {}
         for proxy in self.proxies:
             same = by_name.get(proxy.name.lower())
@@ -312,6 +312,22 @@ def _check_text(beside: Activity, activity: Activity) -> None:
             f"{beside.path} was recorded on another text than {activity.path}; record both on the "
             "same tokens"
         )
+
+
+def _part_of(values: np.ndarray) -> Callable[[slice], np.ndarray]:
+    return lambda part: values.reshape(-1)[part]
+
+
+def _part_of_events(rows: np.ndarray, values: np.ndarray) -> Callable[[slice], np.ndarray]:
+    """Returns a function that gives a latent's activations on a part of the tokens."""
+
+    def of(part: slice) -> np.ndarray:
+        found = np.zeros(part.stop - part.start, np.float32)
+        events = slice(*np.searchsorted(rows, [part.start, part.stop]))
+        found[rows[events] - part.start] = values[events]
+        return found
+
+    return of
 
 
 def _number(value: float) -> float | None:

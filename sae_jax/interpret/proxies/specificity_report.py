@@ -30,6 +30,28 @@ PAPER = {  # the latent's correlation with the proxy, with its best neuron, with
 }
 """Numbers of Bricken et al. 2023, "Towards Monosemanticity", for A/1 over 40 million tokens."""
 
+_COLUMNS = (
+    "concept",
+    "tokens",
+    "latents mostly inside",
+    "best latent",
+    "r",
+    "paper's r",
+    "perfect",
+    "precision, recall at 0",
+    "F1 at 0",
+    "F1 at best",
+    "mass inside",
+    "top",
+    "best neuron",
+    "its r",
+    "its F1 at best",
+    "its top",
+    "r of latent and its best neuron (paper)",
+    "r of latent and the other SAE's (paper)",
+    "logit weights inside, others",
+)
+
 
 def write_specificity(directory, found: Specificity) -> pathlib.Path:
     """Writes the files above into a directory, which takes the place of one that is there as a
@@ -69,6 +91,7 @@ def rows(found: Specificity) -> list[dict]:
             "concept": concept.name,
             "kind": concept.kind,
             "tokens": concept.tokens,
+            "latents_inside": concept.latents_inside,
             "ceiling_pearson": concept.ceiling and concept.ceiling.pearson,
         }
         for what, unit in units:
@@ -113,16 +136,18 @@ def markdown(found: Specificity) -> str:
         "Perfect: r of a latent that is active on all tokens of the concept's documents and on no "
         f"others. Top: of the {TOP} highest peaks. Paper: Bricken et al. 2023, over 40 million "
         "tokens of another model.\n",
-        "| concept | tokens | latent | r | paper's r | perfect | precision, recall at 0 "
-        "| F1 at 0 | F1 at best | mass inside | top | neuron | its r | its F1 at best | its top "
-        "| r of latent and best neuron (paper) | r of the other SAE's latent (paper) "
-        "| logit weights inside, others |",
-        "|---" * 18 + "|",
+        f"| {' | '.join(_COLUMNS)} |",
+        "|---" * len(_COLUMNS) + "|",
     ]
     lines += [_line(concept) for concept in held]
     if others:
-        lines += ["\n## No latent\n", "| concept | tokens | |", "|---|---|---|"]
-        lines += [f"| {_cell(c.name)} | {c.tokens:,} | {c.said} |" for c in others]
+        lines += [
+            "\n## No latent\n",
+            "| concept | tokens | | latents with most of their tokens inside |\n|---|---|---|---|",
+        ]
+        lines += [
+            f"| {_cell(c.name)} | {c.tokens:,} | {c.said} | {c.latents_inside} |" for c in others
+        ]
     steered = [concept for concept in found.concepts if concept.steering]
     for concept in steered:
         lines += [
@@ -146,6 +171,7 @@ def _line(concept: Concept) -> str:
     cells = [
         _cell(concept.name),
         f"{concept.tokens:,}",
+        f"{concept.latents_inside}",
         f"{latent.unit}",
         _number(latent.pearson),
         _number(paper),
@@ -161,9 +187,7 @@ def _line(concept: Concept) -> str:
         "" if neuron is None else f"{neuron.top}/{neuron.of_top}",
         f"{_number(beside and beside.pearson)}{_of_paper(paper_neuron)}",
         f"{_number(other and other.pearson)}{_of_paper(paper_other)}",
-        f"{_number(weights and weights.inside)}, {_number(weights and weights.outside)}"
-        if weights
-        else "",
+        f"{weights.inside:.2f}, {weights.outside:.2f}" if weights and weights.tokens else "",
     ]
     return "| " + " | ".join(cells) + " |"
 

@@ -5,6 +5,7 @@ Units and thresholds are chosen on the half of the text for finding, and measure
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import scipy.sparse
@@ -116,10 +117,36 @@ def correlations(activity: Activity, targets: list[np.ndarray], where: np.ndarra
       targets: values of each token, (n*T,) each.
       where: the tokens that count, (n*T,) bool.
     """
-    count, size = int(where.sum()), activity.d_sae
-    sums, squares = np.zeros(size), np.zeros(size)
-    products = np.zeros((len(targets), size))
+    sums, products = _products(activity, targets, where, lambda values: values)
+    (squares, _) = _products(activity, [], where, np.square)
     totals = np.array([_moments(target[where]) for target in targets]).reshape(-1, 2)
+    return pearson(int(where.sum()), sums, squares, totals[:, :1], totals[:, 1:], products)
+
+
+def latents_inside(activity: Activity, concepts: list[np.ndarray], where: np.ndarray) -> np.ndarray:
+    """Returns how many latents have most of their tokens inside each concept, (concepts,).
+
+    Those that are active on less than `TOP` of the tokens do not count.
+
+    Args:
+      activity: where the latents are active.
+      concepts: the tokens inside each, (n*T,) bool.
+      where: the tokens that count, (n*T,) bool.
+    """
+    active, inside = _products(activity, concepts, where, np.ones_like)
+    return ((inside > active / 2) & (active >= TOP)).sum(axis=1)
+
+
+def _products(
+    activity: Activity, targets: list[np.ndarray], where: np.ndarray, of: Callable
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the sums over tokens of something of each latent's activation, (d_sae,), and of its
+    products with targets, (targets, d_sae).
+
+    of: takes activations, and gives what is summed.
+    """
+    sums = np.zeros(activity.d_sae)
+    products = np.zeros((len(targets), activity.d_sae))
     for at in range(0, max(len(targets), 1), _AT_ONCE):
         part = targets[at : at + _AT_ONCE]
         columns = np.stack([where, *(np.where(where, target, 0) for target in part)], axis=1)
@@ -127,15 +154,11 @@ def correlations(activity: Activity, targets: list[np.ndarray], where: np.ndarra
         for first, stop in blocks_of(activity.counts):
             starts, rows, values = activity.between(first, stop)
             shape = (stop - first, len(where))
-            block = scipy.sparse.csr_array((values.astype(np.float64), rows, starts), shape)
-            found = block @ columns
-            sums[first:stop], products[at : at + len(part), first:stop] = (
-                found[:, 0],
-                found[:, 1:].T,
-            )
-            block.data **= 2
-            squares[first:stop] = block @ columns[:, 0]
-    return pearson(count, sums, squares, totals[:, :1], totals[:, 1:], products)
+            events = scipy.sparse.csr_array((of(values.astype(np.float64)), rows, starts), shape)
+            found = events @ columns
+            sums[first:stop] = found[:, 0]
+            products[at : at + len(part), first:stop] = found[:, 1:].T
+    return sums, products
 
 
 def pearson(count, sums, squares, target_sums, target_squares, products) -> np.ndarray:
