@@ -211,19 +211,17 @@ def _sample(source: HeldOutRows | ModelRows, kind: str) -> np.ndarray:
     """Returns rows that count of what an SAE of this kind reads, (m, d_in) float32."""
     text = chosen_text(source, source.num_rows)
     count, length = text.tokens.shape
-    # Whole groups of sequences, since reading one takes as long as reading its group.
-    size = text.at_once
-    groups = evenly_spaced(np.arange(-(-count // size)), max(1, _SAMPLE // (size * length)))
-    width = sum(_widths(source, kind))
-    parts = []
+    chosen = evenly_spaced(np.arange(count), max(1, _SAMPLE // length))
+    # Those that are read together, one group after the other: a chunk of a store is read once.
+    groups = np.split(chosen, np.flatnonzero(np.diff(chosen // text.at_once)) + 1)
+    width, parts = sum(_widths(source, kind)), []
     for group in progress(groups, "reading rows for thresholds", len(groups), "group"):
-        which = slice(group * size, (group + 1) * size)
-        x = source.read(text.places[which])[..., :width]
-        parts.append(x[text.used[which]].astype(np.float32))
+        x = source.read(text.places[group])[..., :width]
+        parts.append(x[text.used[group]].astype(np.float32))
     x = np.concatenate(parts)
     if len(x) < 2:
         raise UserError(f"{source.origin} has no rows that count, so there are no controls")
-    return evenly_spaced(x, _SAMPLE)
+    return x
 
 
 def _thresholds(count: int, values: Callable[[slice], np.ndarray], density: float) -> np.ndarray:
