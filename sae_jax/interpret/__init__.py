@@ -1,6 +1,8 @@
-"""Shows what latents respond to: examples, output tokens, a page to look at; and steers by them."""
+"""Shows what latents respond to, says and tests what they mean, and steers by them."""
 
+from sae_jax.interpret import explain, proxies
 from sae_jax.interpret.ablation import ablation_effects, ablation_effects_of
+from sae_jax.interpret.activity import Activity, record
 from sae_jax.interpret.attribution import Attribution, Target, ablate, attribute
 from sae_jax.interpret.collect import collect
 from sae_jax.interpret.collection import Collection, Example
@@ -12,6 +14,7 @@ from sae_jax.interpret.pushes import direction_push, latent_push
 from sae_jax.interpret.steering import Outcome, Steering, Writing
 
 __all__ = [
+    "Activity",
     "Attribution",
     "Collection",
     "Cost",
@@ -30,8 +33,11 @@ __all__ = [
     "collect",
     "describe_cost",
     "direction_push",
+    "explain",
     "latent_push",
     "output_tokens",
+    "proxies",
+    "record",
     "used_tokens",
     "write_page",
 ]
