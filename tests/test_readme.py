@@ -59,9 +59,10 @@ def test_the_way_from_text_to_an_evaluated_sae(tmp_path):
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     (branches,) = (block for block in blocks("bash") if "--extend_tokens" in block)
     (reading,) = (block for block in blocks("bash") if "sae-jax dashboard" in block)
-    lines = (commands + more + branches + reading).replace("\\\n", " ").splitlines()
+    (explaining,) = (block for block in blocks("bash") if "sae-jax explain" in block)
+    lines = (commands + more + branches + reading + explaining).replace("\\\n", " ").splitlines()
     lines = [line for line in lines if line]
-    assert len(lines) == 4 + 3 + 2 + 3
+    assert len(lines) == 4 + 3 + 2 + 3 + 1
     for line in lines:
         program, *arguments = shlex.split(line)
         assert program == "sae-jax"
