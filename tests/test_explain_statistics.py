@@ -1,13 +1,18 @@
 """Rules for latents of known truth: kind, precision and recall are those of the construction."""
 
+import itertools
+
 import handmade
 import numpy as np
 import pytest
 
 from sae_jax import lm
 from sae_jax.interpret.explain.statistics import by_statistics
+from sae_jax.interpret.explain.statistics.finding import simplified
+from sae_jax.interpret.explain.statistics.rules import InContext
 from sae_jax.interpret.explain.statistics.testing import discoveries
 from sae_jax.interpret.proxies import indicators
+from sae_jax.interpret.text import token_bytes
 
 PHRASES = {
     "English": [
@@ -74,11 +79,11 @@ def test_the_kind_is_found_where_one_holds(tokenizer, text, tmp_path):
 def test_nothing_is_said_of_what_is_random(tokenizer, text, tmp_path):
     tokens, _ = text
     rng = np.random.default_rng(2)
-    dense = [rng.random(tokens.shape) < rate for rate in np.geomspace(0.003, 0.1, 30)]
-    for _ in range(30):  # in bursts, of some sequences
+    dense = [rng.random(tokens.shape) < rate for rate in np.geomspace(0.003, 0.1, 100)]
+    for _ in range(100):  # in bursts, of some sequences
         dense.append((rng.random((len(tokens), 1)) < 0.05) & (rng.random(tokens.shape) < 0.5))
     _, explanations, own, _ = explain(tmp_path, tokenizer, text, dense, least_f1=0.0)
-    assert sum(bool(explanation.text) for explanation in explanations) <= 3
+    assert sum(bool(explanation.text) for explanation in explanations) <= 0.05 * len(dense)
     assert all(score.details["p_value"] >= 0 for score in own if not score.details["too_seldom"])
 
 
@@ -102,6 +107,9 @@ def test_precision_and_recall_are_those_of_the_construction(tokenizer, text, tmp
         assert score.details["precision"] == pytest.approx(precision, rel=1e-5)
         assert score.details["recall"] == pytest.approx(recall, rel=1e-5)
         assert score.value == pytest.approx(2 / (1 / precision + 1 / recall), rel=1e-5)
+    share = (russian & tested).sum() / (arabic & tested).sum()
+    assert own[1].details["precision"] == 1
+    assert own[1].details["recall"] == pytest.approx(1 / (1 + 0.1 * share), rel=0.02)
     assert explanations[2].text in (
         "Arabic script or Hangul script",
         "Hangul script or Arabic script",
@@ -109,11 +117,57 @@ def test_precision_and_recall_are_those_of_the_construction(tokenizer, text, tmp
     assert own[2].value == 1
 
 
-def test_a_tree_is_found_where_no_rule_by_itself_holds(tokenizer, text, tmp_path):
-    tokens, known = text
-    where = known.of("Latin script") & ~known.of("first 16 tokens of a context")
+@pytest.mark.parametrize(
+    ("last", "before", "expected"),
+    [
+        ("Latin script", 0, "Latin script and not first 16 tokens of a context"),
+        ("Arabic script", 2, "Arabic script and 2 tokens after digits"),
+    ],
+)
+def test_a_tree_is_found_where_no_rule_by_itself_holds(
+    tokenizer, text, tmp_path, last, before, expected
+):
+    _, known = text
+    if before:
+        beside = np.zeros_like(known.of("digits"))
+        beside[:, before:] = known.of("digits")[:, :-before]
+    else:
+        beside = ~known.of("first 16 tokens of a context")
+    where = known.of(last) & beside
+    assert where.sum() > 50
     _, (explanation,), (score,), _ = explain(tmp_path, tokenizer, text, [where])
-    assert explanation.kind == "tree" and score.value > 0.99
+    assert explanation.kind == "tree" and score.value == 1
+    assert sorted(explanation.text.split(" and ")) == sorted(expected.split(" and "))
+
+
+def test_what_a_tree_can_leave_out_changes_nothing():
+    def holds(leaves, facts):
+        return any(all(facts[i] == answer for i, answer in leaf) for leaf in leaves)
+
+    def leaves_below(path, rng):
+        if len(path) == 3 or rng.random() < 0.2:
+            return [path]
+        question = rng.choice([i for i in range(5) if i not in dict(path)])
+        return [
+            leaf
+            for answer in (True, False)
+            for leaf in leaves_below((*path, (int(question), answer)), rng)
+        ]
+
+    assert simplified([((0, True),), ((0, False), (1, True))]) == [((0, True),), ((1, True),)]
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        leaves = [leaf for leaf in leaves_below((), rng) if rng.random() < 0.5]
+        shorter = simplified(leaves)
+        assert sum(map(len, shorter)) <= sum(map(len, leaves))
+        for facts in itertools.product((True, False), repeat=5):
+            assert holds(shorter, facts) == holds(leaves, facts)
+
+
+def test_parts_of_characters_are_named_by_their_bytes(tokenizer):
+    token_of = {token_bytes(tokenizer, i): i for i in range(tokenizer.vocab_size)}
+    rule = InContext((token_of[b"\xd8"],), (token_of[b" the"], token_of[b"a"]))
+    assert rule.label(tokenizer, ()) == 'byte D8 after one of " the", "a"'
 
 
 def test_what_is_too_seldom_is_said_to_be(tokenizer, text, tmp_path):
@@ -129,9 +183,9 @@ def test_a_latent_is_told_by_itself(tokenizer, text, tmp_path):
     tokens, known = text
     rng = np.random.default_rng(4)
     dense = [known.of("numbers") & (rng.random(tokens.shape) < 0.8) for _ in range(3)]
-    made, all_of_them, _, _ = explain(tmp_path, tokenizer, text, dense)
-    (one,), _ = by_statistics(made, tokenizer, indicators=known, latents=[2])
-    assert one == all_of_them[2]
+    made, all_of_them, own, _ = explain(tmp_path, tokenizer, text, dense)
+    (one,), (score,) = by_statistics(made, tokenizer, indicators=known, latents=[2])
+    assert one == all_of_them[2] and score == own[2]
 
 
 def test_discoveries():

@@ -16,7 +16,7 @@ _ALIKE = 0.01  # of F1: the simpler rule is taken
 _GOOD = 0.9  # F1 of a rule beside which no tree is looked for
 _DEPTH = 3  # of a tree
 _BEFORE = 3  # so many tokens before its own a tree asks about
-_SAMPLE = 1024  # tokens with the latent that a tree is grown on
+_SAMPLE = 1024  # tokens of a part of the text that a tree is grown on
 _SIMPLEST = (
     "token",
     "script",
@@ -139,30 +139,42 @@ def _trees(text: IndexedText, rows: np.ndarray, rules: list[Rule], best: float) 
 
     It asks what the indicators say of a token and of those before it, and the rules.
     """
-    is_on = np.zeros(len(text.used), bool)
-    is_on[rows] = True
-    on, off = some(rows, _SAMPLE), text.sample[~is_on[text.sample]]
-    if not len(off):
-        return []
-    sample = np.concatenate([on, off])
-    rules = [rule for rule in rules if not (isinstance(rule, Indicated) and rule.cost == 1)]
-    asked = [*_questions(text.indicators.kinds), *rules]
-    flags = [text.flags(sample, -before) for before in range(_BEFORE + 1)]
-    answers = np.concatenate(flags + [r.holds(text, sample)[:, None] for r in rules], axis=1)
-    active = np.arange(len(sample)) < len(on)
-    weights = np.array([len(rows) / len(on), (len(text.all_rows) - len(rows)) / len(off)])
-    leaves = _grow(answers.astype(np.float32), np.stack([active, ~active]), weights, ())
-    hits, others = np.array([weights * inside.sum(axis=1) for _, inside in leaves]).T
-    order = np.argsort(-hits / (hits + others), kind="stable")
-    values = f1(np.cumsum(hits[order]), len(rows), np.cumsum((hits + others)[order]))
+    kinds = text.indicators.kinds
+    rules = [rule for rule in rules if rule.kind not in kinds or rule.cost > 1]
+    asked = [*_questions(kinds), *rules]
+    sample, weights = _sampled(text, rows, [rule for rule in rules if rule.kind not in kinds])
+    drawn = np.concatenate(sample)
+    flags = [text.flags(drawn, -before) for before in range(_BEFORE + 1)]
+    answers = np.concatenate(flags + [r.holds(text, drawn)[:, None] for r in rules], axis=1)
+    inside = np.repeat(np.eye(len(sample), dtype=bool), list(map(len, sample)), axis=1)
+    leaves = _grow(answers.astype(np.float32), inside, weights, ())
+    counts = np.array([weights * inside.sum(axis=1) for _, inside in leaves])
+    hits, holds = counts[:, 0], counts.sum(axis=1)
+    order = np.argsort(-hits / holds, kind="stable")
+    values = f1(np.cumsum(hits[order]), len(rows), np.cumsum(holds[order]))
     chosen = [leaves[i][0] for i in order[: 1 + int(np.argmax(values))].tolist()]
     if values.max() <= best or () in chosen:
         return []
-    tree = Tree(
-        tuple(tuple((asked[i], wanted) for i, wanted in leaf) for leaf in simplified(chosen))
-    )
+    short = sorted(simplified(chosen), key=len)
+    tree = Tree(tuple(tuple((asked[i], wanted) for i, wanted in leaf) for leaf in short))
     hits = tree.holds(text, rows).sum() - tree.cost
     return [(tree, float(f1(hits, len(rows), len(tree.rows(text)))))]
+
+
+def _sampled(text: IndexedText, rows: np.ndarray, rules: list[Rule]) -> tuple[list, np.ndarray]:
+    """Returns rows on which to grow a tree, in three parts, and how many rows each stands for.
+
+    The parts are where the latent is active; where it is not, but one of the rules holds, which a
+    sample of all would have too few of; and elsewhere.
+    """
+    part = np.full(len(text.used), 2, np.int8)
+    for rule in rules:
+        part[rule.rows(text)] = 1
+    part[rows] = 0
+    near = text.all_rows[part[text.all_rows] == 1]
+    sample = [some(rows, _SAMPLE), some(near, _SAMPLE), text.sample[part[text.sample] == 2]]
+    whole = np.array([len(rows), len(near), len(text.all_rows) - len(near) - len(rows)])
+    return sample, whole / np.maximum(list(map(len, sample)), 1)
 
 
 @functools.lru_cache(8)
@@ -196,17 +208,18 @@ def _grow(answers, inside, weights, path) -> list:
 
     Args:
       answers: what each question says of each token of the sample, (m, questions) float32.
-      inside: which tokens with the latent are in the node, and which without it, (2, m) bool.
-      weights: how many tokens each of these stands for, (2,).
+      inside: which tokens of each part of the sample are in the node, (parts, m) bool; the first
+        part are those with the latent.
+      weights: how many tokens each token of a part stands for, (parts,).
       path: (question, answer) along the way to the node.
     """
-    if len(path) == _DEPTH or not inside.any(axis=1).all():
-        return [(path, inside)]
     here = weights * inside.sum(axis=1)
+    if len(path) == _DEPTH or not here[0] or not here[1:].any():
+        return [(path, inside)]
     there = weights[:, None] * (inside.astype(np.float32) @ answers)  # counts, so without rounding
-    impurity = _gini(*there) + _gini(*(here[:, None] - there))
+    impurity = _gini(there) + _gini(here[:, None] - there)
     best = int(np.argmin(impurity))
-    if impurity[best] > _gini(*here) * (1 - 1e-6):
+    if impurity[best] > _gini(here) * (1 - 1e-6):
         return [(path, inside)]
     return [
         leaf
@@ -217,5 +230,6 @@ def _grow(answers, inside, weights, path) -> list:
     ]
 
 
-def _gini(on, off):
-    return on * off / np.maximum(on + off, 1e-9)
+def _gini(counts: np.ndarray) -> np.ndarray:
+    """Returns the impurity of nodes, by how many tokens of each part they have, (parts, ...)."""
+    return counts[0] * counts[1:].sum(axis=0) / np.maximum(counts.sum(axis=0), 1e-9)

@@ -7,6 +7,7 @@ from sae_jax.interpret.hashes import mix
 from sae_jax.interpret.proxies import Indicators
 
 _SAMPLE = 1024  # tokens that stand for all of the text
+_NEIGHBOURS = 2048  # so many tokens in a row may be of one document
 
 
 class IndexedText:
@@ -18,6 +19,8 @@ class IndexedText:
       indicators: what is known of each token of the whole text.
       length: the tokens of a sequence.
       sequences: how many there are in this half.
+      neighbourhoods: in which neighbourhood of the text each of them is, (sequences,): those that
+        are close together may be of one document.
       used: which rows count, (R,) bool.
       all_rows: those that count, rising.
       flag_counts: at how many of these each indicator holds, (P,).
@@ -30,6 +33,8 @@ class IndexedText:
         tokens, used = activity.tokens[mine], activity.used[mine]
         self._place = np.where(mine, np.cumsum(mine) - 1, -1)  # of the activity's sequences, here
         self.indicators, self.sequences, self.length = indicators, *tokens.shape
+        near = activity.numbers[mine] // max(1, _NEIGHBOURS // self.length)
+        _, self.neighbourhoods = np.unique(near, return_inverse=True)
         self.used = used.reshape(-1)
         self.all_rows = np.flatnonzero(self.used).astype(np.int32)
         self._vocabulary = int(activity.tokens.max(initial=0)) + 1

@@ -14,6 +14,8 @@ from sae_jax import lm
 from sae_jax.interpret.explain.statistics.indexed_text import IndexedText
 from sae_jax.interpret.text import token_bytes, token_text
 
+_LEAVES = 2  # of a tree that its label tells
+
 
 class Rule(Protocol):
     """What a rule can be asked.
@@ -181,14 +183,16 @@ class Tree:
         return np.flatnonzero(found)
 
     def label(self, tokenizer: lm.Tokenizer, names: Sequence[str], named: int = 2) -> str:
-        """Returns it in words, with at most `named` tokens of each list."""
-        leaves = (
+        """Returns it in words, with at most `named` tokens of each list, and few of its leaves."""
+        leaves = [
             " and ".join(
                 ("" if wanted else "not ") + rule.label(tokenizer, names, named)
                 for rule, wanted in leaf
             )
-            for leaf in self.leaves
-        )
+            for leaf in self.leaves[:_LEAVES]
+        ]
+        if (more := len(self.leaves) - _LEAVES) > 0:
+            leaves.append(f"in {more} more way{'s' * (more > 1)}")
         return "; or ".join(leaves)
 
 

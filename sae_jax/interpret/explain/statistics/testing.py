@@ -34,9 +34,9 @@ class Tested:
 def test_rule(text: IndexedText, rule: Rule, rows: np.ndarray) -> Tested:
     """Returns how a rule tells where a latent is active, on held-out text.
 
-    Tokens of a sequence depend on each other, so sequences are what is counted: in each, the hits
-    above those expected, of a rule that holds so often and a latent that fires so often. The test
-    is a one-sided t test of their sum.
+    Tokens of a document depend on each other, so neighbourhoods of the text are what is counted: in
+    each, the hits above those expected, of a rule that holds so often and a latent that fires so
+    often. The test is a one-sided t test of their sum.
 
     Args:
       text: the held-out half.
@@ -46,8 +46,9 @@ def test_rule(text: IndexedText, rule: Rule, rows: np.ndarray) -> Tested:
     hit, rule_rows = rows[rule.holds(text, rows)], rule.rows(text)
     hits, active, holds = len(hit), len(rows), len(rule_rows)
     density = active / max(len(text.all_rows), 1)
-    surplus = np.bincount(hit // text.length, minlength=text.sequences).astype(float)
-    surplus -= density * np.bincount(rule_rows // text.length, minlength=text.sequences)
+    of_hits, of_rule = (text.neighbourhoods[r // text.length] for r in (hit, rule_rows))
+    size = int(text.neighbourhoods.max(initial=-1)) + 1
+    surplus = np.bincount(of_hits, minlength=size) - density * np.bincount(of_rule, minlength=size)
     counted = np.count_nonzero(surplus)
     p = 1.0
     if counted > 1:
