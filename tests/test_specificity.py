@@ -1,6 +1,9 @@
 """What is measured of planted latents and neurons is what they were made with."""
 
+import argparse
+import inspect
 import json
+import pathlib
 
 import handmade
 import numpy as np
@@ -9,11 +12,14 @@ import pytest
 from sae_jax import lm
 from sae_jax.activations import write_store
 from sae_jax.errors import UserError
+from sae_jax.evaluate.sources import ModelRows
+from sae_jax.interpret.activity import record
 from sae_jax.interpret.proxies import (
     DocumentLabels,
     specificity,
     write_specificity,
 )
+from sae_jax.sae import ReLU, ReLUConfig, resolve
 from sae_jax.tables import read_csv
 
 WORDS = {
@@ -133,12 +139,74 @@ def test_an_activity_of_neurons_and_another_sae(planted, tmp_path):
     arabic, korean = planted.inside("Arabic"), planted.inside("Korean")
     activity = planted.activity(tmp_path / "a", planted.noise() * arabic)
     other = planted.activity(tmp_path / "b", 1.0 * korean, 2.0 * activity.dense(0))
-    found = specificity(activity, planted.tokenizer, ["Arabic"], neurons=other, other=other)
+    found = specificity(
+        activity, planted.tokenizer, ["Arabic"],
+        neurons=other, other=other, controls={"random": other},
+    )  # fmt: skip
     concept = found.of("Arabic script")
     assert concept.latents_inside == 1
     assert (concept.other.unit, concept.other.pearson) == (1, pytest.approx(1))
     assert concept.neuron.unit == concept.neuron_of_latent.unit == 1
+    assert concept.controls["random"].at_best == concept.neuron.at_best
     assert concept.neuron.pearson == pytest.approx(concept.latents[0].pearson)
+
+
+def digits_sae(model, source):
+    """An SAE of two latents: one is active on digits and writes them, the other is random."""
+    texts = source.texts()
+    x = source.read(np.arange(len(texts.tokens))).reshape(-1, model.config.d_model)
+    tokenizer = model.tokenizer
+    digits = [t for t in range(1, tokenizer.vocab_size) if tokenizer.decode([t]).strip().isdigit()]
+    inside = np.isin(texts.tokens, digits).reshape(-1)
+    towards = x[inside].mean(axis=0) - x[~inside].mean(axis=0)
+    middle = (x[inside].mean(axis=0) + x[~inside].mean(axis=0)) / 2
+    rng = np.random.default_rng(0)
+    w_enc = np.stack([towards, rng.normal(size=len(towards))], axis=1)
+    params = model.params
+    unembed = params["embed"].T if model.config.tie_embeddings else params["unembed"]
+    write = np.asarray(unembed[:, digits]).mean(axis=1) - np.asarray(unembed).mean(axis=1)
+    w_dec = np.stack([write, rng.normal(size=len(write))])
+    config = resolve(ReLUConfig(d_sae=2), len(towards))
+    parameters = {
+        **{name: np.full(2, value) for name, value in ReLU.fresh_latent(config).items()},
+        "w_enc": w_enc / np.linalg.norm(w_enc, axis=0),
+        "w_dec": w_dec / np.linalg.norm(w_dec, axis=1, keepdims=True),
+        "b_enc": np.array([-middle @ towards / np.linalg.norm(towards), 0.0]),
+        "b_dec": np.zeros(len(towards)),
+    }
+    return ReLU.from_parameters(config, {n: np.float32(p) for n, p in parameters.items()})
+
+
+@pytest.mark.slow
+def test_a_latent_that_writes_its_concept_has_influence(tmp_path):
+    model = lm.open_model(lm.DEMO_MODEL)
+    rng = np.random.default_rng(0)
+    texts = [f"{a} and the {b} dogs saw {a + b}" for a, b in rng.integers(1, 99, (200, 2))]
+    texts += [pathlib.Path(inspect.getsourcefile(m)).read_text() for m in (inspect, argparse)]
+    tokens = lm.pack(texts, model.tokenizer, 32)
+    source = ModelRows(
+        model, "resid_post.0", tokens, what="text", excluded_tokens=[model.tokenizer.bos]
+    )
+    sae = digits_sae(model, source)
+    activity = record(sae, source, tmp_path / "a")
+    found = specificity(
+        activity, model.tokenizer, ["numbers", "Arabic"],
+        sae=sae, model=model, steer=["numbers"], factors=[4],
+    )  # fmt: skip
+    concept = found.of("numbers")
+    assert concept.latents[0].unit == 0 and concept.latents[0].at_best.f1 > 0.8
+    weights = concept.logit_weights
+    assert weights.above > 0.9 and weights.inside > weights.outside + weights.spread
+    assert sum(weights.counts_inside) == weights.tokens
+    untouched, latent, control = concept.steering
+    assert (latent.push, control.push) == ("the latent", "a random latent")
+    assert latent.tokens > 0.5 > max(untouched.tokens, control.tokens)
+    assert found.of("Arabic script").said == "too little text: 0 tokens of it"
+    with pytest.raises(UserError, match="steering needs"):
+        specificity(activity, model.tokenizer, ["numbers"], steer=["numbers"])
+    assert (
+        "Steering to numbers" in (write_specificity(tmp_path / "o", found) / "table.md").read_text()
+    )
 
 
 def test_no_latent_is_said_to_be_none(planted, tmp_path):

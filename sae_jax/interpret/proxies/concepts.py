@@ -64,6 +64,7 @@ class Concept:
       neuron: the best neuron; None where none were given.
       neuron_of_latent: the neuron that goes best with the best latent, or the other way round.
       other: the latent of the other SAE that goes best with the best latent.
+      controls: the best unit of each control that has one, by the control's name.
       logit_weights: those of the best latent; None where they are not known.
       steering: what the model writes with the best latent; empty where that was not asked for.
     """
@@ -79,6 +80,7 @@ class Concept:
     neuron: Unit | None = None
     neuron_of_latent: Partner | None = None
     other: Partner | None = None
+    controls: dict[str, Unit] = dataclasses.field(default_factory=dict)
     logit_weights: LogitWeights | None = None
     steering: list[Steered] = dataclasses.field(default_factory=list)
 

@@ -8,7 +8,7 @@ of the text and measured on the other.
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -44,6 +44,7 @@ def specificity(
     *,
     neurons: Activity | HeldOutRows | ModelRows | Store | str | os.PathLike | None = None,
     other: Activity | None = None,
+    controls: Mapping[str, Activity] | None = None,
     labels: DocumentLabels | None = None,
     sae: SAE | None = None,
     model: lm.LanguageModel | None = None,
@@ -65,6 +66,8 @@ def specificity(
         model on its text, whose values count with both signs; or an activity of neurons on the same
         text.
       other: the activity of another SAE on the same text.
+      controls: activities of units that should mean nothing, on the same text, by name, such as
+        random directions: of bytes that a model never saw, these may tell a script as well.
       labels: the labels of the text's documents (`document_labels`).
       sae: the SAE, for logit weights and steering.
       model: its language model, for the same.
@@ -80,7 +83,8 @@ def specificity(
     """
     if steer and (sae is None or model is None):
         raise UserError("steering needs the SAE and its language model; give both")
-    for beside in (neurons, other):
+    controls = dict(controls or {})
+    for beside in (neurons, other, *controls.values()):
         if isinstance(beside, Activity):
             _check_text(beside, activity)
     own = dict(name.split("=", 1) for name in proxies if "=" in name)
@@ -99,6 +103,8 @@ def specificity(
         concepts = search.beside_neurons(concepts, neurons)
     if other is not None:
         concepts = search.beside_other(concepts, other)
+    for name, control in controls.items():
+        concepts = search.beside_control(concepts, name, control)
     if sae is not None and model is not None:
         concepts = search.with_logit_weights(concepts, sae, model)
     for place, concept in enumerate(concepts):
@@ -134,13 +140,13 @@ class _Search:
     def concepts(self) -> list[Concept]:
         """Returns the concepts with their best latents."""
         looked_for = [proxy for proxy in self.proxies if self._is_frequent(proxy)]
-        chosen = self._best(self.activity, looked_for)
+        chosen = self._best(self.activity, looked_for, self.best)
         masks = [proxy.inside.reshape(-1) for proxy in self.proxies]
         inside_of = latents_inside(self.activity, masks, self.halves.tested)
         found = []
         for proxy, within in zip(self.proxies, inside_of.tolist(), strict=True):
             inside = proxy.inside.reshape(-1)[self.halves.tested]
-            latents = [self._latent(proxy, i) for i in chosen.get(proxy.name, [])]
+            latents = [self._unit(self.activity, proxy, i) for i in chosen.get(proxy.name, [])]
             said = (
                 self._said(latents)
                 if proxy.name in chosen
@@ -207,6 +213,20 @@ class _Search:
             )
         return concepts
 
+    def beside_control(
+        self, concepts: list[Concept], name: str, control: Activity
+    ) -> list[Concept]:
+        """Returns the concepts with the best unit of a control."""
+        looked_for = [p for p, c in zip(self.proxies, concepts, strict=True) if c.latents]
+        chosen = self._best(control, looked_for, 1)
+        concepts = list(concepts)
+        for place, proxy in enumerate(self.proxies):
+            if best := chosen.get(proxy.name):
+                unit = self._unit(control, proxy, best[0])
+                controls = concepts[place].controls | {name: unit}
+                concepts[place] = dataclasses.replace(concepts[place], controls=controls)
+        return concepts
+
     def with_logit_weights(
         self, concepts: list[Concept], sae: SAE, model: lm.LanguageModel
     ) -> list[Concept]:
@@ -225,19 +245,19 @@ class _Search:
         halves = (self.halves.found, self.halves.tested)
         return all((inside & half).sum() >= self.fewest for half in halves)
 
-    def _best(self, activity: Activity, proxies: list[Proxy]) -> dict[str, list[int]]:
-        """Returns the latents that go best with each proxy on the half for finding."""
+    def _best(self, activity: Activity, proxies: list[Proxy], count: int) -> dict[str, list[int]]:
+        """Returns the units that go best with each proxy on the half for finding."""
         targets = [proxy.values.reshape(-1) for proxy in proxies]
         found = correlations(activity, targets, self.halves.found)
         chosen = {}
         for proxy, row in zip(proxies, found, strict=True):
             order = np.argsort(-np.where(np.isnan(row), -np.inf, row), kind="stable")
-            chosen[proxy.name] = [int(i) for i in order[: self.best] if row[i] > 0]
+            chosen[proxy.name] = [int(i) for i in order[:count] if row[i] > 0]
         return chosen
 
-    def _latent(self, proxy: Proxy, latent: int) -> Unit:
-        rows, values = self.activity.of(latent)
-        return measured(latent, rows, values, proxy, self.halves, **self._documents(proxy))
+    def _unit(self, activity: Activity, proxy: Proxy, unit: int) -> Unit:
+        rows, values = activity.of(unit)
+        return measured(unit, rows, values, proxy, self.halves, **self._documents(proxy))
 
     def _neuron(self, proxy: Proxy, unit: int, sign: int, values: np.ndarray) -> Unit:
         values = values * sign

@@ -3,7 +3,8 @@
 `write_specificity` writes into a directory
 
     specificity.json  all that was measured
-    table.csv         a line for each concept and unit: its best latents, and the best neuron
+    table.csv         a line for each concept and unit: its best latents, the best neuron, and the
+                      best unit of each control
     table.md          a line for each concept, beside the papers' numbers
     specificity.png   the best latent of each concept beside the best neuron
     figures/*.png     the best latent of each concept (`figures.of_concept`)
@@ -47,6 +48,7 @@ _COLUMNS = (
     "its r",
     "its F1 at best",
     "its top",
+    "F1 at best of controls",
     "r of latent and its best neuron (paper)",
     "r of latent and the other SAE's (paper)",
     "logit weights inside, others",
@@ -87,6 +89,7 @@ def rows(found: Specificity) -> list[dict]:
     for concept in found.concepts:
         units = [("latent", unit) for unit in concept.latents]
         units += [("neuron", concept.neuron)] if concept.neuron else []
+        units += concept.controls.items()
         about = {
             "concept": concept.name,
             "kind": concept.kind,
@@ -137,7 +140,7 @@ def markdown(found: Specificity) -> str:
         f"others. Top: of the {TOP} highest peaks. Paper: Bricken et al. 2023, over 40 million "
         "tokens of another model.\n",
         f"| {' | '.join(_COLUMNS)} |",
-        "|---" * len(_COLUMNS) + "|",
+        f"{'|---' * len(_COLUMNS)}|",
     ]
     lines += [_line(concept) for concept in held]
     if others:
@@ -185,6 +188,7 @@ def _line(concept: Concept) -> str:
         _number(neuron and neuron.pearson),
         _number(neuron and neuron.at_best.f1),
         "" if neuron is None else f"{neuron.top}/{neuron.of_top}",
+        ", ".join(f"{name} {unit.at_best.f1:.2f}" for name, unit in concept.controls.items()),
         f"{_number(beside and beside.pearson)}{_of_paper(paper_neuron)}",
         f"{_number(other and other.pearson)}{_of_paper(paper_other)}",
         f"{weights.inside:.2f}, {weights.outside:.2f}" if weights and weights.tokens else "",
