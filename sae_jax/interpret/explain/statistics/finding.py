@@ -171,7 +171,7 @@ def _sampled(text: IndexedText, rows: np.ndarray, rules: list[Rule]) -> tuple[li
     for rule in rules:
         part[rule.rows(text)] = 1
     part[rows] = 0
-    near = text.all_rows[part[text.all_rows] == 1]
+    near = np.flatnonzero(part == 1)
     sample = [some(rows, _SAMPLE), some(near, _SAMPLE), text.sample[part[text.sample] == 2]]
     whole = np.array([len(rows), len(near), len(text.all_rows) - len(near) - len(rows)])
     return sample, whole / np.maximum(list(map(len, sample)), 1)
