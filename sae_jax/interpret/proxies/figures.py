@@ -77,6 +77,11 @@ def _stacked(axes, edges, inside, outside) -> None:
     )
 
 
+def _explain_colours(axes) -> None:
+    """Puts the legend above the axes, beside the title, where no bar is."""
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False, fontsize="small")
+
+
 def _histogram(axes, concept: Concept, unit: Unit) -> None:
     _stacked(axes, _edges(unit), unit.inside, unit.outside)
     axes.set_title("Tokens by activation")
@@ -84,7 +89,7 @@ def _histogram(axes, concept: Concept, unit: Unit) -> None:
     axes.set_yscale("symlog", linthresh=10)
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_ylim(bottom=0)
-    axes.legend()
+    _explain_colours(axes)
 
 
 def _expected_value(axes, concept: Concept, unit: Unit) -> None:
@@ -116,7 +121,7 @@ def _logit_weights(axes, concept: Concept, unit: Unit) -> None:
     axes.set_title("Logit weights")
     axes.set_xlabel("logit weight, median 0")
     axes.set_ylabel("share of tokens")
-    axes.legend()
+    _explain_colours(axes)
 
 
 def _steering(axes, concept: Concept, unit: Unit) -> None:
@@ -131,4 +136,4 @@ def _steering(axes, concept: Concept, unit: Unit) -> None:
     axes.set_ylim(0, 1.02)
     axes.set_title("Share inside of what is written")
     axes.set_xlabel("times the maximum")
-    axes.legend()
+    _explain_colours(axes)
