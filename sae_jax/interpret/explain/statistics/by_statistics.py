@@ -58,6 +58,9 @@ def by_statistics(
     rate `fdr` over all latents that are asked for, and has F1 of at least `least_f1`. Of others the
     explanation is "". Scores are "f1", with control "shuffled" for the rule of another latent.
 
+    A long document may have sequences in both halves, so a latent that tells single documents, of
+    which each has words or a script of its own, may be claimed to tell these.
+
     Args:
       activity: where the latents are active.
       tokenizer: what turns tokens into text.
