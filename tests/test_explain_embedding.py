@@ -16,13 +16,13 @@ from sae_jax.errors import UserError
 from sae_jax.interpret.explain.embedding import (
     LEAST,
     NOTHING,
-    auc,
     by_embedding,
     score_labels,
     separability,
     window,
 )
 from sae_jax.interpret.explain.records import Explanation
+from sae_jax.interpret.roc import auc
 from sae_jax.lm.sentences import open_sentence_encoder
 
 T = 64

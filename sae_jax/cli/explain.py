@@ -1,6 +1,7 @@
 """Says what latents mean and measures how well it holds: `sae-jax explain`."""
 
 import functools
+import shutil
 
 from absl import flags
 
@@ -280,6 +281,7 @@ class _Work:
 
     def _recorded(self, place, settings: dict):
         from sae_jax.interpret.activity import Activity, record
+        from sae_jax.interpret.explain import records
 
         asked = {name: self.args[name].value for name in _ASKED}
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -292,6 +294,9 @@ class _Work:
                 settings=settings | {"asked": asked},
                 overwrite=self.args.overwrite,
             )
+            if place.exists():  # what was said of it is not of the new one
+                records.write(self.out, [], [])
+                shutil.rmtree(self.out / "proxies", ignore_errors=True)
         return Activity(place)
 
     def take_labels(self) -> None:
@@ -360,6 +365,12 @@ class _Work:
         from sae_jax.interpret.explain.llm.scoring import score
 
         chosen, effects = self._chosen(units, activity), self._effects(units, activity)
+        scorers = self._scorers(units)
+        if "logits" in scorers and effects is None:
+            raise UserError(
+                "--scorers=logits needs the language model, whose output tokens latents promote, "
+                "and an SAE that writes to it: give --model"
+            )
         explained = []
         if self.args.explainer != _NO_EXPLAINER:
             explained = explain(
@@ -378,7 +389,7 @@ class _Work:
             self.tokenizer,
             self._client if _needs_server(self.args) else None,
             [*explained, *others],
-            scorers=self.args.scorers,
+            scorers=scorers,
             effects=effects,
             seed=self.args.seed,
             negatives=self.args.negatives,
@@ -428,6 +439,10 @@ class _Work:
             price=_price(args.price),
         )
 
+    def _scorers(self, units: str) -> list[str]:
+        """Returns the scorers of some units: all that are asked for, but logits of latents only."""
+        return [name for name in self.args.scorers if units == LATENTS or name != "logits"]
+
     def _effects(self, units: str, activity):
         """Returns the output tokens of the latents; None where they are not known."""
         from sae_jax.interpret.explain.llm.source import logit_weights
@@ -449,7 +464,7 @@ class _Work:
                 self._client,
                 chosen,
                 explainer=None if self.args.explainer == _NO_EXPLAINER else self.args.explainer,
-                scorers=self.args.scorers,
+                scorers=self._scorers(units),
                 effects=self._effects(units, activity),
                 seed=self.args.seed,
                 negatives=self.args.negatives,
@@ -485,12 +500,25 @@ class _Work:
         )
         print(f"Written: {proxies.write_specificity(self.out / 'proxies', found)}")
 
+    def _of_one_token(self, found) -> dict[str, set[int]]:
+        """Returns the units of a single token, of those that records are of, by whose they are."""
+        from sae_jax.interpret.explain.single_token import single_token
+
+        told = {}
+        for units, activity in self.activities.items():
+            numbers = sorted({record.unit for record in found if record.units == units})
+            which = single_token(activity, numbers).tolist()
+            told[units] = {unit for unit, is_one in zip(numbers, which, strict=True) if is_one}
+        return told
+
     def report(self) -> None:
         """Sums up all that is known, prints it, and writes the report and the labels."""
         from sae_jax.interpret.explain import labels, records, report, summary
 
         explanations, scores = records.read(self.out)
-        found = summary.summarise(explanations, scores, seed=self.args.seed)
+        told = summary.single_token_units(explanations)
+        told |= self._of_one_token([*explanations, *scores])
+        found = summary.summarise(explanations, scores, single_token=told, seed=self.args.seed)
         summary.write_summary(self.out, found)
         labels.write_labels(self.out, explanations, scores)
         print(found)

@@ -62,9 +62,11 @@ def replacing(place) -> Iterator:
     if not place.exists():
         yield place
         return
-    new = place.with_name(f"new.{place.name}")
-    if new.exists():  # stopped before it took the place
-        shutil.rmtree(new)
+    new, old = (place.with_name(f"{age}.{place.name}") for age in ("new", "old"))
+    for stopped in (new, old):  # before it took the place, or after
+        if stopped.exists():
+            shutil.rmtree(stopped)
     yield new
-    shutil.rmtree(place)
+    place.rename(old)  # removing it takes long, and a part of it is of no use
     new.rename(place)
+    shutil.rmtree(old)

@@ -154,6 +154,19 @@ class Activity:
         return found.reshape(self.tokens.shape)
 
 
+def peaks(rows: np.ndarray, values: np.ndarray, length: int) -> np.ndarray:
+    """Returns where the highest activation of each sequence is, (n,), the strongest first.
+
+    Args:
+      rows: the tokens of a latent's events, (m,) rising, as `Activity.of` gives them.
+      values: its activations there, (m,).
+      length: the tokens of a sequence.
+    """
+    strongest = np.lexsort((rows, -values))
+    _, first = np.unique((rows // length)[strongest], return_index=True)
+    return strongest[np.sort(first)]
+
+
 def record(
     sae: SAE,
     source: HeldOutRows | ModelRows | Store | str | os.PathLike,

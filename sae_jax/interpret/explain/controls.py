@@ -23,9 +23,7 @@ from sae_jax.errors import UserError, choose
 from sae_jax.evaluate.batching import evenly_spaced
 from sae_jax.evaluate.sources import HeldOutRows, ModelRows, input_and_target_sites
 from sae_jax.interpret.activity import Activity, record
-from sae_jax.interpret.explain.examples import peaks
 from sae_jax.interpret.explain.shuffled_run import shuffled_run
-from sae_jax.interpret.hashes import WindowHashes
 from sae_jax.interpret.passes import Text, chosen_text
 from sae_jax.paths import local
 from sae_jax.progress_bar import progress
@@ -154,52 +152,6 @@ def record_controls(
             overwrite=overwrite,
         )
     return made
-
-
-def single_token(activity: Activity, latents=None, top: int = 20) -> np.ndarray:
-    """Returns whether a latent's strongest windows all peak on one and the same token, (n,) bool.
-
-    A sequence has one window, around the latent's peak there, and sequences whose windows have the
-    same tokens count once. Of a latent that has fewer than `top` all are looked at, which must be
-    two at least.
-
-    Args:
-      activity: where the latents are active.
-      latents: which, (n,). None: all.
-      top: how many windows are looked at.
-    """
-    tokens, length = np.array(activity.tokens).reshape(-1), activity.tokens.shape[1]
-    windows = WindowHashes(activity.tokens, 4, 4)
-    latents = range(activity.d_sae) if latents is None else latents
-    found = np.zeros(len(latents), bool)
-    for i, latent in enumerate(progress(latents, "single tokens", len(latents), "latent")):
-        rows, values = activity.of(latent)
-        rows = rows[peaks(rows, values, length)]
-        _, first = np.unique(windows(rows // length, rows % length), return_index=True)
-        of_peaks = tokens[rows[np.sort(first)[:top]]]
-        found[i] = len(of_peaks) > 1 and (of_peaks == of_peaks[0]).all()
-    return found
-
-
-def token_coverage(activity: Activity, latents=None) -> np.ndarray:
-    """Returns what share of a latent's activation is on the token that has most of it, (n,).
-
-    It is 0 where the latent is never active.
-
-    Args:
-      activity: where the latents are active.
-      latents: which, (n,). None: all.
-    """
-    tokens = np.array(activity.tokens).reshape(-1)
-    latents = range(activity.d_sae) if latents is None else latents
-    found = np.zeros(len(latents))
-    for i, latent in enumerate(progress(latents, "top tokens", len(latents), "latent")):
-        rows, values = activity.of(latent)
-        if len(rows):
-            _, which = np.unique(tokens[rows], return_inverse=True)
-            mass = np.bincount(which, values)
-            found[i] = mass.max() / mass.sum()
-    return found
 
 
 def _widths(source, kind: str) -> tuple[int, ...]:

@@ -13,19 +13,19 @@ import dataclasses
 import functools
 import itertools
 import os
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
-import scipy.stats
 
 from sae_jax import lm
 from sae_jax.errors import UserError, choose
 from sae_jax.interpret.activity import Activity
 from sae_jax.interpret.collection import Example
 from sae_jax.interpret.explain.examples import Wanted, draw
+from sae_jax.interpret.explain.others import others
 from sae_jax.interpret.explain.records import LATENTS, Explanation, Score
 from sae_jax.interpret.hashes import priorities
+from sae_jax.interpret.roc import auc
 from sae_jax.interpret.text import token_bytes
 from sae_jax.lm.sentences import SentenceEncoder, open_sentence_encoder
 from sae_jax.progress_bar import progress
@@ -147,19 +147,6 @@ def score_labels(
     """
     labels = _Labels(encoder, explanations, controls, seed)
     return _scores(activity, tokenizer, encoder, [], LATENTS, labels, windows, seed, hard)
-
-
-def auc(active: np.ndarray, inactive: np.ndarray) -> tuple[float, float]:
-    """Returns how often a value of `active` is above one of `inactive`, ties counting as half.
-
-    The second number is its standard error (DeLong et al. 1988). Both have at least 2 values.
-    """
-    m, n = len(active), len(inactive)
-    ranks = scipy.stats.rankdata(np.concatenate([active, inactive]))
-    below = (ranks[:m] - scipy.stats.rankdata(active)) / n  # for each active one, the part below
-    above = 1 - (ranks[m:] - scipy.stats.rankdata(inactive)) / m
-    error = np.sqrt(below.var(ddof=1) / m + above.var(ddof=1) / n)
-    return float(below.mean()), float(error)
 
 
 def window(tokenizer: lm.Tokenizer, ids: np.ndarray, peak: int) -> tuple[int, int, str]:
@@ -324,7 +311,9 @@ class _Labels:
         self._other = {}
         if "shuffled" in controls:
             for alike in methods.values():
-                self._other |= _others(alike, seed)
+                by_unit = {one.unit: one for one in alike}
+                pairs = others({unit: one.text for unit, one in by_unit.items()}, seed)
+                self._other |= {_key(by_unit[a]): by_unit[b] for a, b in pairs.items()}
         texts = [NOTHING, *(one.text for alike in methods.values() for one in alike)]
         self._vector = dict(zip(texts, encoder.encode(texts), strict=True))
 
@@ -394,17 +383,3 @@ def _separated(block: list[int], found: list[_Vectors], tested: dict, units: str
 
 def _key(explanation: Explanation) -> tuple[str, str, int]:
     return explanation.by, explanation.method, explanation.unit
-
-
-def _others(explanations: list[Explanation], seed: int) -> dict[tuple, Explanation]:
-    """Returns for each explanation, by its `_key`, that of another unit, which has another text.
-
-    Each is the other of one. Where more than half have one text, some have no other.
-    """
-    order = sorted(
-        explanations,
-        key=lambda one: (zlib.crc32(f"{seed} {one.text}".encode()), one.text, one.unit),
-    )
-    largest = max(collections.Counter(one.text for one in order).values())
-    pairs = zip(order, [*order[largest:], *order[:largest]], strict=True)
-    return {_key(one): other for one, other in pairs if one.text != other.text}

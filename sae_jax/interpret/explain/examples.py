@@ -9,7 +9,7 @@ import dataclasses
 
 import numpy as np
 
-from sae_jax.interpret.activity import Activity
+from sae_jax.interpret.activity import Activity, peaks
 from sae_jax.interpret.collection import Example
 from sae_jax.interpret.hashes import mix, priorities
 from sae_jax.interpret.slots import parts_of
@@ -87,19 +87,6 @@ def draw(
     return _Draw(activity, latent, wanted, held_out, seed).drawn()
 
 
-def peaks(rows: np.ndarray, values: np.ndarray, length: int) -> np.ndarray:
-    """Returns where the highest activation of each sequence is, (n,), the strongest first.
-
-    Args:
-      rows: the tokens of a latent's events, (m,) rising, as `Activity.of` gives them.
-      values: its activations there, (m,).
-      length: the tokens of a sequence.
-    """
-    strongest = np.lexsort((rows, -values))
-    _, first = np.unique((rows // length)[strongest], return_index=True)
-    return strongest[np.sort(first)]
-
-
 class _Draw:
     """The drawing of one latent's windows."""
 
@@ -115,19 +102,19 @@ class _Draw:
 
     def drawn(self) -> Drawn:
         wanted = self.wanted
-        peaks, strength = self._peaks()
-        top, rest = peaks[: wanted.top], np.arange(wanted.top, len(peaks))
+        of_sequences, strength = self._peaks()
+        top, rest = of_sequences[: wanted.top], np.arange(wanted.top, len(of_sequences))
         intervals = [[] for _ in range(wanted.intervals)]
         if wanted.per_interval and len(rest):
             maximum = np.full(len(rest), strength[0])
             part = wanted.intervals - 1 - parts_of(strength[rest], maximum, wanted.intervals)
             for number in range(wanted.intervals):
-                members = self._chosen(peaks[rest[part == number]], wanted.per_interval, 1)
+                members = self._chosen(of_sequences[rest[part == number]], wanted.per_interval, 1)
                 intervals[number] = [self._example(row) for row in members]
         used = (self.activity.used & self.half[:, None]).reshape(-1)
         places = np.flatnonzero(used)
         tokens = self.activity.tokens.reshape(-1)
-        of_latent = np.unique(tokens[peaks[: max(wanted.top, 10)]])
+        of_latent = np.unique(tokens[of_sequences[: max(wanted.top, 10)]])
         around = places[np.isin(tokens[places], of_latent)] if wanted.out_of_context else places[:0]
         return Drawn(
             [self._example(row) for row in top],

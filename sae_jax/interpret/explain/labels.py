@@ -190,10 +190,6 @@ def short(text: str, most: int) -> str:
     return cut.decode("utf-16-le", errors="ignore") + "…"
 
 
-def _cell(value: float | None) -> str:
-    return "" if value is None else f"{value:.6g}"
-
-
 def _key(record: Explanation | Score) -> tuple[int, str, str]:
     return record.unit, record.by, record.method
 

@@ -86,8 +86,9 @@ def write(directory, explanations: Iterable[Explanation], scores: Iterable[Score
         lines = sorted(_line(record) for record in records)
         temporary[name] = directory / f"{name}.tmp"
         temporary[name].write_text("".join(lines), encoding="utf-8")
-    for name, file in temporary.items():
-        os.replace(file, directory / name)
+    # Scores first: where this is killed in between, `update` sees again which texts have changed.
+    for name in (SCORES, EXPLANATIONS):
+        os.replace(temporary[name], directory / name)
 
 
 def _line(record: Explanation | Score) -> str:

@@ -17,6 +17,7 @@ from sae_jax.interpret.activity import Activity
 from sae_jax.interpret.effects import output_tokens, used_tokens
 from sae_jax.interpret.proxies.bank import Bank
 from sae_jax.interpret.pushes import latent_push
+from sae_jax.interpret.roc import auc
 from sae_jax.interpret.steering import Outcome, Steering, Writing
 from sae_jax.sae import SAE
 
@@ -110,18 +111,16 @@ def logit_weights(
 
 
 def _weights(values: np.ndarray, ours: np.ndarray) -> LogitWeights:
-    """Returns what is said of weights, the largest first, and which are of the concept."""
+    """Returns what is said of weights, (m,), of which `ours` are of the concept, (m,) bool."""
     n, others = int(ours.sum()), int((~ours).sum())
     edges = np.linspace(values.min(), max(values.max(), values.min() + 1e-12), BINS + 1)
-    rank = np.arange(len(values), 0, -1)  # of the smallest 1
-    above = (rank[ours].sum() - n * (n + 1) / 2) / (n * others) if n and others else None
     return LogitWeights(
         tokens=n,
         others=others,
         inside=float(values[ours].mean()) if n else None,
         outside=float(values[~ours].mean()) if others else None,
         spread=float(values.std()),
-        above=above if above is None else float(above),
+        above=auc(values[ours], values[~ours])[0] if n and others else None,
         edges=edges.tolist(),
         counts_inside=np.histogram(values[ours], edges)[0].tolist(),
         counts_outside=np.histogram(values[~ours], edges)[0].tolist(),

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import scipy.sparse
 
-from sae_jax.interpret.activity import Activity
+from sae_jax.interpret.activity import Activity, peaks
 from sae_jax.interpret.passes import blocks_of
 from sae_jax.interpret.proxies.bank import Proxy
 
@@ -213,9 +213,7 @@ def measured(
     masses = [np.bincount(part[side], values[side], minlength=BINS) for side in (hit, ~hit)]
     by_band = (side.reshape(BANDS, -1).sum(axis=1).tolist() for side in counts)
     bands = list(zip(*by_band, strict=True))
-    peaks = rows[np.lexsort((rows, -values))]
-    _, first = np.unique(peaks // halves.length, return_index=True)
-    peaks = peaks[np.sort(first)[:TOP]]
+    highest = rows[peaks(rows, values, halves.length)[:TOP]]
     return Unit(
         unit=int(unit),
         sign=int(sign),
@@ -225,8 +223,8 @@ def measured(
         above_zero=_detection(0.0, hit, total),
         at_best=_detection(threshold, hit[values >= threshold], total),
         mass=float(values[hit].sum() / mass) if mass else None,
-        top=int(inside[peaks].sum()),
-        of_top=len(peaks),
+        top=int(inside[highest].sum()),
+        of_top=len(highest),
         high=high,
         inside=counts[0].tolist(),
         outside=counts[1].tolist(),

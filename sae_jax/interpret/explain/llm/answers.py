@@ -8,7 +8,6 @@ import re
 from collections.abc import Sequence
 
 _WITH_LEVEL = re.compile(r"(?:^|.*\s)([0-9])\s*", re.DOTALL)
-_LABEL = re.compile(r"[01]")
 
 
 def object_of(properties: dict) -> dict:

@@ -28,16 +28,6 @@ def f1(truth: np.ndarray, predicted: np.ndarray) -> float | None:
     return float(2 * np.sum(truth * predicted) / (truth.sum() + predicted.sum()))
 
 
-def auc(truth: np.ndarray, values: np.ndarray) -> float | None:
-    """Returns how often a one has a larger value than a zero, ties as half; None where `truth` has
-    only one of them."""
-    yes = truth == 1
-    if yes.all() or not yes.any():
-        return None
-    ranks, ones = scipy.stats.rankdata(values), int(yes.sum())
-    return float((ranks[yes].sum() - ones * (ones + 1) / 2) / (ones * (len(yes) - ones)))
-
-
 def pearson(truth: np.ndarray, predicted: np.ndarray) -> float | None:
     """Returns the correlation; 0 for predictions that are all the same, None where `truth` is."""
     if not len(truth) or np.ptp(truth) == 0:

@@ -10,7 +10,6 @@ import numpy as np
 from sae_jax import lm
 from sae_jax.errors import UserError, choose
 from sae_jax.interpret.activity import Activity
-from sae_jax.interpret.explain.llm import measures
 from sae_jax.interpret.explain.llm.client import Client
 from sae_jax.interpret.explain.llm.explainers import explainer_of
 from sae_jax.interpret.explain.llm.explaining import request_of, why_dropped
@@ -18,7 +17,9 @@ from sae_jax.interpret.explain.llm.questions import Answer, Plan, Request
 from sae_jax.interpret.explain.llm.scorers import SCORERS, Question
 from sae_jax.interpret.explain.llm.simulation import Simulator
 from sae_jax.interpret.explain.llm.source import LEAST, LogitWeights, Source
+from sae_jax.interpret.explain.others import others
 from sae_jax.interpret.explain.records import LATENTS, Explanation, Score
+from sae_jax.interpret.roc import auc
 from sae_jax.progress_bar import progress
 
 SHUFFLED, NONE = "shuffled", "none"
@@ -76,7 +77,8 @@ def score(
       client: the language model that is asked; None if only `SIMULATION` scores.
       explanations: what is tested, of any way, all of units of this activity.
       scorers: names of `scorers.SCORERS`, or `SIMULATION`.
-      controls: some of `CONTROLS`. The other unit's explanation is one of the same way and method.
+      controls: some of `CONTROLS`. The other unit's explanation is one of the same way and method,
+        with another text.
       effects: the output tokens of the units, for the scorer logits.
       seed: the seed of what is drawn.
       negatives: one of `source.NEGATIVES`.
@@ -171,9 +173,9 @@ def _tests(
 ) -> Iterator[_Test]:
     """Yields all tests, those of an explanation and of the controls in its place together."""
     explanations = [explanation for explanation in explanations if explanation.text]
-    others, seen = _others(explanations, seed), set()
+    another, seen = _others(explanations, seed), set()
     for explanation in explanations:
-        other = others.get(_key(explanation))
+        other = another.get(_key(explanation))
         for name in scorers:
             if name != SIMULATION and not SCORERS[name].explained:
                 if (name, explanation.unit) not in seen:
@@ -193,17 +195,14 @@ def _key(explanation: Explanation) -> tuple:
 
 
 def _others(explanations: list[Explanation], seed: int) -> dict[tuple, Explanation]:
-    """Returns the explanation of another unit for each, of the same way and method, each once."""
+    """Returns the explanation of another unit for each, of the same way and method (`others`)."""
     groups = {}
     for explanation in explanations:
         groups.setdefault(_key(explanation)[:-1], {})[explanation.unit] = explanation
     found = {}
     for group in groups.values():
-        units = sorted(group)
-        order = [units[i] for i in np.random.default_rng(seed).permutation(len(units))]
-        if len(order) > 1:
-            pairs = zip(order, order[1:] + order[:1], strict=True)
-            found |= {_key(group[one]): group[other] for one, other in pairs}
+        pairs = others({unit: one.text for unit, one in group.items()}, seed)
+        found |= {_key(group[unit]): group[other] for unit, other in pairs.items()}
     return found
 
 
@@ -301,14 +300,18 @@ def _joined(parts) -> np.ndarray:
 
 
 def _auc(questions: list[Question], answers: list[Answer]) -> float | None:
-    """Returns the AUC of labels by their probabilities, of the answers that have these."""
+    """Returns the AUC of labels by their probabilities, of the answers that have these; None where
+    these are all of one label."""
     truth, values = [], []
     for question, answer in zip(questions, answers, strict=True):
         found = label_probabilities(answer)
         if len(found) == len(question.truth):
             truth += question.truth
             values += found
-    return measures.auc(np.array(truth), np.array(values)) if truth else None
+    is_one, values = np.array(truth, bool), np.array(values)
+    if is_one.all() or not is_one.any():
+        return None
+    return auc(values[is_one], values[~is_one])[0]
 
 
 def label_probabilities(answer: Answer) -> list[float]:

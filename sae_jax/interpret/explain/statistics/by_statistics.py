@@ -9,12 +9,13 @@ import scipy.special
 from sae_jax import lm
 from sae_jax.interpret import proxies
 from sae_jax.interpret.activity import Activity
+from sae_jax.interpret.explain.others import others
 from sae_jax.interpret.explain.records import LATENTS, Explanation, Score
+from sae_jax.interpret.explain.single_token import single_token
 from sae_jax.interpret.explain.statistics.finding import best_rule
 from sae_jax.interpret.explain.statistics.indexed_text import IndexedText
 from sae_jax.interpret.explain.statistics.rules import Rule
 from sae_jax.interpret.explain.statistics.testing import Tested, discoveries, test_rule
-from sae_jax.interpret.hashes import mix
 from sae_jax.interpret.text import token_text
 from sae_jax.progress_bar import progress
 
@@ -24,7 +25,6 @@ METHOD = "rules-1"
 LEAST_SEQUENCES = 5
 """In how many sequences of each half a latent must be active for anything to be said."""
 
-_TOP = 20  # strongest sequences that tell whether a latent is one of a single token
 _SHOWN = 10  # tokens whose lift is told
 
 
@@ -56,7 +56,8 @@ def by_statistics(
     are not held out; the simplest of those within 0.01 of the best F1. On the held-out ones it is
     tested once (see `testing.test_rule`); what is claimed has passed that at the false-discovery
     rate `fdr` over all latents that are asked for, and has F1 of at least `least_f1`. Of others the
-    explanation is "". Scores are "f1", with control "shuffled" for the rule of another latent.
+    explanation is "". Scores are "f1", with control "shuffled" for the rule of another latent
+    that has another rule.
 
     A long document may have sequences in both halves, so a latent that tells single documents, of
     which each has words or a script of its own, may be claimed to tell these.
@@ -87,7 +88,8 @@ def by_statistics(
         if hold and found[latent].tested.f1 >= least_f1
     }
     rates = np.bincount(activity.tokens[activity.used]) / max(activity.about.rows, 1)
-    others = dict(zip(tried, _others(tried, seed), strict=True))
+    another = others({latent: repr(found[latent].rule) for latent in tried}, seed)
+    of_one_token = dict(zip(numbers, single_token(activity, numbers).tolist(), strict=True))
     explanations, scores = [], []
 
     def score(latent, control, tested, details):
@@ -101,6 +103,7 @@ def by_statistics(
         rows, values = activity.of(latent)
         one, label, kind = found.get(latent), "", ""
         about = _about(activity, tokenizer, rates, rows, values)
+        about |= {"single_token": of_one_token[latent]}
         details = {"claimed": latent in claimed, "too_seldom": one is None}
         if one is not None:
             label, kind = one.rule.label(tokenizer, indicators.names), one.rule.kind
@@ -108,7 +111,7 @@ def by_statistics(
         said = (label, kind) if latent in claimed else ("", "")
         explanations.append(Explanation(units, latent, "statistics", METHOD, *said, about))
         score(latent, "", one and one.tested, details)
-        if one is not None and (other := others[latent]) != latent:
+        if (other := another.get(latent)) is not None:
             tested = test_rule(testing, found[other].rule, testing.rows_of(rows))
             score(latent, "shuffled", tested, {"of": other})
     return explanations, scores
@@ -127,14 +130,6 @@ def _find(finding: IndexedText, testing: IndexedText, rows: np.ndarray) -> _Foun
     return _Found(rule, float(value), test_rule(testing, rule, to_test))
 
 
-def _others(latents: list[int], seed: int) -> list[int]:
-    """Returns another of the latents for each: the next one in an order by hashes."""
-    order = np.argsort(mix(np.asarray(latents) + (seed << 32)), kind="stable")
-    others = np.empty(len(latents), int)
-    others[order] = np.asarray(latents, int)[np.roll(order, 1)]
-    return others.tolist()
-
-
 def _about(activity: Activity, tokenizer, rates: np.ndarray, rows, values) -> dict:
     """Returns what the tokens on which a latent is active say, beside its rule.
 
@@ -147,19 +142,15 @@ def _about(activity: Activity, tokenizer, rates: np.ndarray, rows, values) -> di
     """
     if not len(rows):
         return {"active": 0}
-    ids, length = activity.tokens.reshape(-1)[rows], activity.tokens.shape[1]
+    ids = activity.tokens.reshape(-1)[rows]
     tokens, which, hits = np.unique(ids, return_inverse=True, return_counts=True)
     mass, total, different = np.bincount(which, values), values.sum(dtype=float), len(tokens)
-    strongest = np.lexsort((rows, -values))
-    _, first = np.unique((rows // length)[strongest], return_index=True)
-    top = ids[strongest[np.sort(first)[:_TOP]]]
     order = np.argsort(-mass, kind="stable")[:_SHOWN]
     hits, mass, tokens, expected = hits[order], mass[order], tokens[order], rates[tokens[order]]
     p = scipy.special.bdtrc(hits - 1, len(rows), expected) * different  # Bonferroni
     lift = hits / len(rows) / expected
     return {
         "active": len(rows),
-        "single_token": bool(len(top) == _TOP and (top == top[0]).all()),
         "coverage": _short(mass[0] / total),
         "tokens": [
             {
