@@ -83,8 +83,8 @@ def _histogram(axes, concept: Concept, unit: Unit) -> None:
     axes.set_xlabel("activation")
     axes.set_yscale("symlog", linthresh=10)
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.set_ylim(bottom=0)
-    axes.legend()
+    axes.set_ylim(0, 20 * max(i + o for i, o in zip(unit.inside, unit.outside, strict=True)) + 10)
+    axes.legend(loc="upper left")  # in the room above
 
 
 def _expected_value(axes, concept: Concept, unit: Unit) -> None:
