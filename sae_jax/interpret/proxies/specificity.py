@@ -93,8 +93,8 @@ def specificity(
     found = bank.of(activity.tokens)
     if labels is not None and "documents" in wanted:
         found += of_documents(labels)
-    for name in steer:
-        choose(name, bank.names, "a concept to steer to")
+    scripts = {name.removesuffix(" script"): name for name in bank.names}
+    steer = [choose(scripts.get(n, n), bank.names, "a concept to steer to") for n in steer]
     search = _Search(activity, found, labels, best, fewest)
     concepts = search.concepts()
     if neurons is not None:
