@@ -13,6 +13,7 @@ import pytest
 
 import sae_jax
 from sae_jax import cli, lm
+from sae_jax.cli import made_before
 from sae_jax.interpret.explain import records
 
 SITE = "resid_post.0"
@@ -100,6 +101,33 @@ def test_a_judge_that_is_killed_for_is_paid_once(run, tmp_path, capsys):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
     scores = [s for s in records.read(whole)[1] if s.scorer == "detection" and not s.control]
     assert len(scores) == 3 and all(s.value == 0.5 for s in scores)
+
+
+@pytest.mark.slow
+def test_controls_are_judged_by_their_output_tokens_too(run, tmp_path, capsys):
+    out, flags = tmp_path / "out", ["--by=llm", "--judge=scripted", "--scorers=logits"]
+    flags += ["--explainer=bricken2023", "--sample=3", "--control_sample=2", "--latents=1,2,3"]
+    with judge_server.serve(judged) as server:
+        explain(capsys, f"--run={run}", f"--out={out}", f"--base_url={server.base_url}", *flags)
+        asked = [body["messages"][-1]["content"] for body in server.calls]
+    _, scores = records.read(out)
+    assert {s.units for s in scores if s.scorer == "logits"} == {"latents", "neurons", "random"}
+    explaining = [text for text in asked if "PROMOTED" in text]
+    assert explaining and not any("PROMOTED\n[]" in text for text in explaining)
+
+
+def test_what_is_made_again_takes_the_place_as_a_whole(tmp_path):
+    place = tmp_path / "activity"
+    for text in ("first", "second"):
+        with made_before.replacing(place) as made:
+            made.mkdir()
+            (made / text).touch()
+        assert [file.name for file in place.iterdir()] == [text]
+        assert [file.name for file in tmp_path.iterdir()] == ["activity"]
+    with pytest.raises(KeyboardInterrupt), made_before.replacing(place) as made:
+        made.mkdir()
+        raise KeyboardInterrupt
+    assert [file.name for file in place.iterdir()] == ["second"]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """Summaries of scores: intervals that cover, controls that count, and records that are replaced."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 
 from sae_jax.interpret.explain.estimates import difference, means, median
+from sae_jax.interpret.explain.others import others
 from sae_jax.interpret.explain.records import Explanation, Score, read, update, write
 from sae_jax.interpret.explain.summary import summarise, write_summary
 
@@ -184,6 +186,31 @@ def test_records_replace_their_own(tmp_path):
         ("latents", "llm", "changed"), ("latents", "statistics", "b"), ("neurons", "llm", "n"),
     ]  # fmt: skip
     assert [s.value for s in scores if s.by == "llm" and s.units == "latents"] == [0.9]
+
+
+def test_a_kill_between_the_files_leaves_no_scores_of_other_texts(tmp_path, monkeypatch):
+    write(tmp_path, [explanation(1, "a")], [score(1, 0.5), score(1, 0.6, scorer="fuzzing")])
+    replace = os.replace
+
+    def killed(source, target):
+        replace(source, target)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("os.replace", killed)
+        update(tmp_path, [explanation(1, "b")], [score(1, 0.9)])
+    update(tmp_path, [explanation(1, "b")], [score(1, 0.9)])
+    texts, scores = read(tmp_path)
+    assert [e.text for e in texts] == ["b"] and [s.value for s in scores] == [0.9]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_said_in_place_is_another_text_and_of_one_unit(seed):
+    texts = {unit: "abcabc"[unit % 6] for unit in range(20)}
+    found = others(texts, seed)
+    assert sorted(found) == sorted(found.values()) == list(range(20))
+    assert all(texts[unit] != texts[other] for unit, other in found.items())
+    assert others({1: "a", 2: "a"}, seed) == others({1: "a"}, seed) == others({}, seed) == {}
 
 
 def test_any_text_of_a_model_is_read_again(tmp_path):

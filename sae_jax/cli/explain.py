@@ -365,7 +365,7 @@ class _Work:
         from sae_jax.interpret.explain.llm.scoring import score
 
         chosen, effects = self._chosen(units, activity), self._effects(units, activity)
-        scorers = self._scorers(units)
+        scorers = self._scorers(units, effects)
         if "logits" in scorers and effects is None:
             raise UserError(
                 "--scorers=logits needs the language model, whose output tokens latents promote, "
@@ -439,17 +439,25 @@ class _Work:
             price=_price(args.price),
         )
 
-    def _scorers(self, units: str) -> list[str]:
-        """Returns the scorers of some units: all that are asked for, but logits of latents only."""
-        return [name for name in self.args.scorers if units == LATENTS or name != "logits"]
+    def _scorers(self, units: str, effects) -> list[str]:
+        """Returns the scorers of some units, logits left out for controls without output tokens."""
+        has_logits = units == LATENTS or effects is not None
+        return [name for name in self.args.scorers if name != "logits" or has_logits]
 
     def _effects(self, units: str, activity):
-        """Returns the output tokens of the latents; None where they are not known."""
+        """Returns the output tokens of some units; None where they are not known."""
+        from sae_jax.interpret.explain import controls
         from sae_jax.interpret.explain.llm.source import logit_weights
 
-        if units != LATENTS or self.model is None or self.sae.config.kind == "crosscoder":
+        kind, sae = self.sae.config.kind, self.sae
+        if self.model is None or kind == "crosscoder":
             return None
-        return logit_weights(self.sae, self.model, self.written, self._chosen(units, activity))
+        if units != LATENTS:  # explained from what the latents are: with output tokens, or without
+            is_known = kind == "autoencoder"
+            sae = controls.written(units, self.source, self.args.seed) if is_known else None
+        if sae is None:
+            return None
+        return logit_weights(sae, self.model, self.written, self._chosen(units, activity))
 
     def planned(self) -> str:
         """Returns what explaining by a language model would ask and cost; nothing is asked."""
@@ -457,15 +465,15 @@ class _Work:
 
         lines = []
         for units, activity in self.activities.items():
-            chosen = self._chosen(units, activity)
+            chosen, effects = self._chosen(units, activity), self._effects(units, activity)
             plan = planned(
                 activity,
                 self.tokenizer,
                 self._client,
                 chosen,
                 explainer=None if self.args.explainer == _NO_EXPLAINER else self.args.explainer,
-                scorers=self._scorers(units),
-                effects=self._effects(units, activity),
+                scorers=self._scorers(units, effects),
+                effects=effects,
                 seed=self.args.seed,
                 negatives=self.args.negatives,
             )

@@ -76,10 +76,29 @@ def random_directions(
     Raises UserError where `neurons` does.
     """
     x = _sample(source, kind)
-    drawn = np.random.default_rng(seed).normal(size=(count, x.shape[1]))
-    drawn = (drawn / np.linalg.norm(drawn, axis=1, keepdims=True)).astype(np.float32)
+    drawn = _drawn(count, x.shape[1], seed)
     thresholds = _thresholds(count, lambda block: drawn[block] @ x.T, density)
     return _units(source, drawn, thresholds, kind)
+
+
+def written(name: str, source: HeldOutRows | ModelRows, seed: int = 0) -> SAE | None:
+    """Returns what the units of an autoencoder's control write, as an SAE without thresholds.
+
+    It is for their output tokens, and not for where they are active. None for shuffled_model, whose
+    units write into another model.
+
+    Args:
+      name: the control, of `CONTROLS`.
+      source: as for `neurons`.
+      seed: the seed of random directions.
+    """
+    if name == "shuffled_model":
+        return None
+    (width,) = _widths(source, "autoencoder")
+    directions = np.eye(width, dtype=np.float32)
+    if name == "random":
+        directions = _drawn(width, width, seed)
+    return _units(source, directions, np.zeros(width, np.float32), "autoencoder")
 
 
 def record_controls(
@@ -152,6 +171,12 @@ def record_controls(
             overwrite=overwrite,
         )
     return made
+
+
+def _drawn(count: int, width: int, seed: int) -> np.ndarray:
+    """Returns random directions (count, width) of length 1."""
+    drawn = np.random.default_rng(seed).normal(size=(count, width))
+    return (drawn / np.linalg.norm(drawn, axis=1, keepdims=True)).astype(np.float32)
 
 
 def _widths(source, kind: str) -> tuple[int, ...]:
