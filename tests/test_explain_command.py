@@ -114,6 +114,10 @@ def test_controls_are_judged_by_their_output_tokens_too(run, tmp_path, capsys):
     assert {s.units for s in scores if s.scorer == "logits"} == {"latents", "neurons", "random"}
     explaining = [text for text in asked if "PROMOTED" in text]
     assert explaining and not any("PROMOTED\n[]" in text for text in explaining)
+    again = ["--tokens=20000", "--overwrite", "--controls=none"]
+    explain(capsys, f"--run={run}", f"--out={out}", *again)
+    explanations, scores = records.read(out)
+    assert {e.by for e in [*explanations, *scores]} == {"statistics"}, "of the other text"
 
 
 def test_what_is_made_again_takes_the_place_as_a_whole(tmp_path):

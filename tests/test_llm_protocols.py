@@ -15,8 +15,10 @@ from planted_words import CONCEPTS, DEAD, RARE
 
 from sae_jax import lm
 from sae_jax.errors import UserError
+from sae_jax.interpret.explain.llm import scoring
 from sae_jax.interpret.explain.llm.client import Client
 from sae_jax.interpret.explain.llm.explaining import explain
+from sae_jax.interpret.explain.llm.questions import Answer
 from sae_jax.interpret.explain.llm.scorers import SCORERS
 from sae_jax.interpret.explain.llm.scoring import NOTHING, planned, score
 from sae_jax.interpret.explain.records import Explanation
@@ -283,3 +285,21 @@ def test_simulation_by_probabilities(world):
     small.max_context = 200
     with pytest.raises(UserError, match="the context of simulating has 200"):
         score(*world, None, LABELLED, scorers=["simulation"], judge=small)
+
+
+def test_labels_have_the_probabilities_that_the_server_gives():
+    def token(text, logprob, **others):
+        top = [{"token": t, "logprob": float(np.log(p))} for t, p in others.get("top", ())]
+        return {"token": text, "logprob": float(np.log(logprob)), "top_logprobs": top}
+
+    of_two = [token('{"labels":', 1), token(" [", 1), token("1", 0.6, top=[("1", 0.6), ("0", 0.2)])]
+    of_two += [token(", ", 1), token("0", 0.9, top=[("0", 0.9), (" 1", 0.1)]), token("]}", 1)]
+    for tokens, expected in (
+        (of_two, [0.75, 0.1]),
+        ([token("[10]", 1)], []),
+        ([{"token": "["}, {"token": "1"}], []),
+        (["[", "1"], []),
+        (None, []),
+    ):
+        answer = Answer("", None, "ok", 0, 0, tokens)
+        np.testing.assert_allclose(scoring.label_probabilities(answer), expected)

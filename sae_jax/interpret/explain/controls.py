@@ -283,5 +283,9 @@ def _there(
             "--overwrite to make it again"
         )
     # On other text the model and its SAE are still those that are wanted.
-    shutil.rmtree(place if before == settings else place.parent)
+    old = place if before == settings else place.parent
+    gone = old.with_name(f"old.{old.name}")
+    shutil.rmtree(gone, ignore_errors=True)
+    old.rename(gone)  # since what is removed in part could not be opened
+    shutil.rmtree(gone)
     return None

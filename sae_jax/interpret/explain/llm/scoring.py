@@ -318,10 +318,17 @@ def label_probabilities(answer: Answer) -> list[float]:
     """Returns the probability of 1, beside 0, of each label of an answer, in order.
 
     The labels are the digits of the answer's tokens from the first "[" on. The list is empty where
-    there are no log-probabilities, or where a token has more than one label.
+    there are none that can be read, or where a token has more than one label.
     """
+    try:
+        return _label_probabilities(answer.logprobs or ())
+    except (AttributeError, KeyError, TypeError):  # of a server with a form of its own
+        return []
+
+
+def _label_probabilities(tokens: Sequence[dict]) -> list[float]:
     found, is_list = [], False
-    for token in answer.logprobs or ():
+    for token in tokens:
         text = token["token"]
         if not is_list:
             _, bracket, text = text.partition("[")
