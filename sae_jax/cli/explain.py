@@ -153,7 +153,12 @@ def define(values: flags.FlagValues) -> None:
         "labelled_text", "The text that was harvested, with a label a document.", values
     )
     string("label_field", "label", "The field of --labelled_text's JSON that holds the label.")
-    string("labels", None, "A .csv or .json of labels of yours, which are scored as well.")
+    string(
+        "labels",
+        None,
+        "A .csv or .json of labels of yours. embedding and llm look at these latents and score "
+        "the labels (llm: with --score=labels).",
+    )
 
 
 def run(args, overrides) -> None:
@@ -255,8 +260,12 @@ class _Work:
         self.source = opened_sources.make_source(args, data, store, self.model, heldout=False)
         own = there or self._recorded(place, which | settings)
         self.written = own.about.settings["site"].split(",")[-1]
+        names = [name for name in args.controls if name != "none"]
+        if args.dry_run and "shuffled_model" in names:
+            names.remove("shuffled_model")
+            print("Not counted: shuffled_model, whose SAE is trained before anything is asked.")
         controls = record_controls(
-            [name for name in args.controls if name != "none"],
+            names,
             own,
             self.sae,
             self.source,
@@ -299,15 +308,19 @@ class _Work:
                 shutil.rmtree(self.out / "proxies", ignore_errors=True)
         return Activity(place)
 
+    @functools.cached_property
+    def _labels(self):
+        from sae_jax.interpret.dashboard import read_labels
+
+        return read_labels(self.args.labels, self.sae.config.d_sae)
+
     def take_labels(self) -> None:
         """Puts the user's own labels among the explanations, so that they are scored."""
-        from sae_jax.interpret.dashboard import read_labels
         from sae_jax.interpret.explain import records
 
-        found = read_labels(self.args.labels, self.sae.config.d_sae)
         said = [
             records.Explanation(LATENTS, latent, "labels", "given", text)
-            for latent, text in found.names.items()
+            for latent, text in self._labels.names.items()
         ]
         records.update(self.out, said, [])
 
@@ -407,6 +420,8 @@ class _Work:
             if chosen[-1] >= activity.d_sae:
                 raise UserError(f"no latent {chosen[-1]}: there are 0 to {activity.d_sae - 1:,}")
             return chosen
+        if units == LATENTS and self.args.labels:
+            return sorted(self._labels.names)
         count = self.args.sample if units == LATENTS else self.args.control_sample
         return draw_latents(activity, count, self.args.seed)
 
