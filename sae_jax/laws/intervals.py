@@ -29,7 +29,9 @@ from sae_jax.laws.estimators import Estimate, huber, last_delta, minimise
 from sae_jax.laws.laws import log_terms
 
 FAR = 30.0  # in internal units: a factor 1e13 of a scale
-_CLOSE = 0.02  # relative: of the threshold's height, from where on a profile is a straight line
+_CLOSE = 2e-3  # relative: how close to the threshold's height an end is
+_NARROW = 1e-3  # of a bracket, in internal units, or relative where these are small
+_ROUNDS = 60
 _STEEP = 3.0  # heights, in units of the threshold's, from which no straight line leads to it
 
 
@@ -153,38 +155,48 @@ def profile_intervals(estimate: Estimate, drawn: Bootstrap) -> np.ndarray:
     z_near = np.tile(centre, (len(rows), 1))
     height_near, height_far = np.zeros(len(rows)), np.full(len(rows), np.inf)
     end = np.full(len(rows), np.inf)
+    was_below = np.zeros(len(rows), bool)
     open_ = np.ones(len(rows), bool)
-    for _ in range(60):
+    for _ in range(_ROUNDS):
         at = np.flatnonzero(open_)
         if not len(at):
             break
-        y_SxN = np.broadcast_to(problem.y_N, (len(at), len(problem.y_N)))
-        starts = np.stack(
-            [
-                centre + (signs * distance)[at, None] * path[at],
-                z_near[at] + (signs * (distance - near))[at, None] * first[at],
-            ]
+        # Along the last answer, and on from the nearest one inside. Which of them leads lower
+        # shows only at their minima: from far outside the first may lie on a worse branch.
+        starts = [
+            centre + (signs * distance)[at, None] * path[at],
+            z_near[at] + (signs * (distance - near))[at, None] * first[at],
+        ]
+        y_SxN = np.broadcast_to(problem.y_N, (2 * len(at), len(problem.y_N)))
+        both = np.tile(free[at], (2, 1, 1))
+        z, value = minimise(
+            problem, np.concatenate(starts), 1.0, y_SxN, delta, free_SxPxQ=both
         )
-        values = [huber(problem.residuals(z, y_SxN)[0], delta).sum(axis=1) for z in starts]
-        z = starts[np.argmin(values, axis=0), np.arange(len(at))]
-        z, value = minimise(problem, z, 1.0, y_SxN, delta, free_SxPxQ=free[at])
+        z, value = z.reshape(2, len(at), size), value.reshape(2, len(at))
+        lower = value.argmin(axis=0), np.arange(len(at))
+        z, value = z[lower], value[lower]
         path[at] = (z - centre) / (signs * distance)[at, None]
         height = np.sqrt(np.maximum(value - lowest, 0) / threshold)
         below = height < 1
         near[at[below]], height_near[at[below]] = distance[at[below]], height[below]
         z_near[at[below]] = z[below]
         far[at[~below]], height_far[at[~below]] = distance[at[~below]], height[~below]
+        far[near >= far] = np.inf  # it was on a worse branch
         bracketed = np.isfinite(far[at])
         with np.errstate(invalid="ignore", divide="ignore"):
-            end[at] = np.clip(distance[at] / height, near[at], far[at])  # the line, in the bracket
             outward = distance[at] * np.clip(1.05 / height, 1.05, 4.0)
             part = (1 - height_near[at]) / (height_far[at] - height_near[at])
-            part = np.where(height_far[at] > _STEEP, 0.5, np.clip(part, 0.05, 0.95))
+            bent = (height_far[at] > _STEEP) | (below == was_below[at])
+            part = np.where(bent, 0.5, np.clip(part, 0.05, 0.95))
             inward = near[at] + (far[at] - near[at]) * part
+        was_below[at] = below
         unbounded = ~bracketed & (distance[at] >= reach[at])
-        distance[at] = np.where(bracketed, inward, np.minimum(outward, reach[at]))
-        end[at[unbounded]] = np.inf
         close = np.abs(height - 1) < _CLOSE
-        closed = bracketed & (far[at] - near[at] < 1e-3 * far[at])
-        open_[at[close | closed | unbounded]] = False
+        narrow = bracketed & (far[at] - near[at] < _NARROW * np.minimum(far[at], 1.0))
+        end[at] = np.where(unbounded, np.inf, distance[at])
+        # A profile does not jump: before its bracket closes, the outer end is reached from the
+        # inner one.
+        open_[at[close | unbounded | (narrow & ~below)]] = False
+        inward = np.where(narrow, far[at], inward)
+        distance[at] = np.where(bracketed, inward, np.minimum(outward, reach[at]))
     return estimate.theta[:, None] + (signs * end).reshape(size, 2)
