@@ -25,13 +25,14 @@ import dataclasses
 import numpy as np
 import scipy.stats
 
-from sae_jax.laws.estimators import Estimate, huber, last_delta, minimise
+from sae_jax.laws.estimators import Estimate, Problem, huber, last_delta, minimise
 from sae_jax.laws.laws import log_terms
 
 FAR = 30.0  # in internal units: a factor 1e13 of a scale
 _CLOSE = 2e-3  # relative: how close to the threshold's height an end is
 _NARROW = 1e-3  # of a bracket, in internal units, or relative where these are small
 _ROUNDS = 60
+_REVIVED = 0.3  # of the loss: what a term that vanished starts again with
 _STEEP = 3.0  # heights, in units of the threshold's, from which no straight line leads to it
 
 
@@ -115,15 +116,36 @@ def public_intervals(estimate: Estimate, drawn: Bootstrap) -> dict[str, tuple[fl
     }
 
 
+def _missing(estimate: Estimate) -> np.ndarray:
+    """Returns by how much each scale (P,) would have to grow for its term to be as large as the
+    loss; 0 for other parameters.
+    """
+    problem = estimate.problem
+    z = problem.coordinates(estimate.theta)
+    sizes_TxN = log_terms(problem.features_NxP, problem.term_of_P, z)[0]
+    missing = np.zeros(len(estimate.theta))
+    missing[estimate.law.scales] = problem.y_N.mean() - sizes_TxN.mean(axis=1)
+    return missing
+
+
 def _reach(estimate: Estimate) -> np.ndarray:
     """Returns how far (P, 2) below and above the estimate an end is looked for."""
-    law, theta, problem = estimate.law, estimate.theta, estimate.problem
-    reach = np.full((len(theta), 2), FAR)
-    z = problem.coordinates(theta)
-    sizes_TxN = log_terms(problem.features_NxP, problem.term_of_P, z)[0]
-    missing_T = problem.y_N.mean() - sizes_TxN.mean(axis=1)
-    reach[law.scales, 1] += np.maximum(missing_T, 0.0)
+    reach = np.full((len(estimate.theta), 2), FAR)
+    reach[:, 1] += np.maximum(_missing(estimate), 0.0)
     return reach
+
+
+def _lowest(problem: Problem, starts_KxSxP, delta: float, free_SxPxQ):
+    """Minimises S problems from K starts each. Returns the coordinates (S, P) of the lowest minimum
+    of each, and the objectives (S,) there.
+    """
+    count, problems, size = starts_KxSxP.shape
+    y = np.broadcast_to(problem.y_N, (count * problems, len(problem.y_N)))
+    free = np.tile(free_SxPxQ, (count, 1, 1))
+    z, value = minimise(problem, starts_KxSxP.reshape(-1, size), 1.0, y, delta, free_SxPxQ=free)
+    value = value.reshape(count, problems)
+    lowest = value.argmin(axis=0), np.arange(problems)
+    return z.reshape(starts_KxSxP.shape)[lowest], value[lowest]
 
 
 def profile_intervals(estimate: Estimate, drawn: Bootstrap) -> np.ndarray:
@@ -155,26 +177,24 @@ def profile_intervals(estimate: Estimate, drawn: Bootstrap) -> np.ndarray:
     z_near = np.tile(centre, (len(rows), 1))
     height_near, height_far = np.zeros(len(rows)), np.full(len(rows), np.inf)
     end = np.full(len(rows), np.inf)
+    raised = np.where(estimate.vanished, _missing(estimate) + np.log(_REVIVED), 0.0)
+    revived = np.tile(raised, (len(rows), 1))
+    revived[np.arange(len(rows)), rows] = 0.0  # the parameter that is held
+    revived = problem.coordinates(revived)
     was_below = np.zeros(len(rows), bool)
     open_ = np.ones(len(rows), bool)
     for _ in range(_ROUNDS):
         at = np.flatnonzero(open_)
         if not len(at):
             break
-        # Along the last answer, and on from the nearest one inside. Which of them leads lower
-        # shows only at their minima: from far outside the first may lie on a worse branch.
-        starts = [
-            centre + (signs * distance)[at, None] * path[at],
-            z_near[at] + (signs * (distance - near))[at, None] * first[at],
-        ]
-        y_SxN = np.broadcast_to(problem.y_N, (2 * len(at), len(problem.y_N)))
-        both = np.tile(free[at], (2, 1, 1))
-        z, value = minimise(
-            problem, np.concatenate(starts), 1.0, y_SxN, delta, free_SxPxQ=both
-        )
-        z, value = z.reshape(2, len(at), size), value.reshape(2, len(at))
-        lower = value.argmin(axis=0), np.arange(len(at))
-        z, value = z[lower], value[lower]
+        # Along the last answer, and on from the nearest one inside, also with the terms that
+        # vanished: having no gradient, they would stay away. Which start leads lowest shows only at
+        # its minimum: from an answer far outside the first may come to a worse one.
+        inside = z_near[at] + (signs * (distance - near))[at, None] * first[at]
+        starts = [centre + (signs * distance)[at, None] * path[at], inside]
+        if estimate.vanished.any():
+            starts.append(inside + revived[at])
+        z, value = _lowest(problem, np.stack(starts), delta, free[at])
         path[at] = (z - centre) / (signs * distance)[at, None]
         height = np.sqrt(np.maximum(value - lowest, 0) / threshold)
         below = height < 1
