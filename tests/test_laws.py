@@ -11,14 +11,16 @@ import pathlib
 
 import numpy as np
 import pytest
+import scipy.linalg
 import scipy.optimize
+import scipy.stats
 
 from sae_jax import cli, config
 from sae_jax.config import Config, TrainConfig
 from sae_jax.laws import fitting, isoflop, predict, results
 from sae_jax.laws.estimators import ESTIMATORS, estimate, huber, last_delta, minimise
 from sae_jax.laws.frontier import Cost, Frontier
-from sae_jax.laws.intervals import bootstrap, public_intervals
+from sae_jax.laws.intervals import bootstrap, profile_intervals, public_intervals
 from sae_jax.laws.laws import LAWS
 from sae_jax.sae import TopKConfig
 
@@ -262,15 +264,43 @@ def test_a_floor_is_held_by_its_interval_wherever_it_is(true):
     assert sum(held) >= 3
 
 
-def test_an_end_on_a_steep_profile_stays_in_its_bracket():
-    """Nine noisy losses of 6.6 to 9.5, which a floor above them does not explain."""
+@pytest.mark.parametrize(
+    "seed,estimator,name",
+    [(5, "huber", "E"), (3, "log_least_squares", "E"), (7, "log_least_squares", "A")],
+)
+def test_an_end_is_where_the_lowest_profile_passes_the_threshold(seed, estimator, name):
+    """Nine noisy losses of 6.4 to 9.7, whose fits put E at 0.
+
+    The profile of E is flat, then steep, with worse minima beyond; the lowest of A has E in it
+    again. Here each point of the profile is the lowest minimum that many starts lead to.
+    """
+    law = LAWS["chinchilla"]
     n, D = map(np.ravel, np.meshgrid([64.0, 128.0, 256.0], [1e5, 2e5, 4e5]))
-    for seed, estimator in ((5, "huber"), (3, "log_least_squares")):
-        noise = np.random.default_rng(seed).normal(size=9)
-        losses = (0.3 + 20 / n**0.25 + 60 / D**0.3) * np.exp(0.02 * noise)
-        best = estimate(LAWS["chinchilla"], {"d_sae": n, "tokens": D}, losses, estimator)
-        _, high = public_intervals(best, bootstrap(best, np.arange(9), 50, seed))["E"]
-        assert 0.8 * losses.min() < high < losses.max()
+    columns, noise = {"d_sae": n, "tokens": D}, np.random.default_rng(seed).normal(size=9)
+    losses = (0.3 + 20 / n**0.25 + 60 / D**0.3) * np.exp(0.02 * noise)
+    best = estimate(law, columns, losses, estimator)
+    assert best.params["E"] == 0.0
+    drawn, at = bootstrap(best, np.arange(9), 50, seed), law.parameters.index(name)
+    end = profile_intervals(best, drawn)[at, 1]
+
+    size, delta, problem = len(best.theta), last_delta(estimator), best.problem
+    centre, starts = law.features(columns).mean(axis=0), []
+    for parts in ((0.5, 0.4, 0.1), (0.2, 0.1, 0.7), (0.1, 0.2, 0.7), (0.5, 0.5, 1e-9)):
+        for slopes in itertools.product((0.1, 0.6, 1.5), repeat=2):
+            theta = np.array([0.0, slopes[0], 0.0, slopes[1], 0.0])
+            theta[law.scales] = np.log(losses).mean() + np.log(parts)
+            theta[[0, 2]] -= np.array(slopes) * centre[[1, 3]]
+            starts.append(theta)
+    distances = np.array([0.25, 0.5, 0.75, 0.9, 1.0, 1.1]) * (end - best.theta[at])
+    starts = np.tile(starts, (len(distances), 1, 1))
+    starts[:, :, at] = (best.theta[at] + distances)[:, None]
+    free = scipy.linalg.null_space(problem.to_theta_PxP[[at]])
+    z = problem.coordinates(starts.reshape(-1, size))
+    y, free = np.broadcast_to(problem.y_N, (len(z), 9)), np.broadcast_to(free, (len(z), 5, 4))
+    _, value = minimise(problem, z, 1.0, y, delta, steps=400, free_SxPxQ=free)
+    rise = value.reshape(starts.shape[:2]).min(axis=1) - best.objective
+    heights = np.sqrt(rise / (0.5 * drawn.scale * scipy.stats.t.ppf(0.975, 9 - size) ** 2))
+    assert np.all(heights[:4] < 1) and heights[4] == pytest.approx(1, abs=0.01) and heights[5] > 1
 
 
 def test_a_term_that_vanishes_with_its_exponent():

@@ -25,11 +25,14 @@ import dataclasses
 import numpy as np
 import scipy.stats
 
-from sae_jax.laws.estimators import Estimate, huber, last_delta, minimise
+from sae_jax.laws.estimators import Estimate, Problem, huber, last_delta, minimise
 from sae_jax.laws.laws import log_terms
 
 FAR = 30.0  # in internal units: a factor 1e13 of a scale
-_CLOSE = 0.02  # relative: of the threshold's height, from where on a profile is a straight line
+_CLOSE = 2e-3  # relative: how close to the threshold's height an end is
+_NARROW = 1e-3  # of a bracket, in internal units, or relative where these are small
+_ROUNDS = 60
+_REVIVED = 0.3  # of the loss: what a term that vanished starts again with
 _STEEP = 3.0  # heights, in units of the threshold's, from which no straight line leads to it
 
 
@@ -113,15 +116,36 @@ def public_intervals(estimate: Estimate, drawn: Bootstrap) -> dict[str, tuple[fl
     }
 
 
+def _missing(estimate: Estimate) -> np.ndarray:
+    """Returns by how much each scale (P,) would have to grow for its term to be as large as the
+    loss; 0 for other parameters.
+    """
+    problem = estimate.problem
+    z = problem.coordinates(estimate.theta)
+    sizes_TxN = log_terms(problem.features_NxP, problem.term_of_P, z)[0]
+    missing = np.zeros(len(estimate.theta))
+    missing[estimate.law.scales] = problem.y_N.mean() - sizes_TxN.mean(axis=1)
+    return missing
+
+
 def _reach(estimate: Estimate) -> np.ndarray:
     """Returns how far (P, 2) below and above the estimate an end is looked for."""
-    law, theta, problem = estimate.law, estimate.theta, estimate.problem
-    reach = np.full((len(theta), 2), FAR)
-    z = problem.coordinates(theta)
-    sizes_TxN = log_terms(problem.features_NxP, problem.term_of_P, z)[0]
-    missing_T = problem.y_N.mean() - sizes_TxN.mean(axis=1)
-    reach[law.scales, 1] += np.maximum(missing_T, 0.0)
+    reach = np.full((len(estimate.theta), 2), FAR)
+    reach[:, 1] += np.maximum(_missing(estimate), 0.0)
     return reach
+
+
+def _lowest(problem: Problem, starts_KxSxP, delta: float, free_SxPxQ):
+    """Minimises S problems from K starts each. Returns the coordinates (S, P) of the lowest minimum
+    of each, and the objectives (S,) there.
+    """
+    count, problems, size = starts_KxSxP.shape
+    y = np.broadcast_to(problem.y_N, (count * problems, len(problem.y_N)))
+    free = np.tile(free_SxPxQ, (count, 1, 1))
+    z, value = minimise(problem, starts_KxSxP.reshape(-1, size), 1.0, y, delta, free_SxPxQ=free)
+    value = value.reshape(count, problems)
+    lowest = value.argmin(axis=0), np.arange(problems)
+    return z.reshape(starts_KxSxP.shape)[lowest], value[lowest]
 
 
 def profile_intervals(estimate: Estimate, drawn: Bootstrap) -> np.ndarray:
@@ -153,38 +177,46 @@ def profile_intervals(estimate: Estimate, drawn: Bootstrap) -> np.ndarray:
     z_near = np.tile(centre, (len(rows), 1))
     height_near, height_far = np.zeros(len(rows)), np.full(len(rows), np.inf)
     end = np.full(len(rows), np.inf)
+    raised = np.where(estimate.vanished, _missing(estimate) + np.log(_REVIVED), 0.0)
+    revived = np.tile(raised, (len(rows), 1))
+    revived[np.arange(len(rows)), rows] = 0.0  # the parameter that is held
+    revived = problem.coordinates(revived)
+    was_below = np.zeros(len(rows), bool)
     open_ = np.ones(len(rows), bool)
-    for _ in range(60):
+    for _ in range(_ROUNDS):
         at = np.flatnonzero(open_)
         if not len(at):
             break
-        y_SxN = np.broadcast_to(problem.y_N, (len(at), len(problem.y_N)))
-        starts = np.stack(
-            [
-                centre + (signs * distance)[at, None] * path[at],
-                z_near[at] + (signs * (distance - near))[at, None] * first[at],
-            ]
-        )
-        values = [huber(problem.residuals(z, y_SxN)[0], delta).sum(axis=1) for z in starts]
-        z = starts[np.argmin(values, axis=0), np.arange(len(at))]
-        z, value = minimise(problem, z, 1.0, y_SxN, delta, free_SxPxQ=free[at])
+        # Along the last answer, and on from the nearest one inside, also with the terms that
+        # vanished: having no gradient, they would stay away. Which start leads lowest shows only at
+        # its minimum: from an answer far outside the first may come to a worse one.
+        inside = z_near[at] + (signs * (distance - near))[at, None] * first[at]
+        starts = [centre + (signs * distance)[at, None] * path[at], inside]
+        if estimate.vanished.any():
+            starts.append(inside + revived[at])
+        z, value = _lowest(problem, np.stack(starts), delta, free[at])
         path[at] = (z - centre) / (signs * distance)[at, None]
         height = np.sqrt(np.maximum(value - lowest, 0) / threshold)
         below = height < 1
         near[at[below]], height_near[at[below]] = distance[at[below]], height[below]
         z_near[at[below]] = z[below]
         far[at[~below]], height_far[at[~below]] = distance[at[~below]], height[~below]
+        far[near >= far] = np.inf  # it was on a worse branch
         bracketed = np.isfinite(far[at])
         with np.errstate(invalid="ignore", divide="ignore"):
-            end[at] = np.clip(distance[at] / height, near[at], far[at])  # the line, in the bracket
             outward = distance[at] * np.clip(1.05 / height, 1.05, 4.0)
             part = (1 - height_near[at]) / (height_far[at] - height_near[at])
-            part = np.where(height_far[at] > _STEEP, 0.5, np.clip(part, 0.05, 0.95))
+            bent = (height_far[at] > _STEEP) | (below == was_below[at])
+            part = np.where(bent, 0.5, np.clip(part, 0.05, 0.95))
             inward = near[at] + (far[at] - near[at]) * part
+        was_below[at] = below
         unbounded = ~bracketed & (distance[at] >= reach[at])
-        distance[at] = np.where(bracketed, inward, np.minimum(outward, reach[at]))
-        end[at[unbounded]] = np.inf
         close = np.abs(height - 1) < _CLOSE
-        closed = bracketed & (far[at] - near[at] < 1e-3 * far[at])
-        open_[at[close | closed | unbounded]] = False
+        narrow = bracketed & (far[at] - near[at] < _NARROW * np.minimum(far[at], 1.0))
+        end[at] = np.where(unbounded, np.inf, distance[at])
+        # A profile does not jump: before its bracket closes, the outer end is reached from the
+        # inner one.
+        open_[at[close | unbounded | (narrow & ~below)]] = False
+        inward = np.where(narrow, far[at], inward)
+        distance[at] = np.where(bracketed, inward, np.minimum(outward, reach[at]))
     return estimate.theta[:, None] + (signs * end).reshape(size, 2)
