@@ -95,7 +95,7 @@ class Activity:
         self._starts, self._rows, self._values = (found[name] for name in names[:3])
         if not self._is_whole():
             raise UserError(
-                f"{self.path} is damaged: its files do not fit together; remove it, and record again"
+                f"{self.path} is damaged: its files do not fit together; remove it to record again"
             )
 
     def _is_whole(self) -> bool:
@@ -105,7 +105,7 @@ class Activity:
             a.dtype.kind for a in (starts, rows, values, tokens, self.used, self.numbers)
         )
         return (
-            kinds == "iifibi"
+            "".join(array.dtype.kind for array in arrays) == "iifibi"
             and tokens.ndim == 2
             and self.used.shape == tokens.shape
             and self.numbers.shape == tokens.shape[:1]
