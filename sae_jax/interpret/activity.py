@@ -101,9 +101,7 @@ class Activity:
     def _is_whole(self) -> bool:
         """Returns whether the files can be of one recording: nothing in them points outside."""
         starts, rows, values, tokens = self._starts, self._rows, self._values, self.tokens
-        kinds = "".join(
-            a.dtype.kind for a in (starts, rows, values, tokens, self.used, self.numbers)
-        )
+        arrays = (starts, rows, values, tokens, self.used, self.numbers)
         return (
             "".join(array.dtype.kind for array in arrays) == "iifibi"
             and tokens.ndim == 2
