@@ -57,3 +57,27 @@ def test_what_is_damaged_is_named(store, tmp_path):
     (tmp_path / "activity" / "rows.npy").write_bytes(b"nonsense")
     with pytest.raises(UserError, match=r"rows\.npy"):
         Activity(tmp_path / "activity")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("starts", lambda a: a[::-1]),
+        ("starts", lambda a: a.astype(float)),
+        ("rows", lambda a: a + 10**6),
+        ("rows", lambda a: a[:, None]),
+        ("values", lambda a: a[:-1]),
+        ("values", lambda a: a * np.nan),
+        ("tokens", lambda a: a[:-1]),
+        ("tokens", lambda a: -1 - a),
+        ("used", lambda a: a[:, :3]),
+        ("numbers", lambda a: a[:1]),
+    ],
+)
+def test_files_that_do_not_fit_together_are_no_activity(store, tmp_path, name, change):
+    source = HeldOutRows(store, "a", tokens=256, holdout_fraction=None)
+    found = record(planted.sae("topk"), source, tmp_path / "activity")
+    file = found.path / f"{name}.npy"
+    np.save(file, change(np.array(np.load(file))))
+    with pytest.raises(UserError, match="do not fit together"):
+        Activity(found.path)

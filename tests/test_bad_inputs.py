@@ -89,6 +89,8 @@ SWEEP = "sweep --workdir=w --config=grid.py"
 DASHBOARD = "dashboard --run=run --model=model"
 NEURONPEDIA = "dashboard --run=run --neuronpedia=np --np_model=m --np_source=0-s"
 STEER = "steer --run=run --latent=1 --prompt=a"
+EXPLAIN = "explain --run=run"
+JUDGED = f"{EXPLAIN} --by=llm --judge=m"
 
 COMMANDS = rows(
     ("trian", "did you mean 'train'"),
@@ -148,6 +150,32 @@ COMMANDS = rows(
     ("steer --run=run --latent=x --prompt=a", "--latent=x"),
     (f"{STEER} --factors=1,two", "--factors=1,two"),
     (f"{STEER} --factors=nan", "--factors=nan"),
+    ("explain", "--run"),
+    ("explain --run=nothing", "nothing"),
+    ("explain --run=sweep", "is a sweep"),
+    ("explain --sae=ours", "--out"),
+    (f"{EXPLAIN} --out=text.txt", "--out=text.txt is a file"),
+    (f"{EXPLAIN} --out=s3://bucket/o", "s3://bucket/o"),
+    (f"{EXPLAIN} --model=nothing", "nothing"),
+    (f"{EXPLAIN} --by=stats", "'statistics'"),
+    (f"{EXPLAIN} --by=embedding", "--sentences"),
+    (f"{EXPLAIN} --controls=neuron", "'neurons'"),
+    (f"{EXPLAIN} --fdr=2", "--fdr=2"),
+    (f"{EXPLAIN} --least_f1=7", "--least_f1=7"),
+    (f"{EXPLAIN} --latents=", "--latents="),
+    (f"{EXPLAIN} --latents=1-5", "--latents=1-5"),
+    (f"{EXPLAIN} --sample=0", "--sample=0"),
+    (f"{EXPLAIN} --dry_run", "--by=llm"),
+    (f"{EXPLAIN} --steer=DNA", "--proxies"),
+    (f"{EXPLAIN} --labelled_text=text.jsonl", "--proxies"),
+    (f"{EXPLAIN} --by=llm", "--judge"),
+    (f"{JUDGED} --explainer=none", "--score=statistics"),
+    (f"{JUDGED} --explainer=bricken", "bricken2023"),
+    (f"{JUDGED} --explainer=nothing.md", "nothing.md"),
+    (f"{JUDGED} --scorers=detect", "'detection'"),
+    (f"{JUDGED} --scorers=simulation", "--simulator"),
+    (f"{JUDGED} --score=llm", "--score"),
+    (f"{JUDGED} --price=1", "--price=1"),
     (f"{STEER} --mode=pin --factors=1", "--factors"),
     (f"{STEER} --mode=clmp", "clmp"),
     (f"{STEER} --positive=text.txt", "--negative"),

@@ -99,11 +99,13 @@ def define(values: flags.FlagValues) -> None:
     )
 
     counts.define_float(
-        "fdr", 0.05, "statistics: the rate of false discoveries.", values, lower_bound=0.0
-    )
+        "fdr", 0.05, "statistics: the rate of false discoveries.", values,
+        lower_bound=0.0, upper_bound=1.0,
+    )  # fmt: skip
     counts.define_float(
-        "least_f1", 0.2, "statistics: claim nothing of which F1 is lower.", values, lower_bound=0.0
-    )
+        "least_f1", 0.2, "statistics: claim nothing of which F1 is lower.", values,
+        lower_bound=0.0, upper_bound=1.0,
+    )  # fmt: skip
 
     string("latents", None, 'embedding and llm: look at these, such as "1,5,9".')
     integer("sample", 100, "embedding and llm: look at so many latents, drawn at random.")
@@ -200,6 +202,9 @@ def _ways(args) -> list[str]:
         _check_llm(args)
     elif args.dry_run:
         raise UserError("--dry_run says what calls cost; only --by=llm makes any")
+    for name in ("steer", "labelled_text"):
+        if args[name].value and not args.proxies:
+            raise UserError(f"--{name} is for --proxies: give --proxies=all, or some")
     _numbers(args.latents)
     return [way for way in _WAYS if way in asked]
 
@@ -281,9 +286,13 @@ class _Work:
 
     def _there(self, place, which: dict):
         """Returns the activity that is there, or None where it is to be recorded."""
+        from sae_jax.interpret import collection
         from sae_jax.interpret.activity import Activity
 
+        if self.out.exists() and not self.out.is_dir():
+            raise UserError(f"--out={self.out} is a file; give the directory of the results")
         if not (place / "activity.json").is_file():
+            collection.free(place)  # what is there is not ours to replace
             return None
         there, which = Activity(place), which | {"d_sae": self.sae.config.d_sae}
         return there if made_before.check(self.args, place, there, which, _ASKED) else None

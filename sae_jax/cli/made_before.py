@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 
 from sae_jax.errors import UserError
+from sae_jax.json_files import checked
 
 
 def check(args, place, there, settings: dict, names: list[str]) -> bool:
@@ -27,7 +28,7 @@ def check(args, place, there, settings: dict, names: list[str]) -> bool:
     not be made again.
     """
     before = there.about.settings | {"d_sae": there.about.d_sae}
-    asked = before.get("asked", {})
+    asked = checked(before.get("asked", {}), dict, f"what was asked for in {place}")
     moved = settings.get("result") is not None and settings["result"] == before.get("result")
     unlike = [
         f"{name} was {before[name]!r} and is {value!r}"

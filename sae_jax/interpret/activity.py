@@ -88,12 +88,33 @@ class Activity:
         self.about = checked(read_json(file), About, file)
         if self.about.version != VERSION:
             raise UserError(f"{file} is of version {self.about.version}, not {VERSION}")
+        checked(self.about.settings.get("site"), str, f"{file}, settings.site")
         names = ("starts", "rows", "values", "tokens", "used", "numbers")
         found = {name: np.asarray(map_npy(self.path / f"{name}.npy")) for name in names}
         self.tokens, self.used, self.numbers = (found[name] for name in names[3:])
         self._starts, self._rows, self._values = (found[name] for name in names[:3])
-        if len(self._starts) != self.about.d_sae + 1 or self._starts[-1] != len(self._rows):
-            raise UserError(f"{self.path} is damaged: its files do not fit together; record again")
+        if not self._is_whole():
+            raise UserError(
+                f"{self.path} is damaged: its files do not fit together; remove it to record again"
+            )
+
+    def _is_whole(self) -> bool:
+        """Returns whether the files can be of one recording: nothing in them points outside."""
+        starts, rows, values, tokens = self._starts, self._rows, self._values, self.tokens
+        arrays = (starts, rows, values, tokens, self.used, self.numbers)
+        return (
+            "".join(array.dtype.kind for array in arrays) == "iifibi"
+            and tokens.ndim == 2
+            and self.used.shape == tokens.shape
+            and self.numbers.shape == tokens.shape[:1]
+            and starts.shape == (self.about.d_sae + 1,)
+            and rows.shape == values.shape == (starts[-1],)
+            and starts[0] == 0
+            and bool((np.diff(starts) >= 0).all())
+            and min(tokens.min(initial=0), self.numbers.min(initial=0), rows.min(initial=0)) >= 0
+            and rows.max(initial=-1) < tokens.size
+            and bool(np.isfinite([values.min(initial=0), values.max(initial=0)]).all())
+        )
 
     @property
     def d_sae(self) -> int:
