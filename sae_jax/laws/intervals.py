@@ -31,7 +31,7 @@ from sae_jax.laws.laws import log_terms
 FAR = 30.0  # in internal units: a factor 1e13 of a scale
 _CLOSE = 2e-3  # relative: how close to the threshold's height an end is
 _NARROW = 1e-3  # of a bracket, in internal units, or relative where these are small
-_ROUNDS = 60
+_ROUNDS = 60  # of narrowing all brackets; some ten do
 _REVIVED = 0.3  # of the loss: what a term that vanished starts again with
 _STEEP = 3.0  # heights, in units of the threshold's, from which no straight line leads to it
 
@@ -177,10 +177,8 @@ def profile_intervals(estimate: Estimate, drawn: Bootstrap) -> np.ndarray:
     z_near = np.tile(centre, (len(rows), 1))
     height_near, height_far = np.zeros(len(rows)), np.full(len(rows), np.inf)
     end = np.full(len(rows), np.inf)
-    raised = np.where(estimate.vanished, _missing(estimate) + np.log(_REVIVED), 0.0)
-    revived = np.tile(raised, (len(rows), 1))
-    revived[np.arange(len(rows)), rows] = 0.0  # the parameter that is held
-    revived = problem.coordinates(revived)
+    revived = estimate.theta + _missing(estimate) + np.log(_REVIVED)
+    is_revived = estimate.vanished & (np.arange(size) != rows[:, None])  # (S, P): not what is held
     was_below = np.zeros(len(rows), bool)
     open_ = np.ones(len(rows), bool)
     for _ in range(_ROUNDS):
@@ -193,7 +191,8 @@ def profile_intervals(estimate: Estimate, drawn: Bootstrap) -> np.ndarray:
         inside = z_near[at] + (signs * (distance - near))[at, None] * first[at]
         starts = [centre + (signs * distance)[at, None] * path[at], inside]
         if estimate.vanished.any():
-            starts.append(inside + revived[at])
+            theta = np.where(is_revived[at], revived, problem.theta(inside))
+            starts.append(problem.coordinates(theta))
         z, value = _lowest(problem, np.stack(starts), delta, free[at])
         path[at] = (z - centre) / (signs * distance)[at, None]
         height = np.sqrt(np.maximum(value - lowest, 0) / threshold)
