@@ -520,11 +520,17 @@ class _Work:
             )
         wanted = [name for one in args.proxies for name in _ALL.get(one, [one])]
         model = None if self.sae.config.kind == "crosscoder" else self.model
+        beside = {
+            name: activity
+            for name, activity in self.activities.items()
+            if name in ("random", "shuffled_model")
+        }
         found = proxies.specificity(
             own,
             self.tokenizer,
             wanted,
             neurons=self.source,
+            controls=beside,
             labels=labels,
             sae=self.sae,
             model=model,
