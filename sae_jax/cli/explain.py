@@ -174,10 +174,10 @@ def run(args, overrides) -> None:
         return
     if args.labels:
         work.take_labels()
-    for way in ways:
-        work.explain(way)
     if args.proxies:
         work.measure_specificity()
+    for way in ways:
+        work.explain(way)
     work.report()
 
 
@@ -264,6 +264,11 @@ class _Work:
         self.tokenizer = opened_sources.open_tokenizer(args, self.model)
         self.source = opened_sources.make_source(args, data, store, self.model, heldout=False)
         own = there or self._recorded(place, which | settings)
+        if (most := int(own.tokens.max(initial=0))) >= self.tokenizer.vocab_size:
+            raise UserError(
+                f"the text has token {most}, and {self.tokenizer.name} has "
+                f"{self.tokenizer.vocab_size}: it is of another model; give the store's own"
+            )
         self.written = own.about.settings["site"].split(",")[-1]
         names = [name for name in args.controls if name != "none"]
         if args.dry_run and "shuffled_model" in names:
