@@ -26,9 +26,9 @@ def run(tmp_path_factory):
     """A run of seconds, whose store knows its model."""
     directory = tmp_path_factory.mktemp("explain")
     texts = lm.read_texts(lm.standard_library())
-    lm.harvest(lm.DEMO_MODEL, texts, directory / "store", sites=SITE, tokens=40_000)
-    config = sae_jax.TopKConfig(d_sae=64, k=4)
-    sae_jax.train(config, str(directory / "store"), workdir=directory / "run", epochs=2)
+    lm.harvest(lm.DEMO_MODEL, texts, directory / "store", sites=SITE, tokens=24_000)
+    config = sae_jax.TopKConfig(d_sae=32, k=4)
+    sae_jax.train(config, str(directory / "store"), workdir=directory / "run", epochs=1)
     return directory / "run"
 
 
@@ -52,11 +52,11 @@ def judged(body: dict) -> str:
 def test_from_a_run_to_its_report(run, tmp_path, capsys):
     out = tmp_path / "explained"
     said = explain(capsys, f"--run={run}", f"--out={out}", "--proxies=patterns")
-    for part in ("64", "shuffled", "neurons", "random", "report.html"):
+    for part in ("32", "shuffled", "neurons", "random", "report.html"):
         assert part in said
     explanations, scores = records.read(out)
     assert {e.units for e in explanations} == {"latents", "neurons", "random"}
-    assert sum(e.units == "latents" for e in explanations) == 64
+    assert sum(e.units == "latents" for e in explanations) == 32
     labels = list(csv.DictReader((out / "labels.csv").read_text().splitlines()))
     own = {s.unit: s for s in scores if s.units == "latents" and not s.control}
     assert labels and all(own[int(row["latent"])].details["claimed"] for row in labels)
